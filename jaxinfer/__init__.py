@@ -1,0 +1,1 @@
+"""jaxinfer: TPU-first inference for large models, on JAX and XLA."""
