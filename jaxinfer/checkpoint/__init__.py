@@ -1,0 +1,1 @@
+"""Checkpoints in Hugging Face's format: found (hub), checked (files, folder), read (safetensors) and loaded (load)."""

@@ -1,0 +1,91 @@
+"""The JSON files of a checkpoint folder."""
+
+import json
+import os
+import stat
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 100_000_000  # the largest tokenizers have about 35 MB
+
+
+def short(value: object) -> str:
+    """`value` on one line of bounded length: checkpoints may be hostile, messages are for people."""
+    text = ascii(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def check_folder(folder: str | os.PathLike[str]) -> Path:
+    """`folder` as a Path. Raises FileNotFoundError or NotADirectoryError."""
+    path = Path(folder)
+    if os.path.isdir(path):
+        return path
+    if os.path.lexists(path):
+        raise NotADirectoryError(f"{path}: not a folder; give the folder with config.json and the weights in it")
+    raise FileNotFoundError(f"{path}: no such folder")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in the file `path`, of at most 100 MB.
+
+    Raises FileNotFoundError, and ValueError for a file that is not UTF-8, not JSON or not an object.
+    """
+    path = Path(path)
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: not a regular file")
+        if status.st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path}: {status.st_size} bytes are more than the {MAX_JSON_BYTES} that are read as JSON")
+        content = json.loads(path.read_bytes().decode())
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not usable as JSON: nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must be a JSON object {{...}}, not a {type(content).__name__}")
+    return content
+
+
+def read_config(folder: str | os.PathLike[str], known: Collection[str]) -> dict[str, Any]:
+    """config.json of `folder`, whose `model_type` must be one of `known`.
+
+    Code that comes with a checkpoint (`auto_map`) is never run: where `model_type` is known, our own model is used.
+    Raises what `check_folder` and `read_json` raise, and ValueError for a missing or unknown `model_type`.
+    """
+    path = check_folder(folder) / "config.json"
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"{path}: no such file; give the folder of a checkpoint in Hugging Face's format")
+    config = read_json(path)
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in known:
+        return config
+    if model_type is None:
+        problem = "has no model_type"
+    else:
+        problem = f"model_type {short(model_type)} is not supported"
+    remote = "; it needs code of its own (auto_map), which is never run" if "auto_map" in config else ""
+    raise ValueError(f"{path}: {problem}{remote}; supported are {', '.join(sorted(known))}")
+
+
+def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """generation_config.json of `folder`, {} where there is none.
+
+    `eos_token_id`, an id or a list of ids in the file, is always a list of ids in the result; null is left out.
+    """
+    path = check_folder(folder) / "generation_config.json"
+    if not os.path.lexists(path):
+        return {}
+    config = read_json(path)
+    eos = config.pop("eos_token_id", None)
+    if eos is not None:
+        ids = eos if isinstance(eos, list) else [eos]
+        if not all(type(item) is int and item >= 0 for item in ids):
+            raise ValueError(f"{path}: eos_token_id is {short(eos)}; it must be a token id or a list of token ids")
+        config["eos_token_id"] = ids
+    return config

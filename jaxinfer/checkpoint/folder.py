@@ -1,0 +1,172 @@
+"""The weights of a checkpoint folder: one safetensors file, or several with an index."""
+
+import os
+import re
+import threading
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from jaxinfer.checkpoint.files import check_folder, read_json, short
+from jaxinfer.checkpoint.safetensors import SafetensorsFile, TensorInfo
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+_FOREIGN = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"}
+
+
+class Checkpoint:
+    """All tensors of a folder, checked but not yet read.
+
+    The files are, as in transformers, `model.safetensors`; else those that `model.safetensors.index.json` names;
+    else the only `*.safetensors` there is, or a complete set `NAME-00001-of-0000N.safetensors` if it is the only one.
+    Files that an index names must lie directly in the folder (they may be links, as in the hub's cache).
+
+    Attributes: `folder`; `tensors`, name -> TensorInfo, file by file in the order of the bytes; `nbytes`, the bytes of
+    all tensors; `bytes_read`, the bytes that `read` has read so far. Threads may share one object.
+    Raises FileNotFoundError or NotADirectoryError without a folder or weights, and ONE ValueError with all that is
+    wrong: damaged or missing files, names that are in several files, or in the index or in a file only.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = check_folder(folder)
+        self.tensors: dict[str, TensorInfo] = {}
+        self.bytes_read = 0
+        self._files: dict[Path, SafetensorsFile] = {}
+        self._lock = threading.Lock()
+        self._closer = ExitStack()
+        names, index = _find(self.folder)
+        try:
+            problems = self._open(names, index)
+            if problems:
+                raise ValueError(f"{self.folder}: {'; '.join(problems)}")
+        except BaseException:
+            self.close()
+            raise
+        self.nbytes = sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray[Any, np.dtype[Any]]:
+        """The tensor `name`, or only the part `index` of it: see SafetensorsFile.read. ValueError for no such name."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise ValueError(f"{self.folder}: has no tensor {name!r}")
+        array = self._files[info.file].read(info, index)
+        with self._lock:
+            self.bytes_read += array.nbytes
+        return array
+
+    def close(self) -> None:
+        self._closer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, names: list[str], index: dict[str, str] | None) -> list[str]:
+        """Opens the files and returns what is wrong."""
+        outside, missing, damaged, twice, unindexed = [], [], [], [], []
+        for name in names:
+            path = self.folder / name
+            if not _is_plain(name):
+                outside.append(name)
+                continue
+            if not os.path.exists(path):
+                missing.append(name)
+                continue
+            try:
+                file = self._closer.enter_context(SafetensorsFile(path))
+            except (OSError, ValueError) as error:
+                damaged.append(str(error))
+                continue
+            self._files[path] = file
+            for tensor, info in file.tensors.items():
+                if tensor in self.tensors:
+                    twice.append(f"{tensor} ({self.tensors[tensor].file.name}, {name})")
+                    continue
+                self.tensors[tensor] = info
+                if index is not None and tensor not in index:
+                    unindexed.append(f"{tensor} ({name})")
+        held = {path: opened.tensors for path, opened in self._files.items()}
+        absent = [
+            f"{tensor} ({name})"
+            for tensor, name in (index or {}).items()
+            if tensor not in held.get(self.folder / name, {tensor: None})
+        ]
+        return damaged + [
+            f"{what}: {_some(names)}"
+            for what, names in [
+                (f"names in {INDEX} that are not *.safetensors files in the folder itself", outside),
+                ("missing files, which must be downloaded again", missing),
+                ("tensors in more than one file", twice),
+                (f"tensors in a file but not in {INDEX}", unindexed),
+                (f"tensors not in the file that {INDEX} names", absent),
+            ]
+            if names
+        ]
+
+
+def _find(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The names of the safetensors files, and the index (tensor -> file) where there is one."""
+    if os.path.lexists(folder / SINGLE):
+        return [SINGLE], None
+    if os.path.lexists(folder / INDEX):
+        index = _read_index(folder / INDEX)
+        return sorted(set(index.values())), index
+    names = sorted(entry.name for entry in folder.iterdir())
+    found = [name for name in names if name.endswith(".safetensors")]
+    if found == [ADAPTER]:
+        raise ValueError(f"{folder}: has only an adapter ({ADAPTER}); load its base model and apply the adapter to it")
+    if not found:
+        raise _no_weights(folder, names)
+    parts = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", name) for name in found]
+    sets = {(part[1], int(part[3])) if part else (name, 1) for part, name in zip(parts, found, strict=True)}
+    if len(sets) > 1:
+        raise ValueError(
+            f"{folder}: several safetensors files ({_some(found)}) and no {INDEX} that says which ones are the model;"
+            " download the index too, or leave only one complete set"
+        )
+    (_, size), *_ = sets
+    if any(part and int(part[2]) != number for number, part in enumerate(parts, 1)) or len(found) != size:
+        raise ValueError(
+            f"{folder}: no {INDEX}, and {_some(found)} is not a complete set of {size}; download the missing files"
+        )
+    return found, None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = read_json(path).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise ValueError(f"{path}: weight_map must map tensor names to file names")
+    return index
+
+
+def _is_plain(name: str) -> bool:
+    """Whether `name` can only be a file of the folder itself, and not of a place that a hostile index chooses."""
+    return name.endswith(".safetensors") and not any(char in name for char in "/\\\0")
+
+
+def _no_weights(folder: Path, names: list[str]) -> OSError | ValueError:
+    foreign = [name for name in names if Path(name).suffix in _FOREIGN]
+    if not foreign:
+        return FileNotFoundError(f"{folder}: no weights; expected {SINGLE}, or {INDEX} and the files that it names")
+    gguf = next((name for name in foreign if name.endswith(".gguf")), None)
+    source = f"{str(folder)!r}" + (f", gguf_file={gguf!r}" if gguf else "")
+    why = "GGUF is not read" if gguf else "these formats (pickle above all, which can run code) are never read"
+    return ValueError(
+        f"{folder}: no safetensors file, only {_some(foreign)}; {why}; convert it, where you trust it, with:"
+        f' python -c "from transformers import AutoModelForCausalLM as M;'
+        f" M.from_pretrained({source}).save_pretrained('NEW_FOLDER')\""
+        " and copy the tokenizer's files to NEW_FOLDER"
+    )
+
+
+def _some(names: Iterable[str], limit: int = 10) -> str:
+    names = [name if name.isprintable() and 0 < len(name) <= 120 else short(name) for name in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,128 @@
+"""From a folder's path or the id of a model on the Hugging Face hub to a local folder."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.checkpoint.files import check_folder
+
+# Nothing pickled is ever downloaded.
+ALLOW = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+# Other exports in folders of their own, and Mistral's second copy of the weights.
+IGNORE = ["*/*", "consolidated*.safetensors"]
+TIMEOUT = 8.0  # seconds until the hub must have answered the first question
+
+logger = logging.getLogger(__name__)
+
+
+def resolve(model: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The local folder of `model`: a folder's path, or a hub id ("owner/name", "name"), which is downloaded.
+
+    `revision` (branch, tag or commit) and `token` (None: as stored by the hub's login) belong to hub ids. Downloads go
+    through huggingface_hub's cache; without network, or with HF_HUB_OFFLINE=1, what is cached is used.
+    An existing folder comes first; paths (/, ./, ../, ~, a Path, or a first part that is a folder) are never hub ids.
+
+    Raises, with one line each: FileNotFoundError (no such folder, no such model), NotADirectoryError, ValueError (not
+    a hub id, no such revision, a revision of a folder), PermissionError (access must be asked for), ConnectionError
+    (no network, or offline, and not cached), OSError (a download that failed).
+    """
+    name = os.fspath(model)
+    if not name:
+        raise ValueError("model: empty; give a folder or a hub id such as owner/name")
+    path = Path(os.path.expanduser(name))
+    if os.path.lexists(path):
+        if revision is not None:
+            raise ValueError(f"revision {revision!r}: {name} is a local folder; revisions are for hub ids")
+        return check_folder(path)
+    if not isinstance(model, str) or name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such folder")
+    owner = name.split("/")[0]
+    if owner != name and os.path.isdir(owner):
+        raise FileNotFoundError(f"{name}: no such folder (and not taken for a hub id, as the folder {owner} exists)")
+    return _download(name, revision, token)
+
+
+def _download(name: str, revision: str | None, token: str | bool | None) -> Path:
+    from huggingface_hub import HfApi, errors, snapshot_download
+
+    at = f"{name} (revision {revision})" if revision else name
+
+    def snapshot(**options: Any) -> Path:
+        folder = snapshot_download(
+            name, revision=revision, token=token, allow_patterns=ALLOW, ignore_patterns=IGNORE, **options
+        )
+        return Path(folder)
+
+    def explain(error: Exception) -> Exception:
+        detail = " ".join(str(error).split())[:300] or type(error).__name__
+        if isinstance(error, errors.HFValidationError):
+            return ValueError(f"{name!r}: neither a folder nor a hub id (owner/name): {detail}")
+        if isinstance(error, errors.RevisionNotFoundError):
+            return ValueError(
+                f"{name}: no revision {revision!r} on the hub; give a branch, tag or commit that is there"
+            )
+        if isinstance(error, errors.GatedRepoError):
+            return PermissionError(
+                f"{at}: access is restricted; ask for it on https://huggingface.co/{name}, then log in"
+                " (`hf auth login`) or set HF_TOKEN"
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return FileNotFoundError(
+                f"{at}: no such folder, and no such model on the hub; check the name, and for a private model log in"
+                " (`hf auth login`) or set HF_TOKEN"
+            )
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return ConnectionError(
+                f"{at}: not in the hub's cache, and offline mode is on; unset HF_HUB_OFFLINE or give a folder"
+            )
+        if isinstance(error, errors.IncompleteSnapshotError):
+            return ConnectionError(f"{at}: only a part is in the hub's cache, and the hub can't be reached: {detail}")
+        if isinstance(error, errors.HfHubHTTPError):
+            return OSError(f"{at}: the hub answered with an error: {detail}")
+        return OSError(f"{at}: the download failed: {detail}; try again, what has arrived is kept")
+
+    # snapshot_download sets no limit to its first request, so without network it can hang for minutes. Ask first.
+    try:
+        _within(TIMEOUT, lambda: HfApi(token=token).model_info(name, revision=revision, timeout=TIMEOUT))
+    except (errors.HFValidationError, errors.RevisionNotFoundError) as error:
+        raise explain(error) from None
+    except Exception as error:  # the HTTP client, whose errors these are, differs between versions of huggingface_hub
+        try:
+            folder = snapshot(local_files_only=True)
+        except errors.IncompleteSnapshotError as incomplete:
+            raise explain(incomplete) from None
+        except errors.LocalEntryNotFoundError:
+            if isinstance(error, errors.HfHubHTTPError | errors.OfflineModeIsEnabled | errors.LocalTokenNotFoundError):
+                raise explain(error) from None
+            detail = " ".join(str(error).split())[:200] or f"no answer in {TIMEOUT:g} s"
+            raise ConnectionError(
+                f"{at}: no such folder, not in the hub's cache, and the hub can't be reached ({detail});"
+                " check the network or give a folder"
+            ) from None
+        if not isinstance(error, errors.OfflineModeIsEnabled):
+            logger.warning("%s: using the cached copy, as the hub can't be asked: %s", at, explain(error))
+        return folder
+    try:
+        return snapshot()
+    except Exception as error:
+        raise explain(error) from None
+
+
+def _within(seconds: float, call: Callable[[], object]) -> None:
+    """Runs `call`, for at most `seconds`: its own timeout counts for each address of a host, and not for names."""
+    done: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            call()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    threading.Thread(target=work, daemon=True, name="hub").start()
+    done.result(seconds)
