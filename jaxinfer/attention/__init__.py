@@ -1,0 +1,10 @@
+"""Attention over a flat stream of tokens: writes new keys and values into the pages, then attends.
+
+`attend` is the one function that models call. The XLA implementation is the oracle for every other one.
+"""
+
+from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.spec import AttentionSpec
+from jaxinfer.attention.xla import attend
+
+__all__ = ["AttentionSpec", "Batch", "attend"]

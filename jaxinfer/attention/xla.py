@@ -1,0 +1,224 @@
+"""Attention in plain XLA: runs everywhere, and is the oracle for every other implementation.
+
+Three paths share one online softmax (Milakov and Gimelshein, arXiv:1805.02867):
+no cache (one masked product over the stream), decode rows, and prefill rows.
+Both paged paths loop over blocks of keys with a run-time trip count, so that the width of the page table costs
+nothing, and both do work in proportion to the keys that are there: decode flattens (row, block of keys) pairs
+into one list that is worked off R pairs at a time (as flash-decoding splits keys), so that one long row
+among short ones does not make all of them long.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.spec import AttentionSpec
+from jaxinfer.cache import LayerCache
+
+KEY_BLOCK = 128  # keys a loop step; larger blocks fall out of the CPU's second-level cache
+QUERY_TILE = 128  # most query tokens of one row that a prefill tile holds
+NEGATIVE = -1e30  # masks a score; finite, so that a fully masked block gives zeros and not NaN
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: LayerCache | None,
+    batch: Batch,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, LayerCache | None]:
+    """Writes `k`, `v` into the cache and lets `q` attend to all keys of its own row.
+
+    q `[T, H, d]`, k and v `[T, K, d]`, K divides H. Returns out `[T, H, d]` (zeros or garbage for padding
+    tokens) and the cache with this step's keys and values. `cache=None` attends within the batch alone.
+    """
+    if cache is None:
+        return _attend_stream(q, k, v, batch, spec), None
+    if not spec.causal:
+        raise ValueError("attention over a cache is causal; pass cache=None for attention in both directions")
+    cache = _write(k, v, cache, batch)
+    tokens, heads, head_dim = q.shape
+    rows = batch.kv_len.shape[0]
+    q = q.reshape(tokens, k.shape[1], heads // k.shape[1], head_dim)
+    if batch.decode_only:
+        out = _decode(q, cache, batch, spec)
+    else:
+        decode_rows = min(tokens, rows)
+        out = jnp.zeros((tokens + QUERY_TILE, *q.shape[1:]), q.dtype)
+        decoded = _decode(q[:decode_rows], cache, batch, spec)
+        out = lax.dynamic_update_slice_in_dim(out, decoded, 0, 0)
+        out = _prefill(q, out, cache, batch, spec)[:tokens]
+    return out.reshape(tokens, heads, head_dim), cache
+
+
+def _write(k: jax.Array, v: jax.Array, cache: LayerCache, batch: Batch) -> LayerCache:
+    page_size = cache.k.shape[2]
+    tokens = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
+    live = (tokens < batch.q_start[-1]) & (batch.positions < batch.kv_len[batch.row])
+    page = jnp.where(live, batch.pages[batch.row, batch.positions // page_size], 0)
+    slot = batch.positions % page_size
+    return LayerCache(
+        cache.k.at[page, :, slot].set(k.astype(cache.k.dtype)), cache.v.at[page, :, slot].set(v.astype(cache.v.dtype))
+    )
+
+
+def _mask(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """True where the query position sees the key position; both broadcast against each other."""
+    seen = key <= query if spec.causal else jnp.ones(jnp.broadcast_shapes(query.shape, key.shape), bool)
+    if spec.window is not None:
+        seen &= key > query - spec.window
+        if not spec.causal:
+            seen &= key < query + spec.window
+    return seen
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Batched over the first axis, accumulated in float32 (at full precision when the operands are float32)."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((0,), (0,)))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec) -> jax.Array:
+    tokens, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    queries = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)
+    queries = queries.reshape(kv_heads, -1, head_dim)
+    scores = _dot(queries, k.transpose(1, 0, 2), (2, 2)).reshape(kv_heads, -1, tokens, tokens) * spec.scale
+    seen = (batch.row[:, None] == batch.row[None, :]) & _mask(batch.positions[:, None], batch.positions[None, :], spec)
+    live = jnp.arange(tokens, dtype=jnp.int32) < batch.q_start[-1]
+    weights = jax.nn.softmax(jnp.where(seen & live[None, :], scores, NEGATIVE), axis=-1)
+    weights = weights.astype(v.dtype).reshape(kv_heads, -1, tokens)
+    out = _dot(weights, v.transpose(1, 0, 2), (2, 1)).reshape(kv_heads, -1, tokens, head_dim)
+    return out.transpose(2, 0, 1, 3).reshape(tokens, heads, head_dim).astype(q.dtype)
+
+
+def _key_blocks(cache: LayerCache, pages: jax.Array, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of block `block[w]` of row `row[w]`: each `[W * K, KEY_BLOCK, d]`."""
+    _, kv_heads, page_size, head_dim = cache.k.shape
+    width, table = row.shape[0], pages.shape[1]
+    size, pages_a_block = _block_sizes(page_size)
+    index = block[:, None] * pages_a_block + jnp.arange(pages_a_block, dtype=jnp.int32)
+    ids = pages[row[:, None], jnp.minimum(index, table - 1)]
+
+    def gather(pool: jax.Array) -> jax.Array:
+        return jnp.swapaxes(pool.at[ids].get(mode="promise_in_bounds"), 1, 2).reshape(width * kv_heads, size, head_dim)
+
+    return gather(cache.k), gather(cache.v)
+
+
+def _block_sizes(page_size: int) -> tuple[int, int]:
+    """Keys a block and pages a block: whole pages, about KEY_BLOCK keys."""
+    pages_a_block = max(1, KEY_BLOCK // page_size)
+    return pages_a_block * page_size, pages_a_block
+
+
+def _first_block(query: jax.Array, spec: AttentionSpec, size: int) -> jax.Array:
+    """The first block of keys that a query at this position can see."""
+    if spec.window is None:
+        return jnp.zeros_like(query)
+    return jnp.maximum(query - spec.window + 1, 0) // size
+
+
+def _decode(q: jax.Array, cache: LayerCache, batch: Batch, spec: AttentionSpec) -> jax.Array:
+    """One query token a row, q `[R, K, G, d]` -> `[R, K, G, d]`; rows from `batch.rows[0]` on give zeros."""
+    rows, kv_heads, group, head_dim = q.shape
+    size, _ = _block_sizes(cache.k.shape[2])
+    index = jnp.arange(rows, dtype=jnp.int32)
+    last = batch.kv_len[:rows] - 1  # the query's own position
+    first = _first_block(last, spec, size)
+    blocks = jnp.where((index < batch.rows[0]) & (last >= 0), last // size + 1 - first, 0)
+    ends = jnp.cumsum(blocks)
+    flat = q.reshape(rows, -1)
+    heads = kv_heads * group
+
+    def body(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        top, total, out = state
+        item = i * rows + index
+        row = jnp.minimum(jnp.sum(item[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), rows - 1)
+        live = item < ends[-1]
+        block = jnp.where(live, item - (ends - blocks)[row] + first[row], 0)
+        keys, values = _key_blocks(cache, batch.pages, row, block)
+        queries = flat[row].reshape(rows * kv_heads, group, head_dim)
+        scores = _dot(queries, keys, (2, 2)) * spec.scale
+        position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
+        seen = _mask(last[row][:, None], position, spec) & live[:, None]
+        scores = jnp.where(jnp.repeat(seen, kv_heads, axis=0)[:, None, :], scores, NEGATIVE)
+        item_top = jnp.max(scores, axis=-1)
+        weights = jnp.exp(scores - item_top[..., None])
+        item_total = jnp.sum(weights, axis=-1).reshape(rows, heads)
+        item_out = _dot(weights.astype(values.dtype), values, (2, 1)).reshape(rows, heads, head_dim)
+        item_top = item_top.reshape(rows, heads)
+        # Several items can belong to one row: combine them by a small product instead of a scatter.
+        own = (row[None, :] == index[:, None]) & live[None, :]
+        new_top = jnp.maximum(top, jnp.max(jnp.where(own[..., None], item_top[None], NEGATIVE), axis=1))
+        keep = jnp.exp(top - new_top)
+        weight = jnp.where(live[:, None], jnp.exp(item_top - new_top[row]), 0)
+        combine = own.astype(jnp.float32)
+        item_out = (item_out * weight[..., None]).reshape(rows, -1)
+        total = total * keep + jnp.dot(combine, item_total * weight, precision=lax.Precision.HIGHEST)
+        added = jnp.dot(combine, item_out, precision=lax.Precision.HIGHEST).reshape(out.shape)
+        return new_top, total, out * keep[..., None] + added
+
+    state = (
+        jnp.full((rows, heads), NEGATIVE, jnp.float32),
+        jnp.zeros((rows, heads), jnp.float32),
+        jnp.zeros((rows, heads, head_dim), jnp.float32),
+    )
+    _, total, out = lax.fori_loop(0, (ends[-1] + rows - 1) // rows, body, state)
+    return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
+
+
+def _prefill(q: jax.Array, out: jax.Array, cache: LayerCache, batch: Batch, spec: AttentionSpec) -> jax.Array:
+    """Rows of several query tokens: fills `out [T + QUERY_TILE, K, G, d]` tile by tile for rows from rows[0] on."""
+    tokens, kv_heads, group, head_dim = q.shape
+    size, _ = _block_sizes(cache.k.shape[2])
+    tile = min(QUERY_TILE, tokens)
+    q = jnp.concatenate([q, jnp.zeros((QUERY_TILE, *q.shape[1:]), q.dtype)])
+    index = jnp.arange(batch.kv_len.shape[0], dtype=jnp.int32)
+    lengths = jnp.where((index >= batch.rows[0]) & (batch.kv_len > 0), jnp.diff(batch.q_start), 0)
+    tiles = (lengths + tile - 1) // tile
+    ends = jnp.cumsum(tiles)
+    offset = jnp.arange(tile, dtype=jnp.int32)
+
+    def one_tile(t: jax.Array, out: jax.Array) -> jax.Array:
+        row = jnp.minimum(jnp.sum(t >= ends, dtype=jnp.int32), index.shape[0] - 1)
+        skip = (t - (ends - tiles)[row]) * tile
+        start = batch.q_start[row] + skip
+        count = jnp.minimum(lengths[row] - skip, tile)
+        base = batch.kv_len[row] - lengths[row] + skip  # position of the tile's first token
+        queries = lax.dynamic_slice_in_dim(q, start, tile).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
+        position = base + offset
+
+        def body(block: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            top, total, acc = state
+            keys, values = _key_blocks(cache, batch.pages, row[None], block[None])
+            scores = (_dot(queries, keys, (2, 2)) * spec.scale).reshape(kv_heads, group, tile, size)
+            seen = _mask(position[:, None], block * size + jnp.arange(size, dtype=jnp.int32), spec)
+            scores = jnp.where(seen, scores, NEGATIVE).reshape(kv_heads, -1, size)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+            keep = jnp.exp(top - new_top)
+            # A row of the tile that has seen no key yet has new_top == NEGATIVE: its weights must not count.
+            weights = jnp.where(scores > NEGATIVE, jnp.exp(scores - new_top[..., None]), 0)
+            acc = acc * keep[..., None] + _dot(weights.astype(values.dtype), values, (2, 1))
+            return new_top, total * keep + jnp.sum(weights, axis=-1), acc
+
+        flat = (kv_heads, group * tile)
+        state = (jnp.full(flat, NEGATIVE, jnp.float32), jnp.zeros(flat, jnp.float32))
+        stop = (base + count - 1) // size + 1
+        start_block = _first_block(base, spec, size)
+        _, total, acc = lax.fori_loop(
+            start_block, stop, body, (*state, jnp.zeros((*flat, head_dim), jnp.float32))
+        )
+        result = (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
+        result = result.reshape(kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
+        # The tile may reach into the next row's tokens: leave those as they are.
+        there = lax.dynamic_slice_in_dim(out, start, tile)
+        result = jnp.where((offset < count)[:, None, None, None], result, there)
+        return lax.dynamic_update_slice_in_dim(out, result, start, 0)
+
+    return lax.fori_loop(0, ends[-1], one_tile, out)

@@ -1,0 +1,36 @@
+"""Feed-forward blocks and activation functions by their names in config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxinfer.layers.linear import Linear
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class GatedMLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))` (SwiGLU, Shazeer, arXiv:2002.05202)."""
+
+    def __init__(
+        self, features: int, hidden: int, *, activation: str, bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.gate_proj = Linear(features, hidden, axes=("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(features, hidden, axes=("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(hidden, features, axes=("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))

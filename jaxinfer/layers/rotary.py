@@ -1,0 +1,86 @@
+"""Rotary position embeddings (Su et al., arXiv:2104.09864) and the ways checkpoints stretch them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Frequencies of the rotation, with one scaling kind out of KINDS.
+
+    default  none.
+    linear   positions divided by `factor`.
+    dynamic  none up to the trained context (beyond it the result would depend on how a prompt is cut: refused).
+    llama3   low frequencies divided by `factor`, high ones kept, a ramp in between (Llama 3.1).
+    yarn     a ramp over dimensions, and cos and sin scaled by `attention_factor` (arXiv:2309.00071).
+    """
+
+    KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+    head_dim: int
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_context: int = 0  # llama3, yarn: positions of the pretraining
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: whole dimensions as the ramp's ends
+    attention_factor: float = 1.0  # yarn: scales cos and sin
+
+    def inv_freq(self) -> np.ndarray:
+        """Radians a position, float32 `[head_dim / 2]`."""
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        periods = np.float32(self.theta) ** exponents
+        base = np.float32(1) / periods
+        if self.kind in ("default", "dynamic"):
+            return base
+        factor = np.float32(self.factor)
+        if self.kind == "linear":
+            return base / factor
+        if self.kind == "llama3":
+            return self._llama3(base, factor)
+        return self._yarn(base, factor)
+
+    def _llama3(self, base: np.ndarray, factor: np.float32) -> np.ndarray:
+        # How many times each frequency turns within the pretraining context decides what happens to it.
+        turns = np.float32(self.original_context) * base / np.float32(2 * math.pi)
+        low, high = np.float32(self.low_freq_factor), np.float32(self.high_freq_factor)
+        keep = np.clip((turns - low) / (high - low), np.float32(0), np.float32(1))
+        return (1 - keep) * base / factor + keep * base
+
+    def _yarn(self, base: np.ndarray, factor: np.float32) -> np.ndarray:
+        def dimension(turns: float) -> float:
+            """The dimension that turns this many times within the pretraining context."""
+            period = self.original_context / (turns * 2 * math.pi)
+            return self.head_dim * math.log(period) / (2 * math.log(self.theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.head_dim - 1)
+        if low == high:
+            high += 0.001
+        index = np.arange(self.head_dim // 2, dtype=np.float32)
+        stretch = np.clip((index - np.float32(low)) / np.float32(high - low), np.float32(0), np.float32(1))
+        return stretch * base / factor + (1 - stretch) * base
+
+    def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """cos and sin of each token's angles, float32 `[T, head_dim / 2]`."""
+        angles = positions.astype(jnp.float32)[:, None] * self.inv_freq()[None, :]
+        scale = np.float32(self.attention_factor)
+        return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates `x [T, heads, d]`; dimension i turns with i + d/2 (Hugging Face's layout), in float32."""
+    cos, sin = (a[:, None, :] for a in cos_sin)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

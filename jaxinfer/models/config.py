@@ -1,0 +1,171 @@
+"""Reading config.json: checked fields, and what every model's configuration says to the rest of the program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.layers.rotary import Rope
+
+_LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the engine needs to know of any model. `max_context` is the most positions that it is defined for."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int
+    tie_word_embeddings: bool
+
+
+class Fields:
+    """Typed, range-checked access to the fields of config.json; every refusal names field, value and remedy.
+
+    A field that is absent or null takes the default that transformers gives it.
+    """
+
+    def __init__(self, data: Mapping[str, Any], where: str = "config.json"):
+        self.data = data
+        self.where = where
+
+    def error(self, name: str, problem: str) -> ValueError:
+        return ValueError(f"{self.where}: {name} is {self.data.get(name)!r}: {problem}")
+
+    def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = _LARGEST) -> int:
+        value = self.data.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise ValueError(f"{self.where}: {name} is missing: it must be an integer from {minimum} to {maximum}")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise self.error(name, f"it must be an integer from {minimum} to {maximum}")
+        return value
+
+    def number(self, name: str, default: float | None = None, minimum: float = 0.0, above: bool = True) -> float:
+        """A finite number above `minimum` (or, with above=False, equal to it too)."""
+        value = self.data.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise ValueError(f"{self.where}: {name} is missing: it must be a number")
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not fine or value < minimum or (above and value == minimum):
+            raise self.error(name, f"it must be a finite number {'above' if above else 'of at least'} {minimum:g}")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.data.get(name)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.error(name, "it must be true or false")
+        return value
+
+    def choice(self, name: str, default: str, known: Sequence[str]) -> str:
+        value = self.data.get(name)
+        value = default if value is None else value
+        if value not in known:
+            raise self.error(name, f"supported are {', '.join(known)}")
+        return str(value)
+
+    def refuse(self, name: str, *allowed: Any) -> None:
+        """Refuses any value of a field but the allowed ones (and null)."""
+        value = self.data.get(name)
+        if value is not None and value not in allowed:
+            wanted = " or ".join(repr(a) for a in allowed) or "absent"
+            raise self.error(name, f"jaxinfer supports only {wanted} here, because the arithmetic would differ")
+
+
+def rope_of(fields: Fields, head_dim: int) -> tuple[Rope, int]:
+    """The rotary embedding and the most positions it is good for.
+
+    Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (transformers 4,
+    with `type` or `rope_type`). Definitions are those of transformers.
+    """
+    data = fields.data
+    if head_dim % 2:
+        raise ValueError(f"{fields.where}: head_dim is {head_dim}: rotary embeddings need an even number")
+    context = fields.integer("max_position_embeddings", 2048)
+    given: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        part = data.get(name)
+        if part is None:
+            continue
+        if not isinstance(part, dict):
+            raise fields.error(name, "it must be an object or null")
+        if any(isinstance(value, dict) for value in part.values()):
+            raise fields.error(name, "one setting per layer type is not supported; jaxinfer knows one for all layers")
+        given |= part
+    for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if data.get(name) is not None:
+            given.setdefault(name, data[name])
+    given.setdefault("rope_type", given.get("type", "default"))
+    rope = Fields(given, f"{fields.where}: rope_parameters")
+    rope.refuse("partial_rotary_factor", 1, 1.0)
+    rope.refuse("mrope_section")
+    kind = rope.choice("rope_type", "default", Rope.KINDS)
+    theta = rope.number("rope_theta", 10000.0, minimum=1.0)
+    if kind == "default":
+        return Rope(head_dim, theta), context
+    if kind == "dynamic":
+        rope.number("factor")
+        return Rope(head_dim, theta, kind), context
+    original = rope.integer("original_max_position_embeddings", context)
+    if kind == "yarn" and given.get("factor") is None:
+        factor = context / original
+    else:
+        factor = rope.number("factor")
+    if kind == "linear":
+        return Rope(head_dim, theta, kind, factor), int(context * max(factor, 1.0))
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if high <= low:
+            raise rope.error("high_freq_factor", f"it must be above low_freq_factor, {low:g}")
+        return Rope(head_dim, theta, kind, factor, original, low, high), context
+    yarn = Rope(
+        head_dim,
+        theta,
+        kind,
+        factor,
+        original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        truncate=rope.boolean("truncate", True),
+        attention_factor=_yarn_attention_factor(rope, factor),
+    )
+    return yarn, max(context, int(original * factor))
+
+
+def _yarn_attention_factor(rope: Fields, factor: float) -> float:
+    if rope.data.get("attention_factor") is not None:
+        return rope.number("attention_factor")
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    over, under = rope.data.get("mscale"), rope.data.get("mscale_all_dim")
+    if over and under:
+        return mscale(rope.number("mscale")) / mscale(rope.number("mscale_all_dim"))
+    return mscale(1.0)
+
+
+def windows_of(fields: Fields, num_layers: int, window: int | None, first: int = 0) -> tuple[int | None, ...]:
+    """Each layer's sliding window: by `layer_types` where given, else `window` from layer `first` on."""
+    types = fields.data.get("layer_types")
+    if types is None:
+        return tuple(window if i >= first else None for i in range(num_layers))
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise fields.error("layer_types", f"it must list one kind for each of the {num_layers} layers")
+    unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise fields.error("layer_types", f"{', '.join(unknown)} is not supported, only full_/sliding_attention")
+    if "sliding_attention" in types and window is None:
+        raise fields.error("layer_types", "it names sliding_attention but no sliding_window is in use")
+    return tuple(window if t == "sliding_attention" else None for t in types)

@@ -1,0 +1,152 @@
+"""GPT-2 (Radford et al., 2019): learned positions, layer norms, fused `[in, out]` projections in its checkpoints."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxinfer.attention import AttentionSpec, Batch, attend
+from jaxinfer.cache import Cache, LayerCache
+from jaxinfer.layers.linear import Embedding, Linear, dot
+from jaxinfer.layers.mlp import ACTIVATIONS
+from jaxinfer.layers.norm import LayerNorm
+from jaxinfer.models.config import Fields, ModelConfig
+from jaxinfer.models.registry import Architecture
+from jaxinfer.models.weights import Source, WeightMap
+
+
+@dataclass(frozen=True)
+class GPT2Config(ModelConfig):
+    """GPT-2's own fields."""
+
+    inner_size: int
+    activation: str
+    norm_eps: float
+    scales: tuple[float, ...]  # of the scores, one a layer
+
+
+def parse(fields: Fields) -> GPT2Config:
+    """`reorder_and_upcast_attn` needs nothing: scores are always accumulated and normalized in float32."""
+    hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
+    layers = fields.integer("n_layer", 12, maximum=10_000)
+    if hidden % heads:
+        raise fields.error("n_embd", f"it must be a multiple of n_head, {heads}")
+    scale = (hidden // heads) ** -0.5 if fields.boolean("scale_attn_weights", True) else 1.0
+    by_layer = fields.boolean("scale_attn_by_inverse_layer_idx", False)
+    return GPT2Config(
+        vocab_size=fields.integer("vocab_size", 50257),
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        max_context=fields.integer("n_positions", 1024),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
+        inner_size=fields.integer("n_inner", 4 * hidden),
+        activation=fields.choice("activation_function", "gelu_new", tuple(ACTIVATIONS)),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        scales=tuple(scale / (i + 1) if by_layer else scale for i in range(layers)),
+    )
+
+
+class GPT2Attention(nnx.Module):
+    """Multi-head attention without rotary positions."""
+
+    def __init__(self, config: GPT2Config, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        def linear(*axes: str) -> Linear:
+            return Linear(config.hidden_size, config.hidden_size, axes=axes, bias=True, dtype=dtype, rngs=rngs)
+
+        self.q_proj = linear("heads", "embed")
+        self.k_proj = linear("kv_heads", "embed")
+        self.v_proj = linear("kv_heads", "embed")
+        self.c_proj = linear("embed", "heads")
+        self.head_dim = config.head_dim
+        self.spec = AttentionSpec(scale=config.scales[layer])
+
+    def __call__(
+        self, x: jax.Array, cache: LayerCache | None, batch: Batch
+    ) -> tuple[jax.Array, LayerCache | None]:
+        q, k, v = (p(x).reshape(x.shape[0], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out, cache = attend(q, k, v, cache, batch, self.spec)
+        return self.c_proj(out.reshape(x.shape)), cache
+
+
+class GPT2MLP(nnx.Module):
+    """Two layers with an activation between."""
+
+    def __init__(self, config: GPT2Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden, inner = config.hidden_size, config.inner_size
+        self.c_fc = Linear(hidden, inner, axes=("mlp", "embed"), bias=True, dtype=dtype, rngs=rngs)
+        self.c_proj = Linear(inner, hidden, axes=("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
+
+
+class GPT2Block(nnx.Module):
+    """Attention, then MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, config: GPT2Config, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.ln_1 = LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.attn = GPT2Attention(config, layer, dtype=dtype, rngs=rngs)
+        self.ln_2 = LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.mlp = GPT2MLP(config, dtype=dtype, rngs=rngs)
+
+
+class GPT2Model(nnx.Module):
+    """Token and position embeddings, blocks, final norm."""
+
+    def __init__(self, config: GPT2Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.wte = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.wpe = Embedding(config.max_context, config.hidden_size, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.h = nnx.List([GPT2Block(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
+        self.ln_f = LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+
+
+class GPT2ForCausalLM(nnx.Module):
+    """GPT-2 with its (normally tied) output head."""
+
+    def __init__(self, config: GPT2Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.transformer = GPT2Model(config, dtype=dtype, rngs=rngs)
+        self.tied = config.tie_word_embeddings
+        if not self.tied:
+            axes = ("vocab", "embed")
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, axes=axes, dtype=dtype, rngs=rngs)
+
+    def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """Logits float32 `[N, V]` of the tokens in `batch.logits_at`, and the cache with this step's keys and values."""
+        model = self.transformer
+        x = model.wte(batch.tokens) + model.wpe(batch.positions)
+        new: list[LayerCache] = []
+        for i, block in enumerate(model.h):
+            attended, layer_cache = block.attn(block.ln_1(x), None if cache is None else cache[i], batch)
+            x = x + attended
+            x = x + block.mlp(block.ln_2(x))
+            if layer_cache is not None:
+                new.append(layer_cache)
+        x = model.ln_f(x[batch.logits_at])
+        head = model.wte if self.tied else self.lm_head
+        return dot(x, head.weight.get_value(), out_dtype="float32"), None if cache is None else tuple(new)
+
+
+def source(name: str) -> Source:
+    """Linear weights are stored `[in, out]`, and q, k and v fused in `c_attn`."""
+    fused = re.fullmatch(r"(.*\.attn)\.([qkv])_proj\.(weight|bias)", name)
+    if fused:
+        parent, which, kind = fused.groups()
+        return Source(f"{parent}.c_attn.{kind}", transpose=kind == "weight", part="qkv".index(which), parts=3)
+    return Source(name, transpose=bool(re.fullmatch(r".*\.(c_proj|c_fc)\.weight", name)))
+
+
+def weights(config: ModelConfig) -> WeightMap:
+    """Old checkpoints carry the causal mask as `attn.bias` and `attn.masked_bias`."""
+    ignored = (r"h\.\d+\.attn\.(masked_)?bias", *((r"lm_head\.weight",) if config.tie_word_embeddings else ()))
+    return WeightMap(source, "transformer.", ignored)
+
+
+ARCHITECTURE = Architecture(parse, GPT2ForCausalLM, weights)

@@ -1,0 +1,22 @@
+"""Llama 2 and 3.x (Touvron et al., arXiv:2307.09288)."""
+
+from __future__ import annotations
+
+from jaxinfer.models.config import Fields, ModelConfig
+from jaxinfer.models.decoder import IGNORED, IGNORED_WHEN_TIED, DecoderConfig, DecoderForCausalLM, decoder_config
+from jaxinfer.models.registry import Architecture
+from jaxinfer.models.weights import WeightMap
+
+
+def parse(fields: Fields) -> DecoderConfig:
+    """`attention_bias` covers all four projections, as in transformers."""
+    bias = fields.boolean("attention_bias", False)
+    return decoder_config(fields, qkv_bias=bias, out_bias=bias, mlp_bias=fields.boolean("mlp_bias", False))
+
+
+def weights(config: ModelConfig) -> WeightMap:
+    """Names are the module's own; a tied head may be stored a second time."""
+    return WeightMap(ignored=IGNORED + (IGNORED_WHEN_TIED if config.tie_word_embeddings else ()))
+
+
+ARCHITECTURE = Architecture(parse, DecoderForCausalLM, weights)

@@ -1,0 +1,68 @@
+"""A model without its weights: configuration, abstract parameters by name, and how to run it on given parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxinfer.layers.linear import Axes
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.registry import CausalLM, parse_config
+from jaxinfer.models.weights import WeightMap
+
+Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.layers.0.mlp.up_proj.weight"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What derives from the one declaration of the weights in the modules.
+
+    abstract: shape and dtype of each parameter by name; axes: its logical axes.
+    """
+
+    config: ModelConfig
+    weights: WeightMap
+    abstract: Mapping[str, jax.ShapeDtypeStruct]
+    axes: Mapping[str, Axes]
+    _graph: nnx.GraphDef[Any]
+    _state: tuple[tuple[tuple[Any, ...], Any], ...]
+
+    @classmethod
+    def from_config(cls, data: Mapping[str, Any], dtype: DTypeLike) -> Model:
+        """Builds the module of a config.json's content abstractly: nothing is allocated. Raises ValueError."""
+        architecture, config = parse_config(data)
+        module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        graph, state = nnx.split(module)
+        flat = tuple(nnx.to_flat_state(state))
+        abstract = {_name(path): variable.get_value() for path, variable in flat}
+        axes = {_name(path): variable.get_metadata()["axes"] for path, variable in flat}
+        return cls(config, architecture.weights(config), abstract, axes, graph, flat)
+
+    def bind(self, params: Mapping[str, Any]) -> CausalLM:
+        """The module on these parameters; cheap enough only for tracing, so call it inside a jitted function."""
+        flat = [(path, variable.replace(params[_name(path)])) for path, variable in self._state]
+        return cast(CausalLM, nnx.merge(self._graph, nnx.from_flat_state(flat)))
+
+    def random_params(self, seed: int = 0) -> Params:
+        """Weights as the modules initialize them: matrices normal with deviation 0.02, norms one, biases zero."""
+
+        def init() -> Params:
+            params: Params = {}
+            for i, (name, shape) in enumerate(sorted(self.abstract.items())):
+                if len(shape.shape) > 1:
+                    key = jax.random.fold_in(jax.random.key(seed), i)
+                    params[name] = (0.02 * jax.random.normal(key, shape.shape)).astype(shape.dtype)
+                else:
+                    params[name] = jax.numpy.full(shape.shape, 0 if name.endswith("bias") else 1, shape.dtype)
+            return params
+
+        return jax.jit(init)()
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)
