@@ -79,7 +79,7 @@ def _download(name: str, revision: str | None, token: str | bool | None) -> Path
             return ConnectionError(
                 f"{at}: not in the hub's cache, and offline mode is on; unset HF_HUB_OFFLINE or give a folder"
             )
-        if isinstance(error, errors.IncompleteSnapshotError):
+        if hasattr(error, "snapshot_path"):  # an IncompleteSnapshotError, which older versions don't have
             return ConnectionError(f"{at}: only a part is in the hub's cache, and the hub can't be reached: {detail}")
         if isinstance(error, errors.HfHubHTTPError):
             return OSError(f"{at}: the hub answered with an error: {detail}")
@@ -93,9 +93,9 @@ def _download(name: str, revision: str | None, token: str | bool | None) -> Path
     except Exception as error:  # the HTTP client, whose errors these are, differs between versions of huggingface_hub
         try:
             folder = snapshot(local_files_only=True)
-        except errors.IncompleteSnapshotError as incomplete:
-            raise explain(incomplete) from None
-        except errors.LocalEntryNotFoundError:
+        except errors.LocalEntryNotFoundError as local:
+            if hasattr(local, "snapshot_path"):
+                raise explain(local) from None
             if isinstance(error, errors.HfHubHTTPError | errors.OfflineModeIsEnabled | errors.LocalTokenNotFoundError):
                 raise explain(error) from None
             detail = " ".join(str(error).split())[:200] or f"no answer in {TIMEOUT:g} s"

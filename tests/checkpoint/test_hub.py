@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from jaxinfer.checkpoint import hub
@@ -203,7 +203,8 @@ def test_download(cache: Path, server: list[tuple[str, str | None]], monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert hub.resolve("me/tiny") == folder
     (folder / "model.safetensors").unlink()
-    refused(ConnectionError, "only a part is in the hub's cache.*model.safetensors", "me/tiny")
+    if hasattr(huggingface_hub.errors, "IncompleteSnapshotError"):  # older versions don't look
+        refused(ConnectionError, "only a part is in the hub's cache.*model.safetensors", "me/tiny")
 
 
 def test_revision(server: list[tuple[str, str | None]]) -> None:
