@@ -1,0 +1,39 @@
+"""Every shape that can occur: a finite table, known before the first request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SMALL_ROWS = 16  # a call for a few prompts need not compute logits for all rows
+SMALLEST_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """decode: row counts of decode calls. tokens: stream lengths of mixed calls. mixed_rows: their row counts."""
+
+    decode: tuple[int, ...]
+    tokens: tuple[int, ...]
+    mixed_rows: tuple[int, ...]
+
+    @classmethod
+    def make(cls, max_rows: int, max_tokens: int) -> Buckets:
+        """Powers of two up to the limits, which are the last entries."""
+        mixed = (max_rows,) if max_rows <= SMALL_ROWS else (SMALL_ROWS, max_rows)
+        return cls(_powers(1, max_rows), _powers(min(SMALLEST_TOKENS, max_tokens), max_tokens), mixed)
+
+    @staticmethod
+    def fit(table: tuple[int, ...], count: int) -> int:
+        """The smallest entry that holds `count`."""
+        for size in table:
+            if count <= size:
+                return size
+        raise ValueError(f"{count} is more than the largest bucket, {table[-1]}")
+
+
+def _powers(first: int, last: int) -> tuple[int, ...]:
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return (*sizes, last)

@@ -1,0 +1,110 @@
+"""What a user asks of sampling. Names, defaults and meanings are vLLM's."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAX_LOGPROBS = 20
+MAX_STOP_IDS = 8  # a row's stop ids are a bounded array on the device
+GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled.
+
+    temperature: 0 is greedy. top_k: 0 or -1 keeps all tokens. top_p in (0, 1], min_p in [0, 1]. Filters apply in
+        the order temperature, min_p, top_k, top_p; tokens that tie with the last one kept are kept too.
+    seed: the same seed and prompt give the same tokens, whatever else is in the batch. None draws from the LLM's seed.
+    stop: strings that end the text (and are cut off, unless include_stop_str_in_output).
+    stop_token_ids: ids that end it besides the checkpoint's own EOS ids. The id stays in `token_ids`, not in the text.
+    max_tokens: None is as many as the context has room for. min_tokens: no stop id or stop string before these.
+    ignore_eos: the checkpoint's EOS ids don't end the text.
+    logprobs: None, or how many of the likeliest tokens to report beside the sampled one, at most 20. They are
+        those of the model, before temperature and filters.
+    skip_special_tokens: leave special tokens out of the text.
+
+    Raises ValueError naming the parameter, its value and what it may be.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __new__(cls, **given: Any) -> SamplingParams:
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                raise ValueError(f"sampling parameter {name!r} is not supported: {hint}known are {', '.join(known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._number("temperature", 0, math.inf)
+        self._number("top_p", 0, 1, above=True)
+        self._number("min_p", 0, 1)
+        self._integer("top_k", -1, 2**31 - 1)
+        self._integer("seed", -(2**63), 2**63 - 1, optional=True)
+        self._integer("max_tokens", 1, 2**31 - 1, optional=True)
+        self._integer("min_tokens", 0, 2**31 - 1)
+        self._integer("logprobs", 0, MAX_LOGPROBS, optional=True)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._error(name, "it must be True or False")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise self._error("min_tokens", f"it must be at most max_tokens, {self.max_tokens}")
+        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        if not all(isinstance(s, str) and s for s in stop):
+            raise self._error("stop", "it must be a non-empty string or a list of them")
+        ids = list(self.stop_token_ids or ())
+        if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
+            raise self._error("stop_token_ids", "it must be a list of token ids")
+        if len(ids) > MAX_STOP_IDS:
+            raise self._error("stop_token_ids", f"at most {MAX_STOP_IDS} are supported; use stop strings for more")
+        # One form inside, whatever was given: tuples.
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return tuple(self.stop or ())
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < GREEDY_BELOW
+
+    def _error(self, name: str, problem: str) -> ValueError:
+        return ValueError(f"sampling parameter {name} is {getattr(self, name)!r}: {problem}")
+
+    def _number(self, name: str, low: float, high: float, above: bool = False) -> None:
+        value = getattr(self, name)
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not fine or not low <= value <= high or (above and value == low):
+            upper = "" if high == math.inf else f" and at most {high:g}"
+            raise self._error(name, f"it must be a finite number {'above' if above else 'of at least'} {low:g}{upper}")
+
+    def _integer(self, name: str, low: int, high: int, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            none = " or None" if optional else ""
+            raise self._error(name, f"it must be an integer from {low} to {high}{none}")

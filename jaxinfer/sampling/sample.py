@@ -1,0 +1,136 @@
+"""Logits to tokens: a pure function of logits, parameters and positions.
+
+Order as in vLLM: masks, temperature, min_p, top_k, top_p, draw. Rows that don't sample cost nothing but an argmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxinfer.sampling.arrays import SamplingArrays
+from jaxinfer.sampling.params import MAX_LOGPROBS
+
+
+class Logprobs(NamedTuple):
+    """Of each row: the sampled token's log-probability f32[R] and rank i32[R] (1 is the likeliest), and the
+    likeliest tokens, ids i32[R, k] and values f32[R, k]. Zeros where no row asked."""
+
+    sampled: jax.Array
+    rank: jax.Array
+    top_ids: jax.Array
+    top: jax.Array
+
+
+def sample(logits: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:
+    """The next token of each row, i32[R].
+
+    logits f32[R, V]; length i32[R] is the number of tokens before the sampled one: with the row's seed it decides
+    the draw, so that the same request gives the same text in any company.
+    """
+    logits = _mask_stop_ids(logits, sampling, length)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        temperature = jnp.where(sampling.temperature > 0, sampling.temperature, jnp.float32(1))
+        kept = _filter(logits / temperature[:, None], sampling)
+        # Gumbel-max: argmax of logits plus Gumbel noise is a draw from their softmax.
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(sampling.seed, impl="threefry2x32"), length)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+        drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
+        return jnp.where(sampling.temperature > 0, drawn, greedy)
+
+    return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
+
+
+def logprobs(logits: jax.Array, tokens: jax.Array, sampling: SamplingArrays) -> Logprobs:
+    """Log-probabilities of the model itself (no masks, temperature or filters), computed only if a row wants them."""
+    rows, vocab = logits.shape
+    k = min(MAX_LOGPROBS, vocab)
+
+    def compute() -> Logprobs:
+        values = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(values, tokens[:, None], axis=-1)
+        top, ids = lax.top_k(values, k)
+        rank = jnp.sum(values > chosen, axis=-1, dtype=jnp.int32) + 1
+        return Logprobs(chosen[:, 0], rank, ids.astype(jnp.int32), top)
+
+    def skip() -> Logprobs:
+        zeros = jnp.zeros(rows, jnp.float32)
+        none = jnp.zeros((rows, k), jnp.int32)
+        return Logprobs(zeros, jnp.zeros(rows, jnp.int32), none, none.astype(jnp.float32))
+
+    return lax.cond(jnp.any(sampling.wants_logprobs), compute, skip)
+
+
+def stops(tokens: jax.Array, sampling: SamplingArrays) -> jax.Array:
+    """Whether each row's token ends it, bool[R]."""
+    return jnp.any(tokens[:, None] == sampling.stop_ids, axis=-1)
+
+
+def _mask_stop_ids(logits: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:
+    """No stop id before `min_tokens` tokens."""
+    early = length < sampling.min_length
+
+    def mask() -> jax.Array:
+        vocab = logits.shape[1]
+        ids = jnp.where(early[:, None] & (sampling.stop_ids >= 0), sampling.stop_ids, vocab)
+        rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+        return logits.at[rows, ids].set(-jnp.inf, mode="drop")
+
+    return lax.cond(jnp.any(early), mask, lambda: logits)
+
+
+def _filter(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
+    """Minus infinity for what min_p, top_k and top_p exclude."""
+    wanted = jnp.any((sampling.min_p > 0) | (sampling.top_k > 0) | (sampling.top_p < 1))
+    return lax.cond(wanted, lambda: _filtered(logits, sampling), lambda: logits)
+
+
+def _filtered(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    # log(0) is minus infinity: min_p = 0 excludes nothing.
+    logits = jnp.where(logits >= top + jnp.log(sampling.min_p)[:, None], logits, -jnp.inf)
+
+    vocab = logits.shape[1]
+    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
+    threshold = _threshold(logits, k >= vocab, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= k)
+    logits = jnp.where(_ordered(logits) >= threshold[:, None], logits, -jnp.inf)
+
+    weights = jnp.exp(logits - top)
+    mass = sampling.top_p * jnp.sum(weights, axis=-1)
+    threshold = _threshold(
+        logits, sampling.top_p >= 1, lambda kept: jnp.sum(jnp.where(kept, weights, 0), axis=-1) >= mass
+    )
+    return jnp.where(_ordered(logits) >= threshold[:, None], logits, -jnp.inf)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """float32 as uint32 in the same order (minus infinity lowest, no NaN)."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    sign = jnp.uint32(0x80000000)
+    return jnp.where((bits & sign) != 0, ~bits, bits | sign)
+
+
+def _threshold(logits: jax.Array, everything: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The highest uint32 t, in the order of `_ordered`, such that the logits of at least t are enough, u32[R].
+
+    A bisection over the 32 bits of a float: exact, without sorting the vocabulary. Rows where `everything` is set
+    get 0. `enough(kept bool[R, V]) -> bool[R]` must hold for the lowest t and be monotone.
+    """
+    ordered = _ordered(logits)
+
+    def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = state  # enough at low; not at high
+        middle = low + (high - low) // 2
+        fine = enough(ordered >= middle[:, None])
+        return jnp.where(fine, middle, low), jnp.where(fine, high, middle)
+
+    low = jnp.zeros(logits.shape[0], jnp.uint32)
+    high = jnp.where(everything, jnp.uint32(1), jnp.max(ordered, axis=-1) + jnp.uint32(1))
+    low, _ = lax.while_loop(lambda s: jnp.any(s[1] - s[0] > 1), halve, (low, high))
+    return low
