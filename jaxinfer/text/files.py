@@ -1,0 +1,117 @@
+"""What a checkpoint folder says about its tokens, apart from the vocabulary itself.
+
+Both generations of the Hugging Face layout are read: transformers 4 (`special_tokens_map.json`,
+`added_tokens.json`, `additional_special_tokens`) and transformers 5 (`extra_special_tokens`, everything in
+`tokenizer_config.json`).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["AddedToken", "TokenFiles", "one_line", "read_json"]
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is matched in the text before the vocabulary's own segmentation runs."""
+
+    content: str
+    special: bool = False
+    lstrip: bool = False  # the match swallows whitespace to its left
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+def one_line(error: object) -> str:
+    """An error's text on one line, cut to a readable length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty when there is no such file. Raises ValueError when it is anything else."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({one_line(error)}); download the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; download the file again")
+    return value
+
+
+def _content(value: object) -> str | None:
+    """A token is written as its text or as {"content": text, ...}."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+class TokenFiles:
+    """`tokenizer_config.json` and its older companions, read once.
+
+    config   tokenizer_config.json, with special_tokens_map.json merged in
+    named    "bos_token", "eos_token", ... -> the token's text (only those that are set)
+    extra    the texts of further special tokens
+    added    id -> AddedToken, for tokens that have an id in these files
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        config = read_json(folder / "tokenizer_config.json")
+        older = read_json(folder / "special_tokens_map.json")
+        # transformers reads the older map only for checkpoints that predate `added_tokens_decoder`.
+        self.config = older | config if "added_tokens_decoder" in config else config | older
+        self.named: dict[str, str] = {}
+        self.extra: list[str] = []
+        for key, value in self.config.items():
+            if key.endswith("_token") and (content := _content(value)):
+                self.named[key] = content
+        for key in ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"):
+            values = self.config.get(key) or []
+            if isinstance(values, dict):
+                self.named.update({name: content for name, value in values.items() if (content := _content(value))})
+            elif isinstance(values, list):
+                self.extra += [content for value in values if (content := _content(value))]
+            else:
+                raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} must be a list, found {values!r:.80}")
+        self.added = self._added_tokens()
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.config.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {name} must be true or false, found {value!r}")
+        return value
+
+    def model_token_id(self, name: str) -> int | None:
+        """`bos_token_id` and such as config.json has them: the only place where some old checkpoints say it."""
+        value = read_json(self.folder / "config.json").get(name)
+        if isinstance(value, list) and value:
+            value = value[0]
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    def _added_tokens(self) -> dict[int, AddedToken]:
+        special = {*self.named.values(), *self.extra}
+        added: dict[int, AddedToken] = {}
+        path = self.folder / "added_tokens.json"
+        for text, token_id in read_json(path).items():
+            if not isinstance(token_id, int) or token_id < 0 or not text:
+                raise ValueError(f"{path}: expected token -> id, found {text!r}: {token_id!r:.80}")
+            added[token_id] = AddedToken(text, special=text in special)
+        path = self.folder / "tokenizer_config.json"
+        decoder = self.config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict):
+            raise ValueError(f"{path}: added_tokens_decoder must map ids to tokens, found {decoder!r:.80}")
+        for key, value in decoder.items():
+            content = _content(value)
+            if not key.isdecimal() or content is None:
+                raise ValueError(f"{path}: added_tokens_decoder has a malformed entry {key!r}: {value!r:.80}")
+            names = ("special", "lstrip", "rstrip", "single_word", "normalized")
+            added[int(key)] = AddedToken(content, *(bool(value.get(n)) for n in names))
+        return dict(sorted(added.items()))

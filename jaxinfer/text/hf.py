@@ -1,0 +1,194 @@
+"""`tokenizer.json` (and GPT-2's `vocab.json` + `merges.txt`) through the `tokenizers` library."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from jaxinfer.text.chat import load_chat_templates
+from jaxinfer.text.files import TokenFiles, one_line
+from jaxinfer.text.tokenizer import Tokenizer
+
+__all__ = ["HFTokenizer"]
+
+# How Qwen2 cuts text before BPE; GPT-2's way is the ByteLevel default of `tokenizers`.
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: printable Latin-1 is itself, the rest count up from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+class HFTokenizer(Tokenizer):
+    """Special tokens around a prompt are tokenizer.json's own post-processor's, as in transformers 5; the
+    `add_bos_token` and `add_eos_token` of tokenizer_config.json count where there is no tokenizer.json.
+    """
+
+    def __init__(self, files: TokenFiles) -> None:
+        self.prefix: list[int] = []
+        self.suffix: list[int] = []
+        path = files.folder / "tokenizer.json"
+        try:
+            self._tokenizer = _from_json(path) if path.is_file() else _from_vocabulary(files)
+            # What was stored there belongs to somebody's training run.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            special = _add_tokens(self._tokenizer, files)
+        except BaseException as error:
+            # A panic in the Rust library arrives as a BaseException of its own.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{path}: broken ({one_line(error)}); download the file again") from None
+        super().__init__(files.folder, load_chat_templates(files.folder, files.config, files.named))
+        self.special_ids = frozenset(special)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        known = set(vocabulary.values())
+        self.vocab_size = max(known, default=-1) + 1
+        self.unknown_ids = frozenset(set(range(self.vocab_size)) - known)
+        ids = {name: self._tokenizer.token_to_id(content) for name, content in files.named.items()}
+        self.bos_token_id = ids["bos_token"] if "bos_token" in ids else files.model_token_id("bos_token_id")
+        self.eos_token_id = ids["eos_token"] if "eos_token" in ids else files.model_token_id("eos_token_id")
+        if not path.is_file():
+            if files.flag("add_bos_token", False) and self.bos_token_id is not None:
+                self.prefix = [self.bos_token_id]
+            if files.flag("add_eos_token", False) and self.eos_token_id is not None:
+                self.suffix = [self.eos_token_id]
+        # The clean-up was made for WordPiece; on BPE it deletes spaces that the model wrote, so there it has to be
+        # asked for twice.
+        forced = files.flag("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
+        is_bpe = isinstance(self._tokenizer.model, models.BPE)
+        self.cleans_up = files.flag("clean_up_tokenization_spaces", False) and (forced or not is_bpe)
+        self._describe_decoder(vocabulary)
+
+    def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return [*self.prefix, *ids, *self.suffix] if add_special_tokens else ids
+
+    def decode_raw(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _describe_decoder(self, vocabulary: dict[str, int]) -> None:
+        """Which of the ways of `Tokenizer` the decoder allows."""
+        decoder = self._tokenizer.decoder
+        spec: dict[str, Any] = json.loads(decoder.__getstate__()) if decoder is not None else {}
+        steps = spec.get("decoders", []) if spec.get("type") == "Sequence" else [spec] if spec else []
+        kinds = [step.get("type") for step in steps]
+        if kinds and kinds[0] == "ByteLevel" and set(kinds[1:]) <= {"Fuse"}:
+            self._bytes: dict[int, bytes] = {}
+            self.token_bytes = self._token_bytes
+        elif not all(_is_local(step, "Fuse" in kinds[:i]) for i, step in enumerate(steps)):
+            self.looks_ahead = True
+        elif "ByteFallback" in kinds:
+            self.byte_values = {
+                i: int(token[3:5], 16) for token, i in vocabulary.items() if _BYTE_TOKEN.fullmatch(token)
+            }
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        found = self._bytes.get(token_id)
+        if found is None:
+            token = self._tokenizer.id_to_token(token_id) or ""
+            stand_ins = [_ALPHABET.get(char) for char in token]
+            # A token with a character outside the alphabet stands for its own UTF-8.
+            known = [byte for byte in stand_ins if byte is not None]
+            found = bytes(known) if len(known) == len(token) else token.encode()
+            self._bytes[token_id] = found
+        return found
+
+
+def _is_local(step: dict[str, Any], fused: bool) -> bool:
+    """Whether a decoder step treats each token by itself (byte runs and the very start of the text aside)."""
+    kind = step.get("type")
+    if kind == "Replace":
+        return "String" in step["pattern"] and (not fused or len(step["pattern"]["String"]) == 1)
+    if kind == "Strip":
+        return bool(step["stop"] == 0)
+    return kind in ("ByteFallback", "Fuse", "Metaspace", "WordPiece")
+
+
+def _from_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path}: not valid JSON ({one_line(error)}); download the file again") from None
+        raise ValueError(f"{path}: not a tokenizer ({one_line(error)}); download the file again") from None
+
+
+def _from_vocabulary(files: TokenFiles) -> tokenizers.Tokenizer:
+    """Byte-level BPE out of vocab.json and merges.txt, the layout of GPT-2 (Radford et al. 2019)."""
+    kind = str(files.config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
+    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
+        raise ValueError(
+            f"{files.folder / 'tokenizer_config.json'}: tokenizer_class {kind!r} can't be built from vocab.json and "
+            "merges.txt (GPT2Tokenizer and Qwen2Tokenizer can); add the checkpoint's tokenizer.json"
+        )
+    vocab, merges = str(files.folder / "vocab.json"), str(files.folder / "merges.txt")
+    try:
+        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
+    except Exception as error:
+        raise ValueError(
+            f"{vocab}, merges.txt: not a BPE vocabulary ({one_line(error)}); download both again"
+        ) from None
+    leading_space = files.flag("add_prefix_space", False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if kind == "GPT2Tokenizer":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=leading_space)
+    else:
+        split = pre_tokenizers.Split(tokenizers.Regex(_QWEN2_SPLIT), behavior="isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=leading_space, use_regex=False)
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    if tokenizer.token_to_id("<|endoftext|>") is not None:
+        files.named.setdefault("eos_token", "<|endoftext|>")
+        if kind == "GPT2Tokenizer":
+            files.named.setdefault("bos_token", "<|endoftext|>")
+    return tokenizer
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, files: TokenFiles) -> set[int]:
+    """Adds what the other files say about added tokens; returns the ids of the special ones.
+
+    A token that has no id in any file is left out: it can't be in the model's vocabulary.
+    """
+    present = tokenizer.get_added_tokens_decoder()
+    special = {i for i, token in present.items() if token.special}
+    for token_id, token in files.added.items():
+        wanted = tokenizers.AddedToken(
+            token.content,
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized,
+            special=token.special,
+        )
+        if present.get(token_id) == wanted and present[token_id].special == token.special:
+            continue
+        tokenizer.add_tokens([wanted])
+        actual = tokenizer.token_to_id(token.content)
+        if actual != token_id:
+            raise ValueError(
+                f"{files.folder / 'tokenizer_config.json'}: token {token.content!r} has id {token_id} there but "
+                f"{actual} in the vocabulary; take all tokenizer files from the same checkpoint"
+            )
+    present = tokenizer.get_added_tokens_decoder()
+    added = {token.content for token in present.values()}
+    for content in [*files.named.values(), *files.extra]:
+        if content not in added and tokenizer.token_to_id(content) is not None:
+            tokenizer.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
+    return special | {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}

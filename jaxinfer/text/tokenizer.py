@@ -1,0 +1,171 @@
+"""The tokenizer of a checkpoint: text to token ids and back, whatever files it comes in.
+
+`tokenizer.json` goes through `tokenizers`, `tokenizer.model` through `sentencepiece`, and GPT-2's `vocab.json` with
+`merges.txt` is built as byte-level BPE. transformers is not needed (it takes seconds to import), torch never.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.text.chat import ChatTemplates, Tool
+from jaxinfer.text.files import TokenFiles
+
+__all__ = ["CLEAN_UP", "Tokenizer", "check_vocabulary", "load_tokenizer"]
+
+# `clean_up_tokenization_spaces` of Hugging Face tokenizers: these replacements, in this order, over the whole text.
+CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
+class Tokenizer(ABC):
+    """One interface over all backends. `load_tokenizer` makes one.
+
+    vocab_size     the largest id that the tokenizer can produce or knows, plus one
+    special_ids    ids that `decode` leaves out by default (BOS, EOS, chat markers, ...)
+
+    How the detokenizer may work piece by piece (`jaxinfer.text.detokenize`):
+    token_bytes    id -> the bytes it stands for, where text is exactly those bytes joined; else None
+    byte_values    id -> byte, for ids that stand for one byte each (byte fallback): neighbours make a character
+    byte_runs_cut  a run of such bytes may be decoded in parts, cut after a whole character
+    unknown_ids    ids below vocab_size that give no text because no token has them
+    looks_ahead    a token's text can depend on later tokens, or it isn't known that it does not
+    """
+
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    special_ids: frozenset[int]
+    cleans_up: bool = False
+    token_bytes: Callable[[int], bytes] | None = None
+    byte_values: Mapping[int, int] = {}
+    byte_runs_cut: bool = False
+    unknown_ids: frozenset[int] = frozenset()
+    looks_ahead: bool = False
+
+    def __init__(self, folder: Path, chat_templates: ChatTemplates) -> None:
+        self.folder = folder
+        self.chat_templates = chat_templates
+        self.middle_text: dict[int, str] = {}  # detokenizers of this tokenizer share what they learn
+
+    @abstractmethod
+    def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
+        """`encode` for text known to be valid Unicode."""
+
+    @abstractmethod
+    def decode_raw(self, ids: list[int]) -> str:
+        """All of `ids` as text, special tokens included, without the clean-up. Unknown ids give no text."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`; special tokens written in it are recognized.
+
+        `add_special_tokens` puts BOS (and whatever else the checkpoint asks for) around it. Raises ValueError for
+        what is not text.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"prompt: expected a string, found {type(text).__name__}; pass ids as prompt_token_ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"U+{ord(text[error.start]):04X} at character {error.start}"
+            raise ValueError(f"prompt: not valid Unicode ({where} is half of a surrogate pair); fix the text") from None
+        return self.encode_text(text, add_special_tokens)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`. Ids that the tokenizer doesn't know (a padded vocabulary) give no text.
+
+        Raises ValueError for a negative id.
+        """
+        kept = [int(i) for i in ids]
+        if kept and min(kept) < 0:
+            raise ValueError(f"token ids: {min(kept)} is negative; ids are 0 to {self.vocab_size - 1}")
+        if skip_special_tokens:
+            kept = [i for i in kept if i not in self.special_ids]
+        text = self.decode_raw(kept)
+        if self.cleans_up:
+            for old, new in CLEAN_UP:
+                text = text.replace(old, new)
+        return text
+
+    @cached_property
+    def anchor(self) -> tuple[int, str] | None:
+        """An id and its text, after which tokens read as they do anywhere inside a text. None if there isn't one."""
+        for token_id in range(self.vocab_size):
+            if token_id in self.byte_values or token_id in self.special_ids:
+                continue
+            text = self.decode_raw([token_id])
+            if text.strip() == text != "" and self.decode_raw([token_id, token_id]).startswith(text):
+                return token_id, text
+        return None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.chat_templates.templates)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **template_kwargs: Any,
+    ) -> str:
+        """The conversation as one prompt, by the checkpoint's chat template. See `ChatTemplates.render`."""
+        return self.chat_templates.render(messages, tools, add_generation_prompt, chat_template, **template_kwargs)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool = True,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """The ids of `chat_prompt(...)`. The template writes BOS itself, so none is added."""
+        prompt = self.chat_prompt(messages, tools, add_generation_prompt, **template_kwargs)
+        return self.encode(prompt, add_special_tokens=False)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a checkpoint folder.
+
+    `tokenizer.json` wins over `tokenizer.model`, and that over `vocab.json` with `merges.txt`. Raises
+    FileNotFoundError when none is there, ValueError when what is there can't be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the tokenizer's files")
+    has_json = (folder / "tokenizer.json").is_file()
+    has_bpe = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    if not has_json and (folder / "tokenizer.model").is_file():
+        from jaxinfer.text.spm import SentencePieceTokenizer
+
+        return SentencePieceTokenizer(TokenFiles(folder))
+    if has_json or has_bpe:
+        from jaxinfer.text.hf import HFTokenizer
+
+        return HFTokenizer(TokenFiles(folder))
+    raise FileNotFoundError(
+        f"{folder}: no tokenizer; looked for tokenizer.json, tokenizer.model, and vocab.json with merges.txt; "
+        "copy the checkpoint's tokenizer files there"
+    )
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises ValueError when the tokenizer has ids that a model with `vocab_size` rows of embedding lacks."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"{tokenizer.folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1} but config.json says "
+            f"vocab_size {vocab_size}; take the tokenizer and the weights from the same checkpoint"
+        )

@@ -1,0 +1,69 @@
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxinfer.text.stop import StopStrings
+
+letters = st.text("ab", max_size=30)
+stop_lists = st.lists(st.text("ab", min_size=1, max_size=4), max_size=4)
+
+
+def run(stops: StopStrings, pieces: list[str]) -> str:
+    out = ""
+    for piece in pieces:
+        out += stops.push(piece)
+        if stops.matched is not None:
+            break
+    return out + stops.finish()
+
+
+def expected(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
+    for end in range(1, len(text) + 1):
+        ends_here = [stop for stop in stops if text[:end].endswith(stop)]
+        if ends_here:
+            stop = max(ends_here, key=len)
+            return text[: end if include else end - len(stop)], stop
+    return text, None
+
+
+@given(letters, stop_lists, st.booleans(), st.lists(st.integers(0, 30), max_size=8))
+def test_every_cutting_gives_the_same(text: str, stops: list[str], include: bool, cuts: list[int]) -> None:
+    edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [text[a:b] for a, b in pairwise(edges)]
+    watcher = StopStrings(stops, include)
+    assert (run(watcher, pieces), watcher.matched) == expected(text, stops, include)
+
+
+def test_nothing_of_a_stop_string_leaks() -> None:
+    watcher = StopStrings(["\n\nUser:"])
+    assert [watcher.push(piece) for piece in ["hi\n", "\nUs", "a", "\n\n", "User", ":x"]] == [
+        "hi",
+        "",
+        "\n\nUsa",
+        "",
+        "",
+        "",
+    ]
+    assert watcher.matched == "\n\nUser:"
+    assert watcher.push("more") == ""
+    assert watcher.finish() == ""
+
+
+def test_held_text_comes_out_at_the_end() -> None:
+    watcher = StopStrings("END")
+    assert watcher.push("the EN") == "the "
+    assert watcher.finish() == "EN"
+    assert watcher.matched is None
+
+
+def test_no_stop_strings_hold_nothing() -> None:
+    watcher = StopStrings([])
+    assert watcher.push("abc") == "abc"
+
+
+@pytest.mark.parametrize("bad", [[""], ["a", ""], [3]])
+def test_bad_stop_strings(bad: list[str]) -> None:
+    with pytest.raises(ValueError, match="non-empty string"):
+        StopStrings(bad)
