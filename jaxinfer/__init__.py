@@ -1,1 +1,58 @@
-"""jaxinfer: TPU-first inference for large models, on JAX and XLA."""
+"""jaxinfer: TPU-first inference for large models, on JAX and XLA.
+
+    import jaxinfer
+    jaxinfer.generate("What is 27 + 45?")
+
+Everything is imported when it is first used, so that `import jaxinfer` is fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxinfer.api import chat, generate, stream, unload
+    from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from jaxinfer.llm import LLM
+    from jaxinfer.sampling.params import SamplingParams
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LLM": "jaxinfer.llm",
+    "SamplingParams": "jaxinfer.sampling.params",
+    "RequestOutput": "jaxinfer.engine.outputs",
+    "RequestMetrics": "jaxinfer.engine.outputs",
+    "CompletionOutput": "jaxinfer.engine.outputs",
+    "Logprob": "jaxinfer.engine.outputs",
+    "generate": "jaxinfer.api",
+    "stream": "jaxinfer.api",
+    "chat": "jaxinfer.api",
+    "unload": "jaxinfer.api",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "chat",
+    "generate",
+    "stream",
+    "unload",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'jaxinfer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

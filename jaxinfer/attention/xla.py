@@ -211,9 +211,7 @@ def _prefill(q: jax.Array, out: jax.Array, cache: LayerCache, batch: Batch, spec
         state = (jnp.full(flat, NEGATIVE, jnp.float32), jnp.zeros(flat, jnp.float32))
         stop = (base + count - 1) // size + 1
         start_block = _first_block(base, spec, size)
-        _, total, acc = lax.fori_loop(
-            start_block, stop, body, (*state, jnp.zeros((*flat, head_dim), jnp.float32))
-        )
+        _, total, acc = lax.fori_loop(start_block, stop, body, (*state, jnp.zeros((*flat, head_dim), jnp.float32)))
         result = (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
         result = result.reshape(kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
         # The tile may reach into the next row's tokens: leave those as they are.

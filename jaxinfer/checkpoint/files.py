@@ -3,7 +3,7 @@
 import json
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,13 @@ def short(value: object) -> str:
     """`value` on one line of bounded length: checkpoints may be hostile, messages are for people."""
     text = ascii(value)
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def some(names: Iterable[str], limit: int = 10) -> str:
+    """Up to `limit` names, hostile ones clipped, and how many more there are."""
+    names = [name if name.isprintable() and 0 < len(name) <= 120 else short(name) for name in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:

@@ -3,14 +3,13 @@
 import os
 import re
 import threading
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from jaxinfer.checkpoint.files import check_folder, read_json, short
+from jaxinfer.checkpoint.files import check_folder, read_json, some
 from jaxinfer.checkpoint.safetensors import SafetensorsFile, TensorInfo
 
 SINGLE = "model.safetensors"
@@ -99,7 +98,7 @@ class Checkpoint:
             if tensor not in held.get(self.folder / name, {tensor: None})
         ]
         return damaged + [
-            f"{what}: {_some(names)}"
+            f"{what}: {some(names)}"
             for what, names in [
                 (f"names in {INDEX} that are not *.safetensors files in the folder itself", outside),
                 ("missing files, which must be downloaded again", missing),
@@ -128,13 +127,13 @@ def _find(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     sets = {(part[1], int(part[3])) if part else (name, 1) for part, name in zip(parts, found, strict=True)}
     if len(sets) > 1:
         raise ValueError(
-            f"{folder}: several safetensors files ({_some(found)}) and no {INDEX} that says which ones are the model;"
+            f"{folder}: several safetensors files ({some(found)}) and no {INDEX} that says which ones are the model;"
             " download the index too, or leave only one complete set"
         )
     (_, size), *_ = sets
     if any(part and int(part[2]) != number for number, part in enumerate(parts, 1)) or len(found) != size:
         raise ValueError(
-            f"{folder}: no {INDEX}, and {_some(found)} is not a complete set of {size}; download the missing files"
+            f"{folder}: no {INDEX}, and {some(found)} is not a complete set of {size}; download the missing files"
         )
     return found, None
 
@@ -159,14 +158,8 @@ def _no_weights(folder: Path, names: list[str]) -> OSError | ValueError:
     source = f"{str(folder)!r}" + (f", gguf_file={gguf!r}" if gguf else "")
     why = "GGUF is not read" if gguf else "these formats (pickle above all, which can run code) are never read"
     return ValueError(
-        f"{folder}: no safetensors file, only {_some(foreign)}; {why}; convert it, where you trust it, with:"
+        f"{folder}: no safetensors file, only {some(foreign)}; {why}; convert it, where you trust it, with:"
         f' python -c "from transformers import AutoModelForCausalLM as M;'
         f" M.from_pretrained({source}).save_pretrained('NEW_FOLDER')\""
         " and copy the tokenizer's files to NEW_FOLDER"
     )
-
-
-def _some(names: Iterable[str], limit: int = 10) -> str:
-    names = [name if name.isprintable() and 0 < len(name) <= 120 else short(name) for name in names]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -103,17 +103,17 @@ class Runner:
             q_start[i + 1] = start = end
             kv_len[i] = past + count
         row[total:] = size - 1
-        batch = Batch(
-            tokens=tokens,
-            positions=positions,
-            row=row,
-            q_start=q_start,
-            kv_len=kv_len,
-            pages=self._pages(requests, size),
-            rows=np.array([len(schedule.decode), len(requests), len(requests)], np.int32),
-            logits_at=np.maximum(q_start[1:] - 1, 0),
-        )
-        arguments = (self.params, self.cache, batch, self._sampling(requests, size))
+        arrays: dict[str, Any] = {
+            "tokens": tokens,
+            "positions": positions,
+            "row": row,
+            "q_start": q_start,
+            "kv_len": kv_len,
+            "pages": self._pages(requests, size),
+            "rows": np.array([len(schedule.decode), len(requests), len(requests)], np.int32),
+            "logits_at": np.maximum(q_start[1:] - 1, 0),
+        }
+        arguments = (self.params, self.cache, Batch(**arrays), self._sampling(requests, size))
         sampled: Sampled
         sampled, self.cache = self._executable(self._step, ("step", length, size), arguments)(*arguments)
         return sampled

@@ -108,7 +108,7 @@ def make_decode(model: Model, max_steps: int) -> Decode:
             i, tokens, active, count, cache, out = state
             new, info, cache = advance(module, i, tokens, active, cache)
             out = jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, i, 0), out, (new, info))
-            count = count + active
+            count = count + active.astype(jnp.int32)
             active = active & ~stops(new, sampling) & (i + 1 < rows.limit)
             return i + 1, new, active, count, cache, out
 

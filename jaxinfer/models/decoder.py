@@ -156,7 +156,7 @@ class DecoderForCausalLM(nnx.Module):
         self.tied = config.tie_word_embeddings
 
     def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """Logits float32 `[N, V]` of the tokens in `batch.logits_at`, and the cache with this step's keys and values."""
+        """Logits float32 `[N, V]` of the tokens in `batch.logits_at`, and the cache with the new keys and values."""
         x, cache = self.model(batch, cache)
         x = self.model.norm(x[batch.logits_at])
         head = self.model.embed_tokens if self.tied else self.lm_head

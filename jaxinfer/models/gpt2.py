@@ -67,9 +67,7 @@ class GPT2Attention(nnx.Module):
         self.head_dim = config.head_dim
         self.spec = AttentionSpec(scale=config.scales[layer])
 
-    def __call__(
-        self, x: jax.Array, cache: LayerCache | None, batch: Batch
-    ) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(self, x: jax.Array, cache: LayerCache | None, batch: Batch) -> tuple[jax.Array, LayerCache | None]:
         q, k, v = (p(x).reshape(x.shape[0], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
         out, cache = attend(q, k, v, cache, batch, self.spec)
         return self.c_proj(out.reshape(x.shape)), cache
@@ -119,7 +117,7 @@ class GPT2ForCausalLM(nnx.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, axes=axes, dtype=dtype, rngs=rngs)
 
     def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """Logits float32 `[N, V]` of the tokens in `batch.logits_at`, and the cache with this step's keys and values."""
+        """Logits float32 `[N, V]` of the tokens in `batch.logits_at`, and the cache with the new keys and values."""
         model = self.transformer
         x = model.wte(batch.tokens) + model.wpe(batch.positions)
         new: list[LayerCache] = []

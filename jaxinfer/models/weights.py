@@ -27,7 +27,7 @@ class WeightMap:
 
     source: the tensor of a weight (itself by default).
     prefix: what all names of a checkpoint saved without its head lack.
-    ignored: patterns of tensors that checkpoints carry and the arithmetic does not need, matched in full, prefix or not.
+    ignored: patterns of tensors that checkpoints carry and the arithmetic does not need, matched in full.
     """
 
     source: Callable[[str], Source] = Source

@@ -39,7 +39,9 @@ def sample(logits: jax.Array, sampling: SamplingArrays, length: jax.Array) -> ja
         temperature = jnp.where(sampling.temperature > 0, sampling.temperature, jnp.float32(1))
         kept = _filter(logits / temperature[:, None], sampling)
         # Gumbel-max: argmax of logits plus Gumbel noise is a draw from their softmax.
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(sampling.seed, impl="threefry2x32"), length)
+        keys = jax.vmap(jax.random.fold_in)(
+            jax.random.wrap_key_data(jnp.asarray(sampling.seed), impl="threefry2x32"), length
+        )
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
         drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn, greedy)
@@ -104,7 +106,7 @@ def _filtered(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
     weights = jnp.exp(logits - top)
     mass = sampling.top_p * jnp.sum(weights, axis=-1)
     threshold = _threshold(
-        logits, sampling.top_p >= 1, lambda kept: jnp.sum(jnp.where(kept, weights, 0), axis=-1) >= mass
+        logits, jnp.asarray(sampling.top_p >= 1), lambda kept: jnp.sum(jnp.where(kept, weights, 0), axis=-1) >= mass
     )
     return jnp.where(_ordered(logits) >= threshold[:, None], logits, -jnp.inf)
 

@@ -1,0 +1,80 @@
+"""One call does it: `generate`, `stream`, `chat` on a model that stays loaded for the next call."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
+
+from jaxinfer.demo import MODEL_DIR
+from jaxinfer.llm import LLM, Message, Prompt, is_single_prompt
+from jaxinfer.sampling.params import SamplingParams
+
+DEFAULT_MAX_TOKENS = 256  # a notebook wants an answer, not vLLM's 16 tokens
+
+_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
+# Sampling and LLM both have a seed: here it is the request's.
+_LOADING = set(inspect.signature(LLM).parameters) - {"model"} - _SAMPLING
+
+_loaded: tuple[tuple[Any, ...], LLM] | None = None
+
+
+@overload
+def generate(prompts: str, model: str | os.PathLike[str] | None = None, **options: Any) -> str: ...
+@overload
+def generate(prompts: Sequence[str], model: str | os.PathLike[str] | None = None, **options: Any) -> list[str]: ...
+def generate(prompts: Any, model: str | os.PathLike[str] | None = None, **options: Any) -> str | list[str]:
+    """The continuation of a prompt, or of each of a list of prompts, in input order.
+
+    model: a folder or hub id; None is the small model that ships with the package. It stays loaded for the next call
+    with the same model and options; another one takes its place, so there is one in memory at a time.
+    options: those of SamplingParams (max_tokens, here 256 unless given, temperature, top_p, seed, stop, ...; what is
+    not given is as the checkpoint's generation_config.json says) and of LLM (dtype, max_model_len, ...).
+    Raises ValueError or OSError with one line: what is wrong, where, what to do.
+    """
+    llm, params = _prepare(model, options)
+    texts = [output.outputs[0].text for output in llm.generate(prompts, params)]
+    return texts[0] if is_single_prompt(prompts) else texts
+
+
+def stream(prompt: Prompt, model: str | os.PathLike[str] | None = None, **options: Any) -> Iterator[str]:
+    """The continuation of a prompt in pieces as they come; options as for `generate`."""
+    llm, params = _prepare(model, options)
+    return llm.stream(prompt, params)
+
+
+def chat(messages: Sequence[Message], model: str | os.PathLike[str] | None = None, **options: Any) -> str:
+    """The answer to a conversation, a list of `{"role": ..., "content": ...}`, through the checkpoint's chat template.
+
+    Options as for `generate`, and `tools`, a list of functions or JSON schemas.
+    """
+    tools = options.pop("tools", None)
+    llm, params = _prepare(model, options)
+    return llm.chat(messages, params, tools=tools)[0].outputs[0].text
+
+
+def unload() -> None:
+    """Frees the model that `generate`, `stream` and `chat` keep loaded."""
+    global _loaded
+    if _loaded is not None:
+        _loaded[1].close()
+        _loaded = None
+
+
+def _prepare(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> tuple[LLM, SamplingParams]:
+    """Checks all options before anything is loaded."""
+    sampling = {"max_tokens": DEFAULT_MAX_TOKENS} | {k: v for k, v in options.items() if k not in _LOADING}
+    SamplingParams(**sampling)
+    llm = _load(MODEL_DIR if model is None else model, {k: v for k, v in options.items() if k in _LOADING})
+    return llm, dataclasses.replace(llm.get_default_sampling_params(), **sampling)
+
+
+def _load(model: str | os.PathLike[str], options: dict[str, Any]) -> LLM:
+    global _loaded
+    key = (os.fspath(model), *sorted(options.items(), key=lambda item: item[0]))
+    if _loaded is None or _loaded[0] != key:
+        unload()
+        _loaded = (key, LLM(model, **options))
+    return _loaded[1]

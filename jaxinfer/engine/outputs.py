@@ -1,0 +1,51 @@
+"""What comes back for a prompt. Names are vLLM's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxinfer.engine.request import FinishReason
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural logarithm of a token's probability, its rank among all tokens (1 is the likeliest), its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One continuation. finish_reason: "stop" (an EOS or stop id, or a stop string; which one is in stop_reason:
+    None for EOS) or "length". logprobs: one dict a token, by token id, the sampled token always among them."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None = None
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Seconds. time_to_first_token counts from when the request was added, waiting and compiling included."""
+
+    time_to_first_token: float
+    total: float
+    preemptions: int
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt (None where ids were given) with its continuations."""
+
+    request_id: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics

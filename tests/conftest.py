@@ -1,0 +1,24 @@
+"""Hostile defaults for all tests: 8 fake CPU devices, strict dtype promotion, warnings are errors (pyproject.toml)."""
+
+import os
+import tempfile
+
+# Before JAX is imported anywhere. Programs that tests compile are kept for the session, not in the user's folder.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("JAXINFER_CACHE_DIR", tempfile.mkdtemp(prefix="jaxinfer-test-programs-"))
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory):
+    """Makes (once) and finds the tiny checkpoints of `tests/checkpoints.py`."""
+    from tests.checkpoints import Checkpoints
+
+    kept = os.environ.get("JAXINFER_TEST_CHECKPOINTS")
+    return Checkpoints(kept or tmp_path_factory.mktemp("checkpoints"))

@@ -1,0 +1,36 @@
+"""Every architecture and every config variant against transformers, in float32."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.attention import Batch
+from jaxinfer.models.registry import REGISTRY
+from tests.checkpoints import NEW_TOKENS, VARIANTS, same_tokens
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+
+
+def test_every_architecture_has_a_variant():
+    assert {name.split("-")[0] for name in VARIANTS} == set(REGISTRY)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_matches_transformers(checkpoints, name):
+    reference = checkpoints(name)
+    # Prompts longer than 32 tokens are prefilled in pieces, beside rows that already decode.
+    with LLM(reference.folder, max_num_batched_tokens=32, max_num_seqs=4) as llm:
+        prompt = reference.prompts[-1]
+        batch = Batch.of_sequences([prompt])
+        params = llm._engine.runner.params
+        logits, _ = jax.jit(lambda params, batch: llm.model.bind(params)(batch, None))(params, batch)
+        error = np.abs(np.asarray(logits) - reference.logits).max() / np.abs(reference.logits).max()
+        assert error < 1e-4
+
+        together = llm.generate([{"prompt_token_ids": p} for p in reference.prompts], GREEDY)
+        (alone,) = llm.generate(reference.prompts[1], GREEDY)
+        for output, expected, gaps in zip(together, reference.greedy, reference.gaps, strict=True):
+            assert same_tokens(output.outputs[0].token_ids, expected, gaps)
+            assert output.outputs[0].finish_reason == "length"
+        assert same_tokens(alone.outputs[0].token_ids, reference.greedy[1], reference.gaps[1])
