@@ -1,0 +1,290 @@
+"""Trains the demo model from nothing: `python -m jaxinfer.demo.train --output DIR`.
+
+The same seed gives the same data and the same initial weights. Needs optax (`pip install 'jaxinfer[train]'`).
+The matrices learn with Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon/), which here gets as far as
+Adam does in several times as many steps; norms and the embedding learn with Adam.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import queue
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from jaxinfer.attention import Batch
+from jaxinfer.demo import evaluate
+from jaxinfer.demo.families import FAMILIES, Question
+from jaxinfer.demo.questions import training_questions
+from jaxinfer.demo.tokenizer import BOS_ID, EOS_ID, build_tokenizer, load_tokenizer
+from jaxinfer.models.model import Model, Params
+
+T = TypeVar("T")
+
+STEPS = 12_000
+ROWS, ROW_LENGTH = 24, 96  # a step's batch: rows that hold several whole examples each
+LEARNING_RATE = 0.01
+WARM_UP = 200
+
+ARCHITECTURE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+}
+GENERATION_CONFIG = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "do_sample": False, "max_new_tokens": 64}
+
+# What precedes the last question is left out: the model was trained on single questions.
+CHAT_TEMPLATE = """\
+{%- set last = namespace(index=0) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{%- set last.index = loop.index0 -%}
+{%- endif -%}
+{%- endfor -%}
+{%- for message in messages[last.index:] -%}
+{%- if message['role'] == 'user' -%}
+{{- bos_token + message['content'] | trim -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- ' ' + message['content'] | trim + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def config(vocab_size: int, architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's config.json."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        **architecture,
+        "hidden_act": "silu",
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.02,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "dtype": "bfloat16",
+    }
+
+
+def tokenizer_for_families() -> bytes:
+    """The serialized tokenizer: it knows the words that the families use."""
+    rng = Random("tokenizer")
+    sentences = []
+    for sample in FAMILIES.values():
+        for question in (sample(rng) for _ in range(2000)):
+            sentences += [question.text, question.answer]
+    return build_tokenizer(sentences)
+
+
+class TrainingBatch(NamedTuple):
+    """Rows of S tokens for a vmapped forward: the batch, the next tokens i32[rows, S], their losses' weights."""
+
+    batch: Batch
+    targets: np.ndarray
+    weights: np.ndarray
+
+
+# Batches ------------------------------------------------------------------------------------------------------------
+
+
+def batches(tokenizer: SentencePieceProcessor, seed: int) -> Iterator[TrainingBatch]:
+    """Endless training batches.
+
+    A row packs whole examples `<s> question answer </s>`; each sees only itself, from position 0 on. Only the answers
+    and their ends have weight.
+    """
+    questions = training_questions(seed)
+    waiting: list[tuple[list[int], int]] = []
+    constant: dict[str, Any] = {
+        "q_start": np.full((ROWS, 2), (0, ROW_LENGTH), np.int32),
+        "kv_len": np.full((ROWS, 1), ROW_LENGTH, np.int32),
+        "pages": np.zeros((ROWS, 1, 1), np.int32),
+        "rows": np.full((ROWS, 3), (0, 1, 1), np.int32),
+        "logits_at": np.tile(np.arange(ROW_LENGTH, dtype=np.int32), (ROWS, 1)),
+    }
+    while True:
+        if len(waiting) < 8 * ROWS:
+            waiting += _examples(tokenizer, list(itertools.islice(questions, 32 * ROWS)))
+        packed = [_pack_row(waiting) for _ in range(ROWS)]
+        tokens, positions, row, targets, weights = map(np.stack, zip(*packed, strict=True))
+        per_token: dict[str, Any] = {"tokens": tokens, "positions": positions, "row": row}
+        yield TrainingBatch(Batch(**per_token, **constant), targets, weights)
+
+
+def _examples(tokenizer: SentencePieceProcessor, questions: Sequence[Question]) -> list[tuple[list[int], int]]:
+    """Tokens of each example and how many of them are given, not answered."""
+    # The answer is encoded by itself, so that it starts with a space after whatever ends the question.
+    texts = tokenizer.encode([question.text for question in questions])
+    answers = tokenizer.encode([question.answer for question in questions])
+    return [([BOS_ID, *text, *answer, EOS_ID], 1 + len(text)) for text, answer in zip(texts, answers, strict=True)]
+
+
+def _pack_row(waiting: list[tuple[list[int], int]]) -> tuple[np.ndarray, ...]:
+    """Takes the first examples out of `waiting` that fit in a row: its tokens, positions, row, targets, weights."""
+    tokens, positions, row, targets = (np.zeros(ROW_LENGTH, np.int32) for _ in range(4))
+    weights = np.zeros(ROW_LENGTH, np.float32)
+    start, index = 0, 0
+    while index < len(waiting):
+        example, given = waiting[index]
+        count = len(example) - 1  # the last token is only a target
+        if start + count > ROW_LENGTH:
+            index += 1
+            continue
+        del waiting[index]
+        here = slice(start, start + count)
+        tokens[here], targets[here] = example[:-1], example[1:]
+        positions[here] = np.arange(count)
+        weights[start + given - 1 : start + count] = 1
+        row[here] = start  # any number that tells the examples apart
+        start += count
+    row[start:] = ROW_LENGTH
+    return tokens, positions, row, targets, weights
+
+
+def _ahead(items: Iterator[T], size: int = 8) -> Iterator[T]:
+    """The same items, made by a thread while the device is busy."""
+    made: queue.Queue[T] = queue.Queue(size)
+
+    def make() -> None:
+        for item in items:
+            made.put(item)
+
+    threading.Thread(target=make, daemon=True).start()
+    while True:
+        yield made.get()
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def train(model: Model, data: Iterator[TrainingBatch], steps: int, seed: int) -> Params:
+    """The parameters after `steps` steps on `data`; prints how it goes to stderr."""
+    import optax
+    from optax.contrib import MuonDimensionNumbers, muon
+
+    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, min(WARM_UP, steps // 2), steps, 0.0)
+    # Weights are [out, in]. The embedding is a table and not a product's matrix: Adam's, as are the norms.
+    by_muon = {
+        name: MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+        if len(shape.shape) == 2 and "embed" not in name
+        else None
+        for name, shape in model.abstract.items()
+    }
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), muon(schedule, weight_decay=0.05, muon_weight_dimension_numbers=by_muon)
+    )
+
+    def loss(params: Params, batch: Batch, targets: jax.Array, weights: jax.Array) -> jax.Array:
+        module = model.bind(params)
+        logits = jax.vmap(lambda row: module(row, None)[0])(batch)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.sum(losses * weights) / jnp.sum(weights)
+
+    def step(params: Params, state: Any, *data: Any) -> tuple[Params, Any, jax.Array]:
+        value, gradient = jax.value_and_grad(loss)(params, *data)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    # optax mixes dtypes in its schedules: standard promotion, whatever the caller has set.
+    with jax.numpy_dtype_promotion("standard"):
+        params = model.random_params(seed)
+        state = jax.jit(optimizer.init)(params)
+        compiled = jax.jit(step, donate_argnums=(0, 1))
+        began, losses = time.monotonic(), []
+        for done, (batch, targets, weights) in enumerate(itertools.islice(_ahead(data), steps), 1):
+            params, state, value = compiled(params, state, batch, targets, weights)
+            losses.append(value)
+            if done % 100 == 0 or done == steps:
+                mean = float(np.mean(jax.device_get(losses)))
+                left = (time.monotonic() - began) / done * (steps - done)
+                print(f"step {done} of {steps}: loss {mean:.4f}, {left:.0f} s left", file=sys.stderr, flush=True)
+                losses = []
+    return params
+
+
+def save(folder: Path, params: Mapping[str, jax.Array], settings: Mapping[str, Any], tokenizer: bytes) -> None:
+    """Writes the model in Hugging Face's format: all of it or, if that fails, nothing."""
+    from safetensors.numpy import save_file
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        inside = Path(temporary) / folder.name
+        inside.mkdir()
+        tensors = {name: np.asarray(value).astype(ml_dtypes.bfloat16) for name, value in params.items()}
+        save_file(tensors, inside / "model.safetensors", metadata={"format": "pt"})
+        (inside / "tokenizer.model").write_bytes(tokenizer)
+        (inside / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+        _write_json(inside / "config.json", settings)
+        _write_json(inside / "tokenizer_config.json", TOKENIZER_CONFIG)
+        _write_json(inside / "generation_config.json", GENERATION_CONFIG)
+        inside.rename(folder)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def make(folder: Path, steps: int, seed: int, architecture: Mapping[str, Any]) -> None:
+    """Trains a model from nothing and saves it in the new folder `folder`."""
+    serialized = tokenizer_for_families()
+    tokenizer = load_tokenizer(serialized)
+    settings = config(tokenizer.vocab_size(), architecture)
+    model = Model.from_config(settings, "float32")
+    params = train(model, batches(tokenizer, seed), steps, seed)
+    save(folder, params, settings, serialized)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m jaxinfer.demo.train", description="Trains the demo model.")
+    parser.add_argument("--output", type=Path, default=Path("demo-model"), help="new folder for the model")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.output.exists():
+        parser.error(f"--output: {options.output} exists already; name a new folder")
+    if options.steps < 1:
+        parser.error(f"--steps: {options.steps} is not a number of steps; give at least 1")
+    try:
+        import optax  # noqa: F401
+    except ImportError:
+        parser.error("training needs optax, which is not installed: pip install 'jaxinfer[train]'")
+    make(options.output, options.steps, options.seed, ARCHITECTURE)
+    print(f"saved in {options.output}", file=sys.stderr)
+    evaluate.main(["--model", str(options.output)])
+
+
+if __name__ == "__main__":
+    main()
