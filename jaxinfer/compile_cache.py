@@ -16,7 +16,7 @@ def enable_compile_cache() -> None:
     import jax
     import platformdirs
 
-    named = os.environ.get(VARIABLE) or jax.config.read("jax_compilation_cache_dir")
+    named = os.environ.get(VARIABLE) or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if named == "off":
         return
     folder = Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("jaxinfer")) / "programs"

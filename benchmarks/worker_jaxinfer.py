@@ -1,0 +1,22 @@
+"""Worker of vs_transformers.py: jaxinfer. Arguments: folder, dtype."""
+
+import sys
+import time
+
+from peers import peak_bytes, serve
+
+from jaxinfer import LLM, SamplingParams
+
+llm = LLM(sys.argv[1], dtype=sys.argv[2], max_num_seqs=16)
+
+
+def answer(prompts: list[list[int]], new_tokens: int) -> dict[str, object]:
+    params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    start = time.perf_counter()
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "tokens": [o.outputs[0].token_ids for o in outputs], "peak": peak_bytes()}
+
+
+weights = sum(a.size * a.dtype.itemsize for a in llm.model.abstract.values())
+serve({"weights": weights, "cache": llm.sizes.bytes, "load_seconds": llm.load_seconds}, answer)
