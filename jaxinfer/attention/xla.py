@@ -97,18 +97,23 @@ def _attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec:
     return out.transpose(2, 0, 1, 3).reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
-def _key_blocks(cache: LayerCache, pages: jax.Array, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of block `block[w]` of row `row[w]`: each `[W * K, KEY_BLOCK, d]`."""
+def _key_blocks(cache: LayerCache, batch: Batch, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of block `block[w]` of row `row[w]`: each `[W * K, KEY_BLOCK, d]`.
+
+    Values beyond the row's length are zeros: those slots hold what somebody else left, and 0 * NaN would be NaN.
+    """
     _, kv_heads, page_size, head_dim = cache.k.shape
-    width, table = row.shape[0], pages.shape[1]
+    width, table = row.shape[0], batch.pages.shape[1]
     size, pages_a_block = _block_sizes(page_size)
     index = block[:, None] * pages_a_block + jnp.arange(pages_a_block, dtype=jnp.int32)
-    ids = pages[row[:, None], jnp.minimum(index, table - 1)]
+    ids = batch.pages[row[:, None], jnp.minimum(index, table - 1)]
 
     def gather(pool: jax.Array) -> jax.Array:
         return jnp.swapaxes(pool.at[ids].get(mode="promise_in_bounds"), 1, 2).reshape(width * kv_heads, size, head_dim)
 
-    return gather(cache.k), gather(cache.v)
+    position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
+    own = jnp.repeat(position < batch.kv_len[row][:, None], kv_heads, axis=0)[..., None]
+    return gather(cache.k), jnp.where(own, gather(cache.v), jnp.zeros((), cache.v.dtype))
 
 
 def _block_sizes(page_size: int) -> tuple[int, int]:
@@ -142,7 +147,7 @@ def _decode(q: jax.Array, cache: LayerCache, batch: Batch, spec: AttentionSpec) 
         row = jnp.minimum(jnp.sum(item[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), rows - 1)
         live = item < ends[-1]
         block = jnp.where(live, item - (ends - blocks)[row] + first[row], 0)
-        keys, values = _key_blocks(cache, batch.pages, row, block)
+        keys, values = _key_blocks(cache, batch, row, block)
         queries = flat[row].reshape(rows * kv_heads, group, head_dim)
         scores = _dot(queries, keys, (2, 2)) * spec.scale
         position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
@@ -158,10 +163,13 @@ def _decode(q: jax.Array, cache: LayerCache, batch: Batch, spec: AttentionSpec) 
         new_top = jnp.maximum(top, jnp.max(jnp.where(own[..., None], item_top[None], NEGATIVE), axis=1))
         keep = jnp.exp(top - new_top)
         weight = jnp.where(live[:, None], jnp.exp(item_top - new_top[row]), 0)
-        combine = own.astype(jnp.float32)
-        item_out = (item_out * weight[..., None]).reshape(rows, -1)
-        total = total * keep + jnp.dot(combine, item_total * weight, precision=lax.Precision.HIGHEST)
-        added = jnp.dot(combine, item_out, precision=lax.Precision.HIGHEST).reshape(out.shape)
+        # A NaN or infinity stays in its own row: in the product, 0 * NaN would give it to all rows.
+        item_out = item_out * weight[..., None]
+        finite = jnp.isfinite(item_out)
+        item_total = jnp.where(jnp.all(finite, axis=-1), item_total * weight, jnp.nan)
+        item_out = jnp.where(finite, item_out, 0).reshape(rows, -1)
+        total = total * keep + jnp.sum(jnp.where(own[..., None], item_total[None], 0), axis=1)
+        added = jnp.dot(own.astype(jnp.float32), item_out, precision=lax.Precision.HIGHEST).reshape(out.shape)
         return new_top, total, out * keep[..., None] + added
 
     state = (
@@ -196,7 +204,7 @@ def _prefill(q: jax.Array, out: jax.Array, cache: LayerCache, batch: Batch, spec
 
         def body(block: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             top, total, acc = state
-            keys, values = _key_blocks(cache, batch.pages, row[None], block[None])
+            keys, values = _key_blocks(cache, batch, row[None], block[None])
             scores = (_dot(queries, keys, (2, 2)) * spec.scale).reshape(kv_heads, group, tile, size)
             seen = _mask(position[:, None], block * size + jnp.arange(size, dtype=jnp.int32), spec)
             scores = jnp.where(seen, scores, NEGATIVE).reshape(kv_heads, -1, size)
