@@ -10,9 +10,7 @@ from typing import Any, overload
 
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.llm import LLM, Message, Prompt, is_single_prompt
-from jaxinfer.sampling.params import SamplingParams
-
-DEFAULT_MAX_TOKENS = 256  # a notebook wants an answer, not vLLM's 16 tokens
+from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
 # Sampling and LLM both have a seed: here it is the request's.

@@ -187,6 +187,14 @@ class LLM:
         all, or one each; None takes `get_default_sampling_params()`. Raises ValueError for a prompt that can't be
         served, before anything runs.
         """
+        return list(self.generate_iter(prompts, sampling_params))
+
+    def generate_iter(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """What `generate` returns, one by one: each as soon as it and those before it are done."""
         engine = self._open_engine()
         listed = _prompt_list(prompts)
         if sampling_params is None:
@@ -199,12 +207,13 @@ class LLM:
             for i, (prompt, each) in enumerate(zip(listed, params, strict=True)):
                 where = f"prompt {i}: " if len(listed) > 1 else ""
                 generations.append(self._add(prompt, each, where))
-            while any(g.request.finish_reason is None for g in generations):
-                engine.step()
+            for generation in generations:
+                while generation.request.finish_reason is None:
+                    engine.step()
+                yield generation.output()
         finally:
             for generation in generations:  # those still running: an error or Ctrl-C must not leave rows behind
                 engine.abort(generation)
-        return [generation.output() for generation in generations]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The text of one prompt in pieces, as it comes: whole characters, in all exactly `generate`'s text."""
@@ -218,10 +227,15 @@ class LLM:
         generation = self._add(prompt, sampling_params or self.get_default_sampling_params(), "")
 
         def pieces() -> Iterator[tuple[str, RequestOutput]]:
+            request = generation.request
+            finished, seen = False, len(request.tokens)
             try:
-                while generation.request.finish_reason is None:
-                    if generation in engine.step(STREAM_SECONDS):
-                        yield generation.take_text(), generation.output()
+                while not finished:
+                    # Other calls step the engine too, and may have brought this request on, to its end even.
+                    while request.finish_reason is None and len(request.tokens) == seen:
+                        engine.step(STREAM_SECONDS)
+                    finished, seen = request.finish_reason is not None, len(request.tokens)
+                    yield generation.take_text(), generation.output()
             finally:
                 engine.abort(generation)
 

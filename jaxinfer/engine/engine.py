@@ -58,6 +58,7 @@ class Engine:
         self._next_id = 0
         self._generations: dict[int, Generation] = {}
         self._step_seconds = 0.0  # of one decoding step, lately
+        self._in_step = False
 
     def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None) -> Generation:
         """Queues a request. Raises ValueError for ids, a length or stop ids that can't be served."""
@@ -100,6 +101,15 @@ class Engine:
 
     def step(self, max_seconds: float | None = None) -> list[Generation]:
         """One device call; returns the generations that got tokens. `max_seconds` bounds a decoding call, roughly."""
+        if self._in_step:  # Ctrl-C (in a notebook, say) broke the last one off, anywhere: what it left can't be trusted
+            self.runner.recover()
+            self.scheduler.restart([generation.request for generation in self._generations.values()])
+        self._in_step = True
+        touched = self._step(max_seconds)
+        self._in_step = False
+        return touched
+
+    def _step(self, max_seconds: float | None) -> list[Generation]:
         steps = self.runner.max_steps
         if any(request.params.stop_strings for request in self.scheduler.running):
             steps = min(steps, STOP_STRING_STEPS)

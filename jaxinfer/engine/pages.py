@@ -11,7 +11,11 @@ class PageAllocator:
             raise ValueError(f"num_pages is {num_pages}: it must be at least 2, as page 0 is reserved")
         self.page_size = page_size
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, 0, -1))
+        self.reset()
+
+    def reset(self) -> None:
+        """Takes all pages back, whoever holds them."""
+        self._free = list(range(self.num_pages - 1, 0, -1))
 
     @property
     def free_count(self) -> int:

@@ -59,9 +59,9 @@ class Runner:
         dtype = next(iter(model.abstract.values())).dtype
         shapes = cache_shapes(config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
         # Compiled, not eager: one zero-filled pool, no temporaries.
-        zeros = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes))
+        self._zeros = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes))
         with jax.default_device(device):
-            self.cache = zeros()
+            self.cache = self._zeros()
         self._step = jax.jit(make_step(model), donate_argnums=1)
         self._decode = jax.jit(make_decode(model, max_steps), donate_argnums=1)
         self._executables: dict[tuple[str, int, int], Any] = {}
@@ -75,6 +75,12 @@ class Runner:
         wanted = any(request.params.logprobs is not None for request in schedule.requests)
         tokens, count, info = jax.device_get((sampled.tokens, sampled.count, sampled.logprobs if wanted else None))
         return Rows(tokens, count, info)
+
+    def recover(self) -> None:
+        """After a broken-off call (Ctrl-C): the cache was donated to it, and its result may never have arrived."""
+        if any(array.is_deleted() for array in jax.tree.leaves(self.cache)):
+            with jax.default_device(self.device):
+                self.cache = self._zeros()
 
     def close(self) -> None:
         """Frees the device's memory now instead of when the last reference goes."""
@@ -145,6 +151,8 @@ class Runner:
             self.compile_seconds += time.perf_counter() - start
             self.compilations += 1
             self._executables[key] = found
+            if self.on_compile is not None:
+                self.on_compile("generating")
         return found
 
     def _pages(self, requests: Sequence[Request], size: int) -> np.ndarray:

@@ -8,6 +8,7 @@ its pages back and is computed again later; its tokens so far are kept, so the o
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxinfer.engine.pages import PageAllocator
@@ -80,6 +81,17 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
         self.pages.release(request.pages)
+
+    def restart(self, requests: Iterable[Request]) -> None:
+        """Begins anew with these requests and an empty cache, after a call that was broken off in the middle.
+
+        Their tokens so far are kept, so their outputs are the same.
+        """
+        self.pages.reset()
+        self.running, self.waiting = [], deque(requests)
+        for request in self.waiting:
+            request.pages.clear()
+            request.computed = 0
 
     def _chunk(self, schedule: Schedule, request: Request, budget: int) -> int:
         count = min(budget, request.pending)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+DEFAULT_MAX_TOKENS = 256  # of jaxinfer.generate and the command line: people want an answer, not vLLM's 16 tokens
 MAX_LOGPROBS = 20
 MAX_STOP_IDS = 8  # a row's stop ids are a bounded array on the device
 GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM

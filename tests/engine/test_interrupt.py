@@ -1,0 +1,59 @@
+"""Ctrl-C in the middle of a step, as in a notebook: the next call must find everything in order."""
+
+import pytest
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.engine.generation import Generation
+from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.scheduler import Scheduler
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoints):
+    with LLM(checkpoints("llama").folder, max_num_seqs=4) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def expected(llm):
+    return [output.outputs[0].text for output in llm.generate(["one", "two"], GREEDY)]
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (Runner, "_run_step"),
+        (Runner, "_run_decode"),
+        (Runner, "_executable"),
+        (Scheduler, "schedule"),
+        (Generation, "accept"),
+    ],
+)
+def test_an_interrupted_step_leaves_nothing_behind(llm, expected, monkeypatch, owner, method):
+    """The method does its work, and its result is lost."""
+    stream = llm.stream_output("two", GREEDY)  # a second one, in the middle of its text
+    pieces = [next(stream)[0], next(stream)[0]]
+    original = getattr(owner, method)
+
+    def broken_off(*arguments):
+        result = original(*arguments)
+        if method == "_executable":  # the program runs, and its results, the cache among them, never arrive
+            return lambda *inputs: (result(*inputs), interrupt())
+        return interrupt()
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, method, broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["one"], GREEDY)
+    monkeypatch.undo()
+    assert [output.outputs[0].text for output in llm.generate(["one", "two"], GREEDY)] == expected
+    if method != "accept":  # its token is taken, its text is not
+        assert "".join([*pieces, *(piece for piece, _ in stream)]) == expected[1]
+    stream.close()
+    pages = llm._engine.scheduler.pages
+    assert pages.free_count == pages.num_pages - 1
+    assert not llm._engine.scheduler.running
