@@ -1,16 +1,21 @@
-"""The loop: schedule, run, take the tokens in."""
+"""The loop: schedule a call, give it to the device, take in the tokens of the call before it meanwhile."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from jaxinfer.engine.generation import Generation
+from jaxinfer.engine.bad_words import BadWords
+from jaxinfer.engine.generation import Generation, Group
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner import Runner
-from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.runner import Launched, Runner
+from jaxinfer.engine.scheduler import Schedule, Scheduler
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
+from jaxinfer.sampling.slots import Masks
 from jaxinfer.text.tokenizer import Tokenizer
 
 STOP_STRING_STEPS = 8  # rows with stop strings are looked at on the host this often: what comes after one is wasted
@@ -18,13 +23,24 @@ STOP_STRING_STEPS = 8  # rows with stop strings are looked at on the host this o
 
 @dataclass
 class EngineStats:
-    """Tokens and seconds of device calls, without compilation. A mixed call's decoding rows count as prefill."""
+    """Since loading. Tokens and seconds of device calls are without compilation; a mixed call's decoding rows count as
+    prefill. hit_tokens of the queried_tokens of prompts were in the prefix cache."""
 
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_total: int = 0
+    calls: int = 0
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    step_seconds: float = 0.0  # of one decoding step, lately
+    queried_tokens: int = 0
+    hit_tokens: int = 0
     preemptions: int = 0
+    finished: int = 0
+    aborted: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -33,6 +49,18 @@ class EngineStats:
     @property
     def decode_tokens_per_second(self) -> float:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hit_tokens / self.queried_tokens if self.queried_tokens else 0.0
+
+
+class Call(NamedTuple):
+    """A call that the device has and the host has not taken in yet."""
+
+    schedule: Schedule
+    launched: Launched
+    start: float
 
 
 class Engine:
@@ -53,107 +81,195 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_model_len = max_model_len
-        self.stats = EngineStats()
+        self._stats = EngineStats()
         self._seed = seed
         self._next_id = 0
         self._generations: dict[int, Generation] = {}
-        self._step_seconds = 0.0  # of one decoding step, lately
+        self._followers: dict[int, list[Request]] = {}  # of a prompt's first continuation: those that wait for it
+        self._bad_words: dict[int, BadWords] = {}
+        self._in_flight: deque[Call] = deque()
+        self._arrived = 0.0  # when the last call's tokens did
         self._in_step = False
 
-    def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None) -> Generation:
-        """Queues a request. Raises ValueError for ids, a length or stop ids that can't be served."""
+    @property
+    def stats(self) -> EngineStats:
+        """A snapshot."""
+        pages = self.scheduler.pages
+        return dataclasses.replace(
+            self._stats,
+            running=len(self.scheduler.running),
+            waiting=self.scheduler.waiting_count + sum(map(len, self._followers.values())),
+            pages_used=pages.num_pages - 1 - pages.free_count,
+            pages_total=pages.num_pages - 1,
+        )
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is asked for any more."""
+        return not self._generations
+
+    def add(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None, priority: int = 0
+    ) -> Group:
+        """Queues a prompt. Raises ValueError for ids, a length or parameters that can't be served."""
         length = len(prompt_token_ids)
-        vocab = self.runner.model.config.vocab_size
+        self._check_ids("the prompt", prompt_token_ids)
         if not length:
             raise ValueError("the prompt is empty: give at least one token")
-        for i in prompt_token_ids:
-            if not 0 <= i < vocab:
-                raise ValueError(f"the prompt has token id {i}: the model's ids go from 0 to {vocab - 1}")
         if length >= self.max_model_len:
             raise ValueError(
                 f"the prompt has {length} tokens: with max_model_len {self.max_model_len} it may have at most "
                 f"{self.max_model_len - 1}; shorten it or raise max_model_len"
             )
-        stop_ids = tuple(
-            dict.fromkeys([*(() if params.ignore_eos else self.eos_token_ids), *(params.stop_token_ids or ())])
-        )
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self._check_ids(f"sampling parameter {name}", getattr(params, name) or ())
+        eos = () if params.ignore_eos else self.eos_token_ids
+        stop_ids = tuple(dict.fromkeys([*eos, *(params.stop_token_ids or ())]))
         if len(stop_ids) > MAX_STOP_IDS:
             raise ValueError(
                 f"stop_token_ids {list(params.stop_token_ids or ())} and the checkpoint's EOS ids are {len(stop_ids)} "
                 f"ids: at most {MAX_STOP_IDS} are supported; use stop strings for the rest"
             )
+        bad_words = BadWords(params.bad_words, self.tokenizer) if params.bad_words else None
         limit = self.max_model_len if params.max_tokens is None else length + params.max_tokens
-        request = Request(
-            id=self._next_id,
-            prompt_length=length,
-            tokens=list(prompt_token_ids),
-            params=params,
-            # Unseeded requests of one LLM differ from each other and are the same in the next run of the program.
-            seed=params.seed if params.seed is not None else (self._seed << 32) + self._next_id,
-            stop_ids=stop_ids,
-            limit=min(limit, self.max_model_len),
-        )
-        self.scheduler.add(request)
-        self._next_id += 1
-        generation = Generation(request, prompt, self.tokenizer)
-        self._generations[request.id] = generation
-        return generation
+        members = []
+        for index in range(params.n):
+            request = Request(
+                id=self._next_id + index,
+                prompt_length=length,
+                tokens=list(prompt_token_ids),
+                params=params,
+                # Unseeded requests of one LLM differ from each other and are the same in the program's next run.
+                seed=(self._seed << 32) + self._next_id + index if params.seed is None else params.seed + index,
+                stop_ids=stop_ids,
+                limit=min(limit, self.max_model_len),
+                priority=priority,
+            )
+            if index == 0:
+                self.scheduler.add(request)
+            members.append(Generation(request, self.tokenizer, index))
+        first = members[0].request
+        for member in members:
+            self._generations[member.request.id] = member
+            if bad_words is not None:
+                self._bad_words[member.request.id] = bad_words
+        if len(members) > 1:
+            # The others find the prompt's pages in the prefix cache once the first one has computed them.
+            self._followers[first.id] = [member.request for member in members[1:]]
+        self._next_id += params.n
+        return Group(prompt, members)
 
     def step(self, max_seconds: float | None = None) -> list[Generation]:
-        """One device call; returns the generations that got tokens. `max_seconds` bounds a decoding call, roughly."""
+        """Gives the device its next call and takes in the tokens of the one before; returns the generations that got
+        some. `max_seconds` bounds a decoding call, roughly."""
         if self._in_step:  # Ctrl-C (in a notebook, say) broke the last one off, anywhere: what it left can't be trusted
+            self._in_flight.clear()
             self.runner.recover()
-            self.scheduler.restart([generation.request for generation in self._generations.values()])
+            queued = {request.id for followers in self._followers.values() for request in followers}
+            self.scheduler.restart([g.request for i, g in self._generations.items() if i not in queued])
         self._in_step = True
         touched = self._step(max_seconds)
         self._in_step = False
         return touched
 
+    def abort(self, group: Group) -> None:
+        """Ends a prompt's continuations, wherever they are; nothing of them stays behind."""
+        for generation in group.members:
+            if generation.request.id in self._generations:
+                generation.end("abort")
+                self._stats.aborted += 1
+                self._forget(generation.request)
+
     def _step(self, max_seconds: float | None) -> list[Generation]:
+        exact = self._bad_words and any(request.id in self._bad_words for request in self.scheduler.running)
+        if not exact or not self._in_flight:
+            # Preempting, or looking for the beginnings of bad words, needs all tokens to be known.
+            schedule = self.scheduler.schedule(1 if exact else self._max_steps(max_seconds), not self._in_flight)
+            if schedule.requests:
+                self._prepare_slots(schedule)
+                self._in_flight.append(Call(schedule, self.runner.launch(schedule), time.perf_counter()))
+                if len(self._in_flight) == 1 and not exact:
+                    return []  # the next one is scheduled while this one runs
+        return self._take_in(self._in_flight.popleft()) if self._in_flight else []
+
+    def _max_steps(self, max_seconds: float | None) -> int:
         steps = self.runner.max_steps
         if any(request.params.stop_strings for request in self.scheduler.running):
             steps = min(steps, STOP_STRING_STEPS)
         if max_seconds is not None:
-            steps = min(steps, int(max_seconds / self._step_seconds) if self._step_seconds else 1)
-        schedule = self.scheduler.schedule(max(steps, 1))
-        if not schedule.requests:
-            return []
-        compiled = self.runner.compile_seconds
-        start = time.perf_counter()
-        rows = self.runner.run(schedule)
-        seconds = time.perf_counter() - start - (self.runner.compile_seconds - compiled)
-        chunks = [1] * len(schedule.decode) + [count for _, count in schedule.chunks]
+            one = self._stats.step_seconds
+            steps = min(steps, int(max_seconds / one) if one else 1)
+        return max(steps, 1)
+
+    def _prepare_slots(self, schedule: Schedule) -> None:
+        vocab = self.runner.model.config.vocab_size
+        for request, start in zip(schedule.requests, schedule.start, strict=True):
+            params = request.params
+            bad_words = self._bad_words.get(request.id)
+            # All that a sequence leaves in its slot is cleared when the next one begins there.
+            begins = (params.has_penalties or params.has_masks) and not request.prepared
+            if begins or (bad_words is not None and bad_words.sequences and request.decoding):
+                forbidden = bad_words.forbidden(request.output_token_ids) if bad_words is not None else []
+                masks = Masks.of(vocab, params.allowed_token_ids, forbidden, params.logit_bias)
+                self.runner.prepare(request.slot, masks, clear=begins)
+                request.prepared = True
+
+    def _take_in(self, call: Call) -> list[Generation]:
+        schedule = call.schedule
+        result = call.launched.wait()
+        now = time.perf_counter()
+        seconds = now - max(call.start, self._arrived)
+        self._arrived = now
         touched = []
-        for row, (request, count) in enumerate(zip(schedule.requests, chunks, strict=True)):
-            tokens = rows.tokens[: rows.count[row], row].tolist()
-            request.computed += count if schedule.chunks else len(tokens)
-            if request.pending > 0:
-                continue  # an inner chunk of a prompt: what was sampled means nothing
-            generation = self._generations[request.id]
-            generation.accept(tokens, rows.logprobs, row)
+        for row, request in enumerate(schedule.requests):
+            generation = self._generations.get(request.id)
+            if generation is None:
+                continue  # ended while the call was on its way
+            if result.prompt is not None and request.params.prompt_logprobs is not None and row >= len(schedule.decode):
+                stream = slice(int(result.q_start[row]), int(result.q_start[row + 1]))
+                generation.accept_prompt(result.prompt, schedule.start[row], stream)
+            count = int(result.count[row])
+            if count == 0:
+                continue  # an inner chunk of a prompt
+            generation.accept(result.tokens[:count, row].tolist(), result.logprobs, row)
             touched.append(generation)
-            if request.finish_reason is not None:
+            for follower in self._followers.pop(request.id, ()):
+                self.scheduler.add(follower)
+            if generation.finished:
+                self._stats.finished += 1
+            if request.slot >= 0:
+                self.scheduler.publish(request, len(request.tokens) - 1)
+            if generation.finished:
                 self._forget(request)
-        self._count(schedule.chunks != [], sum(chunks), rows.count.sum().item(), seconds)
-        if not schedule.chunks:
-            self._step_seconds = seconds / max(rows.count.max().item(), 1)
+        self._count(schedule, int(result.count.sum()), int(result.count.max()), seconds)
         return touched
 
-    def abort(self, generation: Generation) -> None:
-        """Ends a request, wherever it is; nothing of it stays behind."""
-        if generation.request.id in self._generations:
-            generation.end("abort")
-            self._forget(generation.request)
+    def _count(self, schedule: Schedule, sampled: int, steps: int, seconds: float) -> None:
+        stats = self._stats
+        stats.calls += 1
+        if schedule.chunks:
+            stats.prefill_tokens += sum(schedule.counts)
+            stats.prefill_seconds += seconds
+        else:
+            stats.decode_tokens += sampled
+            stats.decode_seconds += seconds
+            if steps:
+                stats.step_seconds = seconds / steps
 
     def _forget(self, request: Request) -> None:
-        self.stats.preemptions += request.preemptions
+        stats = self._stats
+        stats.preemptions += request.preemptions
+        stats.queried_tokens += request.prompt_length
+        stats.hit_tokens += request.hits
         self.scheduler.finish(request)
+        # A first continuation that ends before its prompt was computed takes nobody with it.
+        for follower in self._followers.pop(request.id, ()):
+            self.scheduler.add(follower)
+        self._bad_words.pop(request.id, None)
         del self._generations[request.id]
 
-    def _count(self, mixed: bool, fed: int, sampled: int, seconds: float) -> None:
-        if mixed:
-            self.stats.prefill_tokens += fed
-            self.stats.prefill_seconds += seconds
-        else:
-            self.stats.decode_tokens += sampled
-            self.stats.decode_seconds += seconds
+    def _check_ids(self, where: str, ids: Sequence[int]) -> None:
+        vocab = self.runner.model.config.vocab_size
+        for i in ids:
+            if not 0 <= i < vocab:
+                raise ValueError(f"{where} has token id {i}: the model's ids go from 0 to {vocab - 1}")

@@ -1,11 +1,9 @@
-"""The host's side of one request: its text, its log-probabilities, why it ended."""
+"""The host's side of a request: its text, its log-probabilities, why it ended."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxinfer.engine.request import FinishReason, Request
@@ -14,25 +12,32 @@ from jaxinfer.text.detokenize import Detokenizer
 from jaxinfer.text.stop import StopStrings
 from jaxinfer.text.tokenizer import Tokenizer
 
+Ranked = dict[int, Logprob]
+
 
 class Generation:
-    """Takes a request's tokens as they are sampled and turns them into text, until something ends it."""
+    """Takes one sequence's tokens as they are sampled and turns them into text, until something ends it."""
 
-    def __init__(self, request: Request, prompt: str | None, tokenizer: Tokenizer):
+    def __init__(self, request: Request, tokenizer: Tokenizer, index: int = 0):
         self.request = request
-        self.prompt = prompt
+        self.index = index
         self.stop_reason: int | str | None = None
         self.text = ""
         self.pending_text = ""  # released and not yet taken by `take_text`
+        self.prompt_logprobs: list[Ranked | None] = [None]
         params = request.params
-        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens)
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if params.detokenize else None
         self._stops = StopStrings(params.stop_strings, params.include_stop_str_in_output)
         self._decode_token: Callable[[int], str] = lambda i: tokenizer.decode([i], skip_special_tokens=False)
-        self._logprobs: list[dict[int, Logprob]] = []
+        self._logprobs: list[Ranked] = []
         self._cumulative = 0.0
         self._added = time.perf_counter()
         self._first: float | None = None
         self._finished: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.request.finish_reason is not None
 
     def accept(self, tokens: Sequence[int], logprobs: Logprobs | None, row: int) -> None:
         """Appends sampled tokens up to the one that ends the request; those after it are dropped."""
@@ -42,30 +47,42 @@ class Generation:
         for step, token in enumerate(tokens):
             request.tokens.append(token)
             if params.logprobs is not None and logprobs is not None:
-                self._add_logprobs(token, params.logprobs, logprobs, step, row)
+                ranked = self._ranked(token, params.logprobs, logprobs, (step, row))
+                self._logprobs.append(ranked)
+                self._cumulative += ranked[token].logprob
             generated = len(request.tokens) - request.prompt_length
             if token in request.stop_ids and generated > params.min_tokens:
                 self.stop_reason = token if token in (params.stop_token_ids or ()) else None
                 if params.include_stop_str_in_output:
-                    text.append(self._stops.push(self._detokenizer.push([token])))
+                    text.append(self._stops.push(self._detokenize(token)))
                 request.finish_reason = "stop"
                 break
-            piece = self._detokenizer.push([token])
+            piece = self._detokenize(token)
             text.append(self._stops.push(piece) if generated > params.min_tokens else piece)
             if self._stops.matched is not None:
                 self.stop_reason = self._stops.matched
                 request.finish_reason = "stop"
                 break
-            if request.room <= 0:
+            if len(request.tokens) >= request.limit:
                 request.finish_reason = "length"
                 break
-        if request.finish_reason is not None:
-            if self._stops.matched is None:
+        if self.finished:
+            if self._stops.matched is None and self._detokenizer is not None:
                 text.append(self._stops.push(self._detokenizer.finish()) + self._stops.finish())
             self._finished = time.perf_counter()
         added = "".join(text)
         self.text += added
         self.pending_text += added
+
+    def accept_prompt(self, logprobs: Logprobs, start: int, stream: slice) -> None:
+        """Log-probabilities of the tokens after those of a chunk, which began at `start` and lay in `stream`."""
+        request = self.request
+        assert request.params.prompt_logprobs is not None
+        for position, t in enumerate(range(stream.start, stream.stop), start + 1):
+            # A prompt that is computed once more after a preemption has been here before.
+            if position == len(self.prompt_logprobs) and position < request.prompt_length:
+                token = request.tokens[position]
+                self.prompt_logprobs.append(self._ranked(token, request.params.prompt_logprobs, logprobs, t))
 
     def end(self, reason: FinishReason) -> None:
         """Ends the request from outside; the text so far stays."""
@@ -77,30 +94,58 @@ class Generation:
         text, self.pending_text = self.pending_text, ""
         return text
 
-    def output(self) -> RequestOutput:
+    def completion(self) -> CompletionOutput:
         """What there is so far."""
-        request = self.request
-        wants = request.params.logprobs is not None
-        completion = CompletionOutput(
-            index=0,
+        wants = self.request.params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
             text=self.text,
-            token_ids=request.output_token_ids,
-            finish_reason=request.finish_reason,
+            token_ids=self.request.output_token_ids,
+            finish_reason=self.request.finish_reason,
             stop_reason=self.stop_reason,
             cumulative_logprob=self._cumulative if wants else None,
             logprobs=list(self._logprobs) if wants else None,
         )
-        now = self._finished or time.perf_counter()
-        metrics = RequestMetrics((self._first or now) - self._added, now - self._added, request.preemptions)
-        finished = request.finish_reason is not None
-        prompt_ids = request.tokens[: request.prompt_length]
-        return RequestOutput(request.id, self.prompt, prompt_ids, [completion], finished, metrics)
 
-    def _add_logprobs(self, token: int, wanted: int, info: Logprobs, step: int, row: int) -> None:
-        value = float(np.asarray(info.sampled)[step, row])
-        ranked = {token: Logprob(value, int(np.asarray(info.rank)[step, row]), self._decode_token(token))}
-        ids, values = np.asarray(info.top_ids)[step, row], np.asarray(info.top)[step, row]
-        for rank, (i, v) in enumerate(zip(ids[:wanted].tolist(), values[:wanted].tolist(), strict=True), 1):
-            ranked.setdefault(i, Logprob(v, rank, self._decode_token(i)))
-        self._logprobs.append(ranked)
-        self._cumulative += value
+    def metrics(self) -> RequestMetrics:
+        """Its times so far."""
+        now = self._finished or time.perf_counter()
+        request = self.request
+        return RequestMetrics(
+            (self._first or now) - self._added, now - self._added, request.preemptions, request.hits
+        )
+
+    def _detokenize(self, token: int) -> str:
+        return "" if self._detokenizer is None else self._detokenizer.push([token])
+
+    def _ranked(self, token: int, wanted: int, info: Logprobs, at: int | tuple[int, int]) -> Ranked:
+        ranked = {token: Logprob(float(info.sampled[at]), int(info.rank[at]), self._decode_token(token))}
+        for rank, (i, v) in enumerate(zip(info.top_ids[at][:wanted], info.top[at][:wanted], strict=True), 1):
+            ranked.setdefault(int(i), Logprob(float(v), rank, self._decode_token(int(i))))
+        return ranked
+
+
+class Group:
+    """The continuations of one prompt: SamplingParams.n of them."""
+
+    def __init__(self, prompt: str | None, members: list[Generation]):
+        self.prompt = prompt
+        self.members = members
+
+    @property
+    def finished(self) -> bool:
+        return all(member.finished for member in self.members)
+
+    def output(self) -> RequestOutput:
+        """What there is so far."""
+        first = self.members[0]
+        request = first.request
+        return RequestOutput(
+            request_id=request.id,
+            prompt=self.prompt,
+            prompt_token_ids=request.tokens[: request.prompt_length],
+            outputs=[member.completion() for member in self.members],
+            finished=self.finished,
+            metrics=first.metrics(),
+            prompt_logprobs=None if request.params.prompt_logprobs is None else list(first.prompt_logprobs),
+        )

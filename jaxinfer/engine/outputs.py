@@ -32,16 +32,22 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Seconds. time_to_first_token counts from when the request was added, waiting and compiling included."""
+    """Seconds; time_to_first_token counts from when the request was added, waiting and compiling included.
+    cached_tokens: how many of the prompt's tokens the prefix cache had."""
 
     time_to_first_token: float
     total: float
     preemptions: int
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A prompt (None where ids were given) with its continuations."""
+    """A prompt (None where ids were given) with its continuations, SamplingParams.n of them.
+
+    prompt_logprobs: where asked for, one dict a token of the prompt, by token id; None for the first token.
+    error: why the prompt was not served, where `on_error="return"` asked for that instead of an exception.
+    """
 
     request_id: int
     prompt: str | None
@@ -49,3 +55,5 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    error: str | None = None

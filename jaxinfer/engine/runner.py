@@ -1,4 +1,4 @@
-"""Owns what is compiled and what is on the device: executables by bucket, parameters, the cache."""
+"""Owns what is compiled and what is on the device: executables by bucket, parameters, cache and slots."""
 
 from __future__ import annotations
 
@@ -15,23 +15,43 @@ from jaxinfer.cache import cache_shapes
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import Schedule
-from jaxinfer.engine.step import DecodeRows, Sampled, make_decode, make_step
+from jaxinfer.engine.step import DecodeRows, Rows, Sampled, State, make_decode, make_step
 from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.sample import Logprobs
+from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
 
 
 @dataclass
-class Rows:
-    """What one call sampled, on the host: row r's tokens are tokens[:count[r], r]; logprobs only if a row asked."""
+class Result:
+    """What one call sampled, on the host: row r's tokens are tokens[:count[r], r]. Log-probabilities where asked for:
+    `prompt` of the tokens after those of the stream, whose row r begins at q_start[r]."""
 
     tokens: np.ndarray
     count: np.ndarray
     logprobs: Logprobs | None
+    prompt: Logprobs | None
+    q_start: np.ndarray
+
+
+@dataclass
+class Launched:
+    """A call that the device has been given."""
+
+    sampled: Sampled
+    q_start: np.ndarray
+    wants_logprobs: bool
+
+    def wait(self) -> Result:
+        """The call's result, when it is there."""
+        sampled = self.sampled
+        info = sampled.logprobs if self.wants_logprobs else None
+        tokens, count, info, prompt = jax.device_get((sampled.tokens, sampled.count, info, sampled.prompt))
+        return Result(tokens, count, info, prompt, self.q_start)
 
 
 class Runner:
-    """Runs schedules. The cache is donated to every call, so there is one of it at any time."""
+    """Runs schedules. Cache and slots are donated to every call, so there is one of them at any time."""
 
     def __init__(
         self,
@@ -42,6 +62,7 @@ class Runner:
         num_pages: int,
         page_size: int,
         max_model_len: int,
+        max_rows: int,
         max_steps: int,
         device: jax.Device,
         on_compile: Callable[[str], None] | None = None,
@@ -50,6 +71,7 @@ class Runner:
         self.params = params
         self.buckets = buckets
         self.table_width = -(-max_model_len // page_size)
+        self.max_rows = max_rows
         self.max_steps = max_steps
         self.device = device
         self.on_compile = on_compile
@@ -57,87 +79,104 @@ class Runner:
         self.compilations = 0
         config = model.config
         dtype = next(iter(model.abstract.values())).dtype
-        shapes = cache_shapes(config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
+        cache = cache_shapes(config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
+        shapes = State(cache, Slots.shapes(max_rows, config.vocab_size))
         # Compiled, not eager: one zero-filled pool, no temporaries.
         self._zeros = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes))
         with jax.default_device(device):
-            self.cache = self._zeros()
+            self.state = self._zeros()
         self._step = jax.jit(make_step(model), donate_argnums=1)
         self._decode = jax.jit(make_decode(model, max_steps), donate_argnums=1)
+        self._prepare = jax.jit(prepare_slot, donate_argnums=0)
         self._executables: dict[tuple[str, int, int], Any] = {}
+        # The page table by slot, kept up to date as sequences grow, and the last call's sampling arrays: decoding calls
+        # follow each other with the same rows, and filling these anew would take the host longer than all the rest.
+        self._tables = np.zeros((max_rows + 1, self.table_width), np.int32)
+        self._filled: list[tuple[Request | None, int]] = [(None, 0)] * max_rows
+        self._last_sampling: tuple[tuple[int, ...], tuple[SamplingArrays, bool]] = ((), self._sampling_of([], 1))
 
-    def run(self, schedule: Schedule) -> Rows:
-        """Runs one call and waits for its tokens."""
-        if schedule.chunks:
-            sampled = self._run_step(schedule)
-        else:
-            sampled = self._run_decode(schedule)
-        wanted = any(request.params.logprobs is not None for request in schedule.requests)
-        tokens, count, info = jax.device_get((sampled.tokens, sampled.count, sampled.logprobs if wanted else None))
-        return Rows(tokens, count, info)
+    def launch(self, schedule: Schedule) -> Launched:
+        """Gives a call to the device and does not wait for it."""
+        return self._launch_step(schedule) if schedule.chunks else self._launch_decode(schedule)
+
+    def prepare(self, slot: int, masks: Masks, clear: bool) -> None:
+        """Makes a slot ready for a sequence that has penalties or masks; `clear` forgets the tokens of the last one."""
+        arguments = (self.state.slots, np.int32(slot), masks, np.bool_(clear))
+        slots = self._executable(self._prepare, ("prepare slot", 1, 1), arguments)(*arguments)
+        self.state = State(self.state.cache, slots)
 
     def recover(self) -> None:
-        """After a broken-off call (Ctrl-C): the cache was donated to it, and its result may never have arrived."""
-        if any(array.is_deleted() for array in jax.tree.leaves(self.cache)):
+        """After a broken-off call (Ctrl-C): the state was donated to it, and its result may never have arrived."""
+        if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
             with jax.default_device(self.device):
-                self.cache = self._zeros()
+                self.state = self._zeros()
 
     def close(self) -> None:
         """Frees the device's memory now instead of when the last reference goes."""
-        for array in jax.tree.leaves((self.params, self.cache)):
+        for array in jax.tree.leaves((self.params, self.state)):
             if not array.is_deleted():
                 array.delete()
-        self.params, self.cache = {}, ()
+        self.params = {}
         self._executables.clear()
 
-    def _run_step(self, schedule: Schedule) -> Sampled:
-        requests = schedule.requests
-        counts = [1] * len(schedule.decode) + [count for _, count in schedule.chunks]
+    def _launch_step(self, schedule: Schedule) -> Launched:
+        requests, counts = schedule.requests, schedule.counts
         total = sum(counts)
         size = Buckets.fit(self.buckets.mixed_rows, len(requests))
-        length = Buckets.fit(self.buckets.tokens, total)
-        tokens, positions, row = (np.zeros(length, np.int32) for _ in range(3))
+        scored = any(request.params.prompt_logprobs is not None for request, _ in schedule.chunks)
+        length = self.buckets.scored if scored else Buckets.fit(self.buckets.tokens, total)
+        tokens, positions, row, following = (np.zeros(length, np.int32) for _ in range(4))
         q_start = np.full(size + 1, total, np.int32)
         q_start[0] = 0
         kv_len = np.zeros(size, np.int32)
-        start = 0
-        for i, (request, count) in enumerate(zip(requests, counts, strict=True)):
-            end, past = start + count, request.computed
+        end = len(schedule.decode)  # decoding rows find their token in their slot
+        positions[:end] = schedule.start[:end]
+        row[:end] = q_start[:end] = np.arange(end)
+        kv_len[:end] = positions[:end] + 1
+        q_start[end] = end
+        for i, (request, count) in enumerate(schedule.chunks, end):
+            start, past = end, schedule.start[i]
+            end = start + count
             tokens[start:end] = request.tokens[past : past + count]
             positions[start:end] = np.arange(past, past + count)
             row[start:end] = i
-            q_start[i + 1] = start = end
+            q_start[i + 1] = end
             kv_len[i] = past + count
+            if scored:
+                after = request.tokens[past + 1 : past + count + 1]
+                following[start : start + len(after)] = after
         row[total:] = size - 1
+        slot, samples = self._slots(schedule, size)
         arrays: dict[str, Any] = {
             "tokens": tokens,
             "positions": positions,
             "row": row,
             "q_start": q_start,
             "kv_len": kv_len,
-            "pages": self._pages(requests, size),
+            "pages": self._pages(requests, slot),
             "rows": np.array([len(schedule.decode), len(requests), len(requests)], np.int32),
             "logits_at": np.maximum(q_start[1:] - 1, 0),
         }
-        arguments = (self.params, self.cache, Batch(**arrays), self._sampling(requests, size))
+        rows = Rows(slot, samples, following if scored else None)
+        sampling, wants = self._sampling(requests, size)
+        arguments = (self.params, self.state, Batch(**arrays), rows, sampling)
+        name = "scored step" if scored else "step"
         sampled: Sampled
-        sampled, self.cache = self._executable(self._step, ("step", length, size), arguments)(*arguments)
-        return sampled
+        sampled, self.state = self._executable(self._step, (name, length, size), arguments)(*arguments)
+        return Launched(sampled, q_start, wants)
 
-    def _run_decode(self, schedule: Schedule) -> Sampled:
+    def _launch_decode(self, schedule: Schedule) -> Launched:
         requests = schedule.decode
         size = Buckets.fit(self.buckets.decode, len(requests))
-        tokens, positions, limit = (np.zeros(size, np.int32) for _ in range(3))
-        for i, request in enumerate(requests):
-            tokens[i] = request.tokens[-1]
-            positions[i] = request.computed
-            limit[i] = min(schedule.steps, request.room)
-        rows = DecodeRows(tokens, positions, limit, self._pages(requests, size))
-        steps = np.int32(schedule.steps)
-        arguments = (self.params, self.cache, rows, self._sampling(requests, size), steps)
+        positions = np.zeros(size, np.int32)
+        positions[: len(requests)] = schedule.start
+        slot, samples = self._slots(schedule, size)
+        rows = DecodeRows(slot, samples, positions, self._pages(requests, slot))
+        sampling, wants = self._sampling(requests, size)
+        arguments = (self.params, self.state, rows, sampling, np.int32(schedule.steps))
         sampled: Sampled
-        sampled, self.cache = self._executable(self._decode, ("decode", size, size), arguments)(*arguments)
-        return sampled
+        sampled, self.state = self._executable(self._decode, ("decode", size, size), arguments)(*arguments)
+        return Launched(sampled, np.arange(size + 1), wants)
 
     def _executable(self, function: Any, key: tuple[str, int, int], arguments: tuple[Any, ...]) -> Any:
         """Ahead-of-time compiled: a bucket compiles once, and never behind our back."""
@@ -155,12 +194,33 @@ class Runner:
                 self.on_compile("generating")
         return found
 
-    def _pages(self, requests: Sequence[Request], size: int) -> np.ndarray:
-        table = np.zeros((size, self.table_width), np.int32)
-        for i, request in enumerate(requests):
-            table[i, : len(request.pages)] = request.pages
-        return table
+    def _slots(self, schedule: Schedule, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """slot and samples of each row."""
+        slot = np.full(size, self.max_rows, np.int32)
+        samples = np.zeros(size, np.int32)
+        slot[: len(schedule.samples)] = [request.slot for request in schedule.requests]
+        samples[: len(schedule.samples)] = schedule.samples
+        return slot, samples
 
-    def _sampling(self, requests: Sequence[Request], size: int) -> SamplingArrays:
-        rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length + r.params.min_tokens) for r in requests]
-        return SamplingArrays.of_rows(rows, size)
+    def _pages(self, requests: Sequence[Request], slot: np.ndarray) -> np.ndarray:
+        for request in requests:
+            owner, filled = self._filled[request.slot]
+            count = len(request.pages)
+            if owner is not request or filled > count:
+                self._tables[request.slot] = 0
+                filled = 0
+            if filled < count:
+                self._tables[request.slot, filled:count] = request.pages[filled:]
+                self._filled[request.slot] = (request, count)
+        return self._tables[slot]
+
+    def _sampling(self, requests: Sequence[Request], size: int) -> tuple[SamplingArrays, bool]:
+        key = (size, *(request.id for request in requests))
+        if self._last_sampling[0] != key:
+            self._last_sampling = (key, self._sampling_of(requests, size))
+        return self._last_sampling[1]
+
+    def _sampling_of(self, requests: Sequence[Request], size: int) -> tuple[SamplingArrays, bool]:
+        rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length) for r in requests]
+        wants = any(request.params.logprobs is not None for request in requests)
+        return SamplingArrays.of_rows(rows, size), wants

@@ -1,13 +1,16 @@
 """Who runs in the next device call: plain Python over integers, tested without a device.
 
 Continuous batching: rows join and leave at every call. Decoding rows go first, one token each; what is left of the
-token budget goes to prompts, in chunks, first come, first served. When pages run out, the youngest request gives
-its pages back and is computed again later; its tokens so far are kept, so the output is the same.
+token budget goes to prompts, in chunks, by priority, then first come, first served. When pages run out, the youngest
+request gives its pages back and is computed again later; its tokens so far are kept, so the output is the same.
+
+`schedule` promises: what it returns will be run, in order. So it may be asked for the next call before the tokens
+of the last one are known (`Request.length` counts them already), and `restart` takes the promise back.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -17,30 +20,55 @@ from jaxinfer.engine.request import Request
 
 @dataclass
 class Schedule:
-    """One device call. Either every row decodes `steps` tokens (no chunks), or each decoding row decodes one
-    token beside chunks of prompts: (request, number of its pending tokens)."""
+    """One device call. Either every row decodes up to `steps` tokens (no chunks), or each decoding row decodes one
+    token beside chunks of prompts: (request, number of its next tokens).
+
+    start: tokens of each row in the cache before the call, in the order of `requests`. samples: tokens that each row
+    samples, unless it stops earlier; 0 for an inner chunk of a prompt.
+    short: rows were left out for want of pages; they need `may_preempt`.
+    """
 
     decode: list[Request] = field(default_factory=list)
     chunks: list[tuple[Request, int]] = field(default_factory=list)
     steps: int = 1
+    start: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
+    short: bool = False
 
     @property
     def requests(self) -> list[Request]:
         """All rows, decoding rows first."""
         return [*self.decode, *(request for request, _ in self.chunks)]
 
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each row in a call with chunks."""
+        return [1] * len(self.decode) + [count for _, count in self.chunks]
+
 
 class Scheduler:
-    """Holds waiting and running requests. `max_tokens` is the token budget of a call, `max_rows` its rows."""
+    """Holds waiting and running requests. `max_tokens` is the token budget of a call, `max_rows` its rows.
 
-    def __init__(self, pages: PageAllocator, max_rows: int, max_tokens: int):
+    scored_tokens bounds the chunks of a call in which some prompt's log-probabilities are wanted.
+    """
+
+    def __init__(self, pages: PageAllocator, max_rows: int, max_tokens: int, scored_tokens: int | None = None):
         if max_tokens < max_rows:
             raise ValueError(f"max_num_batched_tokens is {max_tokens}: it must be at least max_num_seqs, {max_rows}")
         self.pages = pages
         self.max_rows = max_rows
         self.max_tokens = max_tokens
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # oldest first
+        self.scored_tokens = scored_tokens or max_tokens
+        self.restart([])
+
+    @property
+    def waiting_count(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to run."""
+        return not self.running and not self._waiting
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError if it could never run, even alone."""
@@ -50,37 +78,48 @@ class Scheduler:
                 f"a sequence of up to {request.limit} tokens needs {needed} pages of the cache, which has "
                 f"{self.pages.num_pages - 1}; lower max_tokens or raise kv_cache_memory"
             )
-        self.waiting.append(request)
+        self._wait(request)
 
-    def schedule(self, max_steps: int) -> Schedule:
+    def schedule(self, max_steps: int, may_preempt: bool = True) -> Schedule:
         """The next call; at most `max_steps` tokens a decoding row. Empty if there is nothing to do."""
         schedule = Schedule()
         for request in list(self.running):
-            if request.pending == 1 and request in self.running and self._reserve(request, len(request.tokens)):
-                schedule.decode.append(request)
-        schedule.decode = [r for r in schedule.decode if r in self.running]  # a later one may have preempted it
+            if request.decoding and request.room > 0 and request.slot >= 0:
+                if self._reserve(request, request.length, may_preempt):
+                    schedule.decode.append(request)
+                elif not may_preempt:
+                    schedule.short = True
+        schedule.decode = [r for r in schedule.decode if r.slot >= 0]  # a later one may have preempted it
         budget = self.max_tokens - len(schedule.decode)
         for request in self.running:
-            if request.pending > 1 and budget > 0:
+            if not request.decoding and budget > 0:
                 budget -= self._chunk(schedule, request, budget)
-        while self.waiting and budget > 0 and len(self.running) < self.max_rows:
-            request = self.waiting[0]
-            # All of the prompt or nothing: a half-placed prompt would hold pages that the others need to finish.
-            if not self.pages.grow(request.pages, len(request.tokens)):
+        while self._waiting and budget > 0 and len(self.running) < self.max_rows and not schedule.short:
+            request = self._waiting[0][-1]
+            if not self._admit(request):
                 break
-            self.running.append(self.waiting.popleft())
+            heapq.heappop(self._waiting)
             budget -= self._chunk(schedule, request, budget)
         if schedule.decode and not schedule.chunks:
             schedule.steps = self._steps(schedule.decode, max_steps)
+        self._promise(schedule)
         return schedule
+
+    def publish(self, request: Request, computed: int) -> None:
+        """Lets others find the full pages among the first `computed` tokens of a running request."""
+        self.pages.extend_keys(request.keys, request.tokens)
+        for page in range(request.published, min(computed // self.pages.page_size, len(request.keys))):
+            self.pages.publish(request.pages[page], request.keys[page])
+            request.published = page + 1
 
     def finish(self, request: Request) -> None:
         """Removes a request, running or waiting, and takes its pages back."""
-        if request in self.running:
+        if request.slot >= 0:
             self.running.remove(request)
-        elif request in self.waiting:
-            self.waiting.remove(request)
-        self.pages.release(request.pages)
+            self._leave(request)
+        else:
+            self._waiting = [entry for entry in self._waiting if entry[-1] is not request]
+            heapq.heapify(self._waiting)
 
     def restart(self, requests: Iterable[Request]) -> None:
         """Begins anew with these requests and an empty cache, after a call that was broken off in the middle.
@@ -88,34 +127,88 @@ class Scheduler:
         Their tokens so far are kept, so their outputs are the same.
         """
         self.pages.reset()
-        self.running, self.waiting = [], deque(requests)
-        for request in self.waiting:
+        self.running: list[Request] = []  # oldest first
+        self._free_slots = list(range(self.max_rows - 1, -1, -1))
+        self._waiting: list[tuple[int, int, Request]] = []
+        for request in requests:
             request.pages.clear()
-            request.computed = 0
+            request.slot = -1
+            self._wait(request)
+
+    def _wait(self, request: Request) -> None:
+        request.computed, request.published, request.length = 0, 0, len(request.tokens)
+        request.decoding = request.prepared = False
+        heapq.heappush(self._waiting, (request.priority, request.id, request))
+
+    def _admit(self, request: Request) -> bool:
+        """Gives a waiting request a slot and pages for all of its tokens, or nothing: a half-placed prompt would hold
+        pages that others need to finish."""
+        if request.reads_prefix:
+            self.pages.extend_keys(request.keys, request.tokens)
+            # The last token is always computed: its logits are wanted.
+            request.pages = self.pages.match(request.keys[: (request.length - 1) // self.pages.page_size])
+        matched = len(request.pages)
+        if not self.pages.grow(request.pages, request.length):
+            self.pages.release(request.pages)
+            return False
+        request.published = matched
+        request.computed = matched * self.pages.page_size
+        if not request.preemptions:
+            request.hits = request.computed
+        request.slot = self._free_slots.pop()
+        self.running.append(request)
+        return True
 
     def _chunk(self, schedule: Schedule, request: Request, budget: int) -> int:
-        count = min(budget, request.pending)
-        schedule.chunks.append((request, count))
-        return count
+        if any(r.params.prompt_logprobs is not None for r in [request, *schedule.requests]):
+            budget = min(budget, self.scored_tokens - sum(schedule.counts))
+        count = min(budget, request.length - request.computed)
+        if count > 0:
+            schedule.chunks.append((request, count))
+        return max(count, 0)
 
-    def _reserve(self, request: Request, tokens: int) -> bool:
+    def _promise(self, schedule: Schedule) -> None:
+        """Counts what the call will have done."""
+        rows = schedule.requests
+        schedule.start = [request.computed for request in rows]
+        counts = schedule.counts
+        for i, request in enumerate(rows):
+            if i < len(schedule.decode):
+                samples = min(schedule.steps, request.room)
+                request.computed += samples
+            else:
+                request.computed += counts[i]
+                samples = int(request.computed == request.length)
+                request.decoding = samples == 1
+                self.publish(request, request.computed)
+            request.length += samples
+            schedule.samples.append(samples)
+
+    def _reserve(self, request: Request, tokens: int, may_preempt: bool) -> bool:
         """Pages for a running request, at the cost of the youngest if need be; False if that was itself."""
         while not self.pages.grow(request.pages, tokens):
-            youngest = self.running.pop()
-            self.pages.release(youngest.pages)
-            youngest.computed = 0
+            if not may_preempt:
+                return False
+            youngest = max(self.running, key=lambda r: (r.priority, r.id))
+            self.running.remove(youngest)
+            self._leave(youngest)
             youngest.preemptions += 1
-            self.waiting.appendleft(youngest)
+            self._wait(youngest)
             if youngest is request:
                 return False
         return True
 
+    def _leave(self, request: Request) -> None:
+        self.pages.release(request.pages)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+
     def _steps(self, decode: list[Request], max_steps: int) -> int:
         """As many steps as are wanted and as there are pages for. Somebody waiting gets the first row that ends."""
         rooms = [request.room for request in decode]
-        steps = max(1, min(max_steps, min(rooms) if self.waiting else max(rooms)))
+        steps = max(1, min(max_steps, min(rooms) if self._waiting else max(rooms)))
         while steps > 1:
-            wanted = [(r, len(r.tokens) + min(steps, r.room) - 1) for r in decode]
+            wanted = [(r, r.length + min(steps, r.room) - 1) for r in decode]
             missing = sum(max(0, self.pages.pages_for(n) - len(r.pages)) for r, n in wanted)
             if missing <= self.pages.free_count:
                 for request, tokens in wanted:

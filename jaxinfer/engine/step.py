@@ -1,10 +1,12 @@
-"""What runs on the device: pure functions of parameters, cache, batch and sampling arrays.
+"""What runs on the device: pure functions of parameters, cache, slots, batch and sampling arrays.
 
-Defined once and lowered by all who need them, with real or abstract arrays.
+Defined once and lowered by all who need them, with real or abstract arrays. A sequence's last token stays on the
+device, in its slot, so that the next call can be sent off before the host has seen the tokens of this one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,45 +22,88 @@ from jaxinfer.cache import Cache
 from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.sample import Logprobs, logprobs, sample, stops
+from jaxinfer.sampling.slots import Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """What calls carry from one to the next, donated each time: the cache and the slots."""
+
+    cache: Cache
+    slots: Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a mixed call. slot i32[R]; samples i32[R]: 1, or 0 where a chunk does not end its prompt.
+    following i32[T]: where prompts' log-probabilities are wanted, the token after each one of the batch."""
+
+    slot: jax.Array | np.ndarray
+    samples: jax.Array | np.ndarray
+    following: jax.Array | np.ndarray | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeRows:
-    """Rows about to decode: tokens i32[R] to feed, their positions i32[R], limit i32[R] (most tokens to sample in
-    this call, 0 for an unused row), pages i32[R, P]."""
+    """The rows of a decoding call. slot i32[R]; samples i32[R]: most tokens to sample, 0 for an unused row;
+    positions i32[R], of the token that is fed first; pages i32[R, P]."""
 
-    tokens: jax.Array | np.ndarray
+    slot: jax.Array | np.ndarray
+    samples: jax.Array | np.ndarray
     positions: jax.Array | np.ndarray
-    limit: jax.Array | np.ndarray
     pages: jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """tokens i32[S, R]; count i32[R], how many of the S are real; logprobs with the same leading axes."""
+    """tokens i32[S, R]; count i32[R], how many of the S are real; logprobs with the same leading axes.
+    prompt: Logprobs [T] of the tokens in `Rows.following`, if that was given."""
 
     tokens: jax.Array
     count: jax.Array
     logprobs: Logprobs
+    prompt: Logprobs | None = None
 
 
-Step = Callable[[Params, Cache, Batch, SamplingArrays], tuple[Sampled, Cache]]
-Decode = Callable[[Params, Cache, DecodeRows, SamplingArrays, Any], tuple[Sampled, Cache]]
+Step = Callable[[Params, State, Batch, Rows, SamplingArrays], tuple[Sampled, State]]
+Decode = Callable[[Params, State, DecodeRows, SamplingArrays, Any], tuple[Sampled, State]]
 
 
 def make_step(model: Model) -> Step:
-    """One mixed call: prompt chunks and decoding rows; one token is sampled at each of `batch.logits_at`."""
+    """One mixed call: decoding rows, one token each (taken from their slots), then chunks of prompts."""
 
-    def step(params: Params, cache: Cache, batch: Batch, sampling: SamplingArrays) -> tuple[Sampled, Cache]:
-        logits, new_cache = model.bind(params)(batch, cache)
-        assert new_cache is not None
-        length = batch.positions[batch.logits_at] + 1
-        tokens = sample(logits, sampling, length)
-        info = logprobs(logits, tokens, sampling)
-        sampled = Sampled(tokens[None], jnp.ones_like(tokens), jax.tree.map(lambda x: x[None], info))
-        return sampled, new_cache
+    def step(
+        params: Params, state: State, batch: Batch, rows: Rows, sampling: SamplingArrays
+    ) -> tuple[Sampled, State]:
+        slots, slot = state.slots, jnp.asarray(rows.slot)
+        size = slot.shape[0]
+        token_slot = slot[batch.row]
+        decoding = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.rows[0]
+        batch = dataclasses.replace(batch, tokens=jnp.where(decoding, slots.token[token_slot], batch.tokens))
+        # A decoding row that has stopped in a call whose tokens the host has not seen yet: it must write nothing.
+        index = jnp.arange(size, dtype=jnp.int32)
+        dead = (index < batch.rows[0]) & ~slots.alive[slot]
+        batch = dataclasses.replace(batch, kv_len=jnp.where(dead, 0, batch.kv_len))
+        last = batch.logits_at
+        if rows.following is not None:
+            batch = dataclasses.replace(batch, logits_at=jnp.arange(batch.tokens.shape[0], dtype=jnp.int32))
+        logits, cache = model.bind(params)(batch, state.cache)
+        assert cache is not None
+        prompt = None
+        if rows.following is not None:
+            prompt = logprobs(logits, jnp.asarray(rows.following), sampling)
+            logits = logits[last]
+        slots = _count_prompt(slots, batch, token_slot, decoding, sampling)
+        length = batch.positions[last] + 1
+        tokens = sample(logits, sampling, length, slots, slot)
+        count = jnp.where(dead, 0, jnp.minimum(jnp.asarray(rows.samples), 1))
+        slots = _take(slots, slot, tokens, count > 0, sampling)
+        info = jax.tree.map(lambda x: x[None], logprobs(logits, tokens, sampling))
+        return Sampled(tokens[None], count, info, prompt), State(cache, slots)
 
     return step
 
@@ -66,24 +111,21 @@ def make_step(model: Model) -> Step:
 def make_decode(model: Model, max_steps: int) -> Decode:
     """Up to `max_steps` tokens a row in one call; `steps`, i32[], says how many this time.
 
-    A row ends at one of its stop ids or at its limit; the call ends when all rows have.
+    A row ends at one of its stop ids or after `rows.samples` tokens; the call ends when all rows have.
     """
 
     def decode(
-        params: Params, cache: Cache, rows: DecodeRows, sampling: SamplingArrays, steps: jax.Array
-    ) -> tuple[Sampled, Cache]:
+        params: Params, state: State, rows: DecodeRows, sampling: SamplingArrays, steps: jax.Array
+    ) -> tuple[Sampled, State]:
         module = model.bind(params)
-        size = rows.tokens.shape[0]
+        slot = jnp.asarray(rows.slot)
+        size = slot.shape[0]
         index = jnp.arange(size, dtype=jnp.int32)
-        # Lists, not arrays, would break under strict promotion; all carried values are int32 but the cache.
-        start = (jnp.int32(0), jnp.asarray(rows.tokens), jnp.asarray(rows.limit) > 0, jnp.zeros(size, jnp.int32))
 
-        def advance(
-            module: Any, i: jax.Array, tokens: jax.Array, active: jax.Array, cache: Cache
-        ) -> tuple[jax.Array, Logprobs, Cache]:
+        def advance(i: jax.Array, active: jax.Array, state: State) -> tuple[jax.Array, Logprobs, State]:
             positions = jnp.asarray(rows.positions) + i
             batch = Batch(
-                tokens=tokens,
+                tokens=state.slots.token[slot],
                 positions=positions,
                 row=index,
                 q_start=jnp.arange(size + 1, dtype=jnp.int32),
@@ -93,26 +135,58 @@ def make_decode(model: Model, max_steps: int) -> Decode:
                 logits_at=index,
                 decode_only=True,
             )
-            logits, cache = module(batch, cache)
-            new = sample(logits, sampling, positions + 1)
-            return new, logprobs(logits, new, sampling), cache
+            logits, cache = module(batch, state.cache)
+            assert cache is not None
+            tokens = sample(logits, sampling, positions + 1, state.slots, slot)
+            slots = _take(state.slots, slot, tokens, active, sampling)
+            return tokens, logprobs(logits, tokens, sampling), State(cache, slots)
 
-        shapes = jax.eval_shape(functools.partial(advance, module), *start[:3], cache)
-        out = jax.tree.map(lambda s: jnp.zeros((max_steps, *s.shape), s.dtype), (shapes[0], shapes[1]))
+        active = (jnp.asarray(rows.samples) > 0) & state.slots.alive[slot]
+        tokens, info, _ = jax.eval_shape(functools.partial(advance, jnp.int32(0)), active, state)
+        out = jax.tree.map(lambda s: jnp.zeros((max_steps, *s.shape), s.dtype), (tokens, info))
 
-        def going(state: Any) -> jax.Array:
-            i, _, active, *_ = state
+        def going(carry: Any) -> jax.Array:
+            i, active, *_ = carry
             return (i < steps) & jnp.any(active)
 
-        def body(state: Any) -> Any:
-            i, tokens, active, count, cache, out = state
-            new, info, cache = advance(module, i, tokens, active, cache)
-            out = jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, i, 0), out, (new, info))
+        def body(carry: Any) -> Any:
+            i, active, count, state, out = carry
+            tokens, info, state = advance(i, active, state)
+            out = jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, i, 0), out, (tokens, info))
             count = count + active.astype(jnp.int32)
-            active = active & ~stops(new, sampling) & (i + 1 < rows.limit)
-            return i + 1, new, active, count, cache, out
+            active = active & state.slots.alive[slot] & (i + 1 < rows.samples)
+            return i + 1, active, count, state, out
 
-        *_, count, cache, (tokens, info) = lax.while_loop(going, body, (*start, cache, out))
-        return Sampled(tokens, count, info), cache
+        start = (jnp.int32(0), active, jnp.zeros(size, jnp.int32), state, out)
+        _, _, count, state, (all_tokens, all_info) = lax.while_loop(going, body, start)
+        return Sampled(all_tokens, count, all_info), state
 
     return decode
+
+
+def _count_prompt(
+    slots: Slots, batch: Batch, token_slot: jax.Array, decoding: jax.Array, sampling: SamplingArrays
+) -> Slots:
+    """Notes the chunk's tokens of rows with penalties (those after the prompt are output, computed once more)."""
+    nobody = slots.token.shape[0]
+    live = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.q_start[-1]
+    counted = jnp.asarray(sampling.penalized)[batch.row] & ~decoding & live
+    of_prompt = batch.positions < jnp.asarray(sampling.prompt_length)[batch.row]
+    seen = slots.in_prompt.at[jnp.where(counted & of_prompt, token_slot, nobody), batch.tokens].set(True, mode="drop")
+    output = slots.in_output.at[jnp.where(counted & ~of_prompt, token_slot, nobody), batch.tokens].add(
+        jnp.int16(1), mode="drop"
+    )
+    return dataclasses.replace(slots, in_prompt=seen, in_output=output)
+
+
+def _take(slots: Slots, slot: jax.Array, tokens: jax.Array, taken: jax.Array, sampling: SamplingArrays) -> Slots:
+    """The slots after rows have sampled `tokens`, where `taken`."""
+    nobody = slots.token.shape[0]
+    at = jnp.where(taken, slot, nobody)
+    counted = jnp.where(taken & jnp.asarray(sampling.penalized), slot, nobody)
+    return dataclasses.replace(
+        slots,
+        token=slots.token.at[at].set(tokens, mode="drop"),
+        alive=slots.alive.at[at].set(~stops(tokens, sampling), mode="drop"),
+        in_output=slots.in_output.at[counted, tokens].add(jnp.int16(1), mode="drop"),
+    )

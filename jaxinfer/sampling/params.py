@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 DEFAULT_MAX_TOKENS = 256  # of jaxinfer.generate and the command line: people want an answer, not vLLM's 16 tokens
 MAX_LOGPROBS = 20
-MAX_STOP_IDS = 8  # a row's stop ids are a bounded array on the device
+MAX_STOP_IDS = 8  # a row's stop ids, and its biased tokens, are bounded arrays on the device
+MAX_LOGIT_BIAS = 512
 GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
 
 
@@ -19,25 +20,38 @@ GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
 class SamplingParams:
     """How one request is sampled.
 
+    n: continuations of the prompt; with a seed, the i-th one has seed + i.
     temperature: 0 is greedy. top_k: 0 or -1 keeps all tokens. top_p in (0, 1], min_p in [0, 1]. Filters apply in
         the order temperature, min_p, top_k, top_p; tokens that tie with the last one kept are kept too.
     seed: the same seed and prompt give the same tokens, whatever else is in the batch. None draws from the LLM's seed.
+    presence_penalty, frequency_penalty in [-2, 2]: subtracted from the logit of a token that is in the output, once or
+        as often as it is. repetition_penalty in (0, 2]: divides the logit of a token that is in prompt or output if
+        positive, else multiplies it.
+    logit_bias: token id -> what is added to its logit. allowed_token_ids: no other is sampled.
+    bad_words: words that are never completed, as the tokenizer spells them, with and without a space before.
     stop: strings that end the text (and are cut off, unless include_stop_str_in_output).
     stop_token_ids: ids that end it besides the checkpoint's own EOS ids. The id stays in `token_ids`, not in the text.
     max_tokens: None is as many as the context has room for. min_tokens: no stop id or stop string before these.
     ignore_eos: the checkpoint's EOS ids don't end the text.
     logprobs: None, or how many of the likeliest tokens to report beside the sampled one, at most 20. They are
-        those of the model, before temperature and filters.
-    skip_special_tokens: leave special tokens out of the text.
+        those of the model, before penalties, temperature and filters. prompt_logprobs: the same for the prompt.
+    skip_special_tokens: leave special tokens out of the text. detokenize=False: no text at all.
 
     Raises ValueError naming the parameter, its value and what it may be.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
@@ -45,7 +59,9 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    detokenize: bool = True
 
     def __new__(cls, **given: Any) -> SamplingParams:
         known = [f.name for f in dataclasses.fields(cls)]
@@ -57,30 +73,34 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        self._integer("n", 1, 1024)
         self._number("temperature", 0, math.inf)
         self._number("top_p", 0, 1, above=True)
         self._number("min_p", 0, 1)
+        self._number("presence_penalty", -2, 2)
+        self._number("frequency_penalty", -2, 2)
+        self._number("repetition_penalty", 0, 2, above=True)
         self._integer("top_k", -1, 2**31 - 1)
         self._integer("seed", -(2**63), 2**63 - 1, optional=True)
         self._integer("max_tokens", 1, 2**31 - 1, optional=True)
         self._integer("min_tokens", 0, 2**31 - 1)
         self._integer("logprobs", 0, MAX_LOGPROBS, optional=True)
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+        self._integer("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
             if not isinstance(getattr(self, name), bool):
                 raise self._error(name, "it must be True or False")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise self._error("min_tokens", f"it must be at most max_tokens, {self.max_tokens}")
-        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        if not all(isinstance(s, str) and s for s in stop):
-            raise self._error("stop", "it must be a non-empty string or a list of them")
-        ids = list(self.stop_token_ids or ())
-        if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
-            raise self._error("stop_token_ids", "it must be a list of token ids")
-        if len(ids) > MAX_STOP_IDS:
-            raise self._error("stop_token_ids", f"at most {MAX_STOP_IDS} are supported; use stop strings for more")
         # One form inside, whatever was given: tuples.
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(ids))
+        for name in ("stop", "bad_words"):
+            object.__setattr__(self, name, self._strings(name))
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            object.__setattr__(self, name, self._ids(name))
+        if len(self.stop_token_ids or ()) > MAX_STOP_IDS:
+            raise self._error("stop_token_ids", f"at most {MAX_STOP_IDS} are supported; use stop strings for more")
+        if self.stop and not self.detokenize:
+            raise self._error("stop", "stop strings are found in the text: they need detokenize=True")
+        self._check_bias()
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -91,6 +111,16 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether some tokens are excluded or biased."""
+        return bool(self.logit_bias or self.allowed_token_ids or self.bad_words)
 
     def _error(self, name: str, problem: str) -> ValueError:
         return ValueError(f"sampling parameter {name} is {getattr(self, name)!r}: {problem}")
@@ -109,3 +139,39 @@ class SamplingParams:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             none = " or None" if optional else ""
             raise self._error(name, f"it must be an integer from {low} to {high}{none}")
+
+    def _strings(self, name: str) -> tuple[str, ...]:
+        value = getattr(self, name)
+        if isinstance(value, str):
+            value = [value]
+        if value is None:
+            return ()
+        if not isinstance(value, Sequence) or not all(isinstance(s, str) and s for s in value):
+            raise self._error(name, "it must be a non-empty string or a list of them")
+        return tuple(value)
+
+    def _ids(self, name: str) -> tuple[int, ...] | None:
+        value = getattr(self, name)
+        if value is None:
+            return None
+        if not isinstance(value, Sequence) or not all(_is_id(i) for i in value):
+            raise self._error(name, "it must be a list of token ids")
+        if name == "allowed_token_ids" and not value:
+            raise self._error(name, "it must allow at least one token id, or be None")
+        return tuple(value)
+
+    def _check_bias(self) -> None:
+        bias = self.logit_bias
+        if bias is None:
+            return
+        if not isinstance(bias, Mapping) or not all(_is_id(i) for i in bias):
+            raise self._error("logit_bias", "it must map token ids to numbers")
+        for value in bias.values():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise self._error("logit_bias", "every bias must be a finite number; use allowed_token_ids to exclude")
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise self._error("logit_bias", f"at most {MAX_LOGIT_BIAS} tokens may be biased")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31

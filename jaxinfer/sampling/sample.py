@@ -1,6 +1,7 @@
 """Logits to tokens: a pure function of logits, parameters and positions.
 
-Order as in vLLM: masks, temperature, min_p, top_k, top_p, draw. Rows that don't sample cost nothing but an argmax.
+Order as in vLLM: allowed tokens, biases, stop ids that come too early, penalties, temperature, min_p, top_k, top_p,
+draw. What no row asks for is skipped at run time: a greedy batch costs an argmax.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from jax import lax
 
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.params import MAX_LOGPROBS
+from jaxinfer.sampling.slots import Slots
 
 
 class Logprobs(NamedTuple):
@@ -26,13 +28,17 @@ class Logprobs(NamedTuple):
     top: jax.Array
 
 
-def sample(logits: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:
+def sample(
+    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array
+) -> jax.Array:
     """The next token of each row, i32[R].
 
-    logits f32[R, V]; length i32[R] is the number of tokens before the sampled one: with the row's seed it decides
-    the draw, so that the same request gives the same text in any company.
+    logits f32[R, V]; slot i32[R], each row's own; length i32[R] is the number of tokens before the sampled one: with
+    the row's seed it decides the draw, so that the same request gives the same text in any company.
     """
+    logits = _mask(logits, sampling, slots, slot)
     logits = _mask_stop_ids(logits, sampling, length)
+    logits = _penalize(logits, sampling, slots, slot)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def draw() -> jax.Array:
@@ -74,9 +80,40 @@ def stops(tokens: jax.Array, sampling: SamplingArrays) -> jax.Array:
     return jnp.any(tokens[:, None] == sampling.stop_ids, axis=-1)
 
 
+def _mask(logits: jax.Array, sampling: SamplingArrays, slots: Slots, slot: jax.Array) -> jax.Array:
+    """Minus infinity for tokens that are not allowed; biases added."""
+
+    def mask() -> jax.Array:
+        rows, vocab = logits.shape
+        masked = jnp.asarray(sampling.masked)
+        words = slots.allowed[slot]
+        bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
+        allowed = bits.reshape(rows, -1)[:, :vocab] != 0
+        ids = jnp.where(masked[:, None], slots.bias_ids[slot], vocab)
+        index = jnp.arange(rows, dtype=jnp.int32)[:, None]
+        biased = logits.at[index, ids].add(slots.bias[slot], mode="drop")
+        return jnp.where(allowed | ~masked[:, None], biased, -jnp.inf)
+
+    return lax.cond(jnp.any(sampling.masked), mask, lambda: logits)
+
+
+def _penalize(logits: jax.Array, sampling: SamplingArrays, slots: Slots, slot: jax.Array) -> jax.Array:
+    """Presence, frequency and repetition penalties."""
+
+    def penalize() -> jax.Array:
+        presence, frequency, repetition = (jnp.asarray(sampling.penalties)[:, i, None] for i in range(3))
+        count = slots.in_output[slot].astype(jnp.float32)
+        seen = (count > 0) | slots.in_prompt[slot]
+        scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
+        penalized = jnp.where(seen, scaled, logits) - frequency * count - presence * (count > 0).astype(jnp.float32)
+        return jnp.where(jnp.asarray(sampling.penalized)[:, None], penalized, logits)
+
+    return lax.cond(jnp.any(sampling.penalized), penalize, lambda: logits)
+
+
 def _mask_stop_ids(logits: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:
     """No stop id before `min_tokens` tokens."""
-    early = length < sampling.min_length
+    early = length - sampling.prompt_length < sampling.min_tokens
 
     def mask() -> jax.Array:
         vocab = logits.shape[1]
