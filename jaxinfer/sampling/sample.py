@@ -112,10 +112,9 @@ def _filtered(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """float32 as uint32 in the same order (minus infinity lowest, no NaN)."""
+    """float32 as uint32 in the same order (minus infinity lowest, -0 and 0 equal, no NaN)."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
-    sign = jnp.uint32(0x80000000)
-    return jnp.where((bits & sign) != 0, ~bits, bits | sign)
+    return jnp.where(x < 0, ~bits, bits | jnp.uint32(0x80000000))
 
 
 def _threshold(logits: jax.Array, everything: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
