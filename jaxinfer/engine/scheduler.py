@@ -56,9 +56,9 @@ class Scheduler:
         """The next call; at most `max_steps` tokens a decoding row. Empty if there is nothing to do."""
         schedule = Schedule()
         for request in list(self.running):
-            if request.pending == 1 and request in self.running and self._reserve(request, len(request.tokens)):
+            # The youngest gives way, so none that has its place here loses it; who gave way has all tokens pending.
+            if request.pending == 1 and self._reserve(request, len(request.tokens)):
                 schedule.decode.append(request)
-        schedule.decode = [r for r in schedule.decode if r in self.running]  # a later one may have preempted it
         budget = self.max_tokens - len(schedule.decode)
         for request in self.running:
             if request.pending > 1 and budget > 0:
