@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 from jaxinfer.demo import MODEL_DIR
-from jaxinfer.llm import LLM, Message, Prompt, is_single_prompt
+from jaxinfer.engine.load import LoadOptions
+from jaxinfer.engine.prompts import Prompt, is_single_prompt
+from jaxinfer.llm import LLM, Message
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
 # Sampling and LLM both have a seed: here it is the request's.
-_LOADING = set(inspect.signature(LLM).parameters) - {"model"} - _SAMPLING
+_LOADING = set(LoadOptions.__annotations__) - _SAMPLING
 
 _loaded: tuple[tuple[Any, ...], LLM] | None = None
 

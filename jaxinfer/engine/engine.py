@@ -61,6 +61,7 @@ class Call(NamedTuple):
     schedule: Schedule
     launched: Launched
     start: float
+    compiled: float  # Runner.compile_seconds then
 
 
 class Engine:
@@ -104,6 +105,10 @@ class Engine:
         )
 
     @property
+    def vocab_size(self) -> int:
+        return self.runner.model.config.vocab_size
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is asked for any more."""
         return not self._generations
@@ -112,6 +117,38 @@ class Engine:
         self, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None, priority: int = 0
     ) -> Group:
         """Queues a prompt. Raises ValueError for ids, a length or parameters that can't be served."""
+        stop_ids = self.check(prompt_token_ids, params)
+        length = len(prompt_token_ids)
+        bad_words = BadWords(params.bad_words, self.tokenizer) if params.bad_words else None
+        members = []
+        for index in range(params.n):
+            request = Request(
+                id=self._next_id + index,
+                prompt_length=length,
+                tokens=list(prompt_token_ids),
+                params=params,
+                # Unseeded requests of one LLM differ from each other and are the same in the program's next run.
+                seed=(self._seed << 32) + self._next_id + index if params.seed is None else params.seed + index,
+                stop_ids=stop_ids,
+                limit=self._limit(length, params),
+                priority=priority,
+            )
+            if index == 0:
+                self.scheduler.add(request)
+            members.append(Generation(request, self.tokenizer, index))
+        first = members[0].request
+        for member in members:
+            self._generations[member.request.id] = member
+            if bad_words is not None:
+                self._bad_words[member.request.id] = bad_words
+        if len(members) > 1:
+            # The others find the prompt's pages in the prefix cache once the first one has computed them.
+            self._followers[first.id] = [member.request for member in members[1:]]
+        self._next_id += params.n
+        return Group(prompt, members)
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
+        """Raises ValueError for what `add` would refuse; returns the ids that end the prompt's continuations."""
         length = len(prompt_token_ids)
         self._check_ids("the prompt", prompt_token_ids)
         if not length:
@@ -130,34 +167,8 @@ class Engine:
                 f"stop_token_ids {list(params.stop_token_ids or ())} and the checkpoint's EOS ids are {len(stop_ids)} "
                 f"ids: at most {MAX_STOP_IDS} are supported; use stop strings for the rest"
             )
-        bad_words = BadWords(params.bad_words, self.tokenizer) if params.bad_words else None
-        limit = self.max_model_len if params.max_tokens is None else length + params.max_tokens
-        members = []
-        for index in range(params.n):
-            request = Request(
-                id=self._next_id + index,
-                prompt_length=length,
-                tokens=list(prompt_token_ids),
-                params=params,
-                # Unseeded requests of one LLM differ from each other and are the same in the program's next run.
-                seed=(self._seed << 32) + self._next_id + index if params.seed is None else params.seed + index,
-                stop_ids=stop_ids,
-                limit=min(limit, self.max_model_len),
-                priority=priority,
-            )
-            if index == 0:
-                self.scheduler.add(request)
-            members.append(Generation(request, self.tokenizer, index))
-        first = members[0].request
-        for member in members:
-            self._generations[member.request.id] = member
-            if bad_words is not None:
-                self._bad_words[member.request.id] = bad_words
-        if len(members) > 1:
-            # The others find the prompt's pages in the prefix cache once the first one has computed them.
-            self._followers[first.id] = [member.request for member in members[1:]]
-        self._next_id += params.n
-        return Group(prompt, members)
+        self.scheduler.check(self._limit(length, params))
+        return stop_ids
 
     def step(self, max_seconds: float | None = None) -> list[Generation]:
         """Gives the device its next call and takes in the tokens of the one before; returns the generations that got
@@ -187,10 +198,14 @@ class Engine:
             schedule = self.scheduler.schedule(1 if exact else self._max_steps(max_seconds), not self._in_flight)
             if schedule.requests:
                 self._prepare_slots(schedule)
-                self._in_flight.append(Call(schedule, self.runner.launch(schedule), time.perf_counter()))
+                self._in_flight.append(self._launch(schedule))
                 if len(self._in_flight) == 1 and not exact:
                     return []  # the next one is scheduled while this one runs
         return self._take_in(self._in_flight.popleft()) if self._in_flight else []
+
+    def _launch(self, schedule: Schedule) -> Call:
+        launched = self.runner.launch(schedule)
+        return Call(schedule, launched, time.perf_counter(), self.runner.compile_seconds)
 
     def _max_steps(self, max_seconds: float | None) -> int:
         steps = self.runner.max_steps
@@ -202,15 +217,14 @@ class Engine:
         return max(steps, 1)
 
     def _prepare_slots(self, schedule: Schedule) -> None:
-        vocab = self.runner.model.config.vocab_size
-        for request, start in zip(schedule.requests, schedule.start, strict=True):
+        for request in schedule.requests:
             params = request.params
             bad_words = self._bad_words.get(request.id)
             # All that a sequence leaves in its slot is cleared when the next one begins there.
             begins = (params.has_penalties or params.has_masks) and not request.prepared
             if begins or (bad_words is not None and bad_words.sequences and request.decoding):
                 forbidden = bad_words.forbidden(request.output_token_ids) if bad_words is not None else []
-                masks = Masks.of(vocab, params.allowed_token_ids, forbidden, params.logit_bias)
+                masks = Masks.of(self.vocab_size, params.allowed_token_ids, forbidden, params.logit_bias)
                 self.runner.prepare(request.slot, masks, clear=begins)
                 request.prepared = True
 
@@ -218,7 +232,8 @@ class Engine:
         schedule = call.schedule
         result = call.launched.wait()
         now = time.perf_counter()
-        seconds = now - max(call.start, self._arrived)
+        # The next call may have been compiled while this one's tokens lay waiting.
+        seconds = now - max(call.start, self._arrived) - (self.runner.compile_seconds - call.compiled)
         self._arrived = now
         touched = []
         for row, request in enumerate(schedule.requests):
@@ -268,8 +283,14 @@ class Engine:
         self._bad_words.pop(request.id, None)
         del self._generations[request.id]
 
+    def _limit(self, prompt_length: int, params: SamplingParams) -> int:
+        """The most tokens that a sequence may reach."""
+        if params.max_tokens is None:
+            return self.max_model_len
+        return min(prompt_length + params.max_tokens, self.max_model_len)
+
     def _check_ids(self, where: str, ids: Sequence[int]) -> None:
-        vocab = self.runner.model.config.vocab_size
+        vocab = self.vocab_size
         for i in ids:
             if not 0 <= i < vocab:
                 raise ValueError(f"{where} has token id {i}: the model's ids go from 0 to {vocab - 1}")

@@ -111,9 +111,7 @@ class Generation:
         """Its times so far."""
         now = self._finished or time.perf_counter()
         request = self.request
-        return RequestMetrics(
-            (self._first or now) - self._added, now - self._added, request.preemptions, request.hits
-        )
+        return RequestMetrics((self._first or now) - self._added, now - self._added, request.preemptions, request.hits)
 
     def _detokenize(self, token: int) -> str:
         return "" if self._detokenizer is None else self._detokenizer.push([token])
@@ -136,8 +134,8 @@ class Group:
     def finished(self) -> bool:
         return all(member.finished for member in self.members)
 
-    def output(self) -> RequestOutput:
-        """What there is so far."""
+    def output(self, index: int = 0) -> RequestOutput:
+        """What there is so far; `index` is the prompt's place in its list."""
         first = self.members[0]
         request = first.request
         return RequestOutput(
@@ -147,5 +145,6 @@ class Group:
             outputs=[member.completion() for member in self.members],
             finished=self.finished,
             metrics=first.metrics(),
+            index=index,
             prompt_logprobs=None if request.params.prompt_logprobs is None else list(first.prompt_logprobs),
         )

@@ -41,11 +41,15 @@ class RequestMetrics:
     cached_tokens: int = 0
 
 
+NO_METRICS = RequestMetrics(0.0, 0.0, 0)
+
+
 @dataclass(frozen=True)
 class RequestOutput:
     """A prompt (None where ids were given) with its continuations, SamplingParams.n of them.
 
     prompt_logprobs: where asked for, one dict a token of the prompt, by token id; None for the first token.
+    index: the prompt's place in what was given to `generate`.
     error: why the prompt was not served, where `on_error="return"` asked for that instead of an exception.
     """
 
@@ -56,4 +60,11 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    index: int = 0
     error: str | None = None
+
+
+def error_output(index: int, error: str) -> RequestOutput:
+    """The output of a prompt that can't be served."""
+    completion = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error")
+    return RequestOutput(-1, None, [], [completion], True, NO_METRICS, index=index, error=error)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.sample import Logprobs
 from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
+
+Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
 
 
 @dataclass
@@ -88,12 +92,12 @@ class Runner:
         self._step = jax.jit(make_step(model), donate_argnums=1)
         self._decode = jax.jit(make_decode(model, max_steps), donate_argnums=1)
         self._prepare = jax.jit(prepare_slot, donate_argnums=0)
-        self._executables: dict[tuple[str, int, int], Any] = {}
+        self._executables: dict[Key, Any] = {}
         # The page table by slot, kept up to date as sequences grow, and the last call's sampling arrays: decoding calls
         # follow each other with the same rows, and filling these anew would take the host longer than all the rest.
         self._tables = np.zeros((max_rows + 1, self.table_width), np.int32)
         self._filled: list[tuple[Request | None, int]] = [(None, 0)] * max_rows
-        self._last_sampling: tuple[tuple[int, ...], tuple[SamplingArrays, bool]] = ((), self._sampling_of([], 1))
+        self._last_sampling: tuple[tuple[int, ...], SamplingArrays] = ((), SamplingArrays.of_rows([], 1))
 
     def launch(self, schedule: Schedule) -> Launched:
         """Gives a call to the device and does not wait for it."""
@@ -102,8 +106,7 @@ class Runner:
     def prepare(self, slot: int, masks: Masks, clear: bool) -> None:
         """Makes a slot ready for a sequence that has penalties or masks; `clear` forgets the tokens of the last one."""
         arguments = (self.state.slots, np.int32(slot), masks, np.bool_(clear))
-        slots = self._executable(self._prepare, ("prepare slot", 1, 1), arguments)(*arguments)
-        self.state = State(self.state.cache, slots)
+        self.state = State(self.state.cache, self._executable(("prepare slot", 1, 1), arguments))
 
     def recover(self) -> None:
         """After a broken-off call (Ctrl-C): the state was donated to it, and its result may never have arrived."""
@@ -119,12 +122,49 @@ class Runner:
         self.params = {}
         self._executables.clear()
 
+    def warm_up(self) -> None:
+        """Compiles every program that a schedule can need, several at a time."""
+        calls = [("decode", size, size) for size in self.buckets.decode]
+        for rows in self.buckets.mixed_rows:
+            calls += [("step", length, rows) for length in self.buckets.tokens]
+            calls.append(("scored step", self.buckets.scored, rows))
+        arguments = [
+            self._decode_arguments(Schedule(), size)
+            if name == "decode"
+            else self._step_arguments(Schedule(), length, size, name != "step")
+            for name, length, size in calls
+        ]
+        masks = Masks.of(self.model.config.vocab_size, None, [], None)
+        calls.append(("prepare slot", 1, 1))
+        arguments.append((self.state.slots, np.int32(0), masks, np.bool_(False)))
+        missing = [(c, a) for c, a in zip(calls, arguments, strict=True) if c not in self._executables]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done, future in enumerate([pool.submit(self._compile, c, a) for c, a in missing], 1):
+                key, executable = future.result()
+                self._executables[key] = executable
+                if self.on_compile is not None:
+                    self.on_compile(f"compiled {done} of {len(missing)} programs")
+        self.compile_seconds += time.perf_counter() - start
+
     def _launch_step(self, schedule: Schedule) -> Launched:
-        requests, counts = schedule.requests, schedule.counts
-        total = sum(counts)
+        requests = schedule.requests
         size = Buckets.fit(self.buckets.mixed_rows, len(requests))
         scored = any(request.params.prompt_logprobs is not None for request, _ in schedule.chunks)
-        length = self.buckets.scored if scored else Buckets.fit(self.buckets.tokens, total)
+        length = self.buckets.scored if scored else Buckets.fit(self.buckets.tokens, sum(schedule.counts))
+        arguments = self._step_arguments(schedule, length, size, scored)
+        sampled: Sampled
+        sampled, self.state = self._executable(("scored step" if scored else "step", length, size), arguments)
+        return Launched(sampled, arguments[2].q_start, self._wants_logprobs(requests))
+
+    def _launch_decode(self, schedule: Schedule) -> Launched:
+        size = Buckets.fit(self.buckets.decode, len(schedule.decode))
+        sampled: Sampled
+        sampled, self.state = self._executable(("decode", size, size), self._decode_arguments(schedule, size))
+        return Launched(sampled, np.arange(size + 1), self._wants_logprobs(schedule.decode))
+
+    def _step_arguments(self, schedule: Schedule, length: int, size: int, scored: bool) -> tuple[Any, ...]:
+        requests, total = schedule.requests, sum(schedule.counts)
         tokens, positions, row, following = (np.zeros(length, np.int32) for _ in range(4))
         q_start = np.full(size + 1, total, np.int32)
         q_start[0] = 0
@@ -158,41 +198,34 @@ class Runner:
             "logits_at": np.maximum(q_start[1:] - 1, 0),
         }
         rows = Rows(slot, samples, following if scored else None)
-        sampling, wants = self._sampling(requests, size)
-        arguments = (self.params, self.state, Batch(**arrays), rows, sampling)
-        name = "scored step" if scored else "step"
-        sampled: Sampled
-        sampled, self.state = self._executable(self._step, (name, length, size), arguments)(*arguments)
-        return Launched(sampled, q_start, wants)
+        return self.params, self.state, Batch(**arrays), rows, self._sampling(requests, size)
 
-    def _launch_decode(self, schedule: Schedule) -> Launched:
+    def _decode_arguments(self, schedule: Schedule, size: int) -> tuple[Any, ...]:
         requests = schedule.decode
-        size = Buckets.fit(self.buckets.decode, len(requests))
         positions = np.zeros(size, np.int32)
         positions[: len(requests)] = schedule.start
         slot, samples = self._slots(schedule, size)
         rows = DecodeRows(slot, samples, positions, self._pages(requests, slot))
-        sampling, wants = self._sampling(requests, size)
-        arguments = (self.params, self.state, rows, sampling, np.int32(schedule.steps))
-        sampled: Sampled
-        sampled, self.state = self._executable(self._decode, ("decode", size, size), arguments)(*arguments)
-        return Launched(sampled, np.arange(size + 1), wants)
+        return self.params, self.state, rows, self._sampling(requests, size), np.int32(schedule.steps)
 
-    def _executable(self, function: Any, key: tuple[str, int, int], arguments: tuple[Any, ...]) -> Any:
-        """Ahead-of-time compiled: a bucket compiles once, and never behind our back."""
-        found = self._executables.get(key)
-        if found is None:
+    def _executable(self, key: Key, arguments: tuple[Any, ...]) -> Any:
+        """Calls a program that was compiled ahead: a bucket compiles once, and never behind our back."""
+        if key not in self._executables:
             if self.on_compile is not None:
                 self.on_compile(f"compiling {key[0]} for {key[1]} tokens")
             start = time.perf_counter()
-            with jax.default_device(self.device):
-                found = function.lower(*arguments).compile()
+            _, self._executables[key] = self._compile(key, arguments)
             self.compile_seconds += time.perf_counter() - start
-            self.compilations += 1
-            self._executables[key] = found
             if self.on_compile is not None:
                 self.on_compile("generating")
-        return found
+        return self._executables[key](*arguments)
+
+    def _compile(self, key: Key, arguments: tuple[Any, ...]) -> tuple[Key, Any]:
+        function = {"decode": self._decode, "prepare slot": self._prepare}.get(key[0], self._step)
+        with jax.default_device(self.device):
+            compiled = function.lower(*arguments).compile()
+        self.compilations += 1
+        return key, compiled
 
     def _slots(self, schedule: Schedule, size: int) -> tuple[np.ndarray, np.ndarray]:
         """slot and samples of each row."""
@@ -214,13 +247,13 @@ class Runner:
                 self._filled[request.slot] = (request, count)
         return self._tables[slot]
 
-    def _sampling(self, requests: Sequence[Request], size: int) -> tuple[SamplingArrays, bool]:
+    def _sampling(self, requests: Sequence[Request], size: int) -> SamplingArrays:
         key = (size, *(request.id for request in requests))
         if self._last_sampling[0] != key:
-            self._last_sampling = (key, self._sampling_of(requests, size))
+            rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length) for r in requests]
+            self._last_sampling = (key, SamplingArrays.of_rows(rows, size))
         return self._last_sampling[1]
 
-    def _sampling_of(self, requests: Sequence[Request], size: int) -> tuple[SamplingArrays, bool]:
-        rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length) for r in requests]
-        wants = any(request.params.logprobs is not None for request in requests)
-        return SamplingArrays.of_rows(rows, size), wants
+    @staticmethod
+    def _wants_logprobs(requests: Sequence[Request]) -> bool:
+        return any(request.params.logprobs is not None for request in requests)

@@ -59,6 +59,9 @@ class Scheduler:
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.scored_tokens = scored_tokens or max_tokens
+        self.running: list[Request] = []  # oldest first
+        self._free_slots: list[int] = []
+        self._waiting: list[tuple[int, int, Request]] = []
         self.restart([])
 
     @property
@@ -72,13 +75,17 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError if it could never run, even alone."""
-        needed = self.pages.pages_for(request.limit)
+        self.check(request.limit)
+        self._wait(request)
+
+    def check(self, limit: int) -> None:
+        """Raises ValueError if a sequence of up to `limit` tokens could never run, even alone."""
+        needed = self.pages.pages_for(limit)
         if needed > self.pages.num_pages - 1:
             raise ValueError(
-                f"a sequence of up to {request.limit} tokens needs {needed} pages of the cache, which has "
+                f"a sequence of up to {limit} tokens needs {needed} pages of the cache, which has "
                 f"{self.pages.num_pages - 1}; lower max_tokens or raise kv_cache_memory"
             )
-        self._wait(request)
 
     def schedule(self, max_steps: int, may_preempt: bool = True) -> Schedule:
         """The next call; at most `max_steps` tokens a decoding row. Empty if there is nothing to do."""
@@ -127,9 +134,8 @@ class Scheduler:
         Their tokens so far are kept, so their outputs are the same.
         """
         self.pages.reset()
-        self.running: list[Request] = []  # oldest first
+        self.running, self._waiting = [], []
         self._free_slots = list(range(self.max_rows - 1, -1, -1))
-        self._waiting: list[tuple[int, int, Request]] = []
         for request in requests:
             request.pages.clear()
             request.slot = -1

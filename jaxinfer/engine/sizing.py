@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GIB = 2**30
 CPU_SHARE = 0.1  # of the machine's memory goes to the cache on CPU, at most
 DEVICE_SHARE = 0.9  # of an accelerator's memory is used in all
 RESERVE = 0.05  # of an accelerator's memory stays free of weights and cache, for what steps compute
@@ -42,10 +41,10 @@ def size_cache(
     needed = -(-length // page_size)
     if needed > most:
         if max_model_len is not None or most < 1:
+            lower = f"lower max_model_len to at most {most * page_size} or " if most >= 1 else ""
             raise ValueError(
-                f"max_model_len {length} needs {(needed + 1) * page_bytes / GIB:.2f} GiB of KV cache, and there are "
-                f"{available / GIB:.2f} GiB: lower max_model_len to at most {max(most, 0) * page_size} "
-                "or raise kv_cache_memory"
+                f"max_model_len {length} needs {(needed + 1) * page_bytes:,} bytes of KV cache, and there are "
+                f"{available:,}: {lower}raise kv_cache_memory or take a device with more memory"
             )
         length = most * page_size
         needed = most

@@ -76,9 +76,7 @@ Decode = Callable[[Params, State, DecodeRows, SamplingArrays, Any], tuple[Sample
 def make_step(model: Model) -> Step:
     """One mixed call: decoding rows, one token each (taken from their slots), then chunks of prompts."""
 
-    def step(
-        params: Params, state: State, batch: Batch, rows: Rows, sampling: SamplingArrays
-    ) -> tuple[Sampled, State]:
+    def step(params: Params, state: State, batch: Batch, rows: Rows, sampling: SamplingArrays) -> tuple[Sampled, State]:
         slots, slot = state.slots, jnp.asarray(rows.slot)
         size = slot.shape[0]
         token_slot = slot[batch.row]

@@ -28,9 +28,7 @@ class Logprobs(NamedTuple):
     top: jax.Array
 
 
-def sample(
-    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array
-) -> jax.Array:
+def sample(logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array) -> jax.Array:
     """The next token of each row, i32[R].
 
     logits f32[R, V]; slot i32[R], each row's own; length i32[R] is the number of tokens before the sampled one: with
@@ -149,10 +147,9 @@ def _filtered(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """float32 as uint32 in the same order (minus infinity lowest, no NaN)."""
+    """float32 as uint32 in the same order (minus infinity lowest, -0 and 0 equal, no NaN)."""
     bits = lax.bitcast_convert_type(x, jnp.uint32)
-    sign = jnp.uint32(0x80000000)
-    return jnp.where((bits & sign) != 0, ~bits, bits | sign)
+    return jnp.where(x < 0, ~bits, bits | jnp.uint32(0x80000000))
 
 
 def _threshold(logits: jax.Array, everything: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:

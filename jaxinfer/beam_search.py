@@ -1,0 +1,144 @@
+"""Beam search, with transformers' definitions of candidates, scores and the end (early_stopping=False).
+
+Each round asks the engine for one token of every beam; the prefix cache has all but the last page of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.generation import Group
+from jaxinfer.engine.request import FinishReason
+from jaxinfer.sampling.params import MAX_LOGPROBS, SamplingParams
+
+
+@dataclass(frozen=True)
+class BeamSearchSequence:
+    """A continuation. score: cumulative_logprob / len(token_ids) ** length_penalty."""
+
+    token_ids: list[int]
+    text: str
+    cumulative_logprob: float
+    score: float
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class BeamSearchOutput:
+    """A prompt (None where ids were given) with its continuations, best first."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sequences: list[BeamSearchSequence]
+
+
+class Beam(NamedTuple):
+    """Tokens after the prompt and the sum of their log-probabilities."""
+
+    token_ids: list[int]
+    logprob: float
+
+
+@dataclass
+class Search:
+    """The state of one prompt's search: beams that go on, finished ones with their scores, best first."""
+
+    prompt: list[int]
+    beams: list[Beam] = field(default_factory=lambda: [Beam([], 0.0)])
+    finished: list[tuple[float, Beam]] = field(default_factory=list)
+    done: bool = False
+
+
+def beam_search(
+    engine: Engine,
+    prompts: Sequence[tuple[str | None, list[int]]],
+    beam_width: int,
+    max_tokens: int,
+    length_penalty: float = 1.0,
+    ignore_eos: bool = False,
+) -> list[BeamSearchOutput]:
+    """The `beam_width` best continuations of each prompt (text or None, and ids), of at most `max_tokens` tokens.
+
+    length_penalty: above 0 prefers longer ones. Raises ValueError for widths that need more candidates than there are
+    log-probabilities, and for what `Engine.add` refuses.
+    """
+    eos = frozenset(() if ignore_eos else engine.eos_token_ids)
+    # So many that enough go on even if all that can end do.
+    candidates = max(2, 1 + len(eos)) * beam_width
+    if not isinstance(beam_width, int) or beam_width < 1 or candidates > MAX_LOGPROBS:
+        widest = MAX_LOGPROBS // max(2, 1 + len(eos))
+        raise ValueError(f"beam_width is {beam_width}: it must be from 1 to {widest} with {len(eos)} EOS ids")
+    if not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}: it must be an integer of at least 1")
+    longest = max((len(ids) for _, ids in prompts), default=0)
+    if longest + max_tokens > engine.max_model_len:
+        raise ValueError(
+            f"max_tokens is {max_tokens}: with a prompt of {longest} tokens it may be at most "
+            f"{engine.max_model_len - longest} (max_model_len {engine.max_model_len})"
+        )
+    searches = [Search(ids) for _, ids in prompts]
+    params = SamplingParams(
+        temperature=0.0, max_tokens=1, logprobs=min(candidates, engine.vocab_size), ignore_eos=True, detokenize=False
+    )
+    for step in range(1, max_tokens + 1):
+        open_searches = [search for search in searches if not search.done]
+        if not open_searches:
+            break
+        for search, options in zip(open_searches, _next_tokens(engine, open_searches, params), strict=True):
+            options.sort(key=lambda beam: -beam.logprob)
+            _advance(search, options[:candidates], beam_width, eos, step == max_tokens, length_penalty)
+    return [
+        BeamSearchOutput(text, ids, [_sequence(engine, score, beam, eos) for score, beam in search.finished])
+        for (text, ids), search in zip(prompts, searches, strict=True)
+    ]
+
+
+def _next_tokens(engine: Engine, searches: Sequence[Search], params: SamplingParams) -> list[list[Beam]]:
+    """Every beam of every search with each of its likeliest next tokens."""
+    groups: list[list[tuple[Beam, Group]]] = []
+    try:
+        for search in searches:
+            groups.append([(beam, engine.add(search.prompt + beam.token_ids, params)) for beam in search.beams])
+        while any(not group.finished for beams in groups for _, group in beams):
+            engine.step()
+        return [
+            [
+                Beam([*beam.token_ids, token], beam.logprob + logprob.logprob)
+                for beam, group in beams
+                for token, logprob in (group.members[0].completion().logprobs or [{}])[0].items()
+            ]
+            for beams in groups
+        ]
+    finally:
+        for beams in groups:
+            for _, group in beams:
+                engine.abort(group)
+
+
+def _advance(
+    search: Search, options: list[Beam], width: int, eos: frozenset[int], last: bool, length_penalty: float
+) -> None:
+    """One round: `options` are the best candidates, best first."""
+    ends = [last or beam.token_ids[-1] in eos for beam in options]
+    length = len(options[0].token_ids)
+    # Only the best `width` candidates may finish; the others are there to go on in their place.
+    for beam, end in list(zip(options, ends, strict=True))[:width]:
+        if end:
+            search.finished.append((beam.logprob / length**length_penalty, beam))
+    search.finished.sort(key=lambda item: -item[0])
+    del search.finished[width:]
+    search.beams = [beam for beam, end in zip(options, ends, strict=True) if not end][:width]
+    if not search.beams:
+        search.done = True
+    elif len(search.finished) == width:
+        # Not exact where longer is better, but what transformers does: the best beam is scored at its length now.
+        search.done = search.beams[0].logprob / length**length_penalty <= search.finished[-1][0]
+
+
+def _sequence(engine: Engine, score: float, beam: Beam, eos: frozenset[int]) -> BeamSearchSequence:
+    ended = beam.token_ids[-1] in eos
+    text = engine.tokenizer.decode(beam.token_ids)
+    return BeamSearchSequence(beam.token_ids, text, beam.logprob, score, "stop" if ended else "length")

@@ -1,0 +1,141 @@
+"""`jaxinfer generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxinfer.cli.console import Progress, print_pieces
+from jaxinfer.cli.options import JSON, LoadOptions, SamplingOptions, Verbosity, grouped
+
+if TYPE_CHECKING:
+    from jaxinfer.engine.outputs import RequestOutput
+    from jaxinfer.engine.prompts import Prompt
+    from jaxinfer.llm import LLM
+    from jaxinfer.sampling.params import SamplingParams
+
+
+@grouped
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", show_default=False, help="Without any: piped input.")
+    ] = None,
+    *,
+    file: Annotated[
+        str | None, typer.Option("--file", "-f", metavar="F", help="Prompts from a file, one a line; - is stdin.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Each prompt is a user's message, put through the chat template.")
+    ] = False,
+    as_json: JSON = False,
+    profile: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write a trace of the generation for JAX's profiler tools.")
+    ] = None,
+    load: LoadOptions,
+    sampling: SamplingOptions,
+    verbosity: Verbosity,
+) -> None:
+    """Continue one prompt, or each of several.
+
+    One prompt's text is printed as it comes; several are run together and printed in order, each when it is done.
+    """
+    with verbosity.apply() as progress:
+        texts = _texts(prompts or [], file)
+        sampling.params()
+        if profile is not None:
+            Path(profile).mkdir(parents=True, exist_ok=True)
+        llm = load.load(progress)
+        params = sampling.params(llm.get_default_sampling_params())
+        given: list[Prompt] = [_as_message(llm, text) for text in texts] if chat else list(texts)
+        with _trace(profile):
+            if as_json or len(texts) > 1:
+                _print_outputs(llm, texts, given, params, as_json, progress)
+            else:
+                print_pieces(llm.stream(given[0], params), progress)
+
+
+def _texts(arguments: list[str], file: str | None) -> list[str]:
+    """The prompts, from wherever they are to come. Raises ValueError if there is none, or an empty one."""
+    if arguments and file is not None:
+        raise ValueError("prompts are given both as PROMPT and by --file: give only one of them")
+    if file is not None:
+        arguments = [line for line in _read(file).splitlines() if line]
+        if not arguments:
+            raise ValueError(f"--file {file}: there is no prompt in it; write one a line")
+    elif not arguments:
+        if sys.stdin.isatty():
+            raise ValueError("no prompt: give PROMPT, --file F, or pipe one in")
+        arguments = [_read("-").removesuffix("\n")]
+    if "" in arguments:
+        raise ValueError("the prompt is empty: give some text as PROMPT, by --file F, or pipe it in")
+    return arguments
+
+
+def _read(file: str) -> str:
+    name = "stdin" if file == "-" else file
+    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 at byte {error.start}; prompts must be UTF-8 text") from None
+
+
+def _as_message(llm: LLM, text: str) -> Prompt:
+    return llm.chat_prompt([{"role": "user", "content": text}])
+
+
+def _trace(folder: str | None) -> contextlib.AbstractContextManager[Any]:
+    if folder is None:
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.profiler.trace(folder)
+
+
+def _print_outputs(
+    llm: LLM, texts: list[str], prompts: list[Prompt], params: SamplingParams, as_json: bool, progress: Progress
+) -> None:
+    for i, output in enumerate(llm.generate_iter(prompts, params)):
+        progress.hide()
+        if as_json:
+            print(json.dumps(_record(llm, texts[i], output)), flush=True)
+        else:
+            separation = "\n" if i else ""
+            print(f"{separation}==> {_title(texts[i])} <==\n{output.outputs[0].text}", flush=True)
+        if i + 1 < len(texts):
+            progress(f"generating, {i + 1} of {len(texts)} are done")
+
+
+def _title(text: str, width: int = 70) -> str:
+    """A prompt on one line that is not too long."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _record(llm: LLM, prompt: str, output: RequestOutput) -> dict[str, Any]:
+    """Rates are those of the whole run so far: prompts run together."""
+    completion = output.outputs[0]
+    prompt_tokens, completion_tokens = len(output.prompt_token_ids), len(completion.token_ids)
+    return {
+        "prompt": prompt,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+        "timing": {
+            "load_seconds": llm.load_seconds,
+            "compile_seconds": llm.compile_seconds,
+            "time_to_first_token": output.metrics.time_to_first_token,
+            "prefill_tokens_per_second": llm.stats.prefill_tokens_per_second,
+            "decode_tokens_per_second": llm.stats.decode_tokens_per_second,
+        },
+    }

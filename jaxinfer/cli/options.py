@@ -1,0 +1,148 @@
+"""Options that commands share, in groups: a command takes a whole group as one parameter (see `grouped`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from jaxinfer.cli.console import LogHandler, Progress
+from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxinfer.llm import LLM
+
+MODEL, SAMPLING = "Model", "Sampling (what is not given is as the checkpoint says)"
+
+JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and all else on stderr.")]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which model, and how it is held."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="M",
+            help="Folder or Hugging Face hub id; without it, the small model that comes with jaxinfer.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="R", help="Branch, tag or commit of a model on the hub.", rich_help_panel=MODEL),
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of weights and cache; auto: the checkpoint's, float32 on CPU.", rich_help_panel=MODEL),
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Most tokens of prompt and answer together.", rich_help_panel=MODEL),
+    ] = None
+
+    def load(self, progress: Progress) -> LLM:
+        """The model in memory. Raises what `LLM` raises; a wrong name shows before JAX is imported."""
+        from jaxinfer.checkpoint.hub import resolve
+        from jaxinfer.demo import MODEL_DIR
+
+        folder = resolve(MODEL_DIR if self.model is None else self.model, self.revision)
+        progress("starting JAX")
+        from jaxinfer.llm import LLM
+
+        return LLM(folder, dtype=self.dtype, max_model_len=self.max_model_len, on_progress=progress)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The fields of SamplingParams that the command line has; None is not given."""
+
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Most tokens of an answer.", show_default=True, rich_help_panel=SAMPLING)
+    ] = DEFAULT_MAX_TOKENS
+    temperature: Annotated[
+        float | None, typer.Option(metavar="X", help="0: always the likeliest token.", rich_help_panel=SAMPLING)
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Only the likeliest tokens of this total probability.", rich_help_panel=SAMPLING
+        ),
+    ] = None
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Only the N likeliest tokens; 0 or -1: all.", rich_help_panel=SAMPLING),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Only tokens of this share of the likeliest one's probability.", rich_help_panel=SAMPLING
+        ),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="The same seed gives the same text.", rich_help_panel=SAMPLING)
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="S", help="End before this string; may be repeated.", rich_help_panel=SAMPLING),
+    ] = None
+
+    def params(self, defaults: SamplingParams | None = None) -> SamplingParams:
+        """These over `defaults`. Raises ValueError for a value out of range, so call it before loading as well."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return dataclasses.replace(defaults or SamplingParams(), **given)
+
+
+@dataclass(frozen=True)
+class Verbosity:
+    """How much is said on stderr."""
+
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, show_default=False, help="Say more; -vv: debugging.")
+    ] = 0
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False
+
+    def apply(self) -> Progress:
+        """Sets up logging; returns the progress line."""
+        levels = (logging.WARNING, logging.INFO, logging.DEBUG)
+        log = logging.getLogger("jaxinfer")
+        log.handlers = [LogHandler()]
+        log.setLevel(logging.ERROR if self.quiet else levels[min(self.verbose, 2)])
+        log.propagate = False
+        if self.quiet:
+            warnings.simplefilter("ignore")
+        return Progress(self.quiet)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Lets a command have dataclasses of annotated fields as parameters: typer sees the fields as options."""
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)}
+    shown = [p for p in parameters if p.name not in groups]
+    for group in groups.values():
+        hints = get_type_hints(group, include_extras=True)
+        for field in dataclasses.fields(group):
+            kind = inspect.Parameter.KEYWORD_ONLY
+            shown.append(inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name]))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        built = {
+            name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            for name, group in groups.items()
+        }
+        command(**given, **built)
+
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in shown}
+    return run

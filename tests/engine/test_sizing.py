@@ -1,0 +1,70 @@
+"""How many pages fit, and what is said when what was asked for does not."""
+
+from typing import Any
+
+import pytest
+
+from jaxinfer.engine.sizing import Sizes, size_cache
+
+GIB = 2**30
+
+
+def size(**changes: Any) -> Sizes:
+    """1 KiB a token, 16 KiB a page."""
+    given = {
+        "bytes_per_token": 1024,
+        "page_size": 16,
+        "max_num_seqs": 4,
+        "max_model_len": None,
+        "max_context": 1000,
+        "available": GIB,
+    }
+    return size_cache(**(given | changes))
+
+
+def test_no_more_than_all_sequences_at_full_length_need():
+    sizes = size()
+    assert sizes == Sizes(max_model_len=1000, num_pages=4 * 63 + 1, page_size=16, bytes=(4 * 63 + 1) * 16 * 1024)
+    assert size(max_model_len=160).num_pages == 4 * 10 + 1
+
+
+def test_no_more_than_there_is_memory_for():
+    available = 100 * 16 * 1024 + 5  # 100 pages, one of them reserved
+    sizes = size(available=available)
+    assert (sizes.num_pages, sizes.max_model_len) == (100, 1000)
+    assert sizes.bytes <= available
+
+
+def test_a_length_of_its_own_choice_shrinks_to_what_fits():
+    sizes = size(available=11 * 16 * 1024)
+    assert (sizes.num_pages, sizes.max_model_len) == (11, 160)
+    assert size(available=2 * 16 * 1024).max_model_len == 16
+
+
+def test_a_length_that_was_asked_for_does_not_shrink():
+    with pytest.raises(ValueError, match="lower max_model_len to at most 160 or raise kv_cache_memory"):
+        size(max_model_len=900, available=11 * 16 * 1024)
+    assert size(max_model_len=160, available=11 * 16 * 1024).max_model_len == 160
+    with pytest.raises(ValueError, match="at most 160"):
+        size(max_model_len=161, available=11 * 16 * 1024)
+
+
+@pytest.mark.parametrize("available", [0, 1, 2 * 16 * 1024 - 1])
+def test_no_room_for_a_single_page(available):
+    with pytest.raises(ValueError, match=f"and there are {available:,}: raise kv_cache_memory or take a device"):
+        size(available=available)
+
+
+def test_the_error_has_the_numbers():
+    with pytest.raises(ValueError) as error:
+        size(bytes_per_token=2**20, max_model_len=1000, max_context=2000, available=GIB // 2)
+    assert str(error.value) == (
+        "max_model_len 1000 needs 1,073,741,824 bytes of KV cache, and there are 536,870,912: lower max_model_len to "
+        "at most 496 or raise kv_cache_memory or take a device with more memory"
+    )
+    size(bytes_per_token=2**20, max_model_len=496, max_context=2000, available=GIB // 2)
+
+
+def test_beyond_what_the_model_is_defined_for():
+    with pytest.raises(ValueError, match="max_model_len is 1001: config"):
+        size(max_model_len=1001)

@@ -1,0 +1,45 @@
+"""What is installed: the package's data files too."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import jaxinfer
+
+MODEL = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+
+
+def installed_files() -> set[str]:
+    """Files of the installed distribution, relative to where packages are installed."""
+    distribution = metadata.distribution("jaxinfer")
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if origin.get("dir_info", {}).get("editable"):
+        pytest.skip("installed in editable mode: there is no wheel to look at")
+    return {str(file) for file in distribution.files or ()}
+
+
+def test_the_model_and_the_marker_of_type_hints_are_in_the_wheel():
+    files = installed_files()
+    assert "jaxinfer/py.typed" in files
+    assert {f"jaxinfer/demo/model/{name}" for name in MODEL} <= files
+    package = Path(jaxinfer.__file__).parent
+    data = [path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert {f"jaxinfer/{path.relative_to(package).as_posix()}" for path in data} <= files
+
+
+def test_only_the_package_is_installed():
+    tops = {file.split("/")[0] for file in installed_files() if not file.startswith("..")}
+    assert tops == {"jaxinfer", f"jaxinfer-{jaxinfer.__version__}.dist-info"}
+
+
+def test_version_is_the_distribution_s():
+    assert metadata.version("jaxinfer") == jaxinfer.__version__
