@@ -20,7 +20,8 @@ MODEL = (
 
 def installed_files() -> set[str]:
     """Files of the installed distribution, relative to where packages are installed."""
-    distribution = metadata.distribution("jaxinfer")
+    # A build leaves jaxinfer.egg-info in the source tree, which looks like a distribution too but has no RECORD.
+    distribution = next(d for d in metadata.distributions(name="jaxinfer") if d.read_text("RECORD"))
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
     if origin.get("dir_info", {}).get("editable"):
         pytest.skip("installed in editable mode: there is no wheel to look at")
