@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxinfer.api import chat, generate, stream, unload
+    from jaxinfer.engine.async_engine import AsyncEngine, QueueFullError
     from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
@@ -21,6 +22,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "jaxinfer.llm",
+    "AsyncEngine": "jaxinfer.engine.async_engine",
+    "QueueFullError": "jaxinfer.engine.async_engine",
     "SamplingParams": "jaxinfer.sampling.params",
     "RequestOutput": "jaxinfer.engine.outputs",
     "RequestMetrics": "jaxinfer.engine.outputs",
@@ -34,8 +37,10 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompletionOutput",
     "Logprob",
+    "QueueFullError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",

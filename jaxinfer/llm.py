@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Self, Unpack
 from jaxinfer.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.engine.engine import Engine, EngineStats
 from jaxinfer.engine.generation import Group
-from jaxinfer.engine.load import LoadOptions, describe, load_engine
+from jaxinfer.engine.load import LoadOptions, default_sampling_params, describe, load_engine
 from jaxinfer.engine.outputs import RequestOutput, error_output
 from jaxinfer.engine.prompts import Prompt, prompt_ids, prompt_list
 from jaxinfer.sampling.params import SamplingParams
@@ -47,7 +47,7 @@ class LLM:
         self.description = describe(loaded)
         self.model = loaded.engine.runner.model
         self.tokenizer = loaded.engine.tokenizer
-        self._generation_config = loaded.generation_config
+        self._default = default_sampling_params(loaded.generation_config)
         self._engine: Engine | None = loaded.engine
 
     @property
@@ -69,12 +69,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json asks for; greedy unless it says `do_sample`."""
-        given = self._generation_config
-        chosen: dict[str, Any] = {} if given.get("do_sample") else {"temperature": 0.0}
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-            if given.get(name) is not None:
-                chosen.setdefault(name, given[name])
-        return SamplingParams(**chosen)
+        return self._default
 
     def generate(
         self,

@@ -29,6 +29,7 @@ from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, size_cache
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY
+from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.slots import Slots
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
@@ -173,6 +174,16 @@ def describe(loaded: Loaded) -> str:
         f"weights {weights / 2**30:.2f} GiB in {loaded.dtype}, KV cache {sizes.bytes / 2**30:.2f} GiB for "
         f"{(sizes.num_pages - 1) * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
     )
+
+
+def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """What a checkpoint's generation_config.json asks for; greedy unless it says `do_sample`."""
+    given = generation_config
+    chosen: dict[str, Any] = {} if given.get("do_sample") else {"temperature": 0.0}
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        if given.get(name) is not None:
+            chosen.setdefault(name, given[name])
+    return SamplingParams(**chosen)
 
 
 def _checked(options: dict[str, Any]) -> LoadOptions:
