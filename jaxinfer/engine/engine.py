@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ class Engine:
         self._bad_words: dict[int, BadWords] = {}
         self._in_flight: deque[Call] = deque()
         self._arrived = 0.0  # when the last call's tokens did
-        self._in_step = False
+        self._broken_off = False
 
     @property
     def stats(self) -> EngineStats:
@@ -120,31 +121,33 @@ class Engine:
         stop_ids = self.check(prompt_token_ids, params)
         length = len(prompt_token_ids)
         bad_words = BadWords(params.bad_words, self.tokenizer) if params.bad_words else None
+        # The first one's log-probabilities of the prompt are everyone's.
+        later = dataclasses.replace(params, prompt_logprobs=None) if params.n > 1 else params
+        first_id = self._next_id
+        self._next_id += params.n
         members = []
         for index in range(params.n):
             request = Request(
-                id=self._next_id + index,
+                id=first_id + index,
                 prompt_length=length,
                 tokens=list(prompt_token_ids),
-                params=params,
+                params=later if index else params,
                 # Unseeded requests of one LLM differ from each other and are the same in the program's next run.
-                seed=(self._seed << 32) + self._next_id + index if params.seed is None else params.seed + index,
+                seed=(self._seed << 32) + first_id + index if params.seed is None else params.seed + index,
                 stop_ids=stop_ids,
                 limit=self._limit(length, params),
                 priority=priority,
             )
-            if index == 0:
-                self.scheduler.add(request)
             members.append(Generation(request, self.tokenizer, index))
-        first = members[0].request
-        for member in members:
-            self._generations[member.request.id] = member
-            if bad_words is not None:
-                self._bad_words[member.request.id] = bad_words
-        if len(members) > 1:
-            # The others find the prompt's pages in the prefix cache once the first one has computed them.
-            self._followers[first.id] = [member.request for member in members[1:]]
-        self._next_id += params.n
+        with self._whole():
+            self.scheduler.add(members[0].request)
+            for member in members:
+                self._generations[member.request.id] = member
+                if bad_words is not None:
+                    self._bad_words[member.request.id] = bad_words
+            if len(members) > 1:
+                # The others find the prompt's pages in the prefix cache once the first one has computed them.
+                self._followers[first_id] = [member.request for member in members[1:]]
         return Group(prompt, members)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
@@ -173,26 +176,36 @@ class Engine:
     def step(self, max_seconds: float | None = None) -> list[Generation]:
         """Gives the device its next call and takes in the tokens of the one before; returns the generations that got
         some. `max_seconds` bounds a decoding call, roughly."""
-        if self._in_step:  # Ctrl-C (in a notebook, say) broke the last one off, anywhere: what it left can't be trusted
+        with self._whole():
+            return self._step(max_seconds)
+
+    def abort(self, group: Group) -> None:
+        """Ends a prompt's continuations, wherever they are; nothing of them stays behind."""
+        with self._whole():
+            for generation in group.members:
+                if generation.request.id in self._generations:
+                    generation.end("abort")
+                    self._stats.aborted += 1
+                    self._forget(generation.request)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What runs inside is done as a whole. If Ctrl-C (in a notebook, say) broke the last such thing off, anywhere,
+        what that left can't be trusted, and everybody begins anew."""
+        if self._broken_off:
             self._in_flight.clear()
             self.runner.recover()
             queued = {request.id for followers in self._followers.values() for request in followers}
             self.scheduler.restart([g.request for i, g in self._generations.items() if i not in queued])
-        self._in_step = True
-        touched = self._step(max_seconds)
-        self._in_step = False
-        return touched
-
-    def abort(self, group: Group) -> None:
-        """Ends a prompt's continuations, wherever they are; nothing of them stays behind."""
-        for generation in group.members:
-            if generation.request.id in self._generations:
-                generation.end("abort")
-                self._stats.aborted += 1
+            for generation in [g for g in self._generations.values() if g.finished]:
                 self._forget(generation.request)
+        self._broken_off = True
+        yield
+        self._broken_off = False
 
     def _step(self, max_seconds: float | None) -> list[Generation]:
-        exact = self._bad_words and any(request.id in self._bad_words for request in self.scheduler.running)
+        words = [self._bad_words.get(request.id) for request in self.scheduler.running] if self._bad_words else []
+        exact = any(w is not None and w.sequences for w in words)
         if not exact or not self._in_flight:
             # Preempting, or looking for the beginnings of bad words, needs all tokens to be known.
             schedule = self.scheduler.schedule(1 if exact else self._max_steps(max_seconds), not self._in_flight)
@@ -282,6 +295,8 @@ class Engine:
             self.scheduler.add(follower)
         self._bad_words.pop(request.id, None)
         del self._generations[request.id]
+        if not self._generations:
+            self._in_flight.clear()  # rows that have ended: nobody waits for them, and their time is not to be counted
 
     def _limit(self, prompt_length: int, params: SamplingParams) -> int:
         """The most tokens that a sequence may reach."""

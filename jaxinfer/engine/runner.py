@@ -96,7 +96,7 @@ class Runner:
         # The page table by slot, kept up to date as sequences grow, and the last call's sampling arrays: decoding calls
         # follow each other with the same rows, and filling these anew would take the host longer than all the rest.
         self._tables = np.zeros((max_rows + 1, self.table_width), np.int32)
-        self._filled: list[tuple[Request | None, int]] = [(None, 0)] * max_rows
+        self._filled: list[tuple[list[int] | None, int]] = [(None, 0)] * max_rows
         self._last_sampling: tuple[tuple[int, ...], SamplingArrays] = ((), SamplingArrays.of_rows([], 1))
 
     def launch(self, schedule: Schedule) -> Launched:
@@ -237,14 +237,14 @@ class Runner:
 
     def _pages(self, requests: Sequence[Request], slot: np.ndarray) -> np.ndarray:
         for request in requests:
-            owner, filled = self._filled[request.slot]
+            pages, filled = self._filled[request.slot]
             count = len(request.pages)
-            if owner is not request or filled > count:
+            if pages is not request.pages:  # another request, or the same one after a preemption
                 self._tables[request.slot] = 0
                 filled = 0
             if filled < count:
                 self._tables[request.slot, filled:count] = request.pages[filled:]
-                self._filled[request.slot] = (request, count)
+                self._filled[request.slot] = (request.pages, count)
         return self._tables[slot]
 
     def _sampling(self, requests: Sequence[Request], size: int) -> SamplingArrays:

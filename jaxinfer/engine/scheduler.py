@@ -25,7 +25,8 @@ class Schedule:
 
     start: tokens of each row in the cache before the call, in the order of `requests`. samples: tokens that each row
     samples, unless it stops earlier; 0 for an inner chunk of a prompt.
-    short: rows were left out for want of pages; they need `may_preempt`.
+    short: pages ran out and `may_preempt` was not given: nothing is to be run before it is, or the oldest would wait
+    for the youngest.
     """
 
     decode: list[Request] = field(default_factory=list)
@@ -97,11 +98,13 @@ class Scheduler:
                 elif not may_preempt:
                     schedule.short = True
         schedule.decode = [r for r in schedule.decode if r.slot >= 0]  # a later one may have preempted it
+        if schedule.short:
+            return Schedule(short=True)
         budget = self.max_tokens - len(schedule.decode)
         for request in self.running:
             if not request.decoding and budget > 0:
                 budget -= self._chunk(schedule, request, budget)
-        while self._waiting and budget > 0 and len(self.running) < self.max_rows and not schedule.short:
+        while self._waiting and budget > 0 and len(self.running) < self.max_rows:
             request = self._waiting[0][-1]
             if not self._admit(request):
                 break
@@ -149,6 +152,7 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         """Gives a waiting request a slot and pages for all of its tokens, or nothing: a half-placed prompt would hold
         pages that others need to finish."""
+        request.pages = []  # a new list each time: the runner tells by it that its copy is of an earlier placing
         if request.reads_prefix:
             self.pages.extend_keys(request.keys, request.tokens)
             # The last token is always computed: its logits are wanted.
@@ -166,7 +170,7 @@ class Scheduler:
         return True
 
     def _chunk(self, schedule: Schedule, request: Request, budget: int) -> int:
-        if any(r.params.prompt_logprobs is not None for r in [request, *schedule.requests]):
+        if any(r.params.prompt_logprobs is not None for r in [request, *(r for r, _ in schedule.chunks)]):
             budget = min(budget, self.scored_tokens - sum(schedule.counts))
         count = min(budget, request.length - request.computed)
         if count > 0:

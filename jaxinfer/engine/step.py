@@ -99,7 +99,7 @@ def make_step(model: Model) -> Step:
         length = batch.positions[last] + 1
         tokens = sample(logits, sampling, length, slots, slot)
         count = jnp.where(dead, 0, jnp.minimum(jnp.asarray(rows.samples), 1))
-        slots = _take(slots, slot, tokens, count > 0, sampling)
+        slots = _take(slots, slot, tokens, count > 0, sampling, length)
         info = jax.tree.map(lambda x: x[None], logprobs(logits, tokens, sampling))
         return Sampled(tokens[None], count, info, prompt), State(cache, slots)
 
@@ -136,7 +136,7 @@ def make_decode(model: Model, max_steps: int) -> Decode:
             logits, cache = module(batch, state.cache)
             assert cache is not None
             tokens = sample(logits, sampling, positions + 1, state.slots, slot)
-            slots = _take(state.slots, slot, tokens, active, sampling)
+            slots = _take(state.slots, slot, tokens, active, sampling, positions + 1)
             return tokens, logprobs(logits, tokens, sampling), State(cache, slots)
 
         active = (jnp.asarray(rows.samples) > 0) & state.slots.alive[slot]
@@ -177,14 +177,16 @@ def _count_prompt(
     return dataclasses.replace(slots, in_prompt=seen, in_output=output)
 
 
-def _take(slots: Slots, slot: jax.Array, tokens: jax.Array, taken: jax.Array, sampling: SamplingArrays) -> Slots:
-    """The slots after rows have sampled `tokens`, where `taken`."""
+def _take(
+    slots: Slots, slot: jax.Array, tokens: jax.Array, taken: jax.Array, sampling: SamplingArrays, length: jax.Array
+) -> Slots:
+    """The slots after rows of `length` tokens have sampled `tokens`, where `taken`."""
     nobody = slots.token.shape[0]
     at = jnp.where(taken, slot, nobody)
     counted = jnp.where(taken & jnp.asarray(sampling.penalized), slot, nobody)
     return dataclasses.replace(
         slots,
         token=slots.token.at[at].set(tokens, mode="drop"),
-        alive=slots.alive.at[at].set(~stops(tokens, sampling), mode="drop"),
+        alive=slots.alive.at[at].set(~stops(tokens, sampling, length), mode="drop"),
         in_output=slots.in_output.at[counted, tokens].add(jnp.int16(1), mode="drop"),
     )

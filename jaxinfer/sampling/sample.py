@@ -73,9 +73,15 @@ def logprobs(logits: jax.Array, tokens: jax.Array, sampling: SamplingArrays) -> 
     return lax.cond(jnp.any(sampling.wants_logprobs), compute, skip)
 
 
-def stops(tokens: jax.Array, sampling: SamplingArrays) -> jax.Array:
-    """Whether each row's token ends it, bool[R]."""
-    return jnp.any(tokens[:, None] == sampling.stop_ids, axis=-1)
+def stops(tokens: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:
+    """Whether each row's token ends it, bool[R]; length as for `sample`."""
+    # A stop id that comes too early (masked, but so was everything else) does not count on the host either.
+    return jnp.any(tokens[:, None] == sampling.stop_ids, axis=-1) & ~_early(sampling, length)
+
+
+def _early(sampling: SamplingArrays, length: jax.Array) -> jax.Array:
+    """Whether a row has not yet `min_tokens` tokens, bool[R]."""
+    return length - sampling.prompt_length < sampling.min_tokens
 
 
 def _mask(logits: jax.Array, sampling: SamplingArrays, slots: Slots, slot: jax.Array) -> jax.Array:
@@ -111,7 +117,7 @@ def _penalize(logits: jax.Array, sampling: SamplingArrays, slots: Slots, slot: j
 
 def _mask_stop_ids(logits: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:
     """No stop id before `min_tokens` tokens."""
-    early = length - sampling.prompt_length < sampling.min_tokens
+    early = _early(sampling, length)
 
     def mask() -> jax.Array:
         vocab = logits.shape[1]

@@ -4,7 +4,7 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.generation import Generation
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner import Launched, Runner
 from jaxinfer.engine.scheduler import Scheduler
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -24,10 +24,14 @@ def expected(llm):
 @pytest.mark.parametrize(
     ("owner", "method"),
     [
-        (Runner, "_run_step"),
-        (Runner, "_run_decode"),
-        (Runner, "_executable"),
+        (Runner, "_launch_step"),
+        (Runner, "_launch_decode"),
+        (Runner, "_executable"),  # the program runs, and its results, the cache among them, never arrive
+        (Launched, "wait"),
+        (Scheduler, "add"),
         (Scheduler, "schedule"),
+        (Scheduler, "publish"),
+        (Scheduler, "finish"),
         (Generation, "accept"),
     ],
 )
@@ -39,12 +43,7 @@ def test_an_interrupted_step_leaves_nothing_behind(llm, expected, monkeypatch, o
 
     def broken_off(*arguments):
         result = original(*arguments)
-        if method == "_executable":  # the program runs, and its results, the cache among them, never arrive
-            return lambda *inputs: (result(*inputs), interrupt())
-        return interrupt()
-
-    def interrupt():
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"lost: {result}")
 
     monkeypatch.setattr(owner, method, broken_off)
     with pytest.raises(KeyboardInterrupt):
@@ -54,6 +53,6 @@ def test_an_interrupted_step_leaves_nothing_behind(llm, expected, monkeypatch, o
     if method != "accept":  # its token is taken, its text is not
         assert "".join([*pieces, *(piece for piece, _ in stream)]) == expected[1]
     stream.close()
-    pages = llm._engine.scheduler.pages
+    pages = llm.engine.scheduler.pages
     assert pages.free_count == pages.num_pages - 1
-    assert not llm._engine.scheduler.running
+    assert not llm.engine.scheduler.running

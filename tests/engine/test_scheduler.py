@@ -1,151 +1,103 @@
 """The scheduler and the page allocator against a model of the device: a table of what each slot of the cache holds."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.engine.pages import PageAllocator
-from jaxinfer.engine.request import Request
-from jaxinfer.engine.scheduler import Schedule, Scheduler
-from jaxinfer.sampling.params import SamplingParams
+from tests.engine.device import KINDS, NEVER, Device, Stops, make, request
 
-
-def request(number: int, prompt: int, new: int) -> Request:
-    return Request(
-        id=number,
-        prompt_length=prompt,
-        tokens=[0] * prompt,
-        params=SamplingParams(),
-        seed=0,
-        stop_ids=(),
-        limit=prompt + new,
-    )
-
-
-def make(num_pages: int = 9, page_size: int = 4, max_rows: int = 4, max_tokens: int = 8) -> Scheduler:
-    return Scheduler(PageAllocator(num_pages, page_size), max_rows, max_tokens)
-
-
-class Device:
-    """Plays the engine and the device: runs schedules, and checks each against what the cache must hold."""
-
-    def __init__(self, scheduler: Scheduler):
-        self.scheduler = scheduler
-        self.slots: dict[tuple[int, int], tuple[int, int]] = {}  # (page, offset) -> (request, position)
-        self.live: list[Request] = []
-        self.count = 0
-
-    def add(self, prompt: int, new: int) -> Request | None:
-        """Adds a request, or nothing if it's one that the scheduler must refuse."""
-        added = request(self.count, prompt, new)
-        pages = self.scheduler.pages
-        if pages.pages_for(added.limit) > pages.num_pages - 1:
-            with pytest.raises(ValueError, match="pages of the cache, which has"):
-                self.scheduler.add(added)
-            return None
-        self.scheduler.add(added)
-        self.live.append(added)
-        self.count += 1
-        return added
-
-    def abort(self, which: int) -> None:
-        self.scheduler.finish(self.live.pop(which % len(self.live)))
-        self.check_pages()
-
-    def step(self, max_steps: int, stops_after: int = 10**9) -> Schedule:
-        """stops_after: rows that decode meet their stop id after so many tokens of this call."""
-        schedule = self.scheduler.schedule(max_steps)
-        self.check(schedule, max_steps)
-        for each, count in [(r, 1) for r in schedule.decode] + schedule.chunks:
-            if schedule.chunks:
-                self.feed(each, count)
-                sampled = int(each.pending == 0)
-            else:
-                sampled = min(schedule.steps, each.room, stops_after)
-                each.tokens += [0] * (sampled - 1)  # those that are fed within the call
-                self.feed(each, sampled)
-            each.tokens += [0] * (sampled > 0)
-            if each.room == 0 or (sampled and sampled == stops_after):
-                self.scheduler.finish(each)
-                self.live.remove(each)
-        self.check_pages()
-        return schedule
-
-    def feed(self, each: Request, count: int) -> None:
-        """Writes tokens into the cache and looks at all before them, as attention does."""
-        size = self.scheduler.pages.page_size
-        for position in range(each.computed, each.computed + count):
-            page = each.pages[position // size]
-            assert page != 0
-            self.slots[page, position % size] = (each.id, position)
-        each.computed += count
-        for position in range(each.computed):
-            assert self.slots[each.pages[position // size], position % size] == (each.id, position)
-
-    def check(self, schedule: Schedule, max_steps: int) -> None:
-        scheduler = self.scheduler
-        rows = schedule.requests
-        assert len({r.id for r in rows}) == len(rows) <= scheduler.max_rows
-        assert all(r in scheduler.running for r in rows)
-        assert all(r.pending == 1 for r in schedule.decode)
-        assert all(0 < count <= r.pending for r, count in schedule.chunks)
-        assert len(schedule.decode) + sum(count for _, count in schedule.chunks) <= scheduler.max_tokens
-        assert 1 <= schedule.steps <= max_steps
-        assert schedule.steps == 1 or not schedule.chunks
-        # First come, first served: whoever runs is older than whoever waits, and the oldest always gets on.
-        assert [r.id for r in [*scheduler.running, *scheduler.waiting]] == sorted(r.id for r in self.live)
-        if self.live:
-            assert min(r.id for r in self.live) in [r.id for r in rows]
-        self.check_pages()
-
-    def check_pages(self) -> None:
-        """Each page is free or belongs to one running request; nobody else holds any."""
-        scheduler, pages = self.scheduler, self.scheduler.pages
-        held = [page for r in scheduler.running for page in r.pages]
-        assert len(held) + pages.free_count == pages.num_pages - 1
-        assert len(set(held)) == len(held)
-        assert set(held) <= set(range(1, pages.num_pages))
-        assert not any(r.pages or r.computed for r in scheduler.waiting)
-        for r in scheduler.running:
-            assert len(r.pages) <= pages.pages_for(r.limit)
-
-    def restart(self) -> None:
-        """What a broken-off step leaves: anything. Then the cache is new."""
-        self.slots.clear()
-        self.scheduler.restart(self.live)
-        self.check_pages()
-
-
+# Few different beginnings, so that they really meet in the prefix cache.
+PROMPTS = st.builds(
+    lambda pattern, length, tail: [pattern >> i % 2 & 1 for i in range(length)] + tail,
+    st.integers(0, 3),
+    st.integers(1, 24),
+    st.lists(st.integers(0, 1), max_size=3),
+)
+STOPS = st.builds(lambda device, host: Stops(device, host), *[st.integers(2, 30) | st.just(NEVER)] * 2)
+KIND = st.sampled_from(["plain"] * 4 + list(KINDS))
 OPERATIONS = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 24), st.integers(1, 16)),
-    st.tuples(st.just("step"), st.integers(1, 8), st.integers(1, 9)),
-    st.tuples(st.just("step"), st.integers(1, 8), st.just(10**9)),
+    st.tuples(st.just("add"), PROMPTS, st.integers(1, 16), st.integers(0, 2), KIND, STOPS),
+    st.tuples(st.just("add"), PROMPTS, st.integers(1, 16)),
+    st.tuples(st.just("launch"), st.integers(1, 8)),
+    st.tuples(st.just("launch"), st.integers(1, 8)),
+    st.tuples(st.just("take")),
     st.tuples(st.just("abort"), st.integers(0, 100)),
-    st.tuples(st.just("restart")),
 )
+RESTART = st.tuples(st.just("restart"))
+IN_FLIGHT = 2
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True, database=None)
-@given(
-    num_pages=st.integers(2, 24),
-    page_size=st.integers(1, 8),
-    max_rows=st.integers(1, 5),
-    more_tokens=st.integers(0, 12),
-    operations=st.lists(OPERATIONS, min_size=5, max_size=40),
-)
-def test_any_sequence_of_events(num_pages, page_size, max_rows, more_tokens, operations):
-    device = Device(make(num_pages, page_size, max_rows, max_rows + more_tokens))
+def play(device: Device, operations) -> None:
     for name, *arguments in operations:
-        if name != "abort" or device.live:
-            getattr(device, name)(*arguments)
-    needed = sum(r.limit for r in device.live)
-    for _ in range(1 + needed * len(device.live)):
+        if name == "launch" and len(device.in_flight) == IN_FLIGHT:
+            device.take()
+        getattr(device, name)(*arguments)
+        device.seen["events"] += 1
+
+
+def drain(device: Device) -> None:
+    """Runs everything to its end, with a call always in flight."""
+    for _ in range(10 + 4 * sum(r.limit for r in device.live) * (1 + len(device.live))):
         if not device.live:
             break
-        device.step(4)
+        if not device.launch(4).requests or len(device.in_flight) == IN_FLIGHT:
+            device.take()
+        device.seen["events"] += 1
     assert not device.live, "a request never ends"
-    assert device.scheduler.pages.free_count == num_pages - 1
-    assert not device.step(4).requests
+    pages = device.scheduler.pages
+    assert pages.free_count == pages.num_pages - 1
+    assert not device.scheduler.schedule(4).requests
+    assert device.scheduler.idle
+
+
+def test_any_sequence_of_events():
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+    @given(
+        num_pages=st.integers(2, 24),
+        page_size=st.integers(1, 5),
+        max_rows=st.integers(1, 5),
+        more_tokens=st.integers(0, 12),
+        scored=st.integers(0, 6),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+        operations=st.lists(st.one_of(*[OPERATIONS] * 9, RESTART), min_size=10, max_size=60),
+    )
+    def run(num_pages, page_size, max_rows, more_tokens, scored, prefix_caching, operations):
+        max_tokens = max_rows + more_tokens
+        scored_tokens = min(max_rows + scored, max_tokens)
+        device = Device(make(num_pages, page_size, max_rows, max_tokens, prefix_caching, scored_tokens))
+        play(device, operations)
+        drain(device)
+        seen.update(device.seen)
+
+    run()
+    assert seen["events"] >= 10_000
+    for happened in ("hits", "shared reads", "preemptions", "overlapped", "short", "dead rows", "aborts"):
+        assert seen[happened] >= 100, (happened, seen)
+
+
+def test_many_that_share_little_room():
+    """Twelve requests, four of a kind, in a cache for two, with aborts: shared pages are preempted and evicted."""
+    seen: Counter[str] = Counter()
+    for seed in range(40):
+        device = Device(make(num_pages=12, page_size=2, max_rows=6, max_tokens=12))
+        for i in range(12):
+            prompt = [i % 3 & 1, i % 3 >> 1] * 4
+            device.add(prompt, 14, priority=seed % 2 * (i % 2), stops=Stops(host=14 + (i * seed) % 9))
+        for i in range(30):
+            device.launch(1 + (seed + i) % 5)
+            if len(device.in_flight) == IN_FLIGHT:
+                device.take()
+            if i % 7 == seed % 7:
+                device.abort(i * seed)
+        drain(device)
+        seen.update(device.seen)
+    assert seen["preemptions"] >= 40, seen
+    assert seen["shared reads"] >= 1000, seen
 
 
 def test_the_youngest_gives_its_pages_back_and_begins_anew():
@@ -161,11 +113,105 @@ def test_the_youngest_gives_its_pages_back_and_begins_anew():
     while old in device.live:
         assert young not in device.step(2).requests
     schedule = device.step(2)
-    assert schedule.chunks == [(young, 9)]
+    (chunk,) = schedule.chunks
+    assert chunk[0] is young
+    assert chunk[1] + schedule.start[0] == 9  # its first page may still be in the cache
     while young in device.live:
         device.step(2)
     assert (len(old.tokens), len(young.tokens)) == (16, 16)
     assert (old.preemptions, young.preemptions) == (0, 1)
+
+
+def test_nobody_is_preempted_while_tokens_are_on_their_way():
+    device = Device(make(num_pages=5, page_size=4, max_rows=3, max_tokens=16))
+    old, young = device.add(7, 9), device.add(7, 9)
+    device.launch(1)
+    device.launch(1)
+    device.take()
+    schedule = device.launch(1)  # a third page each
+    assert schedule.short
+    assert not schedule.requests  # the oldest must not stand still while the youngest goes on
+    device.take()
+    assert device.launch(1).requests == [old]
+    assert young.preemptions == 1
+    drain(device)
+
+
+def test_a_priority_goes_before_who_came_first():
+    device = Device(make(num_pages=50, max_rows=1))
+    first, second, urgent = device.add(4, 3), device.add(4, 3), device.add(4, 3, priority=-1)
+    order = []
+    while device.live:
+        order += [r for r in device.step(1).requests if r not in order]
+    assert order == [urgent, first, second]
+
+
+def test_a_beginning_is_computed_once():
+    device = Device(make(num_pages=50, page_size=4, max_rows=4, max_tokens=64))
+    first = device.add([1] * 20, 4)
+    schedule = device.launch(1)
+    assert (schedule.chunks, schedule.start) == ([(first, 20)], [0])
+    second, third, longer = device.add([1] * 20, 4), device.add([1] * 9 + [0] * 3, 4), device.add([1] * 30, 4)
+    schedule = device.launch(1)  # the first one's pages are found before its tokens have arrived
+    assert schedule.requests == [first, second, third, longer]
+    assert schedule.start == [20, 16, 8, 20]  # the last token is always computed: its logits are wanted
+    assert [r.hits for r in (first, second, third, longer)] == [0, 16, 8, 20]
+    assert second.pages[:4] == first.pages[:4]
+    assert second.pages[4] != first.pages[4]
+    assert longer.pages[:5] == first.pages[:5]
+    drain(device)
+    again = device.add([1] * 20, 4)  # nobody holds the pages any more, and their content is kept
+    assert device.launch(1).start == [16]
+    assert again.hits == 16
+    drain(device)
+
+
+def test_who_wants_all_logits_or_counts_computes_everything():
+    for kind in ("scored", "penalized"):
+        device = Device(make(num_pages=50, max_tokens=64))
+        device.add([1] * 20, 4)
+        drain(device)
+        device.add([1] * 20, 4, kind=kind)
+        assert device.launch(1).start == [0]
+        drain(device)
+
+
+def test_what_was_used_least_recently_is_evicted_first():
+    pages = PageAllocator(5, 2)
+    keys: list[list[bytes]] = [[], []]
+    for of, tokens in zip(keys, ([1, 1, 1, 1], [2, 2]), strict=True):
+        pages.extend_keys(of, tokens)
+    a, b = [], []
+    assert pages.grow(a, 4)
+    assert pages.grow(b, 2)
+    for held, of in ((a, keys[0]), (b, keys[1])):
+        for page, k in zip(held, of, strict=True):
+            pages.publish(page, k)
+        pages.release(held)
+    found = pages.match(keys[0])
+    assert len(found) == 2
+    pages.release(found)  # used again: b's page is the oldest now, then a's second one
+    new: list[int] = []
+    assert pages.grow(new, 4)  # one that was never used, and b's
+    assert not pages.match(keys[1])
+    assert pages.grow(new, 6)
+    found = pages.match(keys[0])
+    assert len(found) == 1  # a's first page outlives its second one
+    assert not pages.grow(new, 8)
+    pages.release(found)
+    assert pages.grow(new, 8)
+    assert not pages.match(keys[0])
+
+
+def test_keys_are_secret_and_depend_on_all_tokens_before():
+    one, other = PageAllocator(9, 2), PageAllocator(9, 2)
+    keys = []
+    for pages, tokens in ((one, [1, 2, 3, 4, 5]), (one, [2, 1, 3, 4]), (other, [1, 2, 3, 4])):
+        of: list[bytes] = []
+        pages.extend_keys(of, tokens)
+        assert len(of) == 2
+        keys += of
+    assert len(set(keys)) == 6
 
 
 def test_prompts_go_in_chunks_beside_rows_that_decode():
@@ -179,6 +225,16 @@ def test_prompts_go_in_chunks_beside_rows_that_decode():
     assert device.step(4).steps == 4
 
 
+def test_scored_prompts_bound_a_call():
+    device = Device(make(num_pages=50, max_rows=4, max_tokens=32, scored_tokens=10))
+    plain, scored, other = device.add(4, 9), device.add(14, 2, kind="scored"), device.add(12, 2)
+    assert device.step(1).chunks == [(plain, 4), (scored, 6)]
+    schedule = device.step(1)
+    assert (schedule.decode, schedule.chunks) == ([plain], [(scored, 8), (other, 1)])
+    assert device.step(1).chunks == [(other, 11)]  # a scored row that decodes bounds nothing
+    drain(device)
+
+
 def test_steps_are_as_many_as_somebody_wants_and_as_pages_allow():
     device = Device(make(num_pages=50))
     device.add(4, 3)
@@ -189,7 +245,8 @@ def test_steps_are_as_many_as_somebody_wants_and_as_pages_allow():
     first = device.add(4, 12)
     waiting = device.add(4, 4)
     device.step(32)
-    assert waiting in device.scheduler.waiting
+    assert waiting.slot == -1
+    assert device.scheduler.waiting_count == 1
     assert device.step(8).steps == 8
     assert len(first.pages) == 3  # 12 tokens in the cache
     device = Device(make(num_pages=3, page_size=4, max_rows=2))

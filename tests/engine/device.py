@@ -1,0 +1,270 @@
+"""A model of the engine and the device for tests of the scheduler: what each slot of the cache holds, in plain Python.
+
+Calls run on the device in the order in which they were launched; the host learns of their tokens later. What a cache
+slot holds depends on the token there and on all tokens before it, so the model keeps a hash of those.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import NamedTuple
+
+from jaxinfer.engine.pages import PageAllocator
+from jaxinfer.engine.request import Request
+from jaxinfer.engine.scheduler import Schedule, Scheduler
+from jaxinfer.sampling.params import SamplingParams
+
+NEVER = 10**9
+KINDS = {
+    "plain": SamplingParams(),
+    "penalized": SamplingParams(presence_penalty=1.0),
+    "scored": SamplingParams(prompt_logprobs=0),
+}
+
+
+def request(number: int, prompt: int | list[int], new: int, priority: int = 0, kind: str = "plain") -> Request:
+    tokens = [number + 2] * prompt if isinstance(prompt, int) else list(prompt)
+    return Request(
+        id=number,
+        prompt_length=len(tokens),
+        tokens=tokens,
+        params=KINDS[kind],
+        seed=0,
+        stop_ids=(),
+        limit=len(tokens) + new,
+        priority=priority,
+    )
+
+
+def make(
+    num_pages: int = 9,
+    page_size: int = 4,
+    max_rows: int = 4,
+    max_tokens: int = 8,
+    prefix_caching: bool = True,
+    scored_tokens: int | None = None,
+) -> Scheduler:
+    return Scheduler(PageAllocator(num_pages, page_size, prefix_caching), max_rows, max_tokens, scored_tokens)
+
+
+def key(request: Request) -> tuple[int, int]:
+    return request.priority, request.id
+
+
+class Stops(NamedTuple):
+    """The length at which a sequence meets a stop id (the device sees it), a stop string (only the host does)."""
+
+    device: int = NEVER
+    host: int = NEVER
+
+
+class Call(NamedTuple):
+    schedule: Schedule
+    sampled: list[list[int]]
+
+
+class Device:
+    """Launches schedules and takes their tokens in; checks each against what the cache must hold."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        self.cache: dict[tuple[int, int], int] = {}  # (page, offset) -> hash of the sequence up to there
+        self.truth: dict[int, list[int]] = {}  # each request's tokens as the device knows them
+        self.hashes: dict[int, list[int]] = {}
+        self.alive: dict[int, bool] = {}  # by slot
+        self.stops: dict[int, Stops] = {}
+        self.live: list[Request] = []
+        self.in_flight: deque[Call] = deque()
+        self.seen: Counter[str] = Counter()
+        self.count = 0
+
+    def add(
+        self, prompt: int | list[int], new: int, priority: int = 0, kind: str = "plain", stops: Stops | None = None
+    ) -> Request | None:
+        """Adds a request, or nothing if it's one that the scheduler must refuse."""
+        added = request(self.count, prompt, new, priority, kind)
+        pages = self.scheduler.pages
+        try:
+            self.scheduler.add(added)
+        except ValueError as error:
+            assert "pages of the cache, which has" in str(error)
+            assert pages.pages_for(added.limit) > pages.num_pages - 1
+            return None
+        assert pages.pages_for(added.limit) <= pages.num_pages - 1
+        self.live.append(added)
+        self.stops[added.id] = stops or Stops()
+        self.reset(added)
+        self.count += 1
+        return added
+
+    def reset(self, each: Request) -> None:
+        self.truth[each.id] = list(each.tokens)
+        self.hashes[each.id] = []
+
+    def abort(self, which: int) -> None:
+        if self.live:
+            self.end(self.live[which % len(self.live)])
+            self.seen["aborts"] += 1
+            self.check_pages()
+
+    def end(self, each: Request) -> None:
+        self.scheduler.finish(each)
+        self.live.remove(each)
+
+    def restart(self) -> None:
+        """What a broken-off step leaves: anything. Then the cache is new."""
+        self.in_flight.clear()
+        self.cache.clear()
+        self.alive.clear()
+        self.scheduler.restart(self.live)
+        for each in self.live:
+            self.reset(each)
+        self.check_pages()
+
+    def step(self, max_steps: int = 1) -> Schedule:
+        """A call with nothing else in flight, and its tokens."""
+        while self.in_flight:
+            self.take()
+        schedule = self.launch(max_steps)
+        self.take()
+        return schedule
+
+    def launch(self, max_steps: int) -> Schedule:
+        scheduler = self.scheduler
+        before = {r: list(r.pages) for r in scheduler.running}
+        preemptions = {r: r.preemptions for r in self.live}
+        exact = not self.in_flight
+        schedule = scheduler.schedule(max_steps, may_preempt=exact)
+        preempted = [r for r in self.live if r.preemptions > preemptions[r]]
+        admitted = [r for r in scheduler.running if r not in before or r in preempted]
+        self.seen["preemptions"] += len(preempted)
+        self.seen["hits"] += sum(r.hits > 0 for r in admitted)
+        self.seen["overlapped"] += bool(self.in_flight and schedule.requests)
+        self.seen["short"] += schedule.short
+        assert exact or not preempted
+        for each in preempted:
+            assert self.truth[each.id] == each.tokens
+            self.reset(each)
+        self.check(schedule, max_steps, exact, preempted, admitted, list(before))
+        sampled = [self.run(schedule, i) for i in range(len(schedule.requests))]
+        if schedule.requests:
+            self.in_flight.append(Call(schedule, sampled))
+        return schedule
+
+    def take(self) -> None:
+        """Takes the oldest call's tokens in, as the engine does."""
+        if not self.in_flight:
+            return
+        schedule, sampled = self.in_flight.popleft()
+        for each, tokens in zip(schedule.requests, sampled, strict=True):
+            if each not in self.live or not tokens:
+                continue
+            stops = self.stops[each.id]
+            ended = False
+            for token in tokens:
+                each.tokens.append(token)
+                ended = len(each.tokens) >= min(stops.device, stops.host, each.limit)
+                if ended:
+                    break
+            assert each.slot >= 0
+            self.scheduler.publish(each, len(each.tokens) - 1)
+            if ended:
+                self.end(each)
+        self.check_pages()
+
+    def run(self, schedule: Schedule, i: int) -> list[int]:
+        """What the device does with one row of a call: its sampled tokens."""
+        each, start, samples = schedule.requests[i], schedule.start[i], schedule.samples[i]
+        truth = self.truth[each.id]
+        if i < len(schedule.decode):
+            if not self.alive[each.slot]:
+                self.seen["dead rows"] += 1
+                return []
+            sampled = []
+            for position in range(start, start + min(samples, schedule.steps)):
+                assert len(truth) == position + 1
+                self.feed(each, position, position + 1)
+                sampled.append(self.sample(each))
+                if not self.alive[each.slot]:
+                    break
+            return sampled
+        count = schedule.counts[i]
+        assert each.tokens[start : start + count] == truth[start : start + count]
+        assert start + count <= len(each.tokens)
+        self.feed(each, start, start + count)
+        if samples:
+            assert start + count == len(truth)
+        return [self.sample(each)] if samples else []
+
+    def sample(self, each: Request) -> int:
+        """As greedy sampling does: the same beginning is continued in the same way."""
+        truth = self.truth[each.id]
+        truth.append(self.hashes[each.id][-1] // 8 % 2)
+        self.alive[each.slot] = len(truth) < self.stops[each.id].device
+        return truth[-1]
+
+    def feed(self, each: Request, start: int, end: int) -> None:
+        """Writes tokens into the cache and looks at all up to them, as attention does."""
+        size, pages = self.scheduler.pages.page_size, self.scheduler.pages
+        hashes = self.hashes[each.id]
+        for position in range(len(hashes), end):
+            hashes.append(hash((hashes[-1] if hashes else 0, self.truth[each.id][position])))
+        for position in range(start, end):
+            page = each.pages[position // size]
+            assert page != 0
+            assert pages._references[page] == 1, "a page that others hold too is written to"
+            self.cache[page, position % size] = hashes[position]
+        for position in range(end):
+            page = each.pages[position // size]
+            self.seen["shared reads"] += pages._references[page] > 1
+            assert self.cache[page, position % size] == hashes[position], "attends to somebody else's tokens"
+
+    def check(
+        self,
+        schedule: Schedule,
+        max_steps: int,
+        exact: bool,
+        preempted: list[Request],
+        admitted: list[Request],
+        before: list[Request],
+    ) -> None:
+        scheduler = self.scheduler
+        rows = schedule.requests
+        waiting = [r for r in self.live if r.slot < 0]
+        assert len({r.id for r in rows}) == len(rows) <= scheduler.max_rows
+        assert all(r in scheduler.running for r in rows)
+        assert all(0 < count for _, count in schedule.chunks)
+        assert sum(schedule.counts) <= scheduler.max_tokens
+        if any(r.params.prompt_logprobs is not None for r, _ in schedule.chunks):
+            assert sum(schedule.counts) <= scheduler.scored_tokens
+        assert 1 <= schedule.steps <= max_steps
+        assert schedule.steps == 1 or not schedule.chunks
+        assert all(r.length <= r.limit for r in self.live)
+        # By priority, then first come, first served: nobody overtakes, and who is preempted is the youngest.
+        if admitted and waiting:
+            assert max(map(key, admitted)) <= min(map(key, waiting))
+        stayed = [r for r in before if r in self.live and r not in preempted]
+        if preempted and stayed:
+            assert min(map(key, preempted)) >= max(map(key, stayed))
+        if self.live and exact:
+            assert rows, "nothing runs, and there is something to do"
+            if len({r.priority for r in self.live}) == 1:
+                assert min(self.live, key=key) in rows, "the oldest does not get on"
+        self.check_pages()
+
+    def check_pages(self) -> None:
+        """Each page is free, kept or held, and counted once for each running request that holds it."""
+        scheduler, pages = self.scheduler, self.scheduler.pages
+        held = Counter(page for r in scheduler.running for page in r.pages)
+        assert sorted([*pages._blank, *pages._unused, *held]) == list(range(1, pages.num_pages))
+        assert pages.free_count == pages.num_pages - 1 - len(held)
+        assert {p: n for p, n in enumerate(pages._references) if n} == held
+        assert pages._page_of == {k: p for p, k in pages._key_of.items()}
+        assert set(pages._unused) <= set(pages._key_of) <= {*pages._unused, *held}
+        assert {r.id for r in scheduler.running} | {r.id for *_, r in scheduler._waiting} == {r.id for r in self.live}
+        assert len(scheduler.running) + scheduler.waiting_count == len(self.live)
+        assert sorted([*scheduler._free_slots, *(r.slot for r in scheduler.running)]) == list(range(scheduler.max_rows))
+        for r in self.live:
+            assert (r.slot >= 0) == (r in scheduler.running)
+            assert len(set(r.pages)) == len(r.pages) <= pages.pages_for(r.limit)
+            assert r.slot >= 0 or not (r.pages or r.computed or r.decoding)
