@@ -9,6 +9,7 @@ from jaxinfer import SamplingParams
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.params import MAX_LOGPROBS
 from jaxinfer.sampling.sample import _filter, logprobs, sample, stops
+from jaxinfer.sampling.slots import Slots
 from tests.sampling.reference import distribution, kept
 
 DRAWS, VOCAB = 20_000, 24
@@ -25,15 +26,26 @@ SETTINGS = [
     (1.5, 0.02, 0, 0.95),
 ]
 
-run_sample = jax.jit(sample)
+jit_sample = jax.jit(sample)
 run_filter = jax.jit(_filter)
 run_logprobs = jax.jit(logprobs)
 
 
-def arrays(rows: int, seeds=None, stop_ids=(), min_length=0, **params) -> SamplingArrays:
+def no_slots(slots: int, vocab: int) -> Slots:
+    """Slots full of what must not matter to rows that have neither penalties nor masks."""
+    return jax.tree.map(lambda s: np.ones(s.shape, s.dtype), Slots.shapes(slots, vocab))
+
+
+def run_sample(logits, sampling, lengths):
+    rows, vocab = logits.shape
+    slots = no_slots(1, vocab)  # one for all: 20,000 of them take too much memory
+    return jit_sample(logits, sampling, lengths, slots, np.zeros(rows, np.int32))
+
+
+def arrays(rows: int, seeds=None, stop_ids=(), prompt_length=0, **params) -> SamplingArrays:
     seeds = range(rows) if seeds is None else seeds
     return SamplingArrays.of_rows(
-        [RowSampling(SamplingParams(**params), int(seed), stop_ids, min_length) for seed in seeds], rows
+        [RowSampling(SamplingParams(**params), int(seed), stop_ids, prompt_length) for seed in seeds], rows
     )
 
 
@@ -147,12 +159,13 @@ def test_rows_beyond_the_given_ones_are_greedy_and_stop_nowhere():
     logits = random_logits(7, 3, 50)
     tokens = np.asarray(run_sample(logits, sampling, np.zeros(3, np.int32)))
     np.testing.assert_array_equal(tokens[1:], logits.argmax(-1)[1:])
-    assert np.asarray(stops(np.array([5, 5, 0], np.int32), sampling)).tolist() == [True, False, False]
+    tokens, lengths = np.array([5, 5, 0], np.int32), np.zeros(3, np.int32)
+    assert np.asarray(stops(tokens, sampling, lengths)).tolist() == [True, False, False]
 
 
 def test_resolved_parameters():
     rows = [
-        RowSampling(SamplingParams(top_k=-1), -1, (1, 2), 9),
+        RowSampling(SamplingParams(top_k=-1, min_tokens=3), -1, (1, 2), 9),
         RowSampling(SamplingParams(temperature=9e-6, top_k=2**31 - 1, logprobs=0), 2**63 - 1, range(8), 0),
     ]
     arrays = SamplingArrays.of_rows(rows, 2)
@@ -160,7 +173,9 @@ def test_resolved_parameters():
     assert arrays.temperature.tolist() == [1, 0]  # below 1e-5 is greedy
     assert arrays.seed.tolist() == [[2**32 - 1, 2**32 - 1], [2**31 - 1, 2**32 - 1]]
     assert arrays.stop_ids.tolist() == [[1, 2, -1, -1, -1, -1, -1, -1], list(range(8))]
-    assert arrays.min_length.tolist() == [9, 0]
+    assert arrays.prompt_length.tolist() == [9, 0]
+    assert arrays.min_tokens.tolist() == [3, 0]
+    assert not (arrays.penalized.any() or arrays.masked.any())
     assert arrays.wants_logprobs.tolist() == [False, True]
 
 
@@ -176,16 +191,20 @@ def test_min_tokens_masks_stop_ids(temperature):
     logits = np.tile(random_logits(8, 50), (4, 1))
     order = np.argsort(-logits[0])
     logits[:, order[:2]] += 100  # the two best by far, and both stop
+    # With prompts of 4 tokens, and 10 tokens in all, this is the seventh new one.
     rows = [
-        RowSampling(SamplingParams(temperature=temperature), i, order[:2].tolist(), min_length)
-        for i, min_length in enumerate((0, 10, 11, 11))
+        RowSampling(SamplingParams(temperature=temperature, min_tokens=n), i, order[:2].tolist(), 4)
+        for i, n in enumerate((0, 6, 7, 7))
     ]
     rows[3] = rows[3]._replace(stop_ids=(order[0].item(), 10**6))  # an id beyond the vocabulary harms nothing
-    tokens = np.asarray(run_sample(logits, SamplingArrays.of_rows(rows, 4), np.full(4, 10, np.int32)))
+    sampling, lengths = SamplingArrays.of_rows(rows, 4), np.full(4, 10, np.int32)
+    tokens = np.asarray(run_sample(logits, sampling, lengths))
     assert tokens[0] in order[:2]
     assert tokens[1] in order[:2]
     assert tokens[2] not in order[:2]
     assert tokens[3] == order[1]
+    # Where all else is excluded an early stop id is sampled after all: it ends nothing, here as on the host.
+    assert np.asarray(stops(np.full(4, order[0], np.int32), sampling, lengths)).tolist() == [True, True, False, False]
 
 
 def test_logprobs_and_ranks():
@@ -194,7 +213,7 @@ def test_logprobs_and_ranks():
     tokens = np.random.default_rng(0).integers(0, 500, 64).astype(np.int32)
     tokens[0] = 1
     # Temperature, filters and masks have no influence.
-    sampling = arrays(64, temperature=0.3, top_k=3, logprobs=5, stop_ids=(1,), min_length=99)
+    sampling = arrays(64, temperature=0.3, top_k=3, logprobs=5, stop_ids=(1,), min_tokens=9, presence_penalty=1.0)
     info = run_logprobs(logits, tokens, sampling)
     wide = logits.astype(np.float64)
     expected = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
