@@ -26,8 +26,16 @@ class Encoded(NamedTuple):
     ids: list[int]
 
 
-Asked = tuple[Prompt | Encoded, SamplingParams, int]  # a prompt, its parameters and its priority
+class Asked(NamedTuple):
+    """A prompt, its place in the input, its parameters and its priority."""
 
+    place: int
+    prompt: Prompt | Encoded
+    params: SamplingParams
+    priority: int = 0
+
+
+HELD = 1024  # outputs that wait for their turn, at most, where they are wanted in order
 STREAM_SECONDS = 0.1  # a stream shows something this often, where the device is fast enough
 
 
@@ -89,14 +97,14 @@ class LLM:
         """
         asked = self._asked(prompts, sampling_params, priority)
         if on_error == "raise":
-            for i, (prompt, params, _) in enumerate(asked):
+            for i, one in enumerate(asked):
                 where = f"prompt {i}: " if len(asked) > 1 else ""
                 try:
-                    encoded = self._encode(prompt, params)  # type: ignore[arg-type]
+                    asked[i] = one._replace(prompt=self._encode(one))
                 except ValueError as error:
                     raise ValueError(f"{where}{error}") from None
-                asked[i] = (encoded, params, asked[i][2])
         outputs: list[RequestOutput | None] = [None] * len(asked)
+        asked.sort(key=lambda one: one.priority)  # not all of them are given to the engine at once
         for output in _progress(self._run(asked, on_error), len(asked), use_tqdm):
             outputs[output.index] = output
         return [output for output in outputs if output is not None]
@@ -115,15 +123,16 @@ class LLM:
         are. `output.index` is the prompt's place in the input; in_order=True yields in that order. A pair of prompt and
         SamplingParams has parameters of its own. on_error: as for `generate`, when the prompt is read.
         """
+        if isinstance(prompts, str | Mapping):
+            raise ValueError("prompts is one prompt: generate_iter takes an iterable of them")
         default = sampling_params or self.get_default_sampling_params()
 
         def asked() -> Iterator[Asked]:
-            for prompt in prompts:
+            for i, prompt in enumerate(prompts):
                 own = isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[1], SamplingParams)
-                yield (prompt[0], prompt[1], 0) if own else (prompt, default, 0)  # type: ignore[misc, index]
+                yield Asked(i, *prompt) if own else Asked(i, prompt, default)  # type: ignore[arg-type]
 
-        outputs = self._run(asked(), on_error)
-        return _ordered(outputs) if in_order else outputs
+        return self._run(asked(), on_error, in_order)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The text of one prompt in pieces, as it comes: whole characters, in all exactly `generate`'s text."""
@@ -137,7 +146,7 @@ class LLM:
         params = sampling_params or self.get_default_sampling_params()
         if params.n != 1:
             raise ValueError(f"sampling parameter n is {params.n}: a stream has one continuation; use generate")
-        group = self._add(prompt, params, 0)
+        group = self._add(Asked(0, prompt, params))
         generation = group.members[0]
 
         def pieces() -> Iterator[tuple[str, RequestOutput]]:
@@ -211,66 +220,64 @@ class LLM:
         for name, values in (("sampling_params", params), ("priority", priority)):
             if values is not None and len(values) != len(listed):
                 raise ValueError(f"{name}: {len(values)} for {len(listed)} prompts; give one each")
-        return list(zip(listed, params, priority or [0] * len(listed), strict=True))
+        priorities = [0] * len(listed) if priority is None else priority
+        if not all(isinstance(p, int) for p in priorities):
+            raise ValueError(f"priority is {list(priorities)}: it must be integers")
+        return [Asked(i, *one) for i, one in enumerate(zip(listed, params, priorities, strict=True))]
 
-    def _run(self, asked: Iterable[Asked], on_error: OnError) -> Iterator[RequestOutput]:
-        """Outputs as they are done, with their places in the input."""
+    def _run(self, asked: Iterable[Asked], on_error: OnError, in_order: bool = False) -> Iterator[RequestOutput]:
+        """Outputs as they are done, or in order, with their places in the input."""
         if on_error not in ("raise", "return"):
             raise ValueError(f'on_error is {on_error!r}: it must be "raise" or "return"')
         engine = self.engine
-        return self._running(engine, iter(asked), on_error)
+        return self._running(engine, iter(asked), on_error, in_order)
 
-    def _running(self, engine: Engine, asked: Iterator[Asked], on_error: OnError) -> Iterator[RequestOutput]:
+    def _running(
+        self, engine: Engine, asked: Iterator[Asked], on_error: OnError, in_order: bool
+    ) -> Iterator[RequestOutput]:
         # Enough to fill every row of the next calls, whatever ends: what is read beyond that only takes memory.
         ahead = 2 * engine.scheduler.max_rows
         groups: dict[int, Group] = {}
-        index = 0
+        held: dict[int, RequestOutput] = {}  # finished, and not yet given out
+        turn = 0
         more = True
         try:
             while more or groups:
-                while more and len(groups) < ahead:
-                    try:
-                        prompt, params, priority = next(asked)
-                    except StopIteration:
+                while more and len(groups) < ahead and len(held) < HELD:
+                    one = next(asked, None)
+                    if one is None:
                         more = False
                         break
                     try:
-                        groups[index] = self._add(prompt, params, priority)
+                        groups[one.place] = self._add(one)
                     except ValueError as error:
                         if on_error == "raise":
-                            raise ValueError(f"prompt {index}: {error}") from None
-                        yield error_output(index, str(error))
-                    index += 1
-                if not groups:
-                    continue
-                engine.step()
+                            raise ValueError(f"prompt {one.place}: {error}") from None
+                        held[one.place] = error_output(one.place, str(error))
+                if groups:
+                    engine.step()
                 for i in [i for i, group in groups.items() if group.finished]:
-                    yield groups.pop(i).output(i)
+                    held[i] = groups.pop(i).output(i)
+                while held and (turn in held or not in_order):
+                    yield held.pop(turn if in_order else next(iter(held)))
+                    turn += 1
         finally:
             for group in groups.values():  # those still running: an error or Ctrl-C must not leave rows behind
                 engine.abort(group)
 
-    def _encode(self, prompt: Prompt, params: SamplingParams) -> Encoded:
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params is a {type(params).__name__}: it must be SamplingParams")
-        encoded = Encoded(*prompt_ids(prompt, self.tokenizer))
-        self.engine.check(encoded.ids, params)
+    def _encode(self, asked: Asked) -> Encoded:
+        """The prompt, checked."""
+        if isinstance(asked.prompt, Encoded):
+            return asked.prompt
+        if not isinstance(asked.params, SamplingParams):
+            raise ValueError(f"sampling_params is a {type(asked.params).__name__}: it must be SamplingParams")
+        encoded = Encoded(*prompt_ids(asked.prompt, self.tokenizer))
+        self.engine.check(encoded.ids, asked.params)
         return encoded
 
-    def _add(self, prompt: Prompt | Encoded, params: SamplingParams, priority: int) -> Group:
-        encoded = prompt if isinstance(prompt, Encoded) else self._encode(prompt, params)
-        return self.engine.add(encoded.ids, params, encoded.text, priority)
-
-
-def _ordered(outputs: Iterator[RequestOutput]) -> Iterator[RequestOutput]:
-    """Outputs by their index; those that come too early are kept until it is their turn."""
-    kept: dict[int, RequestOutput] = {}
-    turn = 0
-    for output in outputs:
-        kept[output.index] = output
-        while turn in kept:
-            yield kept.pop(turn)
-            turn += 1
+    def _add(self, asked: Asked) -> Group:
+        encoded = self._encode(asked)
+        return self.engine.add(encoded.ids, asked.params, encoded.text, asked.priority)
 
 
 def _progress(outputs: Iterator[RequestOutput], total: int, shown: bool) -> Iterator[RequestOutput]:

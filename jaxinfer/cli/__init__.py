@@ -1,4 +1,4 @@
-"""The `jaxinfer` command: one file a command, each with a function of the same name.
+"""The `jaxinfer` command: one file a command, each with a function of the same name, or a typer.Typer of several.
 
 Nothing heavy is imported here or at the top of a command's file, so that `jaxinfer --help` is fast.
 """
@@ -17,11 +17,15 @@ from jaxinfer import __version__
 from jaxinfer.cli.console import say_error
 
 # A new command is a line here and a file beside this one.
-COMMANDS = ("generate", "chat", "models")
+COMMANDS = ("generate", "chat", "bench", "models")
 
 app = typer.Typer(name="jaxinfer", add_completion=False, pretty_exceptions_enable=False)
 for _name in COMMANDS:
-    app.command(_name)(getattr(importlib.import_module(f"jaxinfer.cli.{_name}"), _name))
+    _command = getattr(importlib.import_module(f"jaxinfer.cli.{_name}"), _name)
+    if isinstance(_command, typer.Typer):
+        app.add_typer(_command, name=_name)
+    else:
+        app.command(_name)(_command)
 
 # What every mistake in a command line derives from: click's, which typer has moved between versions.
 UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])

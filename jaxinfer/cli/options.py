@@ -51,8 +51,9 @@ class LoadOptions:
         typer.Option(metavar="N", help="Most tokens of prompt and answer together.", rich_help_panel=MODEL),
     ] = None
 
-    def load(self, progress: Progress) -> LLM:
-        """The model in memory. Raises what `LLM` raises; a wrong name shows before JAX is imported."""
+    def load(self, progress: Progress, **more: Any) -> LLM:
+        """The model in memory, with `more` options of `LLM`. Raises what that raises; a wrong name shows before JAX is
+        imported."""
         from jaxinfer.checkpoint.hub import resolve
         from jaxinfer.demo import MODEL_DIR
 
@@ -60,7 +61,7 @@ class LoadOptions:
         progress("starting JAX")
         from jaxinfer.llm import LLM
 
-        return LLM(folder, dtype=self.dtype, max_model_len=self.max_model_len, on_progress=progress)
+        return LLM(folder, dtype=self.dtype, max_model_len=self.max_model_len, on_progress=progress, **more)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ def all_logits(llm: LLM, tokens: list[int], length: int = 256) -> np.ndarray:
     return np.asarray(_forwards[key][1](llm.engine.runner.params, batch))[: len(tokens)]
 
 
-def greedy(llm: LLM, prompt: list[int], params: SamplingParams, stop_ids: tuple[int, ...] = ()) -> tuple[list[int], Any]:
+def greedy(
+    llm: LLM, prompt: list[int], params: SamplingParams, stop_ids: tuple[int, ...] = ()
+) -> tuple[list[int], np.ndarray]:
     """The tokens of greedy generation by numpy, and how far apart the two best logits were at each."""
     words = BadWords(params.bad_words or (), llm.tokenizer)
     bad_words = [*([i] for i in words.single), *words.sequences]

@@ -15,7 +15,7 @@ SETTINGS = [
     {"presence_penalty": -1.0, "frequency_penalty": 0.3, "repetition_penalty": 0.8},
     {"logit_bias": {7: 3.0, 200: 2.5, 11: -50.0}},
     {"allowed_token_ids": list(range(40, 90))},
-    {"bad_words": ["a", "th"], "logit_bias": {i: 5.0 for i in range(83, 95)}},
+    {"bad_words": ["a", "th"], "logit_bias": dict.fromkeys(range(83, 95), 5.0)},
     {"repetition_penalty": 1.2, "bad_words": ["q"], "allowed_token_ids": list(range(250))},
 ]
 

@@ -175,7 +175,8 @@ def test_resolved_parameters():
     assert arrays.stop_ids.tolist() == [[1, 2, -1, -1, -1, -1, -1, -1], list(range(8))]
     assert arrays.prompt_length.tolist() == [9, 0]
     assert arrays.min_tokens.tolist() == [3, 0]
-    assert not (arrays.penalized.any() or arrays.masked.any())
+    assert not arrays.penalized.any()
+    assert not arrays.masked.any()
     assert arrays.wants_logprobs.tolist() == [False, True]
 
 

@@ -1,0 +1,111 @@
+"""Host time per device call, with a device step that costs nothing: 256 rows decode one token a call, as text.
+
+    python benchmarks/host_overhead.py [--rows N] [--calls N] [--profile]
+
+Everything but the device's work is real: scheduling, the arguments of the call, detokenizing, looking for stops. Where
+a compiled program would run, tokens are ready at once. With --dispatch a compiled program with the same arguments and
+results does run but computes nothing: what JAX's own part of a call costs is the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import dataclasses
+import pstats
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from random_model import LLAMA_350M, write_model
+from rich.console import Console
+from rich.table import Table
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.engine.step import Sampled
+from jaxinfer.sampling.sample import Logprobs
+
+PROMPTS = range(128, 144)  # tokens: sequences fill their pages at different times
+NARROW = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+CASES = {"as they are": SamplingParams(), "a stop string": SamplingParams(stop=["\n\n\n"])}
+
+
+def replace_programs(llm: LLM, dispatch: bool) -> None:
+    """From now on every program answers at once with tokens that the byte-level tokenizer has."""
+    runner = llm.engine.runner
+    runner.max_steps = 1
+    rng = np.random.default_rng(0)
+
+    def compile_nothing(key: tuple[str, int, int], arguments: tuple[Any, ...]) -> Any:
+        rows = key[2]
+        tokens = rng.integers(0, llm.tokenizer.vocab_size, (1, rows)).astype(np.int32)
+        column = np.zeros((1, rows), np.float32)
+        info = Logprobs(column, column.astype(np.int32), column[..., None].astype(np.int32), column[..., None])
+
+        def program(params: Any, state: Any, batch: Any, *rest: Any) -> Any:
+            samples = (batch if key[0] == "decode" else rest[0]).samples
+            return Sampled(tokens, samples if dispatch else samples.copy(), info), state
+
+        if not dispatch:
+            return key, program
+        return key, jax.jit(program, donate_argnums=1, keep_unused=True).lower(*arguments).compile()
+
+    runner._compile = compile_nothing  # type: ignore[method-assign]
+
+
+def measure(llm: LLM, rows: int, calls: int, params: SamplingParams, profile: cProfile.Profile | None) -> list[float]:
+    """Seconds of each Engine.step while all rows decode."""
+    engine = llm.engine
+    params = dataclasses.replace(params, temperature=0.0, ignore_eos=True, max_tokens=calls + 32)
+    rng = np.random.default_rng(1)
+    groups = [engine.add(rng.integers(0, 256, PROMPTS[i % 16]).tolist(), params) for i in range(rows)]
+    while not all(group.members[0].request.decoding for group in groups):
+        engine.step()
+    for _ in range(4):
+        engine.step()
+    seconds = []
+    if profile is not None:
+        profile.enable()
+    for _ in range(calls):
+        start = time.perf_counter()
+        touched = engine.step()
+        seconds.append(time.perf_counter() - start)
+        assert len(touched) == rows
+    if profile is not None:
+        profile.disable()
+    for group in groups:
+        assert group.members[0].text
+        engine.abort(group)
+    while engine.step():
+        pass
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--calls", type=int, default=400)
+    parser.add_argument("--dispatch", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="also print where the time goes")
+    arguments = parser.parse_args()
+    table = Table("requests", "median ms a call", "mean", "p90", "p99")
+    profile = cProfile.Profile() if arguments.profile else None
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / "model", LLAMA_350M | NARROW)
+        with LLM(Path(folder) / "model", max_num_seqs=arguments.rows, max_num_batched_tokens=2048) as llm:
+            replace_programs(llm, arguments.dispatch)
+            for name, params in CASES.items():
+                seconds = measure(llm, arguments.rows, arguments.calls, params, profile)
+                figures = [statistics.median(seconds), statistics.fmean(seconds), *np.percentile(seconds, (90, 99))]
+                table.add_row(name, *(f"{1000 * figure:.2f}" for figure in figures))
+    Console().print(table)
+    if profile is not None:
+        pstats.Stats(profile).sort_stats("tottime").print_stats(30)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Throughput and latency of a loaded model, under the names of `vllm bench`: for `jaxinfer bench` and benchmarks/.
+
+TTFT  time to first token: from a request's arrival, so that waiting for a place in the batch counts
+TPOT  time per output token: of those after the first
+ITL   inter-token latency: between one piece of a request's output and the next, as a reader of the stream gets them
+E2EL  end-to-end latency: from arrival to the last token
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxinfer.llm import LLM, STREAM_SECONDS
+from jaxinfer.sampling.params import SamplingParams
+
+PERCENTILES = (10, 25, 50, 75, 90, 99)
+
+
+class Work(NamedTuple):
+    """A prompt's token ids and how many tokens it is continued by, whatever they are."""
+
+    prompt: list[int]
+    output_len: int
+
+    @property
+    def params(self) -> SamplingParams:
+        """Greedy, as text, to the end."""
+        return SamplingParams(temperature=0.0, max_tokens=self.output_len, ignore_eos=True)
+
+
+@dataclass
+class Trace:
+    """One request under `serve`, times as of time.perf_counter: when it arrived, and when how many tokens came."""
+
+    arrival: float
+    times: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token."""
+        return self.times[0] - self.arrival
+
+    @property
+    def e2el(self) -> float:
+        """Seconds to the last token."""
+        return self.times[-1] - self.arrival
+
+    @property
+    def tpot(self) -> list[float]:
+        """Seconds per token after the first; none if there are no such tokens."""
+        count = sum(self.tokens) - 1
+        return [(self.times[-1] - self.times[0]) / count] if count else []
+
+    @property
+    def itl(self) -> list[float]:
+        """Seconds between pieces."""
+        return np.diff(self.times).tolist()
+
+
+def random_work(
+    vocab_size: int,
+    input_lens: Sequence[int],
+    output_lens: Sequence[int],
+    seed: int | Sequence[int] = 0,
+    prefix_len: int = 0,
+) -> list[Work]:
+    """Prompts of random tokens. The first `prefix_len` tokens are the same in all and not part of their lengths."""
+    rng = np.random.default_rng(seed)
+    prefix = rng.integers(0, vocab_size, prefix_len).tolist()
+    return [
+        Work(prefix + rng.integers(0, vocab_size, input_len).tolist(), output_len)
+        for input_len, output_len in zip(input_lens, output_lens, strict=True)
+    ]
+
+
+def poisson_arrivals(count: int, request_rate: float, seed: int | Sequence[int] = 0) -> list[float]:
+    """Seconds at which requests come that come independently of each other, `request_rate` a second on average."""
+    return np.random.default_rng(seed).exponential(1 / request_rate, count).cumsum().tolist()
+
+
+def check_lengths(llm: LLM, input_len: int, output_len: int) -> None:
+    """Raises ValueError if sequences of these lengths would be cut short."""
+    limit = llm.sizes.max_model_len
+    if input_len + output_len > limit:
+        raise ValueError(
+            f"--input-len {input_len} and --output-len {output_len} are {input_len + output_len} tokens: "
+            f"max_model_len is {limit}; ask for fewer or raise --max-model-len"
+        )
+
+
+def generate(llm: LLM, work: Sequence[Work]) -> tuple[float, list[list[int]]]:
+    """Seconds of one `LLM.generate` on all of it, and the sampled ids."""
+    prompts = [{"prompt_token_ids": one.prompt} for one in work]
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, [one.params for one in work])
+    return time.perf_counter() - start, [output.outputs[0].token_ids for output in outputs]
+
+
+def throughput(llm: LLM, work: Sequence[Work]) -> dict[str, float]:
+    """What `vllm bench throughput` reports of one `LLM.generate` on all of it."""
+    seconds, sampled = generate(llm, work)
+    output = sum(map(len, sampled))
+    total = output + sum(len(one.prompt) for one in work)
+    return {
+        "elapsed_time": seconds,
+        "num_requests": len(work),
+        "total_num_tokens": total,
+        "requests_per_second": len(work) / seconds,
+        "tokens_per_second": total / seconds,
+        "output_tokens_per_second": output / seconds,
+    }
+
+
+def serve(llm: LLM, work: Sequence[Work], arrivals: Sequence[float]) -> list[Trace]:
+    """Serves requests that arrive at the given seconds, in order, as `AsyncEngine` would: in one batch, each output in
+    pieces as it comes. Nobody waits for an answer before the next request arrives."""
+    engine = llm.engine
+    start = time.perf_counter()
+    traces = [Trace(start + arrival) for arrival in arrivals]
+    coming = deque(zip(traces, work, strict=True))
+    groups = []
+    open_traces: dict[int, Trace] = {}
+    try:
+        while coming or open_traces:
+            while coming and coming[0][0].arrival <= time.perf_counter():
+                trace, one = coming.popleft()
+                groups.append(engine.add(one.prompt, one.params))
+                open_traces[groups[-1].members[0].request.id] = trace
+            if not open_traces:
+                time.sleep(max(0.0, coming[0][0].arrival - time.perf_counter()))
+                continue
+            touched = engine.step(STREAM_SECONDS)
+            now = time.perf_counter()
+            for generation in touched:
+                request = generation.request
+                trace = open_traces[request.id]
+                trace.times.append(now)
+                trace.tokens.append(len(request.tokens) - request.prompt_length - sum(trace.tokens))
+                if generation.finished:
+                    del open_traces[request.id]
+    finally:
+        for group in groups:
+            engine.abort(group)
+    return traces
+
+
+def latency(runs: Sequence[Sequence[Trace]]) -> dict[str, float]:
+    """What `vllm bench serve` reports of requests that were served, in one run or several: rates a second, and
+    statistics of TTFT, TPOT, ITL and E2EL in milliseconds. One that has no values is left out."""
+    traces = [trace for run in runs for trace in run]
+    seconds = sum(map(_duration, runs))
+    figures = {
+        "completed": len(traces),
+        "duration": seconds,
+        "request_throughput": len(traces) / seconds,
+        "output_throughput": sum(sum(trace.tokens) for trace in traces) / seconds,
+    }
+    measured: dict[str, list[float]] = {
+        "ttft": [trace.ttft for trace in traces],
+        "tpot": [x for trace in traces for x in trace.tpot],
+        "itl": [x for trace in traces for x in trace.itl],
+        "e2el": [trace.e2el for trace in traces],
+    }
+    for name, values in measured.items():
+        if values:
+            figures[f"mean_{name}_ms"] = 1000 * float(np.mean(values))
+            for statistic, percentile in (("median", 50), ("p90", 90), ("p99", 99)):
+                figures[f"{statistic}_{name}_ms"] = 1000 * float(np.percentile(values, percentile))
+    return figures
+
+
+def batch_latency(runs: Sequence[Sequence[Trace]]) -> dict[str, Any]:
+    """What `vllm bench latency` reports of requests that came together, in seconds: how long until all were done."""
+    seconds = [_duration(run) for run in runs]
+    return {
+        "avg_latency": float(np.mean(seconds)),
+        "latencies": seconds,
+        "percentiles": {str(p): float(np.percentile(seconds, p)) for p in PERCENTILES},
+    }
+
+
+def _duration(run: Sequence[Trace]) -> float:
+    return max(trace.times[-1] for trace in run) - min(trace.arrival for trace in run)

@@ -1,0 +1,170 @@
+"""`jaxinfer bench throughput` and `jaxinfer bench latency`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxinfer.cli.console import Progress
+from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
+
+if TYPE_CHECKING:
+    from jaxinfer.llm import LLM
+
+REQUESTS, BATCHING = "Requests: random tokens, and no end-of-text ends them", "Batching"
+LATENCIES = {
+    "ttft": "time to first token (TTFT)",
+    "tpot": "time per output token (TPOT)",
+    "itl": "inter-token latency (ITL)",
+    "e2el": "end to end (E2EL)",
+}
+
+
+@dataclass(frozen=True)
+class BatchingOptions:
+    """How the engine batches, as in `LLM`."""
+
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Most sequences that run at once.", rich_help_panel=BATCHING),
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Most tokens of one device call.", rich_help_panel=BATCHING),
+    ] = None
+
+    def load(self, options: LoadOptions, progress: Progress) -> LLM:
+        """The model in memory, with every program compiled: compiling must not be measured."""
+        more = {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
+        return options.load(progress, warmup=True, **more)
+
+
+NumPrompts = Annotated[int, typer.Option(metavar="N", min=1, help="How many.", rich_help_panel=REQUESTS)]
+InputLen = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a prompt.", rich_help_panel=REQUESTS)]
+OutputLen = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that continue it.", rich_help_panel=REQUESTS)]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Of prompts and arrivals.", rich_help_panel=REQUESTS)]
+
+bench = typer.Typer()
+
+
+@bench.callback(invoke_without_command=True)
+def _bench(context: typer.Context) -> None:
+    """Measure the throughput or the latency of a model on this machine."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@bench.command()
+@grouped
+def throughput(
+    num_prompts: NumPrompts = 128,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 128,
+    seed: Seed = 0,
+    as_json: JSON = False,
+    *,
+    batching: BatchingOptions,
+    load: LoadOptions,
+    verbosity: Verbosity,
+) -> None:
+    """Tokens a second when all requests are there from the beginning."""
+    with verbosity.apply() as progress:
+        llm = batching.load(load, progress)
+        from jaxinfer import benchmark
+
+        benchmark.check_lengths(llm, input_len, output_len)
+        work = benchmark.random_work(
+            llm.model.config.vocab_size, [input_len] * num_prompts, [output_len] * num_prompts, seed
+        )
+        progress(f"generating {num_prompts * output_len} tokens")
+        figures = benchmark.throughput(llm, work)
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        names = {"requests": "requests", "tokens": "total tokens", "output_tokens": "output tokens"}
+        rows = [[text, f"{figures[f'{name}_per_second']:.2f}"] for name, text in names.items()]
+        _print_table(["", "a second"], rows)
+
+
+@bench.command()
+@grouped
+def latency(
+    num_prompts: NumPrompts = 8,
+    input_len: InputLen = 32,
+    output_len: OutputLen = 128,
+    request_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Requests a second, at random times (a Poisson process); without it, all come at once.",
+            rich_help_panel=REQUESTS,
+        ),
+    ] = None,
+    num_iters: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How often, after once to warm up.", rich_help_panel=REQUESTS)
+    ] = 10,
+    seed: Seed = 0,
+    as_json: JSON = False,
+    *,
+    batching: BatchingOptions,
+    load: LoadOptions,
+    verbosity: Verbosity,
+) -> None:
+    """How long requests take: to the first token, per token after it, and to the end.
+
+    Waiting for a place in the batch counts. ITL is the time between pieces of an output, which may be several tokens.
+    """
+    with verbosity.apply() as progress:
+        if request_rate is not None and not 0 < request_rate < float("inf"):
+            raise ValueError(f"--request-rate is {request_rate}: it must be a finite number above 0")
+        llm = batching.load(load, progress)
+        from jaxinfer import benchmark
+
+        benchmark.check_lengths(llm, input_len, output_len)
+        runs = []
+        for i in range(-1, num_iters):
+            progress(f"run {i + 1} of {num_iters}" if i >= 0 else "warming up")
+            # Other prompts each time: the prefix cache would know them.
+            work = benchmark.random_work(
+                llm.model.config.vocab_size, [input_len] * num_prompts, [output_len] * num_prompts, [seed, i + 1]
+            )
+            arrivals = [0.0] * num_prompts
+            if request_rate is not None:
+                arrivals = benchmark.poisson_arrivals(num_prompts, request_rate, [seed, i + 1])
+            traces = benchmark.serve(llm, work, arrivals)
+            if i >= 0:
+                runs.append(traces)
+        figures: dict[str, Any] = benchmark.latency(runs)
+        if request_rate is None:
+            figures |= benchmark.batch_latency(runs)
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        _print_table(["milliseconds", "mean", "median", "p90", "p99"], _latency_rows(figures))
+
+
+def _latency_rows(figures: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    if "avg_latency" in figures:
+        seconds = [figures["avg_latency"], *(figures["percentiles"][p] for p in ("50", "90", "99"))]
+        rows.append(["until all are done", *(f"{1000 * s:.2f}" for s in seconds)])
+    for name, text in LATENCIES.items():
+        if f"mean_{name}_ms" in figures:  # there is no second token with --output-len 1
+            statistics = (figures[f"{statistic}_{name}_ms"] for statistic in ("mean", "median", "p90", "p99"))
+            rows.append([text, *(f"{ms:.2f}" for ms in statistics)])
+    return rows
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
