@@ -209,7 +209,7 @@ class LLM:
                 generations.append(self._add(prompt, each, where))
             for generation in generations:
                 while generation.request.finish_reason is None:
-                    engine.step()
+                    self._open_engine().step()
                 yield generation.output()
         finally:
             for generation in generations:  # those still running: an error or Ctrl-C must not leave rows behind
@@ -230,16 +230,19 @@ class LLM:
             request = generation.request
             finished, seen = False, len(request.tokens)
             try:
+                yield "", generation.output()  # taken here, below: a generator that has not begun would not clean up
                 while not finished:
                     # Other calls step the engine too, and may have brought this request on, to its end even.
                     while request.finish_reason is None and len(request.tokens) == seen:
-                        engine.step(STREAM_SECONDS)
+                        self._open_engine().step(STREAM_SECONDS)
                     finished, seen = request.finish_reason is not None, len(request.tokens)
                     yield generation.take_text(), generation.output()
             finally:
                 engine.abort(generation)
 
-        return pieces()
+        stream = pieces()
+        next(stream)
+        return stream
 
     def chat_prompt(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **template_kwargs: Any
