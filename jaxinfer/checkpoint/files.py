@@ -45,15 +45,19 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path}: not a regular file")
         if status.st_size > MAX_JSON_BYTES:
             raise ValueError(f"{path}: {status.st_size} bytes are more than the {MAX_JSON_BYTES} that are read as JSON")
-        content = json.loads(path.read_bytes().decode())
+        text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such file") from None
+    try:
+        content = json.loads(text.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     except RecursionError:
         raise ValueError(f"{path}: not usable as JSON: nested too deeply") from None
+    except ValueError:  # Python reads no integer of more than 4,300 digits
+        raise ValueError(f"{path}: not usable as JSON: it has an integer of thousands of digits") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a JSON object {{...}}, not a {type(content).__name__}")
     return content

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +56,7 @@ class SamplingParams:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self._number("temperature", 0, math.inf)
+        self._number("temperature", 0, 1e6)
         self._number("top_p", 0, 1, above=True)
         self._number("min_p", 0, 1)
         self._integer("top_k", -1, 2**31 - 1)
@@ -70,10 +69,10 @@ class SamplingParams:
                 raise self._error(name, "it must be True or False")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise self._error("min_tokens", f"it must be at most max_tokens, {self.max_tokens}")
-        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        stop = _listed(self.stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise self._error("stop", "it must be a non-empty string or a list of them")
-        ids = list(self.stop_token_ids or ())
+        ids = _listed(self.stop_token_ids)
         if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
             raise self._error("stop_token_ids", "it must be a list of token ids")
         if len(ids) > MAX_STOP_IDS:
@@ -93,14 +92,14 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     def _error(self, name: str, problem: str) -> ValueError:
-        return ValueError(f"sampling parameter {name} is {getattr(self, name)!r}: {problem}")
+        return ValueError(f"sampling parameter {name} is {getattr(self, name)!r:.100}: {problem}")
 
     def _number(self, name: str, low: float, high: float, above: bool = False) -> None:
         value = getattr(self, name)
-        fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fine or not low <= value <= high or (above and value == low):
-            upper = "" if high == math.inf else f" and at most {high:g}"
-            raise self._error(name, f"it must be a finite number {'above' if above else 'of at least'} {low:g}{upper}")
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        if not fine or (above and value == low):
+            least = f"{'above' if above else 'of at least'} {low:g}"
+            raise self._error(name, f"it must be a number {least} and at most {high:g}")
 
     def _integer(self, name: str, low: int, high: int, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -109,3 +108,10 @@ class SamplingParams:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             none = " or None" if optional else ""
             raise self._error(name, f"it must be an integer from {low} to {high}{none}")
+
+
+def _listed(value: Any) -> list[Any]:
+    """Nothing, one item or several, as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
