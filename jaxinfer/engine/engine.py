@@ -93,9 +93,9 @@ class Engine:
             stop_ids=stop_ids,
             limit=min(limit, self.max_model_len),
         )
-        self.scheduler.add(request)
-        self._next_id += 1
         generation = Generation(request, prompt, self.tokenizer)
+        self._next_id += 1
+        self.scheduler.add(request)  # next to the line below: Ctrl-C between them would leave a row that nobody knows
         self._generations[request.id] = generation
         return generation
 
