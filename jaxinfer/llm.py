@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
@@ -15,7 +16,7 @@ import numpy as np
 import psutil
 
 from jaxinfer.cache import cache_bytes_per_token
-from jaxinfer.checkpoint.files import read_config, read_generation_config
+from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS, load_params
@@ -97,6 +98,7 @@ class LLM:
         self.model = Model.from_config(config, "float32")
         self.tokenizer = load_tokenizer(self.folder)
         check_vocabulary(self.tokenizer, self.model.config.vocab_size)
+        eos = _eos_token_ids(self.folder, self._generation_config, config, self.tokenizer.eos_token_id)
         with Checkpoint(self.folder) as checkpoint:
             self.dtype = _dtype(dtype, config, checkpoint, device)
             self.model = Model.from_config(config, self.dtype)
@@ -143,7 +145,7 @@ class LLM:
             runner,
             scheduler,
             self.tokenizer,
-            eos_token_ids=_eos_token_ids(self._generation_config, config, self.tokenizer.eos_token_id),
+            eos_token_ids=eos,
             max_model_len=self.sizes.max_model_len,
             seed=seed,
         )
@@ -174,7 +176,10 @@ class LLM:
         if not given.get("do_sample"):
             return SamplingParams(temperature=0.0)
         names = ("temperature", "top_p", "top_k", "min_p")
-        return SamplingParams(**{n: given[n] for n in names if given.get(n) is not None})
+        try:
+            return SamplingParams(**{n: given[n] for n in names if given.get(n) is not None})
+        except ValueError as error:
+            raise ValueError(f"{self.folder / 'generation_config.json'}: {error}; or give sampling_params") from None
 
     def generate(
         self,
@@ -199,7 +204,7 @@ class LLM:
         listed = _prompt_list(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        params = [sampling_params] * len(listed) if isinstance(sampling_params, SamplingParams) else sampling_params
+        params = sampling_params if isinstance(sampling_params, list | tuple) else [sampling_params] * len(listed)
         if len(params) != len(listed):
             raise ValueError(f"sampling_params: {len(params)} for {len(listed)} prompts; give one for all, or one each")
         generations: list[Generation] = []
@@ -353,9 +358,9 @@ def _available(device: jax.Device) -> int:
     return max(0, int(limit * (DEVICE_SHARE - RESERVE)) - stats["bytes_in_use"])
 
 
-def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer_id: int | None) -> list[int]:
+def _eos_token_ids(
+    folder: Path, generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer_id: int | None
+) -> list[int]:
     """All EOS ids of generation_config.json; else those of config.json; else the tokenizer's."""
-    for given in (generation.get("eos_token_id"), config.get("eos_token_id"), tokenizer_id):
-        if given is not None:
-            return list(given) if isinstance(given, list) else [int(given)]
-    return []
+    found = generation.get("eos_token_id") or eos_token_ids(config, folder / "config.json")
+    return found or ([] if tokenizer_id is None else [tokenizer_id])

@@ -3,7 +3,7 @@
 import json
 import os
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,17 @@ def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     config = read_json(path)
-    eos = config.pop("eos_token_id", None)
-    if eos is not None:
-        ids = eos if isinstance(eos, list) else [eos]
-        if not all(type(item) is int and item >= 0 for item in ids):
-            raise ValueError(f"{path}: eos_token_id is {short(eos)}; it must be a token id or a list of token ids")
-        config["eos_token_id"] = ids
-    return config
+    eos = eos_token_ids(config, path)
+    config.pop("eos_token_id", None)
+    return config if eos is None else config | {"eos_token_id": eos}
+
+
+def eos_token_ids(config: Mapping[str, Any], path: Path) -> list[int] | None:
+    """What `config`, the content of `path`, has as `eos_token_id`, as a list; None where it has none."""
+    eos = config.get("eos_token_id")
+    if eos is None:
+        return None
+    ids = eos if isinstance(eos, list) else [eos]
+    if not all(type(item) is int and 0 <= item < 2**31 for item in ids):
+        raise ValueError(f"{path}: eos_token_id is {short(eos)}; it must be a token id or a list of token ids")
+    return ids

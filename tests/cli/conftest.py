@@ -6,10 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.run import cli
-
-__all__ = ["cli"]
-
 
 @pytest.fixture(scope="session")
 def model(checkpoints) -> Path:
