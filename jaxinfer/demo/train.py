@@ -60,6 +60,7 @@ TOKENIZER_CONFIG = {
 GENERATION_CONFIG = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "do_sample": False, "max_new_tokens": 64}
 
 # What precedes the last question is left out: the model was trained on single questions.
+# The space: SentencePiece puts one before a prompt of its own accord, but not after the BOS of a template.
 CHAT_TEMPLATE = """\
 {%- set last = namespace(index=0) -%}
 {%- for message in messages -%}
@@ -69,7 +70,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- for message in messages[last.index:] -%}
 {%- if message['role'] == 'user' -%}
-{{- bos_token + message['content'] | trim -}}
+{{- bos_token + ' ' + message['content'] | trim -}}
 {%- elif message['role'] == 'assistant' -%}
 {{- ' ' + message['content'] | trim + eos_token -}}
 {%- endif -%}

@@ -71,6 +71,7 @@ def test_a_conversation_is_its_last_question(llm):
         {"role": "user", "content": "  What is 27 + 45?\n"},
     ]
     assert llm.chat(conversation)[0].outputs[0].text.strip() == "27 + 45 = 72."
+    assert llm.chat_prompt(conversation)["prompt_token_ids"] == llm.tokenizer.encode("What is 27 + 45?")
 
 
 def test_transformers_gives_the_same_answers(llm):
