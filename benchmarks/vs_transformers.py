@@ -92,7 +92,9 @@ def main() -> None:
                 f"{row['same_tokens']:.1%}",
             )
     console.print(table)
-    memory = Table("system", "weights MB", "KV pool MB", "peak resident MB", "peak without pool / (1.25 weights + 700 MB)")
+    memory = Table(
+        "system", "weights MB", "KV pool MB", "peak resident MB", "peak without pool / (1.25 weights + 700 MB)"
+    )
     for name, peer in peers.items():
         weights, pool, peak = (n / 1e6 for n in (peer.ready["weights"], peer.ready["cache"], peaks[name]))
         memory.add_row(

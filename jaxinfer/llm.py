@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Self, Unpack
 from jaxinfer.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.engine.engine import Engine, EngineStats
 from jaxinfer.engine.generation import Group
-from jaxinfer.engine.load import LoadOptions, default_sampling_params, describe, load_engine
+from jaxinfer.engine.load import LoadOptions, load_engine
 from jaxinfer.engine.outputs import RequestOutput, error_output
 from jaxinfer.engine.prompts import Prompt, prompt_ids, prompt_list
 from jaxinfer.sampling.params import SamplingParams
@@ -52,10 +52,10 @@ class LLM:
         self.dtype = loaded.dtype
         self.sizes = loaded.sizes
         self.load_seconds = loaded.load_seconds
-        self.description = describe(loaded)
+        self.description = loaded.describe()
         self.model = loaded.engine.runner.model
         self.tokenizer = loaded.engine.tokenizer
-        self._default = default_sampling_params(loaded.generation_config)
+        self._default_sampling_params = loaded.default_sampling_params
         self._engine: Engine | None = loaded.engine
 
     @property
@@ -77,7 +77,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json asks for; greedy unless it says `do_sample`."""
-        return self._default
+        return self._default_sampling_params()
 
     def generate(
         self,
@@ -153,16 +153,19 @@ class LLM:
             request = generation.request
             finished, seen = False, len(request.tokens)
             try:
+                yield "", group.output()  # taken here, below: a generator that has not begun would not clean up
                 while not finished:
                     # Other calls step the engine too, and may have brought this request on, to its end even.
                     while not generation.finished and len(request.tokens) == seen:
-                        engine.step(STREAM_SECONDS)
+                        self.engine.step(STREAM_SECONDS)
                     finished, seen = generation.finished, len(request.tokens)
                     yield generation.take_text(), group.output()
             finally:
                 engine.abort(group)
 
-        return pieces()
+        stream = pieces()
+        next(stream)
+        return stream
 
     def chat_prompt(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **template_kwargs: Any
@@ -214,12 +217,10 @@ class LLM:
         listed = prompt_list(prompts)
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        params = [sampling_params] * len(listed) if isinstance(sampling_params, SamplingParams) else sampling_params
-        if not isinstance(params, Sequence):
-            raise ValueError(f"sampling_params is a {type(params).__name__}: it must be SamplingParams")
+        params = sampling_params if isinstance(sampling_params, list | tuple) else [sampling_params] * len(listed)
         for name, values in (("sampling_params", params), ("priority", priority)):
             if values is not None and len(values) != len(listed):
-                raise ValueError(f"{name}: {len(values)} for {len(listed)} prompts; give one each")
+                raise ValueError(f"{name}: {len(values)} for {len(listed)} prompts; give one for all, or one each")
         priorities = [0] * len(listed) if priority is None else priority
         if not all(isinstance(p, int) for p in priorities):
             raise ValueError(f"priority is {list(priorities)}: it must be integers")
@@ -255,7 +256,7 @@ class LLM:
                             raise ValueError(f"prompt {one.place}: {error}") from None
                         held[one.place] = error_output(one.place, str(error))
                 if groups:
-                    engine.step()
+                    self.engine.step()
                 for i in [i for i, group in groups.items() if group.finished]:
                     held[i] = groups.pop(i).output(i)
                 while held and (turn in held or not in_order):

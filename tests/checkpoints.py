@@ -115,8 +115,7 @@ VARIANTS: dict[str, Variant] = {
     "qwen2": Variant("Qwen2Config", BASE),
     "qwen2-window-tied": Variant(
         "Qwen2Config",
-        BASE
-        | {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "tie_word_embeddings": True},
+        BASE | {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "tie_word_embeddings": True},
     ),
     "qwen3": Variant("Qwen3Config", BASE | {"head_dim": 16}),
     "qwen3-layer_types-bias": Variant(

@@ -12,6 +12,8 @@ os.environ.setdefault("JAXINFER_CACHE_DIR", tempfile.mkdtemp(prefix="jaxinfer-te
 import jax
 import pytest
 
+from tests.cli.run import cli  # noqa: F401  (a fixture for all)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,19 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path}: not a regular file")
         if status.st_size > MAX_JSON_BYTES:
             raise ValueError(f"{path}: {status.st_size} bytes are more than the {MAX_JSON_BYTES} that are read as JSON")
-        content = json.loads(path.read_bytes().decode())
+        text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such file") from None
+    try:
+        content = json.loads(text.decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     except RecursionError:
         raise ValueError(f"{path}: not usable as JSON: nested too deeply") from None
+    except ValueError:  # Python reads no integer of more than 4,300 digits
+        raise ValueError(f"{path}: not usable as JSON: it has an integer of thousands of digits") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must be a JSON object {{...}}, not a {type(content).__name__}")
     return content
@@ -89,10 +93,17 @@ def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     config = read_json(path)
-    eos = config.pop("eos_token_id", None)
-    if eos is not None:
-        ids = eos if isinstance(eos, list) else [eos]
-        if not all(type(item) is int and item >= 0 for item in ids):
-            raise ValueError(f"{path}: eos_token_id is {short(eos)}; it must be a token id or a list of token ids")
-        config["eos_token_id"] = ids
-    return config
+    eos = eos_token_ids(config, path)
+    config.pop("eos_token_id", None)
+    return config if eos is None else config | {"eos_token_id": eos}
+
+
+def eos_token_ids(config: Mapping[str, Any], path: Path) -> list[int] | None:
+    """What `config`, the content of `path`, has as `eos_token_id`, as a list; None where it has none."""
+    eos = config.get("eos_token_id")
+    if eos is None:
+        return None
+    ids = eos if isinstance(eos, list) else [eos]
+    if not all(type(item) is int and 0 <= item < 2**31 for item in ids):
+        raise ValueError(f"{path}: eos_token_id is {short(eos)}; it must be a token id or a list of token ids")
+    return ids

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.weights import Source
 
@@ -33,8 +34,10 @@ def load_params(
         value = checkpoint.read(located[source.name], _part(checkpoint.tensors[located[source.name]].shape, source))
         if on_tensor is not None:
             on_tensor(value.nbytes)
-        value = _cast(value, shape.dtype, f"{checkpoint.folder}: {located[source.name]}")
-        params[name] = jax.device_put(np.ascontiguousarray(value.T) if source.transpose else value, device)
+        value = value.T if source.transpose else value
+        if value.dtype != shape.dtype or source.transpose:
+            value = _converted(value, shape.dtype, f"{checkpoint.folder}: {located[source.name]}")
+        params[name] = jax.device_put(value, device)
         # One tensor at a time: a queue of pending transfers would hold them all.
         params[name].block_until_ready()
     return params
@@ -95,12 +98,14 @@ def _part(stored: tuple[int, ...], source: Source) -> tuple[slice, ...] | None:
     )
 
 
-def _cast(value: np.ndarray[Any, np.dtype[Any]], dtype: Any, where: str) -> np.ndarray[Any, np.dtype[Any]]:
-    if value.dtype == dtype:
-        return value
+def _converted(
+    value: np.ndarray[Any, np.dtype[Any]], dtype: np.dtype[Any], where: str
+) -> np.ndarray[Any, np.dtype[Any]]:
+    """A copy in C order and in another dtype, aligned so that XLA:CPU makes no third one."""
+    result = aligned(value.size * dtype.itemsize).view(dtype).reshape(value.shape)
     with np.errstate(over="ignore"):
-        cast = value.astype(dtype)
+        np.copyto(result, value, casting="unsafe")
     # Only float16 has less range than what it is cast from.
-    if np.dtype(dtype) == np.float16 and np.isinf(cast.astype(np.float32)).any():
+    if dtype == np.float16 and np.isinf(result).any():
         raise ValueError(f"{where}: has values beyond float16's 65504; use dtype bfloat16 or float32")
-    return cast
+    return result

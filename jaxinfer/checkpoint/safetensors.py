@@ -97,7 +97,7 @@ class SafetensorsFile:
             raise ValueError(f"{self.path}: tensor {short(info.name)} is not of this file")
         bounds = _bounds(info, index or ())
         size = math.prod(stop - start for start, stop in bounds) * info.dtype.itemsize
-        raw = _aligned(size)
+        raw = aligned(size)
         if size:
             done = 0
             for offset, length in _runs(info, bounds):
@@ -240,7 +240,8 @@ def _runs(info: TensorInfo, bounds: list[tuple[int, int]]) -> Iterator[tuple[int
     return ((first + sum(row), length) for row in rows)
 
 
-def _aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """`size` uninitialized bytes that XLA:CPU takes as they are, without a copy of its own."""
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size]

@@ -77,18 +77,18 @@ class Conversation:
         Raises ValueError, and forgets the message, when the conversation has become too long for the context.
         """
         messages = [*self._messages, {"role": "user", "content": message}]
-        outputs = self._llm.stream_output(self._llm.chat_prompt(messages), self._params)
         said: list[str] = []
 
         def until_stopped() -> Iterator[str]:
-            with _ctrl_c_noted() as noted:
-                for piece, _ in outputs:
-                    said.append(piece)
-                    yield piece
-                    if noted:
-                        break
+            for piece, _ in outputs:
+                said.append(piece)
+                yield piece
+                if noted:
+                    break
 
-        print_pieces(until_stopped(), progress)
+        with _ctrl_c_noted() as noted:
+            outputs = self._llm.stream_output(self._llm.chat_prompt(messages), self._params)
+            print_pieces(until_stopped(), progress)
         self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
 
 
@@ -115,8 +115,8 @@ def _messages(in_terminal: bool) -> Iterator[str]:
 
 @contextmanager
 def _ctrl_c_noted() -> Iterator[list[int]]:
-    """Within it the first Ctrl-C only appends to the list: a step of the model must not be torn apart, or the next
-    answer finds it in pieces. The second one interrupts, wherever that is."""
+    """Within it the first Ctrl-C only appends to the list, and is to be noticed between two pieces of text: the
+    second one interrupts, wherever that is."""
     noted: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:

@@ -60,6 +60,7 @@ TOKENIZER_CONFIG = {
 GENERATION_CONFIG = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "do_sample": False, "max_new_tokens": 64}
 
 # What precedes the last question is left out: the model was trained on single questions.
+# The space: SentencePiece puts one before a prompt of its own accord, but not after the BOS of a template.
 CHAT_TEMPLATE = """\
 {%- set last = namespace(index=0) -%}
 {%- for message in messages -%}
@@ -69,7 +70,7 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- for message in messages[last.index:] -%}
 {%- if message['role'] == 'user' -%}
-{{- bos_token + message['content'] | trim -}}
+{{- bos_token + ' ' + message['content'] | trim -}}
 {%- elif message['role'] == 'assistant' -%}
 {{- ' ' + message['content'] | trim + eos_token -}}
 {%- endif -%}
@@ -236,14 +237,14 @@ def train(model: Model, data: Iterator[TrainingBatch], steps: int, seed: int) ->
 
 def save(folder: Path, params: Mapping[str, jax.Array], settings: Mapping[str, Any], tokenizer: bytes) -> None:
     """Writes the model in Hugging Face's format: all of it or, if that fails, nothing."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save as serialize
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         inside = Path(temporary) / folder.name
         inside.mkdir()
         tensors = {name: np.asarray(value).astype(ml_dtypes.bfloat16) for name, value in params.items()}
-        save_file(tensors, inside / "model.safetensors", metadata={"format": "pt"})
+        (inside / "model.safetensors").write_bytes(serialize(tensors, metadata={"format": "pt"}))
         (inside / "tokenizer.model").write_bytes(tokenizer)
         (inside / "chat_template.jinja").write_text(CHAT_TEMPLATE)
         _write_json(inside / "config.json", settings)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Self, Unpack
 
 from jaxinfer.engine.engine import EngineStats
 from jaxinfer.engine.generation import Group
-from jaxinfer.engine.load import LoadOptions, default_sampling_params, load_engine
+from jaxinfer.engine.load import LoadOptions, load_engine
 from jaxinfer.engine.outputs import RequestOutput
 from jaxinfer.engine.prompts import Prompt, prompt_ids
 from jaxinfer.sampling.params import SamplingParams
@@ -49,7 +49,7 @@ class AsyncEngine:
         self.max_queued = max_queued
         self.tokenizer = loaded.engine.tokenizer
         self._engine = loaded.engine
-        self._default = default_sampling_params(loaded.generation_config)
+        self._default_sampling_params = loaded.default_sampling_params
         self._ids = itertools.count()
         self._open: set[str] = set()  # ids of all requests that have not ended
         self._streams: dict[str, Stream] = {}  # those that the engine has
@@ -79,7 +79,7 @@ class AsyncEngine:
         Leaving the loop early, or cancelling the task, aborts the request. Raises ValueError for what can't be served
         or an id that is in use, and QueueFullError.
         """
-        params = sampling_params or self._default
+        params = sampling_params or self._default_sampling_params()
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params is a {type(params).__name__}: it must be SamplingParams")
         text, ids = prompt_ids(prompt, self.tokenizer)

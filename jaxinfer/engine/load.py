@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 
 from jaxinfer.cache import cache_bytes_per_token
-from jaxinfer.checkpoint.files import read_config, read_generation_config
+from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS, load_params
@@ -83,6 +83,27 @@ class Loaded:
     generation_config: dict[str, Any]
     load_seconds: float
 
+    def default_sampling_params(self) -> SamplingParams:
+        """What generation_config.json asks for; greedy unless it says `do_sample`. Raises ValueError."""
+        given = self.generation_config
+        chosen: dict[str, Any] = {} if given.get("do_sample") else {"temperature": 0.0}
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+            if given.get(name) is not None:
+                chosen.setdefault(name, given[name])
+        try:
+            return SamplingParams(**chosen)
+        except ValueError as error:
+            raise ValueError(f"{self.folder / 'generation_config.json'}: {error}; or give sampling_params") from None
+
+    def describe(self) -> str:
+        """Weights and cache in one line."""
+        weights = sum(a.size * a.dtype.itemsize for a in self.engine.runner.model.abstract.values())
+        sizes = self.sizes
+        return (
+            f"weights {weights / 2**30:.2f} GiB in {self.dtype}, KV cache {sizes.bytes / 2**30:.2f} GiB for "
+            f"{(sizes.num_pages - 1) * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
+        )
+
 
 def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     """Loads a folder in Hugging Face's format, or a hub id. Options: see LoadOptions.
@@ -101,6 +122,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     shape = Model.from_config(config, "float32").config
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, shape.vocab_size)
+    eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
     with Checkpoint(folder) as checkpoint:
         dtype = _dtype(given["dtype"], config, checkpoint, device)
         abstract = Model.from_config(config, dtype)
@@ -155,35 +177,15 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         runner,
         Scheduler(pages, max_rows, max_tokens, buckets.scored),
         tokenizer,
-        eos_token_ids=_eos_token_ids(generation_config, config, tokenizer.eos_token_id),
+        eos_token_ids=eos,
         max_model_len=sizes.max_model_len,
         seed=given["seed"],
     )
     if given["warmup"]:
         runner.warm_up()
     loaded = Loaded(engine, folder, dtype, sizes, generation_config, time.perf_counter() - start)
-    log.info("loaded %s in %.1f s: %s", folder, loaded.load_seconds, describe(loaded))
+    log.info("loaded %s in %.1f s: %s", folder, loaded.load_seconds, loaded.describe())
     return loaded
-
-
-def describe(loaded: Loaded) -> str:
-    """Weights and cache in one line."""
-    weights = sum(a.size * a.dtype.itemsize for a in loaded.engine.runner.model.abstract.values())
-    sizes = loaded.sizes
-    return (
-        f"weights {weights / 2**30:.2f} GiB in {loaded.dtype}, KV cache {sizes.bytes / 2**30:.2f} GiB for "
-        f"{(sizes.num_pages - 1) * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
-    )
-
-
-def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """What a checkpoint's generation_config.json asks for; greedy unless it says `do_sample`."""
-    given = generation_config
-    chosen: dict[str, Any] = {} if given.get("do_sample") else {"temperature": 0.0}
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-        if given.get(name) is not None:
-            chosen.setdefault(name, given[name])
-    return SamplingParams(**chosen)
 
 
 def _checked(options: dict[str, Any]) -> LoadOptions:
@@ -249,9 +251,9 @@ def _available(device: jax.Device, memory_utilization: float) -> int:
     return max(0, int(stats["bytes_limit"] * (memory_utilization - RESERVE)) - stats["bytes_in_use"])
 
 
-def _eos_token_ids(generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer_id: int | None) -> list[int]:
+def _eos_token_ids(
+    folder: Path, generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer_id: int | None
+) -> list[int]:
     """All EOS ids of generation_config.json; else those of config.json; else the tokenizer's."""
-    for given in (generation.get("eos_token_id"), config.get("eos_token_id"), tokenizer_id):
-        if given is not None:
-            return list(given) if isinstance(given, list) else [int(given)]
-    return []
+    found = generation.get("eos_token_id") or eos_token_ids(config, folder / "config.json")
+    return found or ([] if tokenizer_id is None else [tokenizer_id])

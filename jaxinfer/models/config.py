@@ -10,6 +10,8 @@ from typing import Any
 from jaxinfer.layers.rotary import Rope
 
 _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
+MAX_LAYERS = 1000  # each takes time to build, even without its weights
+_LARGEST_NUMBER = 1e15  # nor any other number; float32 must hold what is computed from it
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Fields:
         self.where = where
 
     def error(self, name: str, problem: str) -> ValueError:
-        return ValueError(f"{self.where}: {name} is {self.data.get(name)!r}: {problem}")
+        return ValueError(f"{self.where}: {name} is {self.data.get(name)!r:.100}: {problem}")
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = _LARGEST) -> int:
         value = self.data.get(name)
@@ -51,14 +53,15 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None, minimum: float = 0.0, above: bool = True) -> float:
-        """A finite number above `minimum` (or, with above=False, equal to it too)."""
+        """A number above `minimum` (or, with above=False, equal to it too)."""
         value = self.data.get(name)
         value = default if value is None else value
         if value is None:
             raise ValueError(f"{self.where}: {name} is missing: it must be a number")
-        fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fine or value < minimum or (above and value == minimum):
-            raise self.error(name, f"it must be a finite number {'above' if above else 'of at least'} {minimum:g}")
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= _LARGEST_NUMBER
+        if not fine or (above and value == minimum):
+            least = f"{'above' if above else 'of at least'} {minimum:g}"
+            raise self.error(name, f"it must be a number {least} and at most {_LARGEST_NUMBER:g}")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -102,6 +105,8 @@ def rope_of(fields: Fields, head_dim: int) -> tuple[Rope, int]:
             raise fields.error(name, "it must be an object or null")
         if any(isinstance(value, dict) for value in part.values()):
             raise fields.error(name, "one setting per layer type is not supported; jaxinfer knows one for all layers")
+        if given and part and part != given:
+            raise fields.error("rope_scaling", "rope_parameters is there too and says otherwise; remove one of them")
         given |= part
     for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         if data.get(name) is not None:

@@ -18,7 +18,7 @@ from jaxinfer.layers.linear import Embedding, Linear, dot
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rotary import Rope
-from jaxinfer.models.config import Fields, ModelConfig, rope_of
+from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig, rope_of
 
 # Old checkpoints carry the rotary frequencies; they follow from config.json. A tied head may be stored twice.
 IGNORED = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
@@ -85,7 +85,7 @@ def decoder_config(
 
 def num_layers(fields: Fields) -> int:
     """The number of layers, within reason."""
-    return fields.integer("num_hidden_layers", maximum=10_000)
+    return fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
 
 
 class DecoderLayer(nnx.Module):

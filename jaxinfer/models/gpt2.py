@@ -14,7 +14,7 @@ from jaxinfer.cache import Cache, LayerCache
 from jaxinfer.layers.linear import Embedding, Linear, dot
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.norm import LayerNorm
-from jaxinfer.models.config import Fields, ModelConfig
+from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.weights import Source, WeightMap
 
@@ -32,7 +32,7 @@ class GPT2Config(ModelConfig):
 def parse(fields: Fields) -> GPT2Config:
     """`reorder_and_upcast_attn` needs nothing: scores are always accumulated and normalized in float32."""
     hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
-    layers = fields.integer("n_layer", 12, maximum=10_000)
+    layers = fields.integer("n_layer", 12, maximum=MAX_LAYERS)
     if hidden % heads:
         raise fields.error("n_embd", f"it must be a multiple of n_head, {heads}")
     scale = (hidden // heads) ** -0.5 if fields.boolean("scale_attn_weights", True) else 1.0

@@ -36,7 +36,7 @@ class Model:
     def from_config(cls, data: Mapping[str, Any], dtype: DTypeLike) -> Model:
         """Builds the module of a config.json's content abstractly: nothing is allocated. Raises ValueError."""
         architecture, config = parse_config(data)
-        module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
         graph, state = nnx.split(module)
         flat = tuple(nnx.to_flat_state(state))
         abstract = {_name(path): variable.get_value() for path, variable in flat}
@@ -62,6 +62,16 @@ class Model:
             return params
 
         return jax.jit(init)()
+
+
+class _OneKey:
+    """In place of nnx.Rngs where no value is ever computed: its counter takes time with the square of the calls."""
+
+    def __init__(self) -> None:
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self._key
 
 
 def _name(path: tuple[Any, ...]) -> str:

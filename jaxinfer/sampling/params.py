@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._integer("n", 1, 1024)
-        self._number("temperature", 0, math.inf)
+        self._number("temperature", 0, 1e6)
         self._number("top_p", 0, 1, above=True)
         self._number("min_p", 0, 1)
         self._number("presence_penalty", -2, 2)
@@ -123,14 +123,14 @@ class SamplingParams:
         return bool(self.logit_bias or self.allowed_token_ids or self.bad_words)
 
     def _error(self, name: str, problem: str) -> ValueError:
-        return ValueError(f"sampling parameter {name} is {getattr(self, name)!r}: {problem}")
+        return ValueError(f"sampling parameter {name} is {getattr(self, name)!r:.100}: {problem}")
 
     def _number(self, name: str, low: float, high: float, above: bool = False) -> None:
         value = getattr(self, name)
-        fine = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fine or not low <= value <= high or (above and value == low):
-            upper = "" if high == math.inf else f" and at most {high:g}"
-            raise self._error(name, f"it must be a finite number {'above' if above else 'of at least'} {low:g}{upper}")
+        fine = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        if not fine or (above and value == low):
+            least = f"{'above' if above else 'of at least'} {low:g}"
+            raise self._error(name, f"it must be a number {least} and at most {high:g}")
 
     def _integer(self, name: str, low: int, high: int, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -142,23 +142,21 @@ class SamplingParams:
 
     def _strings(self, name: str) -> tuple[str, ...]:
         value = getattr(self, name)
-        if isinstance(value, str):
-            value = [value]
-        if value is None:
-            return ()
-        if not isinstance(value, Sequence) or not all(isinstance(s, str) and s for s in value):
+        strings = _listed(value)
+        if not all(isinstance(s, str) and s for s in strings):
             raise self._error(name, "it must be a non-empty string or a list of them")
-        return tuple(value)
+        return tuple(strings)
 
     def _ids(self, name: str) -> tuple[int, ...] | None:
         value = getattr(self, name)
         if value is None:
             return None
-        if not isinstance(value, Sequence) or not all(_is_id(i) for i in value):
+        ids = _listed(value)
+        if not all(_is_id(i) for i in ids):
             raise self._error(name, "it must be a list of token ids")
-        if name == "allowed_token_ids" and not value:
+        if name == "allowed_token_ids" and not ids:
             raise self._error(name, "it must allow at least one token id, or be None")
-        return tuple(value)
+        return tuple(ids)
 
     def _check_bias(self) -> None:
         bias = self.logit_bias
@@ -171,6 +169,13 @@ class SamplingParams:
                 raise self._error("logit_bias", "every bias must be a finite number; use allowed_token_ids to exclude")
         if len(bias) > MAX_LOGIT_BIAS:
             raise self._error("logit_bias", f"at most {MAX_LOGIT_BIAS} tokens may be biased")
+
+
+def _listed(value: Any) -> list[Any]:
+    """Nothing, one item or several, as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def _is_id(value: Any) -> bool:

@@ -267,6 +267,8 @@ def test_a_source_that_fails_leaves_nothing_behind(llm):
     assert llm.stats.pages_used == 0
 
 
-def test_the_last_calls_time_is_not_counted_over_a_pause(llm, monkeypatch):
-    llm.generate("abc", SamplingParams(max_tokens=40, **GREEDY))
+def test_no_call_is_kept_over_a_pause(llm):
+    """Its time would count as the device's."""
+    (output,) = llm.generate("abc", SamplingParams(max_tokens=40, **GREEDY))
+    llm.generate("abc", SamplingParams(max_tokens=40, temperature=0.0, stop=output.outputs[0].text[10:12]))
     assert not llm.engine._in_flight

@@ -1,0 +1,194 @@
+"""`jaxinfer generate`: everything that needs no terminal."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.cli.console import Progress, print_pieces
+
+SHORT = ["--max-tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Texts of some prompts, by the Python interface, greedy."""
+    prompts = ["one", "two words", "third"]
+    with LLM(model) as llm:
+        outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12))
+    return dict(zip(prompts, outputs, strict=True))
+
+
+def text_of(expected, prompt):
+    return expected[prompt].outputs[0].text
+
+
+def line_of(expected, prompt):
+    """As one prompt's text is printed: the last line is ended if the text does not end it itself."""
+    return text_of(expected, prompt).removesuffix("\n") + "\n"
+
+
+def test_one_prompt(cli, model, expected):
+    assert cli("generate", "one", "-m", model, *SHORT) == (0, line_of(expected, "one"), "")
+
+
+def test_several_prompts(cli, model, expected):
+    code, out, err = cli("generate", *expected, "--model", model, *SHORT)
+    assert (code, err) == (0, "")
+    assert out == "\n".join(f"==> {prompt} <==\n{text_of(expected, prompt)}\n" for prompt in expected)
+
+
+def test_json(cli, model, expected):
+    code, out, err = cli("generate", *expected, "--model", model, *SHORT, "--json")
+    assert (code, err) == (0, "")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["prompt"] for record in records] == list(expected)
+    for record, output in zip(records, expected.values(), strict=True):
+        completion = output.outputs[0]
+        assert record["text"] == completion.text
+        assert record["token_ids"] == completion.token_ids
+        assert record["finish_reason"] == completion.finish_reason
+        prompt_tokens, completion_tokens = len(output.prompt_token_ids), len(completion.token_ids)
+        assert record["usage"] == {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+        timing = record["timing"]
+        names = ["load_seconds", "compile_seconds", "time_to_first_token"]
+        assert list(timing) == [*names, "prefill_tokens_per_second", "decode_tokens_per_second"]
+        assert all(value > 0 for value in timing.values())
+
+
+def test_prompts_from_files_and_pipes(cli, model, expected, tmp_path):
+    lines = "".join(f"{prompt}\n" for prompt in expected)
+    wanted = cli("generate", *expected, "-m", model, *SHORT).out
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"\n{lines}\n\n")
+    assert cli("generate", "--file", file, "-m", model, *SHORT).out == wanted
+    assert cli("generate", "--file", "-", "-m", model, *SHORT, stdin=lines.encode()).out == wanted
+    # Without --file all that is piped in is one prompt, lines and all.
+    record = json.loads(cli("generate", "-m", model, *SHORT, "--json", stdin=lines.encode()).out)
+    assert record["prompt"] == lines.removesuffix("\n")
+    assert cli("generate", "-m", model, *SHORT, stdin=b"one\n").out == line_of(expected, "one")
+
+
+def test_chat_template(cli, model):
+    """The template of the tiny checkpoints writes `user: ...`, a line for each message, and `assistant:`."""
+    code, out, _ = cli("generate", "hi", "-m", model, *SHORT, "--chat", "--json")
+    plain = json.loads(cli("generate", "user: hi\nassistant:", "-m", model, *SHORT, "--json").out)
+    record = json.loads(out)
+    assert code == 0
+    assert record["prompt"] == "hi"
+    assert {key: record[key] for key in ("text", "usage")} == {key: plain[key] for key in ("text", "usage")}
+
+
+def test_sampling_options_arrive(cli, model):
+    def ids(*options):
+        code, out, err = cli("generate", "one", "-m", model, "--json", *options)
+        assert (code, err) == (0, "")
+        return json.loads(out)["token_ids"]
+
+    options = {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "min_p": 0.01, "seed": -7, "max_tokens": 9}
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    with LLM(model) as llm:
+        outputs = [llm.generate("one", SamplingParams(**options | change)) for change in ({}, {"top_k": -1})]
+        greedy = llm.generate("one", SamplingParams(temperature=0.0, max_tokens=9))[0].outputs[0].token_ids
+    assert ids(*flags) == outputs[0][0].outputs[0].token_ids
+    assert ids(*flags, "--top-k", "-1") == outputs[1][0].outputs[0].token_ids
+    # What is not given is as the checkpoint says: greedy here, and every option matters.
+    assert ids("--max-tokens", 9) == greedy
+    assert ids("--max-tokens", 9, "--temperature", 0.9, "--seed", 1) != greedy
+
+
+def test_stop_strings_may_be_repeated(cli, model, expected):
+    text = text_of(expected, "one")
+    found = next(c for c in text[2:] if c.isascii())
+    options = ["-m", model, *SHORT, "--stop", "never there", "--stop", found, "--json"]
+    record = json.loads(cli("generate", "one", *options).out)
+    assert record["text"] == text[: text.index(found)]
+    assert record["finish_reason"] == "stop"
+
+
+def test_dtype_and_max_model_len_arrive(cli, model):
+    options = ["-m", model, "--dtype", "bfloat16", "--max-model-len", 8, "-v", "--json"]
+    code, out, err = cli("generate", "one", *options)
+    assert code == 0
+    assert json.loads(out)["usage"]["total_tokens"] <= 8
+    assert "in bfloat16" in err
+    assert "max_model_len 8" in err
+
+
+def test_verbosity(cli, model, monkeypatch):
+    monkeypatch.setattr("jaxinfer.engine.sizing.CPU_SHARE", 1e-12)
+    monkeypatch.setattr("jaxinfer.llm._available", lambda device: 50_000)
+    said = {flag: cli("generate", "one", "-m", model, *SHORT, *flag.split()).err for flag in ("", "-q", "-v", "-vv")}
+    warning = "jaxinfer: warning: max_model_len is 176 of the model's 256 tokens: more does not fit in the KV cache\n"
+    assert said[""] == warning
+    assert said["-q"] == ""
+    assert said["-v"].startswith(warning + "jaxinfer: info: loaded ")
+    assert "Traceback" in cli("generate", "x" * 300, "-m", model, "-vv").err
+    assert cli("generate", "x" * 300, "-m", model, "-q").error().startswith("the prompt has 300 tokens")
+
+
+def test_profile(cli, model, tmp_path):
+    folder = tmp_path / "new" / "trace"
+    code, out, _ = cli("generate", "one", "-m", model, *SHORT, "--profile", folder)
+    assert code == 0
+    assert len(out) > 1
+    assert list(folder.rglob("*.xplane.pb"))
+
+
+def test_prompts_that_are_none(cli, model, tmp_path):
+    empty = tmp_path / "empty"
+    empty.write_text("\n\n")
+    latin = tmp_path / "latin"
+    latin.write_bytes(b"caf\xe9")
+    m = ["-m", model]
+    assert "no prompt: give PROMPT" in cli("generate", *m, stdin=None).error()
+    assert "the prompt is empty" in cli("generate", *m, stdin=b"").error()
+    assert "the prompt is empty" in cli("generate", "a", "", *m).error()
+    assert "give only one of them" in cli("generate", "a", "--file", empty, *m).error()
+    assert f"{empty}: there is no prompt in it" in cli("generate", "--file", empty, *m).error()
+    assert "no-file" in cli("generate", "--file", tmp_path / "no-file", *m).error()
+    assert f"{latin}: not UTF-8 at byte 3" in cli("generate", "--file", latin, *m).error()
+    assert "stdin: not UTF-8 at byte 0" in cli("generate", *m, stdin=b"\xff").error()
+    assert "prompt 1: the prompt has 300 tokens" in cli("generate", "a", "b" * 300, *m).error()
+
+
+def test_the_packaged_model_is_the_default(cli, model, expected, monkeypatch):
+    monkeypatch.setattr("jaxinfer.demo.MODEL_DIR", model)
+    assert cli("generate", "one", *SHORT).out == line_of(expected, "one")
+
+
+def test_a_reader_that_goes_away(endless):
+    """`jaxinfer generate ... | head -c 10`"""
+    command = [sys.executable, "-m", "jaxinfer", "generate", "x", "-m", str(endless), "--max-tokens", "9000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert len(process.stdout.read(10)) == 10
+        process.stdout.close()
+        assert process.wait(120) == 1
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("pieces", "printed"),
+    [([], "\n"), (["a"], "a\n"), (["a\n"], "a\n"), (["a", "b", "c"], "abc\n"), (["a", "b\n"], "ab\n")],
+)
+def test_text_ends_its_line(capsys, pieces, printed):
+    print_pieces(iter(pieces), Progress())
+    assert capsys.readouterr() == (printed, "")
+
+
+def test_what_was_printed_stays(capsys):
+    def broken_off():
+        yield "a"
+        yield "b"
+        assert capsys.readouterr().out == "ab"  # text is there at once
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        print_pieces(broken_off(), Progress())
+    assert capsys.readouterr().out == "\n"

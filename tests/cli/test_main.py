@@ -1,0 +1,84 @@
+"""The command line as a whole: what it imports, its errors, its exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import jaxinfer
+from jaxinfer.cli import COMMANDS
+from jaxinfer.models.registry import REGISTRY
+
+
+def test_help_imports_nothing_heavy():
+    code = """
+import sys, jaxinfer, jaxinfer.models.registry
+from jaxinfer.cli import main
+for arguments in ([], ["--help"], ["generate", "--help"], ["chat", "--help"], ["models"], ["models", "--json"],
+                  ["--version"]):
+    assert main(arguments) == 0, arguments
+heavy = {"jax", "jaxlib", "flax", "transformers", "torch", "tokenizers", "numpy", "huggingface_hub"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_generation_imports_neither_torch_nor_transformers(model):
+    code = f"""
+import sys
+from jaxinfer.cli import main
+assert main(["generate", "hello", "--model", {str(model)!r}, "--max-tokens", "2"]) == 0
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout) >= 2
+
+
+def test_version(cli):
+    assert cli("--version") == (0, f"{jaxinfer.__version__}\n", "")
+
+
+def test_models(cli):
+    code, out, err = cli("models", "--json")
+    assert (code, err) == (0, "")
+    assert [row["model_type"] for row in json.loads(out)] == list(REGISTRY)
+    assert json.loads(out)[1]["hf_class"] == "LlamaForCausalLM"
+    table = cli("models")
+    assert all(name in table.out for name in REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (["frobnicate"], ["'frobnicate'", "jaxinfer --help"]),
+        (["generate", "x", "--frobnicate"], ["--frobnicate", "jaxinfer generate --help"]),
+        (["generate", "x", "--max-tokens", "many"], ["--max-tokens", "integer"]),
+        (["generate", "x", "--max-tokens"], ["--max-tokens", "requires an argument"]),
+        (["generate", "x", "--dtype", "int8"], ["--dtype", "int8", "bfloat16"]),
+        (["models", "extra"], ["extra"]),
+    ],
+)
+def test_mistakes_are_one_line(cli, arguments, facts):
+    line = cli(*arguments).error()
+    assert all(fact in line for fact in facts), line
+
+
+def test_a_bug_keeps_its_traceback(cli, monkeypatch):
+    monkeypatch.setattr("jaxinfer.cli.generate._texts", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli("generate", "x")
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["models", "--json"], ["models"]])
+def test_nobody_reads_the_output(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "jaxinfer", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -1,0 +1,39 @@
+"""At a terminal: the progress line, text that streams, Ctrl-C."""
+
+import re
+
+from tests.cli.run import Terminal
+
+SHOW_CURSOR = "\x1b[?25h"  # the end of the progress line
+
+
+def test_generate_streams_until_ctrl_c(endless):
+    with Terminal("generate", "hello", "-m", endless, "--max-tokens", "9000") as terminal:
+        before = terminal.wait_for(SHOW_CURSOR)
+        assert "starting JAX" in before
+        assert re.search("compiling|generating", before)
+        for _ in range(3):  # it comes in pieces
+            start = len(terminal.seen)
+            terminal.wait_for("\n", start)
+        terminal.interrupt()
+        assert terminal.exit_code() == 130
+        assert terminal.seen.endswith("\n")
+        assert "Traceback" not in terminal.seen
+        assert "KeyboardInterrupt" not in terminal.seen
+
+
+def test_chat(endless):
+    with Terminal("chat", "-m", endless, "--max-tokens", "9000") as terminal:
+        terminal.wait_for("> ")
+        assert "/reset forgets" in terminal.seen
+        for message in ("hi", "more"):
+            start = len(terminal.seen)
+            terminal.type(f"{message}\n")
+            terminal.wait_for(f"{message}\r\n", start)
+            terminal.wait_for("\ufffd", start)  # the answer: what a random model says has broken characters
+            start = len(terminal.seen)
+            terminal.interrupt()
+            terminal.wait_for("\n> ", start)  # the conversation goes on
+        terminal.type("/exit\n")
+        assert terminal.exit_code() == 0
+        assert "Traceback" not in terminal.seen

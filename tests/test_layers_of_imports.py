@@ -1,0 +1,58 @@
+"""A file imports only from lower layers, and never sideways into another folder of its own layer."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import jaxinfer
+
+ROOT = Path(jaxinfer.__file__).parent
+LAYERS = [
+    {"__version__", "sharding", "compile_cache"},
+    {"kernels"},
+    {"quantization", "cache"},
+    {"attention"},
+    {"layers"},
+    {"models"},
+    {"checkpoint", "text", "processors", "sampling", "adapters"},
+    {"engine"},
+    {"plan", "llm"},
+    {"batch", "tuning", "server", "demo"},
+    {"api"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imported(file: Path) -> list[tuple[str, int]]:
+    """(module, line) of every import, inside functions and TYPE_CHECKING too."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}:{node.lineno}: imports are absolute here"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_come_from_below(file):
+    own = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    for module, line in imported(file):
+        assert module.split(".")[0] != "torch", f"{file}:{line}: torch is for tests and benchmarks only"
+        top, name, *_ = [*module.split("."), "__init__"]
+        if top != "jaxinfer" or name == own:
+            continue
+        other = jaxinfer._HOME.get(name, f"jaxinfer.{name}").split(".")[
+            1
+        ]  # `from jaxinfer import LLM` imports jaxinfer.llm
+        assert LAYER[other] < LAYER[own], f"{file}:{line}: {own} (layer {LAYER[own]}) imports {other}, not below it"
+
+
+def test_every_folder_has_a_layer():
+    assert {file.relative_to(ROOT).parts[0].removesuffix(".py") for file in FILES} <= set(LAYER)
+    assert len(FILES) > 40
