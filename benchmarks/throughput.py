@@ -16,6 +16,7 @@ The whole takes over an hour on two cores; `--requests 8 --runs 1 --scale 0.1 --
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -33,7 +34,7 @@ from jaxinfer.benchmark import Trace, Work, latency, poisson_arrivals, random_wo
 
 VOCAB = int(str(LLAMA_350M["vocab_size"]))
 SHORTEST, PROMPT, OUTPUT = 16, 512, 256  # tokens
-LONG_PROMPT, RUNNING, RUNNING_OUTPUT, LONG_ARRIVES = 1536, 8, 256, 5.0  # the last in seconds
+LONG_PROMPT, CHUNK, RUNNING = 1536, 512, 8  # tokens, tokens, requests
 PARTS = ("peers", "prefix", "chunks", "latency")
 
 
@@ -45,6 +46,11 @@ def mixed_work(count: int, scale: float, seed: int) -> list[Work]:
         for longest in (PROMPT, OUTPUT)
     )
     return random_work(VOCAB, inputs, outputs, [seed, 1])
+
+
+def serve(peer: Peer, work: list[Work], arrivals: list[float]) -> list[Trace]:
+    """What came when."""
+    return [Trace(**trace) for trace in peer.ask(work=work, arrivals=arrivals)["traces"]]
 
 
 class Bench:
@@ -92,7 +98,7 @@ class Bench:
         peers = {name: self.jaxinfer(enable_prefix_caching=on) for name, on in names.items()}
         seconds: dict[str, list[float]] = {name: [] for name in peers}
         prefilled: dict[str, list[int]] = {name: [] for name in peers}
-        count = max(2, self.requests // 4)
+        count = max(8, self.requests // 4)
         for run in range(self.runs):
             work = random_work(VOCAB, [SHORTEST] * count, [SHORTEST] * count, [run, 2], round(PROMPT * self.scale))
             for name, peer in peers.items():
@@ -114,25 +120,24 @@ class Bench:
 
     def chunks(self) -> dict[str, dict[str, float]]:
         """ITL of the running requests between the arrival of the long prompt and its first token."""
-        long = round(LONG_PROMPT * self.scale)
-        chunk = max(SHORTEST, round(512 * self.scale))
+        long, chunk = (round(tokens * self.scale) for tokens in (LONG_PROMPT, CHUNK))
         options = {f"chunks of {chunk}": chunk, f"{long} tokens at once": long + RUNNING}
         peers = {
             name: self.jaxinfer(max_num_seqs=16, max_num_batched_tokens=tokens) for name, tokens in options.items()
         }
         waits: dict[str, list[float]] = {name: [] for name in peers}
         first: dict[str, list[float]] = {name: [] for name in peers}
-        outputs = [max(SHORTEST, round(RUNNING_OUTPUT * max(self.scale, 0.5)))] * RUNNING
         for run in range(self.runs):
-            work = random_work(VOCAB, [SHORTEST] * RUNNING + [long], [*outputs, 1], [run, 3])
+            work = random_work(VOCAB, [SHORTEST] * RUNNING + [long], [OUTPUT] * RUNNING + [1], [run, 3])
+            alone = random_work(VOCAB, [SHORTEST] * RUNNING, [OUTPUT] * RUNNING, [run, 4])
             for name, peer in peers.items():
-                arrivals = [0.0] * RUNNING + [LONG_ARRIVES * max(self.scale, 0.5)]
-                *running, last = (Trace(**trace) for trace in peer.ask(work=work, arrivals=arrivals)["traces"])
+                half = max(one.e2el for one in serve(peer, alone, [0.0] * RUNNING)) / 2
+                *running, last = serve(peer, work, [0.0] * RUNNING + [half])
                 first[name].append(last.ttft)
                 waits[name] += [
                     after - before
                     for trace in running
-                    for before, after in zip(trace.times, trace.times[1:], strict=False)
+                    for before, after in itertools.pairwise(trace.times)
                     if after > last.arrival and before < last.times[0]
                 ]
         for peer in peers.values():
@@ -154,23 +159,24 @@ class Bench:
         figures = {}
         for i, rate in enumerate(self.rates):
             work = mixed_work(count, self.scale, 1000 + i)
-            traces = peer.ask(work=work, arrivals=poisson_arrivals(count, rate, 1000 + i))["traces"]
-            figures[f"{rate:g} requests/s"] = latency([[Trace(**trace) for trace in traces]])
+            traces = serve(peer, work, poisson_arrivals(count, rate, 1000 + i))
+            figures[f"{rate:g} requests/s"] = latency([traces])
         peer.close()
         return figures
 
 
 def print_table(console: Console, title: str, figures: dict[str, dict[str, float]]) -> None:
-    columns = list(dict.fromkeys(column for row in figures.values() for column in row if not column.startswith("p90")))
-    table = Table(title=title, title_justify="left")
-    transposed = len(columns) > 6
-    table.add_column("")
-    for heading in figures if transposed else columns:
-        table.add_column(heading, justify="right")
-    cells = {(name, column): f"{row[column]:.2f}" for name, row in figures.items() for column in columns}
-    for one in columns if transposed else figures:
-        others = figures if transposed else columns
-        table.add_row(one, *(cells[(other, one) if transposed else (one, other)] for other in others))
+    columns = list(dict.fromkeys(column for row in figures.values() for column in row))
+    cells = {(name, column): f"{value:.2f}" for name, row in figures.items() for column, value in row.items()}
+    heads, lines = columns, list(figures)
+    if len(columns) > 6:  # too wide: the other way round
+        heads, lines = lines, columns
+        cells = {(column, name): text for (name, column), text in cells.items()}
+    table = Table("", title=title, title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for line in lines:
+        table.add_row(line, *(cells[line, head] for head in heads))
     console.print(table)
 
 

@@ -16,8 +16,8 @@ def test_help_imports_nothing_heavy():
     code = """
 import sys, jaxinfer, jaxinfer.models.registry
 from jaxinfer.cli import main
-for arguments in ([], ["--help"], ["generate", "--help"], ["chat", "--help"], ["models"], ["models", "--json"],
-                  ["--version"]):
+for arguments in ([], ["--help"], ["generate", "--help"], ["chat", "--help"], ["bench"], ["bench", "latency", "--help"],
+                  ["models"], ["models", "--json"], ["--version"]):
     assert main(arguments) == 0, arguments
 heavy = {"jax", "jaxlib", "flax", "transformers", "torch", "tokenizers", "numpy", "huggingface_hub"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)

@@ -233,7 +233,7 @@ class Device:
         waiting = [r for r in self.live if r.slot < 0]
         assert len({r.id for r in rows}) == len(rows) <= scheduler.max_rows
         assert all(r in scheduler.running for r in rows)
-        assert all(0 < count for _, count in schedule.chunks)
+        assert all(count > 0 for _, count in schedule.chunks)
         assert sum(schedule.counts) <= scheduler.max_tokens
         if any(r.params.prompt_logprobs is not None for r, _ in schedule.chunks):
             assert sum(schedule.counts) <= scheduler.scored_tokens

@@ -173,7 +173,7 @@ def test_a_bad_prompt_raises_before_anything_runs_or_says_so_in_its_output(llm):
         assert [outputs[i].outputs[0].text for i in (0, 2, 3)] == expected
         assert [outputs[i].error for i in (0, 2, 3)] == [None] * 3
         before = llm.stats
-    with pytest.raises(ValueError, match='on_error is "?\'?ignore'):
+    with pytest.raises(ValueError, match="on_error is \"?'?ignore"):
         llm.generate(good, params, on_error="ignore")
 
 
