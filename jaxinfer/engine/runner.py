@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -89,6 +92,12 @@ class Runner:
                 array.delete()
         self.params, self.cache = {}, ()
         self._executables.clear()
+        # On CPU weights lie in numpy's memory. JAX lets go of it when Python collects garbage, and glibc keeps freed
+        # pieces below 32 MB until it is told not to.
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+        if trim is not None:
+            trim(0)
 
     def _run_step(self, schedule: Schedule) -> Sampled:
         requests = schedule.requests
