@@ -66,7 +66,7 @@ def test_the_model_stays_for_the_next_call_with_the_same_arguments(folder):
     llm, before = api._loaded[1], arrays()
     jaxinfer.generate("b", model=str(folder), temperature=1.0, seed=3, max_tokens=2, **OPTIONS)
     jaxinfer.chat([{"role": "user", "content": "c"}], model=folder, max_tokens=2, **OPTIONS)
-    next(jaxinfer.stream("d", model=folder, **OPTIONS))
+    next(jaxinfer.stream("d", model=folder, on_progress=lambda text: None, **OPTIONS))
     assert api._loaded[1] is llm
     assert len(arrays()) == len(before)
 
