@@ -4,7 +4,8 @@
 
 Everything but the device's work is real: scheduling, the arguments of the call, detokenizing, looking for stops. Where
 a compiled program would run, tokens are ready at once. With --dispatch a compiled program with the same arguments and
-results does run but computes nothing: what JAX's own part of a call costs is the difference.
+results does run but computes nothing: what JAX's own part of a call costs is the difference. In the last case each row
+has an output length of its own, and is followed by a new prompt.
 """
 
 from __future__ import annotations
@@ -26,12 +27,17 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.engine.generation import Group
 from jaxinfer.engine.step import Sampled
 from jaxinfer.sampling.sample import Logprobs
 
 PROMPTS = range(128, 144)  # tokens: sequences fill their pages at different times
 NARROW = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-CASES = {"as they are": SamplingParams(), "a stop string": SamplingParams(stop=["\n\n\n"])}
+CASES = {
+    "decoding": SamplingParams(max_tokens=None),
+    "decoding, a stop string": SamplingParams(max_tokens=None, stop=["\n\n\n"]),
+    "coming and going, 128 tokens each": SamplingParams(max_tokens=128),
+}
 
 
 def replace_programs(llm: LLM, dispatch: bool) -> None:
@@ -58,27 +64,35 @@ def replace_programs(llm: LLM, dispatch: bool) -> None:
 
 
 def measure(llm: LLM, rows: int, calls: int, params: SamplingParams, profile: cProfile.Profile | None) -> list[float]:
-    """Seconds of each Engine.step while all rows decode."""
+    """Seconds of each Engine.step while all rows decode. Where `params` bound the output, rows end and others begin."""
     engine = llm.engine
-    params = dataclasses.replace(params, temperature=0.0, ignore_eos=True, max_tokens=calls + 32)
     rng = np.random.default_rng(1)
-    groups = [engine.add(rng.integers(0, 256, PROMPTS[i % 16]).tolist(), params) for i in range(rows)]
-    while not all(group.members[0].request.decoding for group in groups):
+    changing = params.max_tokens is not None
+
+    def add(i: int) -> Group:
+        length = int(rng.integers(1, 2 * params.max_tokens)) if changing else None
+        one = dataclasses.replace(params, temperature=0.0, ignore_eos=True, max_tokens=length)
+        return engine.add(rng.integers(0, 256, PROMPTS[i % len(PROMPTS)]).tolist(), one)
+
+    groups = [add(i) for i in range(rows)]
+    while not changing and not all(group.members[0].request.decoding for group in groups):
         engine.step()
     for _ in range(4):
         engine.step()
     seconds = []
-    if profile is not None:
-        profile.enable()
     for _ in range(calls):
+        if profile is not None:
+            profile.enable()
         start = time.perf_counter()
         touched = engine.step()
         seconds.append(time.perf_counter() - start)
-        assert len(touched) == rows
-    if profile is not None:
-        profile.disable()
+        if profile is not None:
+            profile.disable()
+        assert changing or len(touched) == rows
+        assert all(generation.text for generation in touched if generation.finished)
+        for i in [i for i, group in enumerate(groups) if group.finished]:
+            groups[i] = add(i)
     for group in groups:
-        assert group.members[0].text
         engine.abort(group)
     while engine.step():
         pass

@@ -72,7 +72,8 @@ def _prepare(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> t
 
 def _load(model: str | os.PathLike[str], options: dict[str, Any]) -> LLM:
     global _loaded
-    key = (os.fspath(model), *sorted(options.items(), key=lambda item: item[0]))
+    # Who is told of the progress makes no difference to the model; a lambda is a new one at each call.
+    key = (os.fspath(model), *sorted((name, value) for name, value in options.items() if name != "on_progress"))
     if _loaded is None or _loaded[0] != key:
         unload()
         _loaded = (key, LLM(model, **options))

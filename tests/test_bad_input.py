@@ -1,10 +1,10 @@
 """Whatever is wrong with what a user gives: one clear line, in Python as ValueError or OSError, from the command line
-with exit code 2; never a traceback, and nothing is run or left behind."""
+with exit code 2; never a traceback, and nothing is run or left behind. For the fields of config.json see
+tests/models/test_config_fields.py."""
 
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,41 +13,15 @@ from safetensors.numpy import load_file, save_file
 
 import jaxinfer
 from jaxinfer import LLM, SamplingParams
-from tests.checkpoints import BASE, GPT2, VARIANTS, rope
+from tests.refusals import HUGE, change, line, refusal
 
 WEIGHTS = "model.safetensors"
-HUGE = 10**400  # JSON has integers that no float can hold
 
 
 @pytest.fixture
 def model(checkpoints, tmp_path) -> Path:
     """A copy of a good checkpoint, to be broken."""
     return shutil.copytree(checkpoints("llama").folder, tmp_path / "model")
-
-
-def change(folder: Path, name: str = "config.json", **fields: object) -> None:
-    """Sets fields of a JSON file; ... removes one."""
-    path = folder / name
-    content = json.loads(path.read_text()) if path.exists() else {}
-    content |= fields
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
-
-
-def line(call: Callable[[], object], kind: type[Exception] | tuple[type[Exception], ...] = ValueError) -> str:
-    """The one line that the call is refused with."""
-    with pytest.raises(kind) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    assert 10 < len(text) < 2000
-    return text
-
-
-def refusal(folder: object, *facts: object, kind: type[Exception] = ValueError, **options: object) -> str:
-    """Loading is refused, and the line has these facts."""
-    text = line(lambda: LLM(folder, **options), kind)
-    assert all(str(fact) in text for fact in facts), text
-    return text
 
 
 # Where the model is
@@ -123,115 +97,6 @@ def test_remote_code_is_never_run(model, cli, tmp_path):
     refusal(model, "'mine' is not supported", "auto_map", "never run")
     assert "never run" in cli("generate", "x", "-m", model).error()
     assert not (tmp_path / "was-run").exists()
-
-
-COUNTS = [-1, 0, 1.5, True, math.nan, math.inf, "8", [8], 2**40, HUGE]
-NUMBERS = [-1.0, 0, True, math.nan, math.inf, "1", [1], 1e300, HUGE]
-FLAGS = [1, 0, "true", []]
-NAMES = ["swish9", 1, ["silu"], True]
-ROPE_FIELDS = {
-    "linear": {"factor": NUMBERS},
-    "dynamic": {"factor": NUMBERS},
-    "llama3": {
-        "factor": NUMBERS,
-        "low_freq_factor": [*NUMBERS, 4.0],
-        "high_freq_factor": [*NUMBERS, 1.0],
-        "original_max_position_embeddings": COUNTS,
-    },
-    "yarn": {
-        "factor": NUMBERS,
-        "beta_fast": NUMBERS,
-        "beta_slow": NUMBERS,
-        "attention_factor": NUMBERS,
-        "truncate": FLAGS,
-        "original_max_position_embeddings": COUNTS,
-    },
-}
-LLAMA_LIKE = {
-    **dict.fromkeys(
-        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), COUNTS
-    ),
-    "num_key_value_heads": [*COUNTS, 3, 8],
-    "max_position_embeddings": COUNTS,
-    "head_dim": [*COUNTS, 7],
-    "rms_norm_eps": NUMBERS,
-    "hidden_act": NAMES,
-    "tie_word_embeddings": FLAGS,
-    "rope_parameters": [
-        5,
-        "default",
-        {"rope_type": "longrope"},
-        {"rope_type": 5},
-        {"partial_rotary_factor": 0.5},
-        {"mrope_section": [1, 1, 2]},
-        {"full_attention": {"rope_type": "default"}},
-        *({"rope_type": "default", "rope_theta": theta} for theta in [*NUMBERS, 1]),
-    ],
-    "rope_scaling": [{"type": "linear", "factor": 2.0}, [1]],  # beside the rope_parameters that is there
-    "quantization_config": [{"quant_method": "bitsandbytes", "load_in_4bit": True}],
-    "is_encoder_decoder": [True],
-}
-WINDOWED = {
-    "sliding_window": COUNTS,
-    "use_sliding_window": FLAGS,
-    "max_window_layers": [*COUNTS[:1], *COUNTS[2:]],
-    "layer_types": [["full_attention"], ["full_attention", "chunked_attention"], "full_attention", 2, []],
-}
-BAD_FIELDS = {
-    "llama": LLAMA_LIKE | {"attention_bias": FLAGS, "mlp_bias": FLAGS},
-    "mistral-window": LLAMA_LIKE | {"sliding_window": COUNTS, "layer_types": [["full_attention"] * 2]},
-    "qwen2-window-tied": LLAMA_LIKE | WINDOWED,
-    "qwen3-layer_types-bias": LLAMA_LIKE | WINDOWED | {"attention_bias": FLAGS},
-    "gpt2": {
-        **dict.fromkeys(("vocab_size", "n_embd", "n_layer", "n_head", "n_positions", "n_inner"), COUNTS),
-        "layer_norm_epsilon": NUMBERS,
-        "activation_function": NAMES,
-        "scale_attn_weights": FLAGS,
-        "scale_attn_by_inverse_layer_idx": FLAGS,
-        "tie_word_embeddings": FLAGS,
-        "add_cross_attention": [True],
-        "quantization_config": [{}],
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("variant", "field"), [(variant, field) for variant, fields in BAD_FIELDS.items() for field in fields]
-)
-def test_config_fields(variant, field, tmp_path):
-    """Without weights: config.json is looked at first."""
-    model_type = variant.split("-")[0]
-    good = VARIANTS[variant].fields | {"model_type": model_type}
-    if model_type != "gpt2":
-        good = rope("default") | good
-    for value in BAD_FIELDS[variant][field]:
-        (tmp_path / "config.json").write_text(json.dumps(good | {field: value}))
-        # Head sizes and such are named by the field that they come from.
-        text = refusal(tmp_path, "config.json")
-        assert field in text or "head_dim" in text, (value, text)
-
-
-@pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, fields in ROPE_FIELDS.items() for field in fields])
-def test_rope_fields(kind, field, tmp_path):
-    full = {"factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    for value in ROPE_FIELDS[kind][field]:
-        fields = BASE | {"model_type": "llama"}
-        new = fields | rope(kind, **full | {field: value})
-        old = fields | {"rope_theta": 10000.0, "rope_scaling": {"type": kind, **full, field: value}}
-        for spelling in (new, old):
-            (tmp_path / "config.json").write_text(json.dumps(spelling))
-            refusal(tmp_path, "config.json", field)
-
-
-def test_fields_that_the_architecture_cannot_do_without(tmp_path):
-    for base, model_type in ((BASE, "llama"), (GPT2, "gpt2")):
-        good = base | {"model_type": model_type}
-        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if field in good and field != "vocab_size":
-                (tmp_path / "config.json").write_text(
-                    json.dumps({key: value for key, value in good.items() if key != field})
-                )
-                refusal(tmp_path, f"{field} is missing")
 
 
 def test_a_field_from_the_command_line(model, cli):

@@ -18,7 +18,7 @@ LAYERS = [
     {"checkpoint", "text", "processors", "sampling", "adapters"},
     {"engine"},
     {"plan", "llm"},
-    {"batch", "tuning", "server", "demo"},
+    {"batch", "tuning", "server", "demo", "benchmark"},
     {"api"},
     {"cli"},
     {"__init__", "__main__"},

@@ -361,6 +361,23 @@ def test_logprobs_survive_preemption(llm, cramped):
             assert all(math.isclose(a[i].logprob, b[i].logprob, abs_tol=1e-4) for i in a)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_low_precision(llm, reference, dtype):
+    """Weights, cache and activations in 16 bits give nearly the same probabilities."""
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=10)
+    prompt = reference.prompts[1]
+    with LLM(reference.folder, dtype=dtype, max_num_seqs=1, max_num_batched_tokens=16) as low:
+        assert {array.dtype for array in jax.tree.leaves((low._engine.runner.params, low._engine.runner.cache))} == {
+            np.dtype(dtype)
+        }
+        ours = low.generate(prompt, params)[0].outputs[0]
+    exact = llm.generate(prompt, params)[0].outputs[0]
+    assert ours.token_ids[0] == exact.token_ids[0]
+    shared = ours.logprobs[0].keys() & exact.logprobs[0].keys()
+    assert len(shared) >= 8
+    assert all(abs(ours.logprobs[0][i].logprob - exact.logprobs[0][i].logprob) < 0.3 for i in shared)
+
+
 def test_metrics(llm):
     (output,) = llm.generate(PROMPTS[0], GREEDY)
     assert 0 < output.metrics.time_to_first_token <= output.metrics.total

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +124,9 @@ class Runner:
                 array.delete()
         self.params = {}
         self._executables.clear()
+        # On CPU weights lie in numpy's memory, which JAX lets go of when Python collects garbage.
+        gc.collect()
+        _trim_memory()
 
     def warm_up(self) -> None:
         """Compiles every program that a schedule can need, several at a time."""
@@ -225,6 +231,7 @@ class Runner:
         with jax.default_device(self.device):
             compiled = function.lower(*arguments).compile()
         self.compilations += 1
+        _trim_memory()  # the compiler leaves a hundred megabytes behind each time
         return key, compiled
 
     def _slots(self, schedule: Schedule, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -257,3 +264,10 @@ class Runner:
     @staticmethod
     def _wants_logprobs(requests: Sequence[Request]) -> bool:
         return any(request.params.logprobs is not None for request in requests)
+
+
+def _trim_memory() -> None:
+    """glibc keeps freed pieces below 32 MB until it is told to give them back."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,115 @@
+"""README.md says what works: every block of code in it runs as written, and prints what it shows."""
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jaxinfer.demo import MODEL_DIR
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+SHELL = [code for language, code in BLOCKS if language in ("bash", "console")]
+
+STAND_INS = ("my-model", "Qwen/Qwen3-0.6B")  # folders come before hub ids: here they are the packaged model
+SLOW = "python -m"
+TRAINING = "python -m jaxinfer.demo.train"
+
+# Python blocks are run one after the other in one process, as in a notebook.
+DRIVER = """
+import sys
+namespace = {"__name__": "__main__"}
+for number, code in enumerate(sys.argv[1:], 1):
+    exec(compile(code, f"README.md, Python block {number}", "exec"), namespace)
+    print("\\0", end="", flush=True)
+"""
+
+
+def shell_commands() -> list[tuple[str, str | None]]:
+    """Each command and, in console blocks, what it prints."""
+    found: list[tuple[str, str | None]] = []
+    for code in SHELL:
+        if code.startswith("$ "):
+            for part in re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]:
+                command, _, output = part.partition("\n")
+                found.append((command, output))
+        else:
+            found += [(line, None) for line in code.splitlines()]
+    return found
+
+
+def same(shown: str, printed: str) -> bool:
+    """Equal up to white space, with `...` for anything."""
+    return doctest.OutputChecker().check_output(shown, printed, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the models that the README names."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in STAND_INS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(MODEL_DIR, target_is_directory=True)
+    return folder
+
+
+def run(command: list[str], folder: Path) -> str:
+    """What a command prints on stdout, as a user has it: without the hostile settings of the tests."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_python_blocks(folder):
+    *printed, rest = run([sys.executable, "-c", DRIVER, *PYTHON], folder).split("\0")
+    assert not rest
+    for code, output in zip(PYTHON, printed, strict=True):
+        shown = re.findall(r"^ *print\(.*\)  # (.*)", code, re.MULTILINE)
+        if shown:
+            assert same("\n".join(shown), output)
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        pytest.param(command, shown, id=command, marks=[pytest.mark.slow] if SLOW in command else [])
+        for command, shown in shell_commands()
+    ],
+)
+def test_shell_commands(command, shown, folder):
+    install = re.match(r"pip install '?\.(?:\[(.*?)\])?'?(?: && |$)", command)
+    if install:
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert not install[1] or install[1] in extras
+        command = command[install.end() :]
+    if command in ("", "pytest"):  # which is running
+        return
+    assert re.match(r'jaxinfer |echo ".*" \| jaxinfer |python -m jaxinfer', command)
+    if command.startswith(TRAINING):
+        command += " --steps 1"  # of 12,000
+    printed = run(["bash", "-c", command], folder)
+    if shown is not None:
+        assert same(shown, printed), printed
+
+
+def test_what_is_shown_is_all_there():
+    """Blocks of any other kind would not be run."""
+    assert {language for language, _ in BLOCKS} == {"python", "bash", "console"}
+    assert README.count("```") == 2 * len(BLOCKS)
+
+
+def test_links_lead_somewhere():
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)", file.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (file.parent / target).exists(), f"{file.name}: {target}"
