@@ -140,7 +140,8 @@ class AsyncEngine:
         self, name: str, add: Callable[[], Group], put: Callable[[RequestOutput | BaseException], None]
     ) -> None:
         def begin() -> None:
-            self._adding -= 1
+            with self._wake:
+                self._adding -= 1
             if name in self._open:  # not aborted before it began
                 self._streams[name] = Stream(add(), put)
 

@@ -21,7 +21,7 @@ from jaxinfer.attention import Batch
 from jaxinfer.cache import Cache
 from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import SamplingArrays
-from jaxinfer.sampling.sample import Logprobs, logprobs, sample, stops
+from jaxinfer.sampling.sample import Logprobs, all_logprobs, logprobs, sample, stops
 from jaxinfer.sampling.slots import Slots
 
 
@@ -93,7 +93,7 @@ def make_step(model: Model) -> Step:
         assert cache is not None
         prompt = None
         if rows.following is not None:
-            prompt = logprobs(logits, jnp.asarray(rows.following), sampling)
+            prompt = all_logprobs(logits, jnp.asarray(rows.following))
             logits = logits[last]
         slots = _count_prompt(slots, batch, token_slot, decoding, sampling)
         length = batch.positions[last] + 1

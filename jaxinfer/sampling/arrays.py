@@ -73,5 +73,5 @@ class SamplingArrays:
             arrays.min_tokens[i] = params.min_tokens
             arrays.penalized[i] = params.has_penalties
             arrays.masked[i] = params.has_masks
-            arrays.wants_logprobs[i] = params.logprobs is not None or params.prompt_logprobs is not None
+            arrays.wants_logprobs[i] = params.logprobs is not None
         return arrays

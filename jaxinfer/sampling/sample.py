@@ -53,24 +53,26 @@ def sample(logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots
     return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
 
 
+def all_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
+    """Log-probabilities of the model itself: no masks, temperature or filters."""
+    values = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(values, tokens[:, None], axis=-1)
+    top, ids = lax.top_k(values, min(MAX_LOGPROBS, logits.shape[1]))
+    rank = jnp.sum(values > chosen, axis=-1, dtype=jnp.int32) + 1
+    return Logprobs(chosen[:, 0], rank, ids.astype(jnp.int32), top)
+
+
 def logprobs(logits: jax.Array, tokens: jax.Array, sampling: SamplingArrays) -> Logprobs:
-    """Log-probabilities of the model itself (no masks, temperature or filters), computed only if a row wants them."""
+    """`all_logprobs`, computed only if a row wants them for what it samples."""
     rows, vocab = logits.shape
     k = min(MAX_LOGPROBS, vocab)
-
-    def compute() -> Logprobs:
-        values = jax.nn.log_softmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(values, tokens[:, None], axis=-1)
-        top, ids = lax.top_k(values, k)
-        rank = jnp.sum(values > chosen, axis=-1, dtype=jnp.int32) + 1
-        return Logprobs(chosen[:, 0], rank, ids.astype(jnp.int32), top)
 
     def skip() -> Logprobs:
         zeros = jnp.zeros(rows, jnp.float32)
         none = jnp.zeros((rows, k), jnp.int32)
         return Logprobs(zeros, jnp.zeros(rows, jnp.int32), none, none.astype(jnp.float32))
 
-    return lax.cond(jnp.any(sampling.wants_logprobs), compute, skip)
+    return lax.cond(jnp.any(sampling.wants_logprobs), lambda: all_logprobs(logits, tokens), skip)
 
 
 def stops(tokens: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:
