@@ -17,6 +17,8 @@ _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
 # Sampling and LLM both have a seed: here it is the request's.
 _LOADING = set(LoadOptions.__annotations__) - _SAMPLING
 
+_UNSEEN = {"n": 1, "logprobs": None, "prompt_logprobs": None, "detokenize": True}
+
 _loaded: tuple[tuple[Any, ...], LLM] | None = None
 
 
@@ -66,6 +68,9 @@ def _prepare(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> t
     """Checks all options before anything is loaded."""
     sampling = {"max_tokens": DEFAULT_MAX_TOKENS} | {k: v for k, v in options.items() if k not in _LOADING}
     SamplingParams(**sampling)
+    for name, default in _UNSEEN.items():
+        if sampling.get(name, default) != default:
+            raise ValueError(f"{name} does not show in the text that is returned: use jaxinfer.LLM(...).generate")
     llm = _load(MODEL_DIR if model is None else model, {k: v for k, v in options.items() if k in _LOADING})
     return llm, dataclasses.replace(llm.get_default_sampling_params(), **sampling)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, Unpack
 
-from jaxinfer.beam_search import BeamSearchOutput, beam_search
+from jaxinfer.engine.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.engine.engine import Engine, EngineStats
 from jaxinfer.engine.generation import Group
 from jaxinfer.engine.load import LoadOptions, load_engine
@@ -195,14 +195,14 @@ class LLM:
         length_penalty: float = 1.0,
         ignore_eos: bool = False,
     ) -> list[BeamSearchOutput]:
-        """The `beam_width` best continuations of each prompt, best first: see `jaxinfer.beam_search`."""
+        """The `beam_width` best continuations of each prompt, best first: see `jaxinfer.engine.beam_search`."""
         encoded = [prompt_ids(prompt, self.tokenizer) for prompt in prompt_list(prompts)]
         return beam_search(self.engine, encoded, beam_width, max_tokens, length_penalty, ignore_eos)
 
     def close(self) -> None:
         """Frees weights and cache. What was returned stays; nothing can be asked any more."""
         if self._engine is not None:
-            self._engine.runner.close()
+            self._engine.close()
             self._engine = None
 
     def __enter__(self) -> Self:

@@ -112,7 +112,8 @@ def test_a_model_that_does_not_load_leaves_none(folder, tmp_path):
     ("options", "message"),
     [
         ({"max_token": 5}, "'max_token' is not supported: did you mean max_tokens"),
-        ({"n": 2}, "'n' is not supported"),
+        ({"best_of": 2}, "'best_of' is not supported"),
+        ({"n": 2}, "n does not show in the text"),
         ({"top_p": 0}, "top_p is 0"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"dtype": "int3"}, "dtype is 'int3'"),

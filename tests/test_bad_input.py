@@ -347,7 +347,7 @@ def llm(checkpoints):
 def test_prompts(llm, prompt, facts):
     text = line(lambda: llm.generate(prompt))
     assert all(fact in text for fact in facts), text
-    assert not llm._engine.scheduler.waiting
+    assert not llm._engine.scheduler.waiting_count
 
 
 def test_prompts_from_the_command_line(checkpoints, cli):
@@ -390,7 +390,7 @@ def test_sampling_parameters(name):
 
 def test_unknown_sampling_parameters():
     assert "did you mean temperature?" in line(lambda: SamplingParams(temprature=0.5))
-    for name in ("n", "best_of", "presence_penalty", "logit_bias"):
+    for name in ("best_of", "use_beam_search", "guided_json", "presence"):
         text = line(lambda name=name: jaxinfer.generate("x", model="/none", **{name: 1}))
         assert f"{name!r} is not supported" in text
         assert "top_p" in text

@@ -54,7 +54,7 @@ def nothing_left_behind(request):
     for name in {"llm", "cramped"} & set(request.fixturenames):
         scheduler = request.getfixturevalue(name)._engine.scheduler
         assert not scheduler.running
-        assert not scheduler.waiting
+        assert not scheduler.waiting_count
         assert scheduler.pages.free_count == scheduler.pages.num_pages - 1
 
 
@@ -367,7 +367,7 @@ def test_low_precision(llm, reference, dtype):
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=10)
     prompt = reference.prompts[1]
     with LLM(reference.folder, dtype=dtype, max_num_seqs=1, max_num_batched_tokens=16) as low:
-        assert {array.dtype for array in jax.tree.leaves((low._engine.runner.params, low._engine.runner.cache))} == {
+        assert {array.dtype for array in jax.tree.leaves((low._engine.runner.params, low._engine.runner.state))} == {
             np.dtype(dtype)
         }
         ours = low.generate(prompt, params)[0].outputs[0]
@@ -450,7 +450,7 @@ def test_an_abandoned_stream_leaves_nothing_behind(llm, started):
         next(stream)
     del stream
     assert not llm._engine.scheduler.running
-    assert not llm._engine.scheduler.waiting
+    assert not llm._engine.scheduler.waiting_count
 
 
 def test_a_bad_prompt_is_refused_when_the_stream_is_made(llm):
@@ -464,7 +464,7 @@ def test_a_bad_prompt_is_refused_when_the_stream_is_made(llm):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_an_error_in_the_middle_leaves_no_rows(llm, greedy, monkeypatch, error, after):
-    run = llm._engine.runner.run
+    run = llm._engine.runner.launch
     calls = iter(range(100))
 
     def fails(schedule):
@@ -472,7 +472,7 @@ def test_an_error_in_the_middle_leaves_no_rows(llm, greedy, monkeypatch, error, 
             raise error("in the middle")
         return run(schedule)
 
-    monkeypatch.setattr(llm._engine.runner, "run", fails)
+    monkeypatch.setattr(llm._engine.runner, "launch", fails)
     with pytest.raises(error):
         llm.generate(PROMPTS[:2], GREEDY)
     assert not llm._engine.scheduler.running
@@ -498,9 +498,9 @@ def test_nothing_compiles_a_second_time(llm):
 
 def test_the_cache_is_written_in_place(llm):
     def buffers():
-        return [array.unsafe_buffer_pointer() for array in jax.tree.leaves(llm._engine.runner.cache)]
+        return [array.unsafe_buffer_pointer() for array in jax.tree.leaves(llm._engine.runner.state)]
 
-    old, before = llm._engine.runner.cache, buffers()
+    old, before = llm._engine.runner.state, buffers()
     arrays = len(jax.live_arrays())
     llm.generate(PROMPTS, GREEDY)
     assert buffers() == before

@@ -126,7 +126,7 @@ class AsyncEngine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
-        self._engine.runner.close()
+        self._engine.close()
 
     async def __aenter__(self) -> Self:
         return self

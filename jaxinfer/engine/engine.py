@@ -188,6 +188,11 @@ class Engine:
                     self._stats.aborted += 1
                     self._forget(generation.request)
 
+    def close(self) -> None:
+        """Frees the device's memory."""
+        self._in_flight.clear()
+        self.runner.close()
+
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
         """What runs inside is done as a whole. If Ctrl-C (in a notebook, say) broke the last such thing off, anywhere,

@@ -144,7 +144,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         slots = sum(
             np.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(Slots.shapes(max_rows, shape.vocab_size))
         )
-        available = max(0, _available(device, given["memory_utilization"]) - int(slots))
+        available = _available(device, given["memory_utilization"], int(slots))
     sizes = size_cache(
         bytes_per_token=cache_bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype),
         page_size=page_size,
@@ -243,12 +243,12 @@ def _dtype(wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint, devic
     return dtype
 
 
-def _available(device: jax.Device, memory_utilization: float) -> int:
-    """Bytes that the KV cache may take on this device, now that the weights are there."""
+def _available(device: jax.Device, memory_utilization: float, slots: int) -> int:
+    """Bytes that the KV cache may take on this device, now that the weights are there, beside the slots."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:
-        return int(psutil.virtual_memory().total * CPU_SHARE)
-    return max(0, int(stats["bytes_limit"] * (memory_utilization - RESERVE)) - stats["bytes_in_use"])
+        return max(0, int(psutil.virtual_memory().total * CPU_SHARE) - slots)
+    return max(0, int(stats["bytes_limit"] * (memory_utilization - RESERVE)) - stats["bytes_in_use"] - slots)
 
 
 def _eos_token_ids(

@@ -123,7 +123,7 @@ def test_dtype_and_max_model_len_arrive(cli, model):
 
 def test_verbosity(cli, model, monkeypatch):
     monkeypatch.setattr("jaxinfer.engine.sizing.CPU_SHARE", 1e-12)
-    monkeypatch.setattr("jaxinfer.llm._available", lambda device: 50_000)
+    monkeypatch.setattr("jaxinfer.engine.load._available", lambda device, share, slots: 50_000)
     said = {flag: cli("generate", "one", "-m", model, *SHORT, *flag.split()).err for flag in ("", "-q", "-v", "-vv")}
     warning = "jaxinfer: warning: max_model_len is 176 of the model's 256 tokens: more does not fit in the KV cache\n"
     assert said[""] == warning
