@@ -72,7 +72,7 @@ def _prepare(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> t
         if sampling.get(name, default) != default:
             raise ValueError(f"{name} does not show in the text that is returned: use jaxinfer.LLM(...).generate")
     llm = _load(MODEL_DIR if model is None else model, {k: v for k, v in options.items() if k in _LOADING})
-    return llm, dataclasses.replace(llm.get_default_sampling_params(), **sampling)
+    return llm, llm.get_default_sampling_params().with_changes(**sampling)
 
 
 def _load(model: str | os.PathLike[str], options: dict[str, Any]) -> LLM:

@@ -151,7 +151,7 @@ def test_twenty_prompts_of_all_kinds_come_back_in_their_order(llm):
 
 def test_each_output_comes_as_soon_as_it_and_those_before_are_done(llm, greedy):
     params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (2, LONG)]
-    outputs = llm.generate_iter(PROMPTS[:2], params)
+    outputs = llm.generate_iter(zip(PROMPTS[:2], params, strict=True), in_order=True)
     assert next(outputs).outputs[0].token_ids == greedy[0].token_ids[:2]
     assert llm._engine.scheduler.running
     assert next(outputs).outputs[0].token_ids == greedy[1].token_ids
@@ -367,9 +367,9 @@ def test_low_precision(llm, reference, dtype):
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=10)
     prompt = reference.prompts[1]
     with LLM(reference.folder, dtype=dtype, max_num_seqs=1, max_num_batched_tokens=16) as low:
-        assert {array.dtype for array in jax.tree.leaves((low._engine.runner.params, low._engine.runner.state))} == {
-            np.dtype(dtype)
-        }
+        assert {
+            array.dtype for array in jax.tree.leaves((low._engine.runner.params, low._engine.runner.state.cache))
+        } == {np.dtype(dtype)}
         ours = low.generate(prompt, params)[0].outputs[0]
     exact = llm.generate(prompt, params)[0].outputs[0]
     assert ours.token_ids[0] == exact.token_ids[0]

@@ -101,7 +101,7 @@ class SamplingOptions:
     def params(self, defaults: SamplingParams | None = None) -> SamplingParams:
         """These over `defaults`. Raises ValueError for a value out of range, so call it before loading as well."""
         given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return dataclasses.replace(defaults or SamplingParams(), **given)
+        return (defaults or SamplingParams()).with_changes(**given)
 
 
 @dataclass(frozen=True)

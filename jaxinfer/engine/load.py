@@ -86,10 +86,9 @@ class Loaded:
     def default_sampling_params(self) -> SamplingParams:
         """What generation_config.json asks for; greedy unless it says `do_sample`. Raises ValueError."""
         given = self.generation_config
-        chosen: dict[str, Any] = {} if given.get("do_sample") else {"temperature": 0.0}
-        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-            if given.get(name) is not None:
-                chosen.setdefault(name, given[name])
+        filters = ("temperature", "top_p", "top_k", "min_p") if given.get("do_sample") else ()
+        chosen: dict[str, Any] = {} if filters else {"temperature": 0.0}
+        chosen |= {n: given[n] for n in (*filters, "repetition_penalty") if given.get(n) is not None}
         try:
             return SamplingParams(**chosen)
         except ValueError as error:

@@ -102,6 +102,13 @@ class SamplingParams:
             raise self._error("stop", "stop strings are found in the text: they need detokenize=True")
         self._check_bias()
 
+    def with_changes(self, **given: Any) -> SamplingParams:
+        """These parameters with others in place of some. Who asks for a filter of a greedy default asks for sampling:
+        top_p without a temperature would do nothing."""
+        if self.greedy and given.keys() & {"top_p", "top_k", "min_p"}:
+            given = {"temperature": 1.0} | given
+        return dataclasses.replace(self, **given)
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
