@@ -113,8 +113,8 @@ class GPT2ForCausalLM(nnx.Module):
         self.transformer = GPT2Model(config, dtype=dtype, rngs=rngs)
         self.tied = config.tie_word_embeddings
         if not self.tied:
-            axes = ("vocab", "embed")
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, axes=axes, dtype=dtype, rngs=rngs)
+            size = (config.hidden_size, config.vocab_size)
+            self.lm_head = Linear(*size, axes=("vocab", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """Logits float32 `[N, V]` of the tokens in `batch.logits_at`, and the cache with the new keys and values."""
@@ -134,8 +134,7 @@ class GPT2ForCausalLM(nnx.Module):
 
 def source(name: str) -> Source:
     """Linear weights are stored `[in, out]`, and q, k and v fused in `c_attn`."""
-    fused = re.fullmatch(r"(.*\.attn)\.([qkv])_proj\.(weight|bias)", name)
-    if fused:
+    if fused := re.fullmatch(r"(.*\.attn)\.([qkv])_proj\.(weight|bias)", name):
         parent, which, kind = fused.groups()
         return Source(f"{parent}.c_attn.{kind}", transpose=kind == "weight", part="qkv".index(which), parts=3)
     return Source(name, transpose=bool(re.fullmatch(r".*\.(c_proj|c_fc)\.weight", name)))
