@@ -1,0 +1,57 @@
+"""What goes through a batch job: a record as it is read, the row that it means, and what the row asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from jaxinfer.sampling.params import SamplingParams
+
+Task = Literal["generate", "chat", "score"]
+
+
+class Record(NamedTuple):
+    """A row as it is in its file, not yet looked at.
+
+    index: its number among all rows of the job, from 0. where: for people, such as "rows.jsonl:17" (the line where
+    it begins; of Parquet, the row, from 1). value: the bytes of a JSON line, or columns by name. error: why there is
+    no value.
+    """
+
+    index: int
+    where: str
+    value: bytes | dict[str, Any] | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a row wants from the model.
+
+    generate: `prompt`, text or token ids. chat: `messages`, and `tools` or None. score: `prompt` with its
+    `continuation`, or with None the text (or ids) `prompt` as a whole. params: None when scoring.
+    """
+
+    prompt: str | list[int] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    continuation: str | None = None
+    params: SamplingParams | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that was understood (`ask`), or was not (`error`: one line that begins with `where`).
+
+    columns: all columns of the row, as JSON values; floats that are not finite come only from Parquet. Where the row
+    is broken, as many as could be read. openai: the row is an OpenAI batch line and comes back as
+    `openai.response_line` (columns is then empty); custom_id: its, or None if it has none that is valid.
+    """
+
+    index: int
+    where: str
+    columns: dict[str, Any] = field(default_factory=dict)
+    ask: Ask | None = None
+    error: str | None = None
+    openai: bool = False
+    custom_id: str | None = None
