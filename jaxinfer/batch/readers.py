@@ -2,17 +2,209 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import csv
+import sys
+import zlib
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
 from jaxinfer.batch.row import Record
-from jaxinfer.batch.sources import Source
+from jaxinfer.batch.sources import STDIN, Source, need
+from jaxinfer.text.files import one_line
+
+MAX_LINE = 64 * 2**20  # bytes: a longer one is no row, but a file of something else
+TOO_LONG = f"the line has over {MAX_LINE >> 20} MiB, and no row is that long"
+PIECE = 2**18
+PACKED_PIECE = 2**12  # small, as a few bytes can unpack to thousands of times as many
+BATCH = 256  # rows of Parquet at a time
+BOM = b"\xef\xbb\xbf"
+
+Records = Generator[Record, None, int]  # returns how many rows there were, those before `start` included
 
 
-def records(sources: Sequence[Source], start: int = 0) -> Iterator[Record]:
-    """The rows of all sources from number `start` on. Raises ValueError or OSError for a file that can't be read on."""
-    raise NotImplementedError
+def records(sources: Sequence[Source], start: int = 0) -> Records:
+    """The rows of all sources from number `start` on; those before are passed over without being looked at.
+
+    JSON Lines and text: a row a line, where lines that are empty (JSON: or blank) are none. CSV: the first row names
+    the columns. Parquet: whole row groups are passed over. What is wrong with one row is in its record. Raises
+    ValueError or OSError, naming file and place, where a file can't be read on: it is cut off, or damaged.
+    """
+    readers = {"json": _json, "text": _text, "csv": _csv, "parquet": _parquet}
+    first = 0
+    for source in sources:
+        first += yield from readers[source.format[0]](source, first, start)
+    return first
 
 
 def count_rows(sources: Sequence[Source]) -> int | None:
     """How many rows there are, for a progress bar; None where finding out would need stdin or a download."""
-    raise NotImplementedError
+    for source in sources:
+        if source.url == STDIN or not isinstance(url_to_fs(source.url)[0], LocalFileSystem):
+            return None
+    counting = records(sources, sys.maxsize)
+    while True:
+        try:
+            next(counting)
+        except StopIteration as end:
+            return int(end.value)
+
+
+def _json(source: Source, first: int, start: int) -> Records:
+    index = first
+    for number, line in _lines(source):
+        if line is not None and not line.strip():
+            continue
+        if index >= start:
+            yield Record(index, f"{source.name}:{number}", line, TOO_LONG if line is None else None)
+        index += 1
+    return index - first
+
+
+def _text(source: Source, first: int, start: int) -> Records:
+    index = first
+    for number, line in _lines(source):
+        if line in (b"", b"\r"):
+            continue
+        if index >= start:
+            value = None if line is None else {"text": _str(line.removesuffix(b"\r"))}
+            yield Record(index, f"{source.name}:{number}", value, TOO_LONG if line is None else None)
+        index += 1
+    return index - first
+
+
+def _csv(source: Source, first: int, start: int) -> Records:
+    """RFC 4180, strictly: a lenient reader makes wrong columns of a broken quote."""
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
+    rows = csv.reader(_csv_lines(source), strict=True)
+    header: list[str] | None = None
+    index = first
+    while True:
+        where = f"{source.name}:{rows.line_num + 1}"
+        row, error = [""], None
+        try:
+            row = next(rows)
+        except StopIteration:
+            return index - first
+        except csv.Error as problem:
+            error = f"not CSV, is a quote missing? ({one_line(problem)})"
+        if not row:
+            continue
+        if header is None:
+            if error or len(set(row)) < len(row):
+                raise ValueError(f"{where}: this row must name the columns: {error or 'a name is there twice'}")
+            header = row
+            continue
+        if error is None and len(row) != len(header):
+            error = f"{len(row)} fields, where the first row has {len(header)}"
+        if index >= start:
+            yield Record(index, where, None if error else dict(zip(header, row, strict=True)), error)
+        index += 1
+
+
+def _csv_lines(source: Source) -> Iterator[str]:
+    for number, line in _lines(source):
+        if line is None:
+            raise ValueError(f"{source.name}:{number}: {TOO_LONG}")
+        yield _str(line) + "\n"
+
+
+def _str(line: bytes) -> str:
+    """Bytes that are not UTF-8 become lone surrogates, which the parser finds together with those of JSON."""
+    return line.decode("utf-8", "surrogateescape")
+
+
+def _lines(source: Source) -> Iterator[tuple[int, bytes | None]]:
+    """The lines from 1 on, without LF; None for one that is too long."""
+    number = 0
+    with source.open() as file:
+        try:
+            pieces = iter(lambda: file.read(PIECE), b"")
+            packing = source.format[1]
+            if packing:
+                pieces = _unpacked(iter(lambda: file.read(PACKED_PIECE), b""), packing, source.name)
+            for number, line in enumerate(_split(pieces), 1):
+                if number == 1:
+                    line = line.removeprefix(BOM)
+                yield number, line if len(line) <= MAX_LINE else None
+        except Exception as error:  # of the file, of its store, of its packing
+            raise _damaged(source, f"line {number}", error) from None
+
+
+def _damaged(source: Source, last: str, error: Exception) -> OSError:
+    problem = one_line(error) or type(error).__name__
+    return OSError(f"{source.name}: can't be read on after {last}: is it cut off or damaged? ({problem})")
+
+
+def _split(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    rest = bytearray()
+    for piece in pieces:
+        head, *lines = piece.split(b"\n")
+        if len(rest) <= MAX_LINE:  # what is too long is only known to be so, and not kept
+            rest += head
+        if lines:
+            yield bytes(rest)
+            rest = bytearray(lines.pop())
+            yield from lines
+    if rest:
+        yield bytes(rest)
+
+
+def _unpacked(pieces: Iterator[bytes], packing: str, name: str) -> Iterator[bytes]:
+    """The content of gzip members or zstd frames, of which a file may have several. Unlike the packages' own readers of
+    files, this raises EOFError where the last one is cut off."""
+    zstd = need("zstandard", name).ZstdDecompressor() if packing == ".zst" else None
+    unit: Any = None
+    for piece in pieces:
+        while piece := piece if unit else piece.lstrip(b"\0"):  # zeros in between are padding
+            if unit is None:
+                unit = zstd.decompressobj() if zstd else zlib.decompressobj(wbits=31)
+            yield unit.decompress(piece)
+            piece, unit = (unit.unused_data, None) if unit.eof else (b"", unit)
+    if unit:
+        raise EOFError("it ends in the middle of its packed data")
+
+
+def _parquet(source: Source, first: int, start: int) -> Records:
+    parquet = need("pyarrow.parquet", source.name)
+    row = 0
+    with source.open() as raw:
+        try:
+            file = parquet.ParquetFile(raw, buffer_size=PIECE)
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise ValueError("two columns have the same name")
+            for group in range(file.num_row_groups):
+                end = row + file.metadata.row_group(group).num_rows
+                if first + end <= start:
+                    row = end
+                    continue
+                for batch in file.iter_batches(BATCH, row_groups=[group]):
+                    skipped = min(max(0, start - first - row), len(batch))
+                    row += skipped
+                    for value, error in _values(batch.slice(skipped)):
+                        row += 1
+                        yield Record(first + row - 1, f"{source.name}:{row}", value, error)
+                if row != end:
+                    raise ValueError("a row group has not as many rows as it says")
+        except Exception as error:  # pyarrow's errors have no common class
+            raise _damaged(source, f"row {row}", error) from None
+    return row
+
+
+def _values(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+    """The rows of a batch; where it can't be converted as a whole, one row has an error."""
+    types = need("pyarrow", "Parquet").types
+    for i, column in enumerate(batch.schema):
+        if types.is_temporal(column.type):  # Python has no nanoseconds, and pandas may be there or not
+            batch = batch.set_column(i, column.name, batch.column(i).cast("string"))
+    try:
+        yield from [(value, None) for value in batch.to_pylist()]
+    except ValueError as error:
+        if len(batch) == 1:
+            yield None, f"can't be read ({one_line(error)})"
+        else:
+            for i in range(len(batch)):
+                yield from _values(batch.slice(i, 1))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from jaxinfer.sampling.params import SamplingParams
 
 Task = Literal["generate", "chat", "score"]
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Record:
     """A row as it is in its file, not yet looked at.
 
     index: its number among all rows of the job, from 0. where: for people, such as "rows.jsonl:17" (the line where
@@ -43,8 +44,8 @@ class Ask:
 class Row:
     """A row that was understood (`ask`), or was not (`error`: one line that begins with `where`).
 
-    columns: all columns of the row, as JSON values; floats that are not finite come only from Parquet. Where the row
-    is broken, as many as could be read. openai: the row is an OpenAI batch line and comes back as
+    columns: all columns of the row, the prompt among them, as JSON values (text is valid Unicode; floats may be inf or
+    nan). Where the row is broken, what of them could be read. openai: the row is an OpenAI batch line and comes back as
     `openai.response_line` (columns is then empty); custom_id: its, or None if it has none that is valid.
     """
 

@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import IO, Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from jaxinfer.text.files import one_line
+
+STDIN = "-"
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
+PACKED = (".gz", ".zst")  # all but Parquet, which packs by itself
+KNOWN = "*.jsonl, *.ndjson, *.json (JSON Lines), *.csv, *.txt, each also as .gz or .zst, and *.parquet"
+CHECKSUMS = ("md5Hash", "content_md5", "crc32c", "ETag", "etag")  # what stores call theirs, in fsspec's info
+DRIVERS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # the extras of this package
+PIECE = 2**20
 
 
 @dataclass(frozen=True)
@@ -14,11 +33,134 @@ class Source:
     url: str
     size: int
 
+    @property
+    def format(self) -> tuple[str, str]:
+        """What is in it, json, csv, text or parquet, and how it is packed, "", .gz or .zst. Stdin is JSON Lines.
+
+        Raises ValueError for a suffix that says something else."""
+        if self.url == STDIN:
+            return "json", ""
+        stem, packing = os.path.splitext(self.name.lower())
+        if packing not in PACKED:
+            stem, packing = self.name.lower(), ""
+        kind = KINDS.get(os.path.splitext(stem)[1])
+        if kind is None or (kind == "parquet" and packing):
+            raise ValueError(f"input {self.name}: its suffix says nothing that is known; known are {KNOWN}")
+        return kind, packing
+
+    def open(self) -> IO[bytes]:
+        """The file, to read. Raises OSError."""
+        if self.url == STDIN:
+            return sys.stdin.buffer
+        with reading(self.name):
+            fs, path = fsspec.core.url_to_fs(self.url)
+            return fs.open(path, "rb")
+
     def fingerprint(self) -> str:
-        """A digest of the content; for files in a store that keeps a checksum of them, that. "" for stdin."""
-        raise NotImplementedError
+        """A digest of the content; for files in a store that keeps a checksum of them, that. "" for stdin, which can't
+        be read twice. Reads a local file to its end. Raises OSError."""
+        if self.url == STDIN:
+            return ""
+        with reading(self.name):
+            fs, path = fsspec.core.url_to_fs(self.url)
+            if not isinstance(fs, LocalFileSystem):
+                info = fs.info(path)
+                for name in CHECKSUMS:
+                    if info.get(name):
+                        return f"{name.lower()}:{info[name]}"
+            digest = hashlib.blake2b(digest_size=16)
+            with fs.open(path, "rb") as file:
+                while piece := file.read(PIECE):
+                    digest.update(piece)
+        return f"blake2b:{digest.hexdigest()}"
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
-    """The files that INPUT... mean, in order. Raises ValueError, FileNotFoundError and other OSErrors."""
-    raise NotImplementedError
+    """The files that INPUT... mean: each a path, a glob, a folder, one of these as a URL, or "-".
+
+    Order is as given; within a glob or a folder by name. A folder means the files directly in it that have a known
+    suffix, but neither *.json, which are settings more often than rows, nor names that begin with a dot.
+    Raises ValueError, or FileNotFoundError and other OSErrors, before anything is read.
+    """
+    if not inputs:
+        raise ValueError("input: there is none; give a file, a glob, a folder, or - for stdin")
+    found = [source for given in inputs for source in _find(given)]
+    seen = set()
+    for source in found:
+        kind, packing = source.format
+        if kind == "parquet" or packing == ".zst":
+            need("pyarrow" if kind == "parquet" else "zstandard", f"input {source.name}")
+        if source.url in seen:
+            raise ValueError(f"input {source.name}: is there twice, and its rows would be too; name it once")
+        seen.add(source.url)
+    return found
+
+
+def need(package: str, where: str) -> Any:
+    """A package of the extra `batch`, imported. Raises ValueError if it is not there."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ValueError(f"{where}: needs the package {package}: pip install 'jaxinfer[batch]'") from None
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turns what stores raise, which can be anything, into an OSError of one line that begins with `where`."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise type(error)(f"{where}: {error.strerror or 'no such file'}; check the name and who may read it") from None
+    except Exception as error:
+        raise OSError(f"{where}: can't be read ({type(error).__name__}: {one_line(error)})") from None
+
+
+def _find(given: str) -> list[Source]:
+    if given == STDIN:
+        return [Source("stdin", STDIN, 0)]
+    where = f"input {given}"
+    if "::" in given:
+        raise ValueError(f"{where}: a URL within another; copy the file to where it can be named by one")
+    try:
+        fs, path = fsspec.core.url_to_fs(given)
+    except ImportError as error:
+        extra = DRIVERS.get(given.split(":")[0])
+        remedy = f"pip install 'jaxinfer[{extra}]'" if extra else one_line(error)
+        raise ValueError(f"{where}: the package for such URLs is missing: {remedy}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {one_line(error)}; known are paths, gs://, s3:// and what fsspec knows") from None
+
+    with reading(where):
+        if fs.isdir(path):
+            infos = [info for info in fs.ls(path, detail=True) if _is_rows(info)]
+            nothing = f"no file of rows is in this folder; known are {KNOWN}"
+        elif fs.exists(path) or not any(c in path for c in "*?["):  # a name may have brackets of its own
+            infos, nothing = [fs.info(path)], ""
+        else:
+            infos = [info for info in fs.glob(path, detail=True).values() if info["type"] != "directory"]
+            nothing = "no file matches"
+        sources = [_source(fs, info, given) for info in sorted(infos, key=lambda info: info["name"])]
+    if not sources:
+        raise FileNotFoundError(f"{where}: {nothing}")
+    for source in sources:
+        if source.size < 0:
+            raise ValueError(f"input {source.name}: not a regular file; for a pipe, give - and pipe it into stdin")
+    return sources
+
+
+def _is_rows(info: dict[str, Any]) -> bool:
+    name = os.path.basename(info["name"]).lower()
+    plain = name.removesuffix(".gz").removesuffix(".zst")
+    suffix = os.path.splitext(plain)[1]
+    return info["type"] != "directory" and not name.startswith(".") and suffix in KINDS.keys() - {".json"}
+
+
+def _source(fs: Any, info: dict[str, Any], given: str) -> Source:
+    """A local file is shown as it was named: relative if `given` was. Size -1: not a regular file."""
+    path = info["name"]
+    if not isinstance(fs, LocalFileSystem):
+        url = fs.unstrip_protocol(path)
+        return Source(url, url, info["size"] or 0)
+    relative = not (os.path.isabs(given) or given.startswith(("file:", "local:", "~")))
+    size = os.path.getsize(path) if os.path.isfile(path) else -1  # fsspec says "other" of a link
+    return Source(os.path.relpath(path) if relative else path, path, size)
