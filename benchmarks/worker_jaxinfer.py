@@ -14,7 +14,7 @@ llm = LLM(sys.argv[1], dtype=sys.argv[2], max_num_seqs=16, enable_prefix_caching
 def answer(prompts: list[list[int]], new_tokens: int) -> dict[str, object]:
     params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
     start = time.perf_counter()
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     seconds = time.perf_counter() - start
     return {"seconds": seconds, "tokens": [o.outputs[0].token_ids for o in outputs], "peak": peak_bytes()}
 

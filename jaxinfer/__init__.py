@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxinfer.api import chat, generate, stream, unload
     from jaxinfer.engine.async_engine import AsyncEngine, QueueFullError
-    from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+    from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ScoreOutput
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
 
@@ -26,6 +26,7 @@ _HOME = {
     "QueueFullError": "jaxinfer.engine.async_engine",
     "SamplingParams": "jaxinfer.sampling.params",
     "RequestOutput": "jaxinfer.engine.outputs",
+    "ScoreOutput": "jaxinfer.engine.outputs",
     "RequestMetrics": "jaxinfer.engine.outputs",
     "CompletionOutput": "jaxinfer.engine.outputs",
     "Logprob": "jaxinfer.engine.outputs",
@@ -44,6 +45,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "ScoreOutput",
     "chat",
     "generate",
     "stream",

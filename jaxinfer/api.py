@@ -36,7 +36,7 @@ def generate(prompts: Any, model: str | os.PathLike[str] | None = None, **option
     Raises ValueError or OSError with one line: what is wrong, where, what to do.
     """
     llm, params = _prepare(model, options)
-    texts = [output.outputs[0].text for output in llm.generate(prompts, params)]
+    texts = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
     return texts[0] if is_single_prompt(prompts) else texts
 
 
@@ -53,7 +53,7 @@ def chat(messages: Sequence[Message], model: str | os.PathLike[str] | None = Non
     """
     tools = options.pop("tools", None)
     llm, params = _prepare(model, options)
-    return llm.chat(messages, params, tools=tools)[0].outputs[0].text
+    return llm.chat(messages, params, tools=tools, use_tqdm=False)[0].outputs[0].text
 
 
 def unload() -> None:

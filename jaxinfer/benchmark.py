@@ -99,7 +99,7 @@ def generate(llm: LLM, work: Sequence[Work]) -> tuple[float, list[list[int]]]:
     """Seconds of one `LLM.generate` on all of it, and the sampled ids."""
     prompts = [{"prompt_token_ids": one.prompt} for one in work]
     start = time.perf_counter()
-    outputs = llm.generate(prompts, [one.params for one in work])
+    outputs = llm.generate(prompts, [one.params for one in work], use_tqdm=False)
     return time.perf_counter() - start, [output.outputs[0].token_ids for output in outputs]
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, Unpack
+from typing import Any, Literal, NamedTuple, Self, TypeVar, Unpack
 
 from jaxinfer.engine.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.engine.engine import Engine, EngineStats
 from jaxinfer.engine.generation import Group
 from jaxinfer.engine.load import LoadOptions, load_engine
-from jaxinfer.engine.outputs import RequestOutput, error_output
+from jaxinfer.engine.outputs import RequestOutput, ScoreOutput, error_output, score_error
 from jaxinfer.engine.prompts import Prompt, prompt_ids, prompt_list
+from jaxinfer.engine.scoring import Scoring, encode_pair, encode_text, join_windows, prefix_token_id, rolling_windows
 from jaxinfer.sampling.params import SamplingParams
 
 Message = Mapping[str, Any]
@@ -34,6 +35,28 @@ class Asked(NamedTuple):
     params: SamplingParams
     priority: int = 0
 
+
+Text = str | Sequence[int]
+Scorable = Text | tuple[Text, Text]  # a text, or a prompt and its continuation
+
+
+class Pair(NamedTuple):
+    """A scorable that has been checked: the text that is scored, or None, ids that are given, ids that are scored."""
+
+    text: str | None
+    given: list[int]
+    scored: list[int]
+
+
+class ScoreAsked(NamedTuple):
+    """What is to be scored, and its place in the input."""
+
+    place: int
+    scorable: Scorable | Pair
+
+
+AnyAsked = TypeVar("AnyAsked", Asked, ScoreAsked)
+Checked = TypeVar("Checked")
 
 HELD = 1024  # outputs that wait for their turn, at most, where they are wanted in order
 STREAM_SECONDS = 0.1  # a stream shows something this often, where the device is fast enough
@@ -85,7 +108,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: Sequence[int] | None = None,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
         """Continues each prompt; outputs come in input order.
@@ -97,17 +120,10 @@ class LLM:
         """
         asked = self._asked(prompts, sampling_params, priority)
         if on_error == "raise":
-            for i, one in enumerate(asked):
-                where = f"prompt {i}: " if len(asked) > 1 else ""
-                try:
-                    asked[i] = one._replace(prompt=self._encode(one))
-                except ValueError as error:
-                    raise ValueError(f"{where}{error}") from None
-        outputs: list[RequestOutput | None] = [None] * len(asked)
+            asked = [one._replace(prompt=encoded) for one, encoded in _checked(asked, self._encode)]
         asked.sort(key=lambda one: one.priority)  # not all of them are given to the engine at once
-        for output in _progress(self._run(asked, on_error), len(asked), use_tqdm):
-            outputs[output.index] = output
-        return [output for output in outputs if output is not None]
+        outputs = self._run(asked, on_error)
+        return sorted(_progress(outputs, len(asked), use_tqdm, "Generated"), key=lambda output: output.index)
 
     def generate_iter(
         self,
@@ -147,6 +163,7 @@ class LLM:
         if params.n != 1:
             raise ValueError(f"sampling parameter n is {params.n}: a stream has one continuation; use generate")
         group = self._add(Asked(0, prompt, params))
+        assert isinstance(group, Group)
         generation = group.members[0]
 
         def pieces() -> Iterator[tuple[str, RequestOutput]]:
@@ -179,12 +196,69 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Any] | None = None,
+        use_tqdm: bool = True,
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation, a list of `{"role": ..., "content": ...}`, or each of several."""
         one = not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
-        return self.generate([self.chat_prompt(c, tools, **template_kwargs) for c in conversations], sampling_params)
+        prompts = [self.chat_prompt(c, tools, **template_kwargs) for c in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def score(
+        self,
+        texts: Text | Sequence[Text],
+        continuations: Text | Sequence[Text] | None = None,
+        *,
+        use_tqdm: bool = True,
+        on_error: OnError = "raise",
+    ) -> list[ScoreOutput]:
+        """How likely each text is, or with continuations, how likely each of them is after its prompt (or all of them
+        after one prompt). Outputs come in input order.
+
+        A text, prompt or continuation is text or a list of token ids. What several prompts begin with is computed
+        once. A text's first token is given, not scored, unless the tokenizer puts a BOS before it. Spaces at a prompt's
+        end count as the continuation's, as in lm-eval. use_tqdm, on_error: as for `generate`.
+        """
+        scorables: list[Scorable] = prompt_list(texts)  # type: ignore[assignment]
+        if continuations is not None:
+            following: list[Any] = prompt_list(continuations)
+            if len(scorables) == 1:
+                scorables *= len(following)
+            if len(scorables) != len(following):
+                raise ValueError(f"continuations: {len(following)} for {len(scorables)} prompts; give one each")
+            scorables = list(zip(scorables, following, strict=True))  # type: ignore[arg-type]
+        return self._score([ScoreAsked(i, one) for i, one in enumerate(scorables)], use_tqdm, on_error)
+
+    def score_iter(
+        self, scorables: Iterable[Scorable], *, in_order: bool = False, on_error: OnError = "raise"
+    ) -> Iterator[ScoreOutput]:
+        """`score` of texts, and of (prompt, continuation) pairs, as they come out of an iterable, like
+        `generate_iter`."""
+        if isinstance(scorables, str | tuple):
+            raise ValueError("scorables is one text or pair: score_iter takes an iterable of them")
+        return self._run((ScoreAsked(i, one) for i, one in enumerate(scorables)), on_error, in_order)
+
+    def loglikelihood_rolling(self, texts: Text | Sequence[Text], *, use_tqdm: bool = True) -> list[ScoreOutput]:
+        """How likely each text is, however long: its first token is scored after BOS (or EOS), and what is longer than
+        max_model_len is cut in windows, as lm-eval does. Raises ValueError for an empty text."""
+        asked: list[ScoreAsked] = []
+        windows: list[range] = []
+        listed: list[Any] = prompt_list(texts)
+        first = prefix_token_id(self.tokenizer)
+        for i, text in enumerate(listed):
+            ids = self.tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else text
+            if len(ids) == 0:
+                raise ValueError(f"text {i} is empty: there is nothing to score")
+            start = len(asked)
+            pairs = rolling_windows(ids, first, self.sizes.max_model_len)
+            asked += [ScoreAsked(start + n, pair) for n, pair in enumerate(pairs)]
+            windows.append(range(start, len(asked)))
+        parts = self._score(asked, use_tqdm, "raise")
+        return [
+            join_windows(i, text if isinstance(text, str) else None, parts[places.start : places.stop])
+            for i, (text, places) in enumerate(zip(listed, windows, strict=True))
+        ]
 
     def beam_search(
         self,
@@ -226,7 +300,15 @@ class LLM:
             raise ValueError(f"priority is {list(priorities)}: it must be integers")
         return [Asked(i, *one) for i, one in enumerate(zip(listed, params, priorities, strict=True))]
 
-    def _run(self, asked: Iterable[Asked], on_error: OnError, in_order: bool = False) -> Iterator[RequestOutput]:
+    def _score(self, asked: list[ScoreAsked], use_tqdm: bool, on_error: OnError) -> list[ScoreOutput]:
+        if on_error == "raise":
+            asked = [one._replace(scorable=pair) for one, pair in _checked(asked, self._encode_pair)]
+        outputs = self._run(asked, on_error)
+        return sorted(_progress(outputs, len(asked), use_tqdm, "Scored"), key=lambda output: output.index)
+
+    def _run(
+        self, asked: Iterable[Asked] | Iterable[ScoreAsked], on_error: OnError, in_order: bool = False
+    ) -> Iterator[Any]:
         """Outputs as they are done, or in order, with their places in the input."""
         if on_error not in ("raise", "return"):
             raise ValueError(f'on_error is {on_error!r}: it must be "raise" or "return"')
@@ -234,12 +316,12 @@ class LLM:
         return self._running(engine, iter(asked), on_error, in_order)
 
     def _running(
-        self, engine: Engine, asked: Iterator[Asked], on_error: OnError, in_order: bool
-    ) -> Iterator[RequestOutput]:
+        self, engine: Engine, asked: Iterator[Asked | ScoreAsked], on_error: OnError, in_order: bool
+    ) -> Iterator[Any]:
         # Enough to fill every row of the next calls, whatever ends: what is read beyond that only takes memory.
         ahead = 2 * engine.scheduler.max_rows
-        groups: dict[int, Group] = {}
-        held: dict[int, RequestOutput] = {}  # finished, and not yet given out
+        groups: dict[int, Group | Scoring] = {}
+        held: dict[int, RequestOutput | ScoreOutput] = {}  # finished, and not yet given out
         turn = 0
         more = True
         try:
@@ -253,8 +335,9 @@ class LLM:
                         groups[one.place] = self._add(one)
                     except ValueError as error:
                         if on_error == "raise":
-                            raise ValueError(f"prompt {one.place}: {error}") from None
-                        held[one.place] = error_output(one.place, str(error))
+                            raise ValueError(f"{_kind(one)} {one.place}: {error}") from None
+                        failed = error_output if isinstance(one, Asked) else score_error
+                        held[one.place] = failed(one.place, str(error))
                 if groups:
                     self.engine.step()
                 for i in [i for i, group in groups.items() if group.finished]:
@@ -276,21 +359,56 @@ class LLM:
         self.engine.check(encoded.ids, asked.params)
         return encoded
 
-    def _add(self, asked: Asked) -> Group:
-        encoded = self._encode(asked)
-        return self.engine.add(encoded.ids, asked.params, encoded.text, asked.priority)
+    def _encode_pair(self, asked: ScoreAsked) -> Pair:
+        """What is to be scored, checked."""
+        scorable = asked.scorable
+        if isinstance(scorable, Pair):
+            return scorable
+        # A tuple of integers is a text.
+        if isinstance(scorable, tuple) and len(scorable) == 2 and not isinstance(scorable[0], int):
+            prompt, scored = scorable
+            ids = encode_pair(prompt, scored, self.tokenizer)
+        else:
+            scored = scorable
+            ids = encode_text(scored, self.tokenizer)
+        pair = Pair(scored if isinstance(scored, str) else None, *ids)
+        self.engine.check_scoring([*pair.given, *pair.scored], len(pair.given))
+        return pair
+
+    def _add(self, asked: Asked | ScoreAsked) -> Group | Scoring:
+        if isinstance(asked, Asked):
+            encoded = self._encode(asked)
+            return self.engine.add(encoded.ids, asked.params, encoded.text, asked.priority)
+        text, given, scored = self._encode_pair(asked)
+        return self.engine.add_scoring([*given, *scored], len(given), text)
 
 
-def _progress(outputs: Iterator[RequestOutput], total: int, shown: bool) -> Iterator[RequestOutput]:
-    """A bar on stderr with the output tokens a second."""
+def _checked(asked: list[AnyAsked], check: Callable[[AnyAsked], Checked]) -> list[tuple[AnyAsked, Checked]]:
+    """All of them with what the check makes of them, before anything runs. Raises ValueError saying which one fails."""
+    checked = []
+    for one in asked:
+        try:
+            checked.append((one, check(one)))
+        except ValueError as error:
+            raise ValueError(f"{_kind(one)} {one.place}: {error}" if len(asked) > 1 else str(error)) from None
+    return checked
+
+
+def _kind(asked: Asked | ScoreAsked) -> str:
+    return "prompt" if isinstance(asked, Asked) else "text"
+
+
+def _progress(outputs: Iterator[Any], total: int, shown: bool, done: str) -> Iterator[Any]:
+    """A bar on stderr with the tokens a second that were `done`."""
     if not shown:
         yield from outputs
         return
     from tqdm import tqdm
 
     tokens = 0
-    with tqdm(outputs, total=total, desc="Generated", unit="prompt") as bar:
+    with tqdm(outputs, total=total, desc=done) as bar:
         for output in bar:
-            tokens += sum(len(completion.token_ids) for completion in output.outputs)
+            parts = output.outputs if isinstance(output, RequestOutput) else [output]
+            tokens += sum(len(part.token_ids) for part in parts)
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
             yield output

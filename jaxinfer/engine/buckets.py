@@ -6,25 +6,22 @@ from dataclasses import dataclass
 
 SMALL_ROWS = 16  # a call for a few prompts need not compute logits for all rows
 SMALLEST_TOKENS = 32
-SCORED_TOKENS = 256  # the logits of all of them are there at once: 131 MB for a vocabulary of 128,000
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """decode: row counts of decode calls. tokens: stream lengths of mixed calls, mixed_rows their row counts.
-    scored: the one stream length of mixed calls in which the log-probabilities of prompts are wanted."""
+    """decode: row counts of decode calls. tokens: stream lengths of mixed calls, mixed_rows their row counts."""
 
     decode: tuple[int, ...]
     tokens: tuple[int, ...]
     mixed_rows: tuple[int, ...]
-    scored: int
 
     @classmethod
     def make(cls, max_rows: int, max_tokens: int) -> Buckets:
         """Powers of two up to the limits, which are the last entries."""
         mixed = (max_rows,) if max_rows <= SMALL_ROWS else (SMALL_ROWS, max_rows)
         tokens = _powers(min(SMALLEST_TOKENS, max_tokens), max_tokens)
-        return cls(_powers(1, max_rows), tokens, mixed, min(max_tokens, max(SCORED_TOKENS, max_rows)))
+        return cls(_powers(1, max_rows), tokens, mixed)
 
     @staticmethod
     def fit(table: tuple[int, ...], count: int) -> int:

@@ -15,6 +15,7 @@ from jaxinfer.engine.generation import Generation, Group
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner import Launched, Runner
 from jaxinfer.engine.scheduler import Schedule, Scheduler
+from jaxinfer.engine.scoring import SCORING, Scoring
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
 from jaxinfer.sampling.slots import Masks
 from jaxinfer.text.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ class Engine:
         self._stats = EngineStats()
         self._seed = seed
         self._next_id = 0
-        self._generations: dict[int, Generation] = {}
+        self._generations: dict[int, Generation | Scoring] = {}
         self._followers: dict[int, list[Request]] = {}  # of a prompt's first continuation: those that wait for it
         self._bad_words: dict[int, BadWords] = {}
         self._in_flight: deque[Call] = deque()
@@ -137,6 +138,7 @@ class Engine:
                 stop_ids=stop_ids,
                 limit=self._limit(length, params),
                 priority=priority,
+                scored_from=1 if params.prompt_logprobs is not None and not index else None,
             )
             members.append(Generation(request, self.tokenizer, index))
         with self._whole():
@@ -149,6 +151,44 @@ class Engine:
                 # The others find the prompt's pages in the prefix cache once the first one has computed them.
                 self._followers[first_id] = [member.request for member in members[1:]]
         return Group(prompt, members)
+
+    def add_scoring(self, token_ids: Sequence[int], scored_from: int, text: str | None = None) -> Scoring:
+        """Queues a text whose tokens from `scored_from` on are scored. Raises ValueError for ids or a length that
+        can't be served."""
+        self.check_scoring(token_ids, scored_from)
+        *tokens, target = token_ids
+        request = Request(
+            id=self._next_id,
+            prompt_length=len(tokens),
+            tokens=tokens,
+            params=SCORING,
+            seed=0,
+            stop_ids=(),
+            limit=len(tokens),
+            scored_from=scored_from,
+            target=target,
+        )
+        self._next_id += 1
+        scoring = Scoring(request, text)
+        with self._whole():
+            self.scheduler.add(request)
+            self._generations[request.id] = scoring
+        return scoring
+
+    def check_scoring(self, token_ids: Sequence[int], scored_from: int) -> None:
+        """Raises ValueError for what `add_scoring` would refuse."""
+        self._check_ids("the text", token_ids)
+        if not 1 <= scored_from < len(token_ids):
+            raise ValueError(
+                f"{len(token_ids)} tokens are given and those from place {scored_from} on are to be scored: at least "
+                "one must be, and one must come before it"
+            )
+        if len(token_ids) - 1 > self.max_model_len:
+            raise ValueError(
+                f"the text has {len(token_ids)} tokens: with max_model_len {self.max_model_len} it may have at most "
+                f"{self.max_model_len + 1}; shorten it, raise max_model_len, or use loglikelihood_rolling"
+            )
+        self.scheduler.check(len(token_ids) - 1)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
         """Raises ValueError for what `add` would refuse; returns the ids that end the prompt's continuations."""
@@ -173,13 +213,13 @@ class Engine:
         self.scheduler.check(self._limit(length, params))
         return stop_ids
 
-    def step(self, max_seconds: float | None = None) -> list[Generation]:
+    def step(self, max_seconds: float | None = None) -> list[Generation | Scoring]:
         """Gives the device its next call and takes in the tokens of the one before; returns the generations that got
         some. `max_seconds` bounds a decoding call, roughly."""
         with self._whole():
             return self._step(max_seconds)
 
-    def abort(self, group: Group) -> None:
+    def abort(self, group: Group | Scoring) -> None:
         """Ends a prompt's continuations, wherever they are; nothing of them stays behind."""
         with self._whole():
             for generation in group.members:
@@ -208,7 +248,7 @@ class Engine:
         yield
         self._broken_off = False
 
-    def _step(self, max_seconds: float | None) -> list[Generation]:
+    def _step(self, max_seconds: float | None) -> list[Generation | Scoring]:
         words = [self._bad_words.get(request.id) for request in self.scheduler.running] if self._bad_words else []
         exact = any(w is not None and w.sequences for w in words)
         if not exact or not self._in_flight:
@@ -246,25 +286,27 @@ class Engine:
                 self.runner.prepare(request.slot, masks, clear=begins)
                 request.prepared = True
 
-    def _take_in(self, call: Call) -> list[Generation]:
+    def _take_in(self, call: Call) -> list[Generation | Scoring]:
         schedule = call.schedule
         result = call.launched.wait()
         now = time.perf_counter()
         # The next call may have been compiled while this one's tokens lay waiting.
         seconds = now - max(call.start, self._arrived) - (self.runner.compile_seconds - call.compiled)
         self._arrived = now
-        touched = []
+        touched: list[Generation | Scoring] = []
         for row, request in enumerate(schedule.requests):
             generation = self._generations.get(request.id)
             if generation is None:
                 continue  # ended while the call was on its way
-            if result.prompt is not None and request.params.prompt_logprobs is not None and row >= len(schedule.decode):
-                stream = slice(int(result.q_start[row]), int(result.q_start[row + 1]))
-                generation.accept_prompt(result.prompt, schedule.start[row], stream)
+            span = result.spans.get(row)
+            if span is not None and result.scored is not None:
+                generation.accept_scored(result.scored, *span)
             count = int(result.count[row])
-            if count == 0:
+            if count:
+                assert isinstance(generation, Generation)
+                generation.accept(result.tokens[:count, row].tolist(), result.logprobs, row)
+            elif not generation.finished:
                 continue  # an inner chunk of a prompt
-            generation.accept(result.tokens[:count, row].tolist(), result.logprobs, row)
             touched.append(generation)
             for follower in self._followers.pop(request.id, ()):
                 self.scheduler.add(follower)

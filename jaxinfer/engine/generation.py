@@ -74,14 +74,14 @@ class Generation:
         self.text += added
         self.pending_text += added
 
-    def accept_prompt(self, logprobs: Logprobs, start: int, stream: slice) -> None:
-        """Log-probabilities of the tokens after those of a chunk, which began at `start` and lay in `stream`."""
+    def accept_scored(self, logprobs: Logprobs, position: int, at: slice) -> None:
+        """Log-probabilities of the prompt's tokens from `position` on."""
         request = self.request
         assert request.params.prompt_logprobs is not None
-        for position, t in enumerate(range(stream.start, stream.stop), start + 1):
+        for i, t in enumerate(range(at.start, at.stop), position):
             # A prompt that is computed once more after a preemption has been here before.
-            if position == len(self.prompt_logprobs) and position < request.prompt_length:
-                token = request.tokens[position]
+            if i == len(self.prompt_logprobs):
+                token = request.tokens[i]
                 self.prompt_logprobs.append(self._ranked(token, request.params.prompt_logprobs, logprobs, t))
 
     def end(self, reason: FinishReason) -> None:

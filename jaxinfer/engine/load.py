@@ -174,7 +174,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     )
     engine = Engine(
         runner,
-        Scheduler(pages, max_rows, max_tokens, buckets.scored),
+        Scheduler(pages, max_rows, max_tokens),
         tokenizer,
         eos_token_ids=eos,
         max_model_len=sizes.max_model_len,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jaxinfer.engine.request import FinishReason
@@ -62,6 +63,56 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     index: int = 0
     error: str | None = None
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """How likely a text is.
+
+    text: what was scored (None where ids were given). token_ids: of what was scored; logprobs: natural logarithms of
+    their probabilities, each given all tokens before it; num_prompt_tokens: how many came before the first of them.
+    is_greedy: each was the likeliest one. index, error: as in RequestOutput.
+    """
+
+    index: int
+    text: str | None
+    token_ids: list[int]
+    logprobs: list[float]
+    is_greedy: bool
+    num_prompt_tokens: int
+    metrics: RequestMetrics = NO_METRICS
+    error: str | None = None
+
+    @property
+    def logprob(self) -> float:
+        """Of the text: the sum."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return self._perplexity(len(self.token_ids))
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """Per word, of those that white space separates."""
+        return None if self.text is None else self._perplexity(len(self.text.split()))
+
+    @property
+    def byte_perplexity(self) -> float | None:
+        """Per byte of UTF-8."""
+        return None if self.text is None else self._perplexity(len(self.text.encode()))
+
+    def _perplexity(self, units: int) -> float:
+        try:
+            return math.exp(-self.logprob / units) if units else math.nan
+        except OverflowError:
+            return math.inf
+
+
+def score_error(index: int, error: str) -> ScoreOutput:
+    """The output of a text that can't be scored."""
+    return ScoreOutput(index, None, [], [], False, 0, error=error)
 
 
 def error_output(index: int, error: str) -> RequestOutput:

@@ -18,6 +18,8 @@ class Request:
     the call before have arrived, so `length` counts those that are on their way too, and `computed` how many tokens
     will have their keys and values in the cache when all scheduled calls are done.
     limit is the most tokens that the sequence may reach; stop_ids end it.
+    scored_from: the first of the given tokens whose log-probability is wanted, if any is. target: the token after the
+    last one, where only log-probabilities are wanted; such a request samples nothing.
     """
 
     id: int
@@ -28,6 +30,8 @@ class Request:
     stop_ids: tuple[int, ...]
     limit: int
     priority: int = 0  # lower runs earlier
+    scored_from: int | None = None
+    target: int | None = None
     length: int = 0
     computed: int = 0
     decoding: bool = False  # its last token is in its slot on the device
@@ -50,9 +54,18 @@ class Request:
 
     @property
     def reads_prefix(self) -> bool:
-        """Whether it may begin with pages that another request has computed: not if all of its prompt's logits, or a
-        count of all its tokens, are wanted."""
-        return self.params.prompt_logprobs is None and not self.params.has_penalties
+        """Whether it may begin with pages that another request has computed: not if its tokens are to be counted."""
+        return not self.params.has_penalties
+
+    @property
+    def first_logits(self) -> int:
+        """The first token whose logits are wanted: at the latest the last one. Those before it need not be computed."""
+        return self.length - 1 if self.scored_from is None else self.scored_from - 1
+
+    def scored_tokens(self, first: int, end: int) -> list[int]:
+        """Those of the given tokens from `first` to before `end`."""
+        given = self.tokens[first : min(end, self.prompt_length)]
+        return [*given, self.target] if self.target is not None and end > self.prompt_length else given
 
     @property
     def output_token_ids(self) -> list[int]:

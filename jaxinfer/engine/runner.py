@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from jaxinfer.cache import cache_shapes
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import Schedule
-from jaxinfer.engine.step import DecodeRows, Rows, Sampled, State, make_decode, make_step
+from jaxinfer.engine.step import DecodeRows, Rows, Sampled, Scored, State, make_decode, make_step
 from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.sample import Logprobs
@@ -29,16 +29,23 @@ from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
 Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
 
 
+class ScoredSpan(NamedTuple):
+    """Log-probabilities of one row: of its tokens from `position` on, in which part of `Result.scored`."""
+
+    position: int
+    at: slice
+
+
 @dataclass
 class Result:
     """What one call sampled, on the host: row r's tokens are tokens[:count[r], r]. Log-probabilities where asked for:
-    `prompt` of the tokens after those of the stream, whose row r begins at q_start[r]."""
+    `scored` of given tokens, all rows' one after the other; `spans` says whose."""
 
     tokens: np.ndarray
     count: np.ndarray
     logprobs: Logprobs | None
-    prompt: Logprobs | None
-    q_start: np.ndarray
+    scored: Logprobs | None
+    spans: dict[int, ScoredSpan]
 
 
 @dataclass
@@ -46,15 +53,16 @@ class Launched:
     """A call that the device has been given."""
 
     sampled: Sampled
-    q_start: np.ndarray
     wants_logprobs: bool
+    spans: dict[int, ScoredSpan]
 
     def wait(self) -> Result:
         """The call's result, when it is there."""
         sampled = self.sampled
         info = sampled.logprobs if self.wants_logprobs else None
-        tokens, count, info, prompt = jax.device_get((sampled.tokens, sampled.count, info, sampled.prompt))
-        return Result(tokens, count, info, prompt, self.q_start)
+        scored = sampled.scored if self.spans else None
+        tokens, count, info, scored = jax.device_get((sampled.tokens, sampled.count, info, scored))
+        return Result(tokens, count, info, scored, self.spans)
 
 
 class Runner:
@@ -133,11 +141,10 @@ class Runner:
         calls = [("decode", size, size) for size in self.buckets.decode]
         for rows in self.buckets.mixed_rows:
             calls += [("step", length, rows) for length in self.buckets.tokens]
-            calls.append(("scored step", self.buckets.scored, rows))
         arguments = [
             self._decode_arguments(Schedule(), size)
             if name == "decode"
-            else self._step_arguments(Schedule(), length, size, name != "step")
+            else self._step_arguments(Schedule(), length, size)[0]
             for name, length, size in calls
         ]
         masks = Masks.of(self.model.config.vocab_size, None, [], None)
@@ -156,22 +163,25 @@ class Runner:
     def _launch_step(self, schedule: Schedule) -> Launched:
         requests = schedule.requests
         size = Buckets.fit(self.buckets.mixed_rows, len(requests))
-        scored = any(request.params.prompt_logprobs is not None for request, _ in schedule.chunks)
-        length = self.buckets.scored if scored else Buckets.fit(self.buckets.tokens, sum(schedule.counts))
-        arguments = self._step_arguments(schedule, length, size, scored)
+        length = Buckets.fit(self.buckets.tokens, sum(schedule.counts))
+        arguments, spans = self._step_arguments(schedule, length, size)
         sampled: Sampled
-        sampled, self.state = self._executable(("scored step" if scored else "step", length, size), arguments)
-        return Launched(sampled, arguments[2].q_start, self._wants_logprobs(requests))
+        sampled, self.state = self._executable(("step", length, size), arguments)
+        return Launched(sampled, self._wants_logprobs(requests), spans)
 
     def _launch_decode(self, schedule: Schedule) -> Launched:
         size = Buckets.fit(self.buckets.decode, len(schedule.decode))
         sampled: Sampled
         sampled, self.state = self._executable(("decode", size, size), self._decode_arguments(schedule, size))
-        return Launched(sampled, np.arange(size + 1), self._wants_logprobs(schedule.decode))
+        return Launched(sampled, self._wants_logprobs(schedule.decode), {})
 
-    def _step_arguments(self, schedule: Schedule, length: int, size: int, scored: bool) -> tuple[Any, ...]:
+    def _step_arguments(
+        self, schedule: Schedule, length: int, size: int
+    ) -> tuple[tuple[Any, ...], dict[int, ScoredSpan]]:
         requests, total = schedule.requests, sum(schedule.counts)
-        tokens, positions, row, following = (np.zeros(length, np.int32) for _ in range(4))
+        tokens, positions, row, scored, after = (np.zeros(length, np.int32) for _ in range(5))
+        spans: dict[int, ScoredSpan] = {}
+        likeliest, end_scored = False, 0
         q_start = np.full(size + 1, total, np.int32)
         q_start[0] = 0
         kv_len = np.zeros(size, np.int32)
@@ -188,9 +198,14 @@ class Runner:
             row[start:end] = i
             q_start[i + 1] = end
             kv_len[i] = past + count
-            if scored:
-                after = request.tokens[past + 1 : past + count + 1]
-                following[start : start + len(after)] = after
+            if request.scored_from is not None:
+                first = max(past + 1, request.scored_from)
+                given = request.scored_tokens(first, past + count + 1)
+                at = slice(end_scored, end_scored := end_scored + len(given))
+                scored[at] = given
+                after[at] = np.arange(start + first - past - 1, start + first - past - 1 + len(given))
+                spans[i] = ScoredSpan(first, at)
+                likeliest |= bool(request.params.prompt_logprobs)
         row[total:] = size - 1
         slot, samples = self._slots(schedule, size)
         arrays: dict[str, Any] = {
@@ -203,8 +218,9 @@ class Runner:
             "rows": np.array([len(schedule.decode), len(requests), len(requests)], np.int32),
             "logits_at": np.maximum(q_start[1:] - 1, 0),
         }
-        rows = Rows(slot, samples, following if scored else None)
-        return self.params, self.state, Batch(**arrays), rows, self._sampling(requests, size)
+        wanted = Scored(scored, after, np.array(end_scored, np.int32), np.array(likeliest))
+        sampling = self._sampling(requests, size)
+        return (self.params, self.state, Batch(**arrays), Rows(slot, samples), sampling, wanted), spans
 
     def _decode_arguments(self, schedule: Schedule, size: int) -> tuple[Any, ...]:
         requests = schedule.decode

@@ -48,18 +48,14 @@ class Schedule:
 
 
 class Scheduler:
-    """Holds waiting and running requests. `max_tokens` is the token budget of a call, `max_rows` its rows.
+    """Holds waiting and running requests. `max_tokens` is the token budget of a call, `max_rows` its rows."""
 
-    scored_tokens bounds the chunks of a call in which some prompt's log-probabilities are wanted.
-    """
-
-    def __init__(self, pages: PageAllocator, max_rows: int, max_tokens: int, scored_tokens: int | None = None):
+    def __init__(self, pages: PageAllocator, max_rows: int, max_tokens: int):
         if max_tokens < max_rows:
             raise ValueError(f"max_num_batched_tokens is {max_tokens}: it must be at least max_num_seqs, {max_rows}")
         self.pages = pages
         self.max_rows = max_rows
         self.max_tokens = max_tokens
-        self.scored_tokens = scored_tokens or max_tokens
         self.running: list[Request] = []  # oldest first
         self._free_slots: list[int] = []
         self._waiting: list[tuple[int, int, Request]] = []
@@ -155,8 +151,7 @@ class Scheduler:
         request.pages = []  # a new list each time: the runner tells by it that its copy is of an earlier placing
         if request.reads_prefix:
             self.pages.extend_keys(request.keys, request.tokens)
-            # The last token is always computed: its logits are wanted.
-            request.pages = self.pages.match(request.keys[: (request.length - 1) // self.pages.page_size])
+            request.pages = self.pages.match(request.keys[: request.first_logits // self.pages.page_size])
         matched = len(request.pages)
         if not self.pages.grow(request.pages, request.length):
             self.pages.release(request.pages)
@@ -170,8 +165,6 @@ class Scheduler:
         return True
 
     def _chunk(self, schedule: Schedule, request: Request, budget: int) -> int:
-        if any(r.params.prompt_logprobs is not None for r in [request, *(r for r, _ in schedule.chunks)]):
-            budget = min(budget, self.scored_tokens - sum(schedule.counts))
         count = min(budget, request.length - request.computed)
         if count > 0:
             schedule.chunks.append((request, count))
@@ -188,8 +181,8 @@ class Scheduler:
                 request.computed += samples
             else:
                 request.computed += counts[i]
-                samples = int(request.computed == request.length)
-                request.decoding = samples == 1
+                request.decoding = request.computed == request.length
+                samples = int(request.decoding and request.room > 0)
                 self.publish(request, request.computed)
             request.length += samples
             schedule.samples.append(samples)

@@ -19,10 +19,13 @@ from jax import lax
 
 from jaxinfer.attention import Batch
 from jaxinfer.cache import Cache
+from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import SamplingArrays
-from jaxinfer.sampling.sample import Logprobs, all_logprobs, logprobs, sample, stops
+from jaxinfer.sampling.sample import Logprobs, logprobs, no_logprobs, sample, stops, token_logprobs
 from jaxinfer.sampling.slots import Slots
+
+SCORE_BLOCK = 128  # tokens: their logits are 65 MB for a vocabulary of 128,000
 
 
 @jax.tree_util.register_dataclass
@@ -37,12 +40,22 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a mixed call. slot i32[R]; samples i32[R]: 1, or 0 where a chunk does not end its prompt.
-    following i32[T]: where prompts' log-probabilities are wanted, the token after each one of the batch."""
+    """The rows of a mixed call. slot i32[R]; samples i32[R]: 1, or 0 where a chunk does not end its prompt."""
 
     slot: jax.Array | np.ndarray
     samples: jax.Array | np.ndarray
-    following: jax.Array | np.ndarray | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Scored:
+    """Given tokens whose log-probabilities are wanted: the first `count`, i32[], of tokens i32[T]. after i32[T]: where
+    in the stream the token before each one is. likeliest bool[]: the likeliest tokens are wanted too."""
+
+    tokens: jax.Array | np.ndarray
+    after: jax.Array | np.ndarray
+    count: jax.Array | np.ndarray
+    likeliest: jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -61,22 +74,25 @@ class DecodeRows:
 @dataclass(frozen=True)
 class Sampled:
     """tokens i32[S, R]; count i32[R], how many of the S are real; logprobs with the same leading axes.
-    prompt: Logprobs [T] of the tokens in `Rows.following`, if that was given."""
+    scored: Logprobs [T] of the tokens in `Scored`, of a mixed call."""
 
     tokens: jax.Array
     count: jax.Array
     logprobs: Logprobs
-    prompt: Logprobs | None = None
+    scored: Logprobs | None = None
 
 
-Step = Callable[[Params, State, Batch, Rows, SamplingArrays], tuple[Sampled, State]]
+Step = Callable[[Params, State, Batch, Rows, SamplingArrays, Scored], tuple[Sampled, State]]
 Decode = Callable[[Params, State, DecodeRows, SamplingArrays, Any], tuple[Sampled, State]]
 
 
 def make_step(model: Model) -> Step:
     """One mixed call: decoding rows, one token each (taken from their slots), then chunks of prompts."""
 
-    def step(params: Params, state: State, batch: Batch, rows: Rows, sampling: SamplingArrays) -> tuple[Sampled, State]:
+    def step(
+        params: Params, state: State, batch: Batch, rows: Rows, sampling: SamplingArrays, scored: Scored
+    ) -> tuple[Sampled, State]:
+        module = model.bind(params)
         slots, slot = state.slots, jnp.asarray(rows.slot)
         size = slot.shape[0]
         token_slot = slot[batch.row]
@@ -86,22 +102,23 @@ def make_step(model: Model) -> Step:
         index = jnp.arange(size, dtype=jnp.int32)
         dead = (index < batch.rows[0]) & ~slots.alive[slot]
         batch = dataclasses.replace(batch, kv_len=jnp.where(dead, 0, batch.kv_len))
-        last = batch.logits_at
-        if rows.following is not None:
-            batch = dataclasses.replace(batch, logits_at=jnp.arange(batch.tokens.shape[0], dtype=jnp.int32))
-        logits, cache = model.bind(params)(batch, state.cache)
+        stream, cache = module.hidden(batch, state.cache)
         assert cache is not None
-        prompt = None
-        if rows.following is not None:
-            prompt = all_logprobs(logits, jnp.asarray(rows.following))
-            logits = logits[last]
         slots = _count_prompt(slots, batch, token_slot, decoding, sampling)
-        length = batch.positions[last] + 1
-        tokens = sample(logits, sampling, length, slots, slot)
+        length = batch.positions[batch.logits_at] + 1
         count = jnp.where(dead, 0, jnp.minimum(jnp.asarray(rows.samples), 1))
+
+        def draw() -> tuple[jax.Array, Logprobs]:
+            logits = module.logits(stream[batch.logits_at])
+            tokens = sample(logits, sampling, length, slots, slot)
+            return tokens, logprobs(logits, tokens, sampling)
+
+        # Inner chunks and scored texts sample nothing.
+        nothing = jnp.zeros(size, jnp.int32), no_logprobs(size, model.config.vocab_size)
+        tokens, info = lax.cond(jnp.any(count > 0), draw, lambda: nothing)
         slots = _take(slots, slot, tokens, count > 0, sampling, length)
-        info = jax.tree.map(lambda x: x[None], logprobs(logits, tokens, sampling))
-        return Sampled(tokens[None], count, info, prompt), State(cache, slots)
+        info = jax.tree.map(lambda x: x[None], info)
+        return Sampled(tokens[None], count, info, _score(module, stream, scored)), State(cache, slots)
 
     return step
 
@@ -160,6 +177,26 @@ def make_decode(model: Model, max_steps: int) -> Decode:
         return Sampled(all_tokens, count, all_info), state
 
     return decode
+
+
+def _score(module: CausalLM, stream: jax.Array, scored: Scored) -> Logprobs:
+    """Log-probabilities of given tokens. A block of them at a time, as many blocks as are wanted: there are never more
+    logits than those of a block, and where nobody asks this costs nothing."""
+    after, tokens = jnp.asarray(scored.after), jnp.asarray(scored.tokens)
+    size = tokens.shape[0]
+    block = min(SCORE_BLOCK, size)
+
+    def one(i: jax.Array, out: Logprobs) -> Logprobs:
+        start = jnp.minimum(i * block, size - block)  # the last one may overlap the one before
+        rows = lax.dynamic_slice_in_dim(after, start, block)
+        found = token_logprobs(
+            module.logits(stream[rows]), lax.dynamic_slice_in_dim(tokens, start, block), jnp.asarray(scored.likeliest)
+        )
+        return jax.tree.map(lambda all_, some: lax.dynamic_update_slice_in_dim(all_, some, start, 0), out, found)
+
+    blocks = (jnp.asarray(scored.count) + (block - 1)) // block
+    vocab = jax.eval_shape(module.logits, stream[:1]).shape[1]
+    return lax.fori_loop(jnp.int32(0), blocks, one, no_logprobs(size, vocab))
 
 
 def _count_prompt(

@@ -18,6 +18,7 @@ from jaxinfer.layers.linear import Embedding, Linear, dot
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rotary import Rope
+from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig, rope_of
 
 # Old checkpoints carry the rotary frequencies; they follow from config.json. A tied head may be stored twice.
@@ -144,7 +145,7 @@ class Decoder(nnx.Module):
         return x, None if cache is None else tuple(new)
 
 
-class DecoderForCausalLM(nnx.Module):
+class DecoderForCausalLM(CausalLM):
     """A decoder with its output head."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -155,9 +156,9 @@ class DecoderForCausalLM(nnx.Module):
             )
         self.tied = config.tie_word_embeddings
 
-    def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """Logits float32 `[N, V]` of the tokens in `batch.logits_at`, and the cache with the new keys and values."""
-        x, cache = self.model(batch, cache)
-        x = self.model.norm(x[batch.logits_at])
+    def hidden(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        return self.model(batch, cache)
+
+    def logits(self, x: jax.Array) -> jax.Array:
         head = self.model.embed_tokens if self.tied else self.lm_head
-        return dot(x, head.weight.get_value(), out_dtype="float32"), cache
+        return dot(self.model.norm(x), head.weight.get_value(), out_dtype="float32")

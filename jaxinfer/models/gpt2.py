@@ -14,6 +14,7 @@ from jaxinfer.cache import Cache, LayerCache
 from jaxinfer.layers.linear import Embedding, Linear, dot
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.norm import LayerNorm
+from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.weights import Source, WeightMap
@@ -60,9 +61,8 @@ class GPT2Attention(nnx.Module):
         def linear(*axes: str) -> Linear:
             return Linear(config.hidden_size, config.hidden_size, axes=axes, bias=True, dtype=dtype, rngs=rngs)
 
-        self.q_proj = linear("heads", "embed")
-        self.k_proj = linear("kv_heads", "embed")
-        self.v_proj = linear("kv_heads", "embed")
+        self.q_proj, *kv = (linear(axis, "embed") for axis in ("heads", "kv_heads", "kv_heads"))
+        self.k_proj, self.v_proj = kv
         self.c_proj = linear("embed", "heads")
         self.head_dim = config.head_dim
         self.spec = AttentionSpec(scale=config.scales[layer])
@@ -106,7 +106,7 @@ class GPT2Model(nnx.Module):
         self.ln_f = LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
 
 
-class GPT2ForCausalLM(nnx.Module):
+class GPT2ForCausalLM(CausalLM):
     """GPT-2 with its (normally tied) output head."""
 
     def __init__(self, config: GPT2Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -116,8 +116,7 @@ class GPT2ForCausalLM(nnx.Module):
             size = (config.hidden_size, config.vocab_size)
             self.lm_head = Linear(*size, axes=("vocab", "embed"), dtype=dtype, rngs=rngs)
 
-    def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """Logits float32 `[N, V]` of the tokens in `batch.logits_at`, and the cache with the new keys and values."""
+    def hidden(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         model = self.transformer
         x = model.wte(batch.tokens) + model.wpe(batch.positions)
         new: list[LayerCache] = []
@@ -127,9 +126,11 @@ class GPT2ForCausalLM(nnx.Module):
             x = x + block.mlp(block.ln_2(x))
             if layer_cache is not None:
                 new.append(layer_cache)
-        x = model.ln_f(x[batch.logits_at])
-        head = model.wte if self.tied else self.lm_head
-        return dot(x, head.weight.get_value(), out_dtype="float32"), None if cache is None else tuple(new)
+        return x, None if cache is None else tuple(new)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        head = self.transformer.wte if self.tied else self.lm_head
+        return dot(self.transformer.ln_f(x), head.weight.get_value(), out_dtype="float32")
 
 
 def source(name: str) -> Source:

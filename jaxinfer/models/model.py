@@ -11,8 +11,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxinfer.layers.linear import Axes
+from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.registry import CausalLM, parse_config
+from jaxinfer.models.registry import parse_config
 from jaxinfer.models.weights import WeightMap
 
 Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.layers.0.mlp.up_proj.weight"

@@ -8,26 +8,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    import jax
     from flax import nnx
     from jax.typing import DTypeLike
 
-    from jaxinfer.attention import Batch
-    from jaxinfer.cache import Cache
+    from jaxinfer.models.causal import CausalLM
     from jaxinfer.models.config import Fields, ModelConfig
     from jaxinfer.models.weights import WeightMap
-
-
-class CausalLM(Protocol):
-    """What a model module does: logits float32 `[N, V]` at `batch.logits_at`, and the new cache."""
-
-    def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]: ...
 
 
 class Build(Protocol):
     """Makes the module of a configuration; under `nnx.eval_shape` nothing is allocated."""
 
-    def __call__(self, config: Any, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module: ...
+    def __call__(self, config: Any, *, dtype: DTypeLike, rngs: nnx.Rngs) -> CausalLM: ...
 
 
 @dataclass(frozen=True)

@@ -53,26 +53,32 @@ def sample(logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots
     return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
 
 
-def all_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
-    """Log-probabilities of the model itself: no masks, temperature or filters."""
+def no_logprobs(rows: int, vocab: int) -> Logprobs:
+    """Zeros, where nobody asks."""
+    zeros, likeliest = jnp.zeros(rows, jnp.float32), jnp.zeros((rows, min(MAX_LOGPROBS, vocab)), jnp.float32)
+    return Logprobs(zeros, zeros.astype(jnp.int32), likeliest.astype(jnp.int32), likeliest)
+
+
+def token_logprobs(logits: jax.Array, tokens: jax.Array, likeliest: jax.Array | bool = True) -> Logprobs:
+    """Log-probabilities of the model itself: no masks, temperature or filters. The likeliest tokens are looked for
+    only if they are wanted, bool[]."""
     values = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(values, tokens[:, None], axis=-1)
-    top, ids = lax.top_k(values, min(MAX_LOGPROBS, logits.shape[1]))
+    none = no_logprobs(*logits.shape)
+
+    def find() -> tuple[jax.Array, jax.Array]:
+        top, ids = lax.top_k(values, none.top.shape[1])
+        return ids.astype(jnp.int32), top
+
+    ids, top = lax.cond(likeliest, find, lambda: (none.top_ids, none.top))
     rank = jnp.sum(values > chosen, axis=-1, dtype=jnp.int32) + 1
-    return Logprobs(chosen[:, 0], rank, ids.astype(jnp.int32), top)
+    return Logprobs(chosen[:, 0], rank, ids, top)
 
 
 def logprobs(logits: jax.Array, tokens: jax.Array, sampling: SamplingArrays) -> Logprobs:
-    """`all_logprobs`, computed only if a row wants them for what it samples."""
-    rows, vocab = logits.shape
-    k = min(MAX_LOGPROBS, vocab)
-
-    def skip() -> Logprobs:
-        zeros = jnp.zeros(rows, jnp.float32)
-        none = jnp.zeros((rows, k), jnp.int32)
-        return Logprobs(zeros, jnp.zeros(rows, jnp.int32), none, none.astype(jnp.float32))
-
-    return lax.cond(jnp.any(sampling.wants_logprobs), lambda: all_logprobs(logits, tokens), skip)
+    """`token_logprobs`, computed only if a row wants them for what it samples."""
+    wanted = jnp.any(sampling.wants_logprobs)
+    return lax.cond(wanted, lambda: token_logprobs(logits, tokens), lambda: no_logprobs(*logits.shape))
 
 
 def stops(tokens: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:

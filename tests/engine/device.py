@@ -21,11 +21,13 @@ KINDS = {
     "plain": SamplingParams(),
     "penalized": SamplingParams(presence_penalty=1.0),
     "scored": SamplingParams(prompt_logprobs=0),
+    "text": SamplingParams(prompt_logprobs=0),  # whose second half is scored, and nothing sampled
 }
 
 
 def request(number: int, prompt: int | list[int], new: int, priority: int = 0, kind: str = "plain") -> Request:
     tokens = [number + 2] * prompt if isinstance(prompt, int) else list(prompt)
+    text = kind == "text"
     return Request(
         id=number,
         prompt_length=len(tokens),
@@ -33,8 +35,10 @@ def request(number: int, prompt: int | list[int], new: int, priority: int = 0, k
         params=KINDS[kind],
         seed=0,
         stop_ids=(),
-        limit=len(tokens) + new,
+        limit=len(tokens) + (0 if text else new),
         priority=priority,
+        scored_from={"scored": 1, "text": 1 + len(tokens) // 2}.get(kind),
+        target=0 if text else None,
     )
 
 
@@ -44,9 +48,8 @@ def make(
     max_rows: int = 4,
     max_tokens: int = 8,
     prefix_caching: bool = True,
-    scored_tokens: int | None = None,
 ) -> Scheduler:
-    return Scheduler(PageAllocator(num_pages, page_size, prefix_caching), max_rows, max_tokens, scored_tokens)
+    return Scheduler(PageAllocator(num_pages, page_size, prefix_caching), max_rows, max_tokens)
 
 
 def key(request: Request) -> tuple[int, int]:
@@ -73,6 +76,7 @@ class Device:
         self.cache: dict[tuple[int, int], int] = {}  # (page, offset) -> hash of the sequence up to there
         self.truth: dict[int, list[int]] = {}  # each request's tokens as the device knows them
         self.hashes: dict[int, list[int]] = {}
+        self.logits: dict[int, set[int]] = {}  # positions of prompts whose logits there were
         self.alive: dict[int, bool] = {}  # by slot
         self.stops: dict[int, Stops] = {}
         self.live: list[Request] = []
@@ -100,6 +104,7 @@ class Device:
     def reset(self, each: Request) -> None:
         self.truth[each.id] = list(each.tokens)
         self.hashes[each.id] = []
+        self.logits.setdefault(each.id, set())
 
     def abort(self, which: int) -> None:
         if self.live:
@@ -156,8 +161,14 @@ class Device:
         if not self.in_flight:
             return
         schedule, sampled = self.in_flight.popleft()
-        for each, tokens in zip(schedule.requests, sampled, strict=True):
-            if each not in self.live or not tokens:
+        for i, (each, tokens) in enumerate(zip(schedule.requests, sampled, strict=True)):
+            if each not in self.live:
+                continue
+            if each.target is not None and schedule.start[i] + schedule.counts[i] == each.prompt_length:
+                assert self.logits[each.id] >= set(range(each.first_logits, each.prompt_length))
+                self.seen["texts"] += 1
+                self.end(each)
+            if not tokens:
                 continue
             stops = self.stops[each.id]
             ended = False
@@ -192,6 +203,7 @@ class Device:
         assert each.tokens[start : start + count] == truth[start : start + count]
         assert start + count <= len(each.tokens)
         self.feed(each, start, start + count)
+        self.logits[each.id] |= set(range(start, start + count))
         if samples:
             assert start + count == len(truth)
         return [self.sample(each)] if samples else []
@@ -235,8 +247,6 @@ class Device:
         assert all(r in scheduler.running for r in rows)
         assert all(count > 0 for _, count in schedule.chunks)
         assert sum(schedule.counts) <= scheduler.max_tokens
-        if any(r.params.prompt_logprobs is not None for r, _ in schedule.chunks):
-            assert sum(schedule.counts) <= scheduler.scored_tokens
         assert 1 <= schedule.steps <= max_steps
         assert schedule.steps == 1 or not schedule.chunks
         assert all(r.length <= r.limit for r in self.live)

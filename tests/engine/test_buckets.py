@@ -16,8 +16,6 @@ def test_every_count_fits_and_the_limits_are_the_largest(rows, tokens):
             size = Buckets.fit(table, count)
             assert size >= count
             assert not any(count <= smaller < size for smaller in table)
-    # A call with scored prompts has room for all rows that decode; the logits of all its tokens are there at once.
-    assert min(rows, tokens) <= buckets.scored <= min(tokens, max(256, rows))
     assert len(buckets.decode) <= 9
     assert len(buckets.tokens) <= 8
     assert len(buckets.mixed_rows) <= 2
@@ -28,7 +26,6 @@ def test_the_table():
     assert buckets.decode == (1, 2, 4, 8, 16, 32, 64)
     assert buckets.tokens == (32, 64, 128, 256, 512)
     assert buckets.mixed_rows == (16, 64)
-    assert buckets.scored == 256
 
 
 def test_beyond_the_largest():

@@ -69,7 +69,7 @@ def check_ranked(ranked, token, values, wanted):
 
 
 def test_logprobs_of_prompts_and_outputs(llm):
-    """Prompts longer than a scored call, beside rows that don't want theirs, twice (the prefix cache has them then)."""
+    """Prompts longer than a call, beside rows that don't want theirs, twice (the prefix cache has them then)."""
     lengths = (1, 2, 70, 33, 120, 5, 64)
     prompts = [ids(20 + i, n) for i, n in enumerate(lengths)]
     wanted = [0, 3, 20, None, 1, None, 2]
@@ -77,7 +77,6 @@ def test_logprobs_of_prompts_and_outputs(llm):
         SamplingParams(max_tokens=6, prompt_logprobs=w, logprobs=None if w == 3 else i, seed=i, ignore_eos=True)
         for i, w in enumerate(wanted)
     ]
-    assert llm.engine.runner.buckets.scored == 32
     for _ in range(2):
         for prompt, p, output in zip(prompts, params, llm.generate(prompts, params), strict=True):
             (completion,) = output.outputs
@@ -143,12 +142,12 @@ def test_priority_decides_who_runs_first(llm):
 
 def test_the_progress_bar_is_on_stderr(llm, capfd):
     params = SamplingParams(max_tokens=4, **GREEDY)
-    llm.generate(["a", "b"], params, use_tqdm=True)
+    llm.generate(["a", "b"], params)
     out, err = capfd.readouterr()
     assert out == ""
     assert "2/2" in err
     assert "tokens/s" in err
-    llm.generate(["a", "b"], params)
+    llm.generate(["a", "b"], params, use_tqdm=False)
     assert capfd.readouterr() == ("", "")
 
 

@@ -62,21 +62,19 @@ def test_any_sequence_of_events():
         page_size=st.integers(1, 5),
         max_rows=st.integers(1, 5),
         more_tokens=st.integers(0, 12),
-        scored=st.integers(0, 6),
         prefix_caching=st.sampled_from([True, True, True, False]),
         operations=st.lists(st.one_of(*[OPERATIONS] * 9, RESTART), min_size=10, max_size=60),
     )
-    def run(num_pages, page_size, max_rows, more_tokens, scored, prefix_caching, operations):
+    def run(num_pages, page_size, max_rows, more_tokens, prefix_caching, operations):
         max_tokens = max_rows + more_tokens
-        scored_tokens = min(max_rows + scored, max_tokens)
-        device = Device(make(num_pages, page_size, max_rows, max_tokens, prefix_caching, scored_tokens))
+        device = Device(make(num_pages, page_size, max_rows, max_tokens, prefix_caching))
         play(device, operations)
         drain(device)
         seen.update(device.seen)
 
     run()
     assert seen["events"] >= 10_000
-    for happened in ("hits", "shared reads", "preemptions", "overlapped", "short", "dead rows", "aborts"):
+    for happened in ("hits", "shared reads", "preemptions", "overlapped", "short", "dead rows", "aborts", "texts"):
         assert seen[happened] >= 100, (happened, seen)
 
 
@@ -225,13 +223,17 @@ def test_prompts_go_in_chunks_beside_rows_that_decode():
     assert device.step(4).steps == 4
 
 
-def test_scored_prompts_bound_a_call():
-    device = Device(make(num_pages=50, max_rows=4, max_tokens=32, scored_tokens=10))
-    plain, scored, other = device.add(4, 9), device.add(14, 2, kind="scored"), device.add(12, 2)
-    assert device.step(1).chunks == [(plain, 4), (scored, 6)]
-    schedule = device.step(1)
-    assert (schedule.decode, schedule.chunks) == ([plain], [(scored, 8), (other, 1)])
-    assert device.step(1).chunks == [(other, 11)]  # a scored row that decodes bounds nothing
+def test_a_scored_text_begins_with_what_others_have_computed_and_ends_with_its_last_chunk():
+    device = Device(make(num_pages=50, page_size=4, max_rows=4, max_tokens=16))
+    device.add([1] * 20, 2)
+    drain(device)
+    text = device.add([1] * 20, 0, kind="text")
+    schedule = device.launch(1)
+    assert (schedule.chunks, schedule.start, schedule.samples) == ([(text, 12)], [8], [0])  # scored from 11 on
+    assert text.hits == 8
+    assert not device.launch(1).requests
+    device.take()
+    assert text not in device.live
     drain(device)
 
 

@@ -28,6 +28,10 @@ def test_matches_transformers(checkpoints, name):
         error = np.abs(np.asarray(logits) - reference.logits).max() / np.abs(reference.logits).max()
         assert error < 1e-4
 
+        (scored,) = llm.score([prompt])
+        expected = jax.nn.log_softmax(reference.logits)[np.arange(len(prompt) - 1), prompt[1:]]
+        np.testing.assert_allclose(scored.logprobs, expected, atol=1e-4)
+
         together = llm.generate([{"prompt_token_ids": p} for p in reference.prompts], GREEDY)
         (alone,) = llm.generate(reference.prompts[1], GREEDY)
         for output, expected, gaps in zip(together, reference.greedy, reference.gaps, strict=True):
