@@ -1,13 +1,90 @@
-"""OpenAI's batch format."""
+"""OpenAI's form for what comes back: one line per batch line. Format: see `openai_request`.
+
+Everything in it follows from the row and its output, so that a job that was killed and started again writes the same:
+ids are digests of the row's place and custom_id, `created` is 0, and there are no times and no counts of cached tokens.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 from jaxinfer.batch.row import Row
-from jaxinfer.engine.outputs import RequestOutput
+from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestOutput
+
+LEAST = -9999.0  # what OpenAI writes for a logprob that JSON has no number for
 
 
 def response_line(row: Row, output: RequestOutput | None, *, model: str) -> dict[str, Any]:
-    """The line of an OpenAI row (`row.openai`). output None: only if the row has an error. model: its name."""
-    raise NotImplementedError
+    """The line of an OpenAI row (`row.openai`). output None: only if the row has an error. model: the name of what ran,
+    whatever the line called it. Of a row that failed, `response` has status_code 400 and says why."""
+    digest = hashlib.blake2b(f"{row.index}:{row.custom_id}".encode(), digest_size=12).hexdigest()
+    error = row.error if row.error is not None else output.error if output is not None else "no output"
+    if error is not None or output is None or row.ask is None or row.ask.params is None:
+        status = 400
+        body: dict[str, Any] = {
+            "error": {"message": error, "type": "invalid_request_error", "param": None, "code": None}
+        }
+    else:
+        status = 200
+        chat = row.ask.messages is not None
+        body = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": 0,
+            "model": model,
+            "choices": [(_message if chat else _text)(one, row.ask.params.logprobs or 0) for one in output.outputs],
+            "usage": _usage(output),
+        }
+    response = {"status_code": status, "request_id": f"req_{digest}", "body": body}
+    return {"id": f"batch_req_{digest}", "custom_id": row.custom_id, "response": response, "error": None}
+
+
+def _usage(output: RequestOutput) -> dict[str, int]:
+    prompt, completion = len(output.prompt_token_ids), sum(len(one.token_ids) for one in output.outputs)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _message(one: CompletionOutput, wanted: int) -> dict[str, Any]:
+    logprobs = None
+    if one.logprobs is not None:
+        content = [
+            _entry(sampled) | {"top_logprobs": [_entry(x) for x in ranked if x.rank <= wanted][:wanted]}
+            for sampled, ranked in _steps(one)
+        ]
+        logprobs = {"content": content, "refusal": None}
+    message = {"role": "assistant", "content": one.text, "refusal": None}
+    return {"index": one.index, "message": message, "logprobs": logprobs, "finish_reason": one.finish_reason}
+
+
+def _text(one: CompletionOutput, _: int) -> dict[str, Any]:
+    """top_logprobs has the sampled token too. text_offset counts from the beginning of the answer."""
+    logprobs: dict[str, list[Any]] | None = None
+    if one.logprobs is not None:
+        logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        offset = 0
+        for sampled, ranked in _steps(one):
+            logprobs["tokens"].append(sampled.decoded_token)
+            logprobs["token_logprobs"].append(_finite(sampled))
+            # Several tokens can have the same text: the likeliest one stays.
+            logprobs["top_logprobs"].append({x.decoded_token: _finite(x) for x in reversed(ranked)})
+            logprobs["text_offset"].append(offset)
+            offset += len(sampled.decoded_token)
+    return {"index": one.index, "text": one.text, "logprobs": logprobs, "finish_reason": one.finish_reason}
+
+
+def _steps(one: CompletionOutput) -> Iterator[tuple[Logprob, list[Logprob]]]:
+    """Of each token: itself, and all that are reported, itself too, likeliest first."""
+    for token, step in zip(one.token_ids, one.logprobs or (), strict=True):
+        yield step[token], sorted(step.values(), key=lambda x: x.rank)
+
+
+def _entry(one: Logprob) -> dict[str, Any]:
+    # Where a token is part of a character, its own bytes are not known here.
+    own = None if "\ufffd" in one.decoded_token else list(one.decoded_token.encode())
+    return {"token": one.decoded_token, "logprob": _finite(one), "bytes": own}
+
+
+def _finite(one: Logprob) -> float:
+    return max(one.logprob, LEAST)

@@ -1,17 +1,37 @@
-"""From a record to a row."""
+"""From a record to a row: which of the forms it has, and whether it makes sense."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
-from jaxinfer.batch.row import Record, Row, Task
+from jaxinfer.batch import openai_request as request
+from jaxinfer.batch.fields import FORMS, conversation, decoded, kind, own_params, text, token_ids, tools
+from jaxinfer.batch.row import Ask, Record, Row, Task
+from jaxinfer.batch.template import PromptTemplate
+from jaxinfer.batch.values import json_value, parse_json, printable
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.text.files import one_line
 
 
 class Parser:
-    """Understands records. `defaults`: where a row's parameters start from; `options`: what the job's user set over
-    them (for OpenAI lines: over OpenAI's defaults). Raises ValueError for a bad template or bad options."""
+    """Understands the records of one job.
+
+    A row has one of `prompt`, `messages`, `text` and `prompt_token_ids`, or what `prompt_template` makes of its
+    columns; then these names are columns like any other.
+
+        generate   prompt or text, prompt_token_ids
+        chat       messages, with `tools` if it has some; prompt or text: what the user says
+        score      text or prompt_token_ids, as a whole; or `continuation`, given prompt, which may be empty
+
+    Sampling parameters of its own are under `params` or `sampling_params`, by the names of SamplingParams; null is not
+    given. A column that only happens to be called like a parameter (`seed`, `n`) is none. Where a file can't have lists
+    and objects, they may be there as JSON in text. OpenAI batch lines (`jaxinfer.batch.openai_request`) may be among
+    the rows of generate and chat, where each one's url decides which it is.
+
+    defaults: the parameters of rows, before `options`, those that the job's user asked for. For OpenAI lines the
+    options change OpenAI's defaults instead. Raises ValueError for a template or an option that is no good.
+    """
 
     def __init__(
         self,
@@ -19,8 +39,103 @@ class Parser:
         defaults: SamplingParams,
         options: Mapping[str, Any] | None = None,
         prompt_template: str | None = None,
-    ): ...
+    ):
+        if task not in get_args(Task):
+            raise ValueError(f"task is {task!r}: it must be one of {', '.join(get_args(Task))}")
+        self.task = task
+        self._options = dict(options or {})
+        self._params = defaults.with_changes(**self._options)
+        self._template = None if prompt_template is None else PromptTemplate(prompt_template)
 
     def parse(self, record: Record) -> Row:
-        """The row; one that is no good has `error`, nothing is raised."""
-        raise NotImplementedError
+        """The row. Nothing is raised: one that is no good has an `error`."""
+        columns: dict[str, Any] = {}
+        problems: list[str] = []
+        batch_line, custom_id = False, None
+        try:
+            columns = self._columns(record, problems)
+            batch_line = self._template is None and request.is_batch_line(columns)
+            if batch_line:
+                line, columns = columns, {}
+                custom_id = request.custom_id(line)
+            if problems:
+                raise ValueError(problems[0])
+            ask = self._openai_ask(line) if batch_line else self._ask(columns)
+            return Row(record.index, record.where, columns, ask, None, batch_line, custom_id)
+        except (ValueError, OverflowError) as error:  # integers in JSON have no limit
+            problem = printable(f"{record.where}: {one_line(error)}")
+            return Row(record.index, record.where, columns, None, problem, batch_line, custom_id)
+
+    def _columns(self, record: Record, problems: list[str]) -> dict[str, Any]:
+        if record.error is not None:
+            raise ValueError(record.error)
+        value = parse_json(record.value) if isinstance(record.value, bytes) else record.value
+        if not isinstance(value, dict):
+            raise ValueError(f'a row must be an object such as {{"prompt": ...}}, and is {kind(value)}')
+        used = (*FORMS, "continuation") if self._template is None else self._template.columns
+        columns: dict[str, Any] = {}
+        for name, item in value.items():
+            found: list[str] = ["binary, not text"] if isinstance(item, bytes) and name in used else []
+            columns[json_value(name, found)] = json_value(item, found)
+            problems += [f"{name!r:.80} is {problem}" for problem in found]
+        return columns
+
+    def _openai_ask(self, line: dict[str, Any]) -> Ask:
+        if self.task == "score":
+            raise ValueError("an OpenAI batch line can't be scored: it is for the tasks generate and chat")
+        return request.ask(line, self._options)
+
+    def _ask(self, row: dict[str, Any]) -> Ask:
+        form, prompt = self._prompt(row)
+        if self.task == "score":
+            return _score(row, form, prompt, self._template is not None)
+        if not prompt:
+            raise ValueError(f"{form} is empty")
+        own = own_params(row)
+        params = self._params.with_changes(**own) if own else self._params
+        if self.task == "generate":
+            if form == "messages":
+                raise ValueError("messages are for the task chat, and this is generate")
+            return Ask(prompt=prompt, params=params)
+        if form == "prompt_token_ids":
+            raise ValueError("prompt_token_ids have no chat template: they are for the task generate, and this is chat")
+        messages = prompt if form == "messages" else [{"role": "user", "content": prompt}]
+        return Ask(messages=messages, tools=tools(row), params=params)
+
+    def _prompt(self, row: dict[str, Any]) -> tuple[str, Any]:
+        """The form of the row's prompt, and the prompt."""
+        if self._template is not None:
+            return "prompt", self._template.fill(row)
+        forms = [form for form in FORMS if row.get(form) is not None]
+        if len(forms) > 1:  # in CSV, a column that a row does not have is empty
+            forms = [form for form in forms if row[form] != ""] or forms[:1]
+        if len(forms) > 1:
+            raise ValueError(f"has both {forms[0]} and {forms[1]}: leave one out, or use a prompt template")
+        if not forms:
+            there = ", ".join(map(repr, row)) or "nothing"
+            raise ValueError(f"has none of {', '.join(FORMS)}, and no prompt template was given; has {there}")
+        form = forms[0]
+        if form == "messages":
+            return form, conversation(decoded(row, form))
+        if form == "prompt_token_ids":
+            return form, token_ids(form, decoded(row, form))
+        return form, text(form, row[form])
+
+
+def _score(row: dict[str, Any], form: str, prompt: Any, templated: bool) -> Ask:
+    if form == "messages":
+        raise ValueError("messages can't be scored: score text, or a continuation of a prompt")
+    if own_params(row):
+        raise ValueError("sampling parameters are for what is generated, and this is scored: leave params out")
+    continuation = row.get("continuation")
+    if continuation is None or (continuation == "" and form != "prompt"):  # as CSV has it in rows without one
+        if form == "prompt" and not templated:
+            raise ValueError("prompt without continuation: say text instead to score it as a whole")
+        if not prompt:
+            raise ValueError(f"{form} is empty")
+        return Ask(prompt=prompt)
+    if form != "prompt":
+        raise ValueError(f"has both {form} and continuation: a continuation follows a prompt")
+    if not text("continuation", continuation):
+        raise ValueError("continuation is empty")
+    return Ask(prompt=prompt, continuation=continuation)

@@ -1,0 +1,99 @@
+"""The fields of rows that mean something, checked. All raise ValueError, one line that names the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.batch.values import parse_json
+from jaxinfer.text.chat import check_messages
+
+FORMS = ("prompt", "messages", "text", "prompt_token_ids")
+
+
+def kind(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return names.get(type(value), "null")
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be text, and is {kind(value)}")
+    return value
+
+
+def decoded(row: Mapping[str, Any], name: str) -> Any:
+    """A list or an object, or the same as JSON in text: CSV has nothing else. None for text that is empty."""
+    value = row.get(name)
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value) if value.strip() else None
+    except ValueError as error:
+        raise ValueError(f"{name} is text that is no JSON: {error}") from None
+
+
+def token_ids(name: str, value: Any) -> list[int]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name} must be a list of token ids, and is {kind(value)}{' without any' * (value == [])}")
+    for i, token in enumerate(value):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+            raise ValueError(f"{name}[{i}] is {token!r:.40}, and no token id")
+    return value
+
+
+def conversation(messages: Any) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them: fields that are null are left out (tables have them), except content, and
+    text in parts, which templates of models of text alone print as they would any list, becomes plain text."""
+    check_messages(messages)
+    return [
+        {
+            key: _content(value, f"messages[{i}]") if key == "content" else value
+            for key, value in message.items()
+            if value is not None or key == "content"
+        }
+        for i, message in enumerate(messages)
+    ]
+
+
+def _content(content: Any, where: str) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        if part["type"] != "text":
+            raise ValueError(f"{where}: content has a part of type {part['type']!r:.40}; only text is supported")
+        texts.append(text(f"{where}: text of a part", part.get("text")))
+    return "\n".join(texts)
+
+
+def tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """`tools`, JSON schemas; None where there are none."""
+    given = decoded(row, "tools")
+    if given is not None and not (isinstance(given, list) and all(isinstance(tool, dict) for tool in given)):
+        raise ValueError("tools must be a list of JSON schemas, each an object")
+    return given or None
+
+
+def own_params(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row's own sampling parameters; those that are null are not given."""
+    names = [name for name in ("params", "sampling_params") if row.get(name) not in (None, "")]
+    if not names:
+        return {}
+    if len(names) > 1:
+        raise ValueError("there are both params and sampling_params: leave one out")
+    given = decoded(row, names[0])
+    if not isinstance(given, dict):
+        raise ValueError(f"{names[0]} must be an object of sampling parameters, and is {kind(given)}")
+    return with_int_bias({name: value for name, value in given.items() if value is not None})
+
+
+def with_int_bias(params: dict[str, Any]) -> dict[str, Any]:
+    """With the token ids of logit_bias as integers: keys in JSON are text. What is no integer is left for
+    SamplingParams to refuse."""
+    bias = params.get("logit_bias")
+    if isinstance(bias, dict):
+        ids = {int(key) if key.isascii() and key.isdecimal() and len(key) < 20 else key: v for key, v in bias.items()}
+        params = params | {"logit_bias": ids}
+    return params
