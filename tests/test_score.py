@@ -164,7 +164,7 @@ def test_where_prompt_and_continuation_meet(llm):
     tokenizer = llm.tokenizer
     spaced = encode_pair("one ", "two", tokenizer)
     assert spaced == encode_pair("one", " two", tokenizer)
-    assert sum(spaced, []) == tokenizer.encode("one two")
+    assert [*spaced[0], *spaced[1]] == tokenizer.encode("one two")
     assert spaced[0] == tokenizer.encode("one")
     nothing = encode_pair("", "two", tokenizer)
     first = [prefix_token_id(tokenizer)]
