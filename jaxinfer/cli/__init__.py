@@ -17,7 +17,7 @@ from jaxinfer import __version__
 from jaxinfer.cli.console import say_error
 
 # A new command is a line here and a file beside this one.
-COMMANDS = ("generate", "chat", "bench", "models")
+COMMANDS = ("generate", "chat", "batch", "bench", "lm_eval", "models")
 
 app = typer.Typer(name="jaxinfer", add_completion=False, pretty_exceptions_enable=False)
 for _name in COMMANDS:
@@ -25,7 +25,8 @@ for _name in COMMANDS:
     if isinstance(_command, typer.Typer):
         app.add_typer(_command, name=_name)
     else:
-        app.command(_name)(_command)
+        settings = getattr(_command, "context_settings", None)
+        app.command(_name.replace("_", "-"), context_settings=settings)(_command)
 
 # What every mistake in a command line derives from: click's, which typer has moved between versions.
 UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])

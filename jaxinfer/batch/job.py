@@ -1,0 +1,156 @@
+"""A batch job from its files to its parts: `run`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack, get_args
+
+from jaxinfer.batch.identity import model_fingerprint
+from jaxinfer.batch.manifest import open_manifest
+from jaxinfer.batch.merge import finish
+from jaxinfer.batch.parquet import parquet_modules
+from jaxinfer.batch.parse import Parser
+from jaxinfer.batch.parts import Format, Output
+from jaxinfer.batch.progress import Progress
+from jaxinfer.batch.readers import count_rows, records
+from jaxinfer.batch.row import Task
+from jaxinfer.batch.shards import parse_shard
+from jaxinfer.batch.sources import find_sources
+from jaxinfer.batch.summary import Summary
+from jaxinfer.batch.writer import Writer
+from jaxinfer.checkpoint.hub import resolve
+from jaxinfer.sampling.params import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxinfer.engine.load import LoadOptions
+    from jaxinfer.llm import LLM
+
+
+def run(
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | LLM,
+    task: Task = "generate",
+    sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+    prompt_template: str | None = None,
+    truncate: bool = False,
+    token_ids: bool = False,
+    format: Format | None = None,
+    rows_per_part: int = 1000,
+    shard: str | None = None,
+    max_errors: int | None = None,
+    show_progress: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    **options: Unpack[LoadOptions],
+) -> Summary:
+    """Runs all rows of some files through a model, and writes a result for each, in their order.
+
+    Killed at any moment and called again with the same arguments, it goes on after the last part that it wrote; the
+    output is then what it would have been. Rows that can't be served become rows with an `error`.
+
+    inputs: files, globs, folders, URLs, "-" for stdin: see `sources`. output: a folder, or a file *.jsonl, *.parquet;
+    format: of a folder's parts, jsonl by default. model: a folder or hub id (`options` as for LLM), or an LLM.
+    sampling_params: of rows that have none of their own; as a mapping, what differs from the checkpoint's.
+    prompt_template: makes prompts of columns, "Translate: {text}".
+    option seed: rows that sample and have no seed of their own get one that is made of it and their number.
+    truncate: of prompts that are too long, keep BOS and the last tokens, so that max_tokens (at most half of the
+    context) fit. token_ids: write them too; when scoring, also each one's log-probability.
+    rows_per_part: a part is in memory until it is complete. shard: "I/N", to do every N-th part (see `merge`).
+    max_errors: raise TooManyErrors beyond so many rows with an error.
+    stop: asked all the time; once it is true, the part that is the next one is finished, and no more.
+
+    Raises ValueError, FileNotFoundError and other OSErrors, each with one line.
+    """
+    _check(task, rows_per_part, max_errors)
+    out = Output(os.fspath(output), format)
+    if out.format == "parquet":
+        parquet_modules()
+    changes = dataclasses.asdict(sampling_params) if isinstance(sampling_params, SamplingParams) else sampling_params
+    Parser(task, SamplingParams(), changes, prompt_template)  # mistakes show before a model is loaded
+    seed = options.pop("seed", 0)
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(show_progress))
+        sources = find_sources([os.fspath(one) for one in _listed(inputs)])
+        folder = _folder(model, options)
+        manifest = open_manifest(out, *parse_shard(shard))
+        job = {
+            "inputs": [{"name": s.name, "size": s.size, "fingerprint": s.fingerprint()} for s in sources],
+            "model": model_fingerprint(folder),
+            "task": task,
+            "sampling_params": dict(changes or {}),
+            "prompt_template": prompt_template,
+            "seed": seed,
+            "truncate": truncate,
+            "token_ids": token_ids,
+            "format": out.format,
+            "rows_per_part": rows_per_part,
+        }
+        manifest.check(job, out)
+        if manifest.complete:
+            return Summary.of(out, manifest)
+        out.make()
+        stack.enter_context(out.lock(manifest.name))
+        manifest.save(out)  # before the model is loaded, which may take long: an output that can't be written shows now
+        if manifest.finished:  # killed when there was only the end to do
+            finish(out, manifest)
+            return Summary.of(out, manifest)
+
+        from jaxinfer.batch.loop import Loop  # JAX comes with it
+        from jaxinfer.batch.results import Results
+        from jaxinfer.llm import LLM
+
+        if not isinstance(model, LLM):
+            options.setdefault("on_progress", progress.say)
+            options.pop("revision", None)
+            model = stack.enter_context(LLM(folder, **options))
+        manifest.check({"dtype": str(model.dtype), "max_model_len": model.sizes.max_model_len}, out)
+        if stop():
+            return Summary.of(out, manifest)
+        parser = Parser(task, model.get_default_sampling_params(), changes, prompt_template)
+        results = Results(task, (changes or {}).get("n", 1), token_ids, out.format == "parquet", folder.name)
+        writer = Writer(out, manifest, max_errors)
+        progress.begin(writer, count_rows(sources) if show_progress and manifest.shards == 1 else None)
+        before, rows, tokens, start = model.stats, writer.rows, writer.tokens, time.perf_counter()
+        first = 0 if results.parquet and manifest.columns is None else manifest.next_part * rows_per_part
+        loop = Loop(model, parser, results, writer, progress, seed=seed, truncate=truncate, stop=stop)
+        loop.run(records(sources, first))
+        if manifest.finished:
+            finish(out, manifest)
+        seconds, after = max(time.perf_counter() - start, 1e-9), model.stats
+        busy = after.prefill_seconds + after.decode_seconds - before.prefill_seconds - before.decode_seconds
+        asked = after.queried_tokens - before.queried_tokens
+        return Summary.of(
+            out,
+            manifest,
+            rows_now=manifest.rows - rows,
+            seconds=seconds,
+            tokens_per_second=(writer.tokens - tokens) / seconds,
+            device_share=busy / seconds,
+            cache_hit_rate=(after.hit_tokens - before.hit_tokens) / asked if asked else 0.0,
+        )
+
+
+def _check(task: str, rows_per_part: int, max_errors: int | None) -> None:
+    if task not in get_args(Task):
+        raise ValueError(f"task is {task!r}: it must be one of {', '.join(get_args(Task))}")
+    for name, value, low in (("rows_per_part", rows_per_part, 1), ("max_errors", max_errors, 0)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+            raise ValueError(f"{name} is {value!r}: it must be an integer of at least {low}")
+
+
+def _listed(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Sequence[str | os.PathLike[str]]:
+    return [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+
+
+def _folder(model: str | os.PathLike[str] | LLM, options: LoadOptions) -> Path:
+    if isinstance(model, str | os.PathLike):
+        return resolve(model, options.get("revision"), options.get("token"))
+    if options:
+        raise ValueError(f"option {next(iter(options))!r} is for loading a model, and this one is an LLM already")
+    return model.folder

@@ -1,0 +1,168 @@
+"""What a job is, and how much of it is done: a small JSON file beside the parts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from jaxinfer.batch.parts import Output
+
+FORMAT = 1
+# Who reads a folder of Parquet files leaves out names that begin with an underscore.
+NAME = re.compile(r"_manifest(?:-(\d{5,})-of-(\d{5,}))?\.json")
+
+
+@dataclass
+class Manifest:
+    """`_manifest.json`, or `_manifest-00001-of-00004.json` of shard 1 of 4 (the first is 0).
+
+    It is the truth: it is written after each part, and a part that it does not count is written again.
+
+    job: what the output depends on. parts: how many of this shard's are finished; rows, errors, tokens: what is in
+    them. columns: of Parquet parts. input_rows: how many rows the input has, as soon as that is known. complete: all
+    parts of this shard are there (and the file made of them, where the output is one that is not sharded).
+    """
+
+    shard: int = 0
+    shards: int = 1
+    job: dict[str, Any] = field(default_factory=dict)
+    parts: int = 0
+    rows: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    columns: dict[str, Any] | None = None
+    input_rows: int | None = None
+    complete: bool = False
+
+    @property
+    def name(self) -> str:
+        return "_manifest.json" if self.shards == 1 else f"_manifest-{self.shard:05d}-of-{self.shards:05d}.json"
+
+    @property
+    def rows_per_part(self) -> int:
+        return int(self.job["rows_per_part"])
+
+    @property
+    def all_parts(self) -> int:
+        """Of all shards, once the input's rows are known. There is a part 0 even if there are no rows."""
+        return max(1, math.ceil((self.input_rows or 0) / self.rows_per_part))
+
+    @property
+    def finished(self) -> bool:
+        """Whether all parts of this shard are written."""
+        return self.input_rows is not None and self.next_part >= self.all_parts
+
+    @property
+    def next_part(self) -> int:
+        """The number of the first part that is not finished."""
+        return self.shard + self.parts * self.shards
+
+    def save(self, output: Output) -> None:
+        """Writes it, all of it or nothing."""
+        self.write(output, output.path(self.name))
+
+    def write(self, output: Output, path: str) -> None:
+        output.write(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+
+    def check(self, job: Mapping[str, Any], output: Output) -> None:
+        """Raises ValueError naming what differs from `job`, which may have a part of the fields; those that were not
+        known so far are taken."""
+        found = differences(self.job, json.loads(json.dumps(job)))
+        if found:
+            raise ValueError(
+                f"{output.name}: holds another job: {'; '.join(found)}; give another output, or the old job"
+            )
+        self.job |= json.loads(json.dumps(job))
+
+
+def read_manifest(output: Output, path: str) -> Manifest:
+    """Raises ValueError for a file that is not a manifest of this version."""
+    try:
+        content = json.loads(output.fs.cat_file(path))
+        if content.pop("format") != FORMAT:
+            raise ValueError("of another version of jaxinfer")
+        return Manifest(**content)
+    except FileNotFoundError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not a manifest that can be read ({error}); remove the output to begin anew"
+        ) from None
+
+
+def open_manifest(output: Output, shard: int, shards: int) -> Manifest:
+    """The shard's manifest, a new one if the job is new here. Looks at what is there, and removes stale temporaries.
+
+    Raises ValueError for an output that is somebody else's.
+    """
+    wanted = Manifest(shard, shards)
+    if output.file is not None and output.fs.exists(done := finished_path(output)):
+        if not output.fs.exists(output.file):
+            raise ValueError(f"{output.file}: is gone, and {done} says that it is there; remove that to begin anew")
+        return read_manifest(output, done)
+    names = output.names()
+    if wanted.shards > 1 and "_manifest.json" in names:
+        merged = read_manifest(output, output.path("_manifest.json"))
+        if merged.complete:
+            return merged
+    manifests = {name: NAME.fullmatch(name) for name in names if NAME.fullmatch(name)}
+    others = [name for name, found in manifests.items() if found and int(found[2] or 1) != shards]
+    if others:
+        raise ValueError(
+            f"{output.folder}: {others[0]} says that the job has other shards than --shard {shard}/{shards}"
+        )
+    if not manifests:
+        strange = [name for name in names if not re.fullmatch(r"\..*\.tmp|\.lock.*", name)]
+        if strange:
+            raise ValueError(f"{output.folder}: not empty, and not of a batch job ({strange[0]}): give a new folder")
+        if output.file is not None and output.fs.exists(output.file):
+            raise ValueError(f"{output.file}: is there already, and not of a batch job: give a new name, or remove it")
+    if wanted.name not in manifests:
+        return wanted
+    manifest = read_manifest(output, output.path(wanted.name))
+    there = output.numbers()
+    gone = [p for p in range(shard, manifest.next_part, shards) if p not in there]
+    if gone:
+        raise ValueError(
+            f"{output.part(gone[0])}: is gone, and the manifest counts it; remove the output to begin anew"
+        )
+    mine = (re.fullmatch(r"\.part-(\d+)\..*\.tmp", name) for name in names)
+    stale = [found[0] for found in mine if found and int(found[1]) % shards == shard]
+    output.remove([*stale, f".{wanted.name}.tmp"])
+    return manifest
+
+
+def finished_path(output: Output) -> str:
+    """Where the manifest is once one file has been made of the parts."""
+    assert output.file is not None
+    return f"{output.file}.manifest.json"
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two jobs, in words. Fields that only one of the jobs has don't count at the top."""
+    if where == "inputs":
+        return _input_differences(old, new)
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = old.keys() & new.keys() if not where else old.keys() | new.keys()
+        parts = [differences(old.get(n), new.get(n), f"{where}.{n}" if where else n) for n in sorted(names)]
+        return [difference for part in parts for difference in part]
+    return [] if old == new else [f"{where} was {json.dumps(old)} and is {json.dumps(new)}"]
+
+
+def _input_differences(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
+    names = [[os.path.basename(one["name"]) for one in files] for files in (old, new)]
+    if names[0] != names[1]:
+        gone, added = (sorted(set(a) - set(b)) for a, b in (names, names[::-1]))
+        changes = [f"{n} is {w}" for w, files in (("no longer there", gone), ("new", added)) for n in files]
+        return [f"the input files were others ({', '.join(changes[:3]) or 'their order'})"]
+    return [
+        f"{b['name']} has changed since (it had {a['size']} bytes, and has {b['size']})"
+        for a, b in zip(old, new, strict=True)
+        if a["fingerprint"] != b["fingerprint"]
+    ]

@@ -1,0 +1,124 @@
+"""The end of a job: its parts as one output."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from jaxinfer.batch.manifest import NAME, Manifest, differences, finished_path, read_manifest
+from jaxinfer.batch.parquet import parquet_modules
+from jaxinfer.batch.parts import Output
+from jaxinfer.batch.summary import Summary
+
+SUMS = ("parts", "rows", "errors", "prompt_tokens", "generated_tokens")
+PIECE = 2**20  # bytes that are copied at a time
+
+
+def finish(output: Output, manifest: Manifest) -> None:
+    """Marks a shard as complete; where the output is one file and the shard is all, makes it of the parts."""
+    manifest.complete = True
+    if output.file is not None and manifest.shards == 1:
+        _join([output] * manifest.parts, output, manifest)
+    else:
+        manifest.save(output)
+
+
+def merge(output: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Summary:
+    """Makes one output of the shards of a job.
+
+    output: where the shards wrote, or the first of their outputs; others: the rest, where each has its own. They stay
+    as they are. Called again after it was killed, it goes on.
+    Raises ValueError if a shard is missing or not complete, if they are of different jobs, or if a part is gone, and
+    OSError if the output can't be written.
+    """
+    outputs = [Output(os.fspath(one)) for one in (output, *others)]
+    target = outputs[0]
+    done = target.path("_manifest.json") if target.file is None else finished_path(target)
+    if target.fs.exists(done):
+        merged = read_manifest(target, done)
+        if not merged.complete:
+            raise ValueError(f"{done}: is of a job without shards that is not complete: run it again")
+    else:
+        found = _shards(outputs)
+        places = [found[part % len(found)][0] for part in range(found[0][1].all_parts)]
+        numbers = {one.folder: one.numbers() for one in outputs}
+        gone = [one.part(p) for p, one in enumerate(places) if p not in numbers[one.folder]]
+        if gone:
+            raise ValueError(f"{gone[0]}: is gone, and the manifest counts it; run its shard anew, in a new folder")
+        sums: dict[str, Any] = {name: sum(getattr(one, name) for _, one in found) for name in SUMS}
+        merged = replace(found[0][1], shard=0, shards=1, **sums)
+        if target.file is not None:
+            _join(places, target, merged)
+            return Summary.of(target, merged)
+        target.make()
+        for part, place in enumerate(places):
+            if place is not target:
+                with place.fs.open(place.part(part), "rb") as one, target.whole(target.part(part)) as file:
+                    shutil.copyfileobj(one, file, PIECE)
+        merged.save(target)
+    if target.file is None:
+        target.remove([name for name in target.names() if NAME.fullmatch(name) and name != merged.name])
+    return Summary.of(target, merged)
+
+
+def _shards(outputs: Sequence[Output]) -> list[tuple[Output, Manifest]]:
+    """All shards of a job and where they are."""
+    found: dict[int, tuple[Output, Manifest]] = {}
+    for output in outputs:
+        for name in output.names():
+            if not NAME.fullmatch(name):
+                continue
+            path = output.path(name)
+            manifest = read_manifest(output, path)
+            if not manifest.complete:
+                raise ValueError(f"{path}: this shard is not complete: run it again until it is")
+            if manifest.shard in found:
+                raise ValueError(f"{path}: this shard is also in {found[manifest.shard][0].folder}; name it once")
+            found[manifest.shard] = output, manifest
+    if not found:
+        raise ValueError(f"{outputs[0].folder}: there are no shards of a batch job")
+    first = min(found.items())[1][1]
+    for output, manifest in found.values():
+        different = differences(first.job, manifest.job)
+        for name in ("shards", "input_rows", "columns"):
+            different += differences(getattr(first, name), getattr(manifest, name), name)
+        if different:
+            raise ValueError(f"{output.path(manifest.name)}: is of another job: {'; '.join(different)}")
+    missing = [i for i in range(first.shards) if i not in found]
+    if missing:
+        raise ValueError(f"shard {missing[0]}/{first.shards} is not there: run it, or name its output too")
+    return [found[i] for i in range(first.shards)]
+
+
+def _join(places: Sequence[Output], target: Output, manifest: Manifest) -> None:
+    """Makes one file of all parts, in order, and removes the folder of parts. places: where each part is.
+
+    Raises ValueError naming a part that has not as many rows as were written.
+    """
+    assert target.file is not None
+    assert manifest.input_rows is not None
+    with target.whole(target.file) as file:
+        writer: Any = None
+        for part, place in enumerate(places):
+            rows = 0
+            with place.fs.open(place.part(part), "rb") as one:
+                if target.format == "parquet":
+                    parquet = parquet_modules()[1]
+                    table = parquet.read_table(one)
+                    rows = table.num_rows
+                    writer = writer or parquet.ParquetWriter(file, table.schema)
+                    writer.write_table(table)
+                while target.format == "jsonl" and (piece := one.read(PIECE)):
+                    file.write(piece)
+                    rows += piece.count(b"\n")
+            expected = min(manifest.rows_per_part, manifest.input_rows - part * manifest.rows_per_part)
+            if rows != expected:
+                raise ValueError(f"{place.part(part)}: has {rows} rows, and {expected} were written: run the job anew")
+        if writer is not None:
+            writer.close()
+    manifest.write(target, finished_path(target))
+    if target.names():
+        target.fs.rm(target.folder, recursive=True)

@@ -1,0 +1,206 @@
+"""`jaxinfer batch`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from jaxinfer.cli.bench import BatchingOptions
+from jaxinfer.cli.console import say_error
+from jaxinfer.cli.options import LoadOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS
+
+if TYPE_CHECKING:
+    from jaxinfer.batch import Summary
+
+OUTPUT, STOPPING = "Output", "Stopping, and more than one machine"
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written, and how."""
+
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            show_default=False,
+            help="A folder for parts, or a file *.jsonl or *.parquet; local, gs:// or s3://.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
+    format: Annotated[
+        Literal["jsonl", "parquet"] | None,
+        typer.Option(help="Of a folder's parts; without it, jsonl.", rich_help_panel=OUTPUT),
+    ] = None
+    rows_per_part: Annotated[
+        int, typer.Option(metavar="N", min=1, help="A part is written when it is complete.", rich_help_panel=OUTPUT)
+    ] = 1000
+    token_ids: Annotated[
+        bool, typer.Option("--token-ids", help="Also write token ids (scoring: and their log-probabilities).")
+    ] = False
+
+
+@dataclass(frozen=True)
+class StoppingOptions:
+    """When a job ends before its end, and what is its share."""
+
+    max_errors: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="End when more rows have errors.", rich_help_panel=STOPPING),
+    ] = None
+    grace: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS", min=0, help="After SIGTERM: to finish the part that is next.", rich_help_panel=STOPPING
+        ),
+    ] = 20.0
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do every N-th part, from the I-th on (0/N is the first); by itself on hosts of a TPU slice or Slurm.",
+            rich_help_panel=STOPPING,
+        ),
+    ] = None
+
+
+@grouped
+def batch(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="Files, globs, folders, URLs; - is stdin (JSON Lines).")
+    ],
+    *,
+    task: Annotated[Literal["generate", "chat", "score"], typer.Option(help="What to do with a row.")] = "generate",
+    prompt_template: Annotated[
+        str | None, typer.Option(metavar="T", help="Makes prompts of columns: 'Translate: {text}'.")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Of prompts that are too long, keep the end; else they are errors.")
+    ] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Log-probabilities of the tokens, and of the N likeliest ones.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Make one output of those of a job's shards, which INPUT... names.")
+    ] = False,
+    output: OutputOptions,
+    stopping: StoppingOptions,
+    batching: BatchingOptions,
+    load: LoadOptions,
+    sampling: SamplingOptions,
+    verbosity: Verbosity,
+) -> None:
+    """Run all rows of files through a model, and write a result for each; killed, the same command goes on.
+
+    Rows: {"prompt"}, {"messages"}, {"text"} or {"prompt", "continuation"}, each with "params" if it has its own, or
+    OpenAI batch lines; in .jsonl, .csv, .txt (also .gz, .zst) and .parquet. A JSON summary is printed at the end.
+    """
+    verbosity.apply().hide()
+    if merge:
+        from jaxinfer.batch import merge as merge_shards
+
+        _print(merge_shards(*inputs))
+        return
+    if output.output is None:
+        raise ValueError("--output is missing: a folder, or a file *.jsonl or *.parquet")
+    changes = {name: value for name, value in dataclasses.asdict(sampling).items() if value is not None}
+    seed = changes.pop("seed", 0)
+    if logprobs is not None:
+        changes["logprobs"] = logprobs
+    if task == "score":
+        meaningless = [name for name, value in changes.items() if (name, value) != ("max_tokens", DEFAULT_MAX_TOKENS)]
+        if meaningless:
+            raise ValueError(f"--{meaningless[0].replace('_', '-')}: nothing is sampled when scoring; leave it out")
+        changes = {}
+    from jaxinfer.batch import TooManyErrors, run
+    from jaxinfer.demo import MODEL_DIR
+
+    with _terminable(stopping.grace) as stop, _to_go_on():
+        try:
+            summary = run(
+                inputs,
+                output.output,
+                model=load.model or MODEL_DIR,
+                task=task,
+                sampling_params=changes,
+                prompt_template=prompt_template,
+                truncate=truncate,
+                token_ids=output.token_ids,
+                format=output.format,
+                rows_per_part=output.rows_per_part,
+                shard=stopping.shard,
+                max_errors=stopping.max_errors,
+                show_progress=not verbosity.quiet,
+                stop=stop,
+                seed=seed,
+                revision=load.revision,
+                dtype=load.dtype,
+                max_model_len=load.max_model_len,
+                max_num_seqs=batching.max_num_seqs,
+                max_num_batched_tokens=batching.max_num_batched_tokens,
+            )
+        except TooManyErrors as error:
+            say_error(error)
+            raise typer.Exit(1) from None
+        if not summary.complete:
+            raise Terminated
+    if not summary.seconds and not verbosity.quiet:
+        print(f"jaxinfer: {summary.output} is complete already", file=sys.stderr)
+    _print(summary)
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _terminable(grace: float) -> Iterator[Callable[[], bool]]:
+    """From now on SIGTERM is a request to stop, which what is given knows of; after `grace` seconds it is an order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+
+    def ask(*_: Any) -> None:
+        asked.set()
+        signal.setitimer(signal.ITIMER_REAL, max(grace, 1e-3))
+
+    def order(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGALRM, order)
+    try:
+        yield asked.is_set
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGALRM, before[1])
+
+
+@contextlib.contextmanager
+def _to_go_on() -> Iterator[None]:
+    """Says how to go on after SIGTERM and Ctrl-C."""
+    try:
+        yield
+    except (Terminated, KeyboardInterrupt) as end:
+        print(f"jaxinfer: stopped; to go on: {shlex.join(['jaxinfer', *sys.argv[1:]])}", file=sys.stderr)
+        if isinstance(end, Terminated):
+            raise typer.Exit(128 + signal.SIGTERM) from None
+        raise
+
+
+def _print(summary: Summary) -> None:
+    print(json.dumps(dataclasses.asdict(summary)))
