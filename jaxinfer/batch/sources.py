@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import importlib
 import os
+import re
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,15 +40,10 @@ class Source:
         """What is in it, json, csv, text or parquet, and how it is packed, "", .gz or .zst. Stdin is JSON Lines.
 
         Raises ValueError for a suffix that says something else."""
-        if self.url == STDIN:
-            return "json", ""
-        stem, packing = os.path.splitext(self.name.lower())
-        if packing not in PACKED:
-            stem, packing = self.name.lower(), ""
-        kind = KINDS.get(os.path.splitext(stem)[1])
-        if kind is None or (kind == "parquet" and packing):
+        found = ("json", "") if self.url == STDIN else _format(self.name)
+        if found is None:
             raise ValueError(f"input {self.name}: its suffix says nothing that is known; known are {KNOWN}")
-        return kind, packing
+        return found
 
     def open(self) -> IO[bytes]:
         """The file, to read. Raises OSError."""
@@ -79,7 +76,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     """The files that INPUT... mean: each a path, a glob, a folder, one of these as a URL, or "-".
 
     Order is as given; within a glob or a folder by name. A folder means the files directly in it that have a known
-    suffix, but neither *.json, which are settings more often than rows, nor names that begin with a dot.
+    suffix, but not *.json, which are settings more often than rows. Neither finds names that begin with a dot.
     Raises ValueError, or FileNotFoundError and other OSErrors, before anything is read.
     """
     if not inputs:
@@ -137,30 +134,44 @@ def _find(given: str) -> list[Source]:
         elif fs.exists(path) or not any(c in path for c in "*?["):  # a name may have brackets of its own
             infos, nothing = [fs.info(path)], ""
         else:
-            infos = [info for info in fs.glob(path, detail=True).values() if info["type"] != "directory"]
+            found = fs.glob(path, detail=True).values()
+            infos = [info for info in found if info["type"] != "directory" and not _is_hidden(info)]
             nothing = "no file matches"
-        sources = [_source(fs, info, given) for info in sorted(infos, key=lambda info: info["name"])]
-    if not sources:
+    if not infos:
         raise FileNotFoundError(f"{where}: {nothing}")
-    for source in sources:
-        if source.size < 0:
-            raise ValueError(f"input {source.name}: not a regular file; for a pipe, give - and pipe it into stdin")
-    return sources
+    return [_source(fs, info, given) for info in sorted(infos, key=lambda info: info["name"])]
+
+
+def _format(name: str) -> tuple[str, str] | None:
+    stem, packing = os.path.splitext(os.path.basename(name).lower())
+    if packing in PACKED:
+        stem, suffix = os.path.splitext(stem)
+    else:
+        suffix, packing = packing, ""
+    kind = KINDS.get(suffix)
+    return None if kind is None or (kind == "parquet" and packing) else (kind, packing)
 
 
 def _is_rows(info: dict[str, Any]) -> bool:
-    name = os.path.basename(info["name"]).lower()
-    plain = name.removesuffix(".gz").removesuffix(".zst")
-    suffix = os.path.splitext(plain)[1]
-    return info["type"] != "directory" and not name.startswith(".") and suffix in KINDS.keys() - {".json"}
+    name = info["name"].lower()
+    settings = re.search(r"\.json(\.|$)", name)
+    return info["type"] != "directory" and not _is_hidden(info) and not settings and _format(name) is not None
+
+
+def _is_hidden(info: dict[str, Any]) -> bool:
+    return os.path.basename(info["name"]).startswith(".")
 
 
 def _source(fs: Any, info: dict[str, Any], given: str) -> Source:
-    """A local file is shown as it was named: relative if `given` was. Size -1: not a regular file."""
+    """A local file is shown as it was named: relative if `given` was."""
     path = info["name"]
     if not isinstance(fs, LocalFileSystem):
         url = fs.unstrip_protocol(path)
         return Source(url, url, info["size"] or 0)
     relative = not (os.path.isabs(given) or given.startswith(("file:", "local:", "~")))
-    size = os.path.getsize(path) if os.path.isfile(path) else -1  # fsspec says "other" of a link
-    return Source(os.path.relpath(path) if relative else path, path, size)
+    name = os.path.relpath(path) if relative else path
+    with reading(f"input {name}"):
+        status = os.stat(path)  # of what a link leads to, unlike fsspec's
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"input {name}: not a regular file; for a pipe, give - and pipe it into stdin")
+    return Source(name, path, status.st_size)
