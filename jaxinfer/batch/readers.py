@@ -18,7 +18,7 @@ from jaxinfer.text.files import one_line
 MAX_LINE = 64 * 2**20  # bytes: a longer one is no row, but a file of something else
 TOO_LONG = f"the line has over {MAX_LINE >> 20} MiB, and no row is that long"
 PIECE = 2**18
-PACKED_PIECE = 2**12  # small, as a few bytes can unpack to thousands of times as many
+PACKED_PIECE = 2**8  # small, as 4 bytes of zstd can be 2**17 when they are unpacked
 BATCH = 256  # rows of Parquet at a time
 BOM = b"\xef\xbb\xbf"
 
@@ -121,10 +121,9 @@ def _lines(source: Source) -> Iterator[tuple[int, bytes | None]]:
     number = 0
     with source.open() as file:
         try:
-            pieces = iter(lambda: file.read(PIECE), b"")
-            packing = source.format[1]
-            if packing:
-                pieces = _unpacked(iter(lambda: file.read(PACKED_PIECE), b""), packing, source.name)
+            pieces: Iterator[bytes] = iter(lambda: file.read(PIECE), b"")
+            if packing := source.format[1]:
+                pieces = _unpacked(pieces, packing, source.name)
             for number, line in enumerate(_split(pieces), 1):
                 if number == 1:
                     line = line.removeprefix(BOM)
@@ -157,7 +156,7 @@ def _unpacked(pieces: Iterator[bytes], packing: str, name: str) -> Iterator[byte
     files, this raises EOFError where the last one is cut off."""
     zstd = need("zstandard", name).ZstdDecompressor() if packing == ".zst" else None
     unit: Any = None
-    for piece in pieces:
+    for piece in (piece[i : i + PACKED_PIECE] for piece in pieces for i in range(0, len(piece), PACKED_PIECE)):
         while piece := piece if unit else piece.lstrip(b"\0"):  # zeros in between are padding
             if unit is None:
                 unit = zstd.decompressobj() if zstd else zlib.decompressobj(wbits=31)
