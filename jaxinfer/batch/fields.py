@@ -78,15 +78,15 @@ def tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 def own_params(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row's own sampling parameters; those that are null are not given."""
-    names = [name for name in ("params", "sampling_params") if row.get(name) not in (None, "")]
-    if not names:
-        return {}
-    if len(names) > 1:
+    there = {name: decoded(row, name) for name in ("params", "sampling_params")}
+    there = {name: value for name, value in there.items() if value is not None}
+    if len(there) > 1:
         raise ValueError("there are both params and sampling_params: leave one out")
-    given = decoded(row, names[0])
-    if not isinstance(given, dict):
-        raise ValueError(f"{names[0]} must be an object of sampling parameters, and is {kind(given)}")
-    return with_int_bias({name: value for name, value in given.items() if value is not None})
+    for name, given in there.items():
+        if not isinstance(given, dict):
+            raise ValueError(f"{name} must be an object of sampling parameters, and is {kind(given)}")
+        return with_int_bias({parameter: value for parameter, value in given.items() if value is not None})
+    return {}
 
 
 def with_int_bias(params: dict[str, Any]) -> dict[str, Any]:

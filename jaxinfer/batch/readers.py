@@ -156,7 +156,7 @@ def _unpacked(pieces: Iterator[bytes], packing: str, name: str) -> Iterator[byte
     files, this raises EOFError where the last one is cut off."""
     zstd = need("zstandard", name).ZstdDecompressor() if packing == ".zst" else None
     unit: Any = None
-    for piece in (piece[i : i + PACKED_PIECE] for piece in pieces for i in range(0, len(piece), PACKED_PIECE)):
+    for piece in (big[i : i + PACKED_PIECE] for big in pieces for i in range(0, len(big), PACKED_PIECE)):
         while piece := piece if unit else piece.lstrip(b"\0"):  # zeros in between are padding
             if unit is None:
                 unit = zstd.decompressobj() if zstd else zlib.decompressobj(wbits=31)

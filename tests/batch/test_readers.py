@@ -217,9 +217,10 @@ def test_packed_files_that_are_cut_or_damaged_say_where(tmp_path, suffix):
     packed = PACK[suffix](b"\n".join(noise[i : i + 100] for i in range(0, len(noise), 100)))
     assert len(read(tmp_path, f"a.jsonl{suffix}", packed)) == 400
     for content in (packed[:-1], packed[: len(packed) // 2], packed + packed[:7], packed + b"rubbish", b"{}\n"):
-        found = []
+        found: list[Record] = []
         (tmp_path / f"a.jsonl{suffix}").write_bytes(content)
-        problem = line(lambda: found.extend(records(find_sources([str(tmp_path / f"a.jsonl{suffix}")]))), OSError)
+        reading = records(find_sources([str(tmp_path / f"a.jsonl{suffix}")]))
+        problem = line(lambda reading=reading, found=found: found.extend(reading), OSError)
         assert f"a.jsonl{suffix}: can't be read on after line" in problem
         rows = int(found[-1].where.rsplit(":")[-1]) if found else 0
         assert f"line {rows}:" in problem
