@@ -18,7 +18,7 @@ LAYERS = [
     {"checkpoint", "text", "processors", "sampling", "adapters"},
     {"engine"},
     {"plan", "llm"},
-    {"batch", "tuning", "server", "demo", "benchmark"},
+    {"batch", "tuning", "server", "demo", "benchmark", "lm_eval"},
     {"api"},
     {"cli"},
     {"__init__", "__main__"},

@@ -168,6 +168,8 @@ class Scheduler:
         count = min(budget, request.length - request.computed)
         if count > 0:
             schedule.chunks.append((request, count))
+            # Even those admitted to the same call find it: a layer writes all rows' keys before any row looks.
+            self.publish(request, request.computed + count)
         return max(count, 0)
 
     def _promise(self, schedule: Schedule) -> None:
@@ -183,7 +185,6 @@ class Scheduler:
                 request.computed += counts[i]
                 request.decoding = request.computed == request.length
                 samples = int(request.decoding and request.room > 0)
-                self.publish(request, request.computed)
             request.length += samples
             schedule.samples.append(samples)
 

@@ -74,7 +74,17 @@ def test_any_sequence_of_events():
 
     run()
     assert seen["events"] >= 10_000
-    for happened in ("hits", "shared reads", "preemptions", "overlapped", "short", "dead rows", "aborts", "texts"):
+    for happened in (
+        "hits",
+        "shared reads",
+        "preemptions",
+        "overlapped",
+        "short",
+        "dead rows",
+        "aborts",
+        "texts",
+        "shared in a call",
+    ):
         assert seen[happened] >= 100, (happened, seen)
 
 

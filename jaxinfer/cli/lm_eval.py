@@ -1,0 +1,38 @@
+"""`jaxinfer lm-eval`."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval, EleutherAI's evaluation harness, on a model.
+
+    All arguments are lm-eval's own: jaxinfer lm-eval --model_args pretrained=FOLDER --tasks T --num_fewshot 5.
+    model_args takes every option of jaxinfer.LLM. Needs: pip install 'jaxinfer[lm-eval]'.
+    """
+    arguments = context.args or ["--help"]
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ImportError as error:
+        raise ValueError(f"lm-eval is not installed ({error}): pip install 'jaxinfer[lm-eval]'") from None
+    import jaxinfer.lm_eval  # noqa: F401  this registers the model
+
+    # Another command of lm-eval (`ls tasks`) comes first, where there is one.
+    runs = arguments[0] == "run" or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"))
+    if runs and not any(argument.split("=")[0] in ("--model", "-M") for argument in arguments):
+        arguments = [*arguments, "--model", "jaxinfer"]
+    before, sys.argv = sys.argv, ["jaxinfer lm-eval", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+
+
+lm_eval.context_settings = {  # type: ignore[attr-defined]
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}

@@ -1,0 +1,151 @@
+"""jaxinfer as a model of lm-eval, EleutherAI's evaluation harness (`pip install 'jaxinfer[lm-eval]'`):
+
+    jaxinfer lm-eval --model_args pretrained=FOLDER --tasks hellaswag --num_fewshot 5
+    lm_eval.simple_evaluate(model=JaxInferLM("FOLDER"), tasks=["hellaswag"])
+
+What is scored given which tokens, and where a text is cut, is as in its `hf` model, so results are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+
+from jaxinfer.engine.scoring import Pair, prefix_token_id, rolling_windows
+from jaxinfer.llm import LLM
+from jaxinfer.sampling.params import SamplingParams
+
+LM_EVAL_DEVICE = "cuda:0"  # what lm-eval asks for where its user has not
+MAX_GEN_TOKS = 256  # of a task that says nothing, as in lm-eval's `hf`
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "min_tokens")
+
+
+@register_model("jaxinfer")
+class JaxInferLM(TemplateLM):  # type: ignore[misc]
+    """Scores and generates for lm-eval.
+
+    pretrained: an LLM, or a folder or hub id to load with the further options (those of LLM). max_gen_toks: most tokens
+    of an answer where a task does not say. batch_size: lm-eval always gives one; rows join and leave the batch as they
+    come, so 1 (its default) and "auto" change nothing, and another number is max_num_seqs. device: JAX's, if any.
+    Raises ValueError for options that LLM does not have.
+    """
+
+    def __init__(
+        self,
+        pretrained: LLM | str,
+        *,
+        max_gen_toks: int = MAX_GEN_TOKS,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **options: Any,
+    ):
+        super().__init__()
+        platform = jax.default_backend()
+        if device not in (None, LM_EVAL_DEVICE) and device != platform:
+            raise ValueError(f"device is {device!r}: JAX has chosen {platform}; leave it out, or set JAX_PLATFORMS")
+        rows = max_batch_size or (None if str(batch_size or 1) in ("1", "auto") else int(str(batch_size)))
+        if rows is not None:
+            options["max_num_seqs"] = rows
+        if isinstance(pretrained, LLM) and options:
+            raise ValueError(f"{next(iter(options))} is an option of loading, and the model is loaded already")
+        self.llm = pretrained if isinstance(pretrained, LLM) else LLM(pretrained, **options)
+        self.max_gen_toks = max_gen_toks
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that the model sees."""
+        return self.llm.sizes.max_model_len
+
+    @property
+    def eot_token_id(self) -> int:
+        eos = self.llm.tokenizer.eos_token_id
+        return self.prefix_token_id if eos is None else eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        return prefix_token_id(self.llm.tokenizer)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.llm.folder).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The checkpoint's template, for lm-eval's record of the run. Raises ValueError for another's name."""
+        if isinstance(chat_template, str):
+            raise ValueError(f"chat_template is {chat_template!r}: only the checkpoint's default one can be used")
+        return self.llm.tokenizer.chat_templates.templates.get("default") if chat_template else None
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text. Without add_generation_prompt it ends with its last message, to be continued."""
+        text = self.llm.tokenizer.chat_prompt(chat_history, None, add_generation_prompt)
+        last = chat_history[-1]["content"].strip()
+        return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids; as the tokenizer puts special tokens, unless the text has its BOS already."""
+        tokenizer = self.llm.tokenizer
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, tokenizer.decode([self.prefix_token_id], False))
+        return tokenizer.encode(string, add_special_tokens)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(given[-(self.max_length + 1 - len(scored)) :], scored) for _, given, scored in requests]
+        outputs = self.llm.score(
+            [given for given, _ in pairs], [scored for _, scored in pairs], use_tqdm=not disable_tqdm
+        )
+        answers = [(output.logprob, output.is_greedy) for output in outputs]
+        for (asked, _, _), answer in zip(requests, answers, strict=True):
+            if asked is not None:
+                self.cache_hook.add_partial("loglikelihood", asked, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows of max_length."""
+        windows: list[list[Pair]] = [
+            list(rolling_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length))
+            for request in requests
+        ]
+        parts = iter(self._loglikelihood_tokens([(None, *pair) for text in windows for pair in text], disable_tqdm))
+        answers = [sum(next(parts)[0] for _ in text) for text in windows]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answer)
+        return answers
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continues each context up to a stop string, EOS, or as many tokens as its task allows."""
+        prompts, params, stops = [], [], []
+        eos = self.llm.tokenizer.decode([self.eot_token_id], False)
+        for context, given in (request.args for request in requests):
+            wanted: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+            new, until = wanted.pop("max_gen_toks"), handle_stop_sequences(wanted.pop("until"), eos)
+            wanted.pop("do_sample")
+            unknown = sorted(set(wanted) - set(SAMPLING))
+            if unknown:
+                raise ValueError(f"generation_kwargs: {unknown[0]} is not supported; there are {', '.join(SAMPLING)}")
+            if new >= self.max_length:
+                raise ValueError(f"generation_kwargs: max_gen_toks is {new}, and max_model_len is {self.max_length}")
+            stop = [string for string in until if string]
+            prompts.append(self.tok_encode(context)[-(self.max_length - new) :])
+            params.append(SamplingParams(max_tokens=new, stop=stop, **wanted))
+            stops.append(stop)
+        outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
+        texts = [
+            postprocess_generated_text(output.outputs[0].text, stop, None)
+            for output, stop in zip(outputs, stops, strict=True)
+        ]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
