@@ -59,18 +59,17 @@ def _message(one: CompletionOutput, wanted: int) -> dict[str, Any]:
 
 
 def _text(one: CompletionOutput, _: int) -> dict[str, Any]:
-    """top_logprobs has the sampled token too. text_offset counts from the beginning of the answer."""
-    logprobs: dict[str, list[Any]] | None = None
+    """top_logprobs has the sampled token too. text_offset is null: a token's own text may be without its space."""
+    logprobs: dict[str, Any] | None = None
     if one.logprobs is not None:
-        logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        offset = 0
-        for sampled, ranked in _steps(one):
-            logprobs["tokens"].append(sampled.decoded_token)
-            logprobs["token_logprobs"].append(_finite(sampled))
+        steps = list(_steps(one))
+        logprobs = {
+            "tokens": [sampled.decoded_token for sampled, _ in steps],
+            "token_logprobs": [_finite(sampled) for sampled, _ in steps],
             # Several tokens can have the same text: the likeliest one stays.
-            logprobs["top_logprobs"].append({x.decoded_token: _finite(x) for x in reversed(ranked)})
-            logprobs["text_offset"].append(offset)
-            offset += len(sampled.decoded_token)
+            "top_logprobs": [{x.decoded_token: _finite(x) for x in reversed(ranked)} for _, ranked in steps],
+            "text_offset": None,
+        }
     return {"index": one.index, "text": one.text, "logprobs": logprobs, "finish_reason": one.finish_reason}
 
 

@@ -35,8 +35,10 @@ _REMEDIES = {"tools": '; calls are not parsed here: give rows {"messages", "tool
 
 
 def is_batch_line(row: Mapping[str, Any]) -> bool:
-    """Whether a row is meant as an OpenAI batch line, a good one or not."""
-    return {"url", "body"} <= row.keys() or ("custom_id" in row and not row.keys() & set(FORMS))
+    """Whether a row is meant as an OpenAI batch line, a good one or one that lacks something. A row with a prompt of its
+    own may have columns of these names."""
+    names = {"custom_id", "method", "url", "body"}
+    return len(names & row.keys()) >= 3 and not row.keys() & set(FORMS)
 
 
 def custom_id(line: Mapping[str, Any]) -> str:

@@ -88,9 +88,13 @@ def test_a_body_may_be_json_in_text():
 
 
 def test_other_rows_may_have_such_columns():
-    for columns in ({"prompt": "hi", "custom_id": 5, "url": "x"}, {"text": "hi", "body": "x"}):
+    line = {"custom_id": 5, "method": "POST", "url": "x", "body": "x"}
+    for columns in (line | {"prompt": "hi"}, line | {"text": "hi"}):
         found = Parser("generate", GREEDY).parse(Record(0, "rows.jsonl:1", columns))
         assert (found.openai, found.error, found.columns) == (False, None, columns)
+    found = Parser("generate", GREEDY).parse(Record(0, "rows.jsonl:1", {"url": "x", "body": "of a web page"}))
+    assert not found.openai
+    assert "has none of prompt" in found.error
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -233,7 +237,7 @@ def test_a_completion_comes_back():
         "tokens": ["hi", "\ufffd"],
         "token_logprobs": [-2.0, -0.1],
         "top_logprobs": [{"hi": -2.0, "ho": -0.5}, {"ho": -9999.0, "\ufffd": -0.1}],
-        "text_offset": [0, 2],
+        "text_offset": None,
     }
     assert body["choices"] == [{"index": 0, "text": "hi é", "logprobs": logprobs, "finish_reason": "stop"}]
     json.dumps(answer, allow_nan=False)
