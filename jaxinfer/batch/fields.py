@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.batch.values import parse_json
+from jaxinfer.batch.values import json_value, parse_json
 from jaxinfer.text.chat import check_messages
 
 FORMS = ("prompt", "messages", "text", "prompt_token_ids")
@@ -28,10 +28,16 @@ def decoded(row: Mapping[str, Any], name: str) -> Any:
     value = row.get(name)
     if not isinstance(value, str):
         return value
+    if not value.strip():
+        return None
+    problems: list[str] = []
     try:
-        return parse_json(value) if value.strip() else None
+        value = json_value(parse_json(value), problems)
     except ValueError as error:
-        raise ValueError(f"{name} is text that is no JSON: {error}") from None
+        problems.append(str(error))
+    if problems:
+        raise ValueError(f"{name} is text, and as JSON it is no good: {problems[0]}")
+    return value
 
 
 def token_ids(name: str, value: Any) -> list[int]:

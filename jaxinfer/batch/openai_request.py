@@ -35,8 +35,8 @@ _REMEDIES = {"tools": '; calls are not parsed here: give rows {"messages", "tool
 
 
 def is_batch_line(row: Mapping[str, Any]) -> bool:
-    """Whether a row is meant as an OpenAI batch line, a good one or one that lacks something. A row with a prompt of its
-    own may have columns of these names."""
+    """Whether a row is meant as an OpenAI batch line, a good one or one that lacks something. A row with a prompt of
+    its own may have columns of these names."""
     names = {"custom_id", "method", "url", "body"}
     return len(names & row.keys()) >= 3 and not row.keys() & set(FORMS)
 
@@ -61,8 +61,8 @@ def ask(line: Mapping[str, Any], options: dict[str, Any]) -> Ask:
     if not isinstance(body, dict):
         raise ValueError(f"body must be an object, and is {kind(body)}")
     body = {name: value for name, value in body.items() if value is not None and name not in _LABELS}
-    for name in _ONLY.keys() & body.keys():
-        if body[name] not in _ONLY[name]:
+    for name, value in body.items():
+        if name in _ONLY and value not in _ONLY[name]:
             raise ValueError(f"{name} is not supported{_REMEDIES.get(name, '')}; leave it out")
     given = {name: value for name, value in body.items() if name not in _ONLY}
     if url == CHAT:

@@ -108,7 +108,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"custom_id": ""}, "custom_id is empty"),
     ({"body": ...}, "body must be an object, and is null"),
     ({"body": []}, "body must be an object, and is a list"),
-    ({"body": "hi"}, "body is text that is no JSON"),
+    ({"body": "hi"}, "body is text, and as JSON it is no good: not JSON"),
     ({"body": {}}, "messages: expected a list"),
     ({"body": {"prompt": "hi", "messages": USER}}, "'prompt' is not supported"),
     ({"body": {"messages": []}}, "messages: the list is empty"),
@@ -116,6 +116,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"stream": True}, "stream is not supported"),
+    (
+        {"tool_choice": 1, "modalities": 1, "stream": 1, "tools": 1, "suffix": 1},
+        "tool_choice is not",
+    ),  # always the first
     ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
     ({"tools": [{"type": "function"}]}, "tools is not supported"),
     ({"tool_choice": "auto"}, "tool_choice is not supported"),
