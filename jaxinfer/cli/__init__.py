@@ -17,16 +17,16 @@ from jaxinfer import __version__
 from jaxinfer.cli.console import say_error
 
 # A new command is a line here and a file beside this one.
-COMMANDS = ("generate", "chat", "batch", "bench", "lm_eval", "models")
+COMMANDS = ("generate", "chat", "batch", "score", "bench", "lm-eval", "models")
 
 app = typer.Typer(name="jaxinfer", add_completion=False, pretty_exceptions_enable=False)
 for _name in COMMANDS:
-    _command = getattr(importlib.import_module(f"jaxinfer.cli.{_name}"), _name)
+    _function = _name.replace("-", "_")
+    _command = getattr(importlib.import_module(f"jaxinfer.cli.{_function}"), _function)
     if isinstance(_command, typer.Typer):
         app.add_typer(_command, name=_name)
     else:
-        settings = getattr(_command, "context_settings", None)
-        app.command(_name.replace("_", "-"), context_settings=settings)(_command)
+        app.command(_name, context_settings=getattr(_command, "context_settings", None))(_command)
 
 # What every mistake in a command line derives from: click's, which typer has moved between versions.
 UsageError = cast("type[Exception]", typer.BadParameter.__bases__[0])
