@@ -14,22 +14,7 @@ pytest.importorskip("lm_eval")
 # What other libraries warn about is theirs.
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
-WORDS = [
-    "stone",
-    "river",
-    "lamp",
-    "green",
-    "seven",
-    "under",
-    "walks",
-    "paper",
-    "the",
-    "a",
-    "of",
-    "slow",
-    "bright",
-    "music",
-]
+WORDS = ["stone", "river", "lamp", "green", "seven", "under", "walks", "paper", "the", "a", "of", "slow", "music"]
 
 TASKS = {
     "choice": {
