@@ -16,6 +16,7 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from jaxinfer.batch.values import printable
 from jaxinfer.text.files import one_line
 
 STDIN = "-"
@@ -169,7 +170,7 @@ def _source(fs: Any, info: dict[str, Any], given: str) -> Source:
         url = fs.unstrip_protocol(path)
         return Source(url, url, info["size"] or 0)
     relative = not (os.path.isabs(given) or given.startswith(("file:", "local:", "~")))
-    name = os.path.relpath(path) if relative else path
+    name = printable(os.path.relpath(path) if relative else path)
     with reading(f"input {name}"):
         status = os.stat(path)  # of what a link leads to, unlike fsspec's
     if not stat.S_ISREG(status.st_mode):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from jaxinfer import LLM
 from jaxinfer.batch.openai import response_line
 from jaxinfer.batch.parse import Parser
 from jaxinfer.batch.row import Ask, Record, Row
@@ -275,3 +276,25 @@ def test_what_can_not_be_served_comes_back_as_an_error():
     answer = response_line(row({"messages": USER}), error_output(0, "too long"), model="m")
     assert answer["response"]["status_code"] == 400
     assert answer["response"]["body"]["error"]["message"] == "too long"
+
+
+@pytest.mark.slow
+def test_lines_through_a_model(checkpoints):
+    lines = [
+        row({"messages": USER, "temperature": 0, "logprobs": True, "max_tokens": 8}),
+        row({"prompt": "hi", "logprobs": 2, "n": 2, "seed": 1, "stop": ["e"]}, COMPLETIONS),
+    ]
+    with LLM(checkpoints("llama").folder, max_num_seqs=4, max_num_batched_tokens=64) as llm:
+        asks = [line.ask for line in lines]
+        prompts = [llm.chat_prompt(ask.messages) if ask.messages else ask.prompt for ask in asks]
+        outputs = llm.generate(prompts, [ask.params for ask in asks])
+    bodies = [response_line(*pair, model="m")["response"]["body"] for pair in zip(lines, outputs, strict=True)]
+    json.dumps(bodies, allow_nan=False)
+    (choice,) = bodies[0]["choices"]
+    assert choice["message"]["content"] == outputs[0].outputs[0].text
+    assert len(choice["logprobs"]["content"]) == bodies[0]["usage"]["completion_tokens"]
+    for one, completion in zip(bodies[1]["choices"], outputs[1].outputs, strict=True):
+        assert one["text"] == completion.text
+        logprobs = one["logprobs"]
+        lengths = {len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs")}
+        assert lengths == {len(completion.token_ids)}

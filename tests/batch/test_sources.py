@@ -1,6 +1,7 @@
 """Which files are read: found, named, refused, told apart."""
 
 import os
+import subprocess
 import sys
 
 import fsspec
@@ -41,6 +42,13 @@ def test_files_globs_and_folders_in_the_order_given(folder):
 def test_a_name_may_look_like_a_glob():
     write("a[1].jsonl", "a1.jsonl")
     assert names("a[1].jsonl") == ["a[1].jsonl"]
+
+
+def test_a_name_that_is_not_unicode_is_shown_as_well_as_it_can_be():
+    write(os.fsdecode(b"a\xff.jsonl"))
+    (source,) = find_sources(["*.jsonl"])
+    assert source.name == "a?.jsonl"
+    assert source.open().read() == b"{}\n"
 
 
 def test_links_are_the_files_that_they_lead_to(folder):
@@ -174,3 +182,8 @@ def test_a_file_that_may_not_be_read():
     (source,) = find_sources(["a.jsonl"])
     assert "a.jsonl" in line(source.open, PermissionError)
     assert "a.jsonl" in line(source.fingerprint, PermissionError)
+
+
+def test_what_is_slow_to_import_is_imported_when_it_is_needed():
+    code = "import sys; from jaxinfer.batch import parse, readers, openai; print(*{'jax', 'pyarrow'} & {*sys.modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"\n"
