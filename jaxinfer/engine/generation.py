@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxinfer.engine.request import FinishReason, Request
@@ -28,7 +28,7 @@ class Generation:
         params = request.params
         self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if params.detokenize else None
         self._stops = StopStrings(params.stop_strings, params.include_stop_str_in_output)
-        self._decode_token: Callable[[int], str] = lambda i: tokenizer.decode([i], skip_special_tokens=False)
+        self._token_text = tokenizer.token_text
         self._logprobs: list[Ranked] = []
         self._cumulative = 0.0
         self._added = time.perf_counter()
@@ -117,9 +117,9 @@ class Generation:
         return "" if self._detokenizer is None else self._detokenizer.push([token])
 
     def _ranked(self, token: int, wanted: int, info: Logprobs, at: int | tuple[int, int]) -> Ranked:
-        ranked = {token: Logprob(float(info.sampled[at]), int(info.rank[at]), self._decode_token(token))}
+        ranked = {token: Logprob(float(info.sampled[at]), int(info.rank[at]), self._token_text(token))}
         for rank, (i, v) in enumerate(zip(info.top_ids[at][:wanted], info.top[at][:wanted], strict=True), 1):
-            ranked.setdefault(int(i), Logprob(float(v), rank, self._decode_token(int(i))))
+            ranked.setdefault(int(i), Logprob(float(v), rank, self._token_text(int(i))))
         return ranked
 
 

@@ -153,9 +153,12 @@ class Scheduler:
             self.pages.extend_keys(request.keys, request.tokens)
             request.pages = self.pages.match(request.keys[: request.first_logits // self.pages.page_size])
         matched = len(request.pages)
-        if not self.pages.grow(request.pages, request.length):
+        # Who was preempted leaves a page for each row that runs, or it would be preempted again at once, and again.
+        reserve = len(self.running) if request.preemptions else 0
+        if self.pages.pages_for(request.length) - matched + reserve > self.pages.free_count:
             self.pages.release(request.pages)
             return False
+        self.pages.grow(request.pages, request.length)
         request.published = matched
         request.computed = matched * self.pages.page_size
         if not request.preemptions:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ DEFAULT_MAX_TOKENS = 256  # of jaxinfer.generate and the command line: people wa
 MAX_LOGPROBS = 20
 MAX_STOP_IDS = 8  # a row's stop ids, and its biased tokens, are bounded arrays on the device
 MAX_LOGIT_BIAS = 512
+MAX_BIAS = 1e30  # of one token, either way; the sum of it and a logit must be finite
 GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
 
 
@@ -172,8 +172,11 @@ class SamplingParams:
         if not isinstance(bias, Mapping) or not all(_is_id(i) for i in bias):
             raise self._error("logit_bias", "it must map token ids to numbers")
         for value in bias.values():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise self._error("logit_bias", "every bias must be a finite number; use allowed_token_ids to exclude")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_BIAS:
+                raise self._error(
+                    "logit_bias",
+                    "every bias must be a number of at most 1e30 either way; use allowed_token_ids to exclude",
+                )
         if len(bias) > MAX_LOGIT_BIAS:
             raise self._error("logit_bias", f"at most {MAX_LOGIT_BIAS} tokens may be biased")
 
@@ -182,7 +185,7 @@ def _listed(value: Any) -> list[Any]:
     """Nothing, one item or several, as a list."""
     if value is None:
         return []
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else [value]
 
 
 def _is_id(value: Any) -> bool:

@@ -110,6 +110,13 @@ class Tokenizer(ABC):
                 return token_id, text
         return None
 
+    def token_text(self, token_id: int) -> str:
+        """What one token adds inside a text, the space before it too; special tokens as they are written."""
+        if self.anchor is None:
+            return self.decode_raw([token_id])
+        token, text = self.anchor
+        return self.decode_raw([token, token_id])[len(text) :]
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self.chat_templates.templates)

@@ -130,6 +130,18 @@ def test_the_youngest_gives_its_pages_back_and_begins_anew():
     assert (old.preemptions, young.preemptions) == (0, 1)
 
 
+def test_who_was_preempted_comes_back_when_there_is_room_to_go_on():
+    for preemptions in (0, 1):
+        device = Device(make(num_pages=4, page_size=4, max_rows=3, max_tokens=32))
+        old, young = device.add(4, 2), device.add(8, 1)
+        young.preemptions = preemptions
+        # The old one needs a second page next, and there are two: a new request takes both, this one leaves one.
+        assert device.step(1).requests == ([old] if preemptions else [old, young])
+        while old in device.live:
+            device.step(1)
+        drain(device)
+
+
 def test_nobody_is_preempted_while_tokens_are_on_their_way():
     device = Device(make(num_pages=5, page_size=4, max_rows=3, max_tokens=16))
     old, young = device.add(7, 9), device.add(7, 9)
