@@ -175,7 +175,7 @@ class SamplingParams:
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_BIAS:
                 raise self._error(
                     "logit_bias",
-                    "every bias must be a number of at most 1e30 either way; use allowed_token_ids to exclude",
+                    f"every bias must be a number of at most {MAX_BIAS:g} either way",
                 )
         if len(bias) > MAX_LOGIT_BIAS:
             raise self._error("logit_bias", f"at most {MAX_LOGIT_BIAS} tokens may be biased")
