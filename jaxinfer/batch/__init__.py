@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxinfer.batch.job import run
-    from jaxinfer.batch.merge import merge
+    from jaxinfer.batch.join import merge
     from jaxinfer.batch.summary import Summary
     from jaxinfer.batch.writer import TooManyErrors
 
-_HOME = {"run": "job", "Summary": "summary", "merge": "merge", "TooManyErrors": "writer"}
+_HOME = {"run": "job", "Summary": "summary", "merge": "join", "TooManyErrors": "writer"}
 
 __all__ = ["Summary", "TooManyErrors", "merge", "run"]
 

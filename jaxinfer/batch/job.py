@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 from jaxinfer.batch.identity import model_fingerprint
+from jaxinfer.batch.join import finish
 from jaxinfer.batch.manifest import open_manifest
-from jaxinfer.batch.merge import finish
 from jaxinfer.batch.parquet import parquet_modules
 from jaxinfer.batch.parse import Parser
 from jaxinfer.batch.parts import Format, Output
@@ -92,6 +92,7 @@ def run(
             "rows_per_part": rows_per_part,
         }
         manifest.check(job, out)
+        manifest.check_parts(out)
         if manifest.complete:
             return Summary.of(out, manifest)
         out.make()

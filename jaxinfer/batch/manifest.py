@@ -80,6 +80,20 @@ class Manifest:
             )
         self.job |= json.loads(json.dumps(job))
 
+    def check_parts(self, output: Output) -> None:
+        """Raises ValueError naming a finished part that is not there any more."""
+        if self.complete and output.file is not None and self.shards == 1:
+            if not output.fs.exists(output.file):
+                done = finished_path(output)
+                raise ValueError(f"{output.file}: is gone, and {done} counts it; remove that to begin anew")
+            return
+        there = output.numbers()
+        gone = [part for part in range(self.shard, self.next_part, self.shards) if part not in there]
+        if gone:
+            raise ValueError(
+                f"{output.part(gone[0])}: is gone, and the manifest counts it; remove the rest to begin anew"
+            )
+
 
 def read_manifest(output: Output, path: str) -> Manifest:
     """Raises ValueError for a file that is not a manifest of this version."""
@@ -103,8 +117,6 @@ def open_manifest(output: Output, shard: int, shards: int) -> Manifest:
     """
     wanted = Manifest(shard, shards)
     if output.file is not None and output.fs.exists(done := finished_path(output)):
-        if not output.fs.exists(output.file):
-            raise ValueError(f"{output.file}: is gone, and {done} says that it is there; remove that to begin anew")
         return read_manifest(output, done)
     names = output.names()
     if wanted.shards > 1 and "_manifest.json" in names:
@@ -126,12 +138,6 @@ def open_manifest(output: Output, shard: int, shards: int) -> Manifest:
     if wanted.name not in manifests:
         return wanted
     manifest = read_manifest(output, output.path(wanted.name))
-    there = output.numbers()
-    gone = [p for p in range(shard, manifest.next_part, shards) if p not in there]
-    if gone:
-        raise ValueError(
-            f"{output.part(gone[0])}: is gone, and the manifest counts it; remove the output to begin anew"
-        )
     mine = (re.fullmatch(r"\.part-(\d+)\..*\.tmp", name) for name in names)
     stale = [found[0] for found in mine if found and int(found[1]) % shards == shard]
     output.remove([*stale, f".{wanted.name}.tmp"])

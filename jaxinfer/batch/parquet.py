@@ -13,6 +13,9 @@ PLAIN: dict[type, Kind] = {bool: "bool", int: "int64", float: "float64", str: "s
 OTHERS = "other_columns"  # JSON of what has no column of its own
 
 
+_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
+
+
 def parquet_modules() -> tuple[Any, Any]:
     """pyarrow and pyarrow.parquet. Raises ValueError if they are not installed."""
     try:
@@ -40,12 +43,19 @@ def column_kinds(sample: Iterable[Mapping[str, Any]], results: Mapping[str, Kind
 
 
 def encode(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, Kind]) -> bytes:
-    """A file of these rows.
+    """A file of these rows: their `table`."""
+    file = io.BytesIO()
+    parquet_modules()[1].write_table(table(rows, kinds), file)
+    return file.getvalue()
+
+
+def table(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, Kind]) -> Any:
+    """These rows as a pyarrow.Table with the columns that `kinds` has.
 
     What does not fit, a value of another type or in a column that is not there, goes into the row's `other_columns`, an
     object as JSON: nothing is lost and no row fails.
     """
-    pa, pq = parquet_modules()
+    pa = parquet_modules()[0]
     columns: dict[str, list[Any]] = {column: [] for column in kinds}
     for row in rows:
         others = {c: v for c, v in row.items() if v is not None and not _fits(v, kinds.get(c))}
@@ -65,15 +75,13 @@ def encode(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, Kind]) -> byte
         "list<string>": pa.list_(pa.string()),
     }
     arrays = [pa.array(columns[column], types[kind]) for column, kind in kinds.items()]
-    file = io.BytesIO()
-    pq.write_table(pa.table(arrays, names=list(kinds)), file)
-    return file.getvalue()
+    return pa.table(arrays, names=list(kinds))
 
 
 def to_json(value: Any) -> str:
     """JSON of anything on one line. What JSON has no form for is a string (times, bytes), or null (NaN, infinity)."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+        text = _ENCODE(value)
     except ValueError:
         text = json.dumps(_finite(value), ensure_ascii=False, default=str)
     return (
