@@ -183,7 +183,7 @@ def _parquet(source: Source, first: int, start: int) -> Records:
                 for batch in file.iter_batches(BATCH, row_groups=[group]):
                     skipped = min(max(0, start - first - row), len(batch))
                     row += skipped
-                    for value, error in _values(batch.slice(skipped)):
+                    for value, error in table_rows(batch.slice(skipped)):
                         row += 1
                         yield Record(first + row - 1, f"{source.name}:{row}", value, error)
                 if row != end:
@@ -193,8 +193,8 @@ def _parquet(source: Source, first: int, start: int) -> Records:
     return row
 
 
-def _values(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
-    """The rows of a batch; where it can't be converted as a whole, one row has an error."""
+def table_rows(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
+    """The rows of a pyarrow.RecordBatch or Table; one that can't be converted is an error, and the others are rows."""
     types = need("pyarrow", "Parquet").types
     for i, column in enumerate(batch.schema):
         if types.is_temporal(column.type):  # Python has no nanoseconds, and pandas may be there or not
@@ -206,4 +206,4 @@ def _values(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str | None]]:
             yield None, f"can't be read ({one_line(error)})"
         else:
             for i in range(len(batch)):
-                yield from _values(batch.slice(i, 1))
+                yield from table_rows(batch.slice(i, 1))
