@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class Bench:
                     assert [len(tokens) for tokens in answer["tokens"]] == [one.output_len for one in work]
                     rates[name].append(sum(one.output_len for one in work) / answer["seconds"])
                     same[name] += [a == b for a, b in zip(answer["tokens"], answers["jaxinfer"]["tokens"], strict=True)]
+                    print(f"run {run}: {name}: {rates[name][-1]:.2f} output tokens/s", file=sys.stderr, flush=True)
         ours.close()
         theirs.close()
         best = statistics.median(rates["jaxinfer"])
