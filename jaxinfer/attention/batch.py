@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -24,6 +25,7 @@ class Batch:
     rows       i32[3]      cumulative counts: decode rows, decode + prefill rows, all rows
     logits_at  i32[N]      the tokens whose logits are wanted
     decode_only            static: every row has exactly one token (T == R), so nothing is compiled for prefill
+    mesh                   static: what heads are split over, if there is more than one device
     """
 
     tokens: jax.Array
@@ -35,6 +37,7 @@ class Batch:
     rows: jax.Array
     logits_at: jax.Array
     decode_only: bool = field(default=False, metadata={"static": True})
+    mesh: Mesh | None = field(default=None, metadata={"static": True})
 
     @staticmethod
     def of_sequences(sequences: list[list[int]], length: int | None = None) -> Batch:

@@ -10,13 +10,18 @@ among short ones does not make all of them long.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxinfer.attention.batch import Batch
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.cache import LayerCache
+from jaxinfer.sharding import GROUP, KV
 
 KEY_BLOCK = 128  # keys a loop step; larger blocks fall out of the CPU's second-level cache
 QUERY_TILE = 128  # most query tokens of one row that a prefill tile holds
@@ -40,6 +45,24 @@ def attend(
         return _attend_stream(q, k, v, batch, spec), None
     if not spec.causal:
         raise ValueError("attention over a cache is causal; pass cache=None for attention in both directions")
+    if batch.mesh is None:
+        return _attend_pages(q, k, v, cache, batch, spec)
+    # Heads don't know of each other: each device does its own, with the rows of all.
+    heads, kv_heads = PartitionSpec(None, (KV, GROUP)), PartitionSpec(None, KV)
+    split = jax.shard_map(
+        functools.partial(_attend_pages, spec=spec),
+        mesh=batch.mesh,
+        in_specs=(heads, kv_heads, kv_heads, kv_heads, PartitionSpec()),
+        out_specs=(heads, kv_heads),
+        check_vma=False,
+    )
+    out, cache = split(q, k, v, cache, dataclasses.replace(batch, mesh=None))
+    return out, cache
+
+
+def _attend_pages(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, batch: Batch, spec: AttentionSpec
+) -> tuple[jax.Array, LayerCache]:
     cache = _write(k, v, cache, batch)
     tokens, heads, head_dim = q.shape
     rows = batch.kv_len.shape[0]

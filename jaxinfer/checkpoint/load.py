@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.weights import Source
+from jaxinfer.sharding import Index, padded, partition, parts
 
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
 
 def load_params(
-    model: Model, checkpoint: Checkpoint, device: jax.Device, on_tensor: Callable[[int], None] | None = None
+    model: Model, checkpoint: Checkpoint, place: jax.Device | Mesh, on_tensor: Callable[[int], None] | None = None
 ) -> Params:
-    """All parameters of `model`, in its dtype, on the device. Host memory: the result plus one tensor.
+    """All parameters of `model`, in its dtype, on the device, or split over the mesh. Host memory: the result plus one
+    tensor. Only what this process's devices hold is read, and once. On a mesh MLP width and vocabulary are padded with
+    zeros to what it divides.
 
     `on_tensor` is told the bytes of each tensor read. Raises one ValueError with every missing, unknown, duplicate,
     misshaped and wrongly typed tensor.
@@ -31,15 +36,31 @@ def load_params(
     params: Params = {}
     for name, shape in model.abstract.items():
         source = sources[name]
-        value = checkpoint.read(located[source.name], _part(checkpoint.tensors[located[source.name]].shape, source))
-        if on_tensor is not None:
-            on_tensor(value.nbytes)
-        value = value.T if source.transpose else value
-        if value.dtype != shape.dtype or source.transpose:
-            value = _converted(value, shape.dtype, f"{checkpoint.folder}: {located[source.name]}")
-        params[name] = jax.device_put(value, device)
-        # One tensor at a time: a queue of pending transfers would hold them all.
-        params[name].block_until_ready()
+        stored = located[source.name]
+        sharding: jax.sharding.Sharding
+        if isinstance(place, Mesh):
+            whole = padded(shape.shape, model.axes[name], place)
+            sharding = NamedSharding(place, partition(model.axes[name]))
+        else:
+            whole = shape.shape
+            sharding = SingleDeviceSharding(place)
+        arrays = []
+        for index, devices in parts(sharding, whole).items():
+            # Some devices may hold nothing but padding.
+            real = tuple(
+                (min(start, size), min(stop, size)) for (start, stop), size in zip(index, shape.shape, strict=True)
+            )
+            value = checkpoint.read(stored, _stored_index(real, shape.shape, source))
+            if on_tensor is not None:
+                on_tensor(value.nbytes)
+            value = value.T if source.transpose else value
+            wanted = tuple(stop - start for start, stop in index)
+            if value.dtype != shape.dtype or source.transpose or value.shape != wanted:
+                value = _converted(value, wanted, shape.dtype, f"{checkpoint.folder}: {stored}")
+            arrays += [jax.device_put(value, device) for device in devices]
+            # One tensor at a time: a queue of pending transfers would hold them all.
+            jax.block_until_ready(arrays)
+        params[name] = jax.make_array_from_single_device_arrays(whole, sharding, arrays)
     return params
 
 
@@ -87,24 +108,23 @@ def _stored_shape(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
     return whole[::-1] if source.transpose else whole
 
 
-def _part(stored: tuple[int, ...], source: Source) -> tuple[slice, ...] | None:
-    """The slice of the stored tensor that holds this part of the out axis."""
-    if source.parts == 1:
-        return None
-    axis = len(stored) - 1 if source.transpose else 0
-    size = stored[axis] // source.parts
-    return tuple(
-        slice(source.part * size, (source.part + 1) * size) if i == axis else slice(0, n) for i, n in enumerate(stored)
-    )
+def _stored_index(index: Index, shape: tuple[int, ...], source: Source) -> tuple[slice, ...]:
+    """Where a part of a weight lies in the stored tensor, which may have others before it on the out axis."""
+    first = source.part * shape[0] if shape else 0
+    slices = tuple(slice(start + first * (i == 0), stop + first * (i == 0)) for i, (start, stop) in enumerate(index))
+    return slices[::-1] if source.transpose else slices
 
 
 def _converted(
-    value: np.ndarray[Any, np.dtype[Any]], dtype: np.dtype[Any], where: str
+    value: np.ndarray[Any, np.dtype[Any]], shape: tuple[int, ...], dtype: np.dtype[Any], where: str
 ) -> np.ndarray[Any, np.dtype[Any]]:
-    """A copy in C order and in another dtype, aligned so that XLA:CPU makes no third one."""
-    result = aligned(value.size * dtype.itemsize).view(dtype).reshape(value.shape)
+    """A copy in C order, in another dtype and with zeros up to a larger shape, aligned so that XLA:CPU makes no third
+    one."""
+    result = aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+    if value.shape != shape:
+        result[...] = 0
     with np.errstate(over="ignore"):
-        np.copyto(result, value, casting="unsafe")
+        np.copyto(result[tuple(map(slice, value.shape))], value, casting="unsafe")
     # Only float16 has less range than what it is cast from.
     if dtype == np.float16 and np.isinf(result).any():
         raise ValueError(f"{where}: has values beyond float16's 65504; use dtype bfloat16 or float32")

@@ -51,6 +51,15 @@ class LoadOptions:
         typer.Option(metavar="N", help="Most tokens of prompt and answer together.", rich_help_panel=MODEL),
     ] = None
 
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="Devices that share the model: tensor=4; without it, all that can on TPU and GPU, one on CPU.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+
     def load(self, progress: Progress, **more: Any) -> LLM:
         """The model in memory, with `more` options of `LLM`. Raises what that raises; a wrong name shows before JAX is
         imported."""
@@ -61,7 +70,8 @@ class LoadOptions:
         progress("starting JAX")
         from jaxinfer.llm import LLM
 
-        return LLM(folder, dtype=self.dtype, max_model_len=self.max_model_len, on_progress=progress, **more)
+        shared = {"dtype": self.dtype, "max_model_len": self.max_model_len, "mesh": self.mesh}
+        return LLM(folder, on_progress=progress, **shared, **more)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.slots import Slots
+from jaxinfer.sharding import KV, describe, make_mesh
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
@@ -55,6 +56,8 @@ class LoadOptions(TypedDict, total=False):
     enable_prefix_caching: sequences with the same beginning share its pages (on).
     warmup: compile every program that can be needed now, so that nothing compiles later (off).
     on_progress: told, in a few words, what is being waited for.
+    mesh: how many devices share the model, "tensor=4". None: on TPU and GPU as many of this host's as the model's heads
+        allow, on CPU one.
     """
 
     dtype: DType
@@ -70,6 +73,7 @@ class LoadOptions(TypedDict, total=False):
     enable_prefix_caching: bool
     warmup: bool
     on_progress: Callable[[str], None] | None
+    mesh: str | None
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Loaded:
         return (
             f"weights {weights / 2**30:.2f} GiB in {self.dtype}, KV cache {sizes.bytes / 2**30:.2f} GiB for "
             f"{(sizes.num_pages - 1) * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
+            + (f", {describe(mesh)}" if (mesh := self.engine.runner.mesh) else "")
         )
 
 
@@ -114,7 +119,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     say = given["on_progress"] or (lambda _: None)
     folder = resolve(model, given["revision"], given["token"])
     enable_compile_cache()
-    device = jax.local_devices()[0]
+    devices = jax.local_devices()
+    device = devices[0]
     config = read_config(folder, REGISTRY)
     # The cheap files first: what is wrong with them shows before gigabytes are read.
     generation_config = read_generation_config(folder)
@@ -125,6 +131,13 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     with Checkpoint(folder) as checkpoint:
         dtype = _dtype(given["dtype"], config, checkpoint, device)
         abstract = Model.from_config(config, dtype)
+        mesh = make_mesh(
+            given["mesh"],
+            devices,
+            shape.num_heads,
+            shape.num_kv_heads,
+            1 if device.platform == "cpu" else len(devices),
+        )
         done = 0
 
         def on_tensor(nbytes: int) -> None:
@@ -132,7 +145,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             done += nbytes
             say(f"loading weights {done / max(checkpoint.nbytes, 1):.0%}")
 
-        params = load_params(abstract, checkpoint, device, on_tensor)
+        params = load_params(abstract, checkpoint, mesh or device, on_tensor)
 
     on_cpu = device.platform == "cpu"
     max_rows = given["max_num_seqs"] or (64 if on_cpu else 256)
@@ -144,8 +157,9 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             np.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(Slots.shapes(max_rows, shape.vocab_size))
         )
         available = _available(device, given["memory_utilization"], int(slots))
+    kv_heads = shape.num_kv_heads // (mesh.shape[KV] if mesh else 1)  # of each device
     sizes = size_cache(
-        bytes_per_token=cache_bytes_per_token(shape.num_layers, shape.num_kv_heads, shape.head_dim, dtype),
+        bytes_per_token=cache_bytes_per_token(shape.num_layers, kv_heads, shape.head_dim, dtype),
         page_size=page_size,
         max_num_seqs=max_rows,
         max_model_len=max_model_len,
@@ -170,6 +184,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         max_rows=max_rows,
         max_steps=MAX_STEPS,
         device=device,
+        mesh=mesh,
         on_compile=say,
     )
     engine = Engine(
@@ -202,6 +217,7 @@ def _checked(options: dict[str, Any]) -> LoadOptions:
         "enable_prefix_caching": True,
         "warmup": False,
         "on_progress": None,
+        "mesh": None,
     }
     unknown = sorted(set(options) - set(given))
     if unknown:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from jaxinfer.attention import Batch
 from jaxinfer.cache import cache_shapes
@@ -25,6 +26,7 @@ from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.sample import Logprobs
 from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
+from jaxinfer.sharding import CACHE, replicated
 
 Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
 
@@ -80,6 +82,7 @@ class Runner:
         max_rows: int,
         max_steps: int,
         device: jax.Device,
+        mesh: Mesh | None = None,
         on_compile: Callable[[str], None] | None = None,
     ):
         self.model = model
@@ -89,6 +92,7 @@ class Runner:
         self.max_rows = max_rows
         self.max_steps = max_steps
         self.device = device
+        self.mesh = mesh
         self.on_compile = on_compile
         self.compile_seconds = 0.0
         self.compilations = 0
@@ -96,13 +100,25 @@ class Runner:
         dtype = next(iter(model.abstract.values())).dtype
         cache = cache_shapes(config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
         shapes = State(cache, Slots.shapes(max_rows, config.vocab_size))
+        step: dict[str, Any] = {}
+        decode: dict[str, Any] = {}
+        prepare: dict[str, Any] = {}
+        zeros: dict[str, Any] = {}
+        if mesh is not None:
+            whole = replicated(mesh)
+            held = State(NamedSharding(mesh, CACHE), whole)  # type: ignore[arg-type]
+            weights = {name: array.sharding for name, array in params.items()}
+            step = {"in_shardings": (weights, held, whole, whole, whole, whole), "out_shardings": (whole, held)}
+            decode = {"in_shardings": (weights, held, whole, whole, whole), "out_shardings": (whole, held)}
+            prepare = {"in_shardings": (whole, whole, whole, whole), "out_shardings": whole}
+            zeros = {"out_shardings": held}
         # Compiled, not eager: one zero-filled pool, no temporaries.
-        self._zeros = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes))
+        self._zeros = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes), **zeros)
         with jax.default_device(device):
             self.state = self._zeros()
-        self._step = jax.jit(make_step(model), donate_argnums=1)
-        self._decode = jax.jit(make_decode(model, max_steps), donate_argnums=1)
-        self._prepare = jax.jit(prepare_slot, donate_argnums=0)
+        self._step = jax.jit(make_step(model, mesh), donate_argnums=1, **step)
+        self._decode = jax.jit(make_decode(model, max_steps, mesh), donate_argnums=1, **decode)
+        self._prepare = jax.jit(prepare_slot, donate_argnums=0, **prepare)
         self._executables: dict[Key, Any] = {}
         # The page table by slot, kept up to date as sequences grow, and the last call's sampling arrays: decoding calls
         # follow each other with the same rows, and filling these anew would take the host longer than all the rest.

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.attention import Batch
 from jaxinfer.cache import Cache
@@ -24,6 +25,7 @@ from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.sample import Logprobs, logprobs, no_logprobs, sample, stops, token_logprobs
 from jaxinfer.sampling.slots import Slots
+from jaxinfer.sharding import RULES, replicated
 
 SCORE_BLOCK = 128  # tokens: their logits are 65 MB for a vocabulary of 128,000
 
@@ -83,19 +85,22 @@ class Sampled:
 
 
 Step = Callable[[Params, State, Batch, Rows, SamplingArrays, Scored], tuple[Sampled, State]]
+LogitsOf = Callable[[jax.Array], jax.Array]
 Decode = Callable[[Params, State, DecodeRows, SamplingArrays, Any], tuple[Sampled, State]]
 
 
-def make_step(model: Model) -> Step:
+def make_step(model: Model, mesh: Mesh | None = None) -> Step:
     """One mixed call: decoding rows, one token each (taken from their slots), then chunks of prompts."""
 
     def step(
         params: Params, state: State, batch: Batch, rows: Rows, sampling: SamplingArrays, scored: Scored
     ) -> tuple[Sampled, State]:
         module = model.bind(params)
+        logits_of = _logits_of(module, model, mesh)
         slots, slot = state.slots, jnp.asarray(rows.slot)
         size = slot.shape[0]
         token_slot = slot[batch.row]
+        batch = dataclasses.replace(batch, mesh=mesh)
         decoding = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.rows[0]
         batch = dataclasses.replace(batch, tokens=jnp.where(decoding, slots.token[token_slot], batch.tokens))
         # A decoding row that has stopped in a call whose tokens the host has not seen yet: it must write nothing.
@@ -109,7 +114,7 @@ def make_step(model: Model) -> Step:
         count = jnp.where(dead, 0, jnp.minimum(jnp.asarray(rows.samples), 1))
 
         def draw() -> tuple[jax.Array, Logprobs]:
-            logits = module.logits(stream[batch.logits_at])
+            logits = logits_of(stream[batch.logits_at])
             tokens = sample(logits, sampling, length, slots, slot)
             return tokens, logprobs(logits, tokens, sampling)
 
@@ -118,12 +123,14 @@ def make_step(model: Model) -> Step:
         tokens, info = lax.cond(jnp.any(count > 0), draw, lambda: nothing)
         slots = _take(slots, slot, tokens, count > 0, sampling, length)
         info = jax.tree.map(lambda x: x[None], info)
-        return Sampled(tokens[None], count, info, _score(module, stream, scored)), State(cache, slots)
+        return Sampled(tokens[None], count, info, _score(logits_of, stream, scored, model.config.vocab_size)), State(
+            cache, slots
+        )
 
     return step
 
 
-def make_decode(model: Model, max_steps: int) -> Decode:
+def make_decode(model: Model, max_steps: int, mesh: Mesh | None = None) -> Decode:
     """Up to `max_steps` tokens a row in one call; `steps`, i32[], says how many this time.
 
     A row ends at one of its stop ids or after `rows.samples` tokens; the call ends when all rows have.
@@ -133,6 +140,7 @@ def make_decode(model: Model, max_steps: int) -> Decode:
         params: Params, state: State, rows: DecodeRows, sampling: SamplingArrays, steps: jax.Array
     ) -> tuple[Sampled, State]:
         module = model.bind(params)
+        logits_of = _logits_of(module, model, mesh)
         slot = jnp.asarray(rows.slot)
         size = slot.shape[0]
         index = jnp.arange(size, dtype=jnp.int32)
@@ -149,9 +157,11 @@ def make_decode(model: Model, max_steps: int) -> Decode:
                 rows=jnp.full(3, size, jnp.int32),
                 logits_at=index,
                 decode_only=True,
+                mesh=mesh,
             )
-            logits, cache = module(batch, state.cache)
+            stream, cache = module.hidden(batch, state.cache)
             assert cache is not None
+            logits = logits_of(stream)
             tokens = sample(logits, sampling, positions + 1, state.slots, slot)
             slots = _take(state.slots, slot, tokens, active, sampling, positions + 1)
             return tokens, logprobs(logits, tokens, sampling), State(cache, slots)
@@ -179,7 +189,20 @@ def make_decode(model: Model, max_steps: int) -> Decode:
     return decode
 
 
-def _score(module: CausalLM, stream: jax.Array, scored: Scored) -> Logprobs:
+def _logits_of(module: CausalLM, model: Model, mesh: Mesh | None) -> LogitsOf:
+    """Logits of all of the vocabulary, and no more of it, on each device."""
+
+    def logits_of(x: jax.Array) -> jax.Array:
+        logits = module.logits(x)
+        if mesh is not None:  # each device's part of the vocabulary first, or XLA would gather the head's weights
+            logits = lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec(None, RULES["vocab"])))
+            logits = lax.with_sharding_constraint(logits, replicated(mesh))
+        return logits[:, : model.config.vocab_size]
+
+    return logits_of
+
+
+def _score(logits_of: LogitsOf, stream: jax.Array, scored: Scored, vocab: int) -> Logprobs:
     """Log-probabilities of given tokens. A block of them at a time, as many blocks as are wanted: there are never more
     logits than those of a block, and where nobody asks this costs nothing."""
     after, tokens = jnp.asarray(scored.after), jnp.asarray(scored.tokens)
@@ -190,12 +213,11 @@ def _score(module: CausalLM, stream: jax.Array, scored: Scored) -> Logprobs:
         start = jnp.minimum(i * block, size - block)  # the last one may overlap the one before
         rows = lax.dynamic_slice_in_dim(after, start, block)
         found = token_logprobs(
-            module.logits(stream[rows]), lax.dynamic_slice_in_dim(tokens, start, block), jnp.asarray(scored.likeliest)
+            logits_of(stream[rows]), lax.dynamic_slice_in_dim(tokens, start, block), jnp.asarray(scored.likeliest)
         )
         return jax.tree.map(lambda all_, some: lax.dynamic_update_slice_in_dim(all_, some, start, 0), out, found)
 
     blocks = (jnp.asarray(scored.count) + (block - 1)) // block
-    vocab = jax.eval_shape(module.logits, stream[:1]).shape[1]
     return lax.fori_loop(jnp.int32(0), blocks, one, no_logprobs(size, vocab))
 
 

@@ -1,0 +1,148 @@
+"""A model split over several devices says what it says on one."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.models.model import Model
+from jaxinfer.models.registry import REGISTRY
+from tests.checkpoints import same_tokens
+
+OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("name", REGISTRY)
+def test_the_same_logits_and_tokens(checkpoints, name, tensor):
+    """4 heads, and 2 key/value heads: on 4 devices each of these is there twice. 300 tokens and an MLP of 48 divide."""
+    reference = checkpoints(name)
+    with LLM(reference.folder, mesh=f"tensor={tensor}", **OPTIONS) as llm:
+        assert llm.description.endswith(f"tensor={tensor}")
+        prompt = reference.prompts[-1]
+        (scored,) = llm.score([prompt])
+        expected = jax.nn.log_softmax(reference.logits)[np.arange(len(prompt) - 1), prompt[1:]]
+        np.testing.assert_allclose(scored.logprobs, expected, atol=1e-4)
+        together = llm.generate(reference.prompts, GREEDY)
+        for output, tokens, gaps in zip(together, reference.greedy, reference.gaps, strict=True):
+            assert same_tokens(output.outputs[0].token_ids, tokens, gaps)
+
+
+WIDE = {
+    "model_type": "llama",
+    "vocab_size": 301,
+    "hidden_size": 32,
+    "intermediate_size": 50,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, checkpoints):
+    """8 heads, 2 key/value heads; 8 devices divide neither the vocabulary nor the MLP."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    folder.mkdir()
+    model = Model.from_config(WIDE, "float32")
+    rng = np.random.default_rng(0)
+    weights = {name: rng.normal(0, 0.1, s.shape).astype(np.float32) for name, s in model.abstract.items()}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(WIDE))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoints("llama").folder / file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(wide):
+    with LLM(wide, mesh="tensor=8", **OPTIONS) as llm:
+        yield llm
+
+
+def test_eight_devices_and_what_does_not_divide(wide, split):
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 300, n).tolist() for n in (3, 50, 21, 7, 90)]
+    params = [
+        GREEDY,
+        SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=1, max_tokens=20, logprobs=3),
+        SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=20, logit_bias={300: 4.0}),
+        SamplingParams(temperature=1.0, seed=3, allowed_token_ids=[1, 2, 299, 300], max_tokens=20),
+        SamplingParams(temperature=0.7, min_p=0.05, seed=4, max_tokens=20, prompt_logprobs=2),
+    ]
+    with LLM(wide, **OPTIONS) as llm:
+        alone, scored = llm.generate(prompts, params), llm.score(prompts)
+    together = split.generate(prompts, params)
+    for one, other in zip(together, alone, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert (one.outputs[0].logprobs is None) == (other.outputs[0].logprobs is None)
+    for one, other in zip(split.score(prompts), scored, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_each_device_holds_its_part_and_no_more(split):
+    runner = split.engine.runner
+    shapes = {name: array.sharding.shard_shape(array.shape) for name, array in runner.params.items()}
+    layer = "model.layers.0."
+    assert shapes[f"{layer}self_attn.q_proj.weight"] == (4, 32)
+    assert shapes[f"{layer}self_attn.k_proj.weight"] == (4, 32)  # 2 heads of 4: each is there 4 times, not 8
+    assert shapes[f"{layer}mlp.up_proj.weight"] == (7, 32)
+    assert shapes[f"{layer}mlp.down_proj.weight"] == (32, 7)
+    assert shapes["lm_head.weight"] == (38, 32)
+    for cache in jax.tree.leaves(runner.state.cache):
+        assert cache.sharding.shard_shape(cache.shape)[1] == 1
+
+
+def test_two_reductions_a_layer_and_no_gathered_weights(split):
+    split.generate([[1, 2, 3]], SamplingParams(max_tokens=4))
+    programs = {key: program.as_text() for key, program in split.engine.runner._executables.items()}
+    kinds = {key[0] for key in programs}
+    assert kinds >= {"step", "decode"}
+    for key, text in programs.items():
+        if key[0] in ("step", "decode"):
+            reductions = len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text))
+            # Two a layer, and one for the vocabulary's embeddings; a mixed call's logits are gathered in two places.
+            assert reductions == 2 * WIDE["num_hidden_layers"] + 1, (key, reductions)
+            gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
+            assert all(shape.endswith("304") for shape in gathered), gathered  # logits
+    state = split.engine.runner.state
+    assert all(len(array.sharding.device_set) == 8 for array in jax.tree.leaves(state))
+
+
+def test_each_part_is_read_once(wide, split):
+    from jaxinfer.checkpoint.folder import Checkpoint
+    from jaxinfer.checkpoint.load import load_params
+
+    mesh = split.engine.runner.mesh
+    with Checkpoint(wide) as checkpoint:
+        load_params(Model.from_config(WIDE, "float32"), checkpoint, mesh)
+        assert checkpoint.bytes_read == checkpoint.nbytes
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("tensor=3", r"tensor=3 does not divide the model's 8 attention heads; tensor may be 1, 2, 4, 8$"),
+        ("tensor=16", r"there are 8 devices; with them tensor may be 1, 2, 4, 8$"),
+        ("tensor=0", "it must look like tensor=4"),
+        ("tensor", "it must look like tensor=4"),
+        ("tensor=2,tensor=2", "axis tensor is there twice"),
+        ("data=2", "there is no axis 'data'; there is tensor"),
+    ],
+)
+def test_meshes_that_can_not_be(wide, mesh, message):
+    with pytest.raises(ValueError, match=f"^mesh is '{mesh}': .*{message}"):
+        LLM(wide, mesh=mesh)
+
+
+def test_one_device_is_no_mesh(wide):
+    with LLM(wide, mesh="tensor=1") as llm:
+        assert llm.engine.runner.mesh is None
