@@ -70,8 +70,14 @@ class LoadOptions:
         progress("starting JAX")
         from jaxinfer.llm import LLM
 
-        shared = {"dtype": self.dtype, "max_model_len": self.max_model_len, "mesh": self.mesh}
-        return LLM(folder, on_progress=progress, **shared, **more)
+        return LLM(
+            folder,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            mesh=self.mesh,
+            on_progress=progress,
+            **more,
+        )
 
 
 @dataclass(frozen=True)
