@@ -46,7 +46,7 @@ def replace_programs(llm: LLM, dispatch: bool) -> None:
     runner.max_steps = 1
     rng = np.random.default_rng(0)
 
-    def compile_nothing(key: tuple[str, int, int], arguments: tuple[Any, ...]) -> Any:
+    def compile_nothing(key: tuple[str, int, int]) -> None:
         rows = key[2]
         tokens = rng.integers(0, llm.tokenizer.vocab_size, (1, rows)).astype(np.int32)
         column = np.zeros((1, rows), np.float32)
@@ -56,9 +56,11 @@ def replace_programs(llm: LLM, dispatch: bool) -> None:
             samples = (batch if key[0] == "decode" else rest[0]).samples
             return Sampled(tokens, samples if dispatch else samples.copy(), info), state
 
-        if not dispatch:
-            return key, program
-        return key, jax.jit(program, donate_argnums=1, keep_unused=True).lower(*arguments).compile()
+        if dispatch:
+            jitted = jax.jit(program, donate_argnums=1, keep_unused=True)
+            runner._executables[key] = jitted.lower(*runner.programs.arguments(key)).compile()
+        else:
+            runner._executables[key] = program
 
     runner._compile = compile_nothing  # type: ignore[method-assign]
 

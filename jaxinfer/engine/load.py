@@ -24,6 +24,7 @@ from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.pages import PageAllocator
+from jaxinfer.engine.programs import Programs
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, size_cache
@@ -105,7 +106,7 @@ class Loaded:
         return (
             f"weights {weights / 2**30:.2f} GiB in {self.dtype}, KV cache {sizes.bytes / 2**30:.2f} GiB for "
             f"{(sizes.num_pages - 1) * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
-            + (f", {describe(mesh)}" if (mesh := self.engine.runner.mesh) else "")
+            + (f", {describe(mesh)}" if (mesh := self.engine.runner.programs.mesh) else "")
         )
 
 
@@ -174,19 +175,17 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         )
     buckets = Buckets.make(max_rows, max_tokens)
     pages = PageAllocator(sizes.num_pages, page_size, given["enable_prefix_caching"])
-    runner = Runner(
+    programs = Programs(
         abstract,
-        params,
-        buckets=buckets,
+        mesh or device,
+        buckets,
         num_pages=sizes.num_pages,
         page_size=page_size,
         max_model_len=sizes.max_model_len,
         max_rows=max_rows,
         max_steps=MAX_STEPS,
-        device=device,
-        mesh=mesh,
-        on_compile=say,
     )
+    runner = Runner(programs, params, say)
     engine = Engine(
         runner,
         Scheduler(pages, max_rows, max_tokens),

@@ -14,21 +14,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from jaxinfer.attention import Batch
-from jaxinfer.cache import cache_shapes
 from jaxinfer.engine.buckets import Buckets
+from jaxinfer.engine.programs import PREPARE, Key, Programs
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import Schedule
-from jaxinfer.engine.step import DecodeRows, Rows, Sampled, Scored, State, make_decode, make_step
-from jaxinfer.models.model import Model, Params
+from jaxinfer.engine.step import DecodeRows, Rows, Sampled, Scored, State
+from jaxinfer.models.model import Params
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.sample import Logprobs
-from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
-from jaxinfer.sharding import CACHE, replicated
-
-Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
+from jaxinfer.sampling.slots import Masks
 
 
 class ScoredSpan(NamedTuple):
@@ -70,60 +66,20 @@ class Launched:
 class Runner:
     """Runs schedules. Cache and slots are donated to every call, so there is one of them at any time."""
 
-    def __init__(
-        self,
-        model: Model,
-        params: Params,
-        *,
-        buckets: Buckets,
-        num_pages: int,
-        page_size: int,
-        max_model_len: int,
-        max_rows: int,
-        max_steps: int,
-        device: jax.Device,
-        mesh: Mesh | None = None,
-        on_compile: Callable[[str], None] | None = None,
-    ):
-        self.model = model
+    def __init__(self, programs: Programs, params: Params, on_compile: Callable[[str], None] | None = None):
+        self.programs = programs
+        self.model, self.buckets = programs.model, programs.buckets
+        self.max_rows, self.max_steps, self.table_width = programs.max_rows, programs.max_steps, programs.table_width
         self.params = params
-        self.buckets = buckets
-        self.table_width = -(-max_model_len // page_size)
-        self.max_rows = max_rows
-        self.max_steps = max_steps
-        self.device = device
-        self.mesh = mesh
         self.on_compile = on_compile
         self.compile_seconds = 0.0
         self.compilations = 0
-        config = model.config
-        dtype = next(iter(model.abstract.values())).dtype
-        cache = cache_shapes(config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim, dtype)
-        shapes = State(cache, Slots.shapes(max_rows, config.vocab_size))
-        step: dict[str, Any] = {}
-        decode: dict[str, Any] = {}
-        prepare: dict[str, Any] = {}
-        zeros: dict[str, Any] = {}
-        if mesh is not None:
-            whole = replicated(mesh)
-            held = State(NamedSharding(mesh, CACHE), whole)  # type: ignore[arg-type]
-            weights = {name: array.sharding for name, array in params.items()}
-            step = {"in_shardings": (weights, held, whole, whole, whole, whole), "out_shardings": (whole, held)}
-            decode = {"in_shardings": (weights, held, whole, whole, whole), "out_shardings": (whole, held)}
-            prepare = {"in_shardings": (whole, whole, whole, whole), "out_shardings": whole}
-            zeros = {"out_shardings": held}
-        # Compiled, not eager: one zero-filled pool, no temporaries.
-        self._zeros = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), shapes), **zeros)
-        with jax.default_device(device):
-            self.state = self._zeros()
-        self._step = jax.jit(make_step(model, mesh), donate_argnums=1, **step)
-        self._decode = jax.jit(make_decode(model, max_steps, mesh), donate_argnums=1, **decode)
-        self._prepare = jax.jit(prepare_slot, donate_argnums=0, **prepare)
+        self.state = programs.zeros()
         self._executables: dict[Key, Any] = {}
         # The page table by slot, kept up to date as sequences grow, and the last call's sampling arrays: decoding calls
         # follow each other with the same rows, and filling these anew would take the host longer than all the rest.
-        self._tables = np.zeros((max_rows + 1, self.table_width), np.int32)
-        self._filled: list[tuple[list[int] | None, int]] = [(None, 0)] * max_rows
+        self._tables = np.zeros((self.max_rows + 1, self.table_width), np.int32)
+        self._filled: list[tuple[list[int] | None, int]] = [(None, 0)] * self.max_rows
         self._last_sampling: tuple[tuple[int, ...], SamplingArrays] = ((), SamplingArrays.of_rows([], 1))
 
     def launch(self, schedule: Schedule) -> Launched:
@@ -133,13 +89,12 @@ class Runner:
     def prepare(self, slot: int, masks: Masks, clear: bool) -> None:
         """Makes a slot ready for a sequence that has penalties or masks; `clear` forgets the tokens of the last one."""
         arguments = (self.state.slots, np.int32(slot), masks, np.bool_(clear))
-        self.state = State(self.state.cache, self._executable(("prepare slot", 1, 1), arguments))
+        self.state = State(self.state.cache, self._executable(PREPARE, arguments))
 
     def recover(self) -> None:
         """After a broken-off call (Ctrl-C): the state was donated to it, and its result may never have arrived."""
         if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
-            with jax.default_device(self.device):
-                self.state = self._zeros()
+            self.state = self.programs.zeros()
 
     def close(self) -> None:
         """Frees the device's memory now instead of when the last reference goes."""
@@ -154,24 +109,11 @@ class Runner:
 
     def warm_up(self) -> None:
         """Compiles every program that a schedule can need, several at a time."""
-        calls = [("decode", size, size) for size in self.buckets.decode]
-        for rows in self.buckets.mixed_rows:
-            calls += [("step", length, rows) for length in self.buckets.tokens]
-        arguments = [
-            self._decode_arguments(Schedule(), size)
-            if name == "decode"
-            else self._step_arguments(Schedule(), length, size)[0]
-            for name, length, size in calls
-        ]
-        masks = Masks.of(self.model.config.vocab_size, None, [], None)
-        calls.append(("prepare slot", 1, 1))
-        arguments.append((self.state.slots, np.int32(0), masks, np.bool_(False)))
-        missing = [(c, a) for c, a in zip(calls, arguments, strict=True) if c not in self._executables]
+        missing = [key for key in self.programs.keys() if key not in self._executables]  # noqa: SIM118
         start = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for done, future in enumerate([pool.submit(self._compile, c, a) for c, a in missing], 1):
-                key, executable = future.result()
-                self._executables[key] = executable
+            for done, future in enumerate([pool.submit(self._compile, key) for key in missing], 1):
+                future.result()
                 if self.on_compile is not None:
                     self.on_compile(f"compiled {done} of {len(missing)} programs")
         self.compile_seconds += time.perf_counter() - start
@@ -252,19 +194,16 @@ class Runner:
             if self.on_compile is not None:
                 self.on_compile(f"compiling {key[0]} for {key[1]} tokens")
             start = time.perf_counter()
-            _, self._executables[key] = self._compile(key, arguments)
+            self._compile(key)
             self.compile_seconds += time.perf_counter() - start
             if self.on_compile is not None:
                 self.on_compile("generating")
         return self._executables[key](*arguments)
 
-    def _compile(self, key: Key, arguments: tuple[Any, ...]) -> tuple[Key, Any]:
-        function = {"decode": self._decode, "prepare slot": self._prepare}.get(key[0], self._step)
-        with jax.default_device(self.device):
-            compiled = function.lower(*arguments).compile()
+    def _compile(self, key: Key) -> None:
+        self._executables[key] = self.programs.lower(key).compile()
         self.compilations += 1
         _trim_memory()  # the compiler leaves a hundred megabytes behind each time
-        return key, compiled
 
     def _slots(self, schedule: Schedule, size: int) -> tuple[np.ndarray, np.ndarray]:
         """slot and samples of each row."""

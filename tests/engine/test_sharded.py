@@ -121,7 +121,7 @@ def test_each_part_is_read_once(wide, split):
     from jaxinfer.checkpoint.folder import Checkpoint
     from jaxinfer.checkpoint.load import load_params
 
-    mesh = split.engine.runner.mesh
+    mesh = split.engine.runner.programs.mesh
     with Checkpoint(wide) as checkpoint:
         load_params(Model.from_config(WIDE, "float32"), checkpoint, mesh)
         assert checkpoint.bytes_read == checkpoint.nbytes
@@ -145,4 +145,4 @@ def test_meshes_that_can_not_be(wide, mesh, message):
 
 def test_one_device_is_no_mesh(wide):
     with LLM(wide, mesh="tensor=1") as llm:
-        assert llm.engine.runner.mesh is None
+        assert llm.engine.runner.programs.mesh is None

@@ -1,0 +1,144 @@
+"""The programs of an engine, all of them: which there are, for which shapes, and how each is compiled.
+
+Nothing here needs weights, or even devices: a mesh of an abstract topology will do for lowering and compiling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+
+from jaxinfer.attention import Batch
+from jaxinfer.cache import cache_shapes
+from jaxinfer.engine.buckets import Buckets
+from jaxinfer.engine.step import DecodeRows, Rows, Scored, State, make_decode, make_step
+from jaxinfer.models.model import Model
+from jaxinfer.sampling.arrays import SamplingArrays
+from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
+from jaxinfer.sharding import CACHE, padded, partition, replicated
+
+Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
+PREPARE: Key = ("prepare slot", 1, 1)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What is compiled for a model on one device or a mesh, with a cache of `num_pages` pages.
+
+    max_rows: sequences that run at once. max_steps: tokens a row that one decoding call may produce.
+    """
+
+    model: Model
+    place: jax.Device | Mesh
+    buckets: Buckets
+    num_pages: int
+    page_size: int
+    max_model_len: int
+    max_rows: int
+    max_steps: int
+
+    @property
+    def mesh(self) -> Mesh | None:
+        return self.place if isinstance(self.place, Mesh) else None
+
+    @property
+    def table_width(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_model_len // self.page_size)
+
+    @cached_property
+    def whole(self) -> Sharding:
+        """Of what every device has the same of."""
+        return replicated(self.place) if isinstance(self.place, Mesh) else SingleDeviceSharding(self.place)
+
+    @cached_property
+    def params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The weights."""
+        mesh, model = self.mesh, self.model
+        if mesh is None:
+            return {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.whole) for n, s in model.abstract.items()}
+        return {
+            n: jax.ShapeDtypeStruct(
+                padded(s.shape, model.axes[n], mesh), s.dtype, sharding=NamedSharding(mesh, partition(model.axes[n]))
+            )
+            for n, s in model.abstract.items()
+        }
+
+    @cached_property
+    def state(self) -> State:
+        """Cache and slots."""
+        config = self.model.config
+        dtype = next(iter(self.model.abstract.values())).dtype
+        shape = config.num_layers, self.num_pages, self.page_size, config.num_kv_heads, config.head_dim
+        held = self.whole if self.mesh is None else NamedSharding(self.mesh, CACHE)
+        return State(
+            jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=held), cache_shapes(*shape, dtype)),
+            self._structs(Slots.shapes(self.max_rows, config.vocab_size)),
+        )
+
+    def keys(self) -> list[Key]:
+        """All programs that schedules can need."""
+        steps = [("step", length, rows) for rows in self.buckets.mixed_rows for length in self.buckets.tokens]
+        return [*(("decode", rows, rows) for rows in self.buckets.decode), *steps, PREPARE]
+
+    def arguments(self, key: Key) -> tuple[Any, ...]:
+        """A program's arguments, abstractly."""
+        kind, length, rows = key
+        if kind == "prepare slot":
+            masks = Masks.of(self.model.config.vocab_size, None, [], None)
+            return (self.state.slots, *self._structs((np.int32(0), masks, np.bool_(False))))
+        sampling = self._structs(SamplingArrays.of_rows([], rows))
+        row, pages, number = self._ints(rows), self._ints(rows, self.table_width), self._ints()
+        if kind == "decode":
+            return self.params, self.state, DecodeRows(row, row, row, pages), sampling, number
+        token = self._ints(length)
+        batch = Batch(token, token, token, self._ints(rows + 1), row, pages, self._ints(3), row)
+        scored = Scored(token, token, number, self._structs(np.bool_(False)))
+        return self.params, self.state, batch, Rows(row, row), sampling, scored
+
+    def lower(self, key: Key) -> jax.stages.Lowered:
+        """The program before it is compiled; cache and slots are donated."""
+        arguments = self.arguments(key)
+        if self.mesh is None:
+            return self._jits[key[0]].lower(*arguments)
+        # Kernels ask what kind of device they are for.
+        platform = self.mesh.devices.flat[0].platform
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=(platform,))
+
+    def zeros(self) -> State:
+        """A new cache, and new slots. Compiled, not eager: one zero-filled pool, no temporaries."""
+        return self._zeros()
+
+    @cached_property
+    def _jits(self) -> dict[str, Any]:
+        # Without pinned shardings of its results XLA may choose others, and donation is silently lost.
+        pinned: dict[str, Any] = {} if self.mesh is None else {"out_shardings": (self.whole, self._shardings)}
+        slots: dict[str, Any] = {} if self.mesh is None else {"out_shardings": self.whole}
+        return {
+            "step": jax.jit(make_step(self.model, self.mesh), donate_argnums=1, **pinned),
+            "decode": jax.jit(make_decode(self.model, self.max_steps, self.mesh), donate_argnums=1, **pinned),
+            "prepare slot": jax.jit(prepare_slot, donate_argnums=0, **slots),
+        }
+
+    @cached_property
+    def _zeros(self) -> Any:
+        def zeros() -> State:
+            return jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), self.state)
+
+        return jax.jit(zeros, out_shardings=self._shardings)
+
+    @property
+    def _shardings(self) -> State:
+        return jax.tree.map(lambda s: s.sharding, self.state)
+
+    def _structs(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.whole), tree)
+
+    def _ints(self, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self.whole)
