@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# A batch job on a spot TPU VM that comes back after preemption:
+#
+#     tpu_scripts/batch.sh NAME --zone us-east5-b --type v6e-1 --runtime v2-alpha-tpuv6e -- \
+#         gs://my-bucket/rows.parquet --output gs://my-bucket/answers --model Qwen/Qwen3-0.6B --task generate
+#
+# Asks for the VM, installs jaxinfer on it and runs `jaxinfer batch` with the arguments after `--`. When the VM is
+# preempted, it is deleted and asked for again, and the same command goes on after the last part that was written. At the
+# end the VM is deleted. Killed itself, the script is started again in the same way, and takes the VM that is there.
+#
+#   --zone, --type, --runtime  as in `gcloud compute tpus queued-resources create`; a type of one host
+#   --project P                without it, gcloud's own
+#   --on-demand                no spot VM
+#   --keep                     leave the VM at the end
+#   --poll SECONDS             between two looks at the VM (30)
+#   --dry-run                  print the commands instead of running them
+#
+# Exit codes: those of `jaxinfer batch` (0 complete, 1 too many errors, 2 something is wrong); 3 where the VM could not be
+# had or used. For several VMs, give each a NAME, `--shard I/N` and the same output; then `jaxinfer batch --merge OUT`.
+#
+# Not checked, for want of a TPU: that the states and exit codes of gcloud are what its documentation says, how long an
+# installation takes, and that a VM's service account may read and write the bucket.
+set -uo pipefail
+
+# shellcheck source=tpu_scripts/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+usage() { die "$1; usage: ${0##*/} NAME --zone Z --type T --runtime R [OPTIONS] -- INPUT... --output gs://... [...]"; }
+
+NAME='' ZONE='' TYPE='' RUNTIME='' PROJECT='' SPOT=1 POLL=30 DRY_RUN='' KEEP=''
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+    case $1 in
+        --zone | --type | --runtime | --project | --poll)
+            [ $# -gt 1 ] || usage "$1 needs a value"
+            case $1 in
+                --zone) ZONE=$2 ;;
+                --type) TYPE=$2 ;;
+                --runtime) RUNTIME=$2 ;;
+                --project) PROJECT=$2 ;;
+                --poll) POLL=$2 ;;
+            esac
+            shift
+            ;;
+        --on-demand) SPOT='' ;;
+        --keep) KEEP=1 ;;
+        --dry-run) DRY_RUN=1 ;;
+        -*) usage "there is no option $1" ;;
+        *)
+            [ -z "$NAME" ] || usage "both $NAME and $1 are names"
+            NAME=$1
+            ;;
+    esac
+    shift
+done
+[ $# -gt 1 ] || usage "after -- come the arguments of jaxinfer batch"
+shift
+for option in NAME ZONE TYPE RUNTIME; do
+    [ -n "${!option}" ] || usage "$option is missing"
+done
+[[ $POLL =~ ^[0-9]+(\.[0-9]+)?$ ]] || usage "--poll is $POLL: it must be seconds"
+[[ " $* " =~ \ (-o|--output)(=|\ )[a-z0-9]+:// ]] || usage "--output must be on gs://: a spot VM's own disk is lost with it"
+[ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || die "gcloud is not installed: https://cloud.google.com/sdk"
+
+# One process at a time may use the TPU: where the connection broke, the command of before may still run, and is waited
+# for. Its own exit codes, 0 to 2, become 40 to 42, which are neither ssh's nor gcloud's.
+JOB="flock .jaxinfer-batch.lock jaxinfer-venv/bin/jaxinfer batch $(quoted "$@"); code=\$?; \
+[ \$code -gt 2 ] || code=\$((code + 40)); exit \$code"
+
+# end CODE: with the VM deleted.
+end() {
+    if [ -n "$KEEP" ]; then
+        say "$NAME is kept, and costs money: gcloud compute tpus queued-resources delete $NAME --zone=$ZONE --force"
+    else
+        tpu_delete || die "$NAME could not be deleted, and costs money: try again" 3
+    fi
+    exit "$1"
+}
+
+LEFT="$NAME may still be there and cost money; the same command goes on, and deletes it"
+trap 'say "stopped; $LEFT"; exit 130' INT
+
+troubles=0 # in a row, while the VM was there all the time
+while [ "$troubles" -lt 5 ]; do
+    tpu_ensure || die "$NAME is not to be had; $LEFT" 3
+    if tpu_install tpu,batch,gcs; then
+        begun=$SECONDS
+        tpu_ssh "$JOB"
+        code=$?
+        [ -z "$DRY_RUN" ] || end 0
+        case $code in
+            40 | 41 | 42) end $((code - 40)) ;;
+        esac
+        [ $((SECONDS - begun)) -lt 600 ] || troubles=0 # a connection breaks now and then
+    else
+        code=$?
+    fi
+    sleep "$POLL" # how the VM is shows a little later
+    state=$(tpu_state) || die "$LEFT" 3
+    if [ "$state" = READY ]; then
+        troubles=$((troubles + 1))
+        say "$NAME is there, but the command on it failed with code $code: trying again"
+    else
+        troubles=0
+        say "$NAME was preempted: asking for it again"
+    fi
+done
+say "error: $NAME is there, but does not work; it is deleted, and the same command goes on"
+end 3
