@@ -43,6 +43,11 @@ def merge(output: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Su
             raise ValueError(f"{done}: is of a job without shards that is not complete: run it again")
     else:
         found = _shards(outputs)
+        format = found[0][1].job["format"]
+        if target.file is not None and target.format != format:
+            raise ValueError(f"{target.file}: the shards are {format}; give a name that ends in .{format}, or a folder")
+        for one in outputs:
+            one.format = format
         places = [found[part % len(found)][0] for part in range(found[0][1].all_parts)]
         numbers = {one.folder: one.numbers() for one in outputs}
         gone = [one.part(p) for p, one in enumerate(places) if p not in numbers[one.folder]]

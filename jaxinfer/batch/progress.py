@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from types import TracebackType
@@ -22,7 +23,14 @@ class Progress:
         if shown and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(unit="row", leave=False, desc="reading the input", file=sys.stderr)
+            self._bar = tqdm(
+                unit="row",
+                leave=False,
+                desc="reading the input",
+                file=sys.stderr,
+                ncols=shutil.get_terminal_size().columns,
+                nrows=20,  # tqdm shows nothing at a terminal that doesn't tell its size
+            )
 
     def say(self, what: str) -> None:
         """What is being waited for."""
