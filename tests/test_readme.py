@@ -95,7 +95,7 @@ def test_shell_commands(command, shown, folder):
         command = command[install.end() :]
     if command in ("", "pytest"):  # which is running
         return
-    assert re.match(r'jaxinfer |echo ".*" \| jaxinfer |python -m jaxinfer', command)
+    assert re.match(r"""jaxinfer |echo (".*"|'.*') (\| jaxinfer |>>? \w)|python (-m jaxinfer|-c )""", command)
     if command.startswith(TRAINING):
         command += " --steps 1"  # of 12,000
     printed = run(["bash", "-c", command], folder)
