@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,15 +35,15 @@ class Cloud:
             f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {Path(__file__).with_name("gcloud.py")} "$@"\n'
         )
         gcloud.chmod(0o755)
+        self.environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        self.environment |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAKE_GCLOUD": str(folder)}
 
     def batch(
         self, *arguments: object, plan: list[dict[str, object]] | None = None
     ) -> subprocess.CompletedProcess[str]:
         (self.folder / "plan.json").write_text(json.dumps(plan or [{}]))
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-        environment |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "FAKE_GCLOUD": str(self.folder)}
         command = ["bash", str(self.folder / "copy/tpu_scripts/batch.sh"), *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=240, check=False)
 
     def calls(self) -> list[str]:
         """The calls of gcloud that change or use something, in short."""
@@ -162,6 +163,22 @@ def test_commands(cloud):
     fake.chmod(0o755)
     done = subprocess.run(["bash", "-c", remote], cwd=cloud.folder, capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()) == (41, ["batch", *JOB])
+
+
+def test_ctrl_c(cloud):
+    (cloud.folder / "plan.json").write_text(json.dumps([{"states": ["PROVISIONING"] * 1000}]))
+    command = ["bash", cloud.folder / "copy/tpu_scripts/batch.sh", "j", *OPTIONS, "--poll", "0.1", "--", *JOB]
+    process = subprocess.Popen(
+        command, env=cloud.environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    while "WAITING" not in process.stderr.readline():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "j may still be there and cost money; the same command goes on" in said
+    assert cloud.left
 
 
 @pytest.mark.parametrize(
