@@ -53,6 +53,16 @@ def tensor_problem(tensor: int, num_heads: int, num_kv_heads: int) -> str | None
     return None
 
 
+def tensor_sizes(num_heads: int, num_kv_heads: int, most: int) -> list[int]:
+    """In how many parts heads can be split, up to `most`."""
+    return [n for n in range(1, most + 1) if tensor_problem(n, num_heads, num_kv_heads) is None]
+
+
+def kv_parts(tensor: int, num_kv_heads: int) -> int:
+    """Into how many parts key/value heads are split: where there are fewer of them, each is kept several times."""
+    return min(tensor, num_kv_heads)
+
+
 def make_mesh(
     spec: str | None, devices: Sequence[jax.Device], num_heads: int, num_kv_heads: int, wanted: int = 1
 ) -> Mesh | None:
@@ -61,7 +71,7 @@ def make_mesh(
     Without a spec it is the largest one that the model's heads allow, of at most `wanted` devices.
     Raises ValueError naming the sizes that would work.
     """
-    fitting = [n for n in range(1, len(devices) + 1) if tensor_problem(n, num_heads, num_kv_heads) is None]
+    fitting = tensor_sizes(num_heads, num_kv_heads, len(devices))
     tensor = max(n for n in fitting if n <= wanted) if spec is None else parse_mesh(spec).get("tensor", 1)
     if tensor > len(devices):
         raise ValueError(f"mesh is {spec!r}: there are {len(devices)} devices; with them {_choice(fitting)}")
@@ -70,7 +80,7 @@ def make_mesh(
         raise ValueError(f"mesh is {spec!r}: {problem}; {_choice(fitting)}")
     if tensor == 1:
         return None
-    kv = min(tensor, num_kv_heads)
+    kv = kv_parts(tensor, num_kv_heads)
     grid = np.array(devices[:tensor]).reshape(kv, tensor // kv)
     return Mesh(grid, (KV, GROUP), axis_types=(AxisType.Auto, AxisType.Auto))
 

@@ -5,6 +5,7 @@ Nothing here needs weights, or even devices: a mesh of an abstract topology will
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -104,12 +105,11 @@ class Programs:
     def lower(self, key: Key) -> jax.stages.Lowered:
         """The program before it is compiled; cache and slots are donated."""
         arguments = self.arguments(key)
-        if self.mesh is None:
-            return self._jits[key[0]].lower(*arguments)
-        # Kernels ask what kind of device they are for.
-        platform = self.mesh.devices.flat[0].platform
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=(platform,))
+        device = self.place.devices.flat[0] if isinstance(self.place, Mesh) else self.place
+        with contextlib.ExitStack() as stack:
+            if self.mesh is not None:  # kernels ask what kind of device they are for
+                stack.enter_context(jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh))
+            return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=(device.platform,))
 
     def zeros(self) -> State:
         """A new cache, and new slots. Compiled, not eager: one zero-filled pool, no temporaries."""

@@ -18,7 +18,7 @@ import sys, jaxinfer, jaxinfer.models.registry
 from jaxinfer.cli import main
 for arguments in ([], ["--help"], ["generate", "--help"], ["chat", "--help"], ["bench"], ["bench", "latency", "--help"],
                   ["batch", "--help"],
-                  ["score", "--help"], ["models"], ["models", "--json"], ["--version"]):
+                  ["score", "--help"], ["plan", "--help"], ["models"], ["models", "--json"], ["--version"]):
     assert main(arguments) == 0, arguments
 heavy = {"jax", "jaxlib", "flax", "transformers", "torch", "tokenizers", "numpy", "huggingface_hub"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)

@@ -1,0 +1,62 @@
+"""How fast a chip can be at best: bytes, operations and reductions of a step, from shapes.
+
+The compiler's own estimates over-count scattered updates, so nothing is taken from them. What a step really takes is
+more: this is a bound. Source of the method: Williams, Waterman and Patterson, doi:10.1145/1498765.1498785.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxinfer.cache import cache_bytes_per_token
+from jaxinfer.models.model import Model
+from jaxinfer.plan.slices import Chip
+from jaxinfer.sharding import kv_parts
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds of a step, at least: of the arithmetic, the memory and the links. tokens: that it is for."""
+
+    tokens: int
+    compute: float
+    memory: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        """They overlap at best: the slowest one binds."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def binds(self) -> str:
+        names = {"compute": self.compute, "memory": self.memory, "links": self.links}
+        return max(names, key=lambda name: names[name])
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def bound(model: Model, chip: Chip, tensor: int, tokens: int, context: int, rows: int) -> Bound:
+    """The bound of a step of `tokens` tokens of `rows` sequences, each of `context` tokens then, on `tensor` chips.
+
+    One token a row is decoding; more is a piece of a prompt. Logits are computed once a row.
+    """
+    config = model.config
+    dtype = next(iter(model.abstract.values())).dtype
+    head = config.vocab_size * config.hidden_size
+    weights = sum(math.prod(s.shape) for s in model.abstract.values())
+    body = weights - head * (1 if config.tie_word_embeddings else 2)  # an embedding is looked up, not multiplied
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim  # products of a token and a key
+    seen = context if tokens == rows else (context + 1) / 2
+    flops = 2 * (body * tokens + head * rows + attention * tokens * seen)
+    cached = cache_bytes_per_token(
+        config.num_layers, config.num_kv_heads // kv_parts(tensor, config.num_kv_heads), config.head_dim, dtype
+    )
+    moved = (body + head) * dtype.itemsize / tensor + rows * context * cached
+    # Two reductions a layer, each of which sends and receives the stream twice, but for the own part.
+    stream = tokens * config.hidden_size * dtype.itemsize
+    sent = (2 * config.num_layers + 1) * 2 * stream * (tensor - 1) / tensor
+    return Bound(tokens, flops / tensor / chip.flops, moved / chip.bandwidth, sent / chip.link)

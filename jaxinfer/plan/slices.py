@@ -1,0 +1,110 @@
+"""TPU slices by the names that Google sells them under, what their chips can do, and their devices without them.
+
+Speeds: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm, one page a generation. Memory: what the compiler
+says that programs have. v4 and v5p names count
+cores, two a chip; the others count chips. A tpu7x chip is two devices to JAX, each with half of the chip.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device. memory: bytes that programs can use; bandwidth: of it, bytes/s; flops: bfloat16, each second;
+    link: bytes/s to and from all neighbours together."""
+
+    name: str
+    memory: int
+    bandwidth: float
+    flops: float
+    link: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """per_chip: what the slice's name counts, of each chip. devices: JAX's, of each chip.
+    shapes: chips along each axis, by their number."""
+
+    chip: Chip
+    per_chip: int
+    devices: int
+    shapes: dict[int, str]
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+GIB = 2**30
+FLAT = {
+    1: "1x1",
+    4: "2x2",
+    8: "2x4",
+    16: "4x4",
+    32: "4x8",
+    64: "8x8",
+    128: "8x16",
+    256: "16x16",
+}
+CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+MEGACORE = (("chip_config_name", "megacore"),)
+
+GENERATIONS = {
+    "v4": Generation(Chip("v4", int(30.75 * GIB), 1.228e12, 275e12, 300e9), 2, 1, CUBES, MEGACORE),
+    "v5e": Generation(Chip("v5e", int(15.75 * GIB), 0.819e12, 197e12, 200e9), 1, 1, FLAT),
+    "v5p": Generation(Chip("v5p", int(95.74 * GIB), 2.765e12, 459e12, 600e9), 2, 1, CUBES),
+    "v6e": Generation(Chip("v6e", int(31.25 * GIB), 1.640e12, 918e12, 448e9), 1, 1, FLAT),
+    "tpu7x": Generation(Chip("tpu7x", int(94.75 * GIB), 3.69e12, 1153.5e12, 600e9), 1, 2, {1: "1x1x1", **CUBES}),
+}
+ALIASES = {"v7x": "tpu7x", "v5litepod": "v5e"}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A slice and its devices, which are not there."""
+
+    name: str
+    chip: Chip
+    devices: tuple[Any, ...]
+
+
+def names() -> list[str]:
+    """Every slice that is known."""
+    return [f"{g}-{count * one.per_chip}" for g, one in GENERATIONS.items() for count in one.shapes]
+
+
+def find_slice(name: str) -> Slice:
+    """The slice `v5e-8`. Raises ValueError that lists what there is, or says how to install libtpu."""
+    found = re.fullmatch(r"(\w+)-(\d{1,5})", name.strip().lower())
+    generation = GENERATIONS.get(ALIASES.get(found[1], found[1])) if found else None
+    count = int(found[2]) if found else 0
+    chips = count // generation.per_chip if generation and count % generation.per_chip == 0 else 0
+    if generation is None or chips not in generation.shapes:
+        raise ValueError(f"topology {name!r} is not known; there are {', '.join(names())}")
+    # libtpu asks the cloud where it is, unless it is told that this is no TPU machine.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise ValueError("the TPU compiler is not installed: pip install 'jaxinfer[tpu]' (no TPU is needed)") from None
+    from jax.experimental import topologies
+
+    shape = generation.shapes[chips]
+    sizes = tuple(map(int, shape.split("x")))
+    most = 8 if generation.chip.name in ("v5e", "v6e") else 4  # chips of a host
+    bounds = (*sizes, 1)[:3] if chips <= most else (2, 2, 1)
+    topology = topologies.get_topology_desc(
+        topology_name=f"{generation.chip.name}:{shape}",
+        platform="tpu",
+        chips_per_host_bounds=bounds,
+        **dict(generation.options),
+    )
+    devices: tuple[jax.Device, ...] = tuple(topology.devices)
+    assert len(devices) == chips * generation.devices, (name, len(devices))
+    return Slice(name, generation.chip, devices)

@@ -1,0 +1,75 @@
+"""Slices that are not there, and `jaxinfer plan` on them."""
+
+import json
+
+import pytest
+
+from jaxinfer.plan.slices import GENERATIONS, find_slice, names
+from tests.plan.test_roofline import CONFIG
+
+SMALL = CONFIG | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 128}
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    return tmp_path
+
+
+def test_names_count_what_google_counts():
+    assert {"v5e-1", "v5e-8", "v5p-8", "v4-8", "v6e-256", "tpu7x-4"} <= set(names())
+    assert GENERATIONS["v5p"].shapes[4] == "2x2x1"  # v5p-8 has 4 chips
+
+
+@pytest.mark.parametrize("name", ["v5e-3", "v5e", "v9-8", "v5p-7", "8", "v5e-8-8", ""])
+def test_other_names(name):
+    with pytest.raises(ValueError, match=r"is not known; there are v4-8, .*v5e-8"):
+        find_slice(name)
+
+
+@pytest.mark.parametrize("name", ["v5e-1", "v5e-16", "v5p-8", "v4-16", "v6e-8", "tpu7x-4", "v7x-4"])
+def test_devices_that_are_not_there(name):
+    pytest.importorskip("libtpu")
+    found = find_slice(name)
+    assert found.devices[0].platform == "tpu"
+    assert len(found.devices) == {"v5e-1": 1, "v5e-16": 16, "v5p-8": 4, "v4-16": 8}.get(name, 8)
+
+
+def test_a_plan(cli, model):
+    pytest.importorskip("libtpu")
+    arguments = ["--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--json"]
+    code, out, _ = cli("plan", model, "--topology", "v5e-4", *arguments)
+    assert code == 0
+    figures = json.loads(out)
+    assert figures["tensor"] == 4
+    sizes = figures["bytes"]
+    parts = ("weights", "cache", "slots", "temporaries", "code")
+    assert sizes["total"] == sum(sizes[name] for name in parts)
+    assert sizes["free"] == sizes["memory"] - sizes["total"] > 0
+    assert figures["cache_tokens"] == 8 * 256  # eight sequences of the longest kind
+    assert [one["reductions"] for one in figures["programs"]] == [5, 5]
+    assert [one["rows"] for one in figures["decode"]] == [1, 4, 8]
+    table = cli("plan", model / "config.json", "--topology", "v5e-1", *arguments[:-1])
+    assert table.code == 0
+    assert "v5e-1, tensor=1" in table.out
+    assert "what binds" in table.out
+
+
+def test_what_does_not_fit(cli, model):
+    pytest.importorskip("libtpu")
+    large = SMALL | {"num_hidden_layers": 48, "hidden_size": 8192, "intermediate_size": 28672, "num_key_value_heads": 8}
+    (model / "config.json").write_text(json.dumps(large | {"num_attention_heads": 64}))
+    code, out, err = cli("plan", model, "--topology", "v5e-4")
+    assert (code, out) == (1, "")
+    assert "v5e-4: needs " in err
+    assert "GiB of the 13.39 that a chip has for weights and cache: tensor=" in err
+
+
+def test_wrong_meshes_and_models(cli, model):
+    pytest.importorskip("libtpu")
+    assert (
+        "tensor=3 does not divide the model's 8"
+        in cli("plan", model, "--topology", "v5e-8", "--mesh", "tensor=3").error()
+    )
+    assert "there are 4 devices" in cli("plan", model, "--topology", "v5e-4", "--mesh", "tensor=8").error()
+    assert "no such folder" in cli("plan", model / "nothing", "--topology", "v5e-4").error()

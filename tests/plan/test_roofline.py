@@ -1,0 +1,47 @@
+"""The bound of a step, against numbers worked out by hand."""
+
+import pytest
+
+from jaxinfer.models.model import Model
+from jaxinfer.plan.roofline import bound
+from jaxinfer.plan.slices import Chip
+
+# Two layers of 4 heads of 8, 2 key/value heads, width 32, MLP 64, 100 tokens of vocabulary; not tied.
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+BODY = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32 + 2 * 32) + 32
+HEAD = 100 * 32
+CHIP = Chip("made up", 10**9, bandwidth=1e3, flops=1e4, link=1e2)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+def test_decoding(tensor):
+    one = bound(Model.from_config(CONFIG, "bfloat16"), CHIP, tensor, tokens=3, context=50, rows=3)
+    kept = 2 // min(tensor, 2)  # key/value heads of a chip
+    assert one.memory == pytest.approx(((BODY + HEAD) * 2 / tensor + 3 * 50 * 2 * 2 * kept * 8 * 2) / 1e3)
+    attention = 2 * 2 * 4 * 8 * 3 * 50  # q.k and p.v, two layers, 32 features, 3 tokens, 50 keys
+    assert one.compute == pytest.approx(2 * (3 * (BODY + HEAD) + attention) / tensor / 1e4)
+    assert one.links == pytest.approx(5 * 2 * 3 * 32 * 2 * (tensor - 1) / tensor / 1e2)
+    assert one.seconds == max(one.memory, one.compute, one.links)
+    assert one.tokens_per_second == pytest.approx(3 / one.seconds)
+
+
+def test_a_prompt_sees_half_of_itself_on_average_and_needs_one_tokens_logits():
+    one = bound(Model.from_config(CONFIG, "float32"), CHIP, 1, tokens=99, context=99, rows=1)
+    assert one.compute == pytest.approx(2 * (99 * BODY + HEAD + 2 * 2 * 4 * 8 * 99 * 50) / 1e4)
+    assert one.links == 0
+    assert one.binds == "compute"
+
+
+def test_a_tied_head_is_multiplied_too():
+    tied = bound(Model.from_config(CONFIG | {"tie_word_embeddings": True}, "bfloat16"), CHIP, 1, 1, 10, 1)
+    assert tied == bound(Model.from_config(CONFIG, "bfloat16"), CHIP, 1, 1, 10, 1)
