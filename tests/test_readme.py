@@ -98,6 +98,8 @@ def test_shell_commands(command, shown, folder):
     assert re.match(r"""jaxinfer |echo (".*"|'.*') (\| jaxinfer |>>? \w)|python (-m jaxinfer|-c )""", command)
     if command.startswith(TRAINING):
         command += " --steps 1"  # of 12,000
+    if command.startswith("jaxinfer plan"):
+        pytest.importorskip("libtpu")  # of the extra `tpu`
     printed = run(["bash", "-c", command], folder)
     if shown is not None:
         assert same(shown, printed), printed
