@@ -2,9 +2,9 @@
 
     python benchmarks/batch_throughput.py [--rows N] [--runs N] [--json FILE]
 
-A Llama with random weights in float32; prompts of 16 to 256 tokens and outputs of 8 to 64, of which no end-of-text ends
-any. The job reads them from a JSON Lines file and writes parts; both take turns in one process, each run with prompts of
-its own; medians. The prefix cache is off, or the second one would find the first one's prompts there.
+A Llama with random weights in float32; prompts of 16 to 256 tokens and outputs of 8 to 64, of which no end-of-text
+ends any. The job reads them from a JSON Lines file and writes parts; both take turns in one process, each run with
+prompts of its own; medians. The prefix cache is off, or the second one would find the first one's prompts there.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz     "  # the tokenizer has a token for eac
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "jaxinfer-llama-smaller")
-    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=192)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -110,6 +110,8 @@ def batch(
     """
     verbosity.apply().hide()
     if merge:
+        if output.output is not None:
+            raise ValueError("--merge: INPUT... are the outputs of shards, the first of which gets all; no --output")
         from jaxinfer.batch import merge as merge_shards
 
         _print(merge_shards(*inputs))

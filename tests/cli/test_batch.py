@@ -89,6 +89,7 @@ def test_too_many_errors(cli, source, tmp_path):
         (["rows.jsonl", "-o", "out", "--model", "./nowhere"], ["nowhere"]),
         (["rows.jsonl", "-o", "out", "--temperature", "-1"], ["temperature is -1"]),
         (["--merge", "out"], ["no shards"]),
+        (["--merge", "out", "-o", "all"], ["no --output"]),
     ],
 )
 def test_mistakes_are_one_line(cli, source, tmp_path, monkeypatch, arguments, facts):
