@@ -24,7 +24,7 @@ from jaxinfer.batch.sources import find_sources
 from jaxinfer.batch.summary import Summary
 from jaxinfer.batch.writer import Writer
 from jaxinfer.checkpoint.hub import resolve
-from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
     from jaxinfer.engine.load import LoadOptions
@@ -56,7 +56,8 @@ def run(
 
     inputs: files, globs, folders, URLs, "-" for stdin: see `sources`. output: a folder, or a file *.jsonl, *.parquet;
     format: of a folder's parts, jsonl by default. model: a folder or hub id (`options` as for LLM), or an LLM.
-    sampling_params: of rows that have none of their own; as a mapping, what differs from the checkpoint's.
+    sampling_params: of rows that have none of their own; as a mapping, what differs from the checkpoint's (and from 256
+    max_tokens; OpenAI's lines have OpenAI's defaults).
     prompt_template: makes prompts of columns, "Translate: {text}".
     option seed: rows that sample and have no seed of their own get one that is made of it and their number.
     truncate: of prompts that are too long, keep BOS and the last tokens, so that max_tokens (at most half of the
@@ -113,7 +114,8 @@ def run(
         manifest.check({"dtype": str(model.dtype), "max_model_len": model.sizes.max_model_len}, out)
         if stop():
             return Summary.of(out, manifest)
-        parser = Parser(task, model.get_default_sampling_params(), changes, prompt_template)
+        defaults = model.get_default_sampling_params().with_changes(max_tokens=DEFAULT_MAX_TOKENS)
+        parser = Parser(task, defaults, changes, prompt_template)
         results = Results(task, (changes or {}).get("n", 1), token_ids, out.format == "parquet", folder.name)
         writer = Writer(out, manifest, max_errors)
         progress.begin(writer, count_rows(sources) if show_progress and manifest.shards == 1 else None)

@@ -17,13 +17,13 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
-from jaxinfer.batch.order import ordered
+from jaxinfer.batch.order import arranged
 from jaxinfer.batch.parquet import parquet_modules, table, to_json
 from jaxinfer.batch.parse import Parser
 from jaxinfer.batch.readers import table_rows
 from jaxinfer.batch.row import Record, Row, Task
 from jaxinfer.batch.writer import Result
-from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
     from jaxinfer.engine.load import LoadOptions
@@ -73,7 +73,8 @@ class Predictor:
 
         llm = LLM(model, **options)
         self.results = Results(task, (changes or {}).get("n", 1), token_ids, True, llm.folder.name)
-        self.parser = Parser(task, llm.get_default_sampling_params(), changes, prompt_template)
+        defaults = llm.get_default_sampling_params().with_changes(max_tokens=DEFAULT_MAX_TOKENS)
+        self.parser = Parser(task, defaults, changes, prompt_template)
         self.worker = Worker(llm, self.results, seed=seed, truncate=truncate)
         self.id_column = id_column
 
@@ -93,7 +94,7 @@ class Predictor:
                 done[index] = self.results.failed(row, work)
             else:
                 works.append(work)
-        for work, result in self.worker.run(ordered(iter(works))):
+        for work, result in self.worker.run(iter(arranged(works))):
             done[work.row.index] = result
         kinds = self.results.kinds
         found = table([{name: done[i].columns.get(name) for name in kinds} for i in range(len(given))], kinds)

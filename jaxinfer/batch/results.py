@@ -57,7 +57,9 @@ class Results:
         """Why a row that was understood can't be written, or None."""
         if row.openai and self.parquet:
             return f"{row.where}: an OpenAI batch line comes back as a JSON line, not as Parquet; write JSONL"
-        taken = next((column for column in row.columns if column in {**self.kinds, "logprobs": None}), None)
+        # A null says nothing that is lost: the `error` of rows that another job has served.
+        names = {**self.kinds, "logprobs": None}
+        taken = next((column for column, value in row.columns.items() if column in names and value is not None), None)
         if taken is not None:
             return f"{row.where}: has a column {taken!r}, which is a result's name; rename it"
         n = row.ask.params.n if row.ask is not None and row.ask.params is not None else self.n

@@ -18,7 +18,6 @@ import typer
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import say_error
 from jaxinfer.cli.options import LoadOptions, SamplingOptions, Verbosity, grouped
-from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS
 
 if TYPE_CHECKING:
     from jaxinfer.batch import Summary
@@ -118,15 +117,12 @@ def batch(
         return
     if output.output is None:
         raise ValueError("--output is missing: a folder, or a file *.jsonl or *.parquet")
-    changes = {name: value for name, value in dataclasses.asdict(sampling).items() if value is not None}
+    changes = sampling.given
     seed = changes.pop("seed", 0)
     if logprobs is not None:
         changes["logprobs"] = logprobs
-    if task == "score":
-        meaningless = [name for name, value in changes.items() if (name, value) != ("max_tokens", DEFAULT_MAX_TOKENS)]
-        if meaningless:
-            raise ValueError(f"--{meaningless[0].replace('_', '-')}: nothing is sampled when scoring; leave it out")
-        changes = {}
+    if task == "score" and changes:
+        raise ValueError(f"--{next(iter(changes)).replace('_', '-')}: nothing is sampled when scoring; leave it out")
     from jaxinfer.batch import TooManyErrors, run
     from jaxinfer.demo import MODEL_DIR
 

@@ -85,8 +85,11 @@ class SamplingOptions:
     """The fields of SamplingParams that the command line has; None is not given."""
 
     max_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens of an answer.", show_default=True, rich_help_panel=SAMPLING)
-    ] = DEFAULT_MAX_TOKENS
+        int | None,
+        typer.Option(
+            metavar="N", help=f"Most tokens of an answer; without it {DEFAULT_MAX_TOKENS}.", rich_help_panel=SAMPLING
+        ),
+    ] = None
     temperature: Annotated[
         float | None, typer.Option(metavar="X", help="0: always the likeliest token.", rich_help_panel=SAMPLING)
     ] = None
@@ -114,10 +117,14 @@ class SamplingOptions:
         typer.Option(metavar="S", help="End before this string; may be repeated.", rich_help_panel=SAMPLING),
     ] = None
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that are given."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
     def params(self, defaults: SamplingParams | None = None) -> SamplingParams:
         """These over `defaults`. Raises ValueError for a value out of range, so call it before loading as well."""
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        return (defaults or SamplingParams()).with_changes(**given)
+        return (defaults or SamplingParams()).with_changes(**{"max_tokens": DEFAULT_MAX_TOKENS} | self.given)
 
 
 @dataclass(frozen=True)

@@ -257,24 +257,28 @@ def test_stopping(job, rows_file, tmp_path):
         assert files(tmp_path / f"out{asked}") == files(tmp_path / "expected")
 
 
-def test_a_straggler_does_not_fill_the_memory(demo, job, rows_file, tmp_path, monkeypatch):
-    """While the first row runs, no more than so many others are begun."""
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_straggler_does_not_fill_the_memory(demo, job, rows_file, tmp_path, monkeypatch, broken):
+    """While the first row runs, no more than so many others are begun, or found to be broken."""
     rows = [{"prompt": "Once", "params": {"max_tokens": 200, "ignore_eos": True}}]
-    rows += [{"prompt": f"What is {i}?", "params": {"max_tokens": 1}} for i in range(300)]
-    most = []
+    rows += [{} if broken else {"prompt": f"What is {i}?", "params": {"max_tokens": 1}} for i in range(300)]
+    rows += [{"prompt": "Once", "params": {"max_tokens": 1}}]
+    held = []
     put = loop.Loop._put
     monkeypatch.setattr("jaxinfer.batch.order.ROWS", 8)
     monkeypatch.setattr(loop, "ROWS", 1)
 
     def watched(self, *arguments):
         put(self, *arguments)
-        most.append(self._held)
+        held.append(self._held)
         assert self.max_held == 16 + 2 * 10
 
     monkeypatch.setattr(loop.Loop, "_put", watched)
     job(rows_file(rows))
-    assert max(most) <= 36 + 1 + 2 * 8
-    assert [row["generated_tokens"] for row in read_rows(tmp_path / "out")] == [200] + [1] * 300
+    assert max(held) <= 36 + 1 + 2 * 8
+    assert [row["generated_tokens"] for row in read_rows(tmp_path / "out")] == [200] + [None if broken else 1] * 300 + [
+        1
+    ]
 
 
 def test_prompts_that_are_too_long(demo, job, rows_file, tmp_path):
@@ -440,3 +444,13 @@ def test_options_that_make_no_sense(job, rows_file, tmp_path, options, facts):
         job(rows_file(QUESTIONS), **options)
     assert all(fact in str(error.value) for fact in facts), error.value
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_were_generated_can_be_scored(job, rows_file, tmp_path):
+    """The error of a row that was served is null, and no obstacle."""
+    rows = [{"prompt": "one", "continuation": " two", "error": e} for e in (None, "why")]
+    summary = job(rows_file(rows), task="score", sampling_params=None)
+    assert (summary.rows, summary.errors) == (2, 1)
+    right, wrong = read_rows(tmp_path / "out")
+    assert right["error"] is None
+    assert "has a column 'error'" in wrong["error"]
