@@ -57,19 +57,19 @@ class Loop:
                 if self._stopping() and self.writer.manifest.next_part > (self._last or 0):
                     return  # what else is running is broken off
 
-    def _wanted(self, works: Iterator[Work]) -> Iterator[Work]:
+    def _wanted(self, works: Iterator[Work | None]) -> Iterator[Work]:
         """What is to be run now: until too much is held, or there is no more."""
         while self._held <= self.max_held:
-            work = next(works, None)
-            while work is not None and self._stopping() and self.writer.part(work.row.index) != self._last:
-                work = next(works, None)
-            if work is None:
+            try:
+                work = next(works)
+            except StopIteration:
                 self._more = False
                 return
-            yield work
+            if work is not None and (not self._stopping() or self.writer.part(work.row.index) == self._last):
+                yield work
 
-    def _works(self, stream: Generator[Record, None, int]) -> Iterator[Work]:
-        """The rows that are to be run. Those that can't be are put as errors."""
+    def _works(self, stream: Generator[Record, None, int]) -> Iterator[Work | None]:
+        """The rows that are to be run. Those that can't be are put as errors, and None."""
         manifest = self.writer.manifest
         sample: list[dict[str, Any]] | None = None
         if self.results.parquet and manifest.columns is None:
@@ -94,6 +94,7 @@ class Loop:
                 yield work
             else:
                 self._put(row, self.results.failed(row, work))
+                yield None
         if sample is not None:
             manifest.columns = dict(column_kinds(sample, self.results.kinds))
         self.writer.end(self._total)

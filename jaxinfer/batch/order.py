@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from itertools import islice
+from typing import Generic, Protocol, TypeVar
 
 ROWS = 1024  # of a window
 TOKENS = 2**20  # of a window, roughly: a bound of its memory where rows are long
@@ -21,30 +22,39 @@ class Work(Protocol):
 W = TypeVar("W", bound=Work)
 
 
-def ordered(rows: Iterator[W]) -> Iterator[W]:
+class _Window(Generic[W]):
+    """Rows, up to ROWS of them and roughly TOKENS tokens."""
+
+    def __init__(self) -> None:
+        self.rows: list[W | None] = []
+        self._tokens = 0
+
+    def read(self, rows: Iterator[W | None], count: int) -> bool:
+        """Reads up to `count` more, as many as there is room for; returns whether there are any."""
+        for one in islice(rows, min(count, ROWS - len(self.rows)) if self._tokens < TOKENS else 0):
+            self.rows.append(one)
+            self._tokens += len(one.prompt) if one is not None else 0
+            if self._tokens >= TOKENS:
+                break
+        return bool(self.rows)
+
+
+def ordered(rows: Iterator[W | None]) -> Iterator[W | None]:
     """All of `rows`, window by window, each in the order of `arranged`.
 
+    None stands for a row with nothing to run. It takes a place in a window too, and a window of nothing else gives one
+    None: whoever asks can't be led thousands of rows on from those that are still running.
     The next window is read while this one is given out, two rows for one: the device need not wait until a thousand
     prompts are tokenized.
     """
-    window: list[W] = []
-    _read(rows, window, ROWS, TOKENS)
-    while window:
-        following: list[W] = []
-        room = TOKENS
+    following = _Window[W]()
+    while following.rows or following.read(rows, ROWS):
+        window, following = [one for one in following.rows if one is not None], _Window[W]()
+        if not window:
+            yield None
         for one in arranged(window):
             yield one
-            room = _read(rows, following, 2, room)
-        window = following
-
-
-def _read(rows: Iterator[W], window: list[W], count: int, room: int) -> int:
-    """Adds up to `count` rows to a window that has room for so many tokens; returns how many it has room for then."""
-    while count and room > 0 and len(window) < ROWS and (one := next(rows, None)) is not None:
-        window.append(one)
-        room -= len(one.prompt)
-        count -= 1
-    return room
+            following.read(rows, 2)
 
 
 def arranged(window: list[W]) -> list[W]:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,7 +57,26 @@ def test_windows_of_long_rows_are_small():
     assert len(list(works)) == 39
 
 
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=40))
-def test_every_row_once(prompts):
-    rows = [Work(prompt, len(prompt) + i) for i, prompt in enumerate(prompts)]
-    assert sorted(ordered(iter(rows))) == sorted(rows)
+def test_rows_with_nothing_to_run_take_places_too():
+    read = []
+
+    def source():
+        for i in range(10 * order.ROWS):
+            read.append(i)
+            yield Work([i], 10) if i in (5, 9 * order.ROWS) else None
+
+    works = ordered(source())
+    for window, expected in enumerate([[5], None, None], 1):
+        one = next(works)
+        assert (one and one.prompt) == expected
+        assert len(read) <= window * order.ROWS + 2
+    assert [one for one in works if one] == [Work([9 * order.ROWS], 10)]
+
+
+@given(st.lists(st.none() | st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=40), st.integers(1, 9))
+def test_every_row_once(prompts, size):
+    rows = [prompt and Work(prompt, len(prompt) + i) for i, prompt in enumerate(prompts)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "ROWS", size)
+        got = [one for one in ordered(iter(rows)) if one]
+    assert sorted(got) == sorted(one for one in rows if one)

@@ -155,7 +155,7 @@ def test_signals(source, tmp_path, number, code):
     assert (got, out) == (code, "")
     assert re.search(rf"^jaxinfer: stopped; to go on: jaxinfer batch {source} --output {output} .*$", err, re.M)
     assert time.monotonic() - begun < 15
-    assert whole_parts(output) >= 3
+    assert whole_parts(output) >= 2
 
 
 def test_sigterm_without_time(source, tmp_path):
