@@ -85,3 +85,9 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"jaxinfer: {record.levelname.lower()}: {self.format(record)}", file=sys.stderr)
+
+
+def title(text: str, width: int = 70) -> str:
+    """A prompt on one line that is not too long."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."

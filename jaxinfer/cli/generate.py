@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxinfer.cli.console import Progress, print_pieces
+from jaxinfer.cli.console import Progress, print_pieces, title
 from jaxinfer.cli.options import JSON, LoadOptions, SamplingOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
@@ -106,15 +106,9 @@ def _print_outputs(
             print(json.dumps(_record(llm, texts[i], output)), flush=True)
         else:
             separation = "\n" if i else ""
-            print(f"{separation}==> {_title(texts[i])} <==\n{output.outputs[0].text}", flush=True)
+            print(f"{separation}==> {title(texts[i])} <==\n{output.outputs[0].text}", flush=True)
         if i + 1 < len(texts):
             progress(f"generating, {i + 1} of {len(texts)} are done")
-
-
-def _title(text: str, width: int = 70) -> str:
-    """A prompt on one line that is not too long."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else f"{line[: width - 3]}..."
 
 
 def _record(llm: LLM, prompt: str, output: RequestOutput) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxinfer.cli.generate import _title
+from jaxinfer.cli.console import title
 from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def score(
                 continue
             logprob, tokens = logprob + output.logprob, tokens + len(output.token_ids)
             text = row.ask.continuation or row.ask.prompt if row.ask else ""
-            line = f"{output.logprob:14.4f} {len(output.token_ids):8} {output.perplexity:11.4f}  {_title(str(text))}"
+            line = f"{output.logprob:14.4f} {len(output.token_ids):8} {output.perplexity:11.4f}  {title(str(text))}"
             print(json.dumps({"index": row.index, **_record(output)}) if as_json else line, flush=True)
         if tokens and not verbosity.quiet:
             perplexity = math.exp(min(-logprob / tokens, 700))
