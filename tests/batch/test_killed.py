@@ -46,6 +46,7 @@ class Case:
 
     def check(self, output):
         """Nothing is missing, nothing is there twice, all is the same."""
+        assert not list(output.parent.glob(f"{output.name}*/.*"))  # temporaries, locks
         got = read_rows(output)
         self.identical += got == self.rows
         assert [row["id"] for row in got] == list(range(len(self.rows)))
@@ -55,7 +56,7 @@ class Case:
 
     def kill(self, rng, output):
         """Kills the job until it is done; returns how often."""
-        kills = self.jobs.run_and_kill(rng, 0.9 * self.seconds, *self.command, "--output", output)
+        kills = self.jobs.run_and_kill(rng, 1.1 * self.seconds, *self.command, "--output", output)
         self.check(output)
         return kills
 
