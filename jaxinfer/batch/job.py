@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 from jaxinfer.batch.identity import model_fingerprint
-from jaxinfer.batch.join import finish
+from jaxinfer.batch.join import clean, finish
 from jaxinfer.batch.manifest import open_manifest
 from jaxinfer.batch.parquet import parquet_modules
 from jaxinfer.batch.parse import Parser
@@ -95,6 +95,7 @@ def run(
         manifest.check(job, out)
         manifest.check_parts(out)
         if manifest.complete:
+            clean(out, manifest)
             return Summary.of(out, manifest)
         out.make()
         stack.enter_context(out.lock(manifest.name))

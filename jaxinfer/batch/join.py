@@ -41,6 +41,7 @@ def merge(output: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Su
         merged = read_manifest(target, done)
         if not merged.complete:
             raise ValueError(f"{done}: is of a job without shards that is not complete: run it again")
+        clean(target, merged)
     else:
         found = _shards(outputs)
         format = found[0][1].job["format"]
@@ -125,5 +126,12 @@ def _join(places: Sequence[Output], target: Output, manifest: Manifest) -> None:
         if writer is not None:
             writer.close()
     manifest.write(target, finished_path(target))
-    if target.names():
-        target.fs.rm(target.folder, recursive=True)
+    clean(target, manifest)
+
+
+def clean(output: Output, manifest: Manifest) -> None:
+    """Removes what is left beside a complete output by a process that was killed at the very end."""
+    if output.file is None or manifest.shards > 1:
+        output.remove([f".{manifest.name}.lock"])
+    elif output.names():
+        output.fs.rm(output.folder, recursive=True)

@@ -129,3 +129,16 @@ def test_which_shard(given, environment, expected):
 def test_no_such_shard(given):
     with pytest.raises(ValueError, match="shard is"):
         parse_shard(given, {})
+
+
+def test_what_is_left_at_the_very_end(shard, tmp_path):
+    """Killed when all was done: the next start tidies up."""
+    for name in ("out", "out.jsonl"):
+        shard(None, name)
+    (tmp_path / "out/._manifest.json.lock").touch()
+    (tmp_path / "out.jsonl.parts").mkdir()
+    (tmp_path / "out.jsonl.parts/part-00000.jsonl").touch()
+    for name in ("out", "out.jsonl"):
+        assert shard(None, name).rows_now == 0
+    assert not (tmp_path / "out/._manifest.json.lock").exists()
+    assert not (tmp_path / "out.jsonl.parts").exists()
