@@ -1,6 +1,7 @@
 """Hostile defaults for all tests: 8 fake CPU devices, strict dtype promotion, warnings are errors (pyproject.toml)."""
 
 import os
+import signal
 import tempfile
 
 # Before JAX is imported anywhere. Programs that tests compile are kept for the session, not in the user's folder.
@@ -15,6 +16,8 @@ import pytest
 from tests.cli.run import cli  # noqa: F401  (a fixture for all)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A shell that starts this in the background has Ctrl-C ignored, and what tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
