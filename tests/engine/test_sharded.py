@@ -18,7 +18,7 @@ OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 
 
-@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("tensor", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", REGISTRY)
 def test_the_same_logits_and_tokens(checkpoints, name, tensor):
     """4 heads, and 2 key/value heads: on 4 devices each of these is there twice. 300 tokens and an MLP of 48 divide."""
