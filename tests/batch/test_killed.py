@@ -110,11 +110,3 @@ def test_fifty_jobs(large, tmp_path):
     kills = sum(large.kill(random.Random(seed), tmp_path / str(seed)) for seed in range(50))
     print(f"50 jobs, {kills} kills, {large.identical} outputs the same to the last bit")
     assert kills >= 25  # a job may be faster than the moment when it was to be killed
-
-
-@pytest.mark.slow
-def test_shards_of_large_jobs(large, tmp_path):
-    before = large.identical
-    kills = sum(large.kill_shards(random.Random(seed), tmp_path / str(seed)) for seed in range(15))
-    print(f"15 jobs of two shards, {kills} kills, {large.identical - before} outputs the same to the last bit")
-    assert kills >= 10
