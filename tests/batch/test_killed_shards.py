@@ -1,4 +1,4 @@
-"""Jobs of two shards that are killed at random moments. In a file of its own: it takes as long as all of test_killed."""
+"""Jobs of two shards that are killed at random moments. A file of its own: it takes as long as test_killed.py does."""
 
 import random
 
