@@ -36,8 +36,7 @@ def padded(work: list[Any]) -> list[list[int]]:
 def continuous(work: list[Any]) -> list[list[int]]:
     """What `generate_batch` does, with a length for each output: that method has one for all."""
     config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(n for _, n in work))
-    # Room for a batch of the longest: its attention on CPU takes the product of all rows and all keys that are there,
-    # and with room for 128 requests it was many times slower still.
+    # Room for a batch of the longest: with room for 128 requests at once it had not finished after 20 minutes.
     longest = max(-(-(len(prompt) + new) // PAGE) for prompt, new in work)
     pages = min(BATCH * longest, sum(-(-(len(prompt) + new) // PAGE) for prompt, new in work))
     batching = ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_batch_tokens=512)
