@@ -22,8 +22,7 @@ def enable_compile_cache() -> None:
     folder = Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("jaxinfer")) / "programs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
             f"cache folder {folder} can't be written ({error.strerror}): set {VARIABLE} to a folder that can be, "

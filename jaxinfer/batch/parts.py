@@ -16,7 +16,6 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 Format = Literal["jsonl", "parquet"]
-PIECE = 2**20  # bytes that are copied at a time
 
 
 class Output:

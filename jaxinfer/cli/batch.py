@@ -147,6 +147,7 @@ def batch(
                 revision=load.revision,
                 dtype=load.dtype,
                 max_model_len=load.max_model_len,
+                mesh=load.mesh,
                 max_num_seqs=batching.max_num_seqs,
                 max_num_batched_tokens=batching.max_num_batched_tokens,
             )

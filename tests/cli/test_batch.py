@@ -190,3 +190,9 @@ def test_a_bar_at_a_terminal(source, tmp_path):
     assert "/12 [" in terminal.seen
     assert "tokens/s" in terminal.seen
     assert '"complete": true' in terminal.seen
+
+
+def test_the_mesh_is_the_models(cli, model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one"}\n')
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    assert "mesh is 'tensor=3'" in cli("batch", rows, "-o", out, "-m", model, "--mesh", "tensor=3").error()
