@@ -21,7 +21,7 @@ OnError = Literal["raise", "return"]
 
 
 class Encoded(NamedTuple):
-    """A prompt that has been checked: its text, or None, and its ids."""
+    """A prompt as tokens: its text, or None, and its ids."""
 
     text: str | None
     ids: list[int]
@@ -41,7 +41,7 @@ Scorable = Text | tuple[Text, Text]  # a text, or a prompt and its continuation
 
 
 class Pair(NamedTuple):
-    """A scorable that has been checked: the text that is scored, or None, ids that are given, ids that are scored."""
+    """A scorable as tokens: the text that is scored, or None, ids that are given, ids that are scored."""
 
     text: str | None
     given: list[int]
@@ -120,7 +120,7 @@ class LLM:
         """
         asked = self._asked(prompts, sampling_params, priority)
         if on_error == "raise":
-            asked = [one._replace(prompt=encoded) for one, encoded in _checked(asked, self._encode)]
+            asked = [one._replace(prompt=encoded) for one, encoded in _checked(asked, self._check)]
         asked.sort(key=lambda one: one.priority)  # not all of them are given to the engine at once
         outputs = self._run(asked, on_error)
         return sorted(_progress(outputs, len(asked), use_tqdm, "Generated"), key=lambda output: output.index)
@@ -302,7 +302,7 @@ class LLM:
 
     def _score(self, asked: list[ScoreAsked], use_tqdm: bool, on_error: OnError) -> list[ScoreOutput]:
         if on_error == "raise":
-            asked = [one._replace(scorable=pair) for one, pair in _checked(asked, self._encode_pair)]
+            asked = [one._replace(scorable=pair) for one, pair in _checked(asked, self._check_pair)]
         outputs = self._run(asked, on_error)
         return sorted(_progress(outputs, len(asked), use_tqdm, "Scored"), key=lambda output: output.index)
 
@@ -350,17 +350,21 @@ class LLM:
                 engine.abort(group)
 
     def _encode(self, asked: Asked) -> Encoded:
-        """The prompt, checked."""
+        """The prompt's ids."""
         if isinstance(asked.prompt, Encoded):
             return asked.prompt
         if not isinstance(asked.params, SamplingParams):
             raise ValueError(f"sampling_params is a {type(asked.params).__name__}: it must be SamplingParams")
-        encoded = Encoded(*prompt_ids(asked.prompt, self.tokenizer))
+        return Encoded(*prompt_ids(asked.prompt, self.tokenizer))
+
+    def _check(self, asked: Asked) -> Encoded:
+        """The prompt, once it is sure that the engine takes it."""
+        encoded = self._encode(asked)
         self.engine.check(encoded.ids, asked.params)
         return encoded
 
     def _encode_pair(self, asked: ScoreAsked) -> Pair:
-        """What is to be scored, checked."""
+        """The ids of what is to be scored."""
         scorable = asked.scorable
         if isinstance(scorable, Pair):
             return scorable
@@ -371,7 +375,11 @@ class LLM:
         else:
             scored = scorable
             ids = encode_text(scored, self.tokenizer)
-        pair = Pair(scored if isinstance(scored, str) else None, *ids)
+        return Pair(scored if isinstance(scored, str) else None, *ids)
+
+    def _check_pair(self, asked: ScoreAsked) -> Pair:
+        """What is to be scored, once it is sure that the engine takes it."""
+        pair = self._encode_pair(asked)
         self.engine.check_scoring([*pair.given, *pair.scored], len(pair.given))
         return pair
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 AXES = ("tensor",)  # of a spec
 KV, GROUP = "kv", "group"  # mesh axes; together they are `tensor`
@@ -97,6 +97,14 @@ def partition(axes: Sequence[str | None]) -> PartitionSpec:
             if set(axis) & set(other):
                 raise ValueError(f"logical axes {axes[j]!r} and {axes[i]!r} of one weight are both split over tensor")
     return PartitionSpec(*(part or None for part in parts))
+
+
+def placed(abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], place: jax.Device | Mesh) -> Any:
+    """A weight with its sharding on a device; or split over a mesh, and padded to what that divides."""
+    if not isinstance(place, Mesh):
+        return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=SingleDeviceSharding(place))
+    shape = padded(abstract.shape, axes, place)
+    return jax.ShapeDtypeStruct(shape, abstract.dtype, sharding=NamedSharding(place, partition(axes)))
 
 
 def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> tuple[int, ...]:

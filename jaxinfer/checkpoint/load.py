@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.weights import Source
-from jaxinfer.sharding import Index, padded, partition, parts
+from jaxinfer.sharding import Index, parts, placed
 
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
@@ -37,15 +37,9 @@ def load_params(
     for name, shape in model.abstract.items():
         source = sources[name]
         stored = located[source.name]
-        sharding: jax.sharding.Sharding
-        if isinstance(place, Mesh):
-            whole = padded(shape.shape, model.axes[name], place)
-            sharding = NamedSharding(place, partition(model.axes[name]))
-        else:
-            whole = shape.shape
-            sharding = SingleDeviceSharding(place)
+        whole = placed(shape, model.axes[name], place)
         arrays = []
-        for index, devices in parts(sharding, whole).items():
+        for index, devices in parts(whole.sharding, whole.shape).items():
             # Some devices may hold nothing but padding.
             real = tuple(
                 (min(start, size), min(stop, size)) for (start, stop), size in zip(index, shape.shape, strict=True)
@@ -60,7 +54,7 @@ def load_params(
             arrays += [jax.device_put(value, device) for device in devices]
             # One tensor at a time: a queue of pending transfers would hold them all.
             jax.block_until_ready(arrays)
-        params[name] = jax.make_array_from_single_device_arrays(whole, sharding, arrays)
+        params[name] = jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, arrays)
     return params
 
 

@@ -21,7 +21,7 @@ from jaxinfer.engine.step import DecodeRows, Rows, Scored, State, make_decode, m
 from jaxinfer.models.model import Model
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
-from jaxinfer.sharding import CACHE, padded, partition, replicated
+from jaxinfer.sharding import CACHE, placed, replicated
 
 Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
 PREPARE: Key = ("prepare slot", 1, 1)
@@ -60,15 +60,7 @@ class Programs:
     @cached_property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The weights."""
-        mesh, model = self.mesh, self.model
-        if mesh is None:
-            return {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.whole) for n, s in model.abstract.items()}
-        return {
-            n: jax.ShapeDtypeStruct(
-                padded(s.shape, model.axes[n], mesh), s.dtype, sharding=NamedSharding(mesh, partition(model.axes[n]))
-            )
-            for n, s in model.abstract.items()
-        }
+        return {n: placed(s, self.model.axes[n], self.place) for n, s in self.model.abstract.items()}
 
     @cached_property
     def state(self) -> State:
