@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 from jaxinfer.demo import MODEL_DIR
-from jaxinfer.engine.load import LoadOptions
+from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.prompts import Prompt, is_single_prompt
 from jaxinfer.llm import LLM, Message
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams

@@ -8,9 +8,11 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self, TypeVar, Unpack
 
 from jaxinfer.engine.beam_search import BeamSearchOutput, beam_search
+from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine, EngineStats
 from jaxinfer.engine.generation import Group
-from jaxinfer.engine.load import LoadOptions, load_engine
+from jaxinfer.engine.load import load_engine
+from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput, error_output, score_error
 from jaxinfer.engine.prompts import Prompt, prompt_ids, prompt_list
 from jaxinfer.engine.scoring import Scoring, encode_pair, encode_text, join_windows, prefix_token_id, rolling_windows
@@ -80,6 +82,19 @@ class LLM:
         self.tokenizer = loaded.engine.tokenizer
         self._default_sampling_params = loaded.default_sampling_params
         self._engine: Engine | None = loaded.engine
+
+    @classmethod
+    def from_config(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: str | os.PathLike[str] | None = None,
+        **options: Unpack[LoadOptions],
+    ) -> Self:
+        """A deployment, as a YAML file says it (see configs/ and engine/deployment.py); `model` and `options` come
+        before what it says. Raises what LLM() raises, and ValueError naming the line of the file that is wrong."""
+        named, given = read_deployment(path).loading(model, options)
+        return cls(named, **given)
 
     @property
     def engine(self) -> Engine:

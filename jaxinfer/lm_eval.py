@@ -1,6 +1,7 @@
 """jaxinfer as a model of lm-eval, EleutherAI's evaluation harness (`pip install 'jaxinfer[lm-eval]'`):
 
     jaxinfer lm-eval --model_args pretrained=FOLDER --tasks hellaswag --num_fewshot 5
+    jaxinfer lm-eval --model_args config=configs/llama-3.1-8b_v6e-1.yaml --tasks hellaswag
     lm_eval.simple_evaluate(model=JaxInferLM("FOLDER"), tasks=["hellaswag"])
 
 What is scored given which tokens, and where a text is cut, is as in its `hf` model, so results are the same.
@@ -34,16 +35,18 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "see
 class JaxInferLM(TemplateLM):  # type: ignore[misc]
     """Scores and generates for lm-eval.
 
-    pretrained: an LLM, or a folder or hub id to load with the further options (those of LLM). max_gen_toks: most tokens
-    of an answer where a task does not say. batch_size: lm-eval always gives one; rows join and leave the batch as they
-    come, so 1 (its default) and "auto" change nothing, and another number is max_num_seqs. device: JAX's, if any.
+    pretrained: an LLM, or a folder or hub id to load with the further options (those of LLM). config: a deployment's
+    YAML file, which says what is not given. max_gen_toks: most tokens of an answer where a task does not say.
+    batch_size: lm-eval always gives one; rows join and leave the batch as they come, so 1 (its default) and "auto"
+    change nothing, and another number is max_num_seqs. device: JAX's, if any.
     Raises ValueError for options that LLM does not have.
     """
 
     def __init__(
         self,
-        pretrained: LLM | str,
+        pretrained: LLM | str | None = None,
         *,
+        config: str | None = None,
         max_gen_toks: int = MAX_GEN_TOKS,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
@@ -57,9 +60,17 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         rows = max_batch_size or (None if str(batch_size or 1) in ("1", "auto") else int(str(batch_size)))
         if rows is not None:
             options["max_num_seqs"] = rows
-        if isinstance(pretrained, LLM) and options:
-            raise ValueError(f"{next(iter(options))} is an option of loading, and the model is loaded already")
-        self.llm = pretrained if isinstance(pretrained, LLM) else LLM(pretrained, **options)
+        if isinstance(pretrained, LLM):
+            if config is not None or options:
+                what = "config" if config is not None else next(iter(options))
+                raise ValueError(f"{what} is an option of loading, and the model is loaded already")
+            self.llm = pretrained
+        elif config is not None:
+            self.llm = LLM.from_config(config, model=pretrained, **options)
+        elif pretrained is not None:
+            self.llm = LLM(pretrained, **options)
+        else:
+            raise ValueError("model_args: give pretrained=FOLDER or config=FILE")
         self.max_gen_toks = max_gen_toks
 
     @property

@@ -151,6 +151,8 @@ def test_options_that_are_not_there(checkpoints, tasks):
         JaxInferLM(folder, device="mps")
     with pytest.raises(ValueError, match="option 'parallelize' is not known"):
         JaxInferLM(folder, parallelize=True)
+    with pytest.raises(ValueError, match="give pretrained=FOLDER or config=FILE"):
+        JaxInferLM()
     with LLM(folder) as llm:
         with pytest.raises(ValueError, match="max_num_seqs is an option of loading"):
             JaxInferLM(llm, batch_size=8)
@@ -158,3 +160,11 @@ def test_options_that_are_not_there(checkpoints, tasks):
         request = type("Request", (), {"args": ("a", {"until": ["b"], "num_beams": 2})})
         with pytest.raises(ValueError, match="num_beams is not supported"):
             model.generate_until([request])
+
+
+def test_a_deployment(checkpoints, tmp_path):
+    from jaxinfer.lm_eval import JaxInferLM
+
+    file = tmp_path / "deployment.yaml"
+    file.write_text(f"model: {checkpoints('llama').folder}\nmax_model_len: 40\n")
+    assert JaxInferLM(config=str(file), max_num_seqs=2).max_length == 40

@@ -27,7 +27,7 @@ from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
-    from jaxinfer.engine.load import LoadOptions
+    from jaxinfer.engine.options import LoadOptions
     from jaxinfer.llm import LLM
 
 

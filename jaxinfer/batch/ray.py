@@ -26,7 +26,7 @@ from jaxinfer.batch.writer import Result
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
-    from jaxinfer.engine.load import LoadOptions
+    from jaxinfer.engine.options import LoadOptions
 
 
 class Predictor:

@@ -118,20 +118,19 @@ def batch(
     if output.output is None:
         raise ValueError("--output is missing: a folder, or a file *.jsonl or *.parquet")
     changes = sampling.given
-    seed = changes.pop("seed", 0)
+    model, options = load.loading(**dataclasses.asdict(batching), seed=changes.pop("seed", None))
     if logprobs is not None:
         changes["logprobs"] = logprobs
     if task == "score" and changes:
         raise ValueError(f"--{next(iter(changes)).replace('_', '-')}: nothing is sampled when scoring; leave it out")
     from jaxinfer.batch import TooManyErrors, run
-    from jaxinfer.demo import MODEL_DIR
 
     with _terminable(stopping.grace) as stop, _to_go_on():
         try:
             summary = run(
                 inputs,
                 output.output,
-                model=load.model or MODEL_DIR,
+                model=model,
                 task=task,
                 sampling_params=changes,
                 prompt_template=prompt_template,
@@ -143,13 +142,7 @@ def batch(
                 max_errors=stopping.max_errors,
                 show_progress=not verbosity.quiet,
                 stop=stop,
-                seed=seed,
-                revision=load.revision,
-                dtype=load.dtype,
-                max_model_len=load.max_model_len,
-                mesh=load.mesh,
-                max_num_seqs=batching.max_num_seqs,
-                max_num_batched_tokens=batching.max_num_batched_tokens,
+                **options,
             )
         except TooManyErrors as error:
             say_error(error)

@@ -11,7 +11,8 @@ def lm_eval(context: typer.Context) -> None:
     """Run lm-eval, EleutherAI's evaluation harness, on a model.
 
     All arguments are lm-eval's own: jaxinfer lm-eval --model_args pretrained=FOLDER --tasks T --num_fewshot 5.
-    model_args takes every option of jaxinfer.LLM. Needs: pip install 'jaxinfer[lm-eval]'.
+    model_args takes every option of jaxinfer.LLM, and config=FILE, a deployment's file.
+    Needs: pip install 'jaxinfer[lm-eval]'.
     """
     arguments = context.args or ["--help"]
     try:

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
@@ -17,6 +18,7 @@ from jaxinfer.cli.console import LogHandler, Progress
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
+    from jaxinfer.engine.options import LoadOptions as EngineOptions
     from jaxinfer.llm import LLM
 
 MODEL, SAMPLING = "Model", "Sampling (what is not given is as the checkpoint says)"
@@ -38,14 +40,24 @@ class LoadOptions:
             rich_help_panel=MODEL,
         ),
     ] = None
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="A deployment's YAML file: model and options; those given here come before it.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
     revision: Annotated[
         str | None,
         typer.Option(metavar="R", help="Branch, tag or commit of a model on the hub.", rich_help_panel=MODEL),
     ] = None
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Of weights and cache; auto: the checkpoint's, float32 on CPU.", rich_help_panel=MODEL),
-    ] = "auto"
+        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        typer.Option(
+            help="Of weights and cache; auto, as without it: the checkpoint's, float32 on CPU.", rich_help_panel=MODEL
+        ),
+    ] = None
     max_model_len: Annotated[
         int | None,
         typer.Option(metavar="N", help="Most tokens of prompt and answer together.", rich_help_panel=MODEL),
@@ -60,24 +72,29 @@ class LoadOptions:
         ),
     ] = None
 
+    def loading(self, **more: Any) -> tuple[str | os.PathLike[str], EngineOptions]:
+        """Model and options for LLM, these and `more` of them: what is given, before what --config says."""
+        given = {name: value for name, value in (dataclasses.asdict(self) | more).items() if value is not None}
+        config, model = given.pop("config", None), given.pop("model", None)
+        if config is not None:
+            from jaxinfer.engine.deployment import read_deployment
+
+            return read_deployment(config).loading(model, cast("EngineOptions", given))
+        from jaxinfer.demo import MODEL_DIR
+
+        return MODEL_DIR if model is None else model, cast("EngineOptions", given)
+
     def load(self, progress: Progress, **more: Any) -> LLM:
         """The model in memory, with `more` options of `LLM`. Raises what that raises; a wrong name shows before JAX is
         imported."""
         from jaxinfer.checkpoint.hub import resolve
-        from jaxinfer.demo import MODEL_DIR
 
-        folder = resolve(MODEL_DIR if self.model is None else self.model, self.revision)
+        model, options = self.loading(**more)
+        folder = resolve(model, options.pop("revision", None))
         progress("starting JAX")
         from jaxinfer.llm import LLM
 
-        return LLM(
-            folder,
-            dtype=self.dtype,
-            max_model_len=self.max_model_len,
-            mesh=self.mesh,
-            on_progress=progress,
-            **more,
-        )
+        return LLM(folder, **options | {"on_progress": progress})
 
 
 @dataclass(frozen=True)

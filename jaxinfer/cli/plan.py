@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxinfer.cli.options import JSON, Verbosity, grouped
+from jaxinfer.cli.bench import BatchingOptions
+from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
+    from jaxinfer.engine.deployment import Deployment
     from jaxinfer.plan.compile import Plan
 
 GIB = 2**30
@@ -19,49 +24,46 @@ BATCHES = (1, 4, 16, 64, 256)
 
 @grouped
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder with a config.json, or a config.json.")],
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG.yaml | MODEL]", help="A deployment; or a folder with a config.json, or that."),
+    ] = None,
     *,
-    topology: Annotated[str, typer.Option(metavar="NAME", help="A TPU slice: v5e-8, v6e-4, v5p-8, v4-8, tpu7x-4 ...")],
-    mesh: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="tensor=4; without it, as many chips as the heads allow.")
+    topology: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A TPU slice: v5e-8, v6e-4, v5p-8, v4-8, tpu7x-4 ...")
     ] = None,
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Of weights and cache.")] = "bfloat16",
-    max_model_len: Annotated[
-        int | None, typer.Option(metavar="N", help="Most tokens of prompt and answer together.")
-    ] = None,
-    max_num_seqs: Annotated[int, typer.Option(metavar="N", min=1, help="Most sequences that run at once.")] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Most tokens of a call.")] = 2048,
     context: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens of each sequence, for the bounds of speed.")
     ] = 1024,
     as_json: JSON = False,
+    batching: BatchingOptions,
+    load: LoadOptions,
     verbosity: Verbosity,
 ) -> None:
     """Say whether a model fits a TPU slice, and how fast it can be at best. No TPU and no weights are needed.
 
     The engine's programs are compiled by the real TPU compiler (pip install 'jaxinfer[tpu]'), which says how much
-    memory they need. Exit code 1, and what would fit, if the model does not.
+    memory they need. Exit code 1, and what would fit, if the model does not. Where nobody says a dtype it is bfloat16.
     """
-    import os
-
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
-    from jaxinfer.checkpoint.files import read_config
-    from jaxinfer.models.registry import REGISTRY
+    load = _with(what, load)
+    deployment = None
+    if load.config is not None:
+        from jaxinfer.engine.deployment import read_deployment
 
-    path = Path(model)
-    config = read_config(path.parent if path.name == "config.json" else path, REGISTRY)
+        deployment = read_deployment(load.config)
+    topology = topology or (deployment.topology if deployment else None)
+    if topology is None:
+        raise ValueError("topology is missing: give --topology v5e-8, or say it in a deployment's file")
+    model, options = load.loading(**dataclasses.asdict(batching))
     with verbosity.apply() as progress:
         progress(f"compiling for {topology}, which may take a minute")
         from jaxinfer.plan.compile import DoesNotFit, make_plan
         from jaxinfer.plan.slices import find_slice
 
-        options: dict[str, Any] = {
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max(max_num_batched_tokens, max_num_seqs),
-        }
+        config = _architecture(model, deployment)
         try:
-            made = make_plan(config, find_slice(topology), mesh=mesh, dtype=dtype, **options)
+            made = make_plan(config, find_slice(topology), **options)
         except DoesNotFit as error:
             from jaxinfer.cli.console import say_error
 
@@ -73,6 +75,43 @@ def plan(
         print(json.dumps(figures))
     else:
         _print(made, figures)
+
+
+def _with(what: str | None, load: LoadOptions) -> LoadOptions:
+    """The argument as the option that it stands for."""
+    if what is not None:
+        is_config = Path(what).suffix in (".yaml", ".yml")
+        if (load.config if is_config else load.model) is not None:
+            option = "--config" if is_config else "--model"
+            raise ValueError(f"both {what} and {option} are given: give only one of them")
+        load = dataclasses.replace(load, config=what) if is_config else dataclasses.replace(load, model=what)
+    if load.config is None and load.model is None:
+        raise ValueError("there is nothing to plan: give CONFIG.yaml, or a model's folder and --topology")
+    return load
+
+
+def _architecture(model: str | os.PathLike[str], deployment: Deployment | None) -> Mapping[str, Any]:
+    """The content of a config.json: the deployment's, or of the model's folder. Nothing is downloaded."""
+    from jaxinfer.checkpoint.files import read_config
+    from jaxinfer.engine.load import check_architecture
+    from jaxinfer.models.registry import REGISTRY, parse_config
+
+    said = deployment.architecture if deployment else None
+    path = Path(model).expanduser()
+    folder = path.parent if path.name == "config.json" else path
+    if said is None or folder.is_dir():
+        if deployment is not None and not folder.exists():
+            raise ValueError(f"{deployment.path}: architecture is missing, and {model} is no folder with a config.json")
+        config = read_config(folder, REGISTRY)
+        if said is not None:
+            check_architecture(said, config, folder / "config.json")
+        return config
+    assert deployment is not None
+    try:
+        parse_config(said)
+    except ValueError as error:
+        raise deployment.wrong_architecture(error) from None
+    return said
 
 
 def _figures(plan: Plan, context: int) -> dict[str, Any]:

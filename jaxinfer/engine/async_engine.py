@@ -13,7 +13,8 @@ from typing import NamedTuple, Self, Unpack
 
 from jaxinfer.engine.engine import EngineStats
 from jaxinfer.engine.generation import Group
-from jaxinfer.engine.load import LoadOptions, load_engine
+from jaxinfer.engine.load import load_engine
+from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput
 from jaxinfer.engine.prompts import Prompt, prompt_ids
 from jaxinfer.sampling.params import SamplingParams

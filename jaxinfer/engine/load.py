@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -23,13 +24,14 @@ from jaxinfer.checkpoint.load import FLOATS, load_params
 from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.options import check_options
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.programs import Programs
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, size_cache
 from jaxinfer.models.model import Model
-from jaxinfer.models.registry import REGISTRY
+from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.slots import Slots
 from jaxinfer.sharding import KV, describe, make_mesh
@@ -37,44 +39,7 @@ from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
 
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 MAX_STEPS = 32  # tokens a row that one decoding call may produce
-
-
-class LoadOptions(TypedDict, total=False):
-    """What `LLM` and `AsyncEngine` take besides the model.
-
-    dtype: of weights, activations and cache. "auto" is what the checkpoint says on TPU and GPU (float16 on GPUs
-        without bfloat16), float32 on CPU, where XLA multiplies 16-bit weights ten times slower.
-    max_model_len: most tokens of prompt and output together. None: what config.json says, or what fits.
-    seed: of requests that have no seed of their own.
-    revision, token: of a hub id, as huggingface_hub has them.
-    max_num_seqs: most sequences that run at once (256; 64 on CPU). max_num_batched_tokens: most tokens of one device
-        call (2,048; 512 on CPU): longer prompts go in chunks. page_size: tokens a page of the cache.
-    memory_utilization: share of an accelerator's memory for weights, cache and all else (0.9). On CPU the cache takes
-        at most 10% of the machine's memory.
-    kv_cache_memory: bytes of the KV cache. None: what `max_num_seqs` sequences need, as far as there is room.
-    enable_prefix_caching: sequences with the same beginning share its pages (on).
-    warmup: compile every program that can be needed now, so that nothing compiles later (off).
-    on_progress: told, in a few words, what is being waited for.
-    mesh: how many devices share the model, "tensor=4". None: on TPU and GPU as many of this host's as the model's heads
-        allow, on CPU one.
-    """
-
-    dtype: DType
-    max_model_len: int | None
-    seed: int
-    revision: str | None
-    token: str | bool | None
-    max_num_seqs: int | None
-    max_num_batched_tokens: int | None
-    page_size: int
-    memory_utilization: float
-    kv_cache_memory: int | None
-    enable_prefix_caching: bool
-    warmup: bool
-    on_progress: Callable[[str], None] | None
-    mesh: str | None
 
 
 @dataclass(frozen=True)
@@ -115,7 +80,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
 
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
     """
-    given = _checked(options)
+    given = check_options(options)
     start = time.perf_counter()
     say = given["on_progress"] or (lambda _: None)
     folder = resolve(model, given["revision"], given["token"])
@@ -123,6 +88,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     devices = jax.local_devices()
     device = devices[0]
     config = read_config(folder, REGISTRY)
+    if given["architecture"] is not None:
+        check_architecture(given["architecture"], config, folder / "config.json")
     # The cheap files first: what is wrong with them shows before gigabytes are read.
     generation_config = read_generation_config(folder)
     shape = Model.from_config(config, "float32").config
@@ -201,44 +168,26 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     return loaded
 
 
-def _checked(options: dict[str, Any]) -> LoadOptions:
-    given: LoadOptions = {
-        "dtype": "auto",
-        "max_model_len": None,
-        "seed": 0,
-        "revision": None,
-        "token": None,
-        "max_num_seqs": None,
-        "max_num_batched_tokens": None,
-        "page_size": 16,
-        "memory_utilization": 0.9,
-        "kv_cache_memory": None,
-        "enable_prefix_caching": True,
-        "warmup": False,
-        "on_progress": None,
-        "mesh": None,
-    }
-    unknown = sorted(set(options) - set(given))
-    if unknown:
-        raise ValueError(f"option {unknown[0]!r} is not known; there are {', '.join(given)}")
-    given.update(options)  # type: ignore[typeddict-item]
-    if given["dtype"] not in get_args(DType):
-        raise ValueError(f"dtype is {given['dtype']!r}: it must be one of {', '.join(get_args(DType))}")
-    _check_integer("seed", given["seed"], 0, 2**31 - 1)
-    _check_integer("max_model_len", given["max_model_len"], 2)
-    _check_integer("max_num_seqs", given["max_num_seqs"], 1, 4096)
-    _check_integer("max_num_batched_tokens", given["max_num_batched_tokens"], 1, 2**20)
-    _check_integer("page_size", given["page_size"], 1, 2**20)
-    _check_integer("kv_cache_memory", given["kv_cache_memory"], 1)
-    share = given["memory_utilization"]
-    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
-        raise ValueError(f"memory_utilization is {share!r}: it must be a number above 0 and at most 1")
-    return given
+def check_architecture(wanted: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
+    """Whether `config`, the content of `path`, is of the same architecture, however it is spelt. Raises ValueError."""
+    if wanted.get("model_type") != config.get("model_type"):
+        raise _disagreement(path, "model_type", config.get("model_type"), wanted.get("model_type"))
+    _, found = parse_config(config)
+    try:
+        _, expected = parse_config(wanted)
+    except ValueError as error:
+        raise ValueError(str(error).replace("config.json", "architecture", 1)) from None
+    for field in dataclasses.fields(found):
+        one, other = getattr(found, field.name), getattr(expected, field.name)
+        if one != other:
+            raise _disagreement(path, field.name, one, other)
 
 
-def _check_integer(name: str, value: int | None, low: int, high: int = 2**63) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high):
-        raise ValueError(f"{name} is {value!r}: it must be an integer from {low} to {high}")
+def _disagreement(path: Path, name: str, found: object, wanted: object) -> ValueError:
+    return ValueError(
+        f"{path}: {name} is {found!r:.200}, and the deployment's architecture says {wanted!r:.200}: give the model "
+        "that is meant, or its architecture"
+    )
 
 
 def _dtype(wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint, device: jax.Device) -> np.dtype[Any]:

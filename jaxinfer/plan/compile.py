@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack, get_args
 
 import jax
 import numpy as np
@@ -16,8 +16,9 @@ import numpy as np
 from jaxinfer.cache import cache_bytes_per_token
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.load import MAX_STEPS
+from jaxinfer.engine.options import DType, LoadOptions, check_options
 from jaxinfer.engine.programs import Key, Programs
-from jaxinfer.engine.sizing import DEVICE_SHARE, RESERVE, Sizes, size_cache
+from jaxinfer.engine.sizing import RESERVE, Sizes, size_cache
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import Slice
 from jaxinfer.sampling.slots import Slots
@@ -77,31 +78,31 @@ class Plan:
 def make_plan(
     config: Mapping[str, Any],
     place: Slice,
-    *,
-    mesh: str | None = None,
-    dtype: str = "bfloat16",
-    max_model_len: int | None = None,
-    max_num_seqs: int = 256,
-    max_num_batched_tokens: int = 2048,
-    page_size: int = 16,
-    memory_utilization: float = DEVICE_SHARE,
+    **options: Unpack[LoadOptions],
 ) -> Plan:
-    """Compiles for a slice what an engine with these options would run. config: a config.json's content.
+    """Compiles for a slice what an LLM with these options would run there. config: a config.json's content.
 
-    Raises DoesNotFit, with what would fit.
+    dtype "auto" is what that says, else bfloat16. Raises DoesNotFit, with what would fit.
     """
+    given = check_options(options)
+    max_num_seqs = given["max_num_seqs"] or 256
+    max_num_batched_tokens = given["max_num_batched_tokens"] or max(2048, max_num_seqs)
+    if max_num_batched_tokens < max_num_seqs:
+        raise ValueError(f"max_num_batched_tokens is {max_num_batched_tokens}: less than max_num_seqs, {max_num_seqs}")
+    max_model_len, page_size = given["max_model_len"], given["page_size"]
+    dtype = _dtype(given["dtype"], config)
     model = Model.from_config(config, dtype)
     shape = model.config
     heads = shape.num_heads, shape.num_kv_heads
-    grid = make_mesh(mesh, place.devices, *heads, len(place.devices))
+    grid = make_mesh(given["mesh"], place.devices, *heads, len(place.devices))
     tensor = grid.size if grid is not None else 1
-    usable = int(place.chip.memory * (memory_utilization - RESERVE))
+    usable = int(place.chip.memory * (given["memory_utilization"] - RESERVE))
     slots = _bytes(Slots.shapes(max_num_seqs, shape.vocab_size))
     # The pages' number is not known yet, and the weights' bytes don't depend on it.
     buckets = Buckets.make(max_num_seqs, max_num_batched_tokens)
-    options: dict[str, Any] = {"page_size": page_size, "max_rows": max_num_seqs, "max_steps": MAX_STEPS}
+    shapes: dict[str, Any] = {"page_size": page_size, "max_rows": max_num_seqs, "max_steps": MAX_STEPS}
     where = grid or place.devices[0]
-    weights = _bytes(Programs(model, where, buckets, num_pages=2, max_model_len=page_size, **options).params)
+    weights = _bytes(Programs(model, where, buckets, num_pages=2, max_model_len=page_size, **shapes).params)
     per_token = cache_bytes_per_token(
         shape.num_layers, shape.num_kv_heads // kv_parts(tensor, shape.num_kv_heads), shape.head_dim, dtype
     )
@@ -113,7 +114,7 @@ def make_plan(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             max_context=shape.max_context,
-            available=max(available, 0),
+            available=min(given["kv_cache_memory"] or available, max(available, 0)),
         )
     except ValueError:
         length = max_model_len or page_size
@@ -125,11 +126,16 @@ def make_plan(
             f"{place.name}: needs {needed / GIB:.2f} GiB of the {usable / GIB:.2f} that a chip has for weights and "
             f"cache: {' or '.join(remedies) or 'no larger tensor divides the heads'}"
         ) from None
-    programs = Programs(model, where, buckets, num_pages=sizes.num_pages, max_model_len=sizes.max_model_len, **options)
+    programs = Programs(model, where, buckets, num_pages=sizes.num_pages, max_model_len=sizes.max_model_len, **shapes)
     keys = [("decode", max_num_seqs, max_num_seqs), ("step", max_num_batched_tokens, max_num_seqs)]
     with ThreadPoolExecutor(len(keys)) as pool:
         compiled = tuple(pool.map(lambda key: _compiled(programs, key), keys))
     return Plan(model, place, tensor, sizes, max_num_seqs, max_num_batched_tokens, weights, slots, compiled)
+
+
+def _dtype(wanted: str, config: Mapping[str, Any]) -> str:
+    said = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
+    return wanted if wanted != "auto" else said if said in get_args(DType) else "bfloat16"
 
 
 def _compiled(programs: Programs, key: Key) -> Program:

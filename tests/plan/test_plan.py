@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from jaxinfer.plan.slices import GENERATIONS, find_slice, names
 from tests.plan.test_roofline import CONFIG
@@ -63,6 +64,43 @@ def test_what_does_not_fit(cli, model):
     assert (code, out) == (1, "")
     assert "v5e-4: needs " in err
     assert "GiB of the 13.39 that a chip has for weights and cache: tensor=" in err
+
+
+@pytest.fixture
+def deployment(tmp_path):
+    """A file with an architecture and no model anywhere."""
+    file = tmp_path / "small.yaml"
+    fields = {"model": "nobody/small", "topology": "v5e-4", "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    file.write_text(yaml.safe_dump(fields | {"architecture": SMALL}, sort_keys=False))
+    return file
+
+
+def test_a_deployment(cli, deployment, model):
+    pytest.importorskip("libtpu")
+    figures = json.loads(cli("plan", deployment, "--json").out)
+    assert (figures["topology"], figures["tensor"], figures["max_model_len"]) == ("v5e-4", 4, 256)
+    arguments = "--config", deployment, "--topology", "v5e-1", "--max-model-len", "128", "--max-num-seqs", "4"
+    figures = json.loads(cli("plan", *arguments, "--model", model, "--json").out)
+    assert (figures["topology"], figures["tensor"], figures["max_model_len"]) == ("v5e-1", 1, 128)
+    assert figures["decode"][-1]["rows"] == 4
+
+
+def test_wrong_deployments(cli, deployment, model):
+    text = deployment.read_text()
+    assert "both" in cli("plan", deployment, "--config", deployment).error()
+    assert "both" in cli("plan", model, "--model", model, "--topology", "v5e-1").error()
+    assert "nothing to plan" in cli("plan").error()
+    assert "topology is missing" in cli("plan", model).error()
+    (model / "config.json").write_text(json.dumps(SMALL | {"num_hidden_layers": 7}))
+    assert "num_layers is 7" in cli("plan", deployment, "--model", model).error()
+    deployment.write_text(text.replace("hidden_size: 256", "hidden_size: wide"))
+    assert f"{deployment}:8: architecture: hidden_size is 'wide'" in cli("plan", deployment).error()
+    deployment.write_text(text[: text.index("architecture")])
+    assert "architecture is missing, and nobody/small is no folder" in cli("plan", deployment).error()
+    deployment.write_text(text.replace("v5e-4", "v5e-5"))
+    assert "'v5e-5' is not known; there are v4-8" in cli("plan", deployment).error()
+    deployment.write_text(text.replace("tokens: 64", "tokens: 4"))
+    assert "max_num_batched_tokens is 4" in cli("plan", deployment).error()
 
 
 def test_wrong_meshes_and_models(cli, model):

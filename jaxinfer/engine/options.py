@@ -1,0 +1,101 @@
+"""What can be said of how a model is loaded, and whether it is right. No JAX here: it is checked before JAX starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypedDict, get_args
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+KINDS: dict[str, tuple[Any, str]] = {
+    "seed": (int, "an integer"),
+    "page_size": (int, "an integer"),
+    "revision": (str | None, "a string"),
+    "mesh": (str | None, "a string such as tensor=4"),
+    "enable_prefix_caching": (bool, "true or false"),
+    "warmup": (bool, "true or false"),
+    "architecture": (Mapping | None, "fields of a config.json"),
+}
+
+
+class LoadOptions(TypedDict, total=False):
+    """What `LLM` and `AsyncEngine` take besides the model.
+
+    dtype: of weights, activations and cache. "auto" is what the checkpoint says on TPU and GPU (float16 on GPUs
+        without bfloat16), float32 on CPU, where XLA multiplies 16-bit weights ten times slower.
+    max_model_len: most tokens of prompt and output together. None: what config.json says, or what fits.
+    seed: of requests that have no seed of their own.
+    revision, token: of a hub id, as huggingface_hub has them.
+    max_num_seqs: most sequences that run at once (256; 64 on CPU). max_num_batched_tokens: most tokens of one device
+        call (2,048; 512 on CPU): longer prompts go in chunks. page_size: tokens a page of the cache.
+    memory_utilization: share of an accelerator's memory for weights, cache and all else (0.9). On CPU the cache takes
+        at most 10% of the machine's memory.
+    kv_cache_memory: bytes of the KV cache. None: what `max_num_seqs` sequences need, as far as there is room.
+    enable_prefix_caching: sequences with the same beginning share its pages (on).
+    warmup: compile every program that can be needed now, so that nothing compiles later (off).
+    on_progress: told, in a few words, what is being waited for.
+    mesh: how many devices share the model, "tensor=4". None: on TPU and GPU as many of this host's as the model's heads
+        allow, on CPU one.
+    architecture: fields of the model's config.json, as a deployment has them: another model is refused. None: any.
+    """
+
+    dtype: DType
+    max_model_len: int | None
+    seed: int
+    revision: str | None
+    token: str | bool | None
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
+    page_size: int
+    memory_utilization: float
+    kv_cache_memory: int | None
+    enable_prefix_caching: bool
+    warmup: bool
+    on_progress: Callable[[str], None] | None
+    mesh: str | None
+    architecture: Mapping[str, Any] | None
+
+
+def check_options(options: Mapping[str, Any]) -> LoadOptions:
+    """All options, where they are not given as they are by default. Raises ValueError that names one."""
+    given: LoadOptions = {
+        "dtype": "auto",
+        "max_model_len": None,
+        "seed": 0,
+        "revision": None,
+        "token": None,
+        "max_num_seqs": None,
+        "max_num_batched_tokens": None,
+        "page_size": 16,
+        "memory_utilization": 0.9,
+        "kv_cache_memory": None,
+        "enable_prefix_caching": True,
+        "warmup": False,
+        "on_progress": None,
+        "mesh": None,
+        "architecture": None,
+    }
+    unknown = sorted(set(options) - set(given))
+    if unknown:
+        raise ValueError(f"option {unknown[0]!r} is not known; there are {', '.join(given)}")
+    given.update(options)  # type: ignore[typeddict-item]
+    if given["dtype"] not in get_args(DType):
+        raise ValueError(f"dtype is {given['dtype']!r}: it must be one of {', '.join(get_args(DType))}")
+    _check_integer("seed", given["seed"], 0, 2**31 - 1)
+    _check_integer("max_model_len", given["max_model_len"], 2)
+    _check_integer("max_num_seqs", given["max_num_seqs"], 1, 4096)
+    _check_integer("max_num_batched_tokens", given["max_num_batched_tokens"], 1, 2**20)
+    _check_integer("page_size", given["page_size"], 1, 2**20)
+    _check_integer("kv_cache_memory", given["kv_cache_memory"], 1)
+    share = given["memory_utilization"]
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+        raise ValueError(f"memory_utilization is {share!r}: it must be a number above 0 and at most 1")
+    for name, (kind, wanted) in KINDS.items():
+        value = given[name]  # type: ignore[literal-required]
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r:.100}: it must be {wanted}")
+    return given
+
+
+def _check_integer(name: str, value: int | None, low: int, high: int = 2**63) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high):
+        raise ValueError(f"{name} is {value!r}: it must be an integer from {low} to {high}")

@@ -1,0 +1,176 @@
+"""Deployments in YAML files: those that come with the project, what is refused, and what is loaded from one."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.engine.deployment import FIELDS, read_deployment
+from jaxinfer.engine.options import LoadOptions
+from jaxinfer.models.model import Model
+from jaxinfer.sharding import parse_mesh
+from tests.refusals import line
+
+FILES = sorted((Path(__file__).parents[2] / "configs").glob("*"))
+# As the models' own pages say.
+PARAMETERS = {
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "openai-community/gpt2": 124_439_808,
+}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_those_that_are_there(file):
+    from jaxinfer.plan.slices import names
+
+    one = read_deployment(file)
+    assert file.name.endswith(f"_{one.topology}.yaml")
+    assert one.topology in names()
+    assert set(one.options) >= {"dtype", "max_model_len", "max_num_seqs", "architecture"}
+    assert parse_mesh(one.options.get("mesh", "tensor=1"))
+
+
+@pytest.mark.parametrize("model", PARAMETERS)
+def test_architectures_are_the_published_ones(model):
+    found = [one.architecture for one in map(read_deployment, FILES) if one.model == model]
+    assert found
+    assert all(one == found[0] for one in found)
+    abstract = Model.from_config(found[0], "bfloat16").abstract
+    assert sum(math.prod(shape.shape) for shape in abstract.values()) == PARAMETERS[model]
+
+
+def test_there_is_no_other():
+    assert {read_deployment(file).model for file in FILES} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "facts"),
+    [
+        ("model: x\nmax_num_sequences: 8\n", 2, ["no field 'max_num_sequences'", "max_num_seqs", "topology"]),
+        ("model: x\ntoken: secret\n", 2, ["no field 'token'"]),
+        ("model: x\nseed: 1\nmodel: y\n", 3, ["model is there twice"]),
+        ("model: x\narchitecture:\n  model_type: llama\n  model_type: gpt2\n", 4, ["model_type is there twice"]),
+        ("model: x\nmax_num_seqs: many\n", 2, ["max_num_seqs is 'many'", "an integer from 1 to 4096"]),
+        ("model: x\nmax_model_len: 1.5\n", 2, ["max_model_len is 1.5", "an integer"]),
+        ("model: x\n\n# so\nwarmup: 1\n", 4, ["warmup is 1", "true or false"]),
+        ("model: x\ndtype: int3\n", 2, ["dtype is 'int3'", "bfloat16"]),
+        ("model: x\nmesh: 8\n", 2, ["mesh is 8", "a string"]),
+        ("model: x\nrevision: 2024-01-01\n", 2, ["revision is ", "a string"]),
+        ("model: x\nseed: null\n", 2, ["seed is None"]),
+        ("model: 5\n", 1, ["model is 5", "a folder or a hub id"]),
+        ("model: x\ntopology: 8\n", 2, ["topology is 8", "v5e-8"]),
+        ("model: x\narchitecture: big\n", 2, ["architecture is 'big'", "config.json"]),
+        ("model: x\narchitecture:\n  model_type: bert\n", 2, ["model_type is 'bert'", "llama"]),
+        ("model: [x\n", 2, ["not usable as YAML", "expected"]),
+        ("\tmodel: x\n", 1, ["not usable as YAML"]),
+        ("model: x\n---\nmodel: y\n", 2, ["another document"]),
+        ("model: &a x\ntopology: *a\n", 2, ["*a is an alias"]),
+        ("model: !!python/name:os.system x\n", 1, ["python/name:os.system"]),
+        ("model: x\n<<: {seed: 1}\n", 2, ["a field's name must be a word"]),
+        ("topology: v5e-8\n", None, ["model is missing"]),
+        ("", None, ["`name: value`"]),
+        ("- model\n", None, ["`name: value`"]),
+        (f"model: x\nseed: {'9' * 5000}\n", None, ["not usable as YAML"]),
+        (f"model: {'[' * 5000}\n", None, ["nested too deeply"]),
+        ("model: \0\n", None, ["not usable as YAML"]),
+        ("#" * 2**20 + "\nmodel: x\n", None, ["bytes are more than"]),
+    ],
+)
+def test_what_is_refused(tmp_path, text, number, facts):
+    file = tmp_path / "deployment.yaml"
+    file.write_text(text)
+    said = line(lambda: read_deployment(file))
+    assert said.startswith(f"{file}:{number}: " if number else f"{file}: ")
+    assert all(fact in said for fact in facts), said
+
+
+def test_numbers_as_json_writes_them(tmp_path):
+    file = tmp_path / "deployment.yaml"
+    file.write_text("model: x\narchitecture:\n  model_type: llama\n  rms_norm_eps: 1e-05\n  rope_theta: 5E+5\n")
+    assert read_deployment(file).architecture == {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 5e5}
+
+
+def test_every_option_of_loading_is_a_field():
+    assert set(LoadOptions.__annotations__) - set(FIELDS) == {"token", "on_progress"}
+
+
+def test_reading_one_needs_no_jax():
+    code = "import sys; from jaxinfer.engine.deployment import read_deployment as r; r(sys.argv[1]); print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, FILES[0]], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+# Loading from one
+
+
+@pytest.fixture
+def deployment(checkpoints, tmp_path):
+    """A file for a tiny checkpoint, with fields changed (... removes one)."""
+
+    def write(**changes: object) -> Path:
+        folder = checkpoints("llama").folder
+        fields = {
+            "model": str(folder),
+            "topology": "v5e-1",
+            "dtype": "float32",
+            "max_model_len": 64,
+            "max_num_seqs": 4,
+            "architecture": json.loads((folder / "config.json").read_text()),
+        } | changes
+        file = tmp_path / "deployment.yaml"
+        file.write_text(yaml.safe_dump({name: value for name, value in fields.items() if value is not ...}))
+        return file
+
+    return write
+
+
+def test_an_llm_from_one(deployment, checkpoints):
+    params = SamplingParams(temperature=0, max_tokens=4)
+    with LLM(checkpoints("llama").folder) as llm:
+        expected = llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids
+    with LLM.from_config(deployment(), max_num_seqs=2) as llm:
+        assert llm.sizes.max_model_len == 64
+        assert llm.engine.scheduler.max_rows == 2  # what is given comes before what the file says
+        assert llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids == expected
+
+
+def test_another_model_than_the_architecture(deployment, checkpoints):
+    architecture = yaml.safe_load(deployment().read_text())["architecture"]
+    folder = checkpoints("llama").folder
+    for field, value, said in [
+        ("num_hidden_layers", 3, f"num_layers is {architecture['num_hidden_layers']}, and the deployment's"),
+        ("vocab_size", 1000, "architecture says 1000"),
+        ("model_type", "mistral", "model_type is 'llama'"),
+        ("hidden_size", "wide", "architecture: hidden_size is 'wide'"),
+    ]:
+        file = deployment(architecture=architecture | {field: value})
+        text = line(lambda file=file: LLM.from_config(file))
+        assert said in text
+        assert field == "hidden_size" or text.startswith(str(folder / "config.json"))
+    qwen = checkpoints("qwen3").folder
+    assert "model_type is 'qwen3'" in line(lambda: LLM.from_config(deployment(), model=qwen))
+    with LLM.from_config(deployment(architecture=...), model=qwen) as llm:
+        assert llm.sizes.max_model_len == 64
+
+
+def test_a_file_without_an_architecture_of_another_spelling(deployment, checkpoints):
+    """Both spellings of transformers are the same architecture."""
+    architecture = yaml.safe_load(deployment().read_text())["architecture"]
+    rope = architecture.pop("rope_parameters")
+    assert rope["rope_type"] == "default"
+    with LLM.from_config(deployment(architecture=architecture | {"rope_theta": rope["rope_theta"]})):
+        pass
+
+
+def test_no_such_file(tmp_path):
+    assert "none.yaml" in line(lambda: LLM.from_config(tmp_path / "none.yaml"), FileNotFoundError)
+    line(lambda: LLM.from_config(tmp_path), OSError)
