@@ -104,7 +104,8 @@ def test_every_option_of_loading_is_a_field():
 
 
 def test_reading_one_needs_no_jax():
-    code = "import sys; from jaxinfer.engine.deployment import read_deployment as r; r(sys.argv[1]); print('jax' in sys.modules)"
+    code = "import sys; from jaxinfer.engine.deployment import read_deployment; read_deployment(sys.argv[1])"
+    code += "; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, FILES[0]], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
