@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 VARIABLE = "JAXINFER_CACHE_DIR"
@@ -32,3 +34,20 @@ def enable_compile_cache() -> None:
     # JAX skips programs that compile in under a second; a small model's all do, and a start has many of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def without_compile_cache() -> Iterator[None]:
+    """For what is compiled to be written elsewhere, or for devices that are not there. What comes out of the cache on
+    CPU can't be written again, and nothing says so; what is for devices that are not there can't be taken out."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or JAX would not look at that again
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

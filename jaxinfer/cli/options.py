@@ -72,6 +72,15 @@ class LoadOptions:
         ),
     ] = None
 
+    compiled: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Programs that jaxinfer compile has made, so that nothing compiles; as trusted as code.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+
     def loading(self, **more: Any) -> tuple[str | os.PathLike[str], EngineOptions]:
         """Model and options for LLM, these and `more` of them: what is given, before what --config says."""
         given = {name: value for name, value in (dataclasses.asdict(self) | more).items() if value is not None}

@@ -46,7 +46,7 @@ def plan(
     memory they need. Exit code 1, and what would fit, if the model does not. Where nobody says a dtype it is bfloat16.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
-    load = _with(what, load)
+    load = with_argument(what, load)
     deployment = None
     if load.config is not None:
         from jaxinfer.engine.deployment import read_deployment
@@ -61,7 +61,7 @@ def plan(
         from jaxinfer.plan.compile import DoesNotFit, make_plan
         from jaxinfer.plan.slices import find_slice
 
-        config = _architecture(model, deployment)
+        config = architecture(model, deployment)
         try:
             made = make_plan(config, find_slice(topology), **options)
         except DoesNotFit as error:
@@ -77,7 +77,7 @@ def plan(
         _print(made, figures)
 
 
-def _with(what: str | None, load: LoadOptions) -> LoadOptions:
+def with_argument(what: str | None, load: LoadOptions) -> LoadOptions:
     """The argument as the option that it stands for."""
     if what is not None:
         is_config = Path(what).suffix in (".yaml", ".yml")
@@ -86,11 +86,11 @@ def _with(what: str | None, load: LoadOptions) -> LoadOptions:
             raise ValueError(f"both {what} and {option} are given: give only one of them")
         load = dataclasses.replace(load, config=what) if is_config else dataclasses.replace(load, model=what)
     if load.config is None and load.model is None:
-        raise ValueError("there is nothing to plan: give CONFIG.yaml, or a model's folder and --topology")
+        raise ValueError("no model is named: give CONFIG.yaml, or a model's folder and --topology")
     return load
 
 
-def _architecture(model: str | os.PathLike[str], deployment: Deployment | None) -> Mapping[str, Any]:
+def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -> Mapping[str, Any]:
     """The content of a config.json: the deployment's, or of the model's folder. Nothing is downloaded."""
     from jaxinfer.checkpoint.files import read_config
     from jaxinfer.engine.load import check_architecture

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import psutil
+from jax.sharding import Mesh
 
 from jaxinfer.cache import cache_bytes_per_token
 from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
@@ -23,18 +24,19 @@ from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS, load_params
 from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.engine.buckets import Buckets
+from jaxinfer.engine.compiled import Folder, open_folder
 from jaxinfer.engine.engine import Engine
-from jaxinfer.engine.options import check_options
+from jaxinfer.engine.options import LoadOptions, check_options
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.programs import Programs
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
-from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, size_cache
+from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, size_cache
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.slots import Slots
-from jaxinfer.sharding import KV, describe, make_mesh
+from jaxinfer.sharding import KV, describe, make_mesh, placed
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
@@ -96,16 +98,14 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
+    compiled = None
+    if given["compiled"] is not None:
+        compiled = open_folder(given["compiled"], config, devices, options, say)
+        given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
     with Checkpoint(folder) as checkpoint:
         dtype = _dtype(given["dtype"], config, checkpoint, device)
         abstract = Model.from_config(config, dtype)
-        mesh = make_mesh(
-            given["mesh"],
-            devices,
-            shape.num_heads,
-            shape.num_kv_heads,
-            1 if device.platform == "cpu" else len(devices),
-        )
+        place = _place(abstract, devices, given["mesh"])
         done = 0
 
         def on_tensor(nbytes: int) -> None:
@@ -113,49 +113,25 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             done += nbytes
             say(f"loading weights {done / max(checkpoint.nbytes, 1):.0%}")
 
-        params = load_params(abstract, checkpoint, mesh or device, on_tensor)
+        params = load_params(abstract, checkpoint, place, on_tensor)
 
-    on_cpu = device.platform == "cpu"
-    max_rows = given["max_num_seqs"] or (64 if on_cpu else 256)
-    max_tokens = given["max_num_batched_tokens"] or max(512 if on_cpu else 2048, max_rows)
-    page_size, max_model_len = given["page_size"], given["max_model_len"]
-    available = given["kv_cache_memory"]
-    if available is None:
-        slots = sum(
-            np.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(Slots.shapes(max_rows, shape.vocab_size))
+    if compiled is not None and compiled.sizes.bytes > (room := _available(abstract, device, given, RESERVE)):
+        compiled.complain(
+            f"their KV cache of {compiled.sizes.bytes:,} bytes does not fit in the {room:,} that are free"
         )
-        available = _available(device, given["memory_utilization"], int(slots))
-    kv_heads = shape.num_kv_heads // (mesh.shape[KV] if mesh else 1)  # of each device
-    sizes = size_cache(
-        bytes_per_token=cache_bytes_per_token(shape.num_layers, kv_heads, shape.head_dim, dtype),
-        page_size=page_size,
-        max_num_seqs=max_rows,
-        max_model_len=max_model_len,
-        max_context=shape.max_context,
-        available=available,
-    )
-    if max_model_len is None and sizes.max_model_len < shape.max_context:
+        compiled, given["max_model_len"] = None, options.get("max_model_len")
+    programs, sizes = _programs(abstract, place, given, _available(abstract, device, given), compiled)
+    if given["max_model_len"] is None and sizes.max_model_len < shape.max_context:
         log.warning(
             "max_model_len is %d of the model's %d tokens: more does not fit in the KV cache",
             sizes.max_model_len,
             shape.max_context,
         )
-    buckets = Buckets.make(max_rows, max_tokens)
-    pages = PageAllocator(sizes.num_pages, page_size, given["enable_prefix_caching"])
-    programs = Programs(
-        abstract,
-        mesh or device,
-        buckets,
-        num_pages=sizes.num_pages,
-        page_size=page_size,
-        max_model_len=sizes.max_model_len,
-        max_rows=max_rows,
-        max_steps=MAX_STEPS,
-    )
-    runner = Runner(programs, params, say)
+    pages = PageAllocator(sizes.num_pages, sizes.page_size, given["enable_prefix_caching"])
+    runner = Runner(programs, params, say, compiled)
     engine = Engine(
         runner,
-        Scheduler(pages, max_rows, max_tokens),
+        Scheduler(pages, programs.max_rows, programs.buckets.tokens[-1]),
         tokenizer,
         eos_token_ids=eos,
         max_model_len=sizes.max_model_len,
@@ -190,15 +166,69 @@ def _disagreement(path: Path, name: str, found: object, wanted: object) -> Value
     )
 
 
-def _dtype(wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint, device: jax.Device) -> np.dtype[Any]:
-    """The dtype to compute in: see LoadOptions."""
+def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Programs, Sizes]:
+    """The programs of an engine with these options on this machine's devices. config: a config.json's content.
+
+    Raises what load_engine raises.
+    """
+    given = check_options(options)
+    devices = jax.local_devices()
+    model = Model.from_config(config, _dtype(given["dtype"], config, None, devices[0]))
+    place = _place(model, devices, given["mesh"])
+    weights = device_bytes({name: placed(s, model.axes[name], place) for name, s in model.abstract.items()})
+    return _programs(model, place, given, _available(model, devices[0], given, weights=weights))
+
+
+def _place(model: Model, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
+    """What holds the model: a mesh, or the first device."""
+    wanted = 1 if devices[0].platform == "cpu" else len(devices)
+    return make_mesh(mesh, devices, model.config.num_heads, model.config.num_kv_heads, wanted) or devices[0]
+
+
+def _programs(
+    model: Model, place: jax.Device | Mesh, given: LoadOptions, available: int, compiled: Folder | None = None
+) -> tuple[Programs, Sizes]:
+    """With a cache of the size that was compiled for, or of as many pages as there is room for."""
+    shape = model.config
+    device = place.devices.flat[0] if isinstance(place, Mesh) else place
+    max_rows, max_tokens = _limits(given, device)
+    if compiled is not None:
+        sizes = compiled.sizes
+    else:
+        kv_heads = shape.num_kv_heads // (place.shape[KV] if isinstance(place, Mesh) else 1)  # of each device
+        dtype = next(iter(model.abstract.values())).dtype
+        sizes = size_cache(
+            bytes_per_token=cache_bytes_per_token(shape.num_layers, kv_heads, shape.head_dim, dtype),
+            page_size=given["page_size"],
+            max_num_seqs=max_rows,
+            max_model_len=given["max_model_len"],
+            max_context=shape.max_context,
+            available=available,
+        )
+    programs = Programs(
+        model,
+        place,
+        Buckets.make(max_rows, max_tokens),
+        num_pages=sizes.num_pages,
+        page_size=sizes.page_size,
+        max_model_len=sizes.max_model_len,
+        max_rows=max_rows,
+        max_steps=MAX_STEPS,
+    )
+    return programs, sizes
+
+
+def _dtype(wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint | None, device: jax.Device) -> np.dtype[Any]:
+    """The dtype to compute in: see LoadOptions. Without a checkpoint, what it stores is taken for bfloat16."""
     names = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
     if wanted != "auto":
         return np.dtype(names[wanted])
     if device.platform == "cpu":
         return np.dtype(np.float32)
     said = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
-    stored = next((info.dtype for info in checkpoint.tensors.values() if info.dtype in FLOATS), np.dtype(np.float32))
+    tensors = checkpoint.tensors.values() if checkpoint else ()
+    unknown = np.dtype(np.float32 if checkpoint else ml_dtypes.bfloat16)
+    stored = next((info.dtype for info in tensors if info.dtype in FLOATS), unknown)
     dtype = np.dtype(names[said]) if said in names else stored
     capability = getattr(device, "compute_capability", None)
     if device.platform == "gpu" and capability is not None and float(capability) < 8.0 and dtype != np.float32:
@@ -206,12 +236,24 @@ def _dtype(wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint, devic
     return dtype
 
 
-def _available(device: jax.Device, memory_utilization: float, slots: int) -> int:
-    """Bytes that the KV cache may take on this device, now that the weights are there, beside the slots."""
+def _limits(given: LoadOptions, device: jax.Device) -> tuple[int, int]:
+    """Most sequences that run at once, and most tokens of a call."""
+    on_cpu = device.platform == "cpu"
+    max_rows = given["max_num_seqs"] or (64 if on_cpu else 256)
+    return max_rows, given["max_num_batched_tokens"] or max(512 if on_cpu else 2048, max_rows)
+
+
+def _available(model: Model, device: jax.Device, given: LoadOptions, slack: float = 0.0, weights: int = 0) -> int:
+    """Bytes that the KV cache may take of each device beside the slots, now that the weights are there, or `weights`
+    bytes of them are to come. slack: share of the memory that it may have beyond what is planned."""
+    if given["kv_cache_memory"] is not None:
+        return given["kv_cache_memory"]
+    slots = device_bytes(Slots.shapes(_limits(given, device)[0], model.config.vocab_size))
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:
         return max(0, int(psutil.virtual_memory().total * CPU_SHARE) - slots)
-    return max(0, int(stats["bytes_limit"] * (memory_utilization - RESERVE)) - stats["bytes_in_use"] - slots)
+    share = given["memory_utilization"] - RESERVE + slack
+    return max(0, int(stats["bytes_limit"] * share) - stats["bytes_in_use"] - weights - slots)
 
 
 def _eos_token_ids(

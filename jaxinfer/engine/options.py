@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict, get_args
 
@@ -10,6 +11,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "seed": (int, "an integer"),
     "page_size": (int, "an integer"),
     "revision": (str | None, "a string"),
+    "compiled": (str | os.PathLike | None, "a folder or a URL"),
     "mesh": (str | None, "a string such as tensor=4"),
     "enable_prefix_caching": (bool, "true or false"),
     "warmup": (bool, "true or false"),
@@ -35,6 +37,8 @@ class LoadOptions(TypedDict, total=False):
     on_progress: told, in a few words, what is being waited for.
     mesh: how many devices share the model, "tensor=4". None: on TPU and GPU as many of this host's as the model's heads
         allow, on CPU one.
+    compiled: a folder or URL of programs that `jaxinfer compile` has made. Options that are not given are then those
+        that it was made with, and nothing compiles; where it is for something else, a warning says what differs.
     architecture: fields of the model's config.json, as a deployment has them: another model is refused. None: any.
     """
 
@@ -52,6 +56,7 @@ class LoadOptions(TypedDict, total=False):
     warmup: bool
     on_progress: Callable[[str], None] | None
     mesh: str | None
+    compiled: str | os.PathLike[str] | None
     architecture: Mapping[str, Any] | None
 
 
@@ -72,6 +77,7 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
         "warmup": False,
         "on_progress": None,
         "mesh": None,
+        "compiled": None,
         "architecture": None,
     }
     unknown = sorted(set(options) - set(given))

@@ -17,14 +17,16 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jaxinfer.attention import Batch
 from jaxinfer.cache import cache_shapes
 from jaxinfer.engine.buckets import Buckets
-from jaxinfer.engine.step import DecodeRows, Rows, Scored, State, make_decode, make_step
+from jaxinfer.engine.step import DecodeRows, Rows, Sampled, Scored, State, make_decode, make_step
 from jaxinfer.models.model import Model
 from jaxinfer.sampling.arrays import SamplingArrays
+from jaxinfer.sampling.sample import no_logprobs
 from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
 from jaxinfer.sharding import CACHE, placed, replicated
 
 Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
 PREPARE: Key = ("prepare slot", 1, 1)
+ZEROS: Key = ("zeros", 1, 1)  # a new cache, and new slots: one zero-filled pool, no temporaries
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Programs:
     @property
     def mesh(self) -> Mesh | None:
         return self.place if isinstance(self.place, Mesh) else None
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Those of the mesh, in its order."""
+        return list(self.place.devices.flat) if isinstance(self.place, Mesh) else [self.place]
 
     @property
     def table_width(self) -> int:
@@ -75,14 +82,16 @@ class Programs:
         )
 
     def keys(self) -> list[Key]:
-        """All programs that schedules can need."""
+        """All programs that an engine can need."""
         steps = [("step", length, rows) for rows in self.buckets.mixed_rows for length in self.buckets.tokens]
-        return [*(("decode", rows, rows) for rows in self.buckets.decode), *steps, PREPARE]
+        return [*(("decode", rows, rows) for rows in self.buckets.decode), *steps, PREPARE, ZEROS]
 
     def arguments(self, key: Key) -> tuple[Any, ...]:
         """A program's arguments, abstractly."""
         kind, length, rows = key
-        if kind == "prepare slot":
+        if key == ZEROS:
+            return ()
+        if key == PREPARE:
             masks = Masks.of(self.model.config.vocab_size, None, [], None)
             return (self.state.slots, *self._structs((np.int32(0), masks, np.bool_(False))))
         sampling = self._structs(SamplingArrays.of_rows([], rows))
@@ -94,18 +103,22 @@ class Programs:
         scored = Scored(token, token, number, self._structs(np.bool_(False)))
         return self.params, self.state, batch, Rows(row, row), sampling, scored
 
+    def results(self, key: Key) -> Any:
+        """The structure of what a program gives, with anything for leaves."""
+        if key == ZEROS:
+            return self.state
+        if key == PREPARE:
+            return self.state.slots
+        info = jax.eval_shape(lambda: no_logprobs(1, self.model.config.vocab_size))
+        return Sampled(info.rank, info.rank, info, info if key[0] == "step" else None), self.state
+
     def lower(self, key: Key) -> jax.stages.Lowered:
         """The program before it is compiled; cache and slots are donated."""
         arguments = self.arguments(key)
-        device = self.place.devices.flat[0] if isinstance(self.place, Mesh) else self.place
         with contextlib.ExitStack() as stack:
             if self.mesh is not None:  # kernels ask what kind of device they are for
                 stack.enter_context(jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh))
-            return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=(device.platform,))
-
-    def zeros(self) -> State:
-        """A new cache, and new slots. Compiled, not eager: one zero-filled pool, no temporaries."""
-        return self._zeros()
+            return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=(self.devices[0].platform,))
 
     @cached_property
     def _jits(self) -> dict[str, Any]:
@@ -116,14 +129,11 @@ class Programs:
             "step": jax.jit(make_step(self.model, self.mesh), donate_argnums=1, **pinned),
             "decode": jax.jit(make_decode(self.model, self.max_steps, self.mesh), donate_argnums=1, **pinned),
             "prepare slot": jax.jit(prepare_slot, donate_argnums=0, **slots),
+            "zeros": jax.jit(self._zeros, out_shardings=self._shardings),
         }
 
-    @cached_property
-    def _zeros(self) -> Any:
-        def zeros() -> State:
-            return jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), self.state)
-
-        return jax.jit(zeros, out_shardings=self._shardings)
+    def _zeros(self) -> State:
+        return jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), self.state)
 
     @property
     def _shardings(self) -> State:

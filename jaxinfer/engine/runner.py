@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxinfer.attention import Batch
 from jaxinfer.engine.buckets import Buckets
-from jaxinfer.engine.programs import PREPARE, Key, Programs
+from jaxinfer.engine.compiled import Folder
+from jaxinfer.engine.programs import PREPARE, ZEROS, Key, Programs
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import Schedule
 from jaxinfer.engine.step import DecodeRows, Rows, Sampled, Scored, State
@@ -66,7 +67,13 @@ class Launched:
 class Runner:
     """Runs schedules. Cache and slots are donated to every call, so there is one of them at any time."""
 
-    def __init__(self, programs: Programs, params: Params, on_compile: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        programs: Programs,
+        params: Params,
+        on_compile: Callable[[str], None] | None = None,
+        compiled: Folder | None = None,
+    ):
         self.programs = programs
         self.model, self.buckets = programs.model, programs.buckets
         self.max_rows, self.max_steps, self.table_width = programs.max_rows, programs.max_steps, programs.table_width
@@ -74,8 +81,10 @@ class Runner:
         self.on_compile = on_compile
         self.compile_seconds = 0.0
         self.compilations = 0
-        self.state = programs.zeros()
+        self._compiled = compiled
         self._executables: dict[Key, Any] = {}
+        self._compile(ZEROS)
+        self.state = self._executables[ZEROS]()
         # The page table by slot, kept up to date as sequences grow, and the last call's sampling arrays: decoding calls
         # follow each other with the same rows, and filling these anew would take the host longer than all the rest.
         self._tables = np.zeros((self.max_rows + 1, self.table_width), np.int32)
@@ -94,7 +103,7 @@ class Runner:
     def recover(self) -> None:
         """After a broken-off call (Ctrl-C): the state was donated to it, and its result may never have arrived."""
         if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
-            self.state = self.programs.zeros()
+            self.state = self._executables[ZEROS]()
 
     def close(self) -> None:
         """Frees the device's memory now instead of when the last reference goes."""
@@ -192,7 +201,7 @@ class Runner:
         """Calls a program that was compiled ahead: a bucket compiles once, and never behind our back."""
         if key not in self._executables:
             if self.on_compile is not None:
-                self.on_compile(f"compiling {key[0]} for {key[1]} tokens")
+                self.on_compile(f"{'loading' if self._compiled else 'compiling'} {key[0]} for {key[1]} tokens")
             start = time.perf_counter()
             self._compile(key)
             self.compile_seconds += time.perf_counter() - start
@@ -201,8 +210,11 @@ class Runner:
         return self._executables[key](*arguments)
 
     def _compile(self, key: Key) -> None:
-        self._executables[key] = self.programs.lower(key).compile()
-        self.compilations += 1
+        found = None if self._compiled is None else self._compiled.fetch(self.programs, key)
+        if found is None:
+            found = self.programs.lower(key).compile()
+            self.compilations += 1
+        self._executables[key] = found
         _trim_memory()  # the compiler leaves a hundred megabytes behind each time
 
     def _slots(self, schedule: Schedule, size: int) -> tuple[np.ndarray, np.ndarray]:

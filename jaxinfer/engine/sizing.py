@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
+
+import jax
 
 CPU_SHARE = 0.1  # of the machine's memory goes to the cache on CPU, at most
 DEVICE_SHARE = 0.9  # of an accelerator's memory is used in all
@@ -50,3 +54,13 @@ def size_cache(
         needed = most
     pages = min(most, needed * max_num_seqs) + 1
     return Sizes(length, pages, page_size, pages * page_bytes)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that abstract arrays take of each device."""
+
+    def one(array: Any) -> int:
+        shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+        return math.prod(shape) * int(array.dtype.itemsize)
+
+    return sum(map(one, jax.tree.leaves(tree)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -10,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Unpack, get_args
 
-import jax
 import numpy as np
 
 from jaxinfer.cache import cache_bytes_per_token
+from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.load import MAX_STEPS
 from jaxinfer.engine.options import DType, LoadOptions, check_options
 from jaxinfer.engine.programs import Key, Programs
-from jaxinfer.engine.sizing import RESERVE, Sizes, size_cache
+from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, size_cache
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import Slice
 from jaxinfer.sampling.slots import Slots
@@ -75,12 +74,40 @@ class Plan:
         return self.slice.chip.memory - self.total
 
 
-def make_plan(
-    config: Mapping[str, Any],
-    place: Slice,
-    **options: Unpack[LoadOptions],
-) -> Plan:
-    """Compiles for a slice what an LLM with these options would run there. config: a config.json's content.
+@dataclass(frozen=True)
+class Fitted:
+    """The programs of a model on a slice, and what they leave of each chip's memory. Bytes are each chip's."""
+
+    programs: Programs
+    sizes: Sizes
+    tensor: int
+    weights: int
+    slots: int
+
+
+def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOptions]) -> Plan:
+    """Compiles for a slice the largest programs that an LLM with these options would run there. See `fit`."""
+    fitted = fit(config, place, **options)
+    programs = fitted.programs
+    max_num_seqs, max_num_batched_tokens = programs.max_rows, programs.buckets.tokens[-1]
+    keys = [("decode", max_num_seqs, max_num_seqs), ("step", max_num_batched_tokens, max_num_seqs)]
+    with without_compile_cache(), ThreadPoolExecutor(len(keys)) as pool:
+        compiled = tuple(pool.map(lambda key: _compiled(programs, key), keys))
+    return Plan(
+        programs.model,
+        place,
+        fitted.tensor,
+        fitted.sizes,
+        max_num_seqs,
+        max_num_batched_tokens,
+        fitted.weights,
+        fitted.slots,
+        compiled,
+    )
+
+
+def fit(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOptions]) -> Fitted:
+    """What an LLM with these options would run on a slice. config: a config.json's content.
 
     dtype "auto" is what that says, else bfloat16. Raises DoesNotFit, with what would fit.
     """
@@ -97,12 +124,12 @@ def make_plan(
     grid = make_mesh(given["mesh"], place.devices, *heads, len(place.devices))
     tensor = grid.size if grid is not None else 1
     usable = int(place.chip.memory * (given["memory_utilization"] - RESERVE))
-    slots = _bytes(Slots.shapes(max_num_seqs, shape.vocab_size))
+    slots = device_bytes(Slots.shapes(max_num_seqs, shape.vocab_size))
     # The pages' number is not known yet, and the weights' bytes don't depend on it.
     buckets = Buckets.make(max_num_seqs, max_num_batched_tokens)
     shapes: dict[str, Any] = {"page_size": page_size, "max_rows": max_num_seqs, "max_steps": MAX_STEPS}
     where = grid or place.devices[0]
-    weights = _bytes(Programs(model, where, buckets, num_pages=2, max_model_len=page_size, **shapes).params)
+    weights = device_bytes(Programs(model, where, buckets, num_pages=2, max_model_len=page_size, **shapes).params)
     per_token = cache_bytes_per_token(
         shape.num_layers, shape.num_kv_heads // kv_parts(tensor, shape.num_kv_heads), shape.head_dim, dtype
     )
@@ -127,10 +154,7 @@ def make_plan(
             f"cache: {' or '.join(remedies) or 'no larger tensor divides the heads'}"
         ) from None
     programs = Programs(model, where, buckets, num_pages=sizes.num_pages, max_model_len=sizes.max_model_len, **shapes)
-    keys = [("decode", max_num_seqs, max_num_seqs), ("step", max_num_batched_tokens, max_num_seqs)]
-    with ThreadPoolExecutor(len(keys)) as pool:
-        compiled = tuple(pool.map(lambda key: _compiled(programs, key), keys))
-    return Plan(model, place, tensor, sizes, max_num_seqs, max_num_batched_tokens, weights, slots, compiled)
+    return Fitted(programs, sizes, tensor, weights, slots)
 
 
 def _dtype(wanted: str, config: Mapping[str, Any]) -> str:
@@ -149,16 +173,6 @@ def _compiled(programs: Programs, key: Key) -> Program:
     return Program(
         key, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes, len(reduced), sum(reduced), seconds
     )
-
-
-def _bytes(tree: Any) -> int:
-    """Of each chip."""
-
-    def one(array: Any) -> int:
-        shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
-        return math.prod(shape) * array.dtype.itemsize
-
-    return sum(map(one, jax.tree.leaves(tree)))
 
 
 def _shape_bytes(text: str) -> int:

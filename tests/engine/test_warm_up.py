@@ -29,7 +29,8 @@ def llm(checkpoints):
         kv_cache_memory=100 * 1024,
         on_progress=said.append,
     ) as llm:
-        assert f"compiled {llm.engine.runner.compilations} of {llm.engine.runner.compilations} programs" in said
+        count = llm.engine.runner.compilations - 1  # without the one that made the cache
+        assert f"compiled {count} of {count} programs" in said
         yield llm
 
 
@@ -65,7 +66,7 @@ def test_after_the_warm_up_nothing_compiles(llm):
     made = [anything(rng) for _ in range(500)]
     runner = llm.engine.runner
     buckets = runner.buckets
-    table = len(buckets.decode) + len(buckets.mixed_rows) * len(buckets.tokens) + 1
+    table = len(buckets.decode) + len(buckets.mixed_rows) * len(buckets.tokens) + 2
     compilations, seconds = runner.compilations, runner.compile_seconds
     assert compilations == table
     jax.jit(lambda x: x * 3 + 1)(np.arange(7.0))

@@ -89,7 +89,7 @@ def test_wrong_deployments(cli, deployment, model):
     text = deployment.read_text()
     assert "both" in cli("plan", deployment, "--config", deployment).error()
     assert "both" in cli("plan", model, "--model", model, "--topology", "v5e-1").error()
-    assert "nothing to plan" in cli("plan").error()
+    assert "no model is named" in cli("plan").error()
     assert "topology is missing" in cli("plan", model).error()
     (model / "config.json").write_text(json.dumps(SMALL | {"num_hidden_layers": 7}))
     assert "num_layers is 7" in cli("plan", deployment, "--model", model).error()

@@ -1,0 +1,94 @@
+"""`jaxinfer compile`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxinfer.cli.bench import BatchingOptions
+from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
+from jaxinfer.cli.plan import architecture, with_argument
+
+if TYPE_CHECKING:
+    from jaxinfer.engine.programs import Programs
+    from jaxinfer.engine.sizing import Sizes
+
+
+@grouped
+def compile(
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG.yaml | MODEL]", help="A deployment; or a folder with a config.json, or that."),
+    ] = None,
+    *,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder, or a URL: gs://...")],
+    topology: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A TPU slice that need not be there: v5e-8 ...; without it, this machine's devices."
+        ),
+    ] = None,
+    as_json: JSON = False,
+    batching: BatchingOptions,
+    load: LoadOptions,
+    verbosity: Verbosity,
+) -> None:
+    """Compile all programs of a model ahead, into a folder for `--compiled` and LLM(..., compiled=DIR).
+
+    No weights are needed, and no TPU: the TPU compiler comes with pip install 'jaxinfer[tpu]'. The folder is as trusted
+    as code: use only one whose maker you trust. Exit code 1, and what would fit, if the model does not fit the slice.
+    """
+    from tqdm import tqdm
+
+    if load.compiled is not None:
+        raise ValueError("--compiled is what other commands take; here it is --output")
+    load = with_argument(what, load)
+    deployment = None
+    if load.config is not None:
+        from jaxinfer.engine.deployment import read_deployment
+
+        deployment = read_deployment(load.config)
+        topology = topology or deployment.topology
+    if topology is not None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
+    model, options = load.loading(**dataclasses.asdict(batching))
+    with verbosity.apply() as progress:
+        progress("starting JAX")
+        config = architecture(model, deployment)
+        from jaxinfer.plan.compile import DoesNotFit
+
+        try:
+            programs, sizes = _programs(config, topology, options)
+        except DoesNotFit as error:
+            from jaxinfer.cli.console import say_error
+
+            progress.hide()
+            say_error(error)
+            raise typer.Exit(1) from None
+        from jaxinfer.plan.ship import ship
+
+        progress.hide()
+        with tqdm(total=len(programs.keys()), desc="Compiled", unit="program", disable=verbosity.quiet or None) as bar:
+            done = ship(programs, sizes, output, bar.update)
+    figures = {"output": output, "topology": topology, **dataclasses.asdict(done)}
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        print(f"{done.programs} programs, {done.bytes:,} bytes, in {done.seconds:.0f} s: {output}")
+
+
+def _programs(config: Any, topology: str | None, options: Any) -> tuple[Programs, Sizes]:
+    """For a slice, or for what there is here."""
+    if topology is None:
+        from jaxinfer.engine.load import local_programs
+
+        return local_programs(config, options)
+    from jaxinfer.plan.compile import fit
+    from jaxinfer.plan.slices import find_slice
+
+    fitted = fit(config, find_slice(topology), **options)
+    return fitted.programs, fitted.sizes

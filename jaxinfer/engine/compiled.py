@@ -1,0 +1,297 @@
+"""Programs that were compiled ahead, by `jaxinfer compile`: a folder with a file a program and a manifest.
+
+The manifest says what they were compiled for, and everything in it is checked before a byte of a program is looked at.
+A program is in JAX's own format (jax.experimental.serialize_executable), which has pickle inside: such a folder is as
+trusted as code. It is read only where somebody names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import jax
+from jax.experimental import serialize_executable
+
+from jaxinfer import __version__
+from jaxinfer.engine.options import check_options
+from jaxinfer.engine.programs import Key, Programs
+from jaxinfer.engine.sizing import Sizes
+from jaxinfer.models.model import Model
+from jaxinfer.sharding import parse_mesh
+
+log = logging.getLogger("jaxinfer")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SETTINGS = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
+# What of a CPU matters to a compiler; the rest of Linux's list changes with the kernel and the hypervisor.
+FEATURES = re.compile(r"s?sse|avx|amx|fma|f16c|bmi|v?aes|v?pclmul|sha|gfni|popcnt|abm|movbe|adx|asimd|sve|fp(hp)?$")
+
+
+ENTRY = {"bytes": int, "sha256": str, "signature": str}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of programs is for.
+
+    environment: of `environment()`. model: of `describe_model()`. options: those of `LLM` that shape the programs, all
+    of them. sizes: as in Sizes. programs: by name, each file's `bytes`, `sha256`, and `signature` of its arguments.
+    """
+
+    environment: dict[str, Any]
+    model: dict[str, Any]
+    options: dict[str, Any]
+    sizes: dict[str, int]
+    programs: dict[str, dict[str, Any]]
+    format: int = field(default=FORMAT)
+
+    def dump(self) -> bytes:
+        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
+
+    @staticmethod
+    def parse(content: bytes) -> Manifest:
+        """Raises ValueError saying what is wrong with it."""
+        try:
+            data = json.loads(content)
+        except ValueError:
+            raise ValueError(f"{MANIFEST} is damaged") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"{MANIFEST} is not one of this version of jaxinfer")
+        try:
+            manifest = Manifest(**data)
+            whole = all(isinstance(n, int) and n > 0 for n in dataclasses.astuple(Sizes(**manifest.sizes)))
+            for entry in manifest.programs.values():
+                whole &= {name: type(value) for name, value in entry.items()} == ENTRY
+        except (TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{MANIFEST} is damaged")
+        return manifest
+
+
+def name_of(key: Key) -> str:
+    """Of a program: "step_32_8"."""
+    return "_".join(map(str, key)).replace(" ", "_")
+
+
+def file_of(name: str) -> str:
+    return f"{name}.xla"
+
+
+def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """All that compiled programs depend on besides model and sizes. devices: those of the mesh, in its order."""
+    kind = devices[0].platform
+    found: dict[str, Any] = {
+        "jaxinfer": f"{__version__} ({_source()})",
+        "jax": jax.__version__,
+        "jaxlib": version("jaxlib"),
+        "device": kind if kind == "cpu" else devices[0].device_kind,
+        "devices": [_place(device) for device in devices],
+        "runtime": " ".join(devices[0].client.platform_version.split()),
+        "settings": {name: getattr(jax.config, f"jax_{name}") for name in SETTINGS} | {"XLA_FLAGS": _flags()},
+    }
+    if kind == "cpu":
+        found["features"] = [platform.machine(), *_cpu_features()]
+    if kind == "tpu":
+        found["settings"]["LIBTPU_INIT_ARGS"] = os.environ.get("LIBTPU_INIT_ARGS", "")
+    return _plain(found)
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    """Everything of a model that a program depends on."""
+    return _plain({"class": type(model.config).__name__, **dataclasses.asdict(model.config)})
+
+
+def signature(programs: Programs, key: Key) -> str:
+    """Of a program's arguments and results: names, shapes, types and how they are split."""
+    leaves = [(s.shape, str(s.dtype), _spec(s.sharding)) for s in jax.tree.leaves(programs.arguments(key))]
+    text = f"{_trees(programs, key)} {leaves}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def serialize(programs: Programs, key: Key, compiled: Any) -> bytes:
+    """A compiled program in JAX's format."""
+    content, *trees = serialize_executable.serialize(compiled)
+    assert tuple(trees) == _trees(programs, key), key
+    return content
+
+
+class Folder:
+    """A folder of programs for this machine and this model. on_progress: told what is wrong, as the log is."""
+
+    def __init__(self, name: str, manifest: Manifest, on_progress: Callable[[str], None]):
+        self.name, self.manifest, self.on_progress = name, manifest, on_progress
+        self.sizes = Sizes(**manifest.sizes)
+
+    def complain(self, found: str) -> None:
+        """Says why the folder is not used."""
+        _say(self.name, f"not used: {found}", self.on_progress)
+
+    def fetch(self, programs: Programs, key: Key) -> Any:
+        """The program, ready to be called; None, and a warning that says why, if it isn't what the manifest says."""
+        name = name_of(key)
+        entry = self.manifest.programs.get(name)
+        try:
+            if entry is None:
+                raise ValueError("it is not there")
+            if entry["signature"] != signature(programs, key):
+                raise ValueError("its arguments are not those that are needed")
+            fs, path = fsspec.core.url_to_fs(self.name)
+            content = fs.cat_file(f"{path}/{file_of(name)}")
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise ValueError("its digest is not the manifest's")
+            return _deserialize(programs, key, content)
+        except FileNotFoundError:
+            why = "its file is not there"
+        except (ValueError, OSError) as error:
+            why = " ".join(str(error).split())
+        _say(self.name, f"program {name}: {why}; it is compiled now", self.on_progress)
+        return None
+
+
+def open_folder(
+    name: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    devices: Sequence[jax.Device],
+    given: Mapping[str, Any],
+    on_progress: Callable[[str], None],
+) -> Folder | None:
+    """The folder, if it is for this machine, this model and the options that are `given` (those with None are not).
+
+    Otherwise None, and a warning that says exactly what differs. Raises FileNotFoundError if there is no such folder.
+    """
+    name = os.fspath(name)
+    try:
+        fs, path = fsspec.core.url_to_fs(name)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"compiled is {name!r}: {error}") from None
+    try:
+        content = fs.cat_file(f"{path}/{MANIFEST}")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(
+            f"{name}: no {MANIFEST}: it is not a folder that jaxinfer compile has written to the end"
+        ) from None
+    try:
+        manifest = Manifest.parse(content)
+        check_options(manifest.options)
+        found = _differences(manifest, config, devices, given)
+    except ValueError as error:
+        found = [str(error)]
+    except (KeyError, TypeError, AttributeError):
+        found = [f"{MANIFEST} is damaged"]
+    if not found:
+        return Folder(name, manifest, on_progress)
+    _say(name, f"not used: {'; '.join(found)}", on_progress)
+    return None
+
+
+def _say(name: str, what: str, on_progress: Callable[[str], None]) -> None:
+    log.warning("compiled programs in %s: %s", name, what)
+    on_progress(what)
+
+
+def _differences(
+    manifest: Manifest, config: Mapping[str, Any], devices: Sequence[jax.Device], given: Mapping[str, Any]
+) -> list[str]:
+    old = manifest.environment
+    count = len(old["devices"])
+    here = environment(devices[:count])
+    if old["device"] != here["device"]:
+        return [f"compiled for {count} devices of {old['device']}, and this is {here['device']}"]
+    if count > len(devices):
+        return [f"compiled for {count} devices, and there are {len(devices)}"]
+    found = [
+        f"compiled for {name} {old[name]}, and this is {here[name]}"
+        for name in ("jaxinfer", "jax", "jaxlib", "runtime")
+        if old[name] != here[name]
+    ]
+    others = [(was, now) for was, now in zip(old["devices"], here["devices"], strict=True) if was != now]
+    if others:
+        found.append(f"compiled for {others[0][0]}, and this is {others[0][1]}")
+    if lacking := [one for one in old.get("features", []) if one not in here.get("features", [])]:
+        found.append(f"compiled for a CPU with {', '.join(lacking)}")
+    found += _compare("setting", old["settings"], here["settings"])
+    model = describe_model(Model.from_config(config, manifest.options["dtype"]))
+    found += _compare("the model's", manifest.model, model)
+    asked = {name: value for name, value in given.items() if name in manifest.options and value not in (None, "auto")}
+    if "mesh" in asked and parse_mesh(asked["mesh"]) == parse_mesh(manifest.options["mesh"]):
+        del asked["mesh"]
+    return found + _compare("option", {name: manifest.options[name] for name in asked}, asked)
+
+
+def _compare(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    names = [*old, *(name for name in new if name not in old)]
+    return [
+        f"{what} {name} was {old.get(name)!r} and is {new.get(name)!r}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _deserialize(programs: Programs, key: Key, content: bytes) -> Any:
+    devices = programs.devices
+    try:
+        return serialize_executable.deserialize_and_load(
+            content, *_trees(programs, key), backend=devices[0].client, execution_devices=devices
+        )
+    except Exception as error:  # of pickle, of what it calls, and of the runtime
+        raise ValueError(f"JAX can't read it ({type(error).__name__}: {error})") from None
+
+
+def _trees(programs: Programs, key: Key) -> tuple[Any, Any]:
+    """Of arguments and results. JAX would have them pickled."""
+    return jax.tree.structure((programs.arguments(key), {})), jax.tree.structure(programs.results(key))
+
+
+def _place(device: jax.Device) -> str:
+    coordinates = f" at {tuple(device.coords)}" if hasattr(device, "coords") else ""
+    return f"device {device.id} of process {device.process_index}{coordinates}"
+
+
+def _spec(sharding: Any) -> str:
+    return str(sharding.spec) if isinstance(sharding, jax.sharding.NamedSharding) else "one device"
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value, default=str))
+
+
+@functools.cache
+def _source() -> str:
+    """Tells copies of this package from each other: a change anywhere may change a program."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _flags() -> list[str]:
+    """XLA's, but for those that change no program."""
+    idle = ("--xla_force_host_platform_device_count", "--xla_dump")
+    return [one for one in shlex.split(os.environ.get("XLA_FLAGS", "")) if not one.startswith(idle)]
+
+
+def _cpu_features() -> list[str]:
+    """Of this machine, where Linux says them."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return sorted(one for one in set(found[1].split()) if FEATURES.match(one)) if found else []
+    return [platform.processor()]

@@ -1,0 +1,124 @@
+"""A whole table of programs, compiled ahead into a folder that `LLM(..., compiled=FOLDER)` reads."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from jaxinfer.compile_cache import without_compile_cache
+from jaxinfer.engine.compiled import (
+    MANIFEST,
+    Manifest,
+    describe_model,
+    environment,
+    file_of,
+    name_of,
+    serialize,
+    signature,
+)
+from jaxinfer.engine.programs import Key, Programs
+from jaxinfer.engine.sizing import Sizes
+from jaxinfer.sharding import describe
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """What was written: executables, their bytes, and the seconds that it took."""
+
+    programs: int
+    bytes: int
+    seconds: float
+
+
+def ship(programs: Programs, sizes: Sizes, output: str, on_program: Callable[[], Any]) -> Shipped:
+    """Compiles every program, several at a time, into a folder or URL that is there as a whole or not at all.
+
+    on_program: called when one is written. Raises ValueError if `output` is something else already, and
+    OSError if it can't be written.
+    """
+    start = time.perf_counter()
+    keys = programs.keys()
+    written: dict[str, dict[str, Any]] = {}
+    with _folder(output) as write, without_compile_cache(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            futures = {pool.submit(_compile, programs, key): key for key in keys}
+            for future in as_completed(futures):
+                key = futures.pop(future)
+                content = future.result()
+                write(file_of(name_of(key)), content)
+                digest = hashlib.sha256(content).hexdigest()
+                written[name_of(key)] = {
+                    "bytes": len(content),
+                    "sha256": digest,
+                    "signature": signature(programs, key),
+                }
+                on_program()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        write(MANIFEST, _manifest(programs, sizes, {name_of(key): written[name_of(key)] for key in keys}).dump())
+    return Shipped(len(keys), sum(one["bytes"] for one in written.values()), time.perf_counter() - start)
+
+
+def _compile(programs: Programs, key: Key) -> bytes:
+    return serialize(programs, key, programs.lower(key).compile())
+
+
+def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any]]) -> Manifest:
+    mesh = programs.mesh
+    options = {
+        "dtype": str(next(iter(programs.model.abstract.values())).dtype),
+        "mesh": "tensor=1" if mesh is None else describe(mesh),
+        "max_model_len": programs.max_model_len,
+        "max_num_seqs": programs.max_rows,
+        "max_num_batched_tokens": programs.buckets.tokens[-1],
+        "page_size": programs.page_size,
+    }
+    return Manifest(environment(programs.devices), describe_model(programs.model), options, asdict(sizes), written)
+
+
+@contextlib.contextmanager
+def _folder(output: str) -> Iterator[Callable[[str, bytes], None]]:
+    """What writes a file into the folder. A local one gets its name when all is written; elsewhere, where nothing can
+    be renamed, an old manifest goes first, and the new one comes last."""
+    try:
+        fs, path = fsspec.core.url_to_fs(output)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"output {output}: {error}") from None
+    path = path.rstrip("/")
+    local = isinstance(fs, LocalFileSystem)
+    if fs.exists(path) and not fs.exists(f"{path}/{MANIFEST}") and (not fs.isdir(path) or (local and fs.ls(path))):
+        raise ValueError(f"output {output}: is there already, and is no folder of compiled programs: give another name")
+    target = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp") if local else path
+
+    def write(name: str, content: bytes) -> None:
+        fs.pipe_file(f"{target}/{name}", content)
+
+    if not local:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(f"{path}/{MANIFEST}")
+        yield write
+        return
+    shutil.rmtree(target, ignore_errors=True)  # of one that was killed
+    try:
+        os.makedirs(target)
+        yield write
+        old = f"{target}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if os.path.exists(path):
+            os.rename(path, old)
+        os.rename(target, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
