@@ -59,7 +59,7 @@ def compile(
     with verbosity.apply() as progress:
         progress("starting JAX")
         config = architecture(model, deployment)
-        from jaxinfer.plan.compile import DoesNotFit
+        from jaxinfer.plan.fit import DoesNotFit
 
         try:
             programs, sizes = _programs(config, topology, options)
@@ -87,8 +87,11 @@ def _programs(config: Any, topology: str | None, options: Any) -> tuple[Programs
         from jaxinfer.engine.load import local_programs
 
         return local_programs(config, options)
-    from jaxinfer.plan.compile import fit
-    from jaxinfer.plan.slices import find_slice
+    from jaxinfer.plan.fit import fit, model_of
+    from jaxinfer.plan.places import find_place
 
-    fitted = fit(config, find_slice(topology), **options)
+    place = find_place(topology)
+    if not place.compiles:
+        raise ValueError(f"topology is {topology!r}: programs of GPUs are compiled where they are; leave it out there")
+    fitted = fit(model_of(config, options.get("dtype", "auto")), place, **options)
     return fitted.programs, fitted.sizes

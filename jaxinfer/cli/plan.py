@@ -15,11 +15,9 @@ from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
+    from jaxinfer.cli.console import Progress
     from jaxinfer.engine.deployment import Deployment
-    from jaxinfer.plan.compile import Plan
-
-GIB = 2**30
-BATCHES = (1, 4, 16, 64, 256)
+    from jaxinfer.engine.options import LoadOptions as EngineOptions
 
 
 @grouped
@@ -30,11 +28,18 @@ def plan(
     ] = None,
     *,
     topology: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A TPU slice: v5e-8, v6e-4, v5p-8, v4-8, tpu7x-4 ...")
+        str | None,
+        typer.Option(metavar="NAME", help="A TPU slice: v5e-8, v6e-4, v5p-8, v4-8, tpu7x-4 ...; or GPUs: h100-4."),
     ] = None,
     context: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens of each sequence, for the bounds of speed.")
     ] = 1024,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Rank all slices and meshes, or the meshes of --topology, from shapes.")
+    ] = False,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw the bounds of decoding over the batch size.")
+    ] = None,
     as_json: JSON = False,
     batching: BatchingOptions,
     load: LoadOptions,
@@ -44,6 +49,7 @@ def plan(
 
     The engine's programs are compiled by the real TPU compiler (pip install 'jaxinfer[tpu]'), which says how much
     memory they need. Exit code 1, and what would fit, if the model does not. Where nobody says a dtype it is bfloat16.
+    For GPUs, and with --sweep, it is all computed from shapes.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
     load = with_argument(what, load)
@@ -52,29 +58,73 @@ def plan(
         from jaxinfer.engine.deployment import read_deployment
 
         deployment = read_deployment(load.config)
-    topology = topology or (deployment.topology if deployment else None)
-    if topology is None:
-        raise ValueError("topology is missing: give --topology v5e-8, or say it in a deployment's file")
     model, options = load.loading(**dataclasses.asdict(batching))
+    if sweep and load.mesh is not None:
+        raise ValueError("--sweep tries all meshes: leave --mesh out")
+    if plot is not None:
+        from jaxinfer.plan.plot import check_plot
+
+        check_plot(plot)
+        if sweep:
+            raise ValueError("--plot draws one plan, and --sweep makes many: give only one of them")
     with verbosity.apply() as progress:
-        progress(f"compiling for {topology}, which may take a minute")
-        from jaxinfer.plan.compile import DoesNotFit, make_plan
-        from jaxinfer.plan.slices import find_slice
+        progress("starting JAX")
+        from jaxinfer.plan.fit import DoesNotFit
 
         config = architecture(model, deployment)
         try:
-            made = make_plan(config, find_slice(topology), **options)
+            if sweep:
+                _sweep(config, topology, context, as_json, options)
+                return
+            topology = topology or (deployment.topology if deployment else None)
+            if topology is None:
+                raise ValueError("topology is missing: give --topology v5e-8, or say it in a deployment's file")
+            figures = _plan(config, topology, context, options, progress)
         except DoesNotFit as error:
             from jaxinfer.cli.console import say_error
 
             progress.hide()
             say_error(error)
             raise typer.Exit(1) from None
-    figures = _figures(made, context)
+    if plot is not None:
+        from jaxinfer.plan.plot import plot as draw
+
+        draw(figures, plot)
     if as_json:
         print(json.dumps(figures))
     else:
-        _print(made, figures)
+        from jaxinfer.cli.plan_tables import print_plan
+
+        print_plan(figures)
+
+
+def _plan(
+    config: Mapping[str, Any], topology: str, context: int, options: EngineOptions, progress: Progress
+) -> dict[str, Any]:
+    from jaxinfer.plan.compile import make_plan
+    from jaxinfer.plan.figures import figures
+    from jaxinfer.plan.places import find_place
+
+    progress(f"compiling for {topology}, which may take a minute")
+    return figures(make_plan(config, find_place(topology), **options), context)
+
+
+def _sweep(
+    config: Mapping[str, Any], topology: str | None, context: int, as_json: bool, options: EngineOptions
+) -> None:
+    from jaxinfer.cli.plan_tables import print_sweep
+    from jaxinfer.plan.fit import DoesNotFit, model_of
+    from jaxinfer.plan.sweep import places, sweep
+
+    model = model_of(config, options.get("dtype", "auto"))
+    found, refused = sweep(model, places() if topology is None else [topology], context, **options)
+    if not found:
+        raise DoesNotFit(f"none of {refused} meshes fits: a shorter max_model_len, or a smaller --context")
+    if as_json:
+        where = [{"topology": one.fit.place.name, "mesh": one.fit.mesh, "rows": one.rows} for one in found]
+        print(json.dumps([place | one.bound for place, one in zip(where, found, strict=True)]))
+    else:
+        print_sweep(found, refused, context)
 
 
 def with_argument(what: str | None, load: LoadOptions) -> LoadOptions:
@@ -112,92 +162,3 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
     except ValueError as error:
         raise deployment.wrong_architecture(error) from None
     return said
-
-
-def _figures(plan: Plan, context: int) -> dict[str, Any]:
-    from jaxinfer.plan.roofline import bound
-
-    chip, sizes = plan.slice.chip, plan.sizes
-    bounds = []
-    for rows in (*(b for b in BATCHES if b < plan.max_num_seqs), plan.max_num_seqs):
-        one = bound(plan.model, chip, plan.tensor, rows, context, rows)
-        bounds.append({"rows": rows, "fits": rows * context <= (sizes.num_pages - 1) * sizes.page_size, **_bound(one)})
-    prompt = bound(plan.model, chip, plan.tensor, plan.max_num_batched_tokens, plan.max_num_batched_tokens, 1)
-    return {
-        "topology": plan.slice.name,
-        "tensor": plan.tensor,
-        "max_model_len": sizes.max_model_len,
-        "bytes": {
-            "weights": plan.weights,
-            "cache": sizes.bytes,
-            "slots": plan.slots,
-            "temporaries": plan.temporaries,
-            "code": plan.code,
-            "total": plan.total,
-            "memory": chip.memory,
-            "free": plan.free,
-        },
-        "cache_tokens": (sizes.num_pages - 1) * sizes.page_size,
-        "programs": [
-            {
-                "program": f"{p.key[0]}, {p.key[1]} tokens",
-                "temporaries": p.temporaries,
-                "code": p.code,
-                "reductions": p.reductions,
-                "reduced_bytes": p.reduced_bytes,
-                "compile_seconds": p.seconds,
-            }
-            for p in plan.programs
-        ],
-        "context": context,
-        "decode": bounds,
-        "prefill": {"tokens": plan.max_num_batched_tokens, **_bound(prompt)},
-    }
-
-
-def _bound(bound: Any) -> dict[str, Any]:
-    return {
-        "seconds": bound.seconds,
-        "binds": bound.binds,
-        "tokens_per_second": bound.tokens_per_second,
-        "compute_seconds": bound.compute,
-        "memory_seconds": bound.memory,
-        "links_seconds": bound.links,
-    }
-
-
-def _print(plan: Plan, figures: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    memory = Table("of each chip", title=f"{plan.slice.name}, tensor={plan.tensor}", title_justify="left")
-    memory.add_column("GiB", justify="right")
-    names = {"cache": f"KV cache, {figures['cache_tokens']:,} tokens of context", "total": "all", "memory": "there is"}
-    for name, count in figures["bytes"].items():
-        memory.add_row(names.get(name, name), f"{count / GIB:.3f}")
-    console.print(memory)
-    programs = Table("compiled program", title_justify="left")
-    for column in ("temporaries MiB", "code MiB", "reductions", "reduced MiB", "compiled in s"):
-        programs.add_column(column, justify="right")
-    for one in figures["programs"]:
-        sizes = (f"{one[name] / 2**20:.1f}" for name in ("temporaries", "code", "reduced_bytes"))
-        temporaries, code, reduced = sizes
-        cells = temporaries, code, str(one["reductions"]), reduced, f"{one['compile_seconds']:.1f}"
-        programs.add_row(one["program"], *cells)
-    console.print(programs)
-    speed = Table(f"at best, {figures['context']} tokens of context", title_justify="left")
-    for column in ("step ms", "tokens/s", "tokens/s a chip", "what binds"):
-        speed.add_column(column, justify="right")
-    lines = [(f"decode, {one['rows']} rows", one) for one in figures["decode"]]
-    lines.append((f"prefill, a prompt of {figures['prefill']['tokens']}", figures["prefill"]))
-    for name, one in lines:
-        rate = one["tokens_per_second"]
-        full = "" if one.get("fits", True) else " (cache too small)"
-        speed.add_row(
-            name + full, f"{1000 * one['seconds']:.3f}", f"{rate:,.0f}", f"{rate / plan.tensor:,.0f}", one["binds"]
-        )
-    console.print(speed)
-    unused = len(plan.slice.devices) - plan.tensor
-    if unused:
-        console.print(f"{unused} of {len(plan.slice.devices)} devices are not used: the heads don't divide further")

@@ -17,12 +17,26 @@ from jaxinfer.sharding import kv_parts
 
 @dataclass(frozen=True)
 class Bound:
-    """Seconds of a step, at least: of the arithmetic, the memory and the links. tokens: that it is for."""
+    """What a step of `tokens` tokens takes of each chip: operations, bytes of memory that move, bytes on its links; and
+    the seconds that it takes at least."""
 
     tokens: int
-    compute: float
-    memory: float
-    links: float
+    chip: Chip
+    flops: float
+    moved: float
+    sent: float
+
+    @property
+    def compute(self) -> float:
+        return self.flops / self.chip.flops
+
+    @property
+    def memory(self) -> float:
+        return self.moved / self.chip.bandwidth
+
+    @property
+    def links(self) -> float:
+        return self.sent / self.chip.link
 
     @property
     def seconds(self) -> float:
@@ -59,4 +73,4 @@ def bound(model: Model, chip: Chip, tensor: int, tokens: int, context: int, rows
     # Two reductions a layer, each of which sends and receives the stream twice, but for the own part.
     stream = tokens * config.hidden_size * dtype.itemsize
     sent = (2 * config.num_layers + 1) * 2 * stream * (tensor - 1) / tensor
-    return Bound(tokens, flops / tensor / chip.flops, moved / chip.bandwidth, sent / chip.link)
+    return Bound(tokens, chip, flops / tensor, moved, sent)

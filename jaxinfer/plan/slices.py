@@ -64,12 +64,34 @@ ALIASES = {"v7x": "tpu7x", "v5litepod": "v5e"}
 
 
 @dataclass(frozen=True)
+class Device:
+    """In the place of a device, where only shapes are looked at."""
+
+    id: int
+    platform: str
+    process_index: int = 0
+    device_kind: str = "none"
+
+
+@dataclass(frozen=True)
 class Slice:
-    """A slice and its devices, which are not there."""
+    """A slice and its devices, which are not there. per_chip: devices of a chip. compiles: there is a compiler for
+    them."""
 
     name: str
     chip: Chip
     devices: tuple[Any, ...]
+    per_chip: int = 1
+    compiles: bool = True
+
+    @classmethod
+    def of_shapes(cls, name: str, chip: Chip, count: int, per_chip: int = 1, platform: str = "tpu") -> Slice:
+        """One that nothing can be compiled for."""
+        return cls(name, chip, tuple(Device(i, platform) for i in range(count)), per_chip, False)
+
+    def with_devices(self, count: int) -> Slice:
+        """As many of the same kind, for their shapes."""
+        return Slice.of_shapes(f"{count} {self.chip.name}", self.chip, count, self.per_chip, self.devices[0].platform)
 
 
 def names() -> list[str]:
@@ -77,14 +99,18 @@ def names() -> list[str]:
     return [f"{g}-{count * one.per_chip}" for g, one in GENERATIONS.items() for count in one.shapes]
 
 
-def find_slice(name: str) -> Slice:
-    """The slice `v5e-8`. Raises ValueError that lists what there is, or says how to install libtpu."""
+def parse_slice(name: str) -> tuple[Generation, int] | None:
+    """Generation and number of chips of `v5e-8`; None if there is no such slice."""
     found = re.fullmatch(r"(\w+)-(\d{1,5})", name.strip().lower())
     generation = GENERATIONS.get(ALIASES.get(found[1], found[1])) if found else None
-    count = int(found[2]) if found else 0
-    chips = count // generation.per_chip if generation and count % generation.per_chip == 0 else 0
-    if generation is None or chips not in generation.shapes:
-        raise ValueError(f"topology {name!r} is not known; there are {', '.join(names())}")
+    if generation is None or found is None:
+        return None
+    chips, rest = divmod(int(found[2]), generation.per_chip)
+    return (generation, chips) if not rest and chips in generation.shapes else None
+
+
+def compiled_slice(name: str, generation: Generation, chips: int) -> Slice:
+    """With the devices of the TPU compiler. Raises ValueError that says how to install it."""
     # libtpu asks the cloud where it is, unless it is told that this is no TPU machine.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -107,4 +133,4 @@ def find_slice(name: str) -> Slice:
     )
     devices: tuple[jax.Device, ...] = tuple(topology.devices)
     assert len(devices) == chips * generation.devices, (name, len(devices))
-    return Slice(name, generation.chip, devices)
+    return Slice(name, generation.chip, devices, generation.devices)

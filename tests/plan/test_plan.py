@@ -5,7 +5,8 @@ import json
 import pytest
 import yaml
 
-from jaxinfer.plan.slices import GENERATIONS, find_slice, names
+from jaxinfer.plan.places import find_place
+from jaxinfer.plan.slices import GENERATIONS, names
 from tests.plan.test_roofline import CONFIG
 
 SMALL = CONFIG | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 128}
@@ -22,18 +23,24 @@ def test_names_count_what_google_counts():
     assert GENERATIONS["v5p"].shapes[4] == "2x2x1"  # v5p-8 has 4 chips
 
 
-@pytest.mark.parametrize("name", ["v5e-3", "v5e", "v9-8", "v5p-7", "8", "v5e-8-8", ""])
+@pytest.mark.parametrize("name", ["v5e-3", "v5e", "v9-8", "v5p-7", "8", "v5e-8-8", "", "h100-9", "h100-0", "t4-"])
 def test_other_names(name):
     with pytest.raises(ValueError, match=r"is not known; there are v4-8, .*v5e-8"):
-        find_slice(name)
+        find_place(name)
 
 
 @pytest.mark.parametrize("name", ["v5e-1", "v5e-16", "v5p-8", "v4-16", "v6e-8", "tpu7x-4", "v7x-4"])
 def test_devices_that_are_not_there(name):
     pytest.importorskip("libtpu")
-    found = find_slice(name)
+    found = find_place(name)
     assert found.devices[0].platform == "tpu"
     assert len(found.devices) == {"v5e-1": 1, "v5e-16": 16, "v5p-8": 4, "v4-16": 8}.get(name, 8)
+
+
+@pytest.mark.parametrize(("name", "count"), [("h100", 1), ("h100-4", 4), ("T4-8", 8), ("v6e-4", 4), ("tpu7x-4", 8)])
+def test_devices_for_their_shapes(name, count):
+    found = find_place(name, compiles=False)
+    assert (len(found.devices), found.compiles) == (count, False)
 
 
 def test_a_plan(cli, model):
@@ -44,16 +51,23 @@ def test_a_plan(cli, model):
     figures = json.loads(out)
     assert figures["tensor"] == 4
     sizes = figures["bytes"]
-    parts = ("weights", "cache", "slots", "temporaries", "code")
+    parts = ("weights", "cache", "slots", "padding", "temporaries", "code")
     assert sizes["total"] == sum(sizes[name] for name in parts)
     assert sizes["free"] == sizes["memory"] - sizes["total"] > 0
     assert figures["cache_tokens"] == 8 * 256  # eight sequences of the longest kind
-    assert [one["reductions"] for one in figures["programs"]] == [5, 5]
-    assert [one["rows"] for one in figures["decode"]] == [1, 4, 8]
+    for one in figures["programs"]:  # two reductions a layer, and the embedding's
+        assert one["collectives"]["all-reduce"]["count"] == 5
+        assert not set(one["collectives"]) - {"all-reduce", "all-gather"}
+    # What of it is predicted from shapes, and what the compiler reports.
+    held = sizes["weights"] + sizes["cache"] + sizes["slots"]
+    assert held == pytest.approx(max(one["arguments"] for one in figures["programs"]), rel=0.03)
+    assert [one["rows"] for one in figures["decode"]] == [1, 2, 4, 8]
+    assert all(one["flops"] > 0 and one["bytes_moved"] > 0 for one in [*figures["decode"], figures["prefill"]])
     table = cli("plan", model / "config.json", "--topology", "v5e-1", *arguments[:-1])
     assert table.code == 0
     assert "v5e-1, tensor=1" in table.out
-    assert "what binds" in table.out
+    assert "binds" in table.out
+    assert "nothing is sent between chips" in table.out
 
 
 def test_what_does_not_fit(cli, model):
@@ -63,7 +77,7 @@ def test_what_does_not_fit(cli, model):
     code, out, err = cli("plan", model, "--topology", "v5e-4")
     assert (code, out) == (1, "")
     assert "v5e-4: needs " in err
-    assert "GiB of the 13.39 that a chip has for weights and cache: tensor=" in err
+    assert "GiB of a chip's 15.75, of which 13.39 are for weights and cache: tensor=8" in err
 
 
 @pytest.fixture
@@ -111,3 +125,24 @@ def test_wrong_meshes_and_models(cli, model):
     )
     assert "there are 4 devices" in cli("plan", model, "--topology", "v5e-4", "--mesh", "tensor=8").error()
     assert "no such folder" in cli("plan", model / "nothing", "--topology", "v5e-4").error()
+
+
+def test_gpus_are_planned_from_shapes(cli, model):
+    figures = json.loads(cli("plan", model, "--topology", "l4-2", "--max-num-seqs", "8", "--json").out)
+    assert (figures["compiled"], figures["programs"], figures["mesh"]) == (False, [], "tensor=2")
+    sizes = figures["bytes"]
+    assert sizes["memory"] == int(23_034 * 2**20 * 0.75)
+    assert sizes["total"] == sizes["weights"] + sizes["cache"] + sizes["slots"]
+    assert "temporaries" not in sizes
+    assert "l4-2: from shapes alone" in cli("plan", model, "--topology", "l4-2").out
+
+
+def test_a_picture(cli, model, tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "plan.png"
+    assert cli("plan", model, "--topology", "h100", "--plot", file).code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.glob("*.tmp"))) == 0
+    for name, said in [("plan.svg", "a .png file"), ("none/plan.png", "no folder")]:
+        assert said in cli("plan", model, "--topology", "h100", "--plot", tmp_path / name).error()
+    assert "only one" in cli("plan", model, "--sweep", "--plot", file).error()

@@ -31,6 +31,7 @@ def test_decoding(tensor):
     attention = 2 * 2 * 4 * 8 * 3 * 50  # q.k and p.v, two layers, 32 features, 3 tokens, 50 keys
     assert one.compute == pytest.approx(2 * (3 * (BODY + HEAD) + attention) / tensor / 1e4)
     assert one.links == pytest.approx(5 * 2 * 3 * 32 * 2 * (tensor - 1) / tensor / 1e2)
+    assert (one.flops, one.moved) == (one.compute * CHIP.flops, one.memory * CHIP.bandwidth)
     assert one.seconds == max(one.memory, one.compute, one.links)
     assert one.tokens_per_second == pytest.approx(3 / one.seconds)
 

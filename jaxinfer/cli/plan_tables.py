@@ -1,0 +1,98 @@
+"""What `jaxinfer plan` prints for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from jaxinfer.plan.sweep import Candidate
+
+GIB, MIB = 2**30, 2**20
+SHOWN = 20  # of a sweep
+
+
+def print_plan(figures: dict[str, Any]) -> None:
+    """The figures of a plan as tables."""
+    from rich.console import Console
+
+    console = Console()
+    if not figures["compiled"]:
+        console.print(f"{figures['topology']}: from shapes alone, as no compiler is at hand for it")
+    console.print(_memory(figures))
+    if figures["programs"]:
+        console.print(_programs(figures))
+        console.print(_collectives(figures))
+    console.print(_speed(figures))
+
+
+def _table(title: str, first: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(first, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _memory(figures: dict[str, Any]) -> Table:
+    of = "of each chip" if figures["devices_per_chip"] == 1 else "of each device, half of a chip"
+    table = _table(f"{figures['topology']}, {figures['mesh']}, {figures['dtype']}", of, "GiB")
+    names = {
+        "cache": f"KV cache, {figures['cache_tokens']:,} tokens of context",
+        "padding": "padding by the compiler",
+        "total": "all",
+        "memory": "there is",
+    }
+    for name, count in figures["bytes"].items():
+        table.add_row(names.get(name, name), f"{count / GIB:.3f}")
+    return table
+
+
+def _programs(figures: dict[str, Any]) -> Table:
+    table = _table("", "compiled program", "temporaries MiB", "code MiB", "compiled in s")
+    for one in figures["programs"]:
+        sizes = [f"{one[name] / MIB:.1f}" for name in ("temporaries", "code")]
+        table.add_row(one["program"], *sizes, f"{one['compile_seconds']:.1f}")
+    return table
+
+
+def _collectives(figures: dict[str, Any]) -> Table | str:
+    table = _table("", "sent between chips", "kind", "count", "MiB")
+    for one in figures["programs"]:
+        for kind, found in one["collectives"].items():
+            table.add_row(one["program"], kind, str(found["count"]), f"{found['bytes'] / MIB:.2f}")
+    return table if table.row_count else "nothing is sent between chips"
+
+
+def _speed(figures: dict[str, Any]) -> Table:
+    title = f"each step at best, sequences of {figures['context']:,} tokens; GFLOP and GB of each device"
+    table = _table(title, "step", "GFLOP", "GB", "ms", "tokens/s", "a chip", "binds")
+    lines = [(f"decode, {one['rows']} rows", one) for one in figures["decode"]]
+    lines.append((f"prefill, {figures['prefill']['tokens']}", figures["prefill"]))
+    for name, one in lines:
+        work = f"{one['flops'] / 1e9:,.0f}", f"{one['bytes_moved'] / 1e9:.2f}", f"{1000 * one['seconds']:.3f}"
+        rates = f"{one['tokens_per_second']:,.0f}", f"{one['tokens_per_second_per_chip']:,.0f}"
+        table.add_row(name, *work, *rates, one["binds"] if one.get("fits", True) else "no room")
+    return table
+
+
+def print_sweep(found: list[Candidate], refused: int, context: int) -> None:
+    """What fits, the fastest first."""
+    from rich.console import Console
+
+    title = f"from shapes alone, {context:,} tokens of context"
+    columns = "mesh", "GiB free", "rows", "tokens/s", "a chip", "binds"
+    table = _table(title, "where", *columns)
+    for one in found[:SHOWN]:
+        fit, bound = one.fit, one.bound
+        free = (fit.place.chip.memory - fit.held) / GIB
+        rates = f"{bound['tokens_per_second']:,.0f}", f"{one.rate:,.0f}"
+        table.add_row(fit.place.name, fit.mesh, f"{free:.2f}", str(one.rows), *rates, bound["binds"])
+    console = Console()
+    console.print(table)
+    more = f"{len(found) - SHOWN} more fit, and " if len(found) > SHOWN else ""
+    best = found[0].fit
+    console.print(f"{more}{refused} do not; what the compiler says of the first: --topology {best.place.name}", end="")
+    console.print(f" --mesh {best.mesh}")

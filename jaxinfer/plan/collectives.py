@@ -1,0 +1,37 @@
+"""What a compiled program sends between chips, read out of its text."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+OPERATION = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
+ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class Collectives:
+    """How many of a kind, and the bytes of their results on each chip. One in a loop counts once."""
+
+    count: int
+    bytes: int
+
+
+def collectives(text: str) -> dict[str, Collectives]:
+    """By kind, those that there are."""
+    found: dict[str, Collectives] = {}
+    for shape, kind, start in OPERATION.findall(text):
+        sizes = [_bytes(*array) for array in ARRAY.findall(shape)]
+        # What begins one of these has its operand in its result too.
+        size = max(sizes) if start and kind in ("all-gather", "collective-permute") else sum(sizes)
+        before = found.get(kind, Collectives(0, 0))
+        found[kind] = Collectives(before.count + 1, before.bytes + size)
+    return {kind: found[kind] for kind in KINDS if kind in found}
+
+
+def _bytes(kind: str, bits: str, shape: str) -> int:
+    """Of bf16[64,4096]."""
+    count = math.prod(int(n) for n in shape.split(",") if n)
+    return -(-count * int(bits or 8) // 8)

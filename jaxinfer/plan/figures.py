@@ -1,0 +1,84 @@
+"""A plan as numbers by name: what `jaxinfer plan --json` prints, and what its tables and its picture show."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxinfer.plan.compile import Plan
+from jaxinfer.plan.fit import Fit
+from jaxinfer.plan.roofline import Bound, bound
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+UNKNOWN = ("padding", "temporaries", "code")  # without a compiler
+
+
+def figures(plan: Plan, context: int) -> dict[str, Any]:
+    """Bytes are each device's, and so is what a step takes; rates are of all, and of a chip. context: tokens that each
+    sequence has when it decodes."""
+    fit = plan.fit
+    sizes = {
+        "weights": fit.weights,
+        "cache": fit.sizes.bytes,
+        "slots": fit.slots,
+        "padding": plan.padding,
+        "temporaries": plan.temporaries,
+        "code": plan.code,
+        "total": plan.total,
+        "memory": fit.place.chip.memory,
+        "free": plan.free,
+    }
+    compiled = [
+        {
+            "program": f"{program.key[0]}, {program.key[1]} tokens",
+            "arguments": program.arguments,
+            "temporaries": program.temporaries,
+            "code": program.code,
+            "collectives": {kind: dataclasses.asdict(found) for kind, found in program.collectives.items()},
+            "compile_seconds": program.seconds,
+        }
+        for program in plan.programs
+    ]
+    longest = fit.max_num_batched_tokens
+    prompt = bound(fit.model, fit.place.chip, fit.tensor, longest, longest, 1)
+    return {
+        "topology": fit.place.name,
+        "mesh": fit.mesh,
+        "tensor": fit.tensor,
+        "devices": fit.devices,
+        "devices_per_chip": fit.place.per_chip,
+        "compiled": bool(plan.programs),
+        "dtype": str(next(iter(fit.model.abstract.values())).dtype),
+        "max_model_len": fit.sizes.max_model_len,
+        "bytes": {n: b for n, b in sizes.items() if plan.programs or n not in UNKNOWN},
+        "cache_tokens": fit.cache_tokens,
+        "programs": compiled,
+        "context": context,
+        "decode": [{"rows": rows, **decoding(fit, rows, context)} for rows in _batches(fit.max_num_seqs)],
+        "prefill": {"tokens": longest, **_bound(fit, prompt)},
+    }
+
+
+def decoding(fit: Fit, rows: int, context: int) -> dict[str, Any]:
+    """The bound of a step of `rows` sequences, and whether there is room in the cache for them."""
+    one = bound(fit.model, fit.place.chip, fit.tensor, rows, context, rows)
+    return {"fits": rows * context <= fit.cache_tokens, **_bound(fit, one)}
+
+
+def _batches(most: int) -> list[int]:
+    return [*(rows for rows in BATCHES if rows < most), most]
+
+
+def _bound(fit: Fit, one: Bound) -> dict[str, Any]:
+    return {
+        "seconds": one.seconds,
+        "binds": one.binds,
+        "tokens_per_second": one.tokens_per_second,
+        "tokens_per_second_per_chip": one.tokens_per_second * fit.place.per_chip / fit.devices,
+        "flops": one.flops,
+        "bytes_moved": one.moved,
+        "bytes_sent": one.sent,
+        "compute_seconds": one.compute,
+        "memory_seconds": one.memory,
+        "links_seconds": one.links,
+    }

@@ -1,0 +1,145 @@
+"""What weights and cache take of each chip's memory, from shapes: no compiler and no devices are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Unpack, get_args
+
+from jaxinfer.cache import cache_bytes_per_token
+from jaxinfer.engine.buckets import Buckets
+from jaxinfer.engine.load import MAX_STEPS
+from jaxinfer.engine.options import DType, LoadOptions, check_options
+from jaxinfer.engine.programs import Programs
+from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, size_cache
+from jaxinfer.models.model import Model
+from jaxinfer.plan.slices import GIB, Slice
+from jaxinfer.sampling.slots import Slots
+from jaxinfer.sharding import describe, kv_parts, make_mesh, tensor_sizes
+
+
+class DoesNotFit(ValueError):
+    """Weights and a cache for the longest sequence, or what steps compute, are more than a chip has."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A model on a slice. Bytes are each chip's."""
+
+    place: Slice
+    programs: Programs
+    sizes: Sizes
+    weights: int
+    slots: int
+
+    @property
+    def model(self) -> Model:
+        return self.programs.model
+
+    @property
+    def mesh(self) -> str:
+        """As a spec."""
+        return describe(self.programs.mesh) if self.programs.mesh is not None else "tensor=1"
+
+    @property
+    def tensor(self) -> int:
+        return self.programs.mesh.size if self.programs.mesh is not None else 1
+
+    @property
+    def devices(self) -> int:
+        """That are used."""
+        return self.tensor
+
+    @property
+    def max_num_seqs(self) -> int:
+        return self.programs.max_rows
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        return self.programs.buckets.tokens[-1]
+
+    @property
+    def cache_tokens(self) -> int:
+        """Of context, for which there is room."""
+        return (self.sizes.num_pages - 1) * self.sizes.page_size
+
+    @property
+    def held(self) -> int:
+        """What is there all the time."""
+        return self.weights + self.slots + self.sizes.bytes
+
+
+def model_of(config: Mapping[str, Any], dtype: str = "auto") -> Model:
+    """The model of a config.json's content; "auto" is the dtype that it says, else bfloat16."""
+    said = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
+    return Model.from_config(config, dtype if dtype != "auto" else said if said in get_args(DType) else "bfloat16")
+
+
+def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
+    """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
+    given = check_options(options)
+    rows = given["max_num_seqs"] or 256
+    tokens = given["max_num_batched_tokens"] or max(2048, rows)
+    if tokens < rows:
+        raise ValueError(f"max_num_batched_tokens is {tokens}: it must be at least max_num_seqs, {rows}")
+    shape, page_size = model.config, given["page_size"]
+    mesh = make_mesh(given["mesh"], place.devices, shape.num_heads, shape.num_kv_heads, len(place.devices))
+    tensor = mesh.size if mesh is not None else 1
+    dtype = next(iter(model.abstract.values())).dtype
+    kv_heads = shape.num_kv_heads // kv_parts(tensor, shape.num_kv_heads)
+    per_token = cache_bytes_per_token(shape.num_layers, kv_heads, shape.head_dim, dtype)
+
+    def programs(num_pages: int, max_model_len: int) -> Programs:
+        return Programs(
+            model,
+            mesh or place.devices[0],
+            Buckets.make(rows, tokens),
+            num_pages=num_pages,
+            page_size=page_size,
+            max_model_len=max_model_len,
+            max_rows=rows,
+            max_steps=MAX_STEPS,
+        )
+
+    weights = device_bytes(programs(2, page_size).params)  # which don't depend on the cache
+    slots = device_bytes(Slots.shapes(rows, shape.vocab_size))
+    available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - weights - slots
+    try:
+        sizes = size_cache(
+            bytes_per_token=per_token,
+            page_size=page_size,
+            max_num_seqs=rows,
+            max_model_len=given["max_model_len"],
+            max_context=shape.max_context,
+            available=max(min(given["kv_cache_memory"] or available, available), 0),
+        )
+    except ValueError as error:
+        if (given["max_model_len"] or 0) > shape.max_context:
+            raise
+        length = given["max_model_len"] or page_size
+        needed = weights + slots + per_token * page_size * (-(-length // page_size) + 1)
+        raise DoesNotFit(
+            f"{place.name}: needs {needed / GIB:.2f} GiB of a chip's {place.chip.memory / GIB:.2f}, of which "
+            f"{(available + weights + slots) / GIB:.2f} are for weights and cache: "
+            + (_remedies(model, place, tensor, available // (per_token * page_size) - 1, options) or str(error))
+        ) from None
+    return Fit(place, programs(sizes.num_pages, sizes.max_model_len), sizes, weights, slots)
+
+
+def _remedies(model: Model, place: Slice, tensor: int, pages: int, options: LoadOptions) -> str:
+    """What would fit: more chips, half the bytes, shorter sequences."""
+    found = []
+    shape, dtype = model.config, next(iter(model.abstract.values())).dtype
+    for n in tensor_sizes(shape.num_heads, shape.num_kv_heads, 256):
+        if n > tensor:
+            try:
+                fit(model, place.with_devices(n), **options | {"mesh": f"tensor={n}"})
+            except DoesNotFit:
+                continue
+            found.append(f"tensor={n}")
+            break
+    if dtype.itemsize == 4:
+        found.append("dtype bfloat16")
+    if pages > 0:
+        found.append(f"max_model_len ≤ {pages * options.get('page_size', 16)}")
+    return " or ".join(found)

@@ -1,0 +1,58 @@
+"""A plan's bounds as a picture: tokens a second a chip over the batch (pip install 'jaxinfer[plot]')."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+BOUNDS = {"compute": "arithmetic", "memory": "memory", "links": "links between chips"}
+
+
+def check_plot(path: str) -> None:
+    """Raises ValueError if no picture could be written there."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"--plot {path}: it must be the name of a .png file")
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--plot {path}: there is no folder {Path(path).parent}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install 'jaxinfer[plot]'") from None
+
+
+def plot(figures: dict[str, Any], path: str) -> None:
+    """Draws the figures of a plan into a PNG file, which is there as a whole or not at all."""
+    from matplotlib.figure import Figure
+
+    rows = [one["rows"] for one in figures["decode"]]
+    picture = Figure(figsize=(8, 5), layout="constrained")
+    axes = picture.subplots()
+    for name, label in BOUNDS.items():
+        share = figures["devices_per_chip"] / figures["devices"]
+        seconds = [one[f"{name}_seconds"] for one in figures["decode"]]
+        if all(seconds):
+            rates = [count / s * share for count, s in zip(rows, seconds, strict=True)]
+            axes.plot(rows, rates, "--", label=f"if {label} were all")
+    axes.plot(rows, [one["tokens_per_second_per_chip"] for one in figures["decode"]], "k-", lw=2, label="at best")
+    room = figures["cache_tokens"] // figures["context"]
+    if room < rows[-1]:
+        axes.axvline(max(room, 1), color="grey", ls=":", label=f"the cache holds {room} sequences")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel=f"sequences that decode at once, of {figures['context']:,} tokens each",
+        ylabel="tokens a second a chip, at most",
+        title=f"{figures['topology']}, {figures['mesh']}, {figures['dtype']}",
+        xticks=rows,
+    )
+    axes.set_xticks(rows, [str(count) for count in rows])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = f"{path}.tmp"
+    try:
+        picture.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

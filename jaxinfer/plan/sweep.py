@@ -1,0 +1,71 @@
+"""Every slice and every mesh on it, from shapes: which are worth a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+from jaxinfer.engine.options import LoadOptions
+from jaxinfer.models.model import Model
+from jaxinfer.plan.figures import decoding
+from jaxinfer.plan.fit import DoesNotFit, Fit, fit
+from jaxinfer.plan.places import GPUS, find_place
+from jaxinfer.plan.slices import Slice, names
+from jaxinfer.sharding import AXES, tensor_sizes
+
+MOST = 64  # devices
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place and a mesh that fit. rows: how many sequences run at once there; bound: of a step of them."""
+
+    fit: Fit
+    rows: int
+    bound: dict[str, Any]
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second a chip, at most."""
+        return float(self.bound["tokens_per_second_per_chip"])
+
+
+def places() -> list[str]:
+    """All that are tried where nobody says which."""
+    return [*names(), *(f"{gpu}-{count}" for gpu in GPUS for count in (1, 2, 4, 8))]
+
+
+def meshes(model: Model, place: Slice) -> Iterator[str]:
+    """The specs that use all devices of a place: `tensor`, and what is left over another axis."""
+    devices = len(place.devices)
+    for tensor in tensor_sizes(model.config.num_heads, model.config.num_kv_heads, devices):
+        rest = devices // tensor
+        if rest == 1 and devices == tensor:
+            yield f"tensor={tensor}"
+        elif rest * tensor == devices:
+            yield from (f"{axis}={rest},tensor={tensor}" for axis in AXES if axis != "tensor")
+
+
+def sweep(
+    model: Model, topologies: list[str], context: int, **options: Unpack[LoadOptions]
+) -> tuple[list[Candidate], int]:
+    """What fits, the fastest first, and how many meshes do not. As many sequences run at once as there is room for, and
+    max_num_seqs allows."""
+    found, refused = [], 0
+    for name in topologies:
+        place = find_place(name, compiles=False)
+        if len(place.devices) > MOST and len(topologies) > 1:
+            continue
+        for mesh in meshes(model, place):
+            try:
+                one = fit(model, place, **options | {"mesh": mesh})
+            except DoesNotFit:
+                refused += 1
+                continue
+            rows = min(one.max_num_seqs, one.cache_tokens // context)
+            if rows:
+                found.append(Candidate(one, rows, decoding(one, rows, context)))
+            else:
+                refused += 1
+    return sorted(found, key=lambda candidate: -candidate.rate), refused

@@ -1,0 +1,120 @@
+"""What is held, from shapes; what would fit where something does not; and the ranking of all that fits."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxinfer.engine.deployment import read_deployment
+from jaxinfer.plan.compile import make_plan
+from jaxinfer.plan.fit import DoesNotFit, fit, model_of
+from jaxinfer.plan.places import find_place
+from jaxinfer.plan.slices import GIB
+from jaxinfer.plan.sweep import meshes, sweep
+from jaxinfer.sharding import parse_mesh
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SMALL = ("llama-3.1-8b_v5e-8",)  # those that CI compiles with every change; -m slow does all
+
+
+def deployment(name):
+    return read_deployment(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_deployments_fit_by_their_shapes(file):
+    one = read_deployment(file)
+    found = fit(model_of(one.architecture), find_place(one.topology, compiles=False), **one.options)
+    assert found.devices == len(found.place.devices)
+    assert found.sizes.max_model_len == one.options["max_model_len"]
+    assert found.cache_tokens >= 4 * found.sizes.max_model_len
+    assert found.held < 0.85 * found.place.chip.memory
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=[] if f.stem in SMALL else pytest.mark.slow, id=f.stem) for f in CONFIGS]
+)
+def test_deployments_compile(file):
+    """The prediction within 3% of what the compiler reports, and room for all."""
+    pytest.importorskip("libtpu")
+    one = read_deployment(file)
+    plan = make_plan(one.architecture, find_place(one.topology), **one.options)
+    arguments = max(program.arguments for program in plan.programs)
+    print(f"{file.stem}: {plan.total / GIB:.2f} GiB, padding {plan.padding / arguments:.2%}")
+    for program in plan.programs:
+        print(program)
+    assert plan.fit.held == pytest.approx(arguments, rel=0.03)
+    assert plan.free > 0
+
+
+def test_remedies():
+    """More chips, and shorter sequences: each of them does fit."""
+    one = deployment("llama-3.1-8b_v6e-1")
+    model = model_of(one.architecture, "float32")
+    place = find_place("v6e-1", compiles=False)
+    options = one.options | {"dtype": "float32"}
+    with pytest.raises(DoesNotFit, match=r"v6e-1: needs .* of a chip's 31\.25, .*: tensor=2 or dtype bfloat16$"):
+        fit(model, place, **options)
+    model = model_of(one.architecture)
+    with pytest.raises(DoesNotFit) as caught:
+        fit(model, place, **one.options | {"max_model_len": 131072})
+    found = re.search(r": tensor=(\d+) or max_model_len ≤ (\d+)$", str(caught.value))
+    assert found, caught.value
+    assert fit(model, place, **one.options | {"max_model_len": int(found[2])})
+    with pytest.raises(DoesNotFit):
+        fit(model, place, **one.options | {"max_model_len": int(found[2]) + 16})
+    assert fit(model, place.with_devices(int(found[1])), **one.options | {"max_model_len": 131072, "mesh": None})
+
+
+def test_the_cache_is_as_large_as_it_is_told_to_be():
+    one = deployment("llama-3.1-8b_v6e-1")
+    place = find_place("v6e-1", compiles=False)
+    assert fit(model_of(one.architecture), place, **one.options | {"kv_cache_memory": 2 * GIB}).sizes.bytes <= 2 * GIB
+
+
+def test_heads_are_kept_no_more_often_than_they_must():
+    """Eight key/value heads on sixteen chips: twice."""
+    one = deployment("llama-3.3-70b_v6e-16")
+    found = fit(model_of(one.architecture), find_place("v6e-16", compiles=False), **one.options)
+    assert found.sizes.bytes == found.sizes.num_pages * 16 * 80 * 2 * 128 * 2
+
+
+def test_a_sweep_ranks_what_fits():
+    one = deployment("llama-3.3-70b_v6e-8")
+    model = model_of(one.architecture)
+    options = {name: value for name, value in one.options.items() if name != "mesh"}
+    topologies = ["v5e-8", "v6e-8", "h200-4", "v5p-8"]
+    found, refused = sweep(model, topologies, 1024, **options)
+    assert [c.rate for c in found] == sorted((c.rate for c in found), reverse=True)
+    assert {c.fit.place.name for c in found} == {"v6e-8", "h200-4", "v5p-8"}  # 131 GiB of weights in 8 x 15.75: no
+    assert refused
+    for candidate in found:
+        assert candidate.rows * 1024 <= candidate.fit.cache_tokens
+        assert candidate.fit.devices == len(candidate.fit.place.devices)
+
+
+def test_every_mesh_of_a_sweep_uses_all_devices():
+    model = model_of(deployment("llama-3.1-8b_v5e-8").architecture)
+    found = list(meshes(model, find_place("v5e-8", compiles=False)))
+    assert "tensor=8" in found
+    for spec in found:
+        sizes = parse_mesh(spec)
+        count = 1
+        for size in sizes.values():
+            count *= size
+        assert count == 8
+
+
+def test_sweeping_from_the_command_line(cli, tmp_path):
+    file = CONFIGS[1]
+    best = json.loads(cli("plan", file, "--sweep", "--json").out)
+    assert best[0]["tokens_per_second_per_chip"] >= best[-1]["tokens_per_second_per_chip"] > 0
+    assert {one["topology"].split("-")[0] for one in best} >= {"v4", "v5e", "v5p", "v6e", "tpu7x", "h100", "a100"}
+    only = json.loads(cli("plan", file, "--sweep", "--topology", "v6e-4", "--json").out)
+    assert {one["topology"] for one in only} == {"v6e-4"}
+    assert "from shapes alone" in cli("plan", file, "--sweep").out
+    assert "leave --mesh out" in cli("plan", file, "--sweep", "--mesh", "tensor=4").error()
+    code, out, err = cli("plan", file, "--sweep", "--topology", "t4", "--max-model-len", "4096")
+    assert (code, out) == (1, "")
+    assert "none of 1 meshes fits" in err
