@@ -15,7 +15,6 @@ from jaxinfer.plan.sweep import meshes, sweep
 from jaxinfer.sharding import parse_mesh
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-SMALL = ("llama-3.1-8b_v5e-8",)  # those that CI compiles with every change; -m slow does all
 
 
 def deployment(name):
@@ -32,14 +31,23 @@ def test_deployments_fit_by_their_shapes(file):
     assert found.held < 0.85 * found.place.chip.memory
 
 
+# Every change: two layers, and few sequences, as sampling for many takes long to compile. With -m slow: all of all.
+CUT = {"max_num_seqs": 16, "max_num_batched_tokens": 256}
+
+
 @pytest.mark.parametrize(
-    "file", [pytest.param(f, marks=[] if f.stem in SMALL else pytest.mark.slow, id=f.stem) for f in CONFIGS]
+    ("file", "cut"),
+    [
+        *(pytest.param(f, True, id=f"{f.stem}, cut") for f in CONFIGS if f.stem == "llama-3.1-8b_v5e-8"),
+        *(pytest.param(f, False, id=f.stem, marks=pytest.mark.slow) for f in CONFIGS),
+    ],
 )
-def test_deployments_compile(file):
+def test_deployments_compile(file, cut):
     """The prediction within 3% of what the compiler reports, and room for all."""
     pytest.importorskip("libtpu")
     one = read_deployment(file)
-    plan = make_plan(one.architecture, find_place(one.topology), **one.options)
+    architecture = one.architecture | {"num_hidden_layers": 2} if cut else one.architecture
+    plan = make_plan(architecture, find_place(one.topology), **one.options | (CUT if cut else {}))
     arguments = max(program.arguments for program in plan.programs)
     print(f"{file.stem}: {plan.total / GIB:.2f} GiB, padding {plan.padding / arguments:.2%}")
     for program in plan.programs:
