@@ -20,7 +20,8 @@ class Buckets:
     def make(cls, max_rows: int, max_tokens: int) -> Buckets:
         """Powers of two up to the limits, which are the last entries."""
         mixed = (max_rows,) if max_rows <= SMALL_ROWS else (SMALL_ROWS, max_rows)
-        tokens = _powers(min(SMALLEST_TOKENS, max_tokens), max_tokens)
+        # Few tokens are not worth a program of their own on a device that is made for many rows.
+        tokens = _powers(min(max(SMALLEST_TOKENS, max_rows // 4), max_tokens), max_tokens)
         return cls(_powers(1, max_rows), tokens, mixed)
 
     @staticmethod

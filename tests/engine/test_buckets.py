@@ -28,6 +28,13 @@ def test_the_table():
     assert buckets.mixed_rows == (16, 64)
 
 
+@pytest.mark.parametrize("rows", [64, 128, 256, 512])
+def test_there_are_not_many(rows):
+    """On TPU each is an executable of 60 MB, beside the two that make and prepare slots."""
+    buckets = Buckets.make(rows, 2048)
+    assert len(buckets.decode) + len(buckets.mixed_rows) * len(buckets.tokens) + 2 <= 24
+
+
 def test_beyond_the_largest():
     with pytest.raises(ValueError, match="65 is more than the largest bucket, 64"):
         Buckets.fit(Buckets.make(64, 512).decode, 65)
