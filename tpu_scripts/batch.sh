@@ -25,41 +25,10 @@ set -uo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-usage() { die "$1; usage: ${0##*/} NAME --zone Z --type T --runtime R [OPTIONS] -- INPUT... --output gs://... [...]"; }
-
-NAME='' ZONE='' TYPE='' RUNTIME='' PROJECT='' SPOT=1 POLL=30 DRY_RUN='' KEEP=''
-while [ $# -gt 0 ] && [ "$1" != -- ]; do
-    case $1 in
-        --zone | --type | --runtime | --project | --poll)
-            [ $# -gt 1 ] || usage "$1 needs a value"
-            case $1 in
-                --zone) ZONE=$2 ;;
-                --type) TYPE=$2 ;;
-                --runtime) RUNTIME=$2 ;;
-                --project) PROJECT=$2 ;;
-                --poll) POLL=$2 ;;
-            esac
-            shift
-            ;;
-        --on-demand) SPOT='' ;;
-        --keep) KEEP=1 ;;
-        --dry-run) DRY_RUN=1 ;;
-        -*) usage "there is no option $1" ;;
-        *)
-            [ -z "$NAME" ] || usage "both $NAME and $1 are names"
-            NAME=$1
-            ;;
-    esac
-    shift
-done
-[ $# -gt 1 ] || usage "after -- come the arguments of jaxinfer batch"
-shift
-for option in NAME ZONE TYPE RUNTIME; do
-    [ -n "${!option}" ] || usage "$option is missing"
-done
-[[ $POLL =~ ^[0-9]+(\.[0-9]+)?$ ]] || usage "--poll is $POLL: it must be seconds"
+read_options "--zone --type --runtime --project --poll --on-demand --keep" "$@"
+[ ${#ARGUMENTS[@]} -gt 0 ] || usage "after -- come the arguments of jaxinfer batch"
+set -- "${ARGUMENTS[@]}"
 [[ " $* " =~ \ (-o|--output)(=|\ )[a-z0-9]+:// ]] || usage "--output must be on gs://: a spot VM's own disk is lost with it"
-[ -n "$DRY_RUN" ] || command -v gcloud >/dev/null || die "gcloud is not installed: https://cloud.google.com/sdk"
 
 # One process at a time may use the TPU: where the connection broke, the command of before may still run, and is waited
 # for. Its own exit codes, 0 to 2, become 40 to 42, which are neither ssh's nor gcloud's.

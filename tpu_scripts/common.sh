@@ -2,8 +2,9 @@
 # What the scripts of this folder have in common: one TPU VM, which a queued resource of the same name asks for. This file
 # is sourced.
 #
-# Before a function is called: NAME, ZONE, TYPE (accelerator), RUNTIME (version), PROJECT ("": gcloud's own), SPOT ("":
-# none), POLL (seconds) and DRY_RUN ("": run) are set.
+# read_options sets what the functions below it take: NAME, ZONE, TYPE (accelerator), RUNTIME (version), PROJECT ("":
+# gcloud's own), SPOT ("": none), POLL (seconds), WORKER ("": the first host, "all"), DRY_RUN ("": run), and ARGUMENTS,
+# what comes after `--`.
 #
 # Commands and states: https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources and
 # https://cloud.google.com/tpu/docs/queued-resources. None of this has run against a TPU: only against a stand-in for
@@ -18,6 +19,62 @@ say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() {
     say "error: $1"
     exit "${2:-2}"
+}
+
+# The script's first lines.
+help() {
+    awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"
+}
+
+# usage MESSAGE: for a wrong command line.
+usage() { die "$1; see ${0##*/} --help"; }
+
+# read_options OPTIONS ARGUMENTS...: OPTIONS are those that the script has, in one word. Those of them that have no
+# default must be given, and a name.
+# shellcheck disable=SC2034  # some are for the script alone
+read_options() {
+    local has=" $1 --dry-run " option
+    shift
+    NAME='' ZONE='' TYPE='' RUNTIME='' PROJECT='' SPOT=1 POLL=30 DRY_RUN='' KEEP='' WORKER='' EXTRAS='' WITH='' OUTPUT=''
+    ARGUMENTS=()
+    while [ $# -gt 0 ]; do
+        case $1 in
+            -h | --help)
+                help
+                exit 0
+                ;;
+            --)
+                shift
+                ARGUMENTS=("$@")
+                break
+                ;;
+            -*)
+                [[ $has == *" $1 "* ]] || usage "there is no option $1"
+                case $1 in
+                    --on-demand) SPOT='' ;;
+                    --keep) KEEP=1 ;;
+                    --dry-run) DRY_RUN=1 ;;
+                    *)
+                        [ $# -gt 1 ] || usage "$1 needs a value"
+                        option=$(tr '[:lower:]' '[:upper:]' <<<"${1#--}")
+                        printf -v "$option" %s "$2"
+                        shift
+                        ;;
+                esac
+                ;;
+            *)
+                [ -z "$NAME" ] || usage "both $NAME and $1 are names"
+                NAME=$1
+                ;;
+        esac
+        shift
+    done
+    for option in NAME ZONE TYPE RUNTIME OUTPUT; do
+        [[ "$has --name " != *" --$(tr '[:upper:]' '[:lower:]' <<<"$option") "* ]] || [ -n "${!option}" ] || usage "$option is missing"
+    done
+    [[ $POLL =~ ^[0-9]+(\.[0-9]+)?$ ]] || usage "--poll is $POLL: it must be seconds"
+    [[ $has != *" --zone "* || -n "$DRY_RUN" ]] || command -v gcloud >/dev/null ||
+        die "gcloud is not installed: https://cloud.google.com/sdk"
 }
 
 # The words as they would be typed.
@@ -118,23 +175,32 @@ tpu_ensure() {
     done
 }
 
-# tpu_ssh COMMAND: runs it on the VM. Its exit code, or 255 where there was no connection, or 1 where gcloud had trouble.
-tpu_ssh() {
-    tpus tpu-vm ssh "$NAME" "--command=$1"
+# For what needs a VM that is there.
+tpu_require() {
+    local state
+    [ -z "$DRY_RUN" ] || return 0
+    state=$(tpu_state) || exit 3
+    [ "$state" = READY ] || die "$NAME is not ready ($state): tpu_scripts/create.sh" 3
 }
 
-# tpu_install EXTRAS: installs this copy of jaxinfer on the VM as jaxinfer-venv/bin/jaxinfer, with a Python of its own: the
-# VM's is older than 3.11. Quick where it was done before.
+# tpu_ssh COMMAND: runs it on the VM. Its exit code, or 255 where there was no connection, or 1 where gcloud had trouble.
+tpu_ssh() {
+    tpus tpu-vm ssh "$NAME" ${WORKER:+"--worker=$WORKER"} "--command=$1"
+}
+
+# tpu_install EXTRAS [REQUIREMENTS...]: installs this copy of jaxinfer on the VM as jaxinfer-venv/bin/jaxinfer, with a Python
+# of its own: the VM's is older than 3.11. Quick where it was done before.
 tpu_install() {
-    local folder archive
+    local folder archive extras=$1
+    shift
     folder=$(mktemp -d)
     archive=$folder/jaxinfer.tar.gz
     run tar -C "$ROOT" --exclude=__pycache__ -czf "$archive" pyproject.toml README.md LICENSE jaxinfer &&
-        tpus tpu-vm scp "$archive" "$NAME:jaxinfer.tar.gz" &&
+        tpus tpu-vm scp "$archive" "$NAME:jaxinfer.tar.gz" ${WORKER:+"--worker=$WORKER"} &&
         tpu_ssh "set -e; rm -rf jaxinfer-source; mkdir jaxinfer-source; tar -C jaxinfer-source -xzf jaxinfer.tar.gz; \
 python3 -m pip install --quiet --user uv; \
 python3 -m uv venv --quiet --allow-existing --python 3.12 jaxinfer-venv; \
-python3 -m uv pip install --quiet --python jaxinfer-venv --reinstall-package jaxinfer './jaxinfer-source[$1]'"
+python3 -m uv pip install --quiet --python jaxinfer-venv --reinstall-package jaxinfer './jaxinfer-source[$extras]'${1:+ $(quoted "$@")}"
     local code=$?
     rm -rf "$folder"
     return "$code"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -74,11 +75,13 @@ def compile(
         progress.hide()
         with tqdm(total=len(programs.keys()), desc="Compiled", unit="program", disable=verbosity.quiet or None) as bar:
             done = ship(programs, sizes, output, bar.update)
-    figures = {"output": output, "topology": topology, **dataclasses.asdict(done)}
+    packages = ("jax", "jaxlib", *(("libtpu",) if topology else ()))
+    needs = " ".join(f"{name}=={version(name)}" for name in packages)
     if as_json:
-        print(json.dumps(figures))
+        print(json.dumps({"output": output, "topology": topology, **dataclasses.asdict(done), "needs": needs}))
     else:
         print(f"{done.programs} programs, {done.bytes:,} bytes, in {done.seconds:.0f} s: {output}")
+        print(f"needs: {needs}")
 
 
 def _programs(config: Any, topology: str | None, options: Any) -> tuple[Programs, Sizes]:

@@ -21,8 +21,8 @@ OPTIONS = {
     "queued-resources describe": {"--format"},
     "queued-resources delete": {"--force"},
     "tpu-vm describe": {"--format"},
-    "tpu-vm scp": set(),
-    "tpu-vm ssh": {"--command"},
+    "tpu-vm scp": {"--worker"},
+    "tpu-vm ssh": {"--command", "--worker"},
 }
 FOLDER = Path(os.environ["FAKE_GCLOUD"])
 HOME = FOLDER / "home"  # of the VM's user

@@ -38,12 +38,17 @@ class Cloud:
         self.environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         self.environment |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAKE_GCLOUD": str(folder)}
 
+    def run(
+        self, script: str, *arguments: object, plan: list[dict[str, object]] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        (self.folder / "plan.json").write_text(json.dumps(plan or [{}]))
+        command = ["bash", str(self.folder / f"copy/tpu_scripts/{script}"), *map(str, arguments)]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=240, check=False)
+
     def batch(
         self, *arguments: object, plan: list[dict[str, object]] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        (self.folder / "plan.json").write_text(json.dumps(plan or [{}]))
-        command = ["bash", str(self.folder / "copy/tpu_scripts/batch.sh"), *map(str, arguments)]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=240, check=False)
+        return self.run("batch.sh", *arguments, plan=plan)
 
     def calls(self) -> list[str]:
         """The calls of gcloud that change or use something, in short."""
