@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,20 +62,20 @@ def compile(
         progress("starting JAX")
         config = architecture(model, deployment)
         from jaxinfer.plan.fit import DoesNotFit
+        from jaxinfer.plan.ship import ship
 
         try:
-            programs, sizes = _programs(config, topology, options)
+            programs, sizes, checked = _programs(config, topology, options)
+            progress.hide()
+            count = len(programs.keys())
+            with checked, tqdm(total=count, desc="Compiled", disable=verbosity.quiet or None) as bar:
+                done = ship(programs, sizes, output, bar.update)
         except DoesNotFit as error:
             from jaxinfer.cli.console import say_error
 
             progress.hide()
             say_error(error)
             raise typer.Exit(1) from None
-        from jaxinfer.plan.ship import ship
-
-        progress.hide()
-        with tqdm(total=len(programs.keys()), desc="Compiled", unit="program", disable=verbosity.quiet or None) as bar:
-            done = ship(programs, sizes, output, bar.update)
     packages = ("jax", "jaxlib", *(("libtpu",) if topology else ()))
     needs = " ".join(f"{name}=={version(name)}" for name in packages)
     if as_json:
@@ -84,17 +85,18 @@ def compile(
         print(f"needs: {needs}")
 
 
-def _programs(config: Any, topology: str | None, options: Any) -> tuple[Programs, Sizes]:
-    """For a slice, or for what there is here."""
+def _programs(config: Any, topology: str | None, options: Any) -> tuple[Programs, Sizes, AbstractContextManager[None]]:
+    """For a slice, or for what there is here; and what turns a compiler's refusal into DoesNotFit."""
     if topology is None:
         from jaxinfer.engine.load import local_programs
 
-        return local_programs(config, options)
+        return *local_programs(config, options), nullcontext()
+    from jaxinfer.plan.compile import refusals
     from jaxinfer.plan.fit import fit, model_of
     from jaxinfer.plan.places import find_place
 
     place = find_place(topology)
     if not place.compiles:
         raise ValueError(f"topology is {topology!r}: programs of GPUs are compiled where they are; leave it out there")
-    fitted = fit(model_of(config, options.get("dtype", "auto")), place, **options)
-    return fitted.programs, fitted.sizes
+    held = fit(model_of(config, options.get("dtype", "auto")), place, **options)
+    return held.programs, held.sizes, refusals(held)

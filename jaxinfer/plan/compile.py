@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -73,15 +74,21 @@ def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOpt
         ("decode", held.max_num_seqs, held.max_num_seqs),
         ("step", held.max_num_batched_tokens, held.max_num_seqs),
     ]
-    with without_compile_cache(), ThreadPoolExecutor(len(keys)) as pool:
-        try:
-            compiled = tuple(pool.map(lambda key: _compiled(held.programs, key), keys))
-        except jax.errors.JaxRuntimeError as error:
-            raise _too_much(held, str(error)) from error
+    with refusals(held), without_compile_cache(), ThreadPoolExecutor(len(keys)) as pool:
+        compiled = tuple(pool.map(lambda key: _compiled(held.programs, key), keys))
     plan = Plan(held, compiled)
     if plan.free < 0:
         raise _too_much(held, f"Used {plan.total / 2**30:.2f}G of {place.chip.memory / 2**30:.2f}G")
     return plan
+
+
+@contextlib.contextmanager
+def refusals(held: Fit) -> Iterator[None]:
+    """Says what it means where the compiler refuses a program: DoesNotFit."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise _too_much(held, str(error)) from error
 
 
 def _too_much(held: Fit, text: str) -> Exception:

@@ -94,6 +94,19 @@ def test_a_deployment(cli, model, tmp_path):
     assert json.loads((out / "manifest.json").read_text())["options"]["max_model_len"] == 16
 
 
+def test_what_does_not_fit(cli, model, tmp_path):
+    pytest.importorskip("libtpu")
+    large = {"num_hidden_layers": 48, "hidden_size": 8192, "intermediate_size": 28672}
+    (model / "config.json").write_text(json.dumps(CONFIG | large))
+    code, out, err = cli("compile", model, "--topology", "v5e-1", "-o", tmp_path / "x")
+    assert (code, out) == (1, "")
+    assert "v5e-1: needs " in err
+    assert (
+        "programs of GPUs are compiled where they are" in cli("compile", model, "--topology", "h100", "-o", "x").error()
+    )
+    assert not (tmp_path / "x").exists()
+
+
 def test_mistakes(cli, model, tmp_path):
     assert "no model is named" in cli("compile", "-o", tmp_path / "x").error()
     assert "Missing option '--output'" in cli("compile", model).error()

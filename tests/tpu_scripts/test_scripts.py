@@ -145,7 +145,7 @@ def test_plan_and_compile(cloud, tmp_path):
     out = tmp_path / "programs"
     done = cloud.run("plan_and_compile.sh", tmp_path, "--output", out, "--", *small)
     assert done.returncode == 0, done.stderr
-    assert "what binds" in done.stdout
+    assert "of each chip" in done.stdout
     assert "needs: jax==" in done.stdout
     assert " libtpu==" in done.stdout
     assert json.loads((out / "manifest.json").read_text())["environment"]["device"] == "TPU v5 lite"
