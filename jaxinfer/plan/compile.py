@@ -17,7 +17,7 @@ from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.plan.collectives import Collectives, collectives
 from jaxinfer.plan.fit import DoesNotFit, Fit, fit, model_of
-from jaxinfer.plan.slices import Slice
+from jaxinfer.plan.slices import GIB, Slice
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOpt
         compiled = tuple(pool.map(lambda key: _compiled(held.programs, key), keys))
     plan = Plan(held, compiled)
     if plan.free < 0:
-        raise _too_much(held, f"Used {plan.total / 2**30:.2f}G of {place.chip.memory / 2**30:.2f}G")
+        raise _too_much(held, f"{plan.total / GIB:.2f} GiB")
     return plan
 
 
@@ -88,17 +88,17 @@ def refusals(held: Fit) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        raise _too_much(held, str(error)) from error
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sizes = re.findall(r"\b([\d.]+)G\b", str(error))  # the compiler's words for GiB: needed, there
+        raise _too_much(held, f"{sizes[0]} GiB" if sizes else "more memory") from None
 
 
-def _too_much(held: Fit, text: str) -> Exception:
-    """What the compiler's refusal means."""
-    found = re.search(r"Used ([\d.]+)G of ([\d.]+)G", text)
-    if found is None:
-        return RuntimeError(text)
+def _too_much(held: Fit, needed: str) -> DoesNotFit:
+    there, taken = (f"{size / GIB:.2f}" for size in (held.place.chip.memory, held.held))
     return DoesNotFit(
-        f"{held.place.name}: needs {found[1]} GiB of {found[2]}, as weights and cache take {held.held / 2**30:.2f} and "
-        "programs the rest: a smaller memory_utilization, max_num_seqs or max_num_batched_tokens, or more chips"
+        f"{held.place.name}: programs need {needed}; a chip has {there}, and weights and cache take {taken}: lower "
+        "memory_utilization, max_num_seqs or max_num_batched_tokens, or take more chips"
     )
 
 

@@ -1,6 +1,7 @@
 """Slices that are not there, and `jaxinfer plan` on them."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -125,6 +126,17 @@ def test_wrong_meshes_and_models(cli, model):
     )
     assert "there are 4 devices" in cli("plan", model, "--topology", "v5e-4", "--mesh", "tensor=8").error()
     assert "no such folder" in cli("plan", model / "nothing", "--topology", "v5e-4").error()
+
+
+def test_what_the_compiler_refuses(cli, model):
+    """Heads of 64 take twice the room in its layout, and then some."""
+    pytest.importorskip("libtpu")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 2**22}
+    (model / "config.json").write_text(json.dumps(SMALL | heads))
+    arguments = "--topology", "v5e-1", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"
+    code, out, err = cli("plan", model, *arguments)
+    assert (code, out) == (1, "")
+    assert re.search(r"v5e-1: programs need \d+\.\d\d GiB; a chip has 15\.75, .*: lower memory_utilization", err), err
 
 
 def test_gpus_are_planned_from_shapes(cli, model):
