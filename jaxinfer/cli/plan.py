@@ -35,7 +35,7 @@ def plan(
         int, typer.Option(metavar="N", min=1, help="Tokens of each sequence, for the bounds of speed.")
     ] = 1024,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Rank all slices and meshes, or the meshes of --topology, from shapes.")
+        bool, typer.Option("--sweep", help="Rank slices and meshes, or the meshes of --topology, from shapes.")
     ] = False,
     plot: Annotated[
         str | None, typer.Option(metavar="FILE.png", help="Draw the bounds of decoding over the batch size.")

@@ -11,10 +11,10 @@ from jaxinfer.models.model import Model
 from jaxinfer.plan.figures import decoding
 from jaxinfer.plan.fit import DoesNotFit, Fit, fit
 from jaxinfer.plan.places import GPUS, find_place
-from jaxinfer.plan.slices import Slice, names
+from jaxinfer.plan.slices import GENERATIONS, Slice
 from jaxinfer.sharding import AXES, tensor_sizes
 
-MOST = 64  # devices
+MOST = 64  # devices of a slice
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,13 @@ class Candidate:
 
 def places() -> list[str]:
     """All that are tried where nobody says which."""
-    return [*names(), *(f"{gpu}-{count}" for gpu in GPUS for count in (1, 2, 4, 8))]
+    slices = [
+        f"{name}-{chips * one.per_chip}"
+        for name, one in GENERATIONS.items()
+        for chips in one.shapes
+        if chips * one.devices <= MOST
+    ]
+    return [*slices, *(f"{gpu}-{count}" for gpu in GPUS for count in (1, 2, 4, 8))]
 
 
 def meshes(model: Model, place: Slice) -> Iterator[str]:
@@ -44,7 +50,9 @@ def meshes(model: Model, place: Slice) -> Iterator[str]:
         if rest == 1 and devices == tensor:
             yield f"tensor={tensor}"
         elif rest * tensor == devices:
-            yield from (f"{axis}={rest},tensor={tensor}" for axis in AXES if axis != "tensor")
+            width = model.config.hidden_size  # which fsdp splits
+            others = [axis for axis in AXES if axis == "data" or (axis == "fsdp" and width % rest == 0)]
+            yield from (f"{axis}={rest},tensor={tensor}" for axis in others)
 
 
 def sweep(
@@ -55,8 +63,6 @@ def sweep(
     found, refused = [], 0
     for name in topologies:
         place = find_place(name, compiles=False)
-        if len(place.devices) > MOST and len(topologies) > 1:
-            continue
         for mesh in meshes(model, place):
             try:
                 one = fit(model, place, **options | {"mesh": mesh})
