@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import yaml
@@ -28,6 +29,12 @@ def test_names_count_what_google_counts():
 def test_other_names(name):
     with pytest.raises(ValueError, match=r"is not known; there are v4-8, .*v5e-8"):
         find_place(name)
+
+
+def test_without_the_compiler(cli, model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    assert "pip install 'jaxinfer[tpu]'" in cli("plan", model, "--topology", "v5e-4").error()
+    assert cli("plan", model, "--topology", "v5e-4", "--sweep").code == 0  # from shapes
 
 
 @pytest.mark.parametrize("name", ["v5e-1", "v5e-16", "v5p-8", "v4-16", "v6e-8", "tpu7x-4", "v7x-4"])
