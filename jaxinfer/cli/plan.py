@@ -47,9 +47,9 @@ def plan(
 ) -> None:
     """Say whether a model fits a TPU slice, and how fast it can be at best. No TPU and no weights are needed.
 
-    The engine's programs are compiled by the real TPU compiler (pip install 'jaxinfer[tpu]'), which says how much
-    memory they need. Exit code 1, and what would fit, if the model does not. Where nobody says a dtype it is bfloat16.
-    For GPUs, and with --sweep, it is all computed from shapes.
+    The TPU compiler itself, which comes with the extra "tpu", compiles the engine's programs and says how much
+    memory they need; with --sweep, and for GPUs, all is computed from shapes. Exit code 1, and what would fit,
+    if the model does not. Where nobody says a dtype it is bfloat16.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
     load = with_argument(what, load)
