@@ -17,15 +17,19 @@ import numpy as np
 import psutil
 from jax.sharding import Mesh
 
+from jaxinfer import distributed
 from jaxinfer.cache import cache_bytes_per_token
 from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS, load_params
 from jaxinfer.compile_cache import enable_compile_cache
+from jaxinfer.distributed import reported
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.compiled import Folder, open_folder
 from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.follower import agree, follow
+from jaxinfer.engine.leader import Leader
 from jaxinfer.engine.options import LoadOptions, check_options
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.programs import Programs
@@ -77,6 +81,7 @@ class Loaded:
         )
 
 
+@reported
 def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     """Loads a folder in Hugging Face's format, or a hub id. Options: see LoadOptions.
 
@@ -87,8 +92,11 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     say = given["on_progress"] or (lambda _: None)
     folder = resolve(model, given["revision"], given["token"])
     enable_compile_cache()
-    devices = jax.local_devices()
-    device = devices[0]
+    group = distributed.group()
+    if group is not None and group.taken:
+        raise ValueError("there was an LLM in this program already: on several hosts it can have one")
+    devices = jax.local_devices() if group is None else jax.devices()
+    device = jax.local_devices()[0]
     config = read_config(folder, REGISTRY)
     if given["architecture"] is not None:
         check_architecture(given["architecture"], config, folder / "config.json")
@@ -106,6 +114,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         dtype = _dtype(given["dtype"], config, checkpoint, device)
         abstract = Model.from_config(config, dtype)
         place = _place(abstract, devices, given["mesh"])
+        if group is not None:
+            agree(group, given, config, dtype, checkpoint, place)
         done = 0
 
         def on_tensor(nbytes: int) -> None:
@@ -120,7 +130,10 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             f"their KV cache of {compiled.sizes.bytes:,} bytes does not fit in the {room:,} that are free"
         )
         compiled, given["max_model_len"] = None, options.get("max_model_len")
-    programs, sizes = _programs(abstract, place, given, _available(abstract, device, given), compiled)
+    available = _available(abstract, device, given)
+    if group is not None:
+        available = min(group.gather(available))
+    programs, sizes = _programs(abstract, place, given, available, compiled)
     if given["max_model_len"] is None and sizes.max_model_len < shape.max_context:
         log.warning(
             "max_model_len is %d of the model's %d tokens: more does not fit in the KV cache",
@@ -129,6 +142,10 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         )
     pages = PageAllocator(sizes.num_pages, sizes.page_size, given["enable_prefix_caching"])
     runner = Runner(programs, params, say, compiled)
+    if group is not None:
+        if not group.leads:
+            follow(group, runner)
+        runner.leader = Leader(group)
     engine = Engine(
         runner,
         Scheduler(pages, programs.max_rows, programs.buckets.tokens[-1]),
@@ -181,7 +198,8 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
 
 def _place(model: Model, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
     """What holds the model: a mesh, or the first device."""
-    wanted = 1 if devices[0].platform == "cpu" else len(devices)
+    alone = devices[0].process_index == devices[-1].process_index
+    wanted = 1 if devices[0].platform == "cpu" and alone else len(devices)
     return make_mesh(mesh, devices, model.config.num_heads, model.config.num_kv_heads, wanted) or devices[0]
 
 

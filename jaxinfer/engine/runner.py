@@ -16,8 +16,10 @@ import jax
 import numpy as np
 
 from jaxinfer.attention import Batch
+from jaxinfer.distributed import blamed
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.compiled import Folder
+from jaxinfer.engine.leader import Leader
 from jaxinfer.engine.programs import PREPARE, ZEROS, Key, Programs
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import Schedule
@@ -60,7 +62,8 @@ class Launched:
         sampled = self.sampled
         info = sampled.logprobs if self.wants_logprobs else None
         scored = sampled.scored if self.spans else None
-        tokens, count, info, scored = jax.device_get((sampled.tokens, sampled.count, info, scored))
+        with blamed():
+            tokens, count, info, scored = jax.device_get((sampled.tokens, sampled.count, info, scored))
         return Result(tokens, count, info, scored, self.spans)
 
 
@@ -85,6 +88,7 @@ class Runner:
         self._executables: dict[Key, Any] = {}
         self._compile(ZEROS)
         self.state = self._executables[ZEROS]()
+        self.leader: Leader | None = None  # on process 0 of several
         # The page table by slot, kept up to date as sequences grow, and the last call's sampling arrays: decoding calls
         # follow each other with the same rows, and filling these anew would take the host longer than all the rest.
         self._tables = np.zeros((self.max_rows + 1, self.table_width), np.int32)
@@ -97,16 +101,27 @@ class Runner:
 
     def prepare(self, slot: int, masks: Masks, clear: bool) -> None:
         """Makes a slot ready for a sequence that has penalties or masks; `clear` forgets the tokens of the last one."""
-        arguments = (self.state.slots, np.int32(slot), masks, np.bool_(clear))
-        self.state = State(self.state.cache, self._executable(PREPARE, arguments))
+        self.call(PREPARE, (np.int32(slot), masks, np.bool_(clear)))
+
+    def call(self, key: Key, given: tuple[Any, ...]) -> Any:
+        """Calls a program, on all hosts, with what the host gives it besides parameters and state, which it changes."""
+        if self.leader is not None:
+            return self.leader.call(key, given, self._call)
+        return self._call(key, given)
 
     def recover(self) -> None:
         """After a broken-off call (Ctrl-C): the state was donated to it, and its result may never have arrived."""
+        if self.leader is not None:
+            self.leader.wait()
         if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
+            if self.leader is not None:
+                raise ValueError("a call on several hosts was broken off: start the program again on each of them")
             self.state = self._executables[ZEROS]()
 
     def close(self) -> None:
         """Frees the device's memory now instead of when the last reference goes."""
+        if self.leader is not None:
+            self.leader.close()
         for array in jax.tree.leaves((self.params, self.state)):
             if not array.is_deleted():
                 array.delete()
@@ -117,7 +132,9 @@ class Runner:
         _trim_memory()
 
     def warm_up(self) -> None:
-        """Compiles every program that a schedule can need, several at a time."""
+        """Compiles every program that a schedule can need, several at a time, on all hosts."""
+        if self.leader is not None:
+            self.leader.warm_up()
         missing = [key for key in self.programs.keys() if key not in self._executables]  # noqa: SIM118
         start = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -131,15 +148,13 @@ class Runner:
         requests = schedule.requests
         size = Buckets.fit(self.buckets.mixed_rows, len(requests))
         length = Buckets.fit(self.buckets.tokens, sum(schedule.counts))
-        arguments, spans = self._step_arguments(schedule, length, size)
-        sampled: Sampled
-        sampled, self.state = self._executable(("step", length, size), arguments)
+        given, spans = self._step_arguments(schedule, length, size)
+        sampled: Sampled = self.call(("step", length, size), given)
         return Launched(sampled, self._wants_logprobs(requests), spans)
 
     def _launch_decode(self, schedule: Schedule) -> Launched:
         size = Buckets.fit(self.buckets.decode, len(schedule.decode))
-        sampled: Sampled
-        sampled, self.state = self._executable(("decode", size, size), self._decode_arguments(schedule, size))
+        sampled: Sampled = self.call(("decode", size, size), self._decode_arguments(schedule, size))
         return Launched(sampled, self._wants_logprobs(schedule.decode), {})
 
     def _step_arguments(
@@ -187,7 +202,7 @@ class Runner:
         }
         wanted = Scored(scored, after, np.array(end_scored, np.int32), np.array(likeliest))
         sampling = self._sampling(requests, size)
-        return (self.params, self.state, Batch(**arrays), Rows(slot, samples), sampling, wanted), spans
+        return (Batch(**arrays), Rows(slot, samples), sampling, wanted), spans
 
     def _decode_arguments(self, schedule: Schedule, size: int) -> tuple[Any, ...]:
         requests = schedule.decode
@@ -195,10 +210,18 @@ class Runner:
         positions[: len(requests)] = schedule.start
         slot, samples = self._slots(schedule, size)
         rows = DecodeRows(slot, samples, positions, self._pages(requests, slot))
-        return self.params, self.state, rows, self._sampling(requests, size), np.int32(schedule.steps)
+        return rows, self._sampling(requests, size), np.int32(schedule.steps)
 
-    def _executable(self, key: Key, arguments: tuple[Any, ...]) -> Any:
-        """Calls a program that was compiled ahead: a bucket compiles once, and never behind our back."""
+    def _call(self, key: Key, given: tuple[Any, ...]) -> Any:
+        program = self._executable(key)
+        if key == PREPARE:
+            self.state = State(self.state.cache, program(self.state.slots, *given))
+            return None
+        sampled, self.state = program(self.params, self.state, *given)
+        return sampled
+
+    def _executable(self, key: Key) -> Any:
+        """A program that was compiled ahead: a bucket compiles once, and never behind our back."""
         if key not in self._executables:
             if self.on_compile is not None:
                 self.on_compile(f"{'loading' if self._compiled else 'compiling'} {key[0]} for {key[1]} tokens")
@@ -207,7 +230,7 @@ class Runner:
             self.compile_seconds += time.perf_counter() - start
             if self.on_compile is not None:
                 self.on_compile("generating")
-        return self._executables[key](*arguments)
+        return self._executables[key]
 
     def _compile(self, key: Key) -> None:
         found = None if self._compiled is None else self._compiled.fetch(self.programs, key)

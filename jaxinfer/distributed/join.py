@@ -1,0 +1,245 @@
+"""How the processes of several hosts find each other: all connect to process 0, which checks that they belong together.
+
+Only then is JAX started, which ends its process from C++ where somebody is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from enum import IntEnum
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+from jaxinfer import __version__
+from jaxinfer.distributed.links import Link, decode, encode
+
+log = logging.getLogger("jaxinfer")
+
+SECRET = "JAXINFER_SECRET"
+HANDSHAKE = 5.0  # seconds for each step of one: nobody keeps process 0 from the others
+MOST = 1 << 16  # bytes of a frame of one
+
+
+class Kind(IntEnum):
+    """Of a frame. Joining: HELLO, READY and REFUSED come from process 0, JOIN from the others. Later: see Group."""
+
+    HELLO, JOIN, READY, REFUSED, PING, VALUE, VALUES, COMMAND, FAILED, END = range(1, 11)
+
+
+class Place(NamedTuple):
+    """Where process 0 is reached, how many processes there are, which one this is, and which of its devices are its."""
+
+    host: str
+    port: int
+    size: int
+    rank: int
+    local_device_ids: Sequence[int] | None = None
+
+    @property
+    def coordinator(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def local(self) -> bool:
+        """Whether all processes are on this machine: then nobody else can connect."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def find_place(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float
+) -> Place | None:
+    """What is given, and for the rest what JAX finds: on TPU pods, Slurm, Open MPI. None: one process alone.
+
+    Raises ValueError.
+    """
+    devices: Sequence[int] | None = None
+    if None in (coordinator, num_processes, process_id):
+        from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks
+
+        given = coordinator, num_processes, process_id
+        coordinator, num_processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            *given, None, None, int(timeout)
+        )
+        if given == (None, None, None) and (coordinator is None or num_processes == 1):
+            return None
+    for name, value in (("coordinator", coordinator), ("num_processes", num_processes), ("process_id", process_id)):
+        if value is None:
+            raise ValueError(f"{name} is missing: give coordinator, num_processes and process_id, or on a TPU pod none")
+    assert coordinator is not None
+    host, _, port = coordinator.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"coordinator is {coordinator!r}: it must be HOST:PORT of process 0, such as 10.0.0.2:8476")
+    size, rank = _integer("num_processes", num_processes, 1, 2**16), _integer("process_id", process_id, 0, 2**16)
+    if rank >= size:
+        raise ValueError(f"process_id is {rank}: with num_processes {size} it must be from 0 to {size - 1}")
+    return Place(host, int(port), size, rank, devices) if size > 1 else None
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}: it must be an integer from {low} to {high}")
+    return value
+
+
+def join(place: Place, timeout: float) -> tuple[dict[int, Link], int]:
+    """Links to the other processes (those of process 0 to all, the others' to it), and the port of JAX's coordinator.
+
+    Raises TimeoutError if they are not all there after `timeout` seconds, and ValueError, in each of them, if they
+    don't belong together.
+    """
+    return _welcome_all(place, timeout) if place.rank == 0 else ({0: (joined := _join(place, timeout))[0]}, joined[1])
+
+
+def _welcome_all(place: Place, timeout: float) -> tuple[dict[int, Link], int]:
+    deadline = time.monotonic() + timeout
+    links: dict[int, Link] = {}
+    proofs: dict[int, str] = {}
+    with _listen(place) as server:
+        try:
+            while len(links) < place.size - 1:
+                server.settimeout(max(deadline - time.monotonic(), 1e-3))
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError:
+                    missing = ", ".join(str(i) for i in range(1, place.size) if i not in links)
+                    raise TimeoutError(
+                        f"process {missing} of {place.size} did not connect to {place.coordinator} within "
+                        f"{timeout:g} s: start the same program on every host, each with a process_id of its own"
+                    ) from None
+                with contextlib.suppress(_Stranger):
+                    rank, link, proofs[rank] = _welcome(connection, place, links)
+                    links[rank] = link
+        except BaseException as error:
+            for link in links.values():
+                with contextlib.suppress(OSError):
+                    link.send(Kind.REFUSED, str(error).encode())
+            raise
+    with socket.create_server(("", 0)) as free:
+        port: int = free.getsockname()[1]
+    for rank, link in links.items():
+        link.send(Kind.READY, encode({"proof": proofs[rank], "port": port}))
+    return links, port
+
+
+class _Stranger(Exception):
+    """Somebody who does not belong here connected."""
+
+
+def _welcome(connection: socket.socket, place: Place, links: dict[int, Link]) -> tuple[int, Link, str]:
+    """A process, its link, and how it will know that process 0 has the same secret."""
+    connection.settimeout(HANDSHAKE)
+    try:
+        link = Link(connection, HANDSHAKE)
+        nonce = secrets.token_hex(16)
+        link.send(Kind.HELLO, encode({"nonce": nonce}))
+        said = _one(link, Kind.JOIN)
+        rank, facts, others = said["process_id"], dict(said["facts"]), str(said["nonce"])
+        proven = hmac.compare_digest(str(said["proof"]), _proof("joins", nonce, others))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        connection.close()
+        log.warning("a connection that was no process of this program was closed: %s", error)
+        raise _Stranger from None
+    if not proven:
+        with contextlib.suppress(OSError):
+            link.send(Kind.REFUSED, f"{SECRET} is not that of process 0: set the same on every host".encode())
+        link.close()
+        log.warning("a process at %s, which has another %s, was refused", link.address, SECRET)
+        raise _Stranger
+    problems = [
+        f"{name} is {facts.get(name)} in process {rank}, at {link.address}, and {value} in process 0"
+        for name, value in _facts(place).items()
+        if facts.get(name) != value
+    ]
+    if not problems and (rank in links or not isinstance(rank, int) or not 0 < rank < place.size):
+        problems = [f"process_id {rank} is that of two processes, one of them at {link.address}"]
+    if problems:
+        problem = f"{problems[0]}: start the same program on every host, each with a process_id of its own"
+        with contextlib.suppress(OSError):
+            link.send(Kind.REFUSED, problem.encode())
+        raise ValueError(problem)
+    return rank, link, _proof("leads", others, nonce)
+
+
+def _join(place: Place, timeout: float) -> tuple[Link, int]:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            connection = socket.create_connection((place.host, place.port), timeout=HANDSHAKE)
+            if connection.getsockname() == connection.getpeername():  # TCP can do that, on one machine
+                connection.close()
+                raise ConnectionRefusedError("nobody listens there")
+            link = Link(connection, HANDSHAKE)
+            hello = _one(link, Kind.HELLO)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"coordinator {place.coordinator} was not reached within {timeout:g} s ({error}): is process 0 "
+                    "running, and is this its address?"
+                ) from None
+            time.sleep(0.2)
+        except ValueError:
+            raise ValueError(f"coordinator {place.coordinator}: what answers there is not process 0") from None
+    nonce = secrets.token_hex(16)
+    proof = _proof("joins", str(hello["nonce"]), nonce)
+    said = {"process_id": place.rank, "facts": _facts(place), "nonce": nonce, "proof": proof}
+    link.send(Kind.JOIN, encode(said))
+    link.socket.settimeout(max(deadline - time.monotonic(), 0) + HANDSHAKE)  # the others may come later
+    try:
+        ready = _one(link, Kind.READY)
+    except OSError as error:
+        raise TimeoutError(f"process 0, at {place.coordinator}, did not go on: {error}") from None
+    if not hmac.compare_digest(str(ready["proof"]), _proof("leads", nonce, str(hello["nonce"]))):
+        raise ValueError(f"{SECRET} is not that of process 0, at {place.coordinator}: set the same on every host")
+    return link, int(ready["port"])
+
+
+def _one(link: Link, kind: Kind) -> dict[str, Any]:
+    """The next frame, which has to be of this kind. Raises OSError, and ValueError, also if the other end refuses."""
+    while not (frames := link.read(MOST)):
+        pass
+    (got, payload), *more = frames
+    if got == Kind.REFUSED and kind == Kind.READY:
+        raise ValueError(payload.decode())
+    value = decode(payload) if got == kind and not more else None
+    if not isinstance(value, dict):
+        raise ValueError(f"a frame of kind {got} instead of {kind.name}")
+    return value
+
+
+def _facts(place: Place) -> dict[str, Any]:
+    """What has to be the same in all processes."""
+    versions = {"jaxinfer": __version__, "jax": version("jax"), "jaxlib": version("jaxlib")}
+    return {"num_processes": place.size, **{f"the version of {name}": value for name, value in versions.items()}}
+
+
+def _proof(what: str, *nonces: str) -> str:
+    """That one knows the secret, which does not go over the network."""
+    return hmac.new(os.environ.get(SECRET, "").encode(), "/".join((what, *nonces)).encode(), hashlib.sha256).hexdigest()
+
+
+def _listen(place: Place) -> socket.socket:
+    try:
+        if place.local:
+            family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+            return socket.create_server((place.host, place.port), family=family)
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", place.port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", place.port))
+    except OSError as error:
+        raise OSError(
+            f"coordinator {place.coordinator}: process 0 can't listen on that port ({error.strerror}); choose another"
+        ) from None

@@ -1,0 +1,43 @@
+"""JAX's connection to its coordinator, led through a local port.
+
+JAX's client ends its process from C++, with a stack trace, as soon as the connection to the coordinator breaks, which
+is when process 0 dies. Led through here it does not see that: what ends the process is our own watchdog, with one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+
+
+class Relay:
+    """Listens on `port` of this machine and passes everything on to an address, and back."""
+
+    def __init__(self, address: tuple[str, int]):
+        self._address = address
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._server.getsockname()[1]
+        self._open: list[socket.socket] = []  # what nobody refers to is closed
+        threading.Thread(target=self._serve, name="jaxinfer-relay", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            near, _ = self._server.accept()
+            try:
+                far = socket.create_connection(self._address)
+            except OSError:
+                near.close()
+                continue
+            self._open += [near, far]
+            for source, sink, passes_end in ((near, far, True), (far, near, False)):
+                threading.Thread(target=_pass_on, args=(source, sink, passes_end), daemon=True).start()
+
+
+def _pass_on(source: socket.socket, sink: socket.socket, passes_end: bool) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    if passes_end:
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)

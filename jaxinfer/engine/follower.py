@@ -1,0 +1,76 @@
+"""What the processes do that follow: as process 0 says, until its program ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.distributed import Group
+from jaxinfer.engine.leader import finished, unpack
+from jaxinfer.engine.options import LoadOptions
+from jaxinfer.engine.programs import PREPARE, Key
+from jaxinfer.engine.runner import Runner
+
+
+def agree(
+    group: Group,
+    given: LoadOptions,
+    config: Mapping[str, Any],
+    dtype: np.dtype[Any],
+    checkpoint: Checkpoint,
+    place: jax.Device | Mesh,
+) -> None:
+    """Takes the processes for one model. Raises ValueError in all of them if they don't load the same one in the same
+    way, or if it can't be split over them."""
+    group.taken = True
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+    facts = {
+        **{f"option {name}": value for name, value in given.items() if name not in ("token", "on_progress")},
+        "config.json's digest": digest,
+        "the weights' size in bytes": checkpoint.nbytes,
+        "dtype": str(dtype),
+        "the kind of device": jax.local_devices()[0].device_kind,
+        "the number of devices": jax.local_device_count(),
+    }
+    group.agree(facts)
+    if given["compiled"] is not None:
+        raise ValueError(f"compiled is {given['compiled']!r}: programs for several hosts can't be compiled ahead yet")
+    processes = {device.process_index for device in place.devices.flat} if isinstance(place, Mesh) else {0}
+    if len(processes) < group.size:
+        raise ValueError(
+            f"mesh is {given['mesh']!r}: it has devices of {len(processes)} processes, and all {group.size} need "
+            f"some; {jax.device_count()} devices are there in all"
+        )
+
+
+def follow(group: Group, runner: Runner) -> NoReturn:
+    """Does the calls that process 0 does, with this process's part of parameters and state.
+
+    Raises SystemExit(0) when process 0's program ends, and ValueError for what can't be from it.
+    """
+    keys = set(runner.programs.keys())
+    while True:
+        said, _, data = group.receive().partition(b"\n")
+        what, *key = json.loads(said)
+        match what:
+            case "call":
+                program: Key = tuple(key)
+                if program not in keys:
+                    raise ValueError(f"process 0 calls {key}: there is no such program here")
+                # The first of a program's arguments are on the devices.
+                given = runner.programs.arguments(program)[1 if program == PREPARE else 2 :]
+                with group.blamed():
+                    finished(runner.call(program, unpack(memoryview(data), given)))
+            case "warm up":
+                runner.warm_up()
+            case "close":
+                runner.close()
+            case _:
+                raise ValueError(f"process 0 says {what!r}")

@@ -1,0 +1,75 @@
+"""What process 0 of several tells the others to do: what reaches its own devices, and so the same on all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinfer.distributed import Group, Kind
+from jaxinfer.engine.programs import Key
+
+
+class Leader:
+    """Sends each call to the other processes before it is made here. A call that has begun on one must begin on all, so
+    both happen in a thread of their own, which Ctrl-C does not reach."""
+
+    def __init__(self, group: Group):
+        self._group = group
+        self._thread = ThreadPoolExecutor(1, "jaxinfer-leader")
+
+    def call(self, key: Key, given: tuple[Any, ...], call: Callable[[Key, tuple[Any, ...]], Any]) -> Any:
+        """The result of `call`, which calls the program here."""
+        return self._thread.submit(self._call, key, given, call).result()
+
+    def wait(self) -> None:
+        """Until nothing is being called."""
+        self._thread.submit(lambda: None).result()
+
+    def warm_up(self) -> None:
+        """The others compile everything, while this process does."""
+        self._say("warm up")
+
+    def close(self) -> None:
+        """The others free their devices' memory."""
+        self._say("close")
+        self._thread.shutdown()
+
+    def _say(self, what: str, *more: bytes) -> None:
+        self._thread.submit(self._group.send, Kind.COMMAND, json.dumps([what]).encode(), b"\n", *more).result()
+
+    def _call(self, key: Key, given: tuple[Any, ...], call: Callable[[Key, tuple[Any, ...]], Any]) -> Any:
+        self._group.send(Kind.COMMAND, pack(key, given))
+        with self._group.blamed():
+            return finished(call(key, given))
+
+
+def pack(key: Key, given: Any) -> bytes:
+    """A call as bytes: its key, as JSON, a newline, and the arrays one after the other; `unpack` knows their shapes."""
+    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(given)]
+    return b"".join([json.dumps(["call", *key]).encode(), b"\n", *arrays])
+
+
+def unpack(data: memoryview, abstract: Any) -> Any:
+    """The arrays, as they are in `abstract`. Raises ValueError if these are not as many bytes."""
+    leaves, tree = jax.tree.flatten(abstract)
+    arrays, at = [], 0
+    for leaf in leaves:
+        count = int(np.prod(leaf.shape))
+        if at + count * leaf.dtype.itemsize > len(data):
+            break
+        arrays.append(np.frombuffer(data, leaf.dtype, count, at).reshape(leaf.shape))
+        at += count * leaf.dtype.itemsize
+    if len(arrays) < len(leaves) or at < len(data):
+        raise ValueError(f"process 0 sent {len(data)} bytes for a call, which are not what the same call takes here")
+    return jax.tree.unflatten(tree, arrays)
+
+
+def finished(result: Any) -> Any:
+    """The result of a call. On CPU it is waited for: collectives of two calls at once may wait for each other forever,
+    as they share threads."""
+    return jax.block_until_ready(result) if jax.default_backend() == "cpu" else result
