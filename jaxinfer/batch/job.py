@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, get_args
 
+from jaxinfer import distributed
 from jaxinfer.batch.identity import model_fingerprint
 from jaxinfer.batch.join import clean, finish
 from jaxinfer.batch.manifest import open_manifest
@@ -75,11 +76,14 @@ def run(
     changes = dataclasses.asdict(sampling_params) if isinstance(sampling_params, SamplingParams) else sampling_params
     Parser(task, SamplingParams(), changes, prompt_template)  # mistakes show before a model is loaded
     seed = options.pop("seed", 0)
+    group = distributed.group()
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(show_progress))
         sources = find_sources([os.fspath(one) for one in _listed(inputs)])
         folder = _folder(model, options)
-        manifest = open_manifest(out, *parse_shard(shard))
+        if group is not None and not group.leads:  # the input and the output are process 0's
+            _load(folder, options)
+        manifest = open_manifest(out, *parse_shard(shard, {} if group is not None else os.environ))
         job = {
             "inputs": [{"name": s.name, "size": s.size, "fingerprint": s.fingerprint()} for s in sources],
             "model": model_fingerprint(folder),
@@ -110,8 +114,7 @@ def run(
 
         if not isinstance(model, LLM):
             options.setdefault("on_progress", progress.say)
-            options.pop("revision", None)
-            model = stack.enter_context(LLM(folder, **options))
+            model = stack.enter_context(_load(folder, options))
         manifest.check({"dtype": str(model.dtype), "max_model_len": model.sizes.max_model_len}, out)
         if stop():
             return Summary.of(out, manifest)
@@ -150,6 +153,13 @@ def _check(task: str, rows_per_part: int, max_errors: int | None) -> None:
 
 def _listed(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Sequence[str | os.PathLike[str]]:
     return [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+
+
+def _load(folder: Path, options: LoadOptions) -> LLM:
+    from jaxinfer.llm import LLM
+
+    options.pop("revision", None)  # of the folder
+    return LLM(folder, **options)
 
 
 def _folder(model: str | os.PathLike[str] | LLM, options: LoadOptions) -> Path:

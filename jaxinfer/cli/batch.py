@@ -17,6 +17,7 @@ import typer
 
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import say_error
+from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import LoadOptions, SamplingOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def batch(
     stopping: StoppingOptions,
     batching: BatchingOptions,
     load: LoadOptions,
+    hosts: HostOptions,
     sampling: SamplingOptions,
     verbosity: Verbosity,
 ) -> None:
@@ -126,6 +128,7 @@ def batch(
     from jaxinfer.batch import TooManyErrors, run
 
     with _terminable(stopping.grace) as stop, _to_go_on():
+        hosts.join(unasked=False)  # hosts of a TPU pod have their shards, and a model each
         try:
             summary = run(
                 inputs,

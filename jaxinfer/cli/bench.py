@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxinfer.cli.console import Progress
+from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
@@ -68,10 +69,12 @@ def throughput(
     *,
     batching: BatchingOptions,
     load: LoadOptions,
+    hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
     """Tokens a second when all requests are there from the beginning."""
     with verbosity.apply() as progress:
+        hosts.join()
         llm = batching.load(load, progress)
         from jaxinfer import benchmark
 
@@ -111,6 +114,7 @@ def latency(
     *,
     batching: BatchingOptions,
     load: LoadOptions,
+    hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
     """How long requests take: to the first token, per token after it, and to the end.
@@ -120,6 +124,7 @@ def latency(
     with verbosity.apply() as progress:
         if request_rate is not None and not 0 < request_rate < float("inf"):
             raise ValueError(f"--request-rate is {request_rate}: it must be a finite number above 0")
+        hosts.join()
         llm = batching.load(load, progress)
         from jaxinfer import benchmark
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jaxinfer.cli.console import Progress, print_pieces, say_error
+from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import LoadOptions, SamplingOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def chat(
         str | None, typer.Option(metavar="S", help="What the model is told before the conversation.")
     ] = None,
     load: LoadOptions,
+    hosts: HostOptions,
     sampling: SamplingOptions,
     verbosity: Verbosity,
 ) -> None:
@@ -36,6 +38,7 @@ def chat(
     """
     with verbosity.apply() as progress:
         sampling.params()
+        hosts.join()
         llm = load.load(progress)
         params = sampling.params(llm.get_default_sampling_params())
         conversation = Conversation(llm, params, system)

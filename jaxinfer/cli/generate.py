@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxinfer.cli.console import Progress, print_pieces, title
+from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import JSON, LoadOptions, SamplingOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def generate(
         str | None, typer.Option(metavar="DIR", help="Write a trace of the generation for JAX's profiler tools.")
     ] = None,
     load: LoadOptions,
+    hosts: HostOptions,
     sampling: SamplingOptions,
     verbosity: Verbosity,
 ) -> None:
@@ -45,6 +47,8 @@ def generate(
     One prompt's text is printed as it comes; several are run together and printed in order, each when it is done.
     """
     with verbosity.apply() as progress:
+        if hosts.join():
+            load.load(progress)
         texts = _texts(prompts or [], file)
         sampling.params()
         if profile is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxinfer.cli.console import title
+from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def score(
     ] = False,
     as_json: JSON = False,
     load: LoadOptions,
+    hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
     """Say how likely texts are: log-likelihood and perplexity, a line each.
@@ -47,6 +49,9 @@ def score(
     from jaxinfer.cli.console import say_error
     from jaxinfer.sampling.params import SamplingParams
 
+    if hosts.join():
+        with verbosity.apply() as progress:
+            load.load(progress)
     sources = find_sources([file])
     parser = Parser("score", SamplingParams())
     with verbosity.apply() as progress, load.load(progress) as llm:

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from jaxinfer.distributed.group import Group
-from jaxinfer.distributed.join import Kind, Place, find_place, join
+from jaxinfer.distributed.join import Kind, Place, find_place, join, on_tpu_pod
 from jaxinfer.distributed.relay import Relay
 
-__all__ = ["Group", "Kind", "blamed", "group", "initialize", "reported"]
+__all__ = ["Group", "Kind", "blamed", "group", "initialize", "on_tpu_pod", "reported"]
 
 log = logging.getLogger("jaxinfer")
 

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Sequence
 from enum import IntEnum
+from glob import glob
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ log = logging.getLogger("jaxinfer")
 
 SECRET = "JAXINFER_SECRET"
 HANDSHAKE = 5.0  # seconds for each step of one: nobody keeps process 0 from the others
+WORKERS = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 MOST = 1 << 16  # bytes of a frame of one
 
 
@@ -86,6 +88,26 @@ def find_place(
     if rank >= size:
         raise ValueError(f"process_id is {rank}: with num_processes {size} it must be from 0 to {size - 1}")
     return Place(host, int(port), size, rank, devices) if size > 1 else None
+
+
+def on_tpu_pod() -> bool:
+    """Whether this is one host of several that a TPU slice has, as GKE's environment variables say, or, where there are
+    chips, Google Cloud's metadata server."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "tpu" not in platforms.split(","):
+        return False
+    if any("," in os.environ.get(name, "") for name in ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")):
+        return True
+    if os.environ.get("TPU_SKIP_MDS_QUERY") or not [*glob("/dev/accel[0-9]*"), *glob("/dev/vfio/[0-9]*")]:
+        return False
+    import urllib.request
+
+    asked = urllib.request.Request(WORKERS, headers={"Metadata-Flavor": "Google"})
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked, timeout=2) as answer:
+            return b"," in answer.read(1 << 16)
+    except OSError:
+        return False
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
