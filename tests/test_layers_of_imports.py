@@ -9,8 +9,8 @@ import jaxinfer
 
 ROOT = Path(jaxinfer.__file__).parent
 LAYERS = [
-    {"__version__", "sharding", "compile_cache", "distributed"},
-    {"kernels"},
+    {"__version__", "sharding", "compile_cache"},
+    {"kernels", "distributed"},
     {"quantization", "cache"},
     {"attention"},
     {"layers"},

@@ -79,10 +79,10 @@ def run(
     group = distributed.group()
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(show_progress))
-        sources = find_sources([os.fspath(one) for one in _listed(inputs)])
         folder = _folder(model, options)
-        if group is not None and not group.leads:  # the input and the output are process 0's
-            _load(folder, options)
+        if group is not None and not group.leads:
+            _load(folder, options)  # and no further: input and output are process 0's
+        sources = find_sources([os.fspath(one) for one in _listed(inputs)])
         manifest = open_manifest(out, *parse_shard(shard, {} if group is not None else os.environ))
         job = {
             "inputs": [{"name": s.name, "size": s.size, "fingerprint": s.fingerprint()} for s in sources],

@@ -43,7 +43,9 @@ class HostOptions:
         group = distributed.group()
         if group is None:
             if self.coordinator == "auto":
-                raise ValueError("--coordinator auto: JAX finds no other hosts from here; give HOST:PORT, or leave it out")
+                raise ValueError(
+                    "--coordinator auto: JAX finds no other hosts from here; give HOST:PORT, or leave it out"
+                )
             return False
         _keep_stdout()
         return not group.leads

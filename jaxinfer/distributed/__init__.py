@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from jaxinfer.distributed.group import Group
-from jaxinfer.distributed.join import Kind, Place, find_place, join, on_tpu_pod
 from jaxinfer.distributed.relay import Relay
+from jaxinfer.distributed.rendezvous import Kind, Place, find_place, join, on_tpu_pod
 
 __all__ = ["Group", "Kind", "blamed", "group", "initialize", "on_tpu_pod", "reported"]
 
@@ -86,14 +86,15 @@ def blamed() -> contextlib.AbstractContextManager[None]:
 
 
 def reported(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Where this raises in one process, the others end too, and say why."""
+    """Where this, which loads the model, raises in one process, the others end too, and say why."""
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        again = _group is not None and _group.taken
         try:
             return function(*args, **kwargs)
         except Exception as error:
-            if _group is not None:
+            if _group is not None and not again:
                 _group.fail(f"process {_group.rank}: {error or type(error).__name__}")
             raise
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from queue import SimpleQueue
 from typing import Any, NoReturn
 
-from jaxinfer.distributed.join import Kind
 from jaxinfer.distributed.links import Link, decode, encode
+from jaxinfer.distributed.rendezvous import Kind
 
 log = logging.getLogger("jaxinfer")
 
@@ -34,7 +34,7 @@ class Group:
     def __init__(self, rank: int, size: int, links: dict[int, Link], timeout: float):
         self.rank, self.size = rank, size
         self.taken = False  # whether there is, or was, a model
-        self._links = links
+        self._links = dict(sorted(links.items()))  # they came in any order
         self._timeout = timeout
         self._received: dict[int, SimpleQueue[tuple[int, bytes]]] = {other: SimpleQueue() for other in links}
         self._failed = False  # here
@@ -110,7 +110,7 @@ class Group:
         except OSError as error:
             if self._ending:
                 raise SystemExit(0) from None
-            self._lost(other, str(error))
+            self._lost(other, error)
 
     def _receive(self, other: int, kind: Kind) -> bytes:
         got, payload = self._received[other].get()
@@ -148,7 +148,7 @@ class Group:
                 self._take(other, kind, payload)
         except (OSError, ValueError) as error:
             if not self._over:
-                self._lost(other, str(error))
+                self._lost(other, error)
             if not self.leads:
                 _exit_later(LOST if self._failed else 0)  # JAX's end waits for process 0
             return False
@@ -162,7 +162,7 @@ class Group:
                 raise TimeoutError(f"it said nothing for {self._timeout:g} s")
         except OSError as error:
             if not self._over:
-                self._lost(other, str(error))
+                self._lost(other, error)
 
     def _take(self, other: int, kind: int, payload: bytes) -> None:
         if kind == Kind.FAILED:
@@ -196,7 +196,8 @@ class Group:
                 with contextlib.suppress(OSError):
                     link.send(Kind.FAILED, text.encode())
 
-    def _lost(self, other: int, why: str) -> NoReturn:
+    def _lost(self, other: int, error: Exception) -> NoReturn:
+        why = "the connection was closed" if isinstance(error, ConnectionError) else error
         text = (
             f"process {other} of {self.size}, at {self._links[other].address}, is lost: {why}. Without it the others "
             "can't go on; start the program again on every host"

@@ -146,8 +146,7 @@ def _welcome_all(place: Place, timeout: float) -> tuple[dict[int, Link], int]:
                     links[rank] = link
         except BaseException as error:
             for link in links.values():
-                with contextlib.suppress(OSError):
-                    link.send(Kind.REFUSED, str(error).encode())
+                _refuse(link, str(error))
             raise
     with socket.create_server(("", 0)) as free:
         port: int = free.getsockname()[1]
@@ -175,9 +174,7 @@ def _welcome(connection: socket.socket, place: Place, links: dict[int, Link]) ->
         log.warning("a connection that was no process of this program was closed: %s", error)
         raise _Stranger from None
     if not proven:
-        with contextlib.suppress(OSError):
-            link.send(Kind.REFUSED, f"{SECRET} is not that of process 0: set the same on every host".encode())
-        link.close()
+        _refuse(link, f"{SECRET} is not that of process 0: set the same on every host")
         log.warning("a process at %s, which has another %s, was refused", link.address, SECRET)
         raise _Stranger
     problems = [
@@ -189,22 +186,22 @@ def _welcome(connection: socket.socket, place: Place, links: dict[int, Link]) ->
         problems = [f"process_id {rank} is that of two processes, one of them at {link.address}"]
     if problems:
         problem = f"{problems[0]}: start the same program on every host, each with a process_id of its own"
-        with contextlib.suppress(OSError):
-            link.send(Kind.REFUSED, problem.encode())
+        _refuse(link, problem)
         raise ValueError(problem)
     return rank, link, _proof("leads", others, nonce)
+
+
+def _refuse(link: Link, why: str) -> None:
+    with contextlib.suppress(OSError):
+        link.send(Kind.REFUSED, why.encode())
+    link.close()
 
 
 def _join(place: Place, timeout: float) -> tuple[Link, int]:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            connection = socket.create_connection((place.host, place.port), timeout=HANDSHAKE)
-            if connection.getsockname() == connection.getpeername():  # TCP can do that, on one machine
-                connection.close()
-                raise ConnectionRefusedError("nobody listens there")
-            link = Link(connection, HANDSHAKE)
-            hello = _one(link, Kind.HELLO)
+            link, nonce = _reach(place)
             break
         except OSError as error:
             if time.monotonic() > deadline:
@@ -213,20 +210,36 @@ def _join(place: Place, timeout: float) -> tuple[Link, int]:
                     "running, and is this its address?"
                 ) from None
             time.sleep(0.2)
-        except ValueError:
+        except (ValueError, KeyError):
             raise ValueError(f"coordinator {place.coordinator}: what answers there is not process 0") from None
-    nonce = secrets.token_hex(16)
-    proof = _proof("joins", str(hello["nonce"]), nonce)
-    said = {"process_id": place.rank, "facts": _facts(place), "nonce": nonce, "proof": proof}
-    link.send(Kind.JOIN, encode(said))
-    link.socket.settimeout(max(deadline - time.monotonic(), 0) + HANDSHAKE)  # the others may come later
     try:
+        own = secrets.token_hex(16)
+        said = {"process_id": place.rank, "facts": _facts(place), "nonce": own, "proof": _proof("joins", nonce, own)}
+        link.send(Kind.JOIN, encode(said))
+        link.socket.settimeout(max(deadline - time.monotonic(), 0) + HANDSHAKE)  # the others may come later
         ready = _one(link, Kind.READY)
+        if not hmac.compare_digest(str(ready["proof"]), _proof("leads", own, nonce)):
+            raise ValueError(f"{SECRET} is not that of process 0, at {place.coordinator}: set the same on every host")
+        return link, int(ready["port"])
     except OSError as error:
+        link.close()
         raise TimeoutError(f"process 0, at {place.coordinator}, did not go on: {error}") from None
-    if not hmac.compare_digest(str(ready["proof"]), _proof("leads", nonce, str(hello["nonce"]))):
-        raise ValueError(f"{SECRET} is not that of process 0, at {place.coordinator}: set the same on every host")
-    return link, int(ready["port"])
+    except ValueError:
+        link.close()
+        raise
+
+
+def _reach(place: Place) -> tuple[Link, str]:
+    """A link to process 0, and the nonce that it gives."""
+    connection = socket.create_connection((place.host, place.port), timeout=HANDSHAKE)
+    try:
+        if connection.getsockname() == connection.getpeername():  # TCP can do that, on one machine
+            raise ConnectionRefusedError("nobody listens there")
+        link = Link(connection, HANDSHAKE)
+        return link, str(_one(link, Kind.HELLO)["nonce"])
+    except Exception:
+        connection.close()
+        raise
 
 
 def _one(link: Link, kind: Kind) -> dict[str, Any]:

@@ -1,0 +1,226 @@
+"""One model on two processes, four simulated devices each, over loopback: as on one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxinfer import LLM, SamplingParams
+from tests.distributed.test_rendezvous import free_port
+from tests.engine.test_sharded import OPTIONS, wide  # noqa: F401  (a fixture)
+
+SECONDS = 240  # far more than anything takes, even on a busy machine
+SPLIT = OPTIONS | {"mesh": "tensor=8"}
+
+
+class Hosts:
+    """Processes that run the same program."""
+
+    def __init__(self, *commands, devices=4):
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, *map(str, command)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            for command in commands
+        ]
+
+    @classmethod
+    def of(cls, folder, what, *options):
+        port = free_port()
+        return cls(
+            *(
+                ("-m", "tests.engine.host", port, len(options), rank, folder, json.dumps(own), what)
+                for rank, own in enumerate(options)
+            )
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def line(self):
+        """The next result of process 0."""
+        for line in self.processes[0].stdout:
+            if line.startswith(("{", "[[", '"')):  # and not what XLA:CPU's connections say there
+                return json.loads(line)
+        raise AssertionError(self.processes[0].communicate())
+
+    def end(self, rank):
+        """(exit code, results, stderr)"""
+        process = self.processes[rank]
+        out, err = process.communicate(timeout=SECONDS)
+        results = []
+        for line in out.splitlines():
+            try:
+                results.append(json.loads(line))
+            except ValueError:
+                assert "Gloo" in line or "peer ranks" in line
+        return process.returncode, results, err
+
+
+def test_the_same_tokens_and_half_of_the_weights(wide):  # noqa: F811
+    with LLM(wide, **OPTIONS) as llm:
+        prompts = [[1, 5, 9], list(range(2, 45)), [7] * 9]
+        params = [
+            SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True),
+            SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=1, max_tokens=8, logprobs=2),
+            SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=8, logit_bias={300: 4.0}),
+        ]
+        tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
+        (scored,) = llm.score([prompts[1]], use_tqdm=False)
+    with Hosts.of(wide, "interrupted", SPLIT, SPLIT) as hosts:
+        read = hosts.line()
+        assert hosts.line() == tokens
+        assert hosts.line() == "waiting"
+        hosts.processes[0].send_signal(signal.SIGINT)
+        code, (again, logprob, refused), err = hosts.end(0)
+        assert (code, again) == (0, tokens), err
+        assert logprob == pytest.approx(scored.logprob, abs=1e-4)
+        assert refused == "there was an LLM in this program already: on several hosts it can have one"
+        code, (also_read,), err = hosts.end(1)  # nothing else happens there
+        assert code == 0, err
+        for one in (read, also_read):
+            assert 0.48 < one["read"] / one["of"] < 0.56, (read, also_read)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_host_ends_the_other(wide, victim):  # noqa: F811
+    with Hosts.of(wide, "forever", SPLIT, SPLIT) as hosts:
+        hosts.line(), hosts.line()
+        hosts.processes[victim].kill()
+        code, _, err = hosts.end(1 - victim)
+        assert code == 3
+        assert err.splitlines()[-1] == (
+            f"jaxinfer: error: process {1 - victim} of 2: process {victim} of 2, at 127.0.0.1, is lost: the connection "
+            "was closed. Without it the others can't go on; start the program again on every host"
+        )
+        assert "Traceback" not in err
+        assert "***" not in err  # of a crash in C++
+
+
+def test_options_that_differ(wide):  # noqa: F811
+    with Hosts.of(wide, "once", SPLIT, SPLIT | {"page_size": 16}) as hosts:
+        for rank in (0, 1):
+            code, _, err = hosts.end(rank)
+            assert code == 1, err
+            assert "ValueError: option page_size is 16 in process 1 and 8 in process 0: all hosts need the same" in err
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (
+            "tensor=4",
+            "mesh is 'tensor=4': it has devices of 1 processes, and all 2 need some; 8 devices are there in all",
+        ),
+        pytest.param("tensor=16", "there are 8 devices", marks=pytest.mark.slow),
+    ],
+)
+def test_meshes_that_can_not_be(wide, mesh, message):  # noqa: F811
+    options = OPTIONS | {"mesh": mesh}
+    with Hosts.of(wide, "once", options, options) as hosts:
+        for rank in (0, 1):
+            code, _, err = hosts.end(rank)
+            assert code == 1, err
+            assert message in err
+
+
+@pytest.mark.slow
+def test_an_async_engine(wide):  # noqa: F811
+    with LLM(wide, **OPTIONS) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+        (output,) = llm.generate([[1, 5, 9]], params, use_tqdm=False)
+    with Hosts.of(wide, "async", SPLIT | {"warmup": True}, SPLIT | {"warmup": True}) as hosts:
+        code, (_, tokens), err = hosts.end(0)
+        assert (code, tokens) == (0, output.outputs[0].token_ids), err
+        assert hosts.end(1)[0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_both(wide, number):  # noqa: F811
+    with Hosts.of(wide, "forever", SPLIT, SPLIT) as hosts:
+        hosts.line(), hosts.line()
+        hosts.processes[0].send_signal(number)
+        assert hosts.end(0)[0] == -number
+        assert hosts.end(1)[0] == (0 if number == signal.SIGINT else 3)  # Python ends as always after Ctrl-C
+
+
+def commands(*arguments):
+    """The same command on two hosts."""
+    port = free_port()
+    where = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id")
+    return [("-m", "jaxinfer", *arguments, *where, rank) for rank in (0, 1)]
+
+
+LOADED = ("--mesh", "tensor=8", "--max-model-len", 64)
+
+
+def test_the_command_line(wide, cli):  # noqa: F811
+    """Only process 0 prints, and on stdout only results."""
+    asked = ("generate", "--model", wide, "--json", "--max-tokens", 6, "--temperature", 0, "Hello")
+    expected = json.loads(cli(*asked, "--max-model-len", 64).out)
+    with Hosts(*commands(*asked, *LOADED)) as hosts:
+        out, err = hosts.processes[0].communicate(timeout=SECONDS)
+        assert hosts.processes[0].returncode == 0, err
+        assert json.loads(out)["token_ids"] == expected["token_ids"]
+        out, err = hosts.processes[1].communicate(timeout=SECONDS)
+        assert (hosts.processes[1].returncode, out) == (0, ""), err
+
+
+@pytest.mark.slow
+def test_a_batch_job(wide, tmp_path):  # noqa: F811
+    """Process 0 reads and writes all of it, and the second time nothing is to be done."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Hello {n}"}) + "\n" for n in range(5)))
+    for _ in range(2):
+        asked = ("batch", rows, "--output", tmp_path / "out.jsonl", "--model", wide, "--max-tokens", 3)
+        with Hosts(*commands(*asked, *LOADED, "--max-num-seqs", 4)) as hosts:
+            out, err = hosts.processes[0].communicate(timeout=SECONDS)
+            summary = json.loads(out)
+            assert (summary["complete"], summary["rows"], summary["errors"]) == (True, 5, 0), err
+            assert hosts.processes[1].wait(SECONDS) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 5
+
+
+@pytest.mark.slow
+def test_bench_score_and_chat(wide, tmp_path):  # noqa: F811
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Hello\n")
+    for asked in (
+        ("bench", "throughput", "--num-prompts", 2, "--input-len", 4, "--output-len", 4, "--json", *LOADED),
+        ("score", texts, "--json", *LOADED),
+        ("chat", *LOADED),
+    ):
+        with Hosts(*commands(*asked, "--model", wide)) as hosts:
+            out, err = hosts.processes[0].communicate(timeout=SECONDS)
+            assert hosts.processes[0].returncode == 0, err
+            assert (asked[0] == "chat") == (not out)
+            assert hosts.processes[1].wait(SECONDS) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--coordinator", "here:1"), "num_processes is missing: give coordinator, num_processes and process_id"),
+        (("--coordinator", "here"), "num_processes is missing"),
+        (("--num-processes", 2, "--process-id", 1), "coordinator is missing"),
+        (("--coordinator", "here:1", "--num-processes", 2, "--process-id", 2), "process_id is 2: with num_processes 2"),
+        (("--coordinator", "auto"), "--coordinator auto: JAX finds no other hosts from here"),
+    ],
+)
+def test_hosts_that_can_not_be(cli, options, message):
+    assert message in cli("generate", "Hello", *options).error()
