@@ -93,7 +93,7 @@ def test_the_same_tokens_and_half_of_the_weights(wide):  # noqa: F811
         code, (also_read,), err = hosts.end(1)  # nothing else happens there
         assert code == 0, err
         for one in (read, also_read):
-            assert 0.48 < one["read"] / one["of"] < 0.56, (read, also_read)
+            assert 0.45 < one["read"] / one["of"] < 0.55, (read, also_read)  # what is padding is not read
 
 
 @pytest.mark.parametrize("victim", [0, 1])
