@@ -42,7 +42,22 @@ class Link:
             finally:
                 self._sending.release()
 
-    def read(self, most: int = MOST) -> list[tuple[int, bytes]]:
+    def read_one(self, most: int) -> tuple[int, bytes]:
+        """The next frame, and nothing of what follows it: for as long as `read` was not called."""
+        kind, size = HEADER.unpack(self._exactly(HEADER.size))
+        if size > most:
+            raise ValueError(f"a frame of {size} bytes")
+        return kind, self._exactly(size)
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            if not (more := self.socket.recv(size - len(data))):
+                raise ConnectionResetError("the connection was closed")
+            data += more
+        return data
+
+    def read(self) -> list[tuple[int, bytes]]:
         """The frames that are complete once something has come, which it waits for."""
         data = self.socket.recv(1 << 20)
         if not data:
@@ -53,7 +68,7 @@ class Link:
         start = 0
         while len(self._received) - start >= HEADER.size:
             kind, size = HEADER.unpack_from(self._received, start)
-            if size > most:
+            if size > MOST:
                 raise ValueError(f"a frame of {size} bytes")
             end = start + HEADER.size + size
             if len(self._received) < end:

@@ -244,12 +244,10 @@ def _reach(place: Place) -> tuple[Link, str]:
 
 def _one(link: Link, kind: Kind) -> dict[str, Any]:
     """The next frame, which has to be of this kind. Raises OSError, and ValueError, also if the other end refuses."""
-    while not (frames := link.read(MOST)):
-        pass
-    (got, payload), *more = frames
+    got, payload = link.read_one(MOST)
     if got == Kind.REFUSED and kind == Kind.READY:
         raise ValueError(payload.decode())
-    value = decode(payload) if got == kind and not more else None
+    value = decode(payload) if got == kind else None
     if not isinstance(value, dict):
         raise ValueError(f"a frame of kind {got} instead of {kind.name}")
     return value

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jaxinfer.distributed import rendezvous
+from jaxinfer.distributed.links import Link
 from jaxinfer.distributed.rendezvous import Place, find_place, join, on_tpu_pod
 
 
@@ -71,6 +72,25 @@ def test_a_frame_comes_in_pieces():
             frames = own[0].read()
         sent.result()
     assert frames == [(9, payload)]
+
+
+def test_what_follows_the_welcome_is_kept(monkeypatch):
+    """Process 0 goes on at once, and more than one frame may come with its last word."""
+    read = Link.read_one
+
+    def late(link, most):
+        time.sleep(0.3)
+        return read(link, most)
+
+    first, second = places(2)
+    with ThreadPoolExecutor(1) as pool:
+        leader = pool.submit(join, first, 20.0)
+        leader.add_done_callback(lambda done: done.result()[0][1].send(9, b"more"))
+        monkeypatch.setattr(Link, "read_one", late)
+        links, _ = join(second, 20.0)
+        assert links[0].read() == [(9, b"more")]
+        links[0].close()
+        leader.result()[0][1].close()
 
 
 def test_a_missing_process():
