@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import sys
 
 import typer
+
+from jaxinfer.cli.hosts import HostOptions
 
 
 def lm_eval(context: typer.Context) -> None:
@@ -12,6 +16,7 @@ def lm_eval(context: typer.Context) -> None:
 
     All arguments are lm-eval's own: jaxinfer lm-eval --model_args pretrained=FOLDER --tasks T --num_fewshot 5.
     model_args takes every option of jaxinfer.LLM, and config=FILE, a deployment's file.
+    --coordinator, --num-processes and --process-id are as of `jaxinfer generate`.
     It comes with the extra "lm-eval".
     """
     arguments = context.args or ["--help"]
@@ -19,10 +24,12 @@ def lm_eval(context: typer.Context) -> None:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
         raise ValueError(f"lm-eval is not installed ({error}): pip install 'jaxinfer[lm-eval]'") from None
-    import jaxinfer.lm_eval  # noqa: F401  this registers the model
-
     # Another command of lm-eval (`ls tasks`) comes first, where there is one.
     runs = arguments[0] == "run" or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"))
+    if runs:
+        arguments = _joined(arguments)
+    import jaxinfer.lm_eval  # noqa: F401  this registers the model
+
     if runs and not any(argument.split("=")[0] in ("--model", "-M") for argument in arguments):
         arguments = [*arguments, "--model", "jaxinfer"]
     before, sys.argv = sys.argv, ["jaxinfer lm-eval", *arguments]
@@ -30,6 +37,17 @@ def lm_eval(context: typer.Context) -> None:
         cli_evaluate()
     finally:
         sys.argv = before
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Joins the other hosts, if there are any, and returns what is left for lm-eval."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for field in dataclasses.fields(HostOptions):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name)
+    given, rest = parser.parse_known_args(arguments)
+    numbers = {name: int(value) if (value or "").isdecimal() else value for name, value in vars(given).items()}
+    HostOptions(**numbers).join()
+    return rest
 
 
 lm_eval.context_settings = {  # type: ignore[attr-defined]

@@ -212,6 +212,14 @@ def test_bench_score_and_chat(wide, tmp_path):  # noqa: F811
             assert hosts.processes[1].wait(SECONDS) == 0
 
 
+def test_lm_eval_takes_the_options_of_hosts(cli):
+    pytest.importorskip("lm_eval")
+    message = "process_id is 2: with num_processes 2 it must be from 0 to 1"
+    hosts = ("--coordinator", "here:1", "--num-processes=2", "--process-id", 2)
+    assert cli("lm-eval", "--tasks", "t", *hosts, "--model_args", "pretrained=x").error() == message
+    assert "num_processes is 'two': it must be" in cli("lm-eval", *hosts, "--num-processes", "two").error()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
