@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from typing import Any
 
 import typer
 
@@ -16,6 +17,7 @@ def lm_eval(context: typer.Context) -> None:
 
     All arguments are lm-eval's own: jaxinfer lm-eval --model_args pretrained=FOLDER --tasks T --num_fewshot 5.
     model_args takes every option of jaxinfer.LLM, and config=FILE, a deployment's file.
+    --coordinator, --num-processes and --process-id are as of `jaxinfer generate`.
     --coordinator, --num-processes and --process-id are as of `jaxinfer generate`.
     It comes with the extra "lm-eval".
     """
@@ -45,8 +47,10 @@ def _joined(arguments: list[str]) -> list[str]:
     for field in dataclasses.fields(HostOptions):
         parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name)
     given, rest = parser.parse_known_args(arguments)
-    numbers = {name: int(value) if (value or "").isdecimal() else value for name, value in vars(given).items()}
-    HostOptions(**numbers).join()
+    options: dict[str, Any] = {
+        name: int(value) if (value or "").isdecimal() else value for name, value in vars(given).items()
+    }
+    HostOptions(**options).join()
     return rest
 
 
