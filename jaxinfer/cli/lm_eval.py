@@ -18,7 +18,6 @@ def lm_eval(context: typer.Context) -> None:
     All arguments are lm-eval's own: jaxinfer lm-eval --model_args pretrained=FOLDER --tasks T --num_fewshot 5.
     model_args takes every option of jaxinfer.LLM, and config=FILE, a deployment's file.
     --coordinator, --num-processes and --process-id are as of `jaxinfer generate`.
-    --coordinator, --num-processes and --process-id are as of `jaxinfer generate`.
     It comes with the extra "lm-eval".
     """
     arguments = context.args or ["--help"]
