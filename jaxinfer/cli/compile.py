@@ -41,8 +41,8 @@ def compile(
 ) -> None:
     """Compile all programs of a model ahead, into a folder for `--compiled` and LLM(..., compiled=DIR).
 
-    No weights are needed, and no TPU: the TPU compiler comes with the extra "tpu". The folder is as trusted as code: use
-    only one whose maker you trust. Exit code 1, and what would fit, if the model does not fit the slice.
+    No weights are needed, and no TPU: the TPU compiler comes with the extra "tpu". The folder is as trusted as code:
+    use only one whose maker you trust. Exit code 1, and what would fit, if the model does not fit the slice.
     """
     from tqdm import tqdm
 

@@ -104,6 +104,10 @@ def test_what_does_not_fit(cli, model, tmp_path):
     assert (
         "programs of GPUs are compiled where they are" in cli("compile", model, "--topology", "h100", "-o", "x").error()
     )
+    (model / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": 16, "hidden_size": 256}))
+    hosts = cli("compile", model, *FEW, "--topology", "v5e-16", "--mesh", "tensor=16", "-o", tmp_path / "x")
+    assert "these programs are for 4 hosts" in hosts.err
+    assert hosts.code == 2
     assert not (tmp_path / "x").exists()
 
 
