@@ -31,8 +31,11 @@ if what == "async":
             if output.finished:
                 print(json.dumps(output.outputs[0].token_ids), flush=True)
 
-    with AsyncEngine(folder, **json.loads(options)) as engine:
-        asyncio.run(run(engine))
+    async def main():
+        async with AsyncEngine(folder, **json.loads(options)) as engine:
+            await run(engine)
+
+    asyncio.run(main())
     sys.exit(0)
 with LLM(folder, **json.loads(options)) as llm:
     while True:

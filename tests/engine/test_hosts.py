@@ -144,8 +144,10 @@ def test_an_async_engine(wide):  # noqa: F811
         params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
         (output,) = llm.generate([[1, 5, 9]], params, use_tqdm=False)
     with Hosts.of(wide, "async", SPLIT | {"warmup": True}, SPLIT | {"warmup": True}) as hosts:
-        code, (_, tokens), err = hosts.end(0)
-        assert (code, tokens) == (0, output.outputs[0].token_ids), err
+        code, results, err = hosts.end(0)
+        assert code == 0, err
+        _, tokens = results
+        assert tokens == output.outputs[0].token_ids
         assert hosts.end(1)[0] == 0
 
 
