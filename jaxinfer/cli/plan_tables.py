@@ -79,20 +79,25 @@ def _speed(figures: dict[str, Any]) -> Table:
 
 
 def print_sweep(found: list[Candidate], refused: int, context: int) -> None:
-    """What fits, the fastest first."""
+    """What fits, the fastest first: of each place its best mesh, or all of the only place."""
     from rich.console import Console
 
     title = f"from shapes alone, {context:,} tokens of context"
     columns = "mesh", "GiB free", "rows", "tokens/s", "a chip", "binds"
     table = _table(title, "where", *columns)
-    for one in found[:SHOWN]:
+    best: dict[str, Candidate] = {}
+    for one in found:
+        best.setdefault(one.fit.place.name, one)
+    shown = list(best.values() if len(best) > 1 else found)[:SHOWN]
+    for one in shown:
         fit, bound = one.fit, one.bound
         free = (fit.place.chip.memory - fit.held) / GIB
         rates = f"{bound['tokens_per_second']:,.0f}", f"{one.rate:,.0f}"
         table.add_row(fit.place.name, fit.mesh, f"{free:.2f}", str(one.rows), *rates, bound["binds"])
     console = Console()
     console.print(table)
-    more = f"{len(found) - SHOWN} more fit, and " if len(found) > SHOWN else ""
-    best = found[0].fit
-    console.print(f"{more}{refused} do not; what the compiler says of the first: --topology {best.place.name}", end="")
-    console.print(f" --mesh {best.mesh}")
+    first = found[0].fit
+    console.print(
+        f"of {len(found) + refused} meshes {refused} do not fit; what the compiler says of the first:", end=" "
+    )
+    console.print(f"--topology {first.place.name} --mesh {first.mesh}")
