@@ -1,0 +1,57 @@
+"""What process 0 tells the others, and that what is told is done."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfer.engine.leader import Leader, pack, unpack
+from jaxinfer.engine.step import DecodeRows
+from jaxinfer.sampling.arrays import SamplingArrays
+
+KEY = ("decode", 3, 3)
+
+
+def call():
+    """What the host gives a decoding call, and the same without its values."""
+    rng = np.random.default_rng(0)
+    row = rng.integers(0, 99, 3, np.int32)
+    given = DecodeRows(row, row, row, rng.integers(0, 99, (3, 5), np.int32)), SamplingArrays.of_rows([], 3), np.int32(7)
+    return given, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+
+
+def test_a_call_as_bytes():
+    given, abstract = call()
+    said, _, data = pack(KEY, given).partition(b"\n")
+    assert json.loads(said) == ["call", *KEY]
+    same = unpack(memoryview(data), abstract)
+    assert jax.tree.structure(same) == jax.tree.structure(given)
+    for one, other in zip(jax.tree.leaves(same), jax.tree.leaves(given), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    for wrong in (data[:-1], data + b"\0", b""):
+        with pytest.raises(ValueError, match=f"^process 0 sent {len(wrong)} bytes for a call, which are not what"):
+            unpack(memoryview(wrong), abstract)
+
+
+def test_ctrl_c_does_not_come_between_telling_and_doing():
+    done = []
+
+    class Group:
+        blamed = staticmethod(contextlib.nullcontext)
+
+        def send(self, *_):
+            done.append("told")
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    leader = Leader(Group())
+    with pytest.raises(KeyboardInterrupt):
+        leader.call(KEY, (), lambda *_: done.append("done"))
+    leader.wait()
+    assert done == ["told", "done"]
