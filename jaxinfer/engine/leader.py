@@ -21,6 +21,7 @@ class Leader:
     def __init__(self, group: Group):
         self._group = group
         self._thread = ThreadPoolExecutor(1, "jaxinfer-leader")
+        self.wait()  # Ctrl-C while it starts could leave two of them
 
     def call(self, key: Key, given: tuple[Any, ...], call: Callable[[Key, tuple[Any, ...]], Any]) -> Any:
         """The result of `call`, which calls the program here."""
