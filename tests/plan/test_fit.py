@@ -86,7 +86,7 @@ def test_heads_are_kept_no_more_often_than_they_must():
     """Eight key/value heads on sixteen chips: twice."""
     one = deployment("llama-3.3-70b_v6e-16")
     found = fit(model_of(one.architecture), find_place("v6e-16", compiles=False), **one.options)
-    assert found.sizes.bytes == found.sizes.num_pages * 16 * 80 * 2 * 128 * 2
+    assert found.sizes.bytes == found.sizes.num_pages * found.sizes.page_size * 80 * 2 * 128 * 2
 
 
 def test_a_sweep_ranks_what_fits():
