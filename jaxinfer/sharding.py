@@ -4,44 +4,54 @@
 of every large weight, and two reductions a layer join their results. Where there are fewer key/value heads than
 devices, the axis is split inside into `kv` x `group`: query heads go over both, key/value heads over `kv` alone, so
 that 8 heads on 16 devices are kept twice and not 16 times.
+
+`data` and `fsdp` split rows: each of their shards has its own sequences, slots and pages. Weights are whole on each
+`data` shard; `fsdp` splits them too, along the model's width, and a layer's are gathered when their turn comes
+(Rajbhandari et al., arXiv:1910.02054, stage 3).
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-AXES = ("tensor",)  # of a spec
+DATA, FSDP = "data", "fsdp"
 KV, GROUP = "kv", "group"  # mesh axes; together they are `tensor`
+AXES = (DATA, FSDP, "tensor")  # of a spec
+ROWS = (DATA, FSDP)  # mesh axes that rows are split over
+TENSOR = (KV, GROUP)
 RULES: Mapping[str, tuple[str, ...]] = {
-    "heads": (KV, GROUP),
+    "heads": TENSOR,
     "kv_heads": (KV,),
-    "mlp": (KV, GROUP),
-    "vocab": (KV, GROUP),
-    "embed": (),
+    "mlp": TENSOR,
+    "vocab": TENSOR,
+    "embed": (FSDP,),
 }
-CACHE = PartitionSpec(None, KV)  # of keys and values, [pages, K, page_size, d]
+SLOTS = PartitionSpec(ROWS)
 PADDED = ("mlp", "vocab")  # these can be any size: what is missing to a multiple is zeros
 
 
 def parse_mesh(spec: str) -> dict[str, int]:
-    """The axes of "tensor=4" and their sizes. Raises ValueError."""
+    """The axes of "data=2,tensor=4" and their sizes; those that are not named have 1. Raises ValueError."""
     sizes: dict[str, int] = {}
     for part in spec.split(","):
         found = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d{0,5})\s*", part)
         if found is None:
-            raise ValueError(f"mesh is {spec!r}: it must look like tensor=4")
+            raise ValueError(f"mesh is {spec!r}: it must look like tensor=4 or data=2,tensor=4")
+        if found[1] == "expert":
+            raise ValueError(f"mesh is {spec!r}: axis 'expert' splits experts, and no supported model has any")
         if found[1] not in AXES:
-            raise ValueError(f"mesh is {spec!r}: there is no axis {found[1]!r}; there is {', '.join(AXES)}")
+            raise ValueError(f"mesh is {spec!r}: there is no axis {found[1]!r}; there are {', '.join(AXES)}")
         if found[1] in sizes:
             raise ValueError(f"mesh is {spec!r}: axis {found[1]} is there twice")
         sizes[found[1]] = int(found[2])
-    return sizes
+    return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
 def tensor_problem(tensor: int, num_heads: int, num_kv_heads: int) -> str | None:
@@ -64,39 +74,74 @@ def kv_parts(tensor: int, num_kv_heads: int) -> int:
 
 
 def make_mesh(
-    spec: str | None, devices: Sequence[jax.Device], num_heads: int, num_kv_heads: int, wanted: int = 1
+    spec: str | None,
+    devices: Sequence[jax.Device],
+    num_heads: int,
+    num_kv_heads: int,
+    hidden_size: int,
+    wanted: int = 1,
 ) -> Mesh | None:
     """The mesh of a spec over the first of `devices`; None if one device is enough.
 
-    Without a spec it is the largest one that the model's heads allow, of at most `wanted` devices.
+    Without a spec it is over `wanted` devices: `tensor` as large as the model's heads allow, `data` what is left.
     Raises ValueError naming the sizes that would work.
     """
     fitting = tensor_sizes(num_heads, num_kv_heads, len(devices))
-    tensor = max(n for n in fitting if n <= wanted) if spec is None else parse_mesh(spec).get("tensor", 1)
-    if tensor > len(devices):
-        raise ValueError(f"mesh is {spec!r}: there are {len(devices)} devices; with them {_choice(fitting)}")
+    if spec is None:
+        tensor = max(n for n in fitting if wanted % n == 0)
+        spec = f"data={wanted // tensor},tensor={tensor}"
+    sizes = parse_mesh(spec)
+    data, fsdp, tensor = (sizes[axis] for axis in AXES)
+    count = math.prod(sizes.values())
+    choice = f"tensor may be {', '.join(map(str, fitting))}"
+    if count > len(devices):
+        raise ValueError(f"mesh is {spec!r}: it needs {count} devices and there are {len(devices)}; with them {choice}")
     problem = tensor_problem(tensor, num_heads, num_kv_heads)
     if problem is not None:
-        raise ValueError(f"mesh is {spec!r}: {problem}; {_choice(fitting)}")
-    if tensor == 1:
+        raise ValueError(f"mesh is {spec!r}: {problem}; {choice}")
+    if hidden_size % fsdp:
+        may_be = ", ".join(str(n) for n in range(1, len(devices) + 1) if hidden_size % n == 0)
+        raise ValueError(
+            f"mesh is {spec!r}: fsdp={fsdp} does not divide the model's width of {hidden_size}; fsdp may be {may_be}"
+        )
+    if count == 1:
         return None
     kv = kv_parts(tensor, num_kv_heads)
-    grid = np.array(devices[:tensor]).reshape(kv, tensor // kv)
-    return Mesh(grid, (KV, GROUP), axis_types=(AxisType.Auto, AxisType.Auto))
+    grid = np.array(devices[:count]).reshape(data, fsdp, kv, tensor // kv)
+    return Mesh(grid, (*ROWS, *TENSOR), axis_types=(AxisType.Auto,) * 4)
 
 
-def _choice(fitting: Sequence[int]) -> str:
-    return f"tensor may be {', '.join(map(str, fitting))}"
+def axis_size(mesh: Mesh | None, axes: Sequence[str]) -> int:
+    """How many parts mesh axes make together: `axis_size(mesh, ROWS)`."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
 
 
 def partition(axes: Sequence[str | None]) -> PartitionSpec:
     """How a weight with these logical axes is split. Raises ValueError if two of them want the same mesh axis."""
-    parts = [RULES[axis] if axis is not None else () for axis in axes]
+    # Vectors are too small to be worth a gather.
+    parts = [RULES[axis] if axis is not None and (len(axes) > 1 or axis != "embed") else () for axis in axes]
     for i, axis in enumerate(parts):
         for j, other in enumerate(parts[:i]):
-            if set(axis) & set(other):
-                raise ValueError(f"logical axes {axes[j]!r} and {axes[i]!r} of one weight are both split over tensor")
+            if shared := set(axis) & set(other):
+                over = "fsdp" if FSDP in shared else "tensor"
+                raise ValueError(f"logical axes {axes[j]!r} and {axes[i]!r} of one weight are both split over {over}")
     return PartitionSpec(*(part or None for part in parts))
+
+
+def fsdp_axis(axes: Sequence[str | None]) -> int | None:
+    """Which axis of a weight `fsdp` splits, if any."""
+    return next((i for i, part in enumerate(partition(axes)) if part in (FSDP, (FSDP,))), None)
+
+
+def on_axes(axes: Sequence[str | None], wanted: Sequence[str]) -> PartitionSpec:
+    """How a weight with these logical axes is split over some of the mesh's axes."""
+    found = [(part,) if isinstance(part, str) else part or () for part in partition(axes)]
+    return PartitionSpec(*(tuple(axis for axis in part if axis in wanted) or None for part in found))
+
+
+def on_tensor(call: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """A call that each device of `tensor` makes on its own part; for use inside of a shard_map over rows."""
+    return jax.shard_map(call, axis_names=set(TENSOR), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def placed(abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], place: jax.Device | Mesh) -> Any:
@@ -109,8 +154,9 @@ def placed(abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], place: ja
 
 def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> tuple[int, ...]:
     """The shape with MLP width and vocabulary rounded up to what the mesh divides."""
+    tensor = axis_size(mesh, TENSOR)
     return tuple(
-        -(-size // mesh.size) * mesh.size if axis in PADDED else size for size, axis in zip(shape, axes, strict=True)
+        -(-size // tensor) * tensor if axis in PADDED else size for size, axis in zip(shape, axes, strict=True)
     )
 
 
@@ -121,7 +167,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def describe(mesh: Mesh) -> str:
     """A mesh as a spec."""
-    return f"tensor={mesh.size}"
+    sizes = {DATA: mesh.shape[DATA], FSDP: mesh.shape[FSDP], "tensor": axis_size(mesh, TENSOR)}
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
 
 
 def on_each(index: tuple[slice, ...], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:

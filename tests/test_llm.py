@@ -55,7 +55,7 @@ def nothing_left_behind(request):
         scheduler = request.getfixturevalue(name)._engine.scheduler
         assert not scheduler.running
         assert not scheduler.waiting_count
-        assert scheduler.pages.free_count == scheduler.pages.num_pages - 1
+        assert scheduler.pages_used == 0
 
 
 def variant(reference: Reference, folder: Path, **files: dict | None) -> Path:

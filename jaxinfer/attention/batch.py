@@ -25,7 +25,8 @@ class Batch:
     rows       i32[3]      cumulative counts: decode rows, decode + prefill rows, all rows
     logits_at  i32[N]      the tokens whose logits are wanted
     decode_only            static: every row has exactly one token (T == R), so nothing is compiled for prefill
-    mesh                   static: what heads are split over, if there is more than one device
+    mesh                   static: what heads and weights are split over, if there is more than one device; the batch is
+                           then what one shard of its rows sees, inside of a shard_map over them
     """
 
     tokens: jax.Array
@@ -38,6 +39,12 @@ class Batch:
     logits_at: jax.Array
     decode_only: bool = field(default=False, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
+
+    def places(self, page_size: int) -> tuple[jax.Array, jax.Array]:
+        """Where each token's key and value go: page, i32[T], and place in it; page 0 for padding and finished rows."""
+        tokens = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
+        live = (tokens < self.q_start[-1]) & (self.positions < self.kv_len[self.row])
+        return jnp.where(live, self.pages[self.row, self.positions // page_size], 0), self.positions % page_size
 
     @staticmethod
     def of_sequences(sequences: list[list[int]], length: int | None = None) -> Batch:

@@ -10,59 +10,23 @@ among short ones does not make all of them long.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from jaxinfer.attention.batch import Batch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.cache import LayerCache
-from jaxinfer.sharding import GROUP, KV
+from jaxinfer.cache import SplitPages
 
 KEY_BLOCK = 128  # keys a loop step; larger blocks fall out of the CPU's second-level cache
 QUERY_TILE = 128  # most query tokens of one row that a prefill tile holds
 NEGATIVE = -1e30  # masks a score; finite, so that a fully masked block gives zeros and not NaN
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: LayerCache | None,
-    batch: Batch,
-    spec: AttentionSpec,
-) -> tuple[jax.Array, LayerCache | None]:
-    """Writes `k`, `v` into the cache and lets `q` attend to all keys of its own row.
-
-    q `[T, H, d]`, k and v `[T, K, d]`, K divides H. Returns out `[T, H, d]` (zeros or garbage for padding
-    tokens) and the cache with this step's keys and values. `cache=None` attends within the batch alone.
-    """
-    if cache is None:
-        return _attend_stream(q, k, v, batch, spec), None
-    if not spec.causal:
-        raise ValueError("attention over a cache is causal; pass cache=None for attention in both directions")
-    if batch.mesh is None:
-        return _attend_pages(q, k, v, cache, batch, spec)
-    # Heads don't know of each other: each device does its own, with the rows of all.
-    heads, kv_heads = PartitionSpec(None, (KV, GROUP)), PartitionSpec(None, KV)
-    split = jax.shard_map(
-        functools.partial(_attend_pages, spec=spec),
-        mesh=batch.mesh,
-        in_specs=(heads, kv_heads, kv_heads, kv_heads, PartitionSpec()),
-        out_specs=(heads, kv_heads),
-        check_vma=False,
-    )
-    out, cache = split(q, k, v, cache, dataclasses.replace(batch, mesh=None))
-    return out, cache
-
-
-def _attend_pages(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, batch: Batch, spec: AttentionSpec
-) -> tuple[jax.Array, LayerCache]:
+def attend_split(
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec
+) -> tuple[jax.Array, SplitPages]:
+    """See `attend`; over pages."""
     cache = _write(k, v, cache, batch)
     tokens, heads, head_dim = q.shape
     rows = batch.kv_len.shape[0]
@@ -78,13 +42,9 @@ def _attend_pages(
     return out.reshape(tokens, heads, head_dim), cache
 
 
-def _write(k: jax.Array, v: jax.Array, cache: LayerCache, batch: Batch) -> LayerCache:
-    page_size = cache.k.shape[2]
-    tokens = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32)
-    live = (tokens < batch.q_start[-1]) & (batch.positions < batch.kv_len[batch.row])
-    page = jnp.where(live, batch.pages[batch.row, batch.positions // page_size], 0)
-    slot = batch.positions % page_size
-    return LayerCache(
+def _write(k: jax.Array, v: jax.Array, cache: SplitPages, batch: Batch) -> SplitPages:
+    page, slot = batch.places(cache.k.shape[2])
+    return SplitPages(
         cache.k.at[page, :, slot].set(k.astype(cache.k.dtype)), cache.v.at[page, :, slot].set(v.astype(cache.v.dtype))
     )
 
@@ -106,7 +66,8 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec) -> jax.Array:
+def attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec) -> jax.Array:
+    """See `attend`; within the batch alone."""
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     queries = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)
@@ -120,7 +81,7 @@ def _attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec:
     return out.transpose(2, 0, 1, 3).reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
-def _key_blocks(cache: LayerCache, batch: Batch, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _key_blocks(cache: SplitPages, batch: Batch, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values of block `block[w]` of row `row[w]`: each `[W * K, KEY_BLOCK, d]`.
 
     Values beyond the row's length are zeros: those slots hold what somebody else left, and 0 * NaN would be NaN.
@@ -152,7 +113,7 @@ def _first_block(query: jax.Array, spec: AttentionSpec, size: int) -> jax.Array:
     return jnp.maximum(query - spec.window + 1, 0) // size
 
 
-def _decode(q: jax.Array, cache: LayerCache, batch: Batch, spec: AttentionSpec) -> jax.Array:
+def _decode(q: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec) -> jax.Array:
     """One query token a row, q `[R, K, G, d]` -> `[R, K, G, d]`; rows from `batch.rows[0]` on give zeros."""
     rows, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
@@ -204,7 +165,7 @@ def _decode(q: jax.Array, cache: LayerCache, batch: Batch, spec: AttentionSpec) 
     return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
-def _prefill(q: jax.Array, out: jax.Array, cache: LayerCache, batch: Batch, spec: AttentionSpec) -> jax.Array:
+def _prefill(q: jax.Array, out: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec) -> jax.Array:
     """Rows of several query tokens: fills `out [T + QUERY_TILE, K, G, d]` tile by tile for rows from rows[0] on."""
     tokens, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])

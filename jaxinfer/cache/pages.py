@@ -1,19 +1,27 @@
-"""The pool of key/value pages: one pair of arrays a layer, donated to every step.
+"""The pool of key/value pages: arrays of each layer, donated to every step.
 
 Page 0 is never allocated to a sequence: padding tokens and finished rows write there.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxinfer.sharding import KV, ROWS, axis_size
 
-class LayerCache(NamedTuple):
-    """Keys and values of one layer, each `[pages, K, page_size, d]`.
+LANES = 128  # the last axis of an array comes in multiples of this on TPU
+SUBLANES = 8
+
+
+class SplitPages(NamedTuple):
+    """Keys and values of one layer, each `[pages, K, page_size, d]`, for attention in plain XLA.
 
     Heads before positions, because a block of keys is then one batched dot without a transposition; on CPU
     that was a quarter faster than `[pages, page_size, K, d]`.
@@ -23,17 +31,63 @@ class LayerCache(NamedTuple):
     v: jax.Array
 
 
+class PackedPages(NamedTuple):
+    """Keys and values of one layer, `[pages, page_size, 2K, d]`, each head's key followed by its value, for the ragged
+    paged attention kernel of TPUs: a page is one piece of memory, and a token one row of it. d is padded to 128.
+    """
+
+    kv: jax.Array
+
+
+LayerCache = SplitPages | PackedPages
 Cache = tuple[LayerCache, ...]
 
 
-def cache_shapes(
-    num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
-) -> Cache:
-    """The pool as abstract arrays (`jax.ShapeDtypeStruct`), one `LayerCache` a layer."""
-    shape = jax.ShapeDtypeStruct((num_pages, num_kv_heads, page_size, head_dim), jnp.dtype(dtype))
-    return tuple(LayerCache(shape, shape) for _ in range(num_layers))  # type: ignore[arg-type]
+@dataclass(frozen=True)
+class CacheLayout:
+    """How keys and values are kept. num_kv_heads: of the model; parts: over how many devices they are split; head_dim:
+    as it is kept."""
 
+    num_layers: int
+    num_kv_heads: int
+    parts: int
+    head_dim: int
+    dtype: np.dtype[Any]
+    packed: bool
 
-def cache_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
-    """Bytes of cache that one token of context takes in all layers together."""
-    return 2 * num_layers * num_kv_heads * head_dim * jnp.dtype(dtype).itemsize
+    @classmethod
+    def choose(
+        cls, num_layers: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike, place: jax.Device | Mesh
+    ) -> CacheLayout:
+        """What suits the device and the attention that there is for it."""
+        mesh = place if isinstance(place, Mesh) else None
+        device = place.devices.flat[0] if isinstance(place, Mesh) else place
+        parts, kind = axis_size(mesh, (KV,)), jnp.dtype(dtype)
+        # The kernel wants the pairs of heads of a device to fill whole tiles, and knows these two types.
+        packing = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 1}.get(kind, 0)
+        rows = 2 * num_kv_heads // parts // max(packing, 1)
+        packed = device.platform == "tpu" and packing > 0 and (rows in (1, 2, 4) or rows % SUBLANES == 0)
+        kept = -(-head_dim // LANES) * LANES if packed else head_dim
+        return cls(num_layers, num_kv_heads, parts, kept, kind, packed)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of cache on each device that one token of context takes in all layers together."""
+        return 2 * self.num_layers * (self.num_kv_heads // self.parts) * self.head_dim * self.dtype.itemsize
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """How the arrays are split over a mesh."""
+        return PartitionSpec(ROWS, None, KV) if self.packed else PartitionSpec(ROWS, KV)
+
+    def shapes(self, num_pages: int, page_size: int) -> Cache:
+        """The pool as abstract arrays (`jax.ShapeDtypeStruct`), over all devices that split the heads."""
+        heads = self.num_kv_heads
+        layer: LayerCache
+        if self.packed:
+            kv = jax.ShapeDtypeStruct((num_pages, page_size, 2 * heads, self.head_dim), self.dtype)
+            layer = PackedPages(kv)  # type: ignore[arg-type]
+        else:
+            k = jax.ShapeDtypeStruct((num_pages, heads, page_size, self.head_dim), self.dtype)
+            layer = SplitPages(k, k)  # type: ignore[arg-type]
+        return (layer,) * self.num_layers

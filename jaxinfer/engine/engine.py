@@ -14,8 +14,9 @@ from jaxinfer.engine.bad_words import BadWords
 from jaxinfer.engine.generation import Generation, Group
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner import Launched, Runner
-from jaxinfer.engine.scheduler import Schedule, Scheduler
+from jaxinfer.engine.scheduler import Schedule
 from jaxinfer.engine.scoring import SCORING, Scoring
+from jaxinfer.engine.shards import Shards
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
 from jaxinfer.sampling.slots import Masks
 from jaxinfer.text.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ class EngineStats:
 class Call(NamedTuple):
     """A call that the device has and the host has not taken in yet."""
 
-    schedule: Schedule
+    schedules: list[Schedule]  # one for each shard of rows
     launched: Launched
     start: float
     compiled: float  # Runner.compile_seconds then
@@ -72,7 +73,7 @@ class Engine:
     def __init__(
         self,
         runner: Runner,
-        scheduler: Scheduler,
+        scheduler: Shards,
         tokenizer: Tokenizer,
         *,
         eos_token_ids: Sequence[int],
@@ -97,13 +98,12 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """A snapshot."""
-        pages = self.scheduler.pages
         return dataclasses.replace(
             self._stats,
             running=len(self.scheduler.running),
             waiting=self.scheduler.waiting_count + sum(map(len, self._followers.values())),
-            pages_used=pages.num_pages - 1 - pages.free_count,
-            pages_total=pages.num_pages - 1,
+            pages_used=self.scheduler.pages_used,
+            pages_total=self.scheduler.pages_total,
         )
 
     @property
@@ -253,17 +253,17 @@ class Engine:
         exact = any(w is not None and w.sequences for w in words)
         if not exact or not self._in_flight:
             # Preempting, or looking for the beginnings of bad words, needs all tokens to be known.
-            schedule = self.scheduler.schedule(1 if exact else self._max_steps(max_seconds), not self._in_flight)
-            if schedule.requests:
-                self._prepare_slots(schedule)
-                self._in_flight.append(self._launch(schedule))
+            schedules = self.scheduler.schedule(1 if exact else self._max_steps(max_seconds), not self._in_flight)
+            if any(schedule.requests for schedule in schedules):
+                self._prepare_slots(schedules)
+                self._in_flight.append(self._launch(schedules))
                 if len(self._in_flight) == 1 and not exact:
                     return []  # the next one is scheduled while this one runs
         return self._take_in(self._in_flight.popleft()) if self._in_flight else []
 
-    def _launch(self, schedule: Schedule) -> Call:
-        launched = self.runner.launch(schedule)
-        return Call(schedule, launched, time.perf_counter(), self.runner.compile_seconds)
+    def _launch(self, schedules: list[Schedule]) -> Call:
+        launched = self.runner.launch(schedules)
+        return Call(schedules, launched, time.perf_counter(), self.runner.compile_seconds)
 
     def _max_steps(self, max_seconds: float | None) -> int:
         steps = self.runner.max_steps
@@ -274,8 +274,8 @@ class Engine:
             steps = min(steps, int(max_seconds / one) if one else 1)
         return max(steps, 1)
 
-    def _prepare_slots(self, schedule: Schedule) -> None:
-        for request in schedule.requests:
+    def _prepare_slots(self, schedules: list[Schedule]) -> None:
+        for request in (request for schedule in schedules for request in schedule.requests):
             params = request.params
             bad_words = self._bad_words.get(request.id)
             # All that a sequence leaves in its slot is cleared when the next one begins there.
@@ -283,18 +283,19 @@ class Engine:
             if begins or (bad_words is not None and bad_words.sequences and request.decoding):
                 forbidden = bad_words.forbidden(request.output_token_ids) if bad_words is not None else []
                 masks = Masks.of(self.vocab_size, params.allowed_token_ids, forbidden, params.logit_bias)
-                self.runner.prepare(request.slot, masks, clear=begins)
+                self.runner.prepare(request, masks, clear=begins)
                 request.prepared = True
 
     def _take_in(self, call: Call) -> list[Generation | Scoring]:
-        schedule = call.schedule
         result = call.launched.wait()
         now = time.perf_counter()
         # The next call may have been compiled while this one's tokens lay waiting.
         seconds = now - max(call.start, self._arrived) - (self.runner.compile_seconds - call.compiled)
         self._arrived = now
         touched: list[Generation | Scoring] = []
-        for row, request in enumerate(schedule.requests):
+        rows = len(result.count) // len(call.schedules)  # of each shard
+        scheduled = [(i * rows + row, r) for i, s in enumerate(call.schedules) for row, r in enumerate(s.requests)]
+        for row, request in scheduled:
             generation = self._generations.get(request.id)
             if generation is None:
                 continue  # ended while the call was on its way
@@ -316,14 +317,14 @@ class Engine:
                 self.scheduler.publish(request, len(request.tokens) - 1)
             if generation.finished:
                 self._forget(request)
-        self._count(schedule, int(result.count.sum()), int(result.count.max()), seconds)
+        self._count(call.schedules, int(result.count.sum()), int(result.count.max()), seconds)
         return touched
 
-    def _count(self, schedule: Schedule, sampled: int, steps: int, seconds: float) -> None:
+    def _count(self, schedules: list[Schedule], sampled: int, steps: int, seconds: float) -> None:
         stats = self._stats
         stats.calls += 1
-        if schedule.chunks:
-            stats.prefill_tokens += sum(schedule.counts)
+        if any(schedule.chunks for schedule in schedules):
+            stats.prefill_tokens += sum(sum(schedule.counts) for schedule in schedules)
             stats.prefill_seconds += seconds
         else:
             stats.decode_tokens += sampled

@@ -18,7 +18,6 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
-from jaxinfer.cache import cache_bytes_per_token
 from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hub import resolve
@@ -32,15 +31,16 @@ from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.leader import Leader
 from jaxinfer.engine.options import LoadOptions, check_options
 from jaxinfer.engine.pages import PageAllocator
-from jaxinfer.engine.programs import Programs
+from jaxinfer.engine.programs import Programs, cache_layout
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
-from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, size_cache
+from jaxinfer.engine.shards import Shards
+from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, page_size, size_cache
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.slots import Slots
-from jaxinfer.sharding import KV, describe, make_mesh, placed
+from jaxinfer.sharding import ROWS, axis_size, describe, make_mesh, placed
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
@@ -76,7 +76,7 @@ class Loaded:
         sizes = self.sizes
         return (
             f"weights {weights / 2**30:.2f} GiB in {self.dtype}, KV cache {sizes.bytes / 2**30:.2f} GiB for "
-            f"{(sizes.num_pages - 1) * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
+            f"{self.engine.scheduler.pages_total * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
             + (f", {describe(mesh)}" if (mesh := self.engine.runner.programs.mesh) else "")
         )
 
@@ -125,12 +125,12 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
 
         params = load_params(abstract, checkpoint, place, on_tensor)
 
-    if compiled is not None and compiled.sizes.bytes > (room := _available(abstract, device, given, RESERVE)):
+    if compiled is not None and compiled.sizes.bytes > (room := _available(abstract, place, given, RESERVE)):
         compiled.complain(
             f"their KV cache of {compiled.sizes.bytes:,} bytes does not fit in the {room:,} that are free"
         )
         compiled, given["max_model_len"] = None, options.get("max_model_len")
-    available = _available(abstract, device, given)
+    available = _available(abstract, place, given)
     if group is not None:
         available = min(group.gather(available))
     programs, sizes = _programs(abstract, place, given, available, compiled)
@@ -140,7 +140,6 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             sizes.max_model_len,
             shape.max_context,
         )
-    pages = PageAllocator(sizes.num_pages, sizes.page_size, given["enable_prefix_caching"])
     runner = Runner(programs, params, say, compiled)
     if group is not None:
         if not group.leads:
@@ -148,7 +147,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         runner.leader = Leader(group)
     engine = Engine(
         runner,
-        Scheduler(pages, programs.max_rows, programs.buckets.tokens[-1]),
+        _scheduler(programs, given["enable_prefix_caching"]),
         tokenizer,
         eos_token_ids=eos,
         max_model_len=sizes.max_model_len,
@@ -193,34 +192,39 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     model = Model.from_config(config, _dtype(given["dtype"], config, None, devices[0]))
     place = _place(model, devices, given["mesh"])
     weights = device_bytes({name: placed(s, model.axes[name], place) for name, s in model.abstract.items()})
-    return _programs(model, place, given, _available(model, devices[0], given, weights=weights))
+    return _programs(model, place, given, _available(model, place, given, weights=weights))
 
 
 def _place(model: Model, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
     """What holds the model: a mesh, or the first device."""
     alone = devices[0].process_index == devices[-1].process_index
     wanted = 1 if devices[0].platform == "cpu" and alone else len(devices)
-    return make_mesh(mesh, devices, model.config.num_heads, model.config.num_kv_heads, wanted) or devices[0]
+    shape = model.config
+    return make_mesh(mesh, devices, shape.num_heads, shape.num_kv_heads, shape.hidden_size, wanted) or devices[0]
+
+
+def _scheduler(programs: Programs, prefix_caching: bool) -> Shards:
+    def one() -> Scheduler:
+        pages = PageAllocator(programs.num_pages, programs.page_size, prefix_caching)
+        return Scheduler(pages, programs.max_rows, programs.buckets.tokens[-1])
+
+    return Shards([one() for _ in range(programs.shards)])
 
 
 def _programs(
     model: Model, place: jax.Device | Mesh, given: LoadOptions, available: int, compiled: Folder | None = None
 ) -> tuple[Programs, Sizes]:
     """With a cache of the size that was compiled for, or of as many pages as there is room for."""
-    shape = model.config
-    device = place.devices.flat[0] if isinstance(place, Mesh) else place
-    max_rows, max_tokens = _limits(given, device)
+    max_rows, max_tokens = _limits(given, place)
     if compiled is not None:
         sizes = compiled.sizes
     else:
-        kv_heads = shape.num_kv_heads // (place.shape[KV] if isinstance(place, Mesh) else 1)  # of each device
-        dtype = next(iter(model.abstract.values())).dtype
         sizes = size_cache(
-            bytes_per_token=cache_bytes_per_token(shape.num_layers, kv_heads, shape.head_dim, dtype),
-            page_size=given["page_size"],
+            bytes_per_token=cache_layout(model, place).bytes_per_token,
+            page_size=page_size(given, place),
             max_num_seqs=max_rows,
             max_model_len=given["max_model_len"],
-            max_context=shape.max_context,
+            max_context=model.config.max_context,
             available=available,
         )
     programs = Programs(
@@ -254,19 +258,25 @@ def _dtype(wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint | None
     return dtype
 
 
-def _limits(given: LoadOptions, device: jax.Device) -> tuple[int, int]:
-    """Most sequences that run at once, and most tokens of a call."""
+def _limits(given: LoadOptions, place: jax.Device | Mesh) -> tuple[int, int]:
+    """Most sequences that run at once, and most tokens of a call, on each shard of rows."""
+    device = place.devices.flat[0] if isinstance(place, Mesh) else place
+    shards = axis_size(place, ROWS) if isinstance(place, Mesh) else 1
     on_cpu = device.platform == "cpu"
     max_rows = given["max_num_seqs"] or (64 if on_cpu else 256)
-    return max_rows, given["max_num_batched_tokens"] or max(512 if on_cpu else 2048, max_rows)
+    max_tokens = given["max_num_batched_tokens"] or max(512 if on_cpu else 2048, max_rows)
+    if max_tokens < max_rows:
+        raise ValueError(f"max_num_batched_tokens is {max_tokens}: it must be at least max_num_seqs, {max_rows}")
+    return -(-max_rows // shards), -(-max_tokens // shards)
 
 
-def _available(model: Model, device: jax.Device, given: LoadOptions, slack: float = 0.0, weights: int = 0) -> int:
+def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float = 0.0, weights: int = 0) -> int:
     """Bytes that the KV cache may take of each device beside the slots, now that the weights are there, or `weights`
     bytes of them are to come. slack: share of the memory that it may have beyond what is planned."""
     if given["kv_cache_memory"] is not None:
         return given["kv_cache_memory"]
-    slots = device_bytes(Slots.shapes(_limits(given, device)[0], model.config.vocab_size))
+    device = place.devices.flat[0] if isinstance(place, Mesh) else place
+    slots = device_bytes(Slots.shapes(_limits(given, place)[0], model.config.vocab_size))
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:
         return max(0, int(psutil.virtual_memory().total * CPU_SHARE) - slots)

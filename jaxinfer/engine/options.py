@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, get_args
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 KINDS: dict[str, tuple[Any, str]] = {
     "seed": (int, "an integer"),
-    "page_size": (int, "an integer"),
+    "page_size": (int | None, "an integer"),
     "revision": (str | None, "a string"),
     "compiled": (str | os.PathLike | None, "a folder or a URL"),
     "mesh": (str | None, "a string such as tensor=4"),
@@ -28,15 +28,18 @@ class LoadOptions(TypedDict, total=False):
     seed: of requests that have no seed of their own.
     revision, token: of a hub id, as huggingface_hub has them.
     max_num_seqs: most sequences that run at once (256; 64 on CPU). max_num_batched_tokens: most tokens of one device
-        call (2,048; 512 on CPU): longer prompts go in chunks. page_size: tokens a page of the cache.
+        call (2,048; 512 on CPU): longer prompts go in chunks. page_size: tokens a page of the cache (16; 64 on TPU).
     memory_utilization: share of an accelerator's memory for weights, cache and all else (0.9). On CPU the cache takes
         at most 10% of the machine's memory.
-    kv_cache_memory: bytes of the KV cache. None: what `max_num_seqs` sequences need, as far as there is room.
+    kv_cache_memory: bytes of the KV cache on each device. None: what `max_num_seqs` sequences need, as far as there is
+        room.
     enable_prefix_caching: sequences with the same beginning share its pages (on).
     warmup: compile every program that can be needed now, so that nothing compiles later (off).
     on_progress: told, in a few words, what is being waited for.
-    mesh: how many devices share the model, "tensor=4". None: on TPU and GPU as many of this host's as the model's heads
-        allow, on CPU one.
+    mesh: how devices share the work, "data=2,tensor=4". `tensor` splits every weight's product, `data` the sequences,
+        `fsdp` sequences and weights, which are gathered layer by layer. None: on TPU and GPU all of this host's, as
+        many of them in `tensor` as the model's heads allow, the rest in `data`; on CPU one. max_num_seqs and
+        max_num_batched_tokens are of all of them together.
     compiled: a folder or URL of programs that `jaxinfer compile` has made. Options that are not given are then those
         that it was made with, and nothing compiles; where it is for something else, a warning says what differs.
     architecture: fields of the model's config.json, as a deployment has them: another model is refused. None: any.
@@ -49,7 +52,7 @@ class LoadOptions(TypedDict, total=False):
     token: str | bool | None
     max_num_seqs: int | None
     max_num_batched_tokens: int | None
-    page_size: int
+    page_size: int | None
     memory_utilization: float
     kv_cache_memory: int | None
     enable_prefix_caching: bool
@@ -70,7 +73,7 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
         "token": None,
         "max_num_seqs": None,
         "max_num_batched_tokens": None,
-        "page_size": 16,
+        "page_size": None,
         "memory_utilization": 0.9,
         "kv_cache_memory": None,
         "enable_prefix_caching": True,

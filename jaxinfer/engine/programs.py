@@ -15,25 +15,33 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from jaxinfer.attention import Batch
-from jaxinfer.cache import cache_shapes
+from jaxinfer.cache import CacheLayout
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.step import DecodeRows, Rows, Sampled, Scored, State, make_decode, make_step
 from jaxinfer.models.model import Model
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.sample import no_logprobs
 from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
-from jaxinfer.sharding import CACHE, placed, replicated
+from jaxinfer.sharding import ROWS, SLOTS, axis_size, placed, replicated
 
 Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
 PREPARE: Key = ("prepare slot", 1, 1)
 ZEROS: Key = ("zeros", 1, 1)  # a new cache, and new slots: one zero-filled pool, no temporaries
 
 
+def cache_layout(model: Model, place: jax.Device | Mesh) -> CacheLayout:
+    """How the model's keys and values are kept there."""
+    config = model.config
+    dtype = next(iter(model.abstract.values())).dtype
+    return CacheLayout.choose(config.num_layers, config.num_kv_heads, config.head_dim, dtype, place)
+
+
 @dataclass(frozen=True)
 class Programs:
     """What is compiled for a model on one device or a mesh, with a cache of `num_pages` pages.
 
-    max_rows: sequences that run at once. max_steps: tokens a row that one decoding call may produce.
+    max_rows: sequences that run at once. max_steps: tokens a row that one decoding call may produce. Where the mesh
+    splits rows, `shards` of them, all sizes (buckets' too) are of one shard; arrays hold them one after the other.
     """
 
     model: Model
@@ -55,6 +63,11 @@ class Programs:
         return list(self.place.devices.flat) if isinstance(self.place, Mesh) else [self.place]
 
     @property
+    def shards(self) -> int:
+        """Of rows; each has its own slots and pages."""
+        return axis_size(self.mesh, ROWS)
+
+    @property
     def table_width(self) -> int:
         """Pages of the longest sequence."""
         return -(-self.max_model_len // self.page_size)
@@ -73,13 +86,13 @@ class Programs:
     def state(self) -> State:
         """Cache and slots."""
         config = self.model.config
-        dtype = next(iter(self.model.abstract.values())).dtype
-        shape = config.num_layers, self.num_pages, self.page_size, config.num_kv_heads, config.head_dim
-        held = self.whole if self.mesh is None else NamedSharding(self.mesh, CACHE)
-        return State(
-            jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=held), cache_shapes(*shape, dtype)),
-            self._structs(Slots.shapes(self.max_rows, config.vocab_size)),
-        )
+        layout = cache_layout(self.model, self.place)
+        cache = layout.shapes(self.shards * self.num_pages, self.page_size)
+        slots = Slots.shapes(self.shards * (self.max_rows + 1) - 1, config.vocab_size)
+        if self.mesh is None:
+            return State(self._structs(cache), self._structs(slots))
+        held, by_row = NamedSharding(self.mesh, layout.spec), NamedSharding(self.mesh, SLOTS)
+        return State(_structs(cache, held), _structs(slots, by_row))
 
     def keys(self) -> list[Key]:
         """All programs that an engine can need."""
@@ -94,13 +107,13 @@ class Programs:
         if key == PREPARE:
             masks = Masks.of(self.model.config.vocab_size, None, [], None)
             return (self.state.slots, *self._structs((np.int32(0), masks, np.bool_(False))))
-        sampling = self._structs(SamplingArrays.of_rows([], rows))
-        row, pages, number = self._ints(rows), self._ints(rows, self.table_width), self._ints()
+        sampling = self._structs(SamplingArrays.of_rows([], self.shards * rows))
+        row, pages = self._ints(rows), self._ints(rows, self.table_width)
         if kind == "decode":
-            return self.params, self.state, DecodeRows(row, row, row, pages), sampling, number
+            return self.params, self.state, DecodeRows(row, row, row, pages), sampling, self._structs(np.int32(0))
         token = self._ints(length)
         batch = Batch(token, token, token, self._ints(rows + 1), row, pages, self._ints(3), row)
-        scored = Scored(token, token, number, self._structs(np.bool_(False)))
+        scored = Scored(token, token, self._ints(1), self._structs(np.zeros(self.shards, bool)))
         return self.params, self.state, batch, Rows(row, row), sampling, scored
 
     def results(self, key: Key) -> Any:
@@ -115,16 +128,20 @@ class Programs:
     def lower(self, key: Key) -> jax.stages.Lowered:
         """The program before it is compiled; cache and slots are donated."""
         arguments = self.arguments(key)
+        place = self.place
+        platform = self.devices[0].platform
+        if self.mesh is None and platform == "tpu":
+            place = Mesh(np.array(self.devices), ("all",))
         with contextlib.ExitStack() as stack:
-            if self.mesh is not None:  # kernels ask what kind of device they are for
-                stack.enter_context(jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh))
-            return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=(self.devices[0].platform,))
+            if isinstance(place, Mesh):  # kernels ask what kind of device they are for
+                stack.enter_context(jax.sharding.use_abstract_mesh(place.abstract_mesh))
+            return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=(platform,))
 
     @cached_property
     def _jits(self) -> dict[str, Any]:
         # Without pinned shardings of its results XLA may choose others, and donation is silently lost.
         pinned: dict[str, Any] = {} if self.mesh is None else {"out_shardings": (self.whole, self._shardings)}
-        slots: dict[str, Any] = {} if self.mesh is None else {"out_shardings": self.whole}
+        slots: dict[str, Any] = {} if self.mesh is None else {"out_shardings": self._shardings.slots}
         return {
             "step": jax.jit(make_step(self.model, self.mesh), donate_argnums=1, **pinned),
             "decode": jax.jit(make_decode(self.model, self.max_steps, self.mesh), donate_argnums=1, **pinned),
@@ -140,7 +157,11 @@ class Programs:
         return jax.tree.map(lambda s: s.sharding, self.state)
 
     def _structs(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.whole), tree)
+        return _structs(tree, self.whole)
 
-    def _ints(self, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=self.whole)
+    def _ints(self, first: int, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((self.shards * first, *shape), np.int32, sharding=self.whole)
+
+
+def _structs(tree: Any, sharding: Sharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -35,6 +35,7 @@ class Request:
     length: int = 0
     computed: int = 0
     decoding: bool = False  # its last token is in its slot on the device
+    shard: int = 0  # of the rows: where its slot and its pages are
     slot: int = -1  # its place in the device's arrays; -1 while it waits
     prepared: bool = False  # its slot has been made ready for its penalties and masks
     pages: list[int] = field(default_factory=list)

@@ -91,17 +91,19 @@ class Runner:
         self.leader: Leader | None = None  # on process 0 of several
         # The page table by slot, kept up to date as sequences grow, and the last call's sampling arrays: decoding calls
         # follow each other with the same rows, and filling these anew would take the host longer than all the rest.
-        self._tables = np.zeros((self.max_rows + 1, self.table_width), np.int32)
-        self._filled: list[tuple[list[int] | None, int]] = [(None, 0)] * self.max_rows
-        self._last_sampling: tuple[tuple[int, ...], SamplingArrays] = ((), SamplingArrays.of_rows([], 1))
+        slots = programs.shards * (self.max_rows + 1)
+        self._tables = np.zeros((slots, self.table_width), np.int32)
+        self._filled: list[tuple[list[int] | None, int]] = [(None, 0)] * slots
+        self._last_sampling: dict[int, tuple[tuple[int, ...], SamplingArrays]] = {}  # by shard
 
-    def launch(self, schedule: Schedule) -> Launched:
-        """Gives a call to the device and does not wait for it."""
-        return self._launch_step(schedule) if schedule.chunks else self._launch_decode(schedule)
+    def launch(self, schedules: Sequence[Schedule]) -> Launched:
+        """Gives a call to the device, one schedule for each shard of rows, and does not wait for it."""
+        mixed = any(schedule.chunks for schedule in schedules)
+        return self._launch_step(schedules) if mixed else self._launch_decode(schedules)
 
-    def prepare(self, slot: int, masks: Masks, clear: bool) -> None:
-        """Makes a slot ready for a sequence that has penalties or masks; `clear` forgets the tokens of the last one."""
-        self.call(PREPARE, (np.int32(slot), masks, np.bool_(clear)))
+    def prepare(self, request: Request, masks: Masks, clear: bool) -> None:
+        """Makes a sequence's slot ready for its penalties and masks; `clear` forgets the tokens of the one before."""
+        self.call(PREPARE, (np.int32(self._place(request)), masks, np.bool_(clear)))
 
     def call(self, key: Key, given: tuple[Any, ...]) -> Any:
         """Calls a program, on all hosts, with what the host gives it besides parameters and state, which it changes."""
@@ -144,25 +146,27 @@ class Runner:
                     self.on_compile(f"compiled {done} of {len(missing)} programs")
         self.compile_seconds += time.perf_counter() - start
 
-    def _launch_step(self, schedule: Schedule) -> Launched:
-        requests = schedule.requests
-        size = Buckets.fit(self.buckets.mixed_rows, len(requests))
-        length = Buckets.fit(self.buckets.tokens, sum(schedule.counts))
-        given, spans = self._step_arguments(schedule, length, size)
-        sampled: Sampled = self.call(("step", length, size), given)
-        return Launched(sampled, self._wants_logprobs(requests), spans)
+    def _launch_step(self, schedules: Sequence[Schedule]) -> Launched:
+        size = Buckets.fit(self.buckets.mixed_rows, max(len(s.requests) for s in schedules))
+        length = Buckets.fit(self.buckets.tokens, max(sum(s.counts) for s in schedules))
+        spans: dict[int, ScoredSpan] = {}
+        arrays = [self._step_arrays(shard, s, length, size, spans) for shard, s in enumerate(schedules)]
+        sampled: Sampled = self.call(("step", length, size), _joined(arrays))
+        return Launched(sampled, _want_logprobs(schedules), spans)
 
-    def _launch_decode(self, schedule: Schedule) -> Launched:
-        size = Buckets.fit(self.buckets.decode, len(schedule.decode))
-        sampled: Sampled = self.call(("decode", size, size), self._decode_arguments(schedule, size))
-        return Launched(sampled, self._wants_logprobs(schedule.decode), {})
+    def _launch_decode(self, schedules: Sequence[Schedule]) -> Launched:
+        size = Buckets.fit(self.buckets.decode, max(len(s.decode) for s in schedules))
+        arrays = [self._decode_arrays(shard, s, size) for shard, s in enumerate(schedules)]
+        steps = max(s.steps for s in schedules)
+        sampled: Sampled = self.call(("decode", size, size), (*_joined(arrays), np.int32(steps)))
+        return Launched(sampled, _want_logprobs(schedules), {})
 
-    def _step_arguments(
-        self, schedule: Schedule, length: int, size: int
-    ) -> tuple[tuple[Any, ...], dict[int, ScoredSpan]]:
+    def _step_arrays(
+        self, shard: int, schedule: Schedule, length: int, size: int, spans: dict[int, ScoredSpan]
+    ) -> tuple[Any, ...]:
+        """What one shard gives to a mixed call; where its rows' scored tokens will be goes into `spans`."""
         requests, total = schedule.requests, sum(schedule.counts)
         tokens, positions, row, scored, after = (np.zeros(length, np.int32) for _ in range(5))
-        spans: dict[int, ScoredSpan] = {}
         likeliest, end_scored = False, 0
         q_start = np.full(size + 1, total, np.int32)
         q_start[0] = 0
@@ -183,10 +187,10 @@ class Runner:
             if request.scored_from is not None:
                 first = max(past + 1, request.scored_from)
                 given = request.scored_tokens(first, past + count + 1)
-                at = slice(end_scored, end_scored := end_scored + len(given))
-                scored[at] = given
-                after[at] = np.arange(start + first - past - 1, start + first - past - 1 + len(given))
-                spans[i] = ScoredSpan(first, at)
+                begin, end_scored = end_scored, end_scored + len(given)
+                scored[begin:end_scored] = given
+                after[begin:end_scored] = np.arange(start + first - past - 1, start + first - past - 1 + len(given))
+                spans[shard * size + i] = ScoredSpan(first, slice(shard * length + begin, shard * length + end_scored))
                 likeliest |= bool(request.params.prompt_logprobs)
         row[total:] = size - 1
         slot, samples = self._slots(schedule, size)
@@ -196,21 +200,21 @@ class Runner:
             "row": row,
             "q_start": q_start,
             "kv_len": kv_len,
-            "pages": self._pages(requests, slot),
+            "pages": self._pages(shard, requests, slot),
             "rows": np.array([len(schedule.decode), len(requests), len(requests)], np.int32),
             "logits_at": np.maximum(q_start[1:] - 1, 0),
         }
-        wanted = Scored(scored, after, np.array(end_scored, np.int32), np.array(likeliest))
-        sampling = self._sampling(requests, size)
-        return (Batch(**arrays), Rows(slot, samples), sampling, wanted), spans
+        wanted = Scored(scored, after, np.array([end_scored], np.int32), np.array([likeliest]))
+        return Batch(**arrays), Rows(slot, samples), self._sampling(shard, requests, size), wanted
 
-    def _decode_arguments(self, schedule: Schedule, size: int) -> tuple[Any, ...]:
+    def _decode_arrays(self, shard: int, schedule: Schedule, size: int) -> tuple[Any, ...]:
+        """What one shard gives to a decoding call."""
         requests = schedule.decode
         positions = np.zeros(size, np.int32)
         positions[: len(requests)] = schedule.start
         slot, samples = self._slots(schedule, size)
-        rows = DecodeRows(slot, samples, positions, self._pages(requests, slot))
-        return rows, self._sampling(requests, size), np.int32(schedule.steps)
+        rows = DecodeRows(slot, samples, positions, self._pages(shard, requests, slot))
+        return rows, self._sampling(shard, requests, size)
 
     def _call(self, key: Key, given: tuple[Any, ...]) -> Any:
         program = self._executable(key)
@@ -248,28 +252,39 @@ class Runner:
         samples[: len(schedule.samples)] = schedule.samples
         return slot, samples
 
-    def _pages(self, requests: Sequence[Request], slot: np.ndarray) -> np.ndarray:
+    def _pages(self, shard: int, requests: Sequence[Request], slot: np.ndarray) -> np.ndarray:
         for request in requests:
-            pages, filled = self._filled[request.slot]
+            place = self._place(request)
+            pages, filled = self._filled[place]
             count = len(request.pages)
             if pages is not request.pages:  # another request, or the same one after a preemption
-                self._tables[request.slot] = 0
+                self._tables[place] = 0
                 filled = 0
             if filled < count:
-                self._tables[request.slot, filled:count] = request.pages[filled:]
-                self._filled[request.slot] = (request.pages, count)
-        return self._tables[slot]
+                self._tables[place, filled:count] = request.pages[filled:]
+                self._filled[place] = (request.pages, count)
+        return self._tables[slot + shard * (self.max_rows + 1)]
 
-    def _sampling(self, requests: Sequence[Request], size: int) -> SamplingArrays:
+    def _place(self, request: Request) -> int:
+        """Of a request's slot among those of all shards."""
+        return request.shard * (self.max_rows + 1) + request.slot
+
+    def _sampling(self, shard: int, requests: Sequence[Request], size: int) -> SamplingArrays:
         key = (size, *(request.id for request in requests))
-        if self._last_sampling[0] != key:
+        last = self._last_sampling.get(shard)
+        if last is None or last[0] != key:
             rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length) for r in requests]
-            self._last_sampling = (key, SamplingArrays.of_rows(rows, size))
-        return self._last_sampling[1]
+            last = self._last_sampling[shard] = (key, SamplingArrays.of_rows(rows, size))
+        return last[1]
 
-    @staticmethod
-    def _wants_logprobs(requests: Sequence[Request]) -> bool:
-        return any(request.params.logprobs is not None for request in requests)
+
+def _joined(shards: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The arrays of all shards, one after the other."""
+    return shards[0] if len(shards) == 1 else jax.tree.map(lambda *arrays: np.concatenate(arrays), *shards)
+
+
+def _want_logprobs(schedules: Sequence[Schedule]) -> bool:
+    return any(request.params.logprobs is not None for schedule in schedules for request in schedule.requests)
 
 
 def _trim_memory() -> None:

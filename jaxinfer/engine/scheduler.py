@@ -4,8 +4,9 @@ Continuous batching: rows join and leave at every call. Decoding rows go first, 
 token budget goes to prompts, in chunks, by priority, then first come, first served. When pages run out, the youngest
 request gives its pages back and is computed again later; its tokens so far are kept, so the output is the same.
 
-`schedule` promises: what it returns will be run, in order. So it may be asked for the next call before the tokens
-of the last one are known (`Request.length` counts them already), and `restart` takes the promise back.
+`promise` counts what a call will have done before it has: what is scheduled will be run, in order. So the next call
+may be asked for before the tokens of the last one are known (`Request.length` counts them already), and `restart` takes
+the promise back.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError if it could never run, even alone."""
         self.check(request.limit)
-        self._wait(request)
+        self.queue(request)
 
     def check(self, limit: int) -> None:
         """Raises ValueError if a sequence of up to `limit` tokens could never run, even alone."""
@@ -86,6 +87,14 @@ class Scheduler:
 
     def schedule(self, max_steps: int, may_preempt: bool = True) -> Schedule:
         """The next call; at most `max_steps` tokens a decoding row. Empty if there is nothing to do."""
+        schedule = self.decoding(may_preempt)
+        if not schedule.short:
+            self.fill(schedule)
+            self.promise(schedule, self.steps(schedule, max_steps))
+        return schedule
+
+    def decoding(self, may_preempt: bool) -> Schedule:
+        """The rows that decode, with pages for a token each."""
         schedule = Schedule()
         for request in list(self.running):
             if request.decoding and request.room > 0 and request.slot >= 0:
@@ -94,8 +103,10 @@ class Scheduler:
                 elif not may_preempt:
                     schedule.short = True
         schedule.decode = [r for r in schedule.decode if r.slot >= 0]  # a later one may have preempted it
-        if schedule.short:
-            return Schedule(short=True)
+        return Schedule(short=True) if schedule.short else schedule
+
+    def fill(self, schedule: Schedule) -> None:
+        """Adds chunks of prompts, as far as tokens, rows and pages go."""
         budget = self.max_tokens - len(schedule.decode)
         for request in self.running:
             if not request.decoding and budget > 0:
@@ -106,10 +117,6 @@ class Scheduler:
                 break
             heapq.heappop(self._waiting)
             budget -= self._chunk(schedule, request, budget)
-        if schedule.decode and not schedule.chunks:
-            schedule.steps = self._steps(schedule.decode, max_steps)
-        self._promise(schedule)
-        return schedule
 
     def publish(self, request: Request, computed: int) -> None:
         """Lets others find the full pages among the first `computed` tokens of a running request."""
@@ -127,6 +134,17 @@ class Scheduler:
             self._waiting = [entry for entry in self._waiting if entry[-1] is not request]
             heapq.heapify(self._waiting)
 
+    def queue(self, request: Request) -> None:
+        """`add` without the check."""
+        request.computed, request.published, request.length = 0, 0, len(request.tokens)
+        request.decoding = request.prepared = False
+        heapq.heappush(self._waiting, (request.priority, request.id, request))
+
+    def take_waiting(self) -> list[Request]:
+        """Those that wait, who are then no longer queued."""
+        waiting, self._waiting = self._waiting, []
+        return [request for *_, request in waiting]
+
     def restart(self, requests: Iterable[Request]) -> None:
         """Begins anew with these requests and an empty cache, after a call that was broken off in the middle.
 
@@ -138,12 +156,7 @@ class Scheduler:
         for request in requests:
             request.pages.clear()
             request.slot = -1
-            self._wait(request)
-
-    def _wait(self, request: Request) -> None:
-        request.computed, request.published, request.length = 0, 0, len(request.tokens)
-        request.decoding = request.prepared = False
-        heapq.heappush(self._waiting, (request.priority, request.id, request))
+            self.queue(request)
 
     def _admit(self, request: Request) -> bool:
         """Gives a waiting request a slot and pages for all of its tokens, or nothing: a half-placed prompt would hold
@@ -175,8 +188,9 @@ class Scheduler:
             self.publish(request, request.computed + count)
         return max(count, 0)
 
-    def _promise(self, schedule: Schedule) -> None:
+    def promise(self, schedule: Schedule, steps: int) -> None:
         """Counts what the call will have done."""
+        schedule.steps = steps
         rows = schedule.requests
         schedule.start = [request.computed for request in rows]
         counts = schedule.counts
@@ -200,7 +214,7 @@ class Scheduler:
             self.running.remove(youngest)
             self._leave(youngest)
             youngest.preemptions += 1
-            self._wait(youngest)
+            self.queue(youngest)
             if youngest is request:
                 return False
         return True
@@ -210,8 +224,11 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.slot = -1
 
-    def _steps(self, decode: list[Request], max_steps: int) -> int:
+    def steps(self, schedule: Schedule, max_steps: int) -> int:
         """As many steps as are wanted and as there are pages for. Somebody waiting gets the first row that ends."""
+        decode = schedule.decode
+        if schedule.chunks or not decode:
+            return 1
         rooms = [request.room for request in decode]
         steps = max(1, min(max_steps, min(rooms) if self._waiting else max(rooms)))
         while steps > 1:

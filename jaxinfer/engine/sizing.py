@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 CPU_SHARE = 0.1  # of the machine's memory goes to the cache on CPU, at most
 DEVICE_SHARE = 0.9  # of an accelerator's memory is used in all
@@ -21,6 +23,13 @@ class Sizes:
     num_pages: int
     page_size: int
     bytes: int
+
+
+def page_size(given: Mapping[str, Any], place: jax.Device | Mesh) -> int:
+    """What is asked for; else small pages, of which sequences share more, but on TPU, where the kernel keeps the page
+    table in a small memory of its own."""
+    device = place.devices.flat[0] if isinstance(place, Mesh) else place
+    return int(given["page_size"] or (64 if device.platform == "tpu" else 16))
 
 
 def size_cache(

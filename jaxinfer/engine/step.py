@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.attention import Batch
 from jaxinfer.cache import Cache
@@ -25,7 +25,7 @@ from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.sample import Logprobs, logprobs, no_logprobs, sample, stops, token_logprobs
 from jaxinfer.sampling.slots import Slots
-from jaxinfer.sharding import RULES, replicated
+from jaxinfer.sharding import FSDP, ROWS, TENSOR, axis_size, on_axes
 
 SCORE_BLOCK = 128  # tokens: their logits are 65 MB for a vocabulary of 128,000
 
@@ -51,8 +51,8 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scored:
-    """Given tokens whose log-probabilities are wanted: the first `count`, i32[], of tokens i32[T]. after i32[T]: where
-    in the stream the token before each one is. likeliest bool[]: the likeliest tokens are wanted too."""
+    """Given tokens whose log-probabilities are wanted: the first `count`, i32[1], of tokens i32[T]. after i32[T]: where
+    in the stream the token before each one is. likeliest bool[1]: the likeliest tokens are wanted too."""
 
     tokens: jax.Array | np.ndarray
     after: jax.Array | np.ndarray
@@ -90,7 +90,11 @@ Decode = Callable[[Params, State, DecodeRows, SamplingArrays, Any], tuple[Sample
 
 
 def make_step(model: Model, mesh: Mesh | None = None) -> Step:
-    """One mixed call: decoding rows, one token each (taken from their slots), then chunks of prompts."""
+    """One mixed call: decoding rows, one token each (taken from their slots), then chunks of prompts.
+
+    On a mesh every array of rows, tokens, slots or pages is several shards' one after the other, with indices that
+    count from the shard's own beginning.
+    """
 
     def step(
         params: Params, state: State, batch: Batch, rows: Rows, sampling: SamplingArrays, scored: Scored
@@ -120,14 +124,13 @@ def make_step(model: Model, mesh: Mesh | None = None) -> Step:
 
         # Inner chunks and scored texts sample nothing.
         nothing = jnp.zeros(size, jnp.int32), no_logprobs(size, model.config.vocab_size)
-        tokens, info = lax.cond(jnp.any(count > 0), draw, lambda: nothing)
+        tokens, info = lax.cond(_anywhere(jnp.any(count > 0), mesh), draw, lambda: nothing)
         slots = _take(slots, slot, tokens, count > 0, sampling, length)
         info = jax.tree.map(lambda x: x[None], info)
-        return Sampled(tokens[None], count, info, _score(logits_of, stream, scored, model.config.vocab_size)), State(
-            cache, slots
-        )
+        found = _score(logits_of, stream, scored, model.config.vocab_size, mesh)
+        return Sampled(tokens[None], count, info, found), State(cache, slots)
 
-    return step
+    return _over_rows(step, model, mesh, (PartitionSpec(ROWS),) * 4, PartitionSpec(ROWS))
 
 
 def make_decode(model: Model, max_steps: int, mesh: Mesh | None = None) -> Decode:
@@ -172,7 +175,7 @@ def make_decode(model: Model, max_steps: int, mesh: Mesh | None = None) -> Decod
 
         def going(carry: Any) -> jax.Array:
             i, active, *_ = carry
-            return (i < steps) & jnp.any(active)
+            return (i < steps) & _anywhere(jnp.any(active), mesh)
 
         def body(carry: Any) -> Any:
             i, active, count, state, out = carry
@@ -186,38 +189,64 @@ def make_decode(model: Model, max_steps: int, mesh: Mesh | None = None) -> Decod
         _, _, count, state, (all_tokens, all_info) = lax.while_loop(going, body, start)
         return Sampled(all_tokens, count, all_info), state
 
-    return decode
+    specs = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec())
+    return _over_rows(decode, model, mesh, specs, None)
+
+
+def _over_rows(call: Any, model: Model, mesh: Mesh | None, specs: tuple[Any, ...], scored: Any) -> Any:
+    """A call that is written for one shard of rows, for all of them: each runs its own. What tensor devices do within a
+    shard is left to XLA. specs: of the arguments after parameters and state."""
+    if mesh is None:
+        return call
+    params = {name: on_axes(axes, ROWS) for name, axes in model.axes.items()}
+    state, by_step = PartitionSpec(ROWS), PartitionSpec(None, ROWS)
+    sampled = Sampled(by_step, PartitionSpec(ROWS), by_step, scored)  # type: ignore[arg-type]
+    return jax.shard_map(
+        call,
+        mesh=mesh,
+        axis_names=set(ROWS),
+        in_specs=(params, state, *specs),
+        out_specs=(sampled, state),
+        check_vma=False,
+    )
+
+
+def _anywhere(condition: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Whether it is so on any shard of rows: what has collectives in it must be run by all or by none."""
+    return condition if axis_size(mesh, ROWS) == 1 else lax.pmax(condition.astype(jnp.int32), ROWS) > 0
 
 
 def _logits_of(module: CausalLM, model: Model, mesh: Mesh | None) -> LogitsOf:
     """Logits of all of the vocabulary, and no more of it, on each device."""
 
     def logits_of(x: jax.Array) -> jax.Array:
-        logits = module.logits(x)
+        logits = module.logits(x, mesh)
         if mesh is not None:  # each device's part of the vocabulary first, or XLA would gather the head's weights
-            logits = lax.with_sharding_constraint(logits, NamedSharding(mesh, PartitionSpec(None, RULES["vocab"])))
-            logits = lax.with_sharding_constraint(logits, replicated(mesh))
+            logits = lax.with_sharding_constraint(logits, PartitionSpec(None, TENSOR))
+            logits = lax.with_sharding_constraint(logits, PartitionSpec())
         return logits[:, : model.config.vocab_size]
 
     return logits_of
 
 
-def _score(logits_of: LogitsOf, stream: jax.Array, scored: Scored, vocab: int) -> Logprobs:
+def _score(logits_of: LogitsOf, stream: jax.Array, scored: Scored, vocab: int, mesh: Mesh | None) -> Logprobs:
     """Log-probabilities of given tokens. A block of them at a time, as many blocks as are wanted: there are never more
     logits than those of a block, and where nobody asks this costs nothing."""
     after, tokens = jnp.asarray(scored.after), jnp.asarray(scored.tokens)
     size = tokens.shape[0]
-    block = min(SCORE_BLOCK, size)
+    block = min(max(SCORE_BLOCK // axis_size(mesh, (FSDP,)), 1), size)  # `head_logits` has those of all shards
 
     def one(i: jax.Array, out: Logprobs) -> Logprobs:
         start = jnp.minimum(i * block, size - block)  # the last one may overlap the one before
         rows = lax.dynamic_slice_in_dim(after, start, block)
         found = token_logprobs(
-            logits_of(stream[rows]), lax.dynamic_slice_in_dim(tokens, start, block), jnp.asarray(scored.likeliest)
+            logits_of(stream[rows]), lax.dynamic_slice_in_dim(tokens, start, block), jnp.asarray(scored.likeliest)[0]
         )
         return jax.tree.map(lambda all_, some: lax.dynamic_update_slice_in_dim(all_, some, start, 0), out, found)
 
-    blocks = (jnp.asarray(scored.count) + (block - 1)) // block
+    blocks = (jnp.asarray(scored.count)[0] + (block - 1)) // block
+    if axis_size(mesh, ROWS) > 1:
+        blocks = lax.pmax(blocks, ROWS)
     return lax.fori_loop(jnp.int32(0), blocks, one, no_logprobs(size, vocab))
 
 

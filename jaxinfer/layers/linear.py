@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
+
+from jaxinfer.sharding import FSDP, TENSOR, axis_size, on_tensor
 
 Axes = tuple[str | None, ...]  # logical axis names of a weight, one a dimension
 
@@ -48,5 +51,26 @@ class Embedding(nnx.Module):
     def __init__(self, rows: int, features: int, *, axes: Axes = ("vocab", "embed"), dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = parameter((rows, features), axes, dtype, rngs)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.weight.get_value().at[ids].get(mode="clip")
+    def __call__(self, ids: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+        """Where `fsdp` splits the table, each device looks its columns up for all, and they are exchanged: that is far
+        less than the table."""
+        split = axis_size(mesh, (FSDP,)) > 1
+        ids = lax.all_gather(ids, FSDP, tiled=True) if split else ids
+        found = self.weight.get_value().at[ids].get(mode="clip")
+        return lax.all_to_all(found, FSDP, 0, 1, tiled=True) if split else found
+
+
+def head_logits(x: jax.Array, head: Linear | Embedding, mesh: Mesh | None) -> jax.Array:
+    """Logits float32 `[N, V]` of `x [N, D]`. Where `fsdp` splits the head's weights they stay where they are, too: each
+    device multiplies its columns with those of all, and the products are summed."""
+    weight = head.weight.get_value()
+    if axis_size(mesh, (FSDP,)) == 1:
+        return dot(x, weight, out_dtype="float32")
+    columns = lax.all_to_all(x, FSDP, 1, 0, tiled=True)
+
+    def logits(columns: jax.Array, weight: jax.Array) -> jax.Array:
+        partial = dot(columns, weight, out_dtype="float32")
+        return lax.psum_scatter(partial, FSDP, scatter_dimension=0, tiled=True)
+
+    vocab = PartitionSpec(None, TENSOR)
+    return on_tensor(logits, (PartitionSpec(), PartitionSpec(TENSOR)), vocab)(columns, weight)

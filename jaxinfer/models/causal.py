@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxinfer.attention import Batch
 from jaxinfer.cache import Cache
@@ -16,8 +17,8 @@ class CausalLM(nnx.Module):
         """The stream after the last layer, `[T, D]`, and the cache with the new keys and values."""
         raise NotImplementedError
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Logits float32 `[N, V]` of some of the stream, `[N, D]`."""
+    def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+        """Logits float32 `[N, V]` of some of the stream, `[N, D]`; mesh: as in Batch."""
         raise NotImplementedError
 
     def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, Batch
 from jaxinfer.cache import Cache, LayerCache
 from jaxinfer.layers.attention import SelfAttention
-from jaxinfer.layers.linear import Embedding, Linear, dot
+from jaxinfer.layers.linear import Embedding, Linear, head_logits
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rotary import Rope
+from jaxinfer.layers.stack import stack
 from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig, rope_of
 
@@ -135,14 +137,9 @@ class Decoder(nnx.Module):
         self.rope = config.rope
 
     def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        x = self.embed_tokens(batch.tokens)
+        x = self.embed_tokens(batch.tokens, batch.mesh)
         cos_sin = self.rope.cos_sin(batch.positions)
-        new: list[LayerCache] = []
-        for i, layer in enumerate(self.layers):
-            x, layer_cache = layer(x, cos_sin, None if cache is None else cache[i], batch)
-            if layer_cache is not None:
-                new.append(layer_cache)
-        return x, None if cache is None else tuple(new)
+        return stack(self.layers, x, cache, batch, lambda layer, x, cache: layer(x, cos_sin, cache, batch))
 
 
 class DecoderForCausalLM(CausalLM):
@@ -159,6 +156,5 @@ class DecoderForCausalLM(CausalLM):
     def hidden(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         return self.model(batch, cache)
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        head = self.model.embed_tokens if self.tied else self.lm_head
-        return dot(self.model.norm(x), head.weight.get_value(), out_dtype="float32")
+    def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+        return head_logits(self.model.norm(x), self.model.embed_tokens if self.tied else self.lm_head, mesh)

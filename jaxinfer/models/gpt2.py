@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, Batch, attend
 from jaxinfer.cache import Cache, LayerCache
-from jaxinfer.layers.linear import Embedding, Linear, dot
+from jaxinfer.layers.linear import Embedding, Linear, head_logits
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.norm import LayerNorm
+from jaxinfer.layers.stack import stack
 from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig
 from jaxinfer.models.registry import Architecture
@@ -95,6 +97,11 @@ class GPT2Block(nnx.Module):
         self.ln_2 = LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.mlp = GPT2MLP(config, dtype=dtype, rngs=rngs)
 
+    def __call__(self, x: jax.Array, cache: LayerCache | None, batch: Batch) -> tuple[jax.Array, LayerCache | None]:
+        attended, cache = self.attn(self.ln_1(x), cache, batch)
+        x = x + attended
+        return x + self.mlp(self.ln_2(x)), cache
+
 
 class GPT2Model(nnx.Module):
     """Token and position embeddings, blocks, final norm."""
@@ -118,19 +125,11 @@ class GPT2ForCausalLM(CausalLM):
 
     def hidden(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         model = self.transformer
-        x = model.wte(batch.tokens) + model.wpe(batch.positions)
-        new: list[LayerCache] = []
-        for i, block in enumerate(model.h):
-            attended, layer_cache = block.attn(block.ln_1(x), None if cache is None else cache[i], batch)
-            x = x + attended
-            x = x + block.mlp(block.ln_2(x))
-            if layer_cache is not None:
-                new.append(layer_cache)
-        return x, None if cache is None else tuple(new)
+        x = model.wte(batch.tokens, batch.mesh) + model.wpe(batch.positions, batch.mesh)
+        return stack(model.h, x, cache, batch, lambda block, x, cache: block(x, cache, batch))
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        head = self.transformer.wte if self.tied else self.lm_head
-        return dot(self.transformer.ln_f(x), head.weight.get_value(), out_dtype="float32")
+    def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+        return head_logits(self.transformer.ln_f(x), self.transformer.wte if self.tied else self.lm_head, mesh)
 
 
 def source(name: str) -> Source:

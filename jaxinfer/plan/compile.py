@@ -70,10 +70,8 @@ def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOpt
     held = fit(model_of(config, options.get("dtype", "auto")), place, **options)
     if not place.compiles:
         return Plan(held, ())
-    keys = [
-        ("decode", held.max_num_seqs, held.max_num_seqs),
-        ("step", held.max_num_batched_tokens, held.max_num_seqs),
-    ]
+    rows, tokens = held.programs.max_rows, held.programs.buckets.tokens[-1]
+    keys = [("decode", rows, rows), ("step", tokens, rows)]
     with refusals(held), without_compile_cache(), ThreadPoolExecutor(len(keys)) as pool:
         compiled = tuple(pool.map(lambda key: _compiled(held.programs, key), keys))
     plan = Plan(held, compiled)

@@ -40,7 +40,8 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
         for program in plan.programs
     ]
     longest = fit.max_num_batched_tokens
-    prompt = bound(fit.model, fit.place.chip, fit.tensor, longest, longest, 1)
+    piece = longest // fit.shards
+    prompt = bound(fit.model, fit.place.chip, fit.tensor, piece, piece, 1, fit.fsdp)
     return {
         "topology": fit.place.name,
         "mesh": fit.mesh,
@@ -55,26 +56,27 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
         "programs": compiled,
         "context": context,
         "decode": [{"rows": rows, **decoding(fit, rows, context)} for rows in _batches(fit.max_num_seqs)],
-        "prefill": {"tokens": longest, **_bound(fit, prompt)},
+        "prefill": {"tokens": longest, **_bound(fit, prompt, longest)},
     }
 
 
 def decoding(fit: Fit, rows: int, context: int) -> dict[str, Any]:
     """The bound of a step of `rows` sequences, and whether there is room in the cache for them."""
-    one = bound(fit.model, fit.place.chip, fit.tensor, rows, context, rows)
-    return {"fits": rows * context <= fit.cache_tokens, **_bound(fit, one)}
+    each = -(-rows // fit.shards)
+    one = bound(fit.model, fit.place.chip, fit.tensor, each, context, each, fit.fsdp)
+    return {"fits": rows * context <= fit.cache_tokens, **_bound(fit, one, rows)}
 
 
 def _batches(most: int) -> list[int]:
     return [*(rows for rows in BATCHES if rows < most), most]
 
 
-def _bound(fit: Fit, one: Bound) -> dict[str, Any]:
+def _bound(fit: Fit, one: Bound, tokens: int) -> dict[str, Any]:
     return {
         "seconds": one.seconds,
         "binds": one.binds,
-        "tokens_per_second": one.tokens_per_second,
-        "tokens_per_second_per_chip": one.tokens_per_second * fit.place.per_chip / fit.devices,
+        "tokens_per_second": tokens / one.seconds,
+        "tokens_per_second_per_chip": tokens / one.seconds * fit.place.per_chip / fit.devices,
         "flops": one.flops,
         "bytes_moved": one.moved,
         "bytes_sent": one.sent,

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack, get_args
 
-from jaxinfer.cache import cache_bytes_per_token
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.load import MAX_STEPS
 from jaxinfer.engine.options import DType, LoadOptions, check_options
-from jaxinfer.engine.programs import Programs
-from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, size_cache
+from jaxinfer.engine.programs import Programs, cache_layout
+from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size, size_cache
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import GIB, Slice
 from jaxinfer.sampling.slots import Slots
-from jaxinfer.sharding import describe, kv_parts, make_mesh, tensor_sizes
+from jaxinfer.sharding import FSDP, ROWS, TENSOR, axis_size, describe, make_mesh, tensor_sizes
 
 
 class DoesNotFit(ValueError):
@@ -43,25 +42,34 @@ class Fit:
 
     @property
     def tensor(self) -> int:
-        return self.programs.mesh.size if self.programs.mesh is not None else 1
+        return axis_size(self.programs.mesh, TENSOR)
+
+    @property
+    def fsdp(self) -> int:
+        return axis_size(self.programs.mesh, (FSDP,))
+
+    @property
+    def shards(self) -> int:
+        """Of rows."""
+        return self.programs.shards
 
     @property
     def devices(self) -> int:
         """That are used."""
-        return self.tensor
+        return self.tensor * self.shards
 
     @property
     def max_num_seqs(self) -> int:
-        return self.programs.max_rows
+        return self.programs.max_rows * self.shards
 
     @property
     def max_num_batched_tokens(self) -> int:
-        return self.programs.buckets.tokens[-1]
+        return self.programs.buckets.tokens[-1] * self.shards
 
     @property
     def cache_tokens(self) -> int:
         """Of context, for which there is room."""
-        return (self.sizes.num_pages - 1) * self.sizes.page_size
+        return (self.sizes.num_pages - 1) * self.sizes.page_size * self.shards
 
     @property
     def held(self) -> int:
@@ -82,32 +90,33 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     tokens = given["max_num_batched_tokens"] or max(2048, rows)
     if tokens < rows:
         raise ValueError(f"max_num_batched_tokens is {tokens}: it must be at least max_num_seqs, {rows}")
-    shape, page_size = model.config, given["page_size"]
-    mesh = make_mesh(given["mesh"], place.devices, shape.num_heads, shape.num_kv_heads, len(place.devices))
-    tensor = mesh.size if mesh is not None else 1
-    dtype = next(iter(model.abstract.values())).dtype
-    kv_heads = shape.num_kv_heads // kv_parts(tensor, shape.num_kv_heads)
-    per_token = cache_bytes_per_token(shape.num_layers, kv_heads, shape.head_dim, dtype)
+    shape, all_devices = model.config, len(place.devices)
+    heads = shape.num_heads, shape.num_kv_heads, shape.hidden_size
+    mesh = make_mesh(given["mesh"], place.devices, *heads, all_devices)
+    where = mesh or place.devices[0]
+    shards = axis_size(mesh, ROWS)
+    rows, tokens = -(-rows // shards), -(-tokens // shards)
+    size, per_token = page_size(given, where), cache_layout(model, where).bytes_per_token
 
     def programs(num_pages: int, max_model_len: int) -> Programs:
         return Programs(
             model,
-            mesh or place.devices[0],
+            where,
             Buckets.make(rows, tokens),
             num_pages=num_pages,
-            page_size=page_size,
+            page_size=size,
             max_model_len=max_model_len,
             max_rows=rows,
             max_steps=MAX_STEPS,
         )
 
-    weights = device_bytes(programs(2, page_size).params)  # which don't depend on the cache
+    weights = device_bytes(programs(2, size).params)  # which don't depend on the cache
     slots = device_bytes(Slots.shapes(rows, shape.vocab_size))
     available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - weights - slots
     try:
         sizes = size_cache(
             bytes_per_token=per_token,
-            page_size=page_size,
+            page_size=size,
             max_num_seqs=rows,
             max_model_len=given["max_model_len"],
             max_context=shape.max_context,
@@ -116,17 +125,20 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     except ValueError as error:
         if (given["max_model_len"] or 0) > shape.max_context:
             raise
-        length = given["max_model_len"] or page_size
-        needed = weights + slots + per_token * page_size * (-(-length // page_size) + 1)
+        length = given["max_model_len"] or size
+        needed = weights + slots + per_token * size * (-(-length // size) + 1)
         raise DoesNotFit(
             f"{place.name}: needs {needed / GIB:.2f} GiB of a chip's {place.chip.memory / GIB:.2f}, of which "
             f"{(available + weights + slots) / GIB:.2f} are for weights and cache: "
-            + (_remedies(model, place, tensor, available // (per_token * page_size) - 1, options) or str(error))
+            + (
+                _remedies(model, place, axis_size(mesh, TENSOR), (available // (per_token * size) - 1) * size, options)
+                or str(error)
+            )
         ) from None
     return Fit(place, programs(sizes.num_pages, sizes.max_model_len), sizes, weights, slots)
 
 
-def _remedies(model: Model, place: Slice, tensor: int, pages: int, options: LoadOptions) -> str:
+def _remedies(model: Model, place: Slice, tensor: int, room: int, options: LoadOptions) -> str:
     """What would fit: more chips, half the bytes, shorter sequences."""
     found = []
     shape, dtype = model.config, next(iter(model.abstract.values())).dtype
@@ -140,6 +152,6 @@ def _remedies(model: Model, place: Slice, tensor: int, pages: int, options: Load
             break
     if dtype.itemsize == 4:
         found.append("dtype bfloat16")
-    if pages > 0:
-        found.append(f"max_model_len ≤ {pages * options.get('page_size', 16)}")
+    if room > 0:
+        found.append(f"max_model_len ≤ {room}")
     return " or ".join(found)

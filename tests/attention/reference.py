@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.attention import AttentionSpec, Batch
-from jaxinfer.cache import LayerCache
+from jaxinfer.cache import SplitPages
 
 
 def attend_row(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec) -> np.ndarray:
@@ -45,10 +45,10 @@ class Ragged(NamedTuple):
     q: jnp.ndarray
     k: jnp.ndarray
     v: jnp.ndarray
-    cache: LayerCache
+    cache: SplitPages
     batch: Batch
     out: np.ndarray
-    after: LayerCache
+    after: SplitPages
 
 
 def ragged(
@@ -119,7 +119,7 @@ def ragged(
         logits_at=np.zeros(1, np.int32),
         decode_only=decode_only,
     )
-    return Ragged(*map(jnp.asarray, (q, k, v)), LayerCache(*map(jnp.asarray, pools)), batch, out, LayerCache(*after))
+    return Ragged(*map(jnp.asarray, (q, k, v)), SplitPages(*map(jnp.asarray, pools)), batch, out, SplitPages(*after))
 
 
 def live(batch: Batch) -> np.ndarray:
@@ -128,7 +128,7 @@ def live(batch: Batch) -> np.ndarray:
     return (tokens < batch.q_start[-1]) & (batch.positions < batch.kv_len[batch.row])
 
 
-def filled_outside(case: Ragged, value: float) -> LayerCache:
+def filled_outside(case: Ragged, value: float) -> SplitPages:
     """The cache with `value` in every slot that holds no token of the rows (page 0 included)."""
     size = case.cache.k.shape[2]
     used = np.zeros((case.cache.k.shape[0], size), bool)
@@ -136,7 +136,7 @@ def filled_outside(case: Ragged, value: float) -> LayerCache:
         page, _, slot = slots(row, 0, length, size)
         used[page, slot] = True
     keep = used[:, None, :, None]
-    return LayerCache(*(jnp.where(keep, pool, jnp.asarray(value, pool.dtype)) for pool in case.cache))
+    return SplitPages(*(jnp.where(keep, pool, jnp.asarray(value, pool.dtype)) for pool in case.cache))
 
 
 def slots(pages: np.ndarray | list[int], start: int, stop: int, size: int) -> tuple[np.ndarray, slice, np.ndarray]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.attention import AttentionSpec, Batch, attend
-from jaxinfer.cache import LayerCache
+from jaxinfer.cache import SplitPages
 from tests.attention.reference import Ragged, Shape, attend_row, filled_outside, live, ragged
 
 run = jax.jit(attend, static_argnums=5)
@@ -95,7 +95,7 @@ def test_a_row_that_overflows_harms_no_other(decode_only, part):
         k = k.at[page].set(jnp.inf)
     else:
         v = v.at[page].set(jnp.nan)
-    out, _ = run(q, case.k, case.v, LayerCache(k, v), case.batch, spec)
+    out, _ = run(q, case.k, case.v, SplitPages(k, v), case.batch, spec)
     others = live(case.batch) & (case.batch.row != 0)
     assert np.isnan(np.asarray(out)[0]).any()  # and it isn't hidden either
     np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(expected)[others])
@@ -126,7 +126,7 @@ def test_in_pieces_as_in_one_go(window):
     k, v = (jnp.asarray(rng.standard_normal((length, 2, 16)).astype(np.float32)) for _ in range(2))
     whole, _ = run(q, k, v, None, Batch.of_sequences([[0] * length]), spec)
     pages = np.random.default_rng(1).permutation(np.arange(1, 40))[:20].astype(np.int32)[None]
-    cache = LayerCache(*(jnp.full((40, 2, 16, 16), jnp.nan) for _ in range(2)))
+    cache = SplitPages(*(jnp.full((40, 2, 16, 16), jnp.nan) for _ in range(2)))
     start, tokens = 0, 128
     for count in (100, 28, 1, 128, 1, 1, 1):
         decode_only = count == 1

@@ -53,6 +53,5 @@ def test_an_interrupted_step_leaves_nothing_behind(llm, expected, monkeypatch, o
     if method != "accept":  # its token is taken, its text is not
         assert "".join([*pieces, *(piece for piece, _ in stream)]) == expected[1]
     stream.close()
-    pages = llm.engine.scheduler.pages
-    assert pages.free_count == pages.num_pages - 1
+    assert llm.engine.scheduler.pages_used == 0
     assert not llm.engine.scheduler.running

@@ -65,10 +65,10 @@ def test_the_same_tokens_as_alone(checkpoints, alone, forced, monkeypatch):
         schedules, overlaps = [], []
         launch = llm.engine.runner.launch
 
-        def watched(schedule):
-            schedules.append(schedule)
+        def watched(shards):
+            schedules.extend(shards)
             overlaps.append(len(llm.engine._in_flight))
-            return launch(schedule)
+            return launch(shards)
 
         monkeypatch.setattr(llm.engine.runner, "launch", watched)
         outputs = llm.generate([made[i][0] for i in order], [made[i][1] for i in order], priority=priority)

@@ -27,7 +27,7 @@ LLAMA_8B = {
 }
 name, chips, tensor = sys.argv[1], tuple(map(int, sys.argv[2].split("x"))), int(sys.argv[3])
 topology = topologies.get_topology_desc(topology_name=name, platform="tpu", chips_per_host_bounds=chips)
-mesh = make_mesh(f"tensor={tensor}", topology.devices, 32, 8)
+mesh = make_mesh(f"tensor={tensor}", topology.devices, 32, 8, 4096)
 programs = Programs(
     Model.from_config(LLAMA_8B, "bfloat16"), mesh, Buckets.make(64, 1024), num_pages=1025, page_size=32,
     max_model_len=4096, max_rows=64, max_steps=32,

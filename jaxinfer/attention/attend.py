@@ -1,0 +1,45 @@
+"""The one function that models call; how the cache is kept decides which implementation runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.spec import AttentionSpec
+from jaxinfer.attention.tpu import attend_packed
+from jaxinfer.attention.xla import attend_split, attend_stream
+from jaxinfer.cache import LayerCache, PackedPages
+from jaxinfer.sharding import KV, TENSOR, on_tensor
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: LayerCache | None,
+    batch: Batch,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, LayerCache | None]:
+    """Writes `k`, `v` into the cache and lets `q` attend to all keys of its own row.
+
+    q `[T, H, d]`, k and v `[T, K, d]`, K divides H. Returns out `[T, H, d]` (zeros or garbage for padding
+    tokens) and the cache with this step's keys and values. `cache=None` attends within the batch alone.
+    """
+    if cache is None:
+        return attend_stream(q, k, v, batch, spec), None
+    if not spec.causal:
+        raise ValueError("attention over a cache is causal; pass cache=None for attention in both directions")
+    packed = isinstance(cache, PackedPages)
+    call: Any = functools.partial(attend_packed if packed else attend_split, spec=spec)
+    if batch.mesh is None:
+        return call(q, k, v, cache, batch)
+    # Heads don't know of each other: each device does its own, with all rows of its shard.
+    heads, kv_heads = PartitionSpec(None, TENSOR), PartitionSpec(None, KV)
+    pages = PartitionSpec(None, None, KV) if packed else kv_heads
+    split = on_tensor(call, (heads, kv_heads, kv_heads, pages, PartitionSpec()), (heads, pages))
+    return split(q, k, v, cache, dataclasses.replace(batch, mesh=None))

@@ -1,0 +1,75 @@
+"""Attention on TPUs, which reads pages in place: JAX's ragged paged attention kernel (Pallas).
+
+One program for prefill, chunks and decoding in any mixture. It could not be run for this project yet: checked is
+that it compiles for each generation of TPUs, and what it is called with, against its own reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.spec import AttentionSpec
+from jaxinfer.cache import PackedPages
+
+KEYS = 512  # of a block that the kernel has in fast memory, twice; not tuned, for want of a TPU
+QUERIES = 32  # likewise
+
+
+def attend_packed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: PackedPages,
+    batch: Batch,
+    spec: AttentionSpec,
+    kernel: Callable[..., jax.Array] | None = None,
+) -> tuple[jax.Array, PackedPages]:
+    """See `attend`; padding tokens give zeros. kernel: JAX's, or one that does the same."""
+    tokens, _, head_dim = q.shape
+    _, page_size, _, width = cache.kv.shape
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, width - head_dim))) for x in (q, k, v))
+    cache = _write(k, v, cache, batch)
+    # The kernel fetches keys for every row that it is told of, and waits for them only if there are any. So rows that
+    # have stopped look at one key, and a batch without rows has one.
+    count = batch.rows[2]
+    places = jnp.arange(batch.q_start.shape[0], dtype=jnp.int32)
+    starts = jnp.where(count > 0, batch.q_start, jnp.minimum(places, 1))
+    lengths = jnp.maximum(batch.kv_len, jnp.diff(starts))
+    blocks = {
+        "num_kv_pages_per_block": min(max(KEYS // page_size, 1), batch.pages.shape[1]),
+        "num_queries_per_block": min(QUERIES, tokens),
+    }
+    full = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else contextlib.nullcontext()
+    with full:
+        out = (kernel or _kernel())(
+            q,
+            cache.kv,
+            lengths,
+            batch.pages,
+            starts,
+            jnp.maximum(count, 1)[None],
+            sm_scale=spec.scale,
+            sliding_window=spec.window,
+            **blocks,
+        )
+    live = (jnp.arange(tokens, dtype=jnp.int32) < batch.q_start[-1]) & (batch.kv_len[batch.row] > 0)
+    return jnp.where(live[:, None, None], out[..., :head_dim], jnp.zeros((), q.dtype)), cache
+
+
+def _kernel() -> Callable[..., Any]:
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    return ragged_paged_attention
+
+
+def _write(k: jax.Array, v: jax.Array, cache: PackedPages, batch: Batch) -> PackedPages:
+    page, slot = batch.places(cache.kv.shape[1])
+    tokens, heads, width = k.shape
+    pairs = jnp.stack([k, v], axis=2).reshape(tokens, 2 * heads, width)
+    return PackedPages(cache.kv.at[page, slot].set(pairs.astype(cache.kv.dtype)))

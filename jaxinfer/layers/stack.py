@@ -1,0 +1,64 @@
+"""Layer after layer, each with whole weights while its turn lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxinfer.attention import Batch
+from jaxinfer.cache import Cache, LayerCache
+from jaxinfer.sharding import FSDP, TENSOR, axis_size, fsdp_axis, on_axes, on_tensor
+
+M = TypeVar("M", bound=nnx.Module)
+RunLayer = Callable[[M, jax.Array, LayerCache | None], tuple[jax.Array, LayerCache | None]]
+
+
+def stack(
+    layers: Iterable[M], x: jax.Array, cache: Cache | None, batch: Batch, run: RunLayer[M]
+) -> tuple[jax.Array, Cache | None]:
+    """The stream `[T, D]` after all layers, and the cache with their new keys and values."""
+    new = []
+    before = x
+    for i, layer in enumerate(layers):
+        whole = gathered(layer, before, batch.mesh)
+        before = x
+        x, layer_cache = run(whole, x, None if cache is None else cache[i])
+        new.append(layer_cache)
+    return x, None if cache is None else cast(Cache, tuple(new))
+
+
+def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:
+    """The layer with its weights put together from all devices of the `fsdp` axis. Source: ZeRO stage 3 (Rajbhandari et
+    al., arXiv:1910.02054).
+
+    That begins when `before`, the input of the layer before, is there, and so there are never more than two layers'
+    weights. A zero that is made of it and added ties the two: XLA drops optimization barriers before it orders what is
+    left, and would gather all layers at once.
+    """
+    if axis_size(mesh, (FSDP,)) == 1:
+        return layer
+    graph, state = nnx.split(layer)
+    flat = nnx.to_flat_state(state)
+    axes = [variable.get_metadata()["axes"] for _, variable in flat]
+    bits = lax.bitcast_convert_type(before[0, 0].astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+    zero = lax.shift_right_logical(bits, jnp.uint32(16))
+
+    def gather(parts: list[jax.Array], zero: jax.Array) -> list[jax.Array]:
+        split = [fsdp_axis(one) for one in axes]
+        return [
+            part if axis is None else lax.all_gather(part + zero.astype(part.dtype), FSDP, axis=axis, tiled=True)
+            for part, axis in zip(parts, split, strict=True)
+        ]
+
+    # Each tensor device its own part, which is not left to XLA: that would put those parts together first.
+    tensor = [on_axes(one, TENSOR) for one in axes]
+    parts = [variable.get_value() for _, variable in flat]
+    whole = on_tensor(gather, (tensor, PartitionSpec()), tensor)(parts, zero)
+    merged = [(path, variable.replace(value)) for (path, variable), value in zip(flat, whole, strict=True)]
+    return nnx.merge(graph, nnx.from_flat_state(merged))

@@ -1,0 +1,100 @@
+"""What the TPU's kernel is called with: against the kernel's own reference, which says what it does, on a CPU."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
+    dynamic_validate_inputs,
+    ref_ragged_paged_attention,
+)
+
+from jaxinfer.attention import AttentionSpec
+from jaxinfer.attention.tpu import attend_packed
+from jaxinfer.cache import CacheLayout, PackedPages, SplitPages
+from tests.attention.reference import Ragged, Shape, live, ragged, slots
+from tests.attention.test_attend import CASES, DECODE_ONLY, MIXED
+
+
+def kernel(q, pages, lengths, table, starts, count, **options):
+    """The reference, which wants what the kernel wants and gives only what is asked for; the rest is undefined."""
+    dynamic_validate_inputs(q, pages, lengths, table, starts, count, **options)
+    wanted = {name: options[name] for name in ("sm_scale", "sliding_window")}
+    out = ref_ragged_paged_attention(q, pages, lengths, table, starts, count, **wanted)
+    return jnp.full(q.shape, jnp.nan, q.dtype).at[: out.shape[0]].set(out)
+
+
+def packed(cache: SplitPages, width: int) -> PackedPages:
+    pairs = [np.pad(np.asarray(pool), ((0, 0),) * 3 + ((0, width - pool.shape[-1]),)) for pool in cache]
+    kv = np.stack(pairs, axis=2).swapaxes(1, 3)  # [pages, page_size, 2, K, d]
+    pages, size, _, heads, _ = kv.shape
+    return PackedPages(jnp.asarray(kv.swapaxes(2, 3).reshape(pages, size, 2 * heads, width)))
+
+
+def check(case: Ragged, shape: Shape, spec: AttentionSpec, width: int, error: float) -> None:
+    out, cache = attend_packed(case.q, case.k, case.v, packed(case.cache, width), case.batch, spec, kernel)
+    used = live(case.batch)
+    assert np.abs(np.asarray(out, np.float64) - case.out)[used].max(initial=0) < error
+    assert not np.asarray(out, np.float32)[~used].any()
+    np.testing.assert_array_equal(np.asarray(cache.kv)[1:], np.asarray(packed(case.after, width).kv)[1:])
+
+
+@pytest.mark.parametrize("name", [name for name, (shape, _) in CASES.items() if shape.dtype == "float32"])
+def test_matches_float64(name):
+    shape, window = CASES[name]
+    spec = AttentionSpec(shape.head_dim**-0.5, window=window)
+    run = functools.partial(check, shape=shape, spec=spec, width=128, error=2e-5)
+    for seed, (decode, prefill) in enumerate(DECODE_ONLY):
+        run(ragged(shape, spec, decode, prefill, seed=seed, decode_only=True))
+    for seed, (decode, prefill) in enumerate(MIXED):
+        run(ragged(shape, spec, decode, prefill, seed=seed))
+
+
+def test_nobody_is_there():
+    """A shard of rows that has nothing to do in this call: the kernel must be told of one row all the same."""
+    shape, spec = Shape(), AttentionSpec(0.25)
+    check(ragged(shape, spec, [], []), shape, spec, 128, 1e-5)
+
+
+class Place:
+    def __init__(self, platform: str):
+        self.platform = platform
+
+
+@pytest.mark.parametrize(
+    ("platform", "heads", "head_dim", "dtype", "expected"),
+    [
+        ("cpu", 8, 128, "bfloat16", (False, 128)),
+        ("gpu", 8, 64, "bfloat16", (False, 64)),
+        ("tpu", 8, 128, "bfloat16", (True, 128)),
+        ("tpu", 8, 64, "bfloat16", (True, 128)),  # padded
+        ("tpu", 2, 80, "float32", (True, 128)),
+        ("tpu", 8, 256, "bfloat16", (True, 256)),
+        ("tpu", 3, 128, "bfloat16", (False, 128)),  # heads that fill no tiles
+        ("tpu", 8, 128, "float16", (False, 128)),
+    ],
+)
+def test_the_layout_suits_the_device(platform, heads, head_dim, dtype, expected):
+    layout = CacheLayout.choose(2, heads, head_dim, dtype, Place(platform))
+    assert (layout.packed, layout.head_dim) == expected
+    (first, _) = layout.shapes(5, 16)
+    nbytes = sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in first)
+    assert layout.bytes_per_token == 2 * nbytes / (5 * 16)
+
+
+def test_a_row_that_has_stopped():
+    """A decoding row in a mixed call whose sequence has ended: it writes nothing, and nothing is asked of it."""
+    shape, spec = Shape(), AttentionSpec(0.25)
+    case = ragged(shape, spec, [40, 15, 300], [(0, 30)])
+    lengths = case.batch.kv_len.copy()
+    lengths[1] = 0
+    batch = dataclasses.replace(case.batch, kv_len=lengths)
+    out, cache = attend_packed(case.q, case.k, case.v, packed(case.cache, 128), batch, spec, kernel)
+    used = live(batch)
+    assert np.abs(np.asarray(out) - case.out)[used].max() < 2e-5
+    assert not np.asarray(out)[1].any()
+    page, _, slot = slots(batch.pages[1], 15, 16, 16)
+    before = packed(case.cache, 128).kv
+    np.testing.assert_array_equal(np.asarray(cache.kv)[page, slot], np.asarray(before)[page, slot])
