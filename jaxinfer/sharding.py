@@ -33,7 +33,6 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "vocab": TENSOR,
     "embed": (FSDP,),
 }
-SLOTS = PartitionSpec(ROWS)
 PADDED = ("mlp", "vocab")  # these can be any size: what is missing to a multiple is zeros
 
 

@@ -31,7 +31,7 @@ from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.leader import Leader
 from jaxinfer.engine.options import LoadOptions, check_options
 from jaxinfer.engine.pages import PageAllocator
-from jaxinfer.engine.programs import Programs, cache_layout
+from jaxinfer.engine.programs import Programs, cache_layout, placed_slots
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
@@ -39,7 +39,6 @@ from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, page
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sampling.slots import Slots
 from jaxinfer.sharding import ROWS, axis_size, describe, make_mesh, placed
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
@@ -276,7 +275,7 @@ def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack
     if given["kv_cache_memory"] is not None:
         return given["kv_cache_memory"]
     device = place.devices.flat[0] if isinstance(place, Mesh) else place
-    slots = device_bytes(Slots.shapes(_limits(given, place)[0], model.config.vocab_size))
+    slots = device_bytes(placed_slots(model, place, _limits(given, place)[0]))
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:
         return max(0, int(psutil.virtual_memory().total * CPU_SHARE) - slots)

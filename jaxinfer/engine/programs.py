@@ -22,7 +22,7 @@ from jaxinfer.models.model import Model
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.sample import no_logprobs
 from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
-from jaxinfer.sharding import ROWS, SLOTS, axis_size, placed, replicated
+from jaxinfer.sharding import ROWS, axis_size, placed, replicated
 
 Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
 PREPARE: Key = ("prepare slot", 1, 1)
@@ -34,6 +34,16 @@ def cache_layout(model: Model, place: jax.Device | Mesh) -> CacheLayout:
     config = model.config
     dtype = next(iter(model.abstract.values())).dtype
     return CacheLayout.choose(config.num_layers, config.num_kv_heads, config.head_dim, dtype, place)
+
+
+def placed_slots(model: Model, place: jax.Device | Mesh, max_rows: int) -> Slots:
+    """Slots for `max_rows` sequences on each shard of rows."""
+    vocab = model.config.vocab_size
+    if not isinstance(place, Mesh):
+        return _structs(Slots.shapes(max_rows, vocab), SingleDeviceSharding(place))
+    slots = Slots.shapes(axis_size(place, ROWS) * (max_rows + 1) - 1, vocab)
+    specs = Slots.specs(vocab, place)
+    return Slots(**{name: _structs(getattr(slots, name), NamedSharding(place, spec)) for name, spec in specs.items()})
 
 
 @dataclass(frozen=True)
@@ -85,14 +95,10 @@ class Programs:
     @cached_property
     def state(self) -> State:
         """Cache and slots."""
-        config = self.model.config
         layout = cache_layout(self.model, self.place)
         cache = layout.shapes(self.shards * self.num_pages, self.page_size)
-        slots = Slots.shapes(self.shards * (self.max_rows + 1) - 1, config.vocab_size)
-        if self.mesh is None:
-            return State(self._structs(cache), self._structs(slots))
-        held, by_row = NamedSharding(self.mesh, layout.spec), NamedSharding(self.mesh, SLOTS)
-        return State(_structs(cache, held), _structs(slots, by_row))
+        held = self.whole if self.mesh is None else NamedSharding(self.mesh, layout.spec)
+        return State(_structs(cache, held), placed_slots(self.model, self.place, self.max_rows))
 
     def keys(self) -> list[Key]:
         """All programs that an engine can need."""

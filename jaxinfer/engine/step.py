@@ -217,14 +217,17 @@ def _anywhere(condition: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def _logits_of(module: CausalLM, model: Model, mesh: Mesh | None) -> LogitsOf:
-    """Logits of all of the vocabulary, and no more of it, on each device."""
+    """Logits of the vocabulary, and no more of it. Each tensor device has its part of them, and sampling is done in
+    parts; all have all of them where the vocabulary had to be padded."""
+    vocab = model.config.vocab_size
 
     def logits_of(x: jax.Array) -> jax.Array:
         logits = module.logits(x, mesh)
-        if mesh is not None:  # each device's part of the vocabulary first, or XLA would gather the head's weights
+        if mesh is not None:  # also where they are put together next, or XLA would gather the head's weights
             logits = lax.with_sharding_constraint(logits, PartitionSpec(None, TENSOR))
-            logits = lax.with_sharding_constraint(logits, PartitionSpec())
-        return logits[:, : model.config.vocab_size]
+            if logits.shape[1] != vocab:
+                logits = lax.with_sharding_constraint(logits, PartitionSpec())
+        return logits[:, :vocab]
 
     return logits_of
 

@@ -9,11 +9,10 @@ from typing import Any, Unpack, get_args
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.load import MAX_STEPS
 from jaxinfer.engine.options import DType, LoadOptions, check_options
-from jaxinfer.engine.programs import Programs, cache_layout
+from jaxinfer.engine.programs import Programs, cache_layout, placed_slots
 from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size, size_cache
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import GIB, Slice
-from jaxinfer.sampling.slots import Slots
 from jaxinfer.sharding import FSDP, ROWS, TENSOR, axis_size, describe, make_mesh, tensor_sizes
 
 
@@ -111,7 +110,7 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
         )
 
     weights = device_bytes(programs(2, size).params)  # which don't depend on the cache
-    slots = device_bytes(Slots.shapes(rows, shape.vocab_size))
+    slots = device_bytes(placed_slots(model, where, rows))
     available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - weights - slots
     try:
         sizes = size_cache(

@@ -6,13 +6,15 @@ A sequence keeps its slot while it runs. The last slot is nobody's: unused rows 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.sampling.params import MAX_LOGIT_BIAS
+from jaxinfer.sharding import ROWS, TENSOR, axis_size
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +48,14 @@ class Slots:
             bias_ids=array("int32", MAX_LOGIT_BIAS),
             bias=array("float32", MAX_LOGIT_BIAS),
         )
+
+    @staticmethod
+    def specs(vocab: int, mesh: Mesh) -> dict[str, PartitionSpec]:
+        """How each array is split over a mesh: as rows are, and as the logits' vocabulary is."""
+        whole, parts = PartitionSpec(ROWS), PartitionSpec(ROWS, TENSOR)
+        by_token = whole if vocab % axis_size(mesh, TENSOR) else parts
+        names = (one.name for one in fields(Slots))
+        return {name: by_token if name in ("in_prompt", "in_output") else whole for name in names}
 
 
 @jax.tree_util.register_dataclass

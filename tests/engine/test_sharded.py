@@ -115,6 +115,34 @@ def test_eight_devices_and_what_does_not_divide(wide, which, request):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
+def test_sampling_from_parts_of_the_vocabulary(checkpoints):
+    """4 divides the vocabulary of 300: no device ever has all logits. Draws, masks and penalties are the same."""
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(0, 300, n).tolist() for n in (9, 30, 14, 25)]
+    params = [
+        SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=1, max_tokens=12, logprobs=3, ignore_eos=True),
+        SamplingParams(temperature=0.8, repetition_penalty=1.3, presence_penalty=0.4, seed=2, max_tokens=12),
+        SamplingParams(temperature=1.0, seed=3, allowed_token_ids=[1, 2, 150, 299], max_tokens=12),
+        SamplingParams(temperature=0.7, min_p=0.05, seed=4, max_tokens=12, prompt_logprobs=2),
+    ]
+    found = []
+    for mesh in (None, "tensor=4"):
+        with LLM(checkpoints("llama").folder, mesh=mesh, **OPTIONS) as llm:
+            outputs = llm.generate(prompts, params)
+            found.append(
+                ([o.outputs[0].token_ids for o in outputs], outputs[0].outputs[0].logprobs, llm.score(prompts))
+            )
+            slots = llm.engine.runner.state.slots
+            assert slots.in_output.sharding.shard_shape(slots.in_output.shape)[1] == (75 if mesh else 300)
+    (alone, ours, scores), (split, theirs, others) = found
+    assert alone == split
+    for one, other in zip(ours, theirs, strict=True):
+        assert list(one) == list(other)
+        assert [p.rank for p in one.values()] == [p.rank for p in other.values()]
+    for one, other in zip(scores, others, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
 def test_each_device_holds_its_part_and_no_more(split):
     runner = split.engine.runner
     shapes = {name: array.sharding.shard_shape(array.shape) for name, array in runner.params.items()}

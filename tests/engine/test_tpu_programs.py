@@ -1,4 +1,4 @@
-"""The engine's real programs through the real TPU compiler, for a slice that is not there (libtpu, no TPU)."""
+"""The engine's real programs through the real TPU compiler, for slices that are not there (libtpu, no TPU)."""
 
 import json
 import math
@@ -14,57 +14,104 @@ pytest.importorskip("libtpu")
 SCRIPT = """
 import json, re, sys
 import jax, numpy as np
-from jax.experimental import topologies
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
 from jaxinfer.models.model import Model
+from jaxinfer.plan.places import find_place
 from jaxinfer.sharding import make_mesh
 
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
     "tie_word_embeddings": False, "rope_theta": 500000.0,
 }
-name, chips, tensor = sys.argv[1], tuple(map(int, sys.argv[2].split("x"))), int(sys.argv[3])
-topology = topologies.get_topology_desc(topology_name=name, platform="tpu", chips_per_host_bounds=chips)
-mesh = make_mesh(f"tensor={tensor}", topology.devices, 32, 8, 4096)
-programs = Programs(
-    Model.from_config(LLAMA_8B, "bfloat16"), mesh, Buckets.make(64, 1024), num_pages=1025, page_size=32,
-    max_model_len=4096, max_rows=64, max_steps=32,
-)
 
 def size(tree):
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
-for key in (("decode", 64, 64), ("step", 256, 64)):
-    compiled = programs.lower(key).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    print(json.dumps({
-        "key": key, "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes, "weights": size(programs.params), "state": size(programs.state),
-        "cache": size(programs.state.cache),
-        "reductions": len(re.findall(r"= \\S+ all-reduce(?:-start)?\\(", text)),
-        "gathered": re.findall(r"= \\w+\\[([\\d,]*)\\]\\S* all-gather(?:-start)?\\(", text),
-    }))
+for case in json.loads(sys.argv[1]):
+    devices = find_place(case["topology"]).devices
+    config = LLAMA_8B | case["config"]
+    heads = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
+    rows = case["rows"]
+    programs = Programs(
+        Model.from_config(config, "bfloat16"), make_mesh(case["mesh"], devices, *heads) or devices[0],
+        Buckets.make(rows, 1024), num_pages=1025, page_size=case.get("page_size", 64), max_model_len=4096,
+        max_rows=rows, max_steps=32,
+    )
+    for key in (("decode", rows, rows), ("step", case["tokens"], rows)):
+        compiled = programs.lower(key).compile()
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        found = {kind: re.findall(rf"= \\w+\\[([\\d,]*)\\]\\S* {kind}(?:-start)?\\(", text)
+                 for kind in ("all-reduce", "all-gather")}
+        print(json.dumps({
+            "key": key, "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes, "weights": size(programs.params), "state": size(programs.state),
+            "cache": size(programs.state.cache), "kernels": len(re.findall("custom_call_target=.tpu_custom_call", text)),
+            "copied": re.findall(r"= bf16\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
+        } | found))
 """
 QUIET = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+MIB = 2**20
 
 
-def test_compiled_for_a_slice():
-    """Llama 8B's widths, two layers: the pool is aliased, weights stay where they are, two reductions a layer."""
+def compiled(*cases):
+    """For each case the decoding program and a mixed one."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "v5e:2x4", "2x4x1", "8"],
+        [sys.executable, "-c", SCRIPT, json.dumps(cases)],
         capture_output=True,
         text=True,
         env=os.environ | QUIET | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 2
-    for figures in lines:
+    assert len(lines) == 2 * len(cases)
+    return lines
+
+
+def elements(shapes):
+    return [math.prod(map(int, shape.split(","))) for shape in shapes if shape]
+
+
+def test_compiled_for_a_slice():
+    """Llama 8B's widths, two layers: the pool is aliased, weights stay where they are, two reductions a layer, pages are
+    read in place, and sampling has no more than a part of the logits."""
+    layers = 2
+    case = {"topology": "v5e-8", "mesh": "tensor=8", "rows": 64, "tokens": 1024}
+    for figures, most in zip(compiled(case | {"config": {"num_hidden_layers": layers}}), (80, 160), strict=True):
         assert figures["arguments"] == pytest.approx(figures["weights"] + figures["state"], rel=0.01)
-        assert figures["aliased"] >= figures["cache"]
-        assert figures["reductions"] == 2 * 2 + 1
-        gathered = [math.prod(map(int, shape.split(","))) for shape in figures["gathered"]]
-        assert all(count in (64 * 128256, 128 * 128256) for count in gathered), "more than logits"
-        assert figures["temporaries"] < 200 * 2**20
+        assert figures["aliased"] >= figures["state"]
+        assert figures["kernels"] == layers
+        assert not figures["copied"]
+        rows = figures["key"][1]
+        assert sum(count == rows * 4096 for count in elements(figures["all-reduce"])) == 2 * layers + 1
+        others = [c for c in elements(figures["all-reduce"] + figures["all-gather"]) if c != rows * 4096]
+        assert max(others) <= 8 * 128 * 20, "more than the likeliest tokens of each device"
+        assert figures["temporaries"] < most * MIB
+
+
+@pytest.mark.slow
+def test_weights_are_gathered_a_layer_at_a_time():
+    """What a program needs beside its arguments doesn't grow with the layers; it is about two layers' weights."""
+    case = {"topology": "v5e-8", "mesh": "fsdp=4,tensor=2", "rows": 8, "tokens": 128}
+    few, _, many, _ = compiled(*(case | {"config": {"num_hidden_layers": n, "vocab_size": 8192}} for n in (4, 7)))
+    layer = (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336) * 2 / 2
+    assert abs(many["temporaries"] - few["temporaries"]) < layer / 4
+    assert many["temporaries"] < 2.5 * layer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4-8", "v5e-1", "v5p-8", "v6e-1", "tpu7x-1"])
+def test_the_kernel_compiles(topology):
+    """Head sizes that are padded, windows, one and many key/value heads."""
+    small = {"num_hidden_layers": 1, "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512}
+    models = (
+        {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64},
+        {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128},
+        {"model_type": "mistral", "num_attention_heads": 8, "num_key_value_heads": 2, "sliding_window": 100},
+    )
+    case = {"topology": topology, "mesh": "data=1", "rows": 16, "tokens": 128}
+    for figures in compiled(*(case | {"config": small | model} for model in models)):
+        assert figures["kernels"] == 1
+        assert figures["aliased"] >= figures["state"]
+        assert figures["temporaries"] < figures["cache"]
