@@ -47,7 +47,8 @@ for case in json.loads(sys.argv[1]):
         print(json.dumps({
             "key": key, "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
             "aliased": memory.alias_size_in_bytes, "weights": size(programs.params), "state": size(programs.state),
-            "cache": size(programs.state.cache), "kernels": len(re.findall("custom_call_target=.tpu_custom_call", text)),
+            "cache": size(programs.state.cache),
+            "kernels": len(re.findall("custom_call_target=.tpu_custom_call", text)),
             "copied": re.findall(r"= bf16\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
         } | found))
 """
@@ -74,8 +75,8 @@ def elements(shapes):
 
 
 def test_compiled_for_a_slice():
-    """Llama 8B's widths, two layers: the pool is aliased, weights stay where they are, two reductions a layer, pages are
-    read in place, and sampling has no more than a part of the logits."""
+    """Llama 8B's widths, two layers: the pool is aliased, weights stay where they are, two reductions a layer, pages
+    are read in place, and sampling has no more than a part of the logits."""
     layers = 2
     case = {"topology": "v5e-8", "mesh": "tensor=8", "rows": 64, "tokens": 1024}
     for figures, most in zip(compiled(case | {"config": {"num_hidden_layers": layers}}), (80, 160), strict=True):
