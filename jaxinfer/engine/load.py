@@ -218,9 +218,10 @@ def _programs(
     if compiled is not None:
         sizes = compiled.sizes
     else:
+        length = given["max_model_len"] or model.config.max_context
         sizes = size_cache(
             bytes_per_token=cache_layout(model, place).bytes_per_token,
-            page_size=page_size(given, place),
+            page_size=page_size(given["page_size"], place, max_rows, length),
             max_num_seqs=max_rows,
             max_model_len=given["max_model_len"],
             max_context=model.config.max_context,

@@ -28,7 +28,8 @@ class LoadOptions(TypedDict, total=False):
     seed: of requests that have no seed of their own.
     revision, token: of a hub id, as huggingface_hub has them.
     max_num_seqs: most sequences that run at once (256; 64 on CPU). max_num_batched_tokens: most tokens of one device
-        call (2,048; 512 on CPU): longer prompts go in chunks. page_size: tokens a page of the cache (16; 64 on TPU).
+        call (2,048; 512 on CPU): longer prompts go in chunks. page_size: tokens a page of the cache (16; on TPU
+        64, or what long sequences need).
     memory_utilization: share of an accelerator's memory for weights, cache and all else (0.9). On CPU the cache takes
         at most 10% of the machine's memory.
     kv_cache_memory: bytes of the KV cache on each device. None: what `max_num_seqs` sequences need, as far as there is

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 CPU_SHARE = 0.1  # of the machine's memory goes to the cache on CPU, at most
 DEVICE_SHARE = 0.9  # of an accelerator's memory is used in all
+PAGE_TABLE = 2**18  # bytes, at most, on TPU
 RESERVE = 0.05  # of an accelerator's memory stays free of weights and cache, for what steps compute
 
 
@@ -25,11 +25,21 @@ class Sizes:
     bytes: int
 
 
-def page_size(given: Mapping[str, Any], place: jax.Device | Mesh) -> int:
-    """What is asked for; else small pages, of which sequences share more, but on TPU, where the kernel keeps the page
-    table in a small memory of its own."""
+def page_size(wanted: int | None, place: jax.Device | Mesh, max_num_seqs: int, max_model_len: int) -> int:
+    """Tokens a page. Small pages are shared by more sequences. But the TPU's kernel keeps the page table of all rows in
+    a small memory of its own, so there they are as large as that needs. Raises ValueError if `wanted` is too small."""
     device = place.devices.flat[0] if isinstance(place, Mesh) else place
-    return int(given["page_size"] or (64 if device.platform == "tpu" else 16))
+    if device.platform != "tpu":
+        return wanted or 16
+    fitting = 64 if wanted is None else 1
+    while 4 * max_num_seqs * -(-max_model_len // fitting) > PAGE_TABLE:
+        fitting *= 2
+    if wanted is not None and wanted < fitting:
+        raise ValueError(
+            f"page_size is {wanted}: on TPU, {max_num_seqs} sequences of up to {max_model_len} tokens need at least "
+            f"{fitting}; or lower max_num_seqs or max_model_len"
+        )
+    return wanted or fitting
 
 
 def size_cache(

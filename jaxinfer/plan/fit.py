@@ -95,7 +95,8 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     where = mesh or place.devices[0]
     shards = axis_size(mesh, ROWS)
     rows, tokens = -(-rows // shards), -(-tokens // shards)
-    size, per_token = page_size(given, where), cache_layout(model, where).bytes_per_token
+    size = page_size(given["page_size"], where, rows, given["max_model_len"] or shape.max_context)
+    per_token = cache_layout(model, where).bytes_per_token
 
     def programs(num_pages: int, max_model_len: int) -> Programs:
         return Programs(

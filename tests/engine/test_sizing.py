@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jaxinfer.engine.sizing import Sizes, size_cache
+from jaxinfer.engine.sizing import Sizes, page_size, size_cache
 
 GIB = 2**30
 
@@ -68,3 +68,18 @@ def test_the_error_has_the_numbers():
 def test_beyond_what_the_model_is_defined_for():
     with pytest.raises(ValueError, match="max_model_len is 1001: config"):
         size(max_model_len=1001)
+
+
+class Place:
+    def __init__(self, platform: str):
+        self.platform = platform
+
+
+def test_pages_are_as_large_as_their_table_needs_on_tpu():
+    assert page_size(None, Place("cpu"), 256, 131072) == 16
+    assert page_size(8, Place("gpu"), 256, 131072) == 8
+    assert page_size(None, Place("tpu"), 64, 4096) == 64
+    assert page_size(None, Place("tpu"), 256, 131072) == 512  # 256 rows of 256 pages: 256 KiB
+    assert page_size(256, Place("tpu"), 128, 131072) == 256
+    with pytest.raises(ValueError, match=r"page_size is 16: on TPU, 256 sequences of up to 131072 tokens need .* 512;"):
+        page_size(16, Place("tpu"), 256, 131072)
