@@ -1,6 +1,8 @@
 """Hostile defaults for all tests: 8 fake CPU devices, strict dtype promotion, warnings are errors (pyproject.toml)."""
 
+import atexit
 import os
+import shutil
 import signal
 import tempfile
 
@@ -8,7 +10,9 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("JAXINFER_CACHE_DIR", tempfile.mkdtemp(prefix="jaxinfer-test-programs-"))
+if "JAXINFER_CACHE_DIR" not in os.environ:  # processes that run a part of the tests have it from the first one
+    os.environ["JAXINFER_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxinfer-test-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAXINFER_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
