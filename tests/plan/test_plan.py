@@ -63,9 +63,9 @@ def test_a_plan(cli, model):
     assert sizes["total"] == sum(sizes[name] for name in parts)
     assert sizes["free"] == sizes["memory"] - sizes["total"] > 0
     assert figures["cache_tokens"] == 8 * 256  # eight sequences of the longest kind
-    for one in figures["programs"]:  # two reductions a layer, and the embedding's
-        assert one["collectives"]["all-reduce"]["count"] == 5
-        assert not set(one["collectives"]) - {"all-reduce", "all-gather"}
+    for one in figures["programs"]:  # two reductions a layer, the embedding's, and small ones where it samples
+        assert one["collectives"]["all-reduce"]["count"] > 5
+        assert all(found["bytes"] < 2**17 for kind, found in one["collectives"].items() if kind != "all-reduce")
     # What of it is predicted from shapes, and what the compiler reports.
     held = sizes["weights"] + sizes["cache"] + sizes["slots"]
     assert held == pytest.approx(max(one["arguments"] for one in figures["programs"]), rel=0.03)
@@ -131,14 +131,14 @@ def test_wrong_meshes_and_models(cli, model):
         "tensor=3 does not divide the model's 8"
         in cli("plan", model, "--topology", "v5e-8", "--mesh", "tensor=3").error()
     )
-    assert "there are 4 devices" in cli("plan", model, "--topology", "v5e-4", "--mesh", "tensor=8").error()
+    assert "it needs 8 devices and there are 4" in cli("plan", model, "--topology", "v5e-4", "--mesh", "tensor=8").error()
     assert "no such folder" in cli("plan", model / "nothing", "--topology", "v5e-4").error()
 
 
 def test_what_the_compiler_refuses(cli, model):
-    """Heads of 64 take twice the room in its layout, and then some."""
+    """Three heads fill no tiles of the kernel, and for attention in plain XLA it copies the pool."""
     pytest.importorskip("libtpu")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 2**22}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "max_position_embeddings": 2**22}
     (model / "config.json").write_text(json.dumps(SMALL | heads))
     arguments = "--topology", "v5e-1", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"
     code, out, err = cli("plan", model, *arguments)
