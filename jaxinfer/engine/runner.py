@@ -143,7 +143,7 @@ class Runner:
             for done, future in enumerate([pool.submit(self._compile, key) for key in missing], 1):
                 future.result()
                 if self.on_compile is not None:
-                    self.on_compile(f"compiled {done} of {len(missing)} programs")
+                    self.on_compile(f"{'loaded' if self._compiled else 'compiled'} {done} of {len(missing)} programs")
         self.compile_seconds += time.perf_counter() - start
 
     def _launch_step(self, schedules: Sequence[Schedule]) -> Launched:

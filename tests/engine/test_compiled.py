@@ -109,10 +109,11 @@ def test_every_program_is_there(model, original):
         assert len(list(original.glob("*.xla"))) == len(llm.engine.runner.programs.keys())
 
 
-def test_on_a_mesh(model, expected, tmp_path):
+@pytest.mark.parametrize("mesh", ["tensor=2", "data=2"])
+def test_on_a_mesh(model, expected, tmp_path, mesh):
     """Two of this process's eight devices; elsewhere, two of two, and one, which is not enough."""
     folder = tmp_path / "two"
-    ship(*local_programs(config_of(model), OPTIONS | {"mesh": "tensor=2"}), str(folder), lambda: None)
+    ship(*local_programs(config_of(model), OPTIONS | {"mesh": mesh}), str(folder), lambda: None)
     found, said = elsewhere(model, devices=2, compiled=folder)
     assert (found["tokens"], found["compiled"], said) == (expected, 0, "")
     found, said = elsewhere(model, devices=1, compiled=folder)
