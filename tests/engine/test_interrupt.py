@@ -6,6 +6,7 @@ from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.generation import Generation
 from jaxinfer.engine.runner import Launched, Runner
 from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.shards import Shards
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 
@@ -28,7 +29,7 @@ def expected(llm):
         (Runner, "_launch_decode"),
         (Runner, "_executable"),  # the program runs, and its results, the cache among them, never arrive
         (Launched, "wait"),
-        (Scheduler, "add"),
+        (Shards, "add"),
         (Scheduler, "schedule"),
         (Scheduler, "publish"),
         (Scheduler, "finish"),
