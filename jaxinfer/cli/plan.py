@@ -52,6 +52,8 @@ def plan(
     if the model does not. Where nobody says a dtype it is bfloat16.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
+    if load.compiled is not None:
+        raise ValueError("--compiled is for commands that run a model: a plan compiles anew")
     load = with_argument(what, load)
     deployment = None
     if load.config is not None:
@@ -129,6 +131,8 @@ def _sweep(
 
 def with_argument(what: str | None, load: LoadOptions) -> LoadOptions:
     """The argument as the option that it stands for."""
+    if load.revision is not None:
+        raise ValueError("--revision is of a model on the hub, and nothing is downloaded here: give a model's folder")
     if what is not None:
         is_config = Path(what).suffix in (".yaml", ".yml")
         if (load.config if is_config else load.model) is not None:

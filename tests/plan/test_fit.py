@@ -124,6 +124,8 @@ def test_sweeping_from_the_command_line(cli, tmp_path):
     assert {one["topology"] for one in only} == {"v6e-4"}
     assert "from shapes alone" in cli("plan", file, "--sweep").out
     assert "leave --mesh out" in cli("plan", file, "--sweep", "--mesh", "tensor=4").error()
+    assert "a plan compiles anew" in cli("plan", file, "--sweep", "--compiled", "programs").error()
+    assert "nothing is downloaded here" in cli("plan", file, "--sweep", "--revision", "main").error()
     code, out, err = cli("plan", file, "--sweep", "--topology", "t4", "--max-model-len", "4096")
     assert (code, out) == (1, "")
     assert "none of 1 meshes fits" in err
