@@ -11,7 +11,8 @@ def parse_shard(given: str | None, environment: Mapping[str, str] = os.environ) 
     """I and N of "I/N", where I counts from 0. Without it, on many hosts, those of a TPU slice (TPU_WORKER_ID,
     TPU_WORKER_HOSTNAMES) or of Slurm (SLURM_PROCID, SLURM_NTASKS); else 0 of 1. Raises ValueError."""
     if given is None:
-        if (workers := environment.get("TPU_WORKER_HOSTNAMES")) and "TPU_WORKER_ID" in environment:
+        # Where there is no TPU, its library puts a warning into these variables.
+        if (workers := environment.get("TPU_WORKER_HOSTNAMES")) and environment.get("TPU_WORKER_ID", "").isdigit():
             given = f"{environment['TPU_WORKER_ID']}/{len(workers.split(','))}"
         elif "SLURM_PROCID" in environment and "SLURM_NTASKS" in environment:
             given = f"{environment['SLURM_PROCID']}/{environment['SLURM_NTASKS']}"

@@ -119,6 +119,7 @@ def test_a_part_that_was_changed(shard, tmp_path):
         (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
         (None, {"TPU_WORKER_ID": "3", "TPU_WORKER_HOSTNAMES": "a,b,c,d"}, (3, 4)),
         (None, {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, (0, 1)),
+        (None, {"TPU_WORKER_ID": "WARNING: no number", "TPU_WORKER_HOSTNAMES": "localhost"}, (0, 1)),
     ],
 )
 def test_which_shard(given, environment, expected):

@@ -91,7 +91,7 @@ def make(jobs, tmp_path_factory, count, rows_per_part):
     return Case(jobs, folder / "rows.jsonl", folder, rows_per_part)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed(small, tmp_path, seed):
     small.kill(random.Random(seed), tmp_path / "out")
 

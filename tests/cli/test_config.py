@@ -34,6 +34,7 @@ def test_score(cli, config):
     assert "max_model_len" in said.err
 
 
+@pytest.mark.slow
 def test_bench(cli, config):
     lengths = ["--num-prompts", "1", "--output-len", "2"]
     assert "max_model_len" in cli("bench", "throughput", "--config", config, "--input-len", "50", *lengths).error()

@@ -171,6 +171,7 @@ def commands(*arguments):
 LOADED = ("--mesh", "tensor=8", "--max-model-len", 64)
 
 
+@pytest.mark.slow
 def test_the_command_line(wide, cli):  # noqa: F811
     """Only process 0 prints, and on stdout only results."""
     asked = ("generate", "--model", wide, "--json", "--max-tokens", 6, "--temperature", 0, "Hello")

@@ -76,6 +76,7 @@ def test_a_common_beginning_is_computed_once(folder, without):
         assert llm.stats.hit_tokens - hits >= SHARED * REQUESTS
 
 
+@pytest.mark.slow
 def test_with_hardly_any_room(folder, without):
     """Room for two sequences: pages are evicted and requests preempted all the time."""
     bytes_per_page = 256 * 16

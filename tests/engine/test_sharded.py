@@ -93,7 +93,7 @@ def rows(wide):
         yield llm
 
 
-@pytest.mark.parametrize("which", ["split", "rows"])
+@pytest.mark.parametrize("which", ["rows", pytest.param("split", marks=pytest.mark.slow)])
 def test_eight_devices_and_what_does_not_divide(wide, which, request):
     split = request.getfixturevalue(which)
     rng = np.random.default_rng(1)

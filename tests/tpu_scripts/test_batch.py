@@ -81,6 +81,7 @@ def test_shellcheck():
     assert (done.returncode, done.stdout) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_job_that_is_preempted(cloud, tmp_path):
     """The real command, killed in the middle with its VM, goes on on the next one."""
     rows = "".join(json.dumps({"prompt": f"What is {i} + {i}?", "id": i}) + "\n" for i in range(200, 320))
