@@ -176,11 +176,19 @@ def _terminable(grace: float) -> Iterator[Callable[[], bool]]:
     def order(*_: Any) -> None:
         raise Terminated
 
+    def interrupt(*_: Any) -> None:
+        # Raised in the middle of garbage collection it is lost: then it comes again.
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+        raise KeyboardInterrupt
+
     before = signal.signal(signal.SIGTERM, ask), signal.signal(signal.SIGALRM, order)
+    on_interrupt = signal.signal(signal.SIGINT, interrupt)
     try:
         yield asked.is_set
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGINT, on_interrupt)
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGALRM, before[1])
 
