@@ -110,9 +110,14 @@ def make_mesh(
     return Mesh(grid, (*ROWS, *TENSOR), axis_types=(AxisType.Auto,) * 4)
 
 
-def axis_size(mesh: Mesh | None, axes: Sequence[str]) -> int:
-    """How many parts mesh axes make together: `axis_size(mesh, ROWS)`."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+def axis_size(place: jax.Device | Mesh | None, axes: Sequence[str]) -> int:
+    """How many parts mesh axes make together: `axis_size(mesh, ROWS)`; 1 where there is no mesh."""
+    return math.prod(place.shape[axis] for axis in axes) if isinstance(place, Mesh) else 1
+
+
+def devices_of(place: jax.Device | Mesh) -> list[jax.Device]:
+    """The device, or those of the mesh in its order."""
+    return list(place.devices.flat) if isinstance(place, Mesh) else [place]
 
 
 def partition(axes: Sequence[str | None]) -> PartitionSpec:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxinfer.sharding import KV, ROWS, axis_size
+from jaxinfer.sharding import KV, ROWS, axis_size, devices_of
 
 LANES = 128  # the last axis of an array comes in multiples of this on TPU
 SUBLANES = 8
@@ -60,13 +60,11 @@ class CacheLayout:
         cls, num_layers: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike, place: jax.Device | Mesh
     ) -> CacheLayout:
         """What suits the device and the attention that there is for it."""
-        mesh = place if isinstance(place, Mesh) else None
-        device = place.devices.flat[0] if isinstance(place, Mesh) else place
-        parts, kind = axis_size(mesh, (KV,)), jnp.dtype(dtype)
+        parts, kind = axis_size(place, (KV,)), jnp.dtype(dtype)
         # The kernel wants the pairs of heads of a device to fill whole tiles, and knows these two types.
         packing = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 1}.get(kind, 0)
         rows = 2 * num_kv_heads // parts // max(packing, 1)
-        packed = device.platform == "tpu" and packing > 0 and (rows in (1, 2, 4) or rows % SUBLANES == 0)
+        packed = devices_of(place)[0].platform == "tpu" and packing > 0 and (rows in (1, 2, 4) or rows % SUBLANES == 0)
         kept = -(-head_dim // LANES) * LANES if packed else head_dim
         return cls(num_layers, num_kv_heads, parts, kept, kind, packed)
 

@@ -13,7 +13,7 @@ import typer
 
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
-from jaxinfer.cli.plan import architecture, with_argument
+from jaxinfer.cli.plan import architecture, named
 
 if TYPE_CHECKING:
     from jaxinfer.engine.programs import Programs
@@ -48,13 +48,8 @@ def compile(
 
     if load.compiled is not None:
         raise ValueError("--compiled is what other commands take; here it is --output")
-    load = with_argument(what, load)
-    deployment = None
-    if load.config is not None:
-        from jaxinfer.engine.deployment import read_deployment
-
-        deployment = read_deployment(load.config)
-        topology = topology or deployment.topology
+    load, deployment = named(what, load)
+    topology = topology or (deployment.topology if deployment else None)
     if topology is not None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
     model, options = load.loading(**dataclasses.asdict(batching))

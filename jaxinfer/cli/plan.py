@@ -54,12 +54,7 @@ def plan(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
     if load.compiled is not None:
         raise ValueError("--compiled is for commands that run a model: a plan compiles anew")
-    load = with_argument(what, load)
-    deployment = None
-    if load.config is not None:
-        from jaxinfer.engine.deployment import read_deployment
-
-        deployment = read_deployment(load.config)
+    load, deployment = named(what, load)
     model, options = load.loading(**dataclasses.asdict(batching))
     if sweep and load.mesh is not None:
         raise ValueError("--sweep tries all meshes: leave --mesh out")
@@ -129,8 +124,8 @@ def _sweep(
         print_sweep(found, refused, context)
 
 
-def with_argument(what: str | None, load: LoadOptions) -> LoadOptions:
-    """The argument as the option that it stands for."""
+def named(what: str | None, load: LoadOptions) -> tuple[LoadOptions, Deployment | None]:
+    """The argument as the option that it stands for; and the deployment, if it is one."""
     if load.revision is not None:
         raise ValueError("--revision is of a model on the hub, and nothing is downloaded here: give a model's folder")
     if what is not None:
@@ -141,7 +136,11 @@ def with_argument(what: str | None, load: LoadOptions) -> LoadOptions:
         load = dataclasses.replace(load, config=what) if is_config else dataclasses.replace(load, model=what)
     if load.config is None and load.model is None:
         raise ValueError("no model is named: give CONFIG.yaml, or a model's folder and --topology")
-    return load
+    if load.config is None:
+        return load, None
+    from jaxinfer.engine.deployment import read_deployment
+
+    return load, read_deployment(load.config)
 
 
 def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -> Mapping[str, Any]:

@@ -40,8 +40,8 @@ class Leader:
         self._say("close")
         self._thread.shutdown()
 
-    def _say(self, what: str, *more: bytes) -> None:
-        self._thread.submit(self._group.send, Kind.COMMAND, json.dumps([what]).encode(), b"\n", *more).result()
+    def _say(self, what: str) -> None:
+        self._thread.submit(self._group.send, Kind.COMMAND, json.dumps([what]).encode() + b"\n").result()
 
     def _call(self, key: Key, given: tuple[Any, ...], call: Callable[[Key, tuple[Any, ...]], Any]) -> Any:
         self._group.send(Kind.COMMAND, pack(key, given))

@@ -39,7 +39,7 @@ from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, page
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sharding import ROWS, axis_size, describe, make_mesh, placed
+from jaxinfer.sharding import ROWS, axis_size, describe, devices_of, make_mesh, placed
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
@@ -132,7 +132,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     available = _available(abstract, place, given)
     if group is not None:
         available = min(group.gather(available))
-    programs, sizes = _programs(abstract, place, given, available, compiled)
+    programs, sizes = sized_programs(abstract, place, given, available, compiled)
     if given["max_model_len"] is None and sizes.max_model_len < shape.max_context:
         log.warning(
             "max_model_len is %d of the model's %d tokens: more does not fit in the KV cache",
@@ -191,7 +191,7 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     model = Model.from_config(config, _dtype(given["dtype"], config, None, devices[0]))
     place = _place(model, devices, given["mesh"])
     weights = device_bytes({name: placed(s, model.axes[name], place) for name, s in model.abstract.items()})
-    return _programs(model, place, given, _available(model, place, given, weights=weights))
+    return sized_programs(model, place, given, _available(model, place, given, weights=weights))
 
 
 def _place(model: Model, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
@@ -210,11 +210,12 @@ def _scheduler(programs: Programs, prefix_caching: bool) -> Shards:
     return Shards([one() for _ in range(programs.shards)])
 
 
-def _programs(
+def sized_programs(
     model: Model, place: jax.Device | Mesh, given: LoadOptions, available: int, compiled: Folder | None = None
 ) -> tuple[Programs, Sizes]:
-    """With a cache of the size that was compiled for, or of as many pages as there is room for."""
-    max_rows, max_tokens = _limits(given, place)
+    """With a cache of the size that was compiled for, or of as many pages as there is room for in `available` bytes of
+    each device. Raises ValueError if that is not enough."""
+    max_rows, max_tokens = limits(given, place)
     if compiled is not None:
         sizes = compiled.sizes
     else:
@@ -258,11 +259,9 @@ def _dtype(wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint | None
     return dtype
 
 
-def _limits(given: LoadOptions, place: jax.Device | Mesh) -> tuple[int, int]:
+def limits(given: LoadOptions, place: jax.Device | Mesh) -> tuple[int, int]:
     """Most sequences that run at once, and most tokens of a call, on each shard of rows."""
-    device = place.devices.flat[0] if isinstance(place, Mesh) else place
-    shards = axis_size(place, ROWS) if isinstance(place, Mesh) else 1
-    on_cpu = device.platform == "cpu"
+    shards, on_cpu = axis_size(place, ROWS), devices_of(place)[0].platform == "cpu"
     max_rows = given["max_num_seqs"] or (64 if on_cpu else 256)
     max_tokens = given["max_num_batched_tokens"] or max(512 if on_cpu else 2048, max_rows)
     if max_tokens < max_rows:
@@ -275,8 +274,8 @@ def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack
     bytes of them are to come. slack: share of the memory that it may have beyond what is planned."""
     if given["kv_cache_memory"] is not None:
         return given["kv_cache_memory"]
-    device = place.devices.flat[0] if isinstance(place, Mesh) else place
-    slots = device_bytes(placed_slots(model, place, _limits(given, place)[0]))
+    device = devices_of(place)[0]
+    slots = device_bytes(placed_slots(model, place, limits(given, place)[0]))
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:
         return max(0, int(psutil.virtual_memory().total * CPU_SHARE) - slots)

@@ -22,7 +22,7 @@ from jaxinfer.models.model import Model
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.sample import no_logprobs
 from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
-from jaxinfer.sharding import ROWS, axis_size, placed, replicated
+from jaxinfer.sharding import ROWS, axis_size, devices_of, placed, replicated
 
 Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
 PREPARE: Key = ("prepare slot", 1, 1)
@@ -70,7 +70,7 @@ class Programs:
     @property
     def devices(self) -> list[jax.Device]:
         """Those of the mesh, in its order."""
-        return list(self.place.devices.flat) if isinstance(self.place, Mesh) else [self.place]
+        return devices_of(self.place)
 
     @property
     def shards(self) -> int:

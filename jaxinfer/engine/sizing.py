@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from jaxinfer.sharding import devices_of
+
 CPU_SHARE = 0.1  # of the machine's memory goes to the cache on CPU, at most
-DEVICE_SHARE = 0.9  # of an accelerator's memory is used in all
 PAGE_TABLE = 2**18  # bytes, at most, on TPU
 RESERVE = 0.05  # of an accelerator's memory stays free of weights and cache, for what steps compute
 
@@ -28,8 +29,7 @@ class Sizes:
 def page_size(wanted: int | None, place: jax.Device | Mesh, max_num_seqs: int, max_model_len: int) -> int:
     """Tokens a page. Small pages are shared by more sequences. But the TPU's kernel keeps the page table of all rows in
     a small memory of its own, so there they are as large as that needs. Raises ValueError if `wanted` is too small."""
-    device = place.devices.flat[0] if isinstance(place, Mesh) else place
-    if device.platform != "tpu":
+    if devices_of(place)[0].platform != "tpu":
         return wanted or 16
     fitting = 64 if wanted is None else 1
     while 4 * max_num_seqs * -(-max_model_len // fitting) > PAGE_TABLE:

@@ -213,7 +213,12 @@ def _over_rows(call: Any, model: Model, mesh: Mesh | None, specs: tuple[Any, ...
 
 def _anywhere(condition: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Whether it is so on any shard of rows: what has collectives in it must be run by all or by none."""
-    return condition if axis_size(mesh, ROWS) == 1 else lax.pmax(condition.astype(jnp.int32), ROWS) > 0
+    return _most(condition.astype(jnp.int32), mesh) > 0
+
+
+def _most(count: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The largest that it is on any shard of rows."""
+    return count if axis_size(mesh, ROWS) == 1 else lax.pmax(count, ROWS)
 
 
 def _logits_of(module: CausalLM, model: Model, mesh: Mesh | None) -> LogitsOf:
@@ -247,9 +252,7 @@ def _score(logits_of: LogitsOf, stream: jax.Array, scored: Scored, vocab: int, m
         )
         return jax.tree.map(lambda all_, some: lax.dynamic_update_slice_in_dim(all_, some, start, 0), out, found)
 
-    blocks = (jnp.asarray(scored.count)[0] + (block - 1)) // block
-    if axis_size(mesh, ROWS) > 1:
-        blocks = lax.pmax(blocks, ROWS)
+    blocks = _most((jnp.asarray(scored.count)[0] + (block - 1)) // block, mesh)
     return lax.fori_loop(jnp.int32(0), blocks, one, no_logprobs(size, vocab))
 
 

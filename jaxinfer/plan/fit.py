@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack, get_args
 
-from jaxinfer.engine.buckets import Buckets
-from jaxinfer.engine.load import MAX_STEPS
+from jaxinfer.engine.load import limits, sized_programs
 from jaxinfer.engine.options import DType, LoadOptions, check_options
 from jaxinfer.engine.programs import Programs, cache_layout, placed_slots
-from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size, size_cache
+from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import GIB, Slice
-from jaxinfer.sharding import FSDP, ROWS, TENSOR, axis_size, describe, make_mesh, tensor_sizes
+from jaxinfer.sharding import FSDP, TENSOR, axis_size, describe, make_mesh, placed, tensor_sizes
 
 
 class DoesNotFit(ValueError):
@@ -85,43 +84,18 @@ def model_of(config: Mapping[str, Any], dtype: str = "auto") -> Model:
 def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
     given = check_options(options)
-    rows = given["max_num_seqs"] or 256
-    tokens = given["max_num_batched_tokens"] or max(2048, rows)
-    if tokens < rows:
-        raise ValueError(f"max_num_batched_tokens is {tokens}: it must be at least max_num_seqs, {rows}")
-    shape, all_devices = model.config, len(place.devices)
+    shape = model.config
     heads = shape.num_heads, shape.num_kv_heads, shape.hidden_size
-    mesh = make_mesh(given["mesh"], place.devices, *heads, all_devices)
-    where = mesh or place.devices[0]
-    shards = axis_size(mesh, ROWS)
-    rows, tokens = -(-rows // shards), -(-tokens // shards)
-    size = page_size(given["page_size"], where, rows, given["max_model_len"] or shape.max_context)
-    per_token = cache_layout(model, where).bytes_per_token
-
-    def programs(num_pages: int, max_model_len: int) -> Programs:
-        return Programs(
-            model,
-            where,
-            Buckets.make(rows, tokens),
-            num_pages=num_pages,
-            page_size=size,
-            max_model_len=max_model_len,
-            max_rows=rows,
-            max_steps=MAX_STEPS,
-        )
-
-    weights = device_bytes(programs(2, size).params)  # which don't depend on the cache
+    where = make_mesh(given["mesh"], place.devices, *heads, len(place.devices)) or place.devices[0]
+    rows, _ = limits(given, where)
+    weights = device_bytes({name: placed(s, model.axes[name], where) for name, s in model.abstract.items()})
     slots = device_bytes(placed_slots(model, where, rows))
     available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - weights - slots
+    length = given["max_model_len"] or shape.max_context
+    size, per_token = page_size(given["page_size"], where, rows, length), cache_layout(model, where).bytes_per_token
     try:
-        sizes = size_cache(
-            bytes_per_token=per_token,
-            page_size=size,
-            max_num_seqs=rows,
-            max_model_len=given["max_model_len"],
-            max_context=shape.max_context,
-            available=max(min(given["kv_cache_memory"] or available, available), 0),
-        )
+        room = max(min(given["kv_cache_memory"] or available, available), 0)
+        programs, sizes = sized_programs(model, where, given, room)
     except ValueError as error:
         if (given["max_model_len"] or 0) > shape.max_context:
             raise
@@ -131,11 +105,11 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
             f"{place.name}: needs {needed / GIB:.2f} GiB of a chip's {place.chip.memory / GIB:.2f}, of which "
             f"{(available + weights + slots) / GIB:.2f} are for weights and cache: "
             + (
-                _remedies(model, place, axis_size(mesh, TENSOR), (available // (per_token * size) - 1) * size, options)
+                _remedies(model, place, axis_size(where, TENSOR), (available // (per_token * size) - 1) * size, options)
                 or str(error)
             )
         ) from None
-    return Fit(place, programs(sizes.num_pages, sizes.max_model_len), sizes, weights, slots)
+    return Fit(place, programs, sizes, weights, slots)
 
 
 def _remedies(model: Model, place: Slice, tensor: int, room: int, options: LoadOptions) -> str:
