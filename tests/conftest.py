@@ -6,9 +6,11 @@ import shutil
 import signal
 import tempfile
 
+from tests.devices import simulated
+
 # Before JAX is imported anywhere. Programs that tests compile are kept for the session, not in the user's folder.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = simulated(8)
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "JAXINFER_CACHE_DIR" not in os.environ:  # processes that run a part of the tests have it from the first one
     os.environ["JAXINFER_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxinfer-test-programs-")

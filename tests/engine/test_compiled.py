@@ -14,6 +14,7 @@ import pytest
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.load import local_programs
 from jaxinfer.plan.ship import ship
+from tests.devices import simulated
 
 OPTIONS = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 64, "page_size": 8}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, presence_penalty=0.1)
@@ -42,7 +43,7 @@ with LLM(sys.argv[1], **json.loads(sys.argv[2])) as llm:
 
 def elsewhere(folder, devices=1, **options):
     """What a process of its own says, which keeps no compiled programs."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAXINFER_CACHE_DIR": "off"}
+    flags = {"XLA_FLAGS": simulated(devices), "JAXINFER_CACHE_DIR": "off"}
     command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps({n: str(v) for n, v in options.items()})]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | flags)
     assert done.returncode == 0, done.stderr
@@ -133,7 +134,7 @@ def test_on_a_mesh(model, expected, tmp_path, mesh):
         ("environment.devices", ["x"] * 9, "compiled for 9 devices, and there are 8"),
         ("environment.features", ["x86_64", "avx1024"], "compiled for a CPU with "),
         ("environment.settings.enable_x64", True, "setting enable_x64 was True and is False"),
-        ("environment.settings.XLA_FLAGS", ["--fast"], "setting XLA_FLAGS was ['--fast'] and is []"),
+        ("environment.settings.XLA_FLAGS", ["--fast"], "setting XLA_FLAGS was ['--fast'] and is ['--xla_b"),
         ("model.rope.theta", 5.0, "the model's rope was "),
         ("model.hidden_size", 64, "the model's hidden_size was 64 and is 32"),
         ("model.class", "GPT2Config", "the model's class was 'GPT2Config' and is 'DecoderConfig'"),

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from jaxinfer import LLM, SamplingParams
+from tests.devices import simulated
 from tests.distributed.test_rendezvous import free_port
 from tests.engine.test_sharded import OPTIONS, wide  # noqa: F401  (a fixture)
 
@@ -20,7 +21,7 @@ class Hosts:
     """Processes that run the same program."""
 
     def __init__(self, *commands, devices=4):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        environment = os.environ | {"XLA_FLAGS": simulated(devices)}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, *map(str, command)],
@@ -126,7 +127,7 @@ def test_options_that_differ(wide):  # noqa: F811
             "tensor=4",
             "mesh is 'tensor=4': it has devices of 1 processes, and all 2 need some; 8 devices are there in all",
         ),
-        pytest.param("tensor=16", "there are 8 devices", marks=pytest.mark.slow),
+        pytest.param("tensor=16", "it needs 16 devices and there are 8", marks=pytest.mark.slow),
     ],
 )
 def test_meshes_that_can_not_be(wide, mesh, message):  # noqa: F811

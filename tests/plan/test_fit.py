@@ -31,7 +31,7 @@ def test_deployments_fit_by_their_shapes(file):
     assert found.held < 0.85 * found.place.chip.memory
 
 
-# Every change: two layers, and few sequences, as sampling for many takes long to compile. With -m plans: all of all.
+# Every change: two layers, and few sequences, as sampling for many takes long to compile. With -m long: all of all.
 CUT = {"max_num_seqs": 16, "max_num_batched_tokens": 256}
 
 
@@ -39,7 +39,7 @@ CUT = {"max_num_seqs": 16, "max_num_batched_tokens": 256}
     ("file", "cut"),
     [
         *(pytest.param(f, True, id=f"{f.stem}, cut") for f in CONFIGS if f.stem == "llama-3.1-8b_v5e-8"),
-        *(pytest.param(f, False, id=f.stem, marks=pytest.mark.plans) for f in CONFIGS),
+        *(pytest.param(f, False, id=f.stem, marks=pytest.mark.long) for f in CONFIGS),
     ],
 )
 def test_deployments_compile(file, cut):
