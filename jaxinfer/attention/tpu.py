@@ -31,9 +31,12 @@ def attend_packed(
     kernel: Callable[..., jax.Array] | None = None,
 ) -> tuple[jax.Array, PackedPages]:
     """See `attend`; padding tokens give zeros. kernel: JAX's, or one that does the same."""
-    tokens, _, head_dim = q.shape
-    _, page_size, _, width = cache.kv.shape
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, width - head_dim))) for x in (q, k, v))
+    tokens, heads, head_dim = q.shape
+    _, page_size, pairs, width = cache.kv.shape
+    kv_heads = k.shape[1]
+    more = pairs // 2 - kv_heads  # heads of zeros, each with as many queries as the others
+    padding = ((q, more * heads // kv_heads), (k, more), (v, more))
+    q, k, v = (jnp.pad(x, ((0, 0), (0, count), (0, width - head_dim))) for x, count in padding)
     cache = _write(k, v, cache, batch)
     # The kernel fetches keys for every row that it is told of, and waits for them only if there are any. So rows that
     # have stopped look at one key, and a batch without rows has one.
@@ -59,7 +62,7 @@ def attend_packed(
             **blocks,
         )
     live = (jnp.arange(tokens, dtype=jnp.int32) < batch.q_start[-1]) & (batch.kv_len[batch.row] > 0)
-    return jnp.where(live[:, None, None], out[..., :head_dim], jnp.zeros((), q.dtype)), cache
+    return jnp.where(live[:, None, None], out[:, :heads, :head_dim], jnp.zeros((), q.dtype)), cache
 
 
 def _kernel() -> Callable[..., Any]:

@@ -33,7 +33,8 @@ class SplitPages(NamedTuple):
 
 class PackedPages(NamedTuple):
     """Keys and values of one layer, `[pages, page_size, 2K, d]`, each head's key followed by its value, for the ragged
-    paged attention kernel of TPUs: a page is one piece of memory, and a token one row of it. d is padded to 128.
+    paged attention kernel of TPUs: a page is one piece of memory, and a token one row of it. d is padded to 128,
+    and so is K, to what fills tiles.
     """
 
     kv: jax.Array
@@ -45,8 +46,8 @@ Cache = tuple[LayerCache, ...]
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """How keys and values are kept. num_kv_heads: of the model; parts: over how many devices they are split; head_dim:
-    as it is kept."""
+    """How keys and values are kept. num_kv_heads: of all parts together, and head_dim: both with their padding; parts:
+    over how many devices they are split."""
 
     num_layers: int
     num_kv_heads: int
@@ -61,12 +62,13 @@ class CacheLayout:
     ) -> CacheLayout:
         """What suits the device and the attention that there is for it."""
         parts, kind = axis_size(place, (KV,)), jnp.dtype(dtype)
-        # The kernel wants the pairs of heads of a device to fill whole tiles, and knows these two types.
-        packing = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 1}.get(kind, 0)
-        rows = 2 * num_kv_heads // parts // max(packing, 1)
-        packed = devices_of(place)[0].platform == "tpu" and packing > 0 and (rows in (1, 2, 4) or rows % SUBLANES == 0)
-        kept = -(-head_dim // LANES) * LANES if packed else head_dim
-        return cls(num_layers, num_kv_heads, parts, kept, kind, packed)
+        packing = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 1}.get(kind)  # the kernel knows no other types
+        if packing is None or devices_of(place)[0].platform != "tpu":
+            return cls(num_layers, num_kv_heads, parts, head_dim, kind, False)
+        # The keys and values of a device have to fill whole tiles, which may have 1, 2, 4 or 8 rows of 4 bytes a lane.
+        rows = 2 * (num_kv_heads // parts) // packing
+        rows = 1 << (rows - 1).bit_length() if rows < SUBLANES else -(-rows // SUBLANES) * SUBLANES
+        return cls(num_layers, rows * packing // 2 * parts, parts, -(-head_dim // LANES) * LANES, kind, True)
 
     @property
     def bytes_per_token(self) -> int:

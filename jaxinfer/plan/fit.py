@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack, get_args
 
+from jaxinfer.cache import CacheLayout
 from jaxinfer.engine.load import limits, sized_programs
 from jaxinfer.engine.options import DType, LoadOptions, check_options
 from jaxinfer.engine.programs import Programs, cache_layout, placed_slots
@@ -32,6 +33,10 @@ class Fit:
     @property
     def model(self) -> Model:
         return self.programs.model
+
+    @property
+    def layout(self) -> CacheLayout:
+        return cache_layout(self.model, self.programs.place)
 
     @property
     def mesh(self) -> str:

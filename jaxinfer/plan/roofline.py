@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jaxinfer.cache import CacheLayout
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import Chip
-from jaxinfer.sharding import kv_parts
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,12 @@ class Bound:
         return self.tokens / self.seconds
 
 
-def bound(model: Model, chip: Chip, tensor: int, tokens: int, context: int, rows: int, fsdp: int = 1) -> Bound:
+def bound(
+    model: Model, chip: Chip, layout: CacheLayout, tensor: int, tokens: int, context: int, rows: int, fsdp: int = 1
+) -> Bound:
     """The bound of a step of `tokens` tokens of `rows` sequences, each of `context` tokens then, on `tensor` chips.
-    fsdp: of how many parts of the weights they have one, and get the rest from others.
+    layout: of the cache; where it pads heads, the padding is read and multiplied too. fsdp: of how many parts of the
+    weights they have one, and get the rest from others.
 
     One token a row is decoding; more is a piece of a prompt. Logits are computed once a row.
     """
@@ -63,12 +66,11 @@ def bound(model: Model, chip: Chip, tensor: int, tokens: int, context: int, rows
     head = config.vocab_size * config.hidden_size
     weights = sum(math.prod(s.shape) for s in model.abstract.values())
     body = weights - head * (1 if config.tie_word_embeddings else 2)  # an embedding is looked up, not multiplied
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim  # products of a token and a key
+    heads = config.num_heads // config.num_kv_heads * layout.num_kv_heads
+    attention = 2 * config.num_layers * heads * layout.head_dim  # products of a token and a key
     seen = context if tokens == rows else (context + 1) / 2
     flops = 2 * (body * tokens + head * rows + attention * tokens * seen)
-    kv_heads = config.num_kv_heads // kv_parts(tensor, config.num_kv_heads)  # of each chip
-    cached = 2 * config.num_layers * kv_heads * config.head_dim * dtype.itemsize
-    moved = (body + head) * dtype.itemsize / tensor + rows * context * cached
+    moved = (body + head) * dtype.itemsize / tensor + rows * context * layout.bytes_per_token
     # Two reductions a layer, each of which sends and receives the stream twice, but for the own part.
     stream = tokens * config.hidden_size * dtype.itemsize
     sent = (2 * config.num_layers + 1) * 2 * stream * (tensor - 1) / tensor

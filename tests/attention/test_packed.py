@@ -24,36 +24,40 @@ def kernel(q, pages, lengths, table, starts, count, **options):
     return jnp.full(q.shape, jnp.nan, q.dtype).at[: out.shape[0]].set(out)
 
 
-def packed(cache: SplitPages, width: int) -> PackedPages:
-    pairs = [np.pad(np.asarray(pool), ((0, 0),) * 3 + ((0, width - pool.shape[-1]),)) for pool in cache]
-    kv = np.stack(pairs, axis=2).swapaxes(1, 3)  # [pages, page_size, 2, K, d]
-    pages, size, _, heads, _ = kv.shape
-    return PackedPages(jnp.asarray(kv.swapaxes(2, 3).reshape(pages, size, 2 * heads, width)))
+def packed(cache: SplitPages, heads: int) -> PackedPages:
+    """As the kernel wants it: with zeros up to so many heads, and 128 features."""
+    pages, kept, size, head_dim = cache.k.shape
+    padding = ((0, 0), (0, heads - kept), (0, 0), (0, 128 - head_dim))
+    kv = np.stack([np.pad(np.asarray(pool), padding) for pool in cache], axis=2)  # [pages, K, 2, page_size, d]
+    return PackedPages(jnp.asarray(kv.transpose(0, 3, 1, 2, 4).reshape(pages, size, 2 * heads, 128)))
 
 
-def check(case: Ragged, shape: Shape, spec: AttentionSpec, width: int, error: float) -> None:
-    out, cache = attend_packed(case.q, case.k, case.v, packed(case.cache, width), case.batch, spec, kernel)
+def check(case: Ragged, spec: AttentionSpec, heads: int, error: float) -> None:
+    out, cache = attend_packed(case.q, case.k, case.v, packed(case.cache, heads), case.batch, spec, kernel)
     used = live(case.batch)
     assert np.abs(np.asarray(out, np.float64) - case.out)[used].max(initial=0) < error
     assert not np.asarray(out, np.float32)[~used].any()
-    np.testing.assert_array_equal(np.asarray(cache.kv)[1:], np.asarray(packed(case.after, width).kv)[1:])
+    np.testing.assert_array_equal(np.asarray(cache.kv)[1:], np.asarray(packed(case.after, heads).kv)[1:])
 
 
 @pytest.mark.parametrize(
-    ("shape", "window"),
-    [(Shape(rows=3, heads=8, kv_heads=2), 20), (Shape(rows=3, page_size=256, heads=6, kv_heads=3, head_dim=24), None)],
+    ("shape", "window", "kept"),
+    [
+        (Shape(rows=3, heads=8, kv_heads=2), 20, 2),
+        (Shape(rows=3, page_size=256, heads=6, kv_heads=3, head_dim=24), None, 4),
+    ],
 )
-def test_matches_float64(shape, window):
+def test_matches_float64(shape, window, kept):
     """Few rows: the reference compiles each operation for each length."""
     spec = AttentionSpec(shape.head_dim**-0.5, window=window)
-    check(ragged(shape, spec, [700, -1, 15], [], decode_only=True), shape, spec, width=128, error=2e-5)
-    check(ragged(shape, spec, [640], [(0, 130), (17, 2)]), shape, spec, width=128, error=2e-5)
+    check(ragged(shape, spec, [700, -1, 15], [], decode_only=True), spec, kept, error=2e-5)
+    check(ragged(shape, spec, [640], [(0, 130), (17, 2)]), spec, kept, error=2e-5)
 
 
 def test_nobody_is_there():
     """A shard of rows that has nothing to do in this call: the kernel must be told of one row all the same."""
     shape, spec = Shape(), AttentionSpec(0.25)
-    check(ragged(shape, spec, [], []), shape, spec, 128, 1e-5)
+    check(ragged(shape, spec, [], []), spec, shape.kv_heads, 1e-5)
 
 
 class Place:
@@ -64,19 +68,24 @@ class Place:
 @pytest.mark.parametrize(
     ("platform", "heads", "head_dim", "dtype", "expected"),
     [
-        ("cpu", 8, 128, "bfloat16", (False, 128)),
-        ("gpu", 8, 64, "bfloat16", (False, 64)),
-        ("tpu", 8, 128, "bfloat16", (True, 128)),
-        ("tpu", 8, 64, "bfloat16", (True, 128)),  # padded
-        ("tpu", 2, 80, "float32", (True, 128)),
-        ("tpu", 8, 256, "bfloat16", (True, 256)),
-        ("tpu", 3, 128, "bfloat16", (False, 128)),  # heads that fill no tiles
-        ("tpu", 8, 128, "float16", (False, 128)),
+        ("cpu", 8, 128, "bfloat16", (False, 8, 128)),
+        ("gpu", 8, 64, "bfloat16", (False, 8, 64)),
+        ("tpu", 8, 128, "bfloat16", (True, 8, 128)),
+        ("tpu", 1, 64, "bfloat16", (True, 1, 128)),  # padded
+        ("tpu", 2, 80, "float32", (True, 2, 128)),
+        ("tpu", 8, 256, "bfloat16", (True, 8, 256)),
+        ("tpu", 3, 128, "bfloat16", (True, 4, 128)),  # to what fills tiles
+        ("tpu", 12, 64, "bfloat16", (True, 16, 128)),
+        ("tpu", 12, 64, "float32", (True, 12, 128)),
+        ("tpu", 3, 128, "float32", (True, 4, 128)),
+        ("tpu", 5, 128, "float32", (True, 8, 128)),
+        ("tpu", 20, 128, "bfloat16", (True, 24, 128)),
+        ("tpu", 8, 128, "float16", (False, 8, 128)),
     ],
 )
 def test_the_layout_suits_the_device(platform, heads, head_dim, dtype, expected):
     layout = CacheLayout.choose(2, heads, head_dim, dtype, Place(platform))
-    assert (layout.packed, layout.head_dim) == expected
+    assert (layout.packed, layout.num_kv_heads, layout.head_dim) == expected
     (first, _) = layout.shapes(5, 16)
     nbytes = sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in first)
     assert layout.bytes_per_token == 2 * nbytes / (5 * 16)
@@ -89,10 +98,10 @@ def test_a_row_that_has_stopped():
     lengths = case.batch.kv_len.copy()
     lengths[1] = 0
     batch = dataclasses.replace(case.batch, kv_len=lengths)
-    out, cache = attend_packed(case.q, case.k, case.v, packed(case.cache, 128), batch, spec, kernel)
+    out, cache = attend_packed(case.q, case.k, case.v, packed(case.cache, shape.kv_heads), batch, spec, kernel)
     used = live(batch)
     assert np.abs(np.asarray(out) - case.out)[used].max() < 2e-5
     assert not np.asarray(out)[1].any()
     page, _, slot = slots(batch.pages[1], 15, 16, 16)
-    before = packed(case.cache, 128).kv
+    before = packed(case.cache, shape.kv_heads).kv
     np.testing.assert_array_equal(np.asarray(cache.kv)[page, slot], np.asarray(before)[page, slot])

@@ -74,21 +74,32 @@ def elements(shapes):
     return [math.prod(map(int, shape.split(","))) for shape in shapes if shape]
 
 
-def test_compiled_for_a_slice():
-    """Llama 8B's widths, two layers: the pool is aliased, weights stay where they are, two reductions a layer, pages
-    are read in place, and sampling has no more than a part of the logits."""
-    layers = 2
-    case = {"topology": "v5e-8", "mesh": "tensor=8", "rows": 64, "tokens": 1024}
-    for figures, most in zip(compiled(case | {"config": {"num_hidden_layers": layers}}), (80, 160), strict=True):
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+
+
+@pytest.mark.parametrize(
+    ("topology", "widths", "most"),
+    [
+        pytest.param("v5e-8", {}, (80, 160), id="8B"),
+        pytest.param("v6e-16", LLAMA_70B, (80, 160), id="70B", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_for_a_slice(topology, widths, most):
+    """Llama's widths, two layers: the pool is aliased, weights stay where they are, two reductions a layer, pages are
+    read in place, and sampling has no more than a part of the logits. Each chip has one of the 8 key/value heads."""
+    layers, width, chips = 2, widths.get("hidden_size", 4096), int(topology.split("-")[1])
+    case = {"topology": topology, "mesh": f"tensor={chips}", "rows": 64, "tokens": 1024}
+    for figures, limit in zip(compiled(case | {"config": widths | {"num_hidden_layers": layers}}), most, strict=True):
+        assert figures["cache"] == layers * 1025 * 64 * 2 * 128 * 2  # pages, tokens, key and value, features, bytes
         assert figures["arguments"] == pytest.approx(figures["weights"] + figures["state"], rel=0.01)
         assert figures["aliased"] >= figures["state"]
         assert figures["kernels"] == layers
         assert not figures["copied"]
         rows = figures["key"][1]
-        assert sum(count == rows * 4096 for count in elements(figures["all-reduce"])) == 2 * layers + 1
-        others = [c for c in elements(figures["all-reduce"] + figures["all-gather"]) if c != rows * 4096]
-        assert max(others) <= 8 * 128 * 20, "more than the likeliest tokens of each device"
-        assert figures["temporaries"] < most * MIB
+        assert sum(count == rows * width for count in elements(figures["all-reduce"])) == 2 * layers + 1
+        others = [c for c in elements(figures["all-reduce"] + figures["all-gather"]) if c != rows * width]
+        assert max(others) <= chips * 128 * 20, "more than the likeliest tokens of each device"
+        assert figures["temporaries"] < limit * MIB
 
 
 @pytest.mark.slow
@@ -104,12 +115,12 @@ def test_weights_are_gathered_a_layer_at_a_time():
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4-8", "v5e-1", "v5p-8", "v6e-1", "tpu7x-1"])
 def test_the_kernel_compiles(topology):
-    """Head sizes that are padded, windows, one and many key/value heads."""
-    small = {"num_hidden_layers": 1, "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512}
+    """Head sizes and numbers of heads that are padded, windows, one and many key/value heads."""
+    small = {"num_hidden_layers": 1, "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "head_dim": 64}
     models = (
-        {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64},
         {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128},
-        {"model_type": "mistral", "num_attention_heads": 8, "num_key_value_heads": 2, "sliding_window": 100},
+        {"num_attention_heads": 12, "num_key_value_heads": 12},
+        {"model_type": "mistral", "num_attention_heads": 6, "num_key_value_heads": 3, "sliding_window": 100},
     )
     case = {"topology": topology, "mesh": "data=1", "rows": 16, "tokens": 128}
     for figures in compiled(*(case | {"config": small | model} for model in models)):

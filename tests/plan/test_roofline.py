@@ -2,9 +2,11 @@
 
 import pytest
 
+from jaxinfer.engine.programs import cache_layout
 from jaxinfer.models.model import Model
-from jaxinfer.plan.roofline import bound
-from jaxinfer.plan.slices import Chip
+from jaxinfer.plan import roofline
+from jaxinfer.plan.slices import Chip, Device
+from jaxinfer.sharding import make_mesh
 
 # Two layers of 4 heads of 8, 2 key/value heads, width 32, MLP 64, 100 tokens of vocabulary; not tied.
 CONFIG = {
@@ -23,9 +25,16 @@ HEAD = 100 * 32
 CHIP = Chip("made up", 10**9, bandwidth=1e3, flops=1e4, link=1e2)
 
 
+def bound(config, dtype, tensor, tokens, context, rows, platform="gpu"):
+    model = Model.from_config(config, dtype)
+    place = [Device(i, platform) for i in range(tensor)]
+    layout = cache_layout(model, make_mesh(f"tensor={tensor}", place, 4, 2, 32) or place[0])
+    return roofline.bound(model, CHIP, layout, tensor, tokens, context, rows)
+
+
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_decoding(tensor):
-    one = bound(Model.from_config(CONFIG, "bfloat16"), CHIP, tensor, tokens=3, context=50, rows=3)
+    one = bound(CONFIG, "bfloat16", tensor, tokens=3, context=50, rows=3)
     kept = 2 // min(tensor, 2)  # key/value heads of a chip
     assert one.memory == pytest.approx(((BODY + HEAD) * 2 / tensor + 3 * 50 * 2 * 2 * kept * 8 * 2) / 1e3)
     attention = 2 * 2 * 4 * 8 * 3 * 50  # q.k and p.v, two layers, 32 features, 3 tokens, 50 keys
@@ -37,12 +46,20 @@ def test_decoding(tensor):
 
 
 def test_a_prompt_sees_half_of_itself_on_average_and_needs_one_tokens_logits():
-    one = bound(Model.from_config(CONFIG, "float32"), CHIP, 1, tokens=99, context=99, rows=1)
+    one = bound(CONFIG, "float32", 1, tokens=99, context=99, rows=1)
     assert one.compute == pytest.approx(2 * (99 * BODY + HEAD + 2 * 2 * 4 * 8 * 99 * 50) / 1e4)
     assert one.links == 0
     assert one.binds == "compute"
 
 
 def test_a_tied_head_is_multiplied_too():
-    tied = bound(Model.from_config(CONFIG | {"tie_word_embeddings": True}, "bfloat16"), CHIP, 1, 1, 10, 1)
-    assert tied == bound(Model.from_config(CONFIG, "bfloat16"), CHIP, 1, 1, 10, 1)
+    tied = bound(CONFIG | {"tie_word_embeddings": True}, "bfloat16", 1, 1, 10, 1)
+    assert tied == bound(CONFIG, "bfloat16", 1, 1, 10, 1)
+
+
+def test_padding_of_the_cache_is_read_and_multiplied():
+    """Three heads of 8 are kept as four of 128."""
+    config = CONFIG | {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
+    plain, padded = (bound(config, "bfloat16", 1, 3, 50, 3, platform) for platform in ("gpu", "tpu"))
+    assert padded.moved - plain.moved == 3 * 50 * 2 * 2 * (4 * 128 - 3 * 8) * 2
+    assert padded.flops - plain.flops == 2 * 2 * 2 * (8 * 128 - 6 * 8) * 3 * 50
