@@ -23,6 +23,8 @@ params = [
     SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=8, logit_bias={300: 4.0}),
 ]
 prompts = [[1, 5, 9], list(range(2, 45)), [7] * 9]
+if what == "many":  # for each of eight shards of rows to have some
+    params, prompts = params * 3, [[*prompt, n] for n in range(3) for prompt in prompts]
 if what == "async":
     import asyncio
 

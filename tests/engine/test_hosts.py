@@ -16,6 +16,13 @@ from tests.engine.test_sharded import OPTIONS, wide  # noqa: F401  (a fixture)
 SECONDS = 240  # far more than anything takes, even on a busy machine
 SPLIT = OPTIONS | {"mesh": "tensor=8"}
 
+PROMPTS = [[1, 5, 9], list(range(2, 45)), [7] * 9]
+PARAMS = [
+    SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=1, max_tokens=8, logprobs=2),
+    SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=8, logit_bias={300: 4.0}),
+]
+
 
 class Hosts:
     """Processes that run the same program."""
@@ -68,20 +75,14 @@ class Hosts:
             try:
                 results.append(json.loads(line))
             except ValueError:
-                assert "Gloo" in line or "peer ranks" in line
+                assert not line or "Gloo" in line or "peer ranks" in line
         return process.returncode, results, err
 
 
 def test_the_same_tokens_and_half_of_the_weights(wide):  # noqa: F811
     with LLM(wide, **OPTIONS) as llm:
-        prompts = [[1, 5, 9], list(range(2, 45)), [7] * 9]
-        params = [
-            SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True),
-            SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=1, max_tokens=8, logprobs=2),
-            SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=8, logit_bias={300: 4.0}),
-        ]
-        tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params, use_tqdm=False)]
-        (scored,) = llm.score([prompts[1]], use_tqdm=False)
+        tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+        (scored,) = llm.score([PROMPTS[1]], use_tqdm=False)
     with Hosts.of(wide, "interrupted", SPLIT, SPLIT) as hosts:
         read = hosts.line()
         assert hosts.line() == tokens
@@ -95,6 +96,24 @@ def test_the_same_tokens_and_half_of_the_weights(wide):  # noqa: F811
         assert code == 0, err
         for one in (read, also_read):
             assert 0.45 < one["read"] / one["of"] < 0.55, (read, also_read)  # what is padding is not read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "data=8"])
+def test_rows_on_both_hosts(wide, mesh):  # noqa: F811
+    """Each shard of rows says what its prompts' tokens are, whichever host it is on. Each host has all weights."""
+    options = OPTIONS | {"mesh": mesh, "max_num_seqs": 8}
+    prompts = [[*prompt, n] for n in range(3) for prompt in PROMPTS]
+    with LLM(wide, **OPTIONS) as llm:
+        tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, PARAMS * 3, use_tqdm=False)]
+        (scored,) = llm.score([prompts[1]], use_tqdm=False)
+    with Hosts.of(wide, "many", options, options) as hosts:
+        code, (read, found, logprob), err = hosts.end(0)
+        assert (code, found) == (0, tokens), err
+        assert logprob == pytest.approx(scored.logprob, abs=1e-4)
+        code, (also_read,), err = hosts.end(1)
+        assert code == 0, err
+        assert read["read"] == also_read["read"] > 0.9 * read["of"]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
