@@ -120,6 +120,12 @@ def devices_of(place: jax.Device | Mesh) -> list[jax.Device]:
     return list(place.devices.flat) if isinstance(place, Mesh) else [place]
 
 
+def compute_capability(device: jax.Device) -> float | None:
+    """NVIDIA's number for what a GPU can do, 8.0 for an A100; None of everything else."""
+    said = str(getattr(device, "compute_capability", None))  # AMD's GPUs have a name there
+    return float(said) if re.fullmatch(r"\d+\.\d+", said) else None
+
+
 def partition(axes: Sequence[str | None]) -> PartitionSpec:
     """How a weight with these logical axes is split. Raises ValueError if two of them want the same mesh axis."""
     # Vectors are too small to be worth a gather.

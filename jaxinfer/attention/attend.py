@@ -13,7 +13,7 @@ from jaxinfer.attention.batch import Batch
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.tpu import attend_packed
 from jaxinfer.attention.xla import attend_split, attend_stream
-from jaxinfer.cache import LayerCache, PackedPages
+from jaxinfer.cache import GpuPages, LayerCache, PackedPages
 from jaxinfer.sharding import KV, TENSOR, on_tensor
 
 
@@ -34,12 +34,19 @@ def attend(
         return attend_stream(q, k, v, batch, spec), None
     if not spec.causal:
         raise ValueError("attention over a cache is causal; pass cache=None for attention in both directions")
-    packed = isinstance(cache, PackedPages)
-    call: Any = functools.partial(attend_packed if packed else attend_split, spec=spec)
+    call: Any = functools.partial(_implementation(cache), spec=spec)
     if batch.mesh is None:
         return call(q, k, v, cache, batch)
     # Heads don't know of each other: each device does its own, with all rows of its shard.
     heads, kv_heads = PartitionSpec(None, TENSOR), PartitionSpec(None, KV)
-    pages = PartitionSpec(None, None, KV) if packed else kv_heads
+    pages = PartitionSpec(None, None, KV) if isinstance(cache, PackedPages) else kv_heads
     split = on_tensor(call, (heads, kv_heads, kv_heads, pages, PartitionSpec()), (heads, pages))
     return split(q, k, v, cache, dataclasses.replace(batch, mesh=None))
+
+
+def _implementation(cache: LayerCache) -> Any:
+    if isinstance(cache, GpuPages):
+        from jaxinfer.attention.gpu import attend_in_place  # imports Pallas, which takes its time
+
+        return attend_in_place
+    return attend_packed if isinstance(cache, PackedPages) else attend_split

@@ -27,7 +27,7 @@ def attend_split(
     q: jax.Array, k: jax.Array, v: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec
 ) -> tuple[jax.Array, SplitPages]:
     """See `attend`; over pages."""
-    cache = _write(k, v, cache, batch)
+    cache = write_split(k, v, cache, batch)
     tokens, heads, head_dim = q.shape
     rows = batch.kv_len.shape[0]
     q = q.reshape(tokens, k.shape[1], heads // k.shape[1], head_dim)
@@ -42,14 +42,15 @@ def attend_split(
     return out.reshape(tokens, heads, head_dim), cache
 
 
-def _write(k: jax.Array, v: jax.Array, cache: SplitPages, batch: Batch) -> SplitPages:
+def write_split(k: jax.Array, v: jax.Array, cache: SplitPages, batch: Batch) -> SplitPages:
+    """The cache with this call's keys and values."""
     page, slot = batch.places(cache.k.shape[2])
     return SplitPages(
         cache.k.at[page, :, slot].set(k.astype(cache.k.dtype)), cache.v.at[page, :, slot].set(v.astype(cache.v.dtype))
     )
 
 
-def _mask(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> jax.Array:
+def sees(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> jax.Array:
     """True where the query position sees the key position; both broadcast against each other."""
     seen = key <= query if spec.causal else jnp.ones(jnp.broadcast_shapes(query.shape, key.shape), bool)
     if spec.window is not None:
@@ -73,7 +74,7 @@ def attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: 
     queries = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)
     queries = queries.reshape(kv_heads, -1, head_dim)
     scores = _dot(queries, k.transpose(1, 0, 2), (2, 2)).reshape(kv_heads, -1, tokens, tokens) * spec.scale
-    seen = (batch.row[:, None] == batch.row[None, :]) & _mask(batch.positions[:, None], batch.positions[None, :], spec)
+    seen = (batch.row[:, None] == batch.row[None, :]) & sees(batch.positions[:, None], batch.positions[None, :], spec)
     live = jnp.arange(tokens, dtype=jnp.int32) < batch.q_start[-1]
     weights = jax.nn.softmax(jnp.where(seen & live[None, :], scores, NEGATIVE), axis=-1)
     weights = weights.astype(v.dtype).reshape(kv_heads, -1, tokens)
@@ -135,7 +136,7 @@ def _decode(q: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec) 
         queries = flat[row].reshape(rows * kv_heads, group, head_dim)
         scores = _dot(queries, keys, (2, 2)) * spec.scale
         position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
-        seen = _mask(last[row][:, None], position, spec) & live[:, None]
+        seen = sees(last[row][:, None], position, spec) & live[:, None]
         scores = jnp.where(jnp.repeat(seen, kv_heads, axis=0)[:, None, :], scores, NEGATIVE)
         item_top = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - item_top[..., None])
@@ -190,7 +191,7 @@ def _prefill(q: jax.Array, out: jax.Array, cache: SplitPages, batch: Batch, spec
             top, total, acc = state
             keys, values = _key_blocks(cache, batch, row[None], block[None])
             scores = (_dot(queries, keys, (2, 2)) * spec.scale).reshape(kv_heads, group, tile, size)
-            seen = _mask(position[:, None], block * size + jnp.arange(size, dtype=jnp.int32), spec)
+            seen = sees(position[:, None], block * size + jnp.arange(size, dtype=jnp.int32), spec)
             scores = jnp.where(seen, scores, NEGATIVE).reshape(kv_heads, -1, size)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
             keep = jnp.exp(top - new_top)

@@ -14,10 +14,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxinfer.sharding import KV, ROWS, axis_size, devices_of
+from jaxinfer.sharding import KV, ROWS, axis_size, compute_capability, devices_of
 
 LANES = 128  # the last axis of an array comes in multiples of this on TPU
 SUBLANES = 8
+AMPERE = 8.0  # the compute capability that Triton in JAX begins with
+GPU_HEADS = (16, 32, 64, 128, 256)  # Triton's arrays are powers of two
 
 
 class SplitPages(NamedTuple):
@@ -26,6 +28,13 @@ class SplitPages(NamedTuple):
     Heads before positions, because a block of keys is then one batched dot without a transposition; on CPU
     that was a quarter faster than `[pages, page_size, K, d]`.
     """
+
+    k: jax.Array
+    v: jax.Array
+
+
+class GpuPages(NamedTuple):
+    """The same, for the kernel that reads pages in place on NVIDIA GPUs."""
 
     k: jax.Array
     v: jax.Array
@@ -40,7 +49,7 @@ class PackedPages(NamedTuple):
     kv: jax.Array
 
 
-LayerCache = SplitPages | PackedPages
+LayerCache = SplitPages | GpuPages | PackedPages
 Cache = tuple[LayerCache, ...]
 
 
@@ -54,21 +63,35 @@ class CacheLayout:
     parts: int
     head_dim: int
     dtype: np.dtype[Any]
-    packed: bool
+    pages: type[LayerCache]
 
     @classmethod
     def choose(
-        cls, num_layers: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike, place: jax.Device | Mesh
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: DTypeLike,
+        place: jax.Device | Mesh,
+        attention: str = "auto",
     ) -> CacheLayout:
-        """What suits the device and the attention that there is for it."""
-        parts, kind = axis_size(place, (KV,)), jnp.dtype(dtype)
-        packing = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 1}.get(kind)  # the kernel knows no other types
-        if packing is None or devices_of(place)[0].platform != "tpu":
-            return cls(num_layers, num_kv_heads, parts, head_dim, kind, False)
+        """What suits the device and the attention that there is for it: see LoadOptions. Raises ValueError if
+        "pallas" is asked for where no kernel can do it."""
+        parts, kind, device = axis_size(place, (KV,)), jnp.dtype(dtype), devices_of(place)[0]
+        packing = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 1}.get(kind)  # the TPU's knows no other types
+        if packing is None or device.platform != "tpu" or attention == "xla":
+            wanted = attention == "pallas"
+            if wanted and (problem := _problem(device, kind, head_dim)):
+                raise ValueError(f"attention is 'pallas': {problem}; leave it out to have what applies")
+            return cls(num_layers, num_kv_heads, parts, head_dim, kind, GpuPages if wanted else SplitPages)
         # The keys and values of a device have to fill whole tiles, which may have 1, 2, 4 or 8 rows of 4 bytes a lane.
         rows = 2 * (num_kv_heads // parts) // packing
         rows = 1 << (rows - 1).bit_length() if rows < SUBLANES else -(-rows // SUBLANES) * SUBLANES
-        return cls(num_layers, rows * packing // 2 * parts, parts, -(-head_dim // LANES) * LANES, kind, True)
+        return cls(num_layers, rows * packing // 2 * parts, parts, -(-head_dim // LANES) * LANES, kind, PackedPages)
+
+    @property
+    def packed(self) -> bool:
+        return self.pages is PackedPages
 
     @property
     def bytes_per_token(self) -> int:
@@ -89,5 +112,20 @@ class CacheLayout:
             layer = PackedPages(kv)  # type: ignore[arg-type]
         else:
             k = jax.ShapeDtypeStruct((num_pages, heads, page_size, self.head_dim), self.dtype)
-            layer = SplitPages(k, k)  # type: ignore[arg-type]
+            layer = self.pages(k, k)  # type: ignore[arg-type,call-arg]
         return (layer,) * self.num_layers
+
+
+def _problem(device: jax.Device, dtype: np.dtype[Any], head_dim: int) -> str | None:
+    """Why no kernel can be used, or None."""
+    capability = compute_capability(device)
+    if device.platform == "tpu":
+        return f"the kernel for TPUs is for bfloat16 and float32, and dtype is {dtype}"
+    if capability is None or capability < AMPERE:
+        here = device.platform if capability is None else f"a GPU of {capability}"
+        return f"kernels are for TPUs and for NVIDIA GPUs of compute capability {AMPERE} and more, and this is {here}"
+    if dtype.itemsize != 2:
+        return f"the kernel for GPUs is for bfloat16 and float16, and dtype is {dtype}"
+    if head_dim not in GPU_HEADS:
+        return f"the kernel for GPUs is for head sizes {', '.join(map(str, GPU_HEADS))}, and the model has {head_dim}"
+    return None

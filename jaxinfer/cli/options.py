@@ -72,6 +72,14 @@ class LoadOptions:
         ),
     ] = None
 
+    attention: Annotated[
+        Literal["auto", "xla", "pallas"] | None,
+        typer.Option(
+            help="What reads the cache; auto, as without it: a Pallas kernel on TPU, plain XLA elsewhere.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+
     compiled: Annotated[
         str | None,
         typer.Option(

@@ -49,7 +49,8 @@ def plan(
 
     The TPU compiler itself, which comes with the extra "tpu", compiles the engine's programs and says how much
     memory they need; with --sweep, and for GPUs, all is computed from shapes. Exit code 1, and what would fit,
-    if the model does not. Where nobody says a dtype it is bfloat16.
+    if the model does not. Where nobody says a dtype it is
+    bfloat16, and float16 on a T4.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
     if load.compiled is not None:

@@ -39,7 +39,7 @@ from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, page
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sharding import ROWS, axis_size, describe, devices_of, make_mesh, placed
+from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, make_mesh, placed
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
@@ -110,9 +110,10 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         compiled = open_folder(given["compiled"], config, devices, options, say)
         given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
     with Checkpoint(folder) as checkpoint:
-        dtype = _dtype(given["dtype"], config, checkpoint, device)
+        dtype = choose_dtype(given["dtype"], config, checkpoint, device)
         abstract = Model.from_config(config, dtype)
         place = _place(abstract, devices, given["mesh"])
+        cache_layout(abstract, place, given["attention"])  # which refuses what can't be, before the weights are read
         if group is not None:
             agree(group, given, config, dtype, checkpoint, place)
         done = 0
@@ -188,7 +189,7 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     """
     given = check_options(options)
     devices = jax.local_devices()
-    model = Model.from_config(config, _dtype(given["dtype"], config, None, devices[0]))
+    model = Model.from_config(config, choose_dtype(given["dtype"], config, None, devices[0]))
     place = _place(model, devices, given["mesh"])
     weights = device_bytes({name: placed(s, model.axes[name], place) for name, s in model.abstract.items()})
     return sized_programs(model, place, given, _available(model, place, given, weights=weights))
@@ -221,7 +222,7 @@ def sized_programs(
     else:
         length = given["max_model_len"] or model.config.max_context
         sizes = size_cache(
-            bytes_per_token=cache_layout(model, place).bytes_per_token,
+            bytes_per_token=cache_layout(model, place, given["attention"]).bytes_per_token,
             page_size=page_size(given["page_size"], place, max_rows, length),
             max_num_seqs=max_rows,
             max_model_len=given["max_model_len"],
@@ -237,11 +238,14 @@ def sized_programs(
         max_model_len=sizes.max_model_len,
         max_rows=max_rows,
         max_steps=MAX_STEPS,
+        attention=given["attention"],
     )
     return programs, sizes
 
 
-def _dtype(wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint | None, device: jax.Device) -> np.dtype[Any]:
+def choose_dtype(
+    wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint | None, device: jax.Device
+) -> np.dtype[Any]:
     """The dtype to compute in: see LoadOptions. Without a checkpoint, what it stores is taken for bfloat16."""
     names = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
     if wanted != "auto":
@@ -253,8 +257,7 @@ def _dtype(wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint | None
     unknown = np.dtype(np.float32 if checkpoint else ml_dtypes.bfloat16)
     stored = next((info.dtype for info in tensors if info.dtype in FLOATS), unknown)
     dtype = np.dtype(names[said]) if said in names else stored
-    capability = getattr(device, "compute_capability", None)
-    if device.platform == "gpu" and capability is not None and float(capability) < 8.0 and dtype != np.float32:
+    if (compute_capability(device) or 8.0) < 8.0 and dtype != np.float32:
         return np.dtype(np.float16)
     return dtype
 

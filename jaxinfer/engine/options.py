@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict, get_args
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "xla", "pallas"]
 KINDS: dict[str, tuple[Any, str]] = {
     "seed": (int, "an integer"),
     "page_size": (int | None, "an integer"),
@@ -37,6 +38,8 @@ class LoadOptions(TypedDict, total=False):
     enable_prefix_caching: sequences with the same beginning share its pages (on).
     warmup: compile every program that can be needed now, so that nothing compiles later (off).
     on_progress: told, in a few words, what is being waited for.
+    attention: what attends to the cache. "auto": on TPU a Pallas kernel that reads pages in place, where it can be
+        used, and plain XLA elsewhere. "xla", "pallas": that one. On NVIDIA GPUs the kernel has never been run.
     mesh: how devices share the work, "data=2,tensor=4". `tensor` splits every weight's product, `data` the sequences,
         `fsdp` sequences and weights, which are gathered layer by layer. None: on TPU and GPU all of this host's, as
         many of them in `tensor` as the model's heads allow, the rest in `data`; on CPU one. max_num_seqs and
@@ -60,6 +63,7 @@ class LoadOptions(TypedDict, total=False):
     warmup: bool
     on_progress: Callable[[str], None] | None
     mesh: str | None
+    attention: Attention
     compiled: str | os.PathLike[str] | None
     architecture: Mapping[str, Any] | None
 
@@ -81,6 +85,7 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
         "warmup": False,
         "on_progress": None,
         "mesh": None,
+        "attention": "auto",
         "compiled": None,
         "architecture": None,
     }
@@ -88,8 +93,10 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
     if unknown:
         raise ValueError(f"option {unknown[0]!r} is not known; there are {', '.join(given)}")
     given.update(options)  # type: ignore[typeddict-item]
-    if given["dtype"] not in get_args(DType):
-        raise ValueError(f"dtype is {given['dtype']!r}: it must be one of {', '.join(get_args(DType))}")
+    for name, choices in (("dtype", get_args(DType)), ("attention", get_args(Attention))):
+        value = given[name]  # type: ignore[literal-required]
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r:.100}: it must be one of {', '.join(choices)}")
     _check_integer("seed", given["seed"], 0, 2**31 - 1)
     _check_integer("max_model_len", given["max_model_len"], 2)
     _check_integer("max_num_seqs", given["max_num_seqs"], 1, 4096)

@@ -29,11 +29,11 @@ PREPARE: Key = ("prepare slot", 1, 1)
 ZEROS: Key = ("zeros", 1, 1)  # a new cache, and new slots: one zero-filled pool, no temporaries
 
 
-def cache_layout(model: Model, place: jax.Device | Mesh) -> CacheLayout:
-    """How the model's keys and values are kept there."""
+def cache_layout(model: Model, place: jax.Device | Mesh, attention: str = "auto") -> CacheLayout:
+    """How the model's keys and values are kept there. Raises ValueError if that attention is not to be had."""
     config = model.config
     dtype = next(iter(model.abstract.values())).dtype
-    return CacheLayout.choose(config.num_layers, config.num_kv_heads, config.head_dim, dtype, place)
+    return CacheLayout.choose(config.num_layers, config.num_kv_heads, config.head_dim, dtype, place, attention)
 
 
 def placed_slots(model: Model, place: jax.Device | Mesh, max_rows: int) -> Slots:
@@ -50,8 +50,9 @@ def placed_slots(model: Model, place: jax.Device | Mesh, max_rows: int) -> Slots
 class Programs:
     """What is compiled for a model on one device or a mesh, with a cache of `num_pages` pages.
 
-    max_rows: sequences that run at once. max_steps: tokens a row that one decoding call may produce. Where the mesh
-    splits rows, `shards` of them, all sizes (buckets' too) are of one shard; arrays hold them one after the other.
+    max_rows: sequences that run at once. max_steps: tokens a row that one decoding call may produce. attention: see
+    LoadOptions. Where the mesh splits rows, `shards` of them, all sizes (buckets' too) are of one shard; arrays hold
+    them one after the other.
     """
 
     model: Model
@@ -62,6 +63,7 @@ class Programs:
     max_model_len: int
     max_rows: int
     max_steps: int
+    attention: str = "auto"
 
     @property
     def mesh(self) -> Mesh | None:
@@ -95,7 +97,7 @@ class Programs:
     @cached_property
     def state(self) -> State:
         """Cache and slots."""
-        layout = cache_layout(self.model, self.place)
+        layout = cache_layout(self.model, self.place, self.attention)
         cache = layout.shapes(self.shards * self.num_pages, self.page_size)
         held = self.whole if self.mesh is None else NamedSharding(self.mesh, layout.spec)
         return State(_structs(cache, held), placed_slots(self.model, self.place, self.max_rows))
@@ -135,13 +137,14 @@ class Programs:
         """The program before it is compiled; cache and slots are donated."""
         arguments = self.arguments(key)
         place = self.place
-        platform = self.devices[0].platform
-        if self.mesh is None and platform == "tpu":
+        on_tpu = self.devices[0].platform == "tpu"
+        if self.mesh is None and on_tpu:
             place = Mesh(np.array(self.devices), ("all",))
         with contextlib.ExitStack() as stack:
             if isinstance(place, Mesh):  # kernels ask what kind of device they are for
                 stack.enter_context(jax.sharding.use_abstract_mesh(place.abstract_mesh))
-            return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=(platform,))
+            # A GPU's platform, "gpu", is a family: kernels are known to "cuda", which JAX finds out from the devices.
+            return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=("tpu",) if on_tpu else None)
 
     @cached_property
     def _jits(self) -> dict[str, Any]:

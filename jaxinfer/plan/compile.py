@@ -65,9 +65,9 @@ class Plan:
 def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOptions]) -> Plan:
     """Compiles for a slice what an LLM with these options would run there. config: a config.json's content.
 
-    dtype "auto" is what that says, else bfloat16. Raises DoesNotFit, with what would fit.
+    dtype "auto": see model_of. Raises DoesNotFit, with what would fit.
     """
-    held = fit(model_of(config, options.get("dtype", "auto")), place, **options)
+    held = fit(model_of(config, options.get("dtype", "auto"), place), place, **options)
     if not place.compiles:
         return Plan(held, ())
     rows, tokens = held.programs.max_rows, held.programs.buckets.tokens[-1]

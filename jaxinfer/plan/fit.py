@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Unpack, get_args
+from typing import Any, Unpack
 
 from jaxinfer.cache import CacheLayout
-from jaxinfer.engine.load import limits, sized_programs
-from jaxinfer.engine.options import DType, LoadOptions, check_options
+from jaxinfer.engine.load import choose_dtype, limits, sized_programs
+from jaxinfer.engine.options import LoadOptions, check_options
 from jaxinfer.engine.programs import Programs, cache_layout, placed_slots
 from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size
 from jaxinfer.models.model import Model
-from jaxinfer.plan.slices import GIB, Slice
+from jaxinfer.plan.slices import GIB, Device, Slice
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, describe, make_mesh, placed, tensor_sizes
 
 
@@ -36,7 +36,7 @@ class Fit:
 
     @property
     def layout(self) -> CacheLayout:
-        return cache_layout(self.model, self.programs.place)
+        return cache_layout(self.model, self.programs.place, self.programs.attention)
 
     @property
     def mesh(self) -> str:
@@ -80,10 +80,11 @@ class Fit:
         return self.weights + self.slots + self.sizes.bytes
 
 
-def model_of(config: Mapping[str, Any], dtype: str = "auto") -> Model:
-    """The model of a config.json's content; "auto" is the dtype that it says, else bfloat16."""
-    said = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
-    return Model.from_config(config, dtype if dtype != "auto" else said if said in get_args(DType) else "bfloat16")
+def model_of(config: Mapping[str, Any], dtype: str = "auto", place: Slice | None = None) -> Model:
+    """The model of a config.json's content. "auto": what an engine takes there, on a TPU if no place is given, for
+    weights in the dtype that it says, else in bfloat16."""
+    device = place.devices[0] if place else Device(0, "tpu")
+    return Model.from_config(config, choose_dtype(dtype, config, None, device))
 
 
 def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
@@ -97,7 +98,8 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     slots = device_bytes(placed_slots(model, where, rows))
     available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - weights - slots
     length = given["max_model_len"] or shape.max_context
-    size, per_token = page_size(given["page_size"], where, rows, length), cache_layout(model, where).bytes_per_token
+    size = page_size(given["page_size"], where, rows, length)
+    per_token = cache_layout(model, where, given["attention"]).bytes_per_token
     try:
         room = max(min(given["kv_cache_memory"] or available, available), 0)
         programs, sizes = sized_programs(model, where, given, room)

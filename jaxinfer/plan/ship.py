@@ -85,6 +85,7 @@ def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any
         "max_num_seqs": programs.max_rows * programs.shards,
         "max_num_batched_tokens": programs.buckets.tokens[-1] * programs.shards,
         "page_size": programs.page_size,
+        "attention": programs.attention,
     }
     return Manifest(environment(programs.devices), describe_model(programs.model), options, asdict(sizes), written)
 

@@ -18,13 +18,14 @@ import jax
 @dataclass(frozen=True)
 class Chip:
     """One device. memory: bytes that programs can use; bandwidth: of it, bytes/s; flops: bfloat16, each second;
-    link: bytes/s to and from all neighbours together."""
+    link: bytes/s to and from all neighbours together; capability: NVIDIA's compute capability, of GPUs."""
 
     name: str
     memory: int
     bandwidth: float
     flops: float
     link: float
+    capability: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Device:
     platform: str
     process_index: int = 0
     device_kind: str = "none"
+    compute_capability: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,15 @@ class Slice:
     compiles: bool = True
 
     @classmethod
-    def of_shapes(cls, name: str, chip: Chip, count: int, per_chip: int = 1, platform: str = "tpu") -> Slice:
+    def of_shapes(cls, name: str, chip: Chip, count: int, per_chip: int = 1) -> Slice:
         """One that nothing can be compiled for."""
-        return cls(name, chip, tuple(Device(i, platform) for i in range(count)), per_chip, False)
+        platform = "tpu" if chip.capability is None else "gpu"
+        devices = (Device(i, platform, compute_capability=chip.capability) for i in range(count))
+        return cls(name, chip, tuple(devices), per_chip, False)
 
     def with_devices(self, count: int) -> Slice:
         """As many of the same kind, for their shapes."""
-        return Slice.of_shapes(f"{count} {self.chip.name}", self.chip, count, self.per_chip, self.devices[0].platform)
+        return Slice.of_shapes(f"{count} {self.chip.name}", self.chip, count, self.per_chip)
 
 
 def names() -> list[str]:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 
+from jaxinfer.engine.load import choose_dtype
 from jaxinfer.plan.places import find_place
 from jaxinfer.plan.slices import GENERATIONS, names
 from tests.plan.test_roofline import CONFIG
@@ -137,11 +138,11 @@ def test_wrong_meshes_and_models(cli, model):
 
 
 def test_what_the_compiler_refuses(cli, model):
-    """Three heads fill no tiles of the kernel, and for attention in plain XLA it copies the pool."""
+    """For attention in plain XLA it copies the pool."""
     pytest.importorskip("libtpu")
     heads = {"num_attention_heads": 3, "num_key_value_heads": 3, "max_position_embeddings": 2**22}
     (model / "config.json").write_text(json.dumps(SMALL | heads))
-    arguments = "--topology", "v5e-1", "--max-num-seqs", "4", "--max-num-batched-tokens", "32"
+    arguments = "--topology", "v5e-1", "--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--attention", "xla"
     code, out, err = cli("plan", model, *arguments)
     assert (code, out) == (1, "")
     assert re.search(r"v5e-1: programs need \d+\.\d\d GiB; a chip has 15\.75, .*: lower memory_utilization", err), err
@@ -155,6 +156,19 @@ def test_gpus_are_planned_from_shapes(cli, model):
     assert sizes["total"] == sizes["weights"] + sizes["cache"] + sizes["slots"]
     assert "temporaries" not in sizes
     assert "l4-2: from shapes alone" in cli("plan", model, "--topology", "l4-2").out
+
+
+def test_a_gpu_without_bfloat16(cli, model):
+    """What the engine takes there: choose_dtype."""
+    config = json.loads((model / "config.json").read_text())
+    for said, there, elsewhere in (("bfloat16", "float16", "bfloat16"), ("float32", "float32", "float32")):
+        (model / "config.json").write_text(json.dumps(config | {"dtype": said}))
+        assert json.loads(cli("plan", model, "--topology", "t4", "--json").out)["dtype"] == there
+        assert json.loads(cli("plan", model, "--topology", "l4", "--json").out)["dtype"] == elsewhere
+        device = find_place("t4").devices[0]
+        assert choose_dtype("auto", config | {"dtype": said}, None, device) == there
+    assert "a GPU of 7.5" in cli("plan", model, "--topology", "t4", "--attention", "pallas").error()
+    assert "dtype is float32" in cli("plan", model, "--topology", "l4", "--attention", "pallas").error()
 
 
 def test_a_picture(cli, model, tmp_path):

@@ -1,0 +1,145 @@
+"""The kernel for GPUs, interpreted on a CPU: against float64 numpy and attention in plain XLA. And lowered for CUDA."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from jaxinfer.attention import AttentionSpec, attend
+from jaxinfer.cache import CacheLayout, GpuPages, PackedPages, SplitPages
+from tests.attention.reference import Ragged, Shape, filled_outside, live, ragged
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+        yield
+
+
+run = jax.jit(attend, static_argnums=5)
+
+
+def check(case: Ragged, spec: AttentionSpec, error: float) -> None:
+    """Everywhere but in the rows' own slots the pool is NaN, as somebody may have left it."""
+    out, cache = run(case.q, case.k, case.v, GpuPages(*filled_outside(case, np.nan)), case.batch, spec)
+    assert isinstance(cache, GpuPages)
+    used = live(case.batch)
+    assert np.abs(np.asarray(out, np.float64) - case.out)[used].max(initial=0) < error
+    assert not np.asarray(out, np.float32)[~used].any()
+    for pool, expected in zip(cache, filled_outside(case._replace(cache=case.after), np.nan), strict=True):
+        np.testing.assert_array_equal(np.asarray(pool, np.float32)[1:], np.asarray(expected, np.float32)[1:])
+
+
+CASES = {
+    "head size 64, page 16": (Shape(heads=8, kv_heads=2, head_dim=64), None),
+    "one key head, page 1, window": (Shape(page_size=1, heads=4, kv_heads=1, head_dim=16), 20),
+    "one group, page 128": (Shape(page_size=128, heads=4, kv_heads=4, head_dim=32), None),
+    "head size 128, three heads a group, page 24, window over blocks": (
+        Shape(page_size=24, heads=6, kv_heads=2, head_dim=128),
+        150,
+    ),
+    "head size 256, window 1": (Shape(heads=2, kv_heads=1, head_dim=256), 1),
+    "bfloat16": (Shape(heads=14, kv_heads=2, head_dim=64, dtype="bfloat16"), None),
+    "float16": (Shape(dtype="float16"), 100),
+}
+ERRORS = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "bfloat16" else pytest.mark.slow) for name in CASES]
+)
+def test_matches_float64(name):
+    shape, window = CASES[name]
+    spec, error = AttentionSpec(shape.head_dim**-0.5, window=window), ERRORS[shape.dtype]
+    check(ragged(shape, spec, [0, 15, 16, -1, 699, 127], [], decode_only=True), spec, error)
+    check(ragged(shape, spec, [255, 640, -1], [(0, 130), (256, 100), (17, 2)]), spec, error)
+
+
+def test_matches_float64_on_random_rows():
+    shape, spec = Shape(heads=8, kv_heads=2), AttentionSpec(0.3, window=200)
+    rng = np.random.default_rng(0)
+    for seed in range(5):
+        count = rng.integers(1, shape.rows + 1)
+        decode = rng.integers(-1, 760, rng.integers(0, count + 1)).tolist()
+        lengths = rng.multinomial(shape.tokens - 6, np.ones(7) / 7)[: count - len(decode)] + 1
+        prefill = [(int(rng.integers(0, 768 - n)), int(n)) for n in lengths]
+        check(ragged(shape, spec, decode, prefill, seed=seed), spec, 2e-6)
+        check(ragged(shape, spec, rng.integers(-1, 767, 6).tolist(), [], seed=seed, decode_only=True), spec, 2e-6)
+
+
+def test_nobody_is_there():
+    shape, spec = Shape(), AttentionSpec(0.25)
+    check(ragged(shape, spec, [], []), spec, 1e-6)
+    check(ragged(shape, spec, [-1] * 6, [], decode_only=True), spec, 1e-6)
+
+
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_a_row_that_has_stopped(decode_only):
+    """It writes nothing, and nothing is asked of it."""
+    shape, spec = Shape(), AttentionSpec(0.25)
+    case = ragged(shape, spec, [40, 15, 300], [] if decode_only else [(0, 30)], decode_only=decode_only)
+    lengths = case.batch.kv_len.copy()
+    lengths[1] = 0
+    case = case._replace(batch=dataclasses.replace(case.batch, kv_len=lengths))
+    before = case.cache
+    out, cache = run(case.q, case.k, case.v, GpuPages(*before), case.batch, spec)
+    used = live(case.batch)
+    assert np.abs(np.asarray(out) - case.out)[used].max() < 2e-6
+    assert not np.asarray(out)[1].any()
+    own = case.batch.pages[1, :1]
+    np.testing.assert_array_equal(np.asarray(cache.k)[own], np.asarray(before.k)[own])
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_a_row_that_overflows_harms_no_other(decode_only, part):
+    shape, spec = Shape(), AttentionSpec(0.25)
+    rows = ([40, 15, -1, 699, 200], []) if decode_only else ([40, 200], [(0, 300), (100, 7)])
+    case = ragged(shape, spec, *rows, decode_only=decode_only)
+    expected, _ = run(case.q, case.k, case.v, GpuPages(*case.cache), case.batch, spec)
+    q, (k, v), page = case.q, case.cache, case.batch.pages[0, 0]
+    if part == "query":
+        q = q.at[0].set(jnp.nan)
+    elif part == "key":
+        k = k.at[page].set(jnp.inf)
+    else:
+        v = v.at[page].set(jnp.nan)
+    out, _ = run(q, case.k, case.v, GpuPages(k, v), case.batch, spec)
+    others = live(case.batch) & (case.batch.row != 0)
+    assert np.isnan(np.asarray(out)[0]).any()  # and it isn't hidden either
+    np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(expected)[others])
+
+
+class Place:
+    def __init__(self, platform: str, compute_capability: str | None = None):
+        self.platform, self.compute_capability = platform, compute_capability
+
+
+@pytest.mark.parametrize(
+    ("attention", "place", "heads", "head_dim", "dtype", "expected"),
+    [
+        ("pallas", Place("gpu", "8.0"), 8, 128, "bfloat16", GpuPages),
+        ("pallas", Place("gpu", "10.0"), 1, 64, "float16", GpuPages),
+        ("auto", Place("gpu", "9.0"), 8, 128, "bfloat16", SplitPages),
+        ("xla", Place("gpu", "9.0"), 8, 128, "bfloat16", SplitPages),
+        ("xla", Place("tpu"), 8, 128, "bfloat16", SplitPages),
+        ("pallas", Place("gpu", "7.5"), 8, 128, "float16", "capability 8.0 and more, and this is a GPU of 7.5"),
+        ("pallas", Place("gpu", "gfx942"), 8, 128, "float16", "and this is gpu"),
+        ("pallas", Place("cpu"), 8, 128, "float32", "and this is cpu"),
+        ("pallas", Place("gpu", "8.9"), 8, 128, "float32", "bfloat16 and float16, and dtype is float32"),
+        ("pallas", Place("gpu", "8.9"), 8, 80, "bfloat16", "head sizes 16, 32, 64, 128, 256, and the model has 80"),
+        ("pallas", Place("tpu"), 3, 128, "bfloat16", PackedPages),
+        ("pallas", Place("tpu"), 8, 128, "float16", "for TPUs is for bfloat16 and float32, and dtype is float16"),
+    ],
+)
+def test_what_is_asked_for_is_taken_or_refused(attention, place, heads, head_dim, dtype, expected):
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=f"attention is 'pallas': .*{expected}"):
+            CacheLayout.choose(2, heads, head_dim, dtype, place, attention)
+    else:
+        assert CacheLayout.choose(2, heads, head_dim, dtype, place, attention).pages is expected
