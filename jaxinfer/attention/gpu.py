@@ -67,7 +67,7 @@ def _tiles(batch: Batch, size: int) -> jax.Array:
     """Up to `size` tokens of one row each: row, first token, how many (0: none), position of the first; i32[N, 4], as
     many as there can be."""
     rows, tokens = batch.kv_len.shape[0], batch.row.shape[0]
-    lengths = jnp.where(batch.kv_len > 0, jnp.diff(batch.q_start), 0)
+    lengths = jnp.diff(batch.q_start)  # of a row that has stopped too: before position 0 there are no keys
     counts = (lengths + size - 1) // size
     ends = jnp.cumsum(counts)
     tile = jnp.arange(min(tokens, tokens // size + rows), dtype=jnp.int32)
@@ -119,11 +119,11 @@ def _kernel(
         page = triton.load(pages.at[row, place // page_size], mask=own, other=0)
         at = page[:, None], head, (place % page_size)[:, None], column
         scores = _dot(queries, triton.load(k.at[at], mask=own[:, None], other=0.0), 1) * spec.scale
-        seen = sees((base + token)[:, None], place[None, :], spec)
-        scores = jnp.where(seen, scores, NEGATIVE)
+        scores = jnp.where(sees((base + token)[:, None], place[None, :], spec), scores, NEGATIVE)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         keep = jnp.exp(top - new_top)
-        weights = jnp.where(seen, jnp.exp(scores - new_top[:, None]), 0.0)
+        # Of a block that a query sees nothing of, all counts, until it sees a key: `keep` is 0 then.
+        weights = jnp.exp(scores - new_top[:, None])
         values = triton.load(v.at[at], mask=own[:, None], other=0.0)
         acc = acc * keep[:, None] + _dot(weights.astype(values.dtype), values, 0)
         return new_top, total * keep + jnp.sum(weights, axis=1), acc

@@ -143,7 +143,7 @@ class Programs:
         with contextlib.ExitStack() as stack:
             if isinstance(place, Mesh):  # kernels ask what kind of device they are for
                 stack.enter_context(jax.sharding.use_abstract_mesh(place.abstract_mesh))
-            # A GPU's platform, "gpu", is a family: kernels are known to "cuda", which JAX finds out from the devices.
+            # JAX has a GPU's from the device, where "gpu" is a family that it knows only if one of it is there.
             return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=("tpu",) if on_tpu else None)
 
     @cached_property

@@ -1,7 +1,12 @@
 """The engine with the kernel for GPUs: its programs lowered for CUDA, without a GPU, and interpreted on a CPU."""
 
 import functools
+import json
+import os
 import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
 
 import jax
 import pytest
@@ -72,6 +77,68 @@ def test_lowered_for_cuda():
     for text in lowered("xla").values():
         assert "triton" not in text
         assert re.search(r"stablehlo.gather[^\n]*: \(tensor<333x", text)
+
+
+# In a process of its own, with XLA's compiler for a GPU that is not there: an L4, which has the least shared memory.
+SCRIPT = """
+import json, re, sys
+from jax.experimental import topologies
+from jaxinfer.engine.buckets import Buckets
+from jaxinfer.engine.programs import Programs
+from jaxinfer.models.model import Model
+
+L4 = '''
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 1536 core_count: 58 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 102400 shared_memory_per_block_optin: 101376
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 cuda_compute_capability { major: 8 minor: 9 }
+  memory_bandwidth: 300000000000 l2_cache_size: 50331648 clock_rate_ghz: 2.04 device_memory_size: 23000000000
+  runtime_version: "12.8.0" driver_version: "12.8.0" compile_time_toolkit_version: "12.8.0" dnn_version: "9.10.0"
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA L4"
+'''
+device = topologies.get_topology_desc(platform="cuda", target_config=L4, topology="1x1x1").devices[0]
+for config in json.loads(sys.argv[1]):
+    programs = Programs(
+        Model.from_config(config, "bfloat16"), device, Buckets.make(8, 256), num_pages=1025, page_size=16,
+        max_model_len=1024, max_rows=8, max_steps=4, attention="pallas",
+    )
+    for key in (("decode", 8, 8), ("step", 256, 8)):
+        compiled = programs.lower(key).compile()
+        text, cache = compiled.as_text(), programs.state.cache
+        print(json.dumps({
+            "kernels": len(re.findall('custom_call_target="__gpu.xla.gpu.triton"', text)),
+            "copied": re.findall(r"= bf16\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
+            "aliased": compiled.memory_analysis().alias_size_in_bytes,
+            "cache": sum(pool.size * pool.dtype.itemsize for layer in cache for pool in layer),
+        }))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not any(entry.name.startswith("xla_cuda") for entry in entry_points(group="jax_plugins")),
+    reason="the compiler for GPUs comes with jax[cuda13]",
+)
+def test_compiled_for_a_gpu():
+    """The largest head size and the usual one: the kernel's blocks fit, the pool is aliased, and nowhere copied."""
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+    configs = [CONFIG | {"head_dim": size} for size in (128, 256)]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(configs)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 4
+    for figures in lines:
+        assert figures["kernels"] == CONFIG["num_hidden_layers"]
+        assert not figures["copied"]
+        assert figures["aliased"] >= figures["cache"]
 
 
 @pytest.mark.slow
