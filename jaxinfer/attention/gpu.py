@@ -8,7 +8,7 @@ by key, so they can have any size.
 JAX has a kernel of its own for decoding over pages. It reads whole pages, where one NaN that somebody left would spoil
 the row, knows neither windows nor chunks, and splits the width of the table and not the length of the row. cuDNN's
 paged attention is not public in JAX, and runs nowhere but on a GPU. This kernel could not be run on one for this
-project yet either: checked is what it computes, interpreted on a CPU, and that JAX lowers it to Triton's language.
+project yet either: checked is what it computes, interpreted on a CPU, and that it compiles.
 """
 
 from __future__ import annotations
