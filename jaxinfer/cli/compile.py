@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jaxinfer import distributed
 from jaxinfer.cli.bench import BatchingOptions
+from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
 from jaxinfer.cli.plan import architecture, named
 
@@ -37,6 +39,7 @@ def compile(
     as_json: JSON = False,
     batching: BatchingOptions,
     load: LoadOptions,
+    hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
     """Compile all programs of a model ahead, into a folder for `--compiled` and LLM(..., compiled=DIR).
@@ -52,15 +55,20 @@ def compile(
     topology = topology or (deployment.topology if deployment else None)
     if topology is not None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
+    if topology is not None and hosts != HostOptions():
+        raise ValueError(f"topology is {topology!r}: that is compiled for by one process, without --coordinator")
     model, options = load.loading(**dataclasses.asdict(batching))
     with verbosity.apply() as progress:
         progress("starting JAX")
         config = architecture(model, deployment)
+        follows = topology is None and hosts.join()
         from jaxinfer.plan.fit import DoesNotFit
         from jaxinfer.plan.ship import ship
 
         try:
             programs, sizes, checked = _programs(config, topology, options)
+            if follows and (group := distributed.group()):
+                group.receive()  # until process 0 has compiled for all: this raises SystemExit then
             progress.hide()
             count = len(programs.keys())
             with checked, tqdm(total=count, desc="Compiled", disable=verbosity.quiet or None) as bar:

@@ -139,6 +139,10 @@ class Folder:
         self.name, self.manifest, self.on_progress = name, manifest, on_progress
         self.sizes = Sizes(**manifest.sizes)
 
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.manifest.dump()).hexdigest()[:12]
+
     def complain(self, found: str) -> None:
         """Says why the folder is not used."""
         _say(self.name, f"not used: {found}", self.on_progress)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.distributed import Group
+from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.leader import finished, unpack
 from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.programs import PREPARE, Key
@@ -26,12 +27,14 @@ def agree(
     dtype: np.dtype[Any],
     checkpoint: Checkpoint,
     place: jax.Device | Mesh,
+    compiled: Folder | None,
 ) -> None:
     """Takes the processes for one model. Raises ValueError in all of them if they don't load the same one in the same
     way, or if it can't be split over them."""
     group.taken = True
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
     facts = {
+        "the digest of the compiled programs that are used": compiled.digest if compiled else None,
         **{f"option {name}": value for name, value in given.items() if name not in ("token", "on_progress")},
         "config.json's digest": digest,
         "the weights' size in bytes": checkpoint.nbytes,
@@ -40,8 +43,6 @@ def agree(
         "the number of devices": jax.local_device_count(),
     }
     group.agree(facts)
-    if given["compiled"] is not None:
-        raise ValueError(f"compiled is {given['compiled']!r}: programs for several hosts can't be compiled ahead yet")
     processes = {device.process_index for device in place.devices.flat} if isinstance(place, Mesh) else {0}
     if len(processes) < group.size:
         raise ValueError(

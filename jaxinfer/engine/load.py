@@ -94,7 +94,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     group = distributed.group()
     if group is not None and group.taken:
         raise ValueError("there was an LLM in this program already: on several hosts it can have one")
-    devices = jax.local_devices() if group is None else jax.devices()
+    devices = _devices()
     device = jax.local_devices()[0]
     config = read_config(folder, REGISTRY)
     if given["architecture"] is not None:
@@ -115,7 +115,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         place = _place(abstract, devices, given["mesh"])
         cache_layout(abstract, place, given["attention"])  # which refuses what can't be, before the weights are read
         if group is not None:
-            agree(group, given, config, dtype, checkpoint, place)
+            agree(group, given, config, dtype, checkpoint, place, compiled)
         done = 0
 
         def on_tensor(nbytes: int) -> None:
@@ -130,10 +130,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             f"their KV cache of {compiled.sizes.bytes:,} bytes does not fit in the {room:,} that are free"
         )
         compiled, given["max_model_len"] = None, options.get("max_model_len")
-    available = _available(abstract, place, given)
-    if group is not None:
-        available = min(group.gather(available))
-    programs, sizes = sized_programs(abstract, place, given, available, compiled)
+    programs, sizes = sized_programs(abstract, place, given, _available(abstract, place, given), compiled)
     if given["max_model_len"] is None and sizes.max_model_len < shape.max_context:
         log.warning(
             "max_model_len is %d of the model's %d tokens: more does not fit in the KV cache",
@@ -182,17 +179,24 @@ def _disagreement(path: Path, name: str, found: object, wanted: object) -> Value
     )
 
 
+@reported
 def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Programs, Sizes]:
-    """The programs of an engine with these options on this machine's devices. config: a config.json's content.
+    """The programs of an engine with these options on this machine's devices, or those of all hosts together.
+    config: a config.json's content.
 
     Raises what load_engine raises.
     """
     given = check_options(options)
-    devices = jax.local_devices()
+    devices = _devices()
     model = Model.from_config(config, choose_dtype(given["dtype"], config, None, devices[0]))
     place = _place(model, devices, given["mesh"])
     weights = device_bytes({name: placed(s, model.axes[name], place) for name, s in model.abstract.items()})
     return sized_programs(model, place, given, _available(model, place, given, weights=weights))
+
+
+def _devices() -> list[jax.Device]:
+    """Of this machine; where several hosts have one model, of all of them."""
+    return jax.local_devices() if distributed.group() is None else jax.devices()
 
 
 def _place(model: Model, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
@@ -274,10 +278,16 @@ def limits(given: LoadOptions, place: jax.Device | Mesh) -> tuple[int, int]:
 
 def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float = 0.0, weights: int = 0) -> int:
     """Bytes that the KV cache may take of each device beside the slots, now that the weights are there, or `weights`
-    bytes of them are to come. slack: share of the memory that it may have beyond what is planned."""
+    bytes of them are to come; on the host with the least. slack: share of the memory that it may have beyond what is
+    planned."""
+    group, here = distributed.group(), _available_here(model, place, given, slack, weights)
+    return here if group is None else int(min(group.gather(here)))
+
+
+def _available_here(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float, weights: int) -> int:
     if given["kv_cache_memory"] is not None:
         return given["kv_cache_memory"]
-    device = devices_of(place)[0]
+    device = jax.local_devices()[0]  # those of others don't say
     slots = device_bytes(placed_slots(model, place, limits(given, place)[0]))
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats or "bytes_limit" not in stats:

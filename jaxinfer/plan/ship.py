@@ -43,12 +43,10 @@ class Shipped:
 def ship(programs: Programs, sizes: Sizes, output: str, on_program: Callable[[], Any]) -> Shipped:
     """Compiles every program, several at a time, into a folder or URL that is there as a whole or not at all.
 
-    on_program: called when one is written. Raises ValueError if `output` is something else already, or
-    the mesh goes over several hosts, and OSError if it can't be written.
+    on_program: called when one is written. Raises ValueError if `output` is something else already, and OSError
+    if it can't be written.
     """
     start = time.perf_counter()
-    if (hosts := len({device.process_index for device in programs.devices})) > 1:
-        raise ValueError(f"these programs are for {hosts} hosts: those for several can't be compiled ahead yet")
     keys = programs.keys()
     written: dict[str, dict[str, Any]] = {}
     with _folder(output) as write, without_compile_cache(), ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -94,6 +94,19 @@ def test_a_deployment(cli, model, tmp_path):
     assert json.loads((out / "manifest.json").read_text())["options"]["max_model_len"] == 16
 
 
+@pytest.mark.slow
+def test_for_several_hosts(cli, model, tmp_path):
+    """One process compiles for all of them."""
+    pytest.importorskip("libtpu")
+    (model / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": 16, "hidden_size": 256}))
+    out = tmp_path / "programs"
+    asked = ("compile", model, *FEW, "--topology", "v5e-16", "--mesh", "tensor=16", "-o", out)
+    assert cli(*asked).code == 0
+    devices = json.loads((out / "manifest.json").read_text())["environment"]["devices"]
+    assert len(devices) == 16
+    assert {device.split(" at ")[0].split(" of ")[1] for device in devices} == {f"process {n}" for n in range(4)}
+
+
 def test_what_does_not_fit(cli, model, tmp_path):
     pytest.importorskip("libtpu")
     large = {"num_hidden_layers": 48, "hidden_size": 8192, "intermediate_size": 28672}
@@ -104,10 +117,6 @@ def test_what_does_not_fit(cli, model, tmp_path):
     assert (
         "programs of GPUs are compiled where they are" in cli("compile", model, "--topology", "h100", "-o", "x").error()
     )
-    (model / "config.json").write_text(json.dumps(CONFIG | {"num_attention_heads": 16, "hidden_size": 256}))
-    hosts = cli("compile", model, *FEW, "--topology", "v5e-16", "--mesh", "tensor=16", "-o", tmp_path / "x")
-    assert "these programs are for 4 hosts" in hosts.err
-    assert hosts.code == 2
     assert not (tmp_path / "x").exists()
 
 
@@ -116,6 +125,9 @@ def test_mistakes(cli, model, tmp_path):
     assert "Missing option '--output'" in cli("compile", model).error()
     assert "--compiled is what other commands take" in cli("compile", model, "-o", "x", "--compiled", "y").error()
     assert "topology 'v5e-3' is not known" in cli("compile", model, "-o", "x", "--topology", "v5e-3").error()
+    slice_of_hosts = cli("compile", model, "-o", "x", "--topology", "v5e-16", "--coordinator", "here:1")
+    message = "topology is 'v5e-16': that is compiled for by one process, without --coordinator"
+    assert slice_of_hosts.error() == message
     assert "max_model_len is 9999" in cli("compile", model, "-o", "x", "--max-model-len", 9999).error()
     taken = "is there already, and is no folder of compiled programs"
     assert taken in cli("compile", model, *FEW, "-o", model).err

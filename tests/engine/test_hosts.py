@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,6 +203,37 @@ def test_the_command_line(wide, cli):  # noqa: F811
         assert json.loads(out)["token_ids"] == expected["token_ids"]
         out, err = hosts.processes[1].communicate(timeout=SECONDS)
         assert (hosts.processes[1].returncode, out) == (0, ""), err
+
+
+@pytest.mark.slow
+def test_compiled_ahead_for_both(wide, cli, tmp_path, monkeypatch):  # noqa: F811
+    """By both together, of which process 0 writes; then neither compiles anything, and the tokens are the same."""
+    asked = ("generate", "--model", wide, "--json", "--max-tokens", 6, "--temperature", 0, "Hello")
+    expected = json.loads(cli(*asked, "--max-model-len", 64).out)
+    out = tmp_path / "programs"
+    few = ("--max-num-seqs", 2, "--max-num-batched-tokens", 32)
+    monkeypatch.setenv("JAXINFER_CACHE_DIR", "off")
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    with Hosts(*commands("compile", wide, *LOADED, *few, "--json", "-o", out)) as hosts:
+        (code, (done,), err), follower = hosts.end(0), hosts.end(1)
+        assert (code, done["programs"]) == (0, len(list(out.glob("*.xla")))), err
+        assert follower[:2] == (0, []), follower
+        assert "Compiling" in err  # what is counted below
+    with Hosts(*commands(*asked, "--compiled", out)) as hosts:
+        (code, (found,), err), follower = hosts.end(0), hosts.end(1)
+        assert (code, found["token_ids"]) == (0, expected["token_ids"]), err
+        assert follower[:2] == (0, []), follower
+        for said in (err, follower[2]):
+            assert "Compiling" not in said
+            assert "not used" not in said
+    first, (*second,) = commands(*asked, "--compiled", out)
+    second[second.index(out)] = shutil.copytree(out, tmp_path / "copy")
+    (second[second.index(tmp_path / "copy")] / "manifest.json").write_text("{}")
+    with Hosts(first, second) as hosts:
+        for rank in (0, 1):
+            code, _, err = hosts.end(rank)
+            assert code == 2, err
+            assert "the digest of the compiled programs that are used is None in process 1 and '" in err
 
 
 @pytest.mark.slow

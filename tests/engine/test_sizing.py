@@ -2,9 +2,14 @@
 
 from typing import Any
 
+import jax
 import pytest
 
+from jaxinfer.engine import load
+from jaxinfer.engine.options import check_options
 from jaxinfer.engine.sizing import Sizes, page_size, size_cache
+from jaxinfer.models.model import Model
+from tests.plan.test_roofline import CONFIG
 
 GIB = 2**30
 
@@ -83,3 +88,19 @@ def test_pages_are_as_large_as_their_table_needs_on_tpu():
     assert page_size(256, Place("tpu"), 128, 131072) == 256
     with pytest.raises(ValueError, match=r"page_size is 16: on TPU, 256 sequences of up to 131072 tokens need .* 512;"):
         page_size(16, Place("tpu"), 256, 131072)
+
+
+class Chip:
+    platform = "tpu"
+
+    def memory_stats(self):
+        return {"bytes_limit": 1000, "bytes_in_use": 300}
+
+
+def test_memory_is_asked_of_a_device_of_this_host(monkeypatch):
+    """On several hosts the first device of the mesh is another one's for most of them, and JAX refuses to say."""
+    place = jax.devices()[0]
+    monkeypatch.setattr(jax, "local_devices", lambda: [Chip()])
+    monkeypatch.setattr(load, "placed_slots", lambda *_: ())
+    given = check_options({"memory_utilization": 0.95})
+    assert load._available(Model.from_config(CONFIG, "float32"), place, given) == pytest.approx(600, abs=1)
