@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,10 +14,12 @@ from jax.sharding import Mesh
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.safetensors import aligned
-from jaxinfer.models.model import Model, Params
+from jaxinfer.models.model import Model, Params, scales
 from jaxinfer.models.weights import Source
+from jaxinfer.quantization.qarray import quantize
 from jaxinfer.sharding import Index, parts, placed
 
+Host = np.ndarray[Any, np.dtype[Any]]
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
 
@@ -25,37 +27,70 @@ def load_params(
     model: Model, checkpoint: Checkpoint, place: jax.Device | Mesh, on_tensor: Callable[[int], None] | None = None
 ) -> Params:
     """All parameters of `model`, in its dtype, on the device, or split over the mesh. Host memory: the result plus one
-    tensor. Only what this process's devices hold is read, and once. On a mesh MLP width and vocabulary are padded with
-    zeros to what it divides.
+    tensor. Only what this process's devices hold is read, and once; of weights to be quantized, all columns of its
+    rows, as they share a scale. On a mesh MLP width and vocabulary are padded with zeros to what it divides.
 
     `on_tensor` is told the bytes of each tensor read. Raises one ValueError with every missing, unknown, duplicate,
     misshaped and wrongly typed tensor.
     """
-    sources = {name: model.weights.source(name) for name in model.abstract}
+    made = {scales(name) for name in model.quantized}
+    sources = {name: model.weights.source(name) for name in model.abstract if name not in made}
     located = _locate(model, checkpoint, sources)
     params: Params = {}
-    for name, shape in model.abstract.items():
-        source = sources[name]
-        stored = located[source.name]
-        whole = placed(shape, model.axes[name], place)
-        arrays = []
-        for index, devices in parts(whole.sharding, whole.shape).items():
-            # Some devices may hold nothing but padding.
-            real = tuple(
-                (min(start, size), min(stop, size)) for (start, stop), size in zip(index, shape.shape, strict=True)
-            )
-            value = checkpoint.read(stored, _stored_index(real, shape.shape, source))
+    for name, source in sources.items():
+        shape, stored = model.abstract[name].shape, located[source.name]
+
+        def read(index: Index, shape: tuple[int, ...] = shape, source: Source = source, stored: str = stored) -> Host:
+            """The part of the weight that is not padding."""
+            real = tuple((min(start, n), min(stop, n)) for (start, stop), n in zip(index, shape, strict=True))
+            value = checkpoint.read(stored, _stored_index(real, shape, source))
             if on_tensor is not None:
                 on_tensor(value.nbytes)
-            value = value.T if source.transpose else value
-            wanted = tuple(stop - start for start, stop in index)
-            if value.dtype != shape.dtype or source.transpose or value.shape != wanted:
-                value = _converted(value, wanted, shape.dtype, f"{checkpoint.folder}: {stored}")
-            arrays += [jax.device_put(value, device) for device in devices]
-            # One tensor at a time: a queue of pending transfers would hold them all.
-            jax.block_until_ready(arrays)
-        params[name] = jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, arrays)
+            return value.T if source.transpose else value
+
+        where = f"{checkpoint.folder}: {stored}"
+        if name in model.quantized:
+            params |= _quantized(model, name, place, read, where)
+        else:
+            whole = placed(model.abstract[name], model.axes[name], place)
+            params[name] = _put(whole, ((i, d, read(i)) for i, d in parts(whole.sharding, whole.shape).items()), where)
     return params
+
+
+def _put(whole: Any, held: Iterable[tuple[Index, list[Any], Host]], where: str) -> jax.Array:
+    """An array of parts: of each, its place, the devices that hold it, and what is in it."""
+    arrays = []
+    for index, devices, value in held:
+        wanted = tuple(stop - start for start, stop in index)
+        if value.dtype != whole.dtype or not value.flags.c_contiguous or value.shape != wanted:
+            value = _converted(value, wanted, whole.dtype, where)
+        arrays += [jax.device_put(value, device) for device in devices]
+        # One tensor at a time: a queue of pending transfers would hold them all.
+        jax.block_until_ready(arrays)
+    return jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, arrays)
+
+
+def _quantized(
+    model: Model, name: str, place: jax.Device | Mesh, read: Callable[[Index], Host], where: str
+) -> dict[str, jax.Array]:
+    """A weight's values and scales, from rows in full: they have one scale, also where columns are split."""
+    columns = (0, model.abstract[name].shape[1])
+    found: dict[tuple[int, int], tuple[Host, Host]] = {}
+
+    def held(whole: Any, which: int) -> Iterator[tuple[Index, list[Any], Host]]:
+        for (rows, (start, stop)), devices in parts(whole.sharding, whole.shape).items():
+            if rows not in found:
+                try:
+                    found[rows] = quantize(read((rows, columns)), model.quantized[name])
+                except ValueError as error:
+                    raise ValueError(f"{where}: {error}") from None
+            yield (rows, (start, stop)), devices, found[rows][which][:, start:stop]
+
+    result = {}
+    for which, one in enumerate((name, scales(name))):
+        whole = placed(model.abstract[one], model.axes[one], place)
+        result[one] = _put(whole, held(whole, which), where)
+    return result
 
 
 def _locate(model: Model, checkpoint: Checkpoint, sources: dict[str, Source]) -> dict[str, str]:

@@ -101,5 +101,5 @@ def _programs(config: Any, topology: str | None, options: Any) -> tuple[Programs
     place = find_place(topology)
     if not place.compiles:
         raise ValueError(f"topology is {topology!r}: programs of GPUs are compiled where they are; leave it out there")
-    held = fit(model_of(config, options.get("dtype", "auto"), place), place, **options)
+    held = fit(model_of(config, options.get("dtype", "auto"), place, options.get("quantization")), place, **options)
     return held.programs, held.sizes, refusals(held)

@@ -58,6 +58,12 @@ class LoadOptions:
             help="Of weights and cache; auto, as without it: the checkpoint's, float32 on CPU.", rich_help_panel=MODEL
         ),
     ] = None
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SCHEME", help="Of weights: int8, int8-w8a8, fp8; without it, none.", rich_help_panel=MODEL
+        ),
+    ] = None
     max_model_len: Annotated[
         int | None,
         typer.Option(metavar="N", help="Most tokens of prompt and answer together.", rich_help_panel=MODEL),

@@ -114,7 +114,7 @@ def _sweep(
     from jaxinfer.plan.fit import DoesNotFit, model_of
     from jaxinfer.plan.sweep import places, sweep
 
-    model = model_of(config, options.get("dtype", "auto"))
+    model = model_of(config, options.get("dtype", "auto"), quantization=options.get("quantization"))
     found, refused = sweep(model, places() if topology is None else [topology], context, **options)
     if not found:
         raise DoesNotFit(f"none of {refused} meshes fits: a shorter max_model_len, or a smaller --context")

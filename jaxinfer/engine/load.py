@@ -71,10 +71,12 @@ class Loaded:
 
     def describe(self) -> str:
         """Weights and cache in one line."""
-        weights = sum(a.size * a.dtype.itemsize for a in self.engine.runner.model.abstract.values())
+        model = self.engine.runner.model
+        weights = sum(a.size * a.dtype.itemsize for a in model.abstract.values())
+        kinds = [*sorted({scheme.name for scheme in model.quantized.values()}), str(self.dtype)]
         sizes = self.sizes
         return (
-            f"weights {weights / 2**30:.2f} GiB in {self.dtype}, KV cache {sizes.bytes / 2**30:.2f} GiB for "
+            f"weights {weights / 2**30:.2f} GiB in {', '.join(kinds)}, KV cache {sizes.bytes / 2**30:.2f} GiB for "
             f"{self.engine.scheduler.pages_total * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
             + (f", {describe(mesh)}" if (mesh := self.engine.runner.programs.mesh) else "")
         )
@@ -111,7 +113,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
     with Checkpoint(folder) as checkpoint:
         dtype = choose_dtype(given["dtype"], config, checkpoint, device)
-        abstract = Model.from_config(config, dtype)
+        abstract = Model.from_config(config, dtype, given["quantization"])
         place = _place(abstract, devices, given["mesh"])
         cache_layout(abstract, place, given["attention"])  # which refuses what can't be, before the weights are read
         if group is not None:
@@ -188,7 +190,8 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     """
     given = check_options(options)
     devices = _devices()
-    model = Model.from_config(config, choose_dtype(given["dtype"], config, None, devices[0]))
+    dtype = choose_dtype(given["dtype"], config, None, devices[0])
+    model = Model.from_config(config, dtype, given["quantization"])
     place = _place(model, devices, given["mesh"])
     weights = device_bytes({name: placed(s, model.axes[name], place) for name, s in model.abstract.items()})
     return sized_programs(model, place, given, _available(model, place, given, weights=weights))

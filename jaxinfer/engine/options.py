@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict, get_args
 
+from jaxinfer.quantization.schemes import Quantization, check_quantization
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "xla", "pallas"]
 KINDS: dict[str, tuple[Any, str]] = {
@@ -46,6 +48,10 @@ class LoadOptions(TypedDict, total=False):
         max_num_batched_tokens are of all of them together.
     compiled: a folder or URL of programs that `jaxinfer compile` has made. Options that are not given are then those
         that it was made with, and nothing compiles; where it is for something else, a warning says what differs.
+    quantization: weights in fewer bits, quantized while they are loaded: "int8" (one scale for each output channel),
+        "int8-w8a8" (activations too, one scale for each token), "fp8" (e4m3, one scale for each output channel); for
+        all matrices but embeddings. Or patterns of weight names with one of these or "none" each, of which the first
+        that fits decides: {"*.mlp.*": "int8"}. None: as they are.
     architecture: fields of the model's config.json, as a deployment has them: another model is refused. None: any.
     """
 
@@ -66,6 +72,7 @@ class LoadOptions(TypedDict, total=False):
     attention: Attention
     compiled: str | os.PathLike[str] | None
     architecture: Mapping[str, Any] | None
+    quantization: Quantization | None
 
 
 def check_options(options: Mapping[str, Any]) -> LoadOptions:
@@ -88,6 +95,7 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
         "attention": "auto",
         "compiled": None,
         "architecture": None,
+        "quantization": None,
     }
     unknown = sorted(set(options) - set(given))
     if unknown:
@@ -103,6 +111,7 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
     _check_integer("max_num_batched_tokens", given["max_num_batched_tokens"], 1, 2**20)
     _check_integer("page_size", given["page_size"], 1, 2**20)
     _check_integer("kv_cache_memory", given["kv_cache_memory"], 1)
+    check_quantization(given["quantization"])
     share = given["memory_utilization"]
     if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
         raise ValueError(f"memory_utilization is {share!r}: it must be a number above 0 and at most 1")

@@ -32,8 +32,8 @@ ZEROS: Key = ("zeros", 1, 1)  # a new cache, and new slots: one zero-filled pool
 def cache_layout(model: Model, place: jax.Device | Mesh, attention: str = "auto") -> CacheLayout:
     """How the model's keys and values are kept there. Raises ValueError if that attention is not to be had."""
     config = model.config
-    dtype = next(iter(model.abstract.values())).dtype
-    return CacheLayout.choose(config.num_layers, config.num_kv_heads, config.head_dim, dtype, place, attention)
+    heads = config.num_layers, config.num_kv_heads, config.head_dim
+    return CacheLayout.choose(*heads, model.dtype, place, attention)
 
 
 def placed_slots(model: Model, place: jax.Device | Mesh, max_rows: int) -> Slots:

@@ -1,4 +1,4 @@
-"""Dense layers and the product that all of them use."""
+"""Dense layers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,19 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxinfer.quantization.qarray import Weight, dot, take
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, on_tensor
 
 Axes = tuple[str | None, ...]  # logical axis names of a weight, one a dimension
 
 
-def dot(x: jax.Array, weight: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """`x [T, in]` times `weight [out, in]` transposed: `[T, out]`, accumulated in float32.
-
-    float32 operands are multiplied at full precision: the default on TPU and GPU would round them to bfloat16 or tf32.
-    """
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    out = lax.dot_general(
-        x, weight, (((x.ndim - 1,), (1,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-    return out.astype(x.dtype if out_dtype is None else out_dtype)
-
-
-def parameter(shape: tuple[int, ...], axes: Axes, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
-    """A weight, declared once: shape, dtype, logical axes, initializer (normal with deviation 0.02, as in GPT-2)."""
-    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.dtype(dtype)) * jnp.asarray(0.02, dtype), axes=axes)
+def parameter(
+    shape: tuple[int, ...], axes: Axes, dtype: DTypeLike, rngs: nnx.Rngs, looked_up: bool = False
+) -> nnx.Param[Weight]:
+    """A matrix, declared once: shape, dtype, logical axes, initializer (normal with deviation 0.02, as in GPT-2).
+    looked_up: rows of it are taken, which quantization leaves alone unless it is told to."""
+    values = jax.random.normal(rngs.params(), shape, jnp.dtype(dtype)) * jnp.asarray(0.02, dtype)
+    return nnx.Param(values, axes=axes, looked_up=looked_up)
 
 
 class Linear(nnx.Module):
@@ -49,14 +42,15 @@ class Embedding(nnx.Module):
     """A table `[rows, D]` looked up by id."""
 
     def __init__(self, rows: int, features: int, *, axes: Axes = ("vocab", "embed"), dtype: DTypeLike, rngs: nnx.Rngs):
-        self.weight = parameter((rows, features), axes, dtype, rngs)
+        self.weight = parameter((rows, features), axes, dtype, rngs, looked_up=True)
+        self.dtype = jnp.dtype(dtype)
 
     def __call__(self, ids: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """Where `fsdp` splits the table, each device looks its columns up for all, and they are exchanged: that is far
         less than the table."""
         split = axis_size(mesh, (FSDP,)) > 1
         ids = lax.all_gather(ids, FSDP, tiled=True) if split else ids
-        found = self.weight.get_value().at[ids].get(mode="clip")
+        found = take(self.weight.get_value(), ids, self.dtype)
         return lax.all_to_all(found, FSDP, 0, 1, tiled=True) if split else found
 
 
@@ -68,7 +62,7 @@ def head_logits(x: jax.Array, head: Linear | Embedding, mesh: Mesh | None) -> ja
         return dot(x, weight, out_dtype="float32")
     columns = lax.all_to_all(x, FSDP, 1, 0, tiled=True)
 
-    def logits(columns: jax.Array, weight: jax.Array) -> jax.Array:
+    def logits(columns: jax.Array, weight: Weight) -> jax.Array:
         partial = dot(columns, weight, out_dtype="float32")
         return lax.psum_scatter(partial, FSDP, scatter_dimension=0, tiled=True)
 

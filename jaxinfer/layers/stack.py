@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.attention import Batch
 from jaxinfer.cache import Cache, LayerCache
+from jaxinfer.quantization.qarray import QArray, axes_of_scales
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, fsdp_axis, on_axes, on_tensor
 
 M = TypeVar("M", bound=nnx.Module)
@@ -45,7 +46,7 @@ def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:
         return layer
     graph, state = nnx.split(layer)
     flat = nnx.to_flat_state(state)
-    axes = [variable.get_metadata()["axes"] for _, variable in flat]
+    axes = [one for _, variable in flat for one in _axes(variable)]
     bits = lax.bitcast_convert_type(before[0, 0].astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     zero = lax.shift_right_logical(bits, jnp.uint32(16))
 
@@ -58,7 +59,13 @@ def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:
 
     # Each tensor device its own part, which is not left to XLA: that would put those parts together first.
     tensor = [on_axes(one, TENSOR) for one in axes]
-    parts = [variable.get_value() for _, variable in flat]
-    whole = on_tensor(gather, (tensor, PartitionSpec()), tensor)(parts, zero)
+    parts, tree = jax.tree.flatten([variable.get_value() for _, variable in flat])
+    whole = jax.tree.unflatten(tree, on_tensor(gather, (tensor, PartitionSpec()), tensor)(parts, zero))
     merged = [(path, variable.replace(value)) for (path, variable), value in zip(flat, whole, strict=True)]
     return nnx.merge(graph, nnx.from_flat_state(merged))
+
+
+def _axes(variable: Any) -> list[tuple[str | None, ...]]:
+    """The logical axes of a weight's arrays."""
+    axes = variable.get_metadata()["axes"]
+    return [axes, axes_of_scales(axes)] if isinstance(variable.get_value(), QArray) else [axes]

@@ -67,7 +67,7 @@ def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOpt
 
     dtype "auto": see model_of. Raises DoesNotFit, with what would fit.
     """
-    held = fit(model_of(config, options.get("dtype", "auto"), place), place, **options)
+    held = fit(model_of(config, options.get("dtype", "auto"), place, options.get("quantization")), place, **options)
     if not place.compiles:
         return Plan(held, ())
     rows, tokens = held.programs.max_rows, held.programs.buckets.tokens[-1]

@@ -13,6 +13,7 @@ from jaxinfer.engine.programs import Programs, cache_layout, placed_slots
 from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import GIB, Device, Slice
+from jaxinfer.quantization.schemes import Quantization
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, describe, make_mesh, placed, tensor_sizes
 
 
@@ -80,11 +81,16 @@ class Fit:
         return self.weights + self.slots + self.sizes.bytes
 
 
-def model_of(config: Mapping[str, Any], dtype: str = "auto", place: Slice | None = None) -> Model:
+def model_of(
+    config: Mapping[str, Any],
+    dtype: str = "auto",
+    place: Slice | None = None,
+    quantization: Quantization | None = None,
+) -> Model:
     """The model of a config.json's content. "auto": what an engine takes there, on a TPU if no place is given, for
     weights in the dtype that it says, else in bfloat16."""
     device = place.devices[0] if place else Device(0, "tpu")
-    return Model.from_config(config, choose_dtype(dtype, config, None, device))
+    return Model.from_config(config, choose_dtype(dtype, config, None, device), quantization)
 
 
 def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
@@ -122,7 +128,7 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
 def _remedies(model: Model, place: Slice, tensor: int, room: int, options: LoadOptions) -> str:
     """What would fit: more chips, half the bytes, shorter sequences."""
     found = []
-    shape, dtype = model.config, next(iter(model.abstract.values())).dtype
+    shape, dtype = model.config, model.dtype
     for n in tensor_sizes(shape.num_heads, shape.num_kv_heads, 256):
         if n > tensor:
             try:

@@ -1,8 +1,9 @@
-"""A plan's bounds as a picture: tokens a second a chip over the batch (pip install 'jaxinfer[plot]')."""
+"""Pictures; above all a plan's bounds: tokens a second a chip over the batch (pip install 'jaxinfer[plot]')."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,27 @@ def check_plot(path: str) -> None:
         raise ValueError("--plot needs matplotlib: pip install 'jaxinfer[plot]'") from None
 
 
-def plot(figures: dict[str, Any], path: str) -> None:
-    """Draws the figures of a plan into a PNG file, which is there as a whole or not at all."""
+def draw(content: Callable[[Any], None], path: str) -> None:
+    """Draws `content` on the axes of a PNG file, which is there as a whole or not at all."""
     from matplotlib.figure import Figure
 
-    rows = [one["rows"] for one in figures["decode"]]
     picture = Figure(figsize=(8, 5), layout="constrained")
-    axes = picture.subplots()
+    content(picture.subplots())
+    temporary = f"{path}.tmp"
+    try:
+        picture.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def plot(figures: dict[str, Any], path: str) -> None:
+    """Draws the figures of a plan into a PNG file."""
+    draw(lambda axes: _bounds(figures, axes), path)
+
+
+def _bounds(figures: dict[str, Any], axes: Any) -> None:
+    rows = [one["rows"] for one in figures["decode"]]
     for name, label in BOUNDS.items():
         share = figures["devices_per_chip"] / figures["devices"]
         seconds = [one[f"{name}_seconds"] for one in figures["decode"]]
@@ -50,9 +65,3 @@ def plot(figures: dict[str, Any], path: str) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = f"{path}.tmp"
-    try:
-        picture.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

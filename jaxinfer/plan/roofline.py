@@ -62,17 +62,20 @@ def bound(
     One token a row is decoding; more is a piece of a prompt. Logits are computed once a row.
     """
     config = model.config
-    dtype = next(iter(model.abstract.values())).dtype
     head = config.vocab_size * config.hidden_size
-    weights = sum(math.prod(s.shape) for s in model.abstract.values())
-    body = weights - head * (1 if config.tie_word_embeddings else 2)  # an embedding is looked up, not multiplied
+    vocab = {name for name, axes in model.axes.items() if axes[0] == "vocab"}  # the embedding, the head
+    body = sum(math.prod(s.shape) for name, s in model.abstract.items() if name not in vocab)
+    held = {name: math.prod(s.shape) * s.dtype.itemsize for name, s in model.abstract.items()}
+    body_bytes = sum(count for name, count in held.items() if name not in vocab)
+    # An embedding is looked up, not multiplied.
+    head_bytes = sum(held[n] for n in vocab if config.tie_word_embeddings or n.startswith("lm_head."))
     heads = config.num_heads // config.num_kv_heads * layout.num_kv_heads
     attention = 2 * config.num_layers * heads * layout.head_dim  # products of a token and a key
     seen = context if tokens == rows else (context + 1) / 2
     flops = 2 * (body * tokens + head * rows + attention * tokens * seen)
-    moved = (body + head) * dtype.itemsize / tensor + rows * context * layout.bytes_per_token
+    moved = (body_bytes + head_bytes) / tensor + rows * context * layout.bytes_per_token
     # Two reductions a layer, each of which sends and receives the stream twice, but for the own part.
-    stream = tokens * config.hidden_size * dtype.itemsize
+    stream = tokens * config.hidden_size * model.dtype.itemsize
     sent = (2 * config.num_layers + 1) * 2 * stream * (tensor - 1) / tensor
-    sent += body * dtype.itemsize / tensor * (fsdp - 1) / fsdp
+    sent += body_bytes / tensor * (fsdp - 1) / fsdp
     return Bound(tokens, chip, flops / tensor, moved, sent)

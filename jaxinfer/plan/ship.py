@@ -77,13 +77,14 @@ def _compile(programs: Programs, key: Key) -> bytes:
 def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any]]) -> Manifest:
     mesh = programs.mesh
     options = {
-        "dtype": str(next(iter(programs.model.abstract.values())).dtype),
+        "dtype": str(programs.model.dtype),
         "mesh": "tensor=1" if mesh is None else describe(mesh),
         "max_model_len": programs.max_model_len,
         "max_num_seqs": programs.max_rows * programs.shards,
         "max_num_batched_tokens": programs.buckets.tokens[-1] * programs.shards,
         "page_size": programs.page_size,
         "attention": programs.attention,
+        "quantization": programs.model.quantization,
     }
     return Manifest(environment(programs.devices), describe_model(programs.model), options, asdict(sizes), written)
 

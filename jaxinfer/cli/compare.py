@@ -1,0 +1,140 @@
+"""`jaxinfer compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
+
+if TYPE_CHECKING:
+    from jaxinfer.compare import Price
+
+MB = 1e6
+
+
+@grouped
+def compare(
+    base: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="As --model: a folder or hub id; else the packaged model.")
+    ] = None,
+    *,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Texts to compare on: .txt (one a line), .jsonl, .csv, .parquet."),
+    ] = None,
+    schemes: Annotated[str | None, typer.Option(metavar="A,B", help="Which schemes; without it, all of them.")] = None,
+    max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Compare at most so many tokens.")] = 4096,
+    questions: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Of the packaged model: ask it so many held-out questions too.")
+    ] = 500,
+    as_json: JSON = False,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw quality over bytes (pip install 'jaxinfer[plot]').")
+    ] = None,
+    load: LoadOptions,
+    verbosity: Verbosity,
+) -> None:
+    """What quantization costs and saves: each scheme beside the model as it is, on texts of yours.
+
+    KL is the divergence of the next token's distribution from the unquantized model's, in nats. Without --data, the
+    packaged model is compared on its own held-out questions.
+    """
+    from jaxinfer.batch.parse import Parser
+    from jaxinfer.batch.readers import records
+    from jaxinfer.batch.sources import find_sources
+    from jaxinfer.demo import MODEL_DIR
+    from jaxinfer.plan.plot import check_plot, draw
+    from jaxinfer.quantization.schemes import SCHEMES, check_quantization
+    from jaxinfer.sampling.params import SamplingParams
+
+    if base is not None:
+        if load.model is not None:
+            raise ValueError(f"the model is given twice: {base} and --model {load.model}")
+        load = dataclasses.replace(load, model=base)
+    if load.quantization is not None or load.compiled is not None:
+        raise ValueError("--quantization and --compiled are of one scheme: here it is --schemes")
+    names = list(SCHEMES) if schemes is None else [name.strip() for name in schemes.split(",")]
+    for name in names:
+        check_quantization(name)
+    if plot is not None:
+        check_plot(plot)
+    model, options = load.loading()
+    packaged = model == MODEL_DIR
+    if data is not None:
+        rows = [Parser("score", SamplingParams()).parse(record) for record in records(find_sources([data]))]
+        texts = [str(row.ask.prompt) + str(row.ask.continuation or "") for row in rows if row.ask is not None]
+        if len(texts) < len(rows):
+            raise ValueError(next(row.error for row in rows if row.ask is None))
+    elif packaged:
+        from jaxinfer.demo.questions import held_out_questions
+
+        texts = [f"{one.text} {one.answer}" for one in held_out_questions(1000, 1)]
+    else:
+        raise ValueError("there is nothing to compare on: give texts with --data FILE")
+    right = _right(questions) if packaged and questions else None
+    with verbosity.apply() as progress:
+        progress("starting JAX")
+        from jaxinfer.compare import compare as prices
+
+        found = []
+        for price in prices(
+            model, names, texts, max_tokens=max_tokens, right=right, **options | {"on_progress": progress}
+        ):
+            found.append(price)
+            progress(f"compared {price.scheme or 'the model as it is'}")
+        progress.hide()
+        if as_json:
+            print(json.dumps({"model": str(model), "prices": [dataclasses.asdict(price) for price in found]}))
+        else:
+            _print(found)
+        if plot is not None:
+            draw(lambda axes: _draw(found, axes), plot)
+
+
+def _right(questions: int) -> Any:
+    def right(llm: Any) -> float:
+        from jaxinfer.demo.evaluate import ask
+        from jaxinfer.demo.questions import held_out_questions
+
+        answers = ask(llm, held_out_questions(questions, 1))
+        return sum(answers) / len(answers)
+
+    return right
+
+
+def _print(prices: list[Price]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    exact = prices[0].exact_match is not None
+    heads = ["KL mean", "KL p99", "same top-1", "perplexity", "weights MB", "cache B/token", "decode tokens/s"]
+    table = Table("", *heads, *(["right answers"] if exact else []), title=f"on {prices[0].tokens} tokens")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in prices:
+        table.add_row(
+            one.scheme or "as it is",
+            f"{one.kl_mean:.2e}",
+            f"{one.kl_p99:.2e}",
+            f"{one.top1:.2%}",
+            f"{one.perplexity:.4f}",
+            f"{one.weight_bytes / MB:.1f}",
+            str(one.cache_bytes_per_token),
+            f"{one.decode_rate:.1f}",
+            *([f"{one.exact_match:.2%}"] if exact else []),
+        )
+    Console().print(table)
+
+
+def _draw(prices: list[Price], axes: Any) -> None:
+    for one in prices[1:]:
+        axes.scatter(one.weight_bytes / MB, max(one.kl_mean, 1e-9))
+        axes.annotate(one.scheme, (one.weight_bytes / MB, max(one.kl_mean, 1e-9)))
+    axes.axvline(prices[0].weight_bytes / MB, color="grey", ls=":", label="as it is")
+    axes.set(yscale="log", xlabel="weights, MB", ylabel="mean KL divergence, nats")
+    axes.grid(alpha=0.3)
+    axes.legend()

@@ -1,0 +1,130 @@
+"""The price of quantization: how far a model's next-token distributions move on given texts, and what that saves."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.attention import Batch
+from jaxinfer.benchmark import generate, random_work
+from jaxinfer.llm import LLM
+
+DECODED = (16, 64)  # tokens of the prompt and of the output of which the speed is measured
+RUNS = 3
+
+
+@dataclass(frozen=True)
+class Price:
+    """Of one scheme, None for the model as it is, which the others are compared with.
+
+    tokens: next-token distributions that were compared. kl_mean, kl_p99: the Kullback-Leibler divergence of the
+    scheme's from the base's, in nats, its mean and 99th percentile. top1: share of them with the same likeliest token.
+    perplexity: of the texts. weight_bytes: of all weights; cache_bytes_per_token: of context. decode_rate: tokens/s of
+    one sequence, the median of three. exact_match: the share of right answers, where questions are given.
+    """
+
+    scheme: str | None
+    tokens: int
+    kl_mean: float
+    kl_p99: float
+    top1: float
+    perplexity: float
+    weight_bytes: int
+    cache_bytes_per_token: int
+    decode_rate: float
+    exact_match: float | None
+
+
+def compare(
+    model: Any,
+    schemes: Sequence[str],
+    texts: Iterable[str],
+    *,
+    max_length: int = 512,
+    max_tokens: int = 4096,
+    right: Callable[[LLM], float] | None = None,
+    **options: Any,
+) -> Iterator[Price]:
+    """The prices of the model as it is, then of each scheme, one loaded at a time. options: of `LLM`.
+
+    Of each text the first `max_length` tokens are taken, of all together `max_tokens`, and kept on disk for their
+    number times the vocabulary times 4 bytes. right: the share of right answers of a model. Raises ValueError if the
+    texts have no two tokens.
+    """
+    texts = list(texts)
+    with tempfile.TemporaryFile() as file:
+        base: np.ndarray[Any, Any] | None = None
+        for scheme in (None, *schemes):
+            with LLM(model, **options | {"quantization": scheme}) as llm:
+                sequences = _sequences(llm, texts, max_length, max_tokens)
+                count = sum(len(ids) - 1 for ids in sequences)
+                if base is None:
+                    base = np.memmap(file, np.float32, "w+", shape=(count, llm.model.config.vocab_size))
+                divergence, same, likelihood, done = np.zeros(count), 0, 0.0, 0
+                for ids, ours in zip(sequences, _distributions(llm, sequences), strict=True):
+                    theirs = base[done : done + len(ours)]
+                    if scheme is None:
+                        theirs[:] = ours
+                    divergence[done : done + len(ours)] = np.sum(np.exp(theirs) * (theirs - ours), axis=1)
+                    same += int(np.sum(np.argmax(theirs, axis=1) == np.argmax(ours, axis=1)))
+                    likelihood += float(np.sum(ours[np.arange(len(ours)), ids[1:]]))
+                    done += len(ours)
+                weights = sum(array.nbytes for array in llm.engine.runner.params.values())
+                sizes = llm.sizes
+                yield Price(
+                    scheme,
+                    count,
+                    float(np.mean(divergence)),
+                    float(np.quantile(divergence, 0.99)),
+                    same / count,
+                    math.exp(min(-likelihood / count, 700)),
+                    weights,
+                    sizes.bytes // (sizes.num_pages * sizes.page_size),
+                    _decode_rate(llm),
+                    None if right is None else right(llm),
+                )
+
+
+def _sequences(llm: LLM, texts: Sequence[str], max_length: int, max_tokens: int) -> list[list[int]]:
+    """Token ids of the texts, as far as they are compared."""
+    found: list[list[int]] = []
+    left = max_tokens
+    for text in texts:
+        ids = llm.tokenizer.encode(text)[: min(max_length, llm.sizes.max_model_len, left + 1)]
+        if len(ids) > 1:
+            found.append(ids)
+            left -= len(ids) - 1
+        if left < 1:
+            break
+    if not found:
+        raise ValueError("the texts have nothing to compare: at least one must have two tokens")
+    return found
+
+
+def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.ndarray[Any, Any]]:
+    """Log-probabilities of the next token, f32 [tokens - 1, V], at all places of each sequence but its last."""
+    model, vocab = llm.model, llm.model.config.vocab_size
+
+    @jax.jit
+    def run(params: Any, batch: Batch) -> jax.Array:
+        logits, _ = model.bind(params)(batch, None)
+        return jax.nn.log_softmax(logits[:, :vocab].astype(jnp.float32), axis=-1)
+
+    for ids in sequences:
+        length = 1 << (len(ids) - 1).bit_length()
+        yield np.asarray(run(llm.engine.runner.params, Batch.of_sequences([list(ids)], length)))[: len(ids) - 1]
+
+
+def _decode_rate(llm: LLM) -> float:
+    prompt, output = (min(n, llm.sizes.max_model_len // 2) for n in DECODED)
+    work = random_work(llm.model.config.vocab_size, [prompt], [output])
+    generate(llm, work)
+    times = [generate(llm, work)[0] for _ in range(RUNS)]
+    return output / float(np.median(times))

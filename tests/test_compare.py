@@ -1,0 +1,82 @@
+"""What `jaxinfer compare` says, against another way to the same numbers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from jaxinfer import LLM
+from jaxinfer.compare import compare
+
+OPTIONS = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 96, "page_size": 8}
+TEXTS = ["The river runs under the bridge.", "", "A lamp, a stone and seven green papers.", "x"]
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints):
+    return checkpoints("llama").folder
+
+
+@pytest.fixture(scope="module")
+def prices(folder):
+    return list(compare(folder, ["int8", "fp8"], TEXTS, **OPTIONS))
+
+
+def test_the_figures(folder, prices):
+    base, int8, fp8 = prices
+    assert (base.scheme, int8.scheme, fp8.scheme) == (None, "int8", "fp8")
+    assert (base.kl_mean, base.kl_p99, base.top1) == (0, 0, 1)
+    assert 0 < int8.kl_mean < fp8.kl_mean < 0.1
+    assert int8.kl_mean <= int8.kl_p99
+    assert 0.5 < fp8.top1 <= 1
+    assert base.cache_bytes_per_token == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, their size, float32
+    assert int8.weight_bytes < 0.6 * base.weight_bytes
+    assert base.decode_rate > 0
+    for scheme, price in ((None, base), ("int8", int8)):
+        with LLM(folder, quantization=scheme, **OPTIONS) as llm:
+            texts = [text for text in TEXTS if len(llm.tokenizer.encode(text)) > 1]
+            scored = llm.score(texts)
+        tokens = sum(len(one.logprobs) for one in scored)
+        assert tokens == price.tokens
+        perplexity = math.exp(-sum(one.logprob for one in scored) / tokens)
+        assert price.perplexity == pytest.approx(perplexity, rel=1e-4)
+
+
+def test_a_divergence(folder):
+    """By hand, from the model's own forward pass."""
+    from jaxinfer.compare import _distributions
+
+    found = []
+    for scheme in (None, "fp8"):
+        with LLM(folder, quantization=scheme, **OPTIONS) as llm:
+            ids = llm.tokenizer.encode(TEXTS[0])
+            found.append(np.concatenate(list(_distributions(llm, [ids, ids[:3]]))).astype(np.float64))
+    p, q = found
+    np.testing.assert_allclose(np.exp(p).sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(p[-2:], p[:2], atol=1e-5)
+    expected = np.sum(np.exp(p[:-2]) * (p[:-2] - q[:-2]), axis=1)
+    price = list(compare(folder, ["fp8"], TEXTS[:1], **OPTIONS))[1]
+    assert price.kl_mean == pytest.approx(expected.mean(), rel=1e-3)
+    assert price.kl_p99 == pytest.approx(np.quantile(expected, 0.99), rel=1e-3)
+
+
+def test_the_command(cli, folder, tmp_path):
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:1]))
+    asked = ("compare", folder, "--data", data, "--schemes", "int8", "--max-model-len", 64)
+    report = json.loads(cli(*asked, "--json", "--plot", tmp_path / "prices.png").out)
+    assert [one["scheme"] for one in report["prices"]] == [None, "int8"]
+    assert report["prices"][1]["exact_match"] is None
+    assert (tmp_path / "prices.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bad_input(cli, folder, tmp_path):
+    data = tmp_path / "texts.txt"
+    data.write_text("x\n")
+    assert "nothing to compare on: give texts with --data" in cli("compare", folder).error()
+    assert "at least one must have two tokens" in cli("compare", folder, "--data", data).error()
+    assert "quantization is 'int3'" in cli("compare", folder, "--data", data, "--schemes", "int3").error()
+    assert "here it is --schemes" in cli("compare", folder, "--data", data, "--quantization", "int8").error()
+    data.with_suffix(".jsonl").write_text('{"texts": 1}\n')
+    assert "texts.jsonl:1" in cli("compare", folder, "--data", data.with_suffix(".jsonl")).error()

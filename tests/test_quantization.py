@@ -1,0 +1,164 @@
+"""Quantized models from end to end: as the weights that they stand for, on one device and on several."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.demo import MODEL_DIR
+from jaxinfer.demo.evaluate import ask
+from jaxinfer.demo.questions import held_out_questions
+from jaxinfer.engine.load import local_programs
+from jaxinfer.models.model import Model
+from jaxinfer.plan.ship import ship
+
+OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+PROMPTS = [[5, 17, 200, 33], [90, 2, 71], list(range(40, 100))]
+LARGEST = {"int8": 127, "fp8": 448}
+
+
+def rounded(weight, scheme):
+    """What is left of a weight, by arithmetic of its own: integers, or floats of three bits and a half."""
+    scale = np.abs(weight).max(axis=1, keepdims=True) / np.float32(LARGEST[scheme])
+    scaled = weight / scale
+    if scheme == "fp8":
+        step = 2.0 ** (np.maximum(np.floor(np.log2(np.maximum(np.abs(scaled), 1e-30))), -6) - 3)
+        return (np.round(scaled / step) * step * scale).astype(np.float32)
+    return (np.round(scaled) * scale).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def dequantized(checkpoints, tmp_path_factory):
+    """A checkpoint whose matrices are what a scheme makes of them."""
+
+    def make(name, scheme):
+        folder = tmp_path_factory.mktemp(f"{name}-{scheme}") / "model"
+        shutil.copytree(checkpoints(name).folder, folder)
+        tensors = load_file(folder / "model.safetensors")
+        for key, value in tensors.items():
+            if value.ndim == 2 and not any(table in key for table in ("embed", "wte", "wpe")):
+                stored_in_out = "c_attn" in key or "c_proj" in key or "c_fc" in key
+                tensors[key] = np.ascontiguousarray(
+                    rounded(value.T, scheme).T if stored_in_out else rounded(value, scheme)
+                )
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "int8"), ("gpt2", "int8"), ("qwen2", "fp8")])
+def test_as_the_weights_that_it_stands_for(checkpoints, dequantized, name, scheme):
+    with LLM(checkpoints(name).folder, quantization=scheme, **OPTIONS) as llm:
+        got, scored = llm.generate(PROMPTS, GREEDY), llm.score(PROMPTS)
+        assert f"in {scheme}, float32" in llm.description
+    with LLM(dequantized(name, scheme), **OPTIONS) as llm:
+        expected = llm.score(PROMPTS)
+        same = llm.generate(PROMPTS, GREEDY)
+    for one, other in zip(scored, expected, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+    assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in same]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "mesh"),
+    [
+        ("int8", "tensor=4"),
+        ("int8", "data=2,fsdp=2,tensor=2"),
+        pytest.param("fp8", "fsdp=8", marks=pytest.mark.slow),
+        pytest.param("int8-w8a8", "fsdp=2,tensor=4", marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_on_several_devices(checkpoints, scheme, mesh):
+    found = []
+    for place in (None, mesh):
+        with LLM(checkpoints("llama").folder, quantization=scheme, mesh=place, **OPTIONS) as llm:
+            found.append(([o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY)], llm.score(PROMPTS)))
+            params = llm.engine.runner.params
+    (alone, scores), (split, others) = found
+    assert alone == split
+    for one, other in zip(scores, others, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    weight, scales = (params[f"model.layers.0.mlp.up_proj.weight{end}"] for end in ("", "_scale"))
+    assert (weight.dtype.itemsize, scales.dtype) == (1, np.float32)
+    assert weight.sharding.shard_shape(weight.shape)[0] == scales.sharding.shard_shape(scales.shape)[0]
+
+
+def test_patterns(checkpoints):
+    """The embedding too, and the head not: which weights are in what."""
+    rules = {"*.mlp.*": "fp8", "*.k_proj.*": "none", "lm_head.*": "none", "*": "int8"}
+    with LLM(checkpoints("llama").folder, quantization=rules, **OPTIONS) as llm:
+        kinds = {name: str(array.dtype) for name, array in llm.engine.runner.params.items()}
+        (output,) = llm.generate([PROMPTS[0]], GREEDY)
+    assert len(output.outputs[0].token_ids) == 24
+    layer = "model.layers.1"
+    assert kinds[f"{layer}.mlp.down_proj.weight"] == "float8_e4m3fn"
+    assert kinds[f"{layer}.self_attn.q_proj.weight"] == "int8"
+    assert kinds[f"{layer}.self_attn.k_proj.weight"] == kinds["lm_head.weight"] == "float32"
+    assert kinds["model.embed_tokens.weight"] == "int8"
+    assert f"{layer}.self_attn.k_proj.weight_scale" not in kinds
+
+
+def test_compiled_ahead(checkpoints, tmp_path, caplog):
+    """What was compiled for a scheme is for that scheme, which goes without saying then."""
+    folder = checkpoints("llama").folder
+    options = OPTIONS | {"max_model_len": 64, "quantization": "int8"}
+    ship(*local_programs(json.loads((folder / "config.json").read_text()), options), str(tmp_path / "p"), lambda: None)
+    with LLM(folder, **options) as llm:
+        expected = [o.outputs[0].token_ids for o in llm.generate(PROMPTS[:2], GREEDY)]
+    with LLM(folder, compiled=tmp_path / "p") as llm:
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS[:2], GREEDY)] == expected
+        assert llm.engine.runner.compilations == 0
+        assert llm.engine.runner.params["lm_head.weight"].dtype == np.int8
+    with LLM(folder, compiled=tmp_path / "p", quantization="fp8"):
+        assert "option quantization was 'int8' and is 'fp8'" in caplog.text
+
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(("quantization", "most"), [("int8", 0.55), ("fp8", 0.55), ({"*": "int8"}, 0.505)])
+def test_bytes_of_weights(quantization, most):
+    """Of those in bfloat16. The embedding, which a name leaves alone, is 9.5% of this model."""
+
+    def size(model):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(model.abstract)))
+
+    share = size(Model.from_config(SHAPE, "bfloat16", quantization)) / size(Model.from_config(SHAPE, "bfloat16"))
+    assert 0.5 < share < most
+
+
+def test_bad_input(checkpoints, cli):
+    folder = checkpoints("llama").folder
+    with pytest.raises(ValueError, match="quantization is 'int3': it must be one of int8, int8-w8a8, fp8, or patterns"):
+        LLM(folder, quantization="int3")
+    with pytest.raises(ValueError, match="none of the model's weights is meant by it"):
+        LLM(folder, quantization={"*.experts.*": "int8"})
+    assert "quantization is 'int3'" in cli("generate", "x", "-m", folder, "--quantization", "int3").error()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "points"), [("int8", 0.5), ("int8-w8a8", 1.0), ("fp8", 1.0)])
+def test_what_it_costs(scheme, points):
+    """Right answers of the packaged model, in points of a hundred, on the same held-out questions."""
+    questions = held_out_questions(1000, 1)
+    right = []
+    for quantization in (None, scheme):
+        with LLM(MODEL_DIR, quantization=quantization, max_num_seqs=128) as llm:
+            right.append(100 * np.mean(ask(llm, questions)))
+    print(f"{scheme}: {right[1]:.1f} of 100 right, {right[0]:.1f} unquantized")
+    assert right[0] - right[1] <= points
