@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from jaxinfer.quantization.schemes import Scheme
 
-BLOCK = 2**22  # weights that are quantized at a time: what is needed for that are a few times 16 MB
+BLOCK = 2**20  # weights that are quantized at a time: what is needed for that are a few times 4 MB
 
 
 @functools.partial(jax.tree_util.register_dataclass)
