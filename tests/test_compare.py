@@ -61,6 +61,7 @@ def test_a_divergence(folder):
     assert price.kl_p99 == pytest.approx(np.quantile(expected, 0.99), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_command(cli, folder, tmp_path):
     data = tmp_path / "texts.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:1]))

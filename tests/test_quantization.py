@@ -52,7 +52,14 @@ def dequantized(checkpoints, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("llama", "int8"), ("gpt2", "int8"), ("qwen2", "fp8")])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("llama", "int8"),
+        pytest.param("gpt2", "int8", marks=pytest.mark.slow),
+        pytest.param("qwen2", "fp8", marks=pytest.mark.slow),
+    ],
+)
 def test_as_the_weights_that_it_stands_for(checkpoints, dequantized, name, scheme):
     with LLM(checkpoints(name).folder, quantization=scheme, **OPTIONS) as llm:
         got, scored = llm.generate(PROMPTS, GREEDY), llm.score(PROMPTS)
@@ -68,8 +75,8 @@ def test_as_the_weights_that_it_stands_for(checkpoints, dequantized, name, schem
 @pytest.mark.parametrize(
     ("scheme", "mesh"),
     [
-        ("int8", "tensor=4"),
         ("int8", "data=2,fsdp=2,tensor=2"),
+        pytest.param("int8", "tensor=4", marks=pytest.mark.slow),
         pytest.param("fp8", "fsdp=8", marks=pytest.mark.slow),
         pytest.param("int8-w8a8", "fsdp=2,tensor=4", marks=pytest.mark.slow),
     ],
@@ -104,6 +111,7 @@ def test_patterns(checkpoints):
     assert f"{layer}.self_attn.k_proj.weight_scale" not in kinds
 
 
+@pytest.mark.slow
 def test_compiled_ahead(checkpoints, tmp_path, caplog):
     """What was compiled for a scheme is for that scheme, which goes without saying then."""
     folder = checkpoints("llama").folder

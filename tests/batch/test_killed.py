@@ -10,7 +10,7 @@ from tests.batch.conftest import read_rows
 from tests.batch.killed import Jobs
 
 MANY = pytest.mark.parametrize(
-    "count", [pytest.param(10, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)]
+    "count", [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)]
 )
 FEW = ["--model", MODEL_DIR, "--max-num-seqs", 8, "--max-num-batched-tokens", 32, "--quiet"]
 

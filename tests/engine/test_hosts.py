@@ -252,11 +252,10 @@ def test_a_batch_job(wide, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_bench_score_and_chat(wide, tmp_path):  # noqa: F811
+def test_score_and_chat(wide, tmp_path):  # noqa: F811
     texts = tmp_path / "texts.txt"
     texts.write_text("Hello\n")
     for asked in (
-        ("bench", "throughput", "--num-prompts", 2, "--input-len", 4, "--output-len", 4, "--json", *LOADED),
         ("score", texts, "--json", *LOADED),
         ("chat", *LOADED),
     ):
