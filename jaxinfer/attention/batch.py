@@ -27,6 +27,7 @@ class Batch:
     decode_only            static: every row has exactly one token (T == R), so nothing is compiled for prefill
     mesh                   static: what heads and weights are split over, if there is more than one device; the batch is
                            then what one shard of its rows sees, inside of a shard_map over them
+    device_kind            static: what kind of device it is for (JAX's name of it): kernels are tuned for each
     """
 
     tokens: jax.Array
@@ -39,6 +40,7 @@ class Batch:
     logits_at: jax.Array
     decode_only: bool = field(default=False, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
+    device_kind: str = field(default="", metadata={"static": True})
 
     def places(self, page_size: int) -> tuple[jax.Array, jax.Array]:
         """Where each token's key and value go: page, i32[T], and place in it; page 0 for padding and finished rows."""

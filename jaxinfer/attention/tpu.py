@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.blocks import block_sizes
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.cache import PackedPages
-
-KEYS = 512  # of a block that the kernel has in fast memory, twice; not tuned, for want of a TPU
-QUERIES = 32  # likewise
 
 
 def attend_packed(
@@ -32,7 +30,7 @@ def attend_packed(
 ) -> tuple[jax.Array, PackedPages]:
     """See `attend`; padding tokens give zeros. kernel: JAX's, or one that does the same."""
     tokens, heads, head_dim = q.shape
-    _, page_size, pairs, width = cache.kv.shape
+    pairs, width = cache.kv.shape[2:]
     kv_heads = k.shape[1]
     more = pairs // 2 - kv_heads  # heads of zeros, each with as many queries as the others
     padding = ((q, more * heads // kv_heads), (k, more), (v, more))
@@ -44,10 +42,7 @@ def attend_packed(
     places = jnp.arange(batch.q_start.shape[0], dtype=jnp.int32)
     starts = jnp.where(count > 0, batch.q_start, jnp.minimum(places, 1))
     lengths = jnp.maximum(batch.kv_len, jnp.diff(starts))
-    blocks = {
-        "num_kv_pages_per_block": min(max(KEYS // page_size, 1), batch.pages.shape[1]),
-        "num_queries_per_block": min(QUERIES, tokens),
-    }
+    blocks = block_sizes(batch.device_kind, q, cache.kv, batch.pages.shape[1], batch.decode_only)
     full = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else contextlib.nullcontext()
     with full:
         out = (kernel or _kernel())(
@@ -59,7 +54,9 @@ def attend_packed(
             jnp.maximum(count, 1)[None],
             sm_scale=spec.scale,
             sliding_window=spec.window,
-            **blocks,
+            num_kv_pages_per_block=blocks.pages,
+            num_queries_per_block=blocks.queries,
+            vmem_limit_bytes=blocks.limit,
         )
     live = (jnp.arange(tokens, dtype=jnp.int32) < batch.q_start[-1]) & (batch.kv_len[batch.row] > 0)
     return jnp.where(live[:, None, None], out[:, :heads, :head_dim], jnp.zeros((), q.dtype)), cache

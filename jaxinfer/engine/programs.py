@@ -152,8 +152,8 @@ class Programs:
         pinned: dict[str, Any] = {} if self.mesh is None else {"out_shardings": (self.whole, self._shardings)}
         slots: dict[str, Any] = {} if self.mesh is None else {"out_shardings": self._shardings.slots}
         return {
-            "step": jax.jit(make_step(self.model, self.mesh), donate_argnums=1, **pinned),
-            "decode": jax.jit(make_decode(self.model, self.max_steps, self.mesh), donate_argnums=1, **pinned),
+            "step": jax.jit(make_step(self.model, self.place), donate_argnums=1, **pinned),
+            "decode": jax.jit(make_decode(self.model, self.max_steps, self.place), donate_argnums=1, **pinned),
             "prepare slot": jax.jit(prepare_slot, donate_argnums=0, **slots),
             "zeros": jax.jit(self._zeros, out_shardings=self._shardings),
         }

@@ -25,7 +25,7 @@ from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.sample import Logprobs, logprobs, no_logprobs, sample, stops, token_logprobs
 from jaxinfer.sampling.slots import Slots
-from jaxinfer.sharding import FSDP, ROWS, TENSOR, axis_size, on_axes
+from jaxinfer.sharding import FSDP, ROWS, TENSOR, axis_size, devices_of, on_axes
 
 SCORE_BLOCK = 128  # tokens: their logits are 65 MB for a vocabulary of 128,000
 
@@ -89,12 +89,13 @@ LogitsOf = Callable[[jax.Array], jax.Array]
 Decode = Callable[[Params, State, DecodeRows, SamplingArrays, Any], tuple[Sampled, State]]
 
 
-def make_step(model: Model, mesh: Mesh | None = None) -> Step:
+def make_step(model: Model, place: jax.Device | Mesh | None = None) -> Step:
     """One mixed call: decoding rows, one token each (taken from their slots), then chunks of prompts.
 
     On a mesh every array of rows, tokens, slots or pages is several shards' one after the other, with indices that
     count from the shard's own beginning.
     """
+    mesh, kind = _mesh_and_kind(place)
 
     def step(
         params: Params, state: State, batch: Batch, rows: Rows, sampling: SamplingArrays, scored: Scored
@@ -104,7 +105,7 @@ def make_step(model: Model, mesh: Mesh | None = None) -> Step:
         slots, slot = state.slots, jnp.asarray(rows.slot)
         size = slot.shape[0]
         token_slot = slot[batch.row]
-        batch = dataclasses.replace(batch, mesh=mesh)
+        batch = dataclasses.replace(batch, mesh=mesh, device_kind=kind)
         decoding = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.rows[0]
         batch = dataclasses.replace(batch, tokens=jnp.where(decoding, slots.token[token_slot], batch.tokens))
         # A decoding row that has stopped in a call whose tokens the host has not seen yet: it must write nothing.
@@ -133,11 +134,12 @@ def make_step(model: Model, mesh: Mesh | None = None) -> Step:
     return _over_rows(step, model, mesh, (PartitionSpec(ROWS),) * 4, PartitionSpec(ROWS))
 
 
-def make_decode(model: Model, max_steps: int, mesh: Mesh | None = None) -> Decode:
+def make_decode(model: Model, max_steps: int, place: jax.Device | Mesh | None = None) -> Decode:
     """Up to `max_steps` tokens a row in one call; `steps`, i32[], says how many this time.
 
     A row ends at one of its stop ids or after `rows.samples` tokens; the call ends when all rows have.
     """
+    mesh, kind = _mesh_and_kind(place)
 
     def decode(
         params: Params, state: State, rows: DecodeRows, sampling: SamplingArrays, steps: jax.Array
@@ -161,6 +163,7 @@ def make_decode(model: Model, max_steps: int, mesh: Mesh | None = None) -> Decod
                 logits_at=index,
                 decode_only=True,
                 mesh=mesh,
+                device_kind=kind,
             )
             stream, cache = module.hidden(batch, state.cache)
             assert cache is not None
@@ -191,6 +194,11 @@ def make_decode(model: Model, max_steps: int, mesh: Mesh | None = None) -> Decod
 
     specs = (PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec())
     return _over_rows(decode, model, mesh, specs, None)
+
+
+def _mesh_and_kind(place: jax.Device | Mesh | None) -> tuple[Mesh | None, str]:
+    kind = "" if place is None else devices_of(place)[0].device_kind
+    return place if isinstance(place, Mesh) else None, kind
 
 
 def _over_rows(call: Any, model: Model, mesh: Mesh | None, specs: tuple[Any, ...], scored: Any) -> Any:

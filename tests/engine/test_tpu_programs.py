@@ -14,6 +14,7 @@ pytest.importorskip("libtpu")
 SCRIPT = """
 import json, re, sys
 import jax, numpy as np
+import jaxinfer.attention.tpu as attention
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
 from jaxinfer.models.model import Model
@@ -25,6 +26,14 @@ LLAMA_8B = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
     "tie_word_embeddings": False, "rope_theta": 500000.0,
 }
+
+asked, block_sizes = [], attention.block_sizes
+
+def noted(kind, *rest):
+    asked.append((kind, *block_sizes(kind, *rest)))
+    return block_sizes(kind, *rest)
+
+attention.block_sizes = noted
 
 def size(tree):
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -40,6 +49,7 @@ for case in json.loads(sys.argv[1]):
         max_rows=rows, max_steps=32,
     )
     for key in (("decode", rows, rows), ("step", case["tokens"], rows)):
+        asked.clear()
         compiled = programs.lower(key).compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
         found = {kind: re.findall(rf"= \\w+\\[([\\d,]*)\\]\\S* {kind}(?:-start)?\\(", text)
@@ -49,6 +59,7 @@ for case in json.loads(sys.argv[1]):
             "aliased": memory.alias_size_in_bytes, "weights": size(programs.params), "state": size(programs.state),
             "cache": size(programs.state.cache),
             "kernels": len(re.findall("custom_call_target=.tpu_custom_call", text)),
+            "blocks": sorted(set(asked)),
             "copied": re.findall(r"= bf16\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
         } | found))
 """
@@ -94,6 +105,9 @@ def test_compiled_for_a_slice(topology, widths, most):
         assert figures["arguments"] == pytest.approx(figures["weights"] + figures["state"], rel=0.01)
         assert figures["aliased"] >= figures["state"]
         assert figures["kernels"] == layers
+        ((kind, *_, fast_memory),) = figures["blocks"]
+        assert kind == f"TPU {topology[:2]} lite", "the slice's, not this machine's"
+        assert fast_memory
         assert not figures["copied"]
         rows = figures["key"][1]
         assert sum(count == rows * width for count in elements(figures["all-reduce"])) == 2 * layers + 1
@@ -115,14 +129,16 @@ def test_weights_are_gathered_a_layer_at_a_time():
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v4-8", "v5e-1", "v5p-8", "v6e-1", "tpu7x-1"])
 def test_the_kernel_compiles(topology):
-    """Head sizes and numbers of heads that are padded, windows, one and many key/value heads."""
+    """Head sizes and numbers of heads that are padded, windows, one and many key/value heads, and blocks that
+    want most fast memory."""
     small = {"num_hidden_layers": 1, "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "head_dim": 64}
     models = (
         {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128},
         {"num_attention_heads": 12, "num_key_value_heads": 12},
         {"model_type": "mistral", "num_attention_heads": 6, "num_key_value_heads": 3, "sliding_window": 100},
+        {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     )
-    case = {"topology": topology, "mesh": "data=1", "rows": 16, "tokens": 128}
+    case = {"topology": topology, "mesh": "data=1", "rows": 64, "tokens": 128}
     for figures in compiled(*(case | {"config": small | model} for model in models)):
         assert figures["kernels"] == 1
         assert figures["aliased"] >= figures["state"]
