@@ -19,7 +19,7 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [code for language, code in BLOCKS if language in ("bash", "console")]
 
 STAND_INS = ("my-model", "Qwen/Qwen3-0.6B")  # folders come before hub ids: here they are the packaged model
-SLOW = "python -m"
+SLOW = ("python -m", "jaxinfer compare")
 TRAINING = "python -m jaxinfer.demo.train"
 
 # Python blocks are run one after the other in one process, as in a notebook.
@@ -83,7 +83,9 @@ def test_python_blocks(folder):
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        pytest.param(command, shown, id=command, marks=[pytest.mark.slow] if SLOW in command else [])
+        pytest.param(
+            command, shown, id=command, marks=[pytest.mark.slow] if any(slow in command for slow in SLOW) else []
+        )
         for command, shown in shell_commands()
     ],
 )

@@ -27,9 +27,7 @@ from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.xla import NEGATIVE, sees, write_split
 from jaxinfer.cache import GpuPages, SplitPages
 
-KEYS = (
-    64  # of a block; keys, values and queries must fit in 99 KB of shared memory, twice. Not tuned, for want of a GPU
-)
+KEYS = 64  # of a block; with values and queries they fit in 99 KB of shared memory, twice. Not tuned, for want of a GPU
 QUERIES = 64  # rows of a tile's matrix: tokens times heads
 LEAST_ROWS = 16  # of a matrix that tensor cores multiply
 PROGRAMS = 256  # that fill a GPU

@@ -100,7 +100,7 @@ def _right(questions: int) -> Any:
         from jaxinfer.demo.evaluate import ask
         from jaxinfer.demo.questions import held_out_questions
 
-        answers = ask(llm, held_out_questions(questions, 1))
+        answers = ask(llm, held_out_questions(questions, 1), use_tqdm=False)
         return sum(answers) / len(answers)
 
     return right
