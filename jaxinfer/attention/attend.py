@@ -10,10 +10,11 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.fused import attend_fused
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.tpu import attend_packed
 from jaxinfer.attention.xla import attend_split, attend_stream
-from jaxinfer.cache import GpuPages, LayerCache, PackedPages
+from jaxinfer.cache import FusedPages, GpuPages, LayerCache, PackedPages
 from jaxinfer.sharding import KV, TENSOR, on_tensor
 
 
@@ -39,7 +40,7 @@ def attend(
         return call(q, k, v, cache, batch)
     # Heads don't know of each other: each device does its own, with all rows of its shard.
     heads, kv_heads = PartitionSpec(None, TENSOR), PartitionSpec(None, KV)
-    pages = PartitionSpec(None, None, KV) if isinstance(cache, PackedPages) else kv_heads
+    pages = PartitionSpec(None, None, KV) if isinstance(cache, PackedPages | FusedPages) else kv_heads
     split = on_tensor(call, (heads, kv_heads, kv_heads, pages, PartitionSpec()), (heads, pages))
     return split(q, k, v, cache, dataclasses.replace(batch, mesh=None))
 
@@ -49,4 +50,6 @@ def _implementation(cache: LayerCache) -> Any:
         from jaxinfer.attention.gpu import attend_in_place  # imports Pallas, which takes its time
 
         return attend_in_place
+    if isinstance(cache, FusedPages):
+        return attend_fused
     return attend_packed if isinstance(cache, PackedPages) else attend_split

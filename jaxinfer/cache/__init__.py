@@ -1,5 +1,23 @@
 """The preallocated key/value pages as device pytrees. No policy lives here: who owns which page is `engine/`."""
 
-from jaxinfer.cache.pages import Cache, CacheLayout, GpuPages, LayerCache, PackedPages, SplitPages
+from jaxinfer.cache.pages import (
+    Cache,
+    CacheLayout,
+    FusedPages,
+    GpuPages,
+    LayerCache,
+    PackedPages,
+    SplitPages,
+    tokamax_version,
+)
 
-__all__ = ["Cache", "CacheLayout", "GpuPages", "LayerCache", "PackedPages", "SplitPages"]
+__all__ = [
+    "Cache",
+    "CacheLayout",
+    "FusedPages",
+    "GpuPages",
+    "LayerCache",
+    "PackedPages",
+    "SplitPages",
+    "tokamax_version",
+]

@@ -5,7 +5,9 @@ Page 0 is never allocated to a sequence: padding tokens and finished rows write 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import jax
@@ -49,8 +51,24 @@ class PackedPages(NamedTuple):
     kv: jax.Array
 
 
-LayerCache = SplitPages | GpuPages | PackedPages
+class FusedPages(NamedTuple):
+    """The same, `[pages, page_size, K, 2, d]`, for the kernel of tokamax, which writes keys and values itself."""
+
+    kv: jax.Array
+
+
+LayerCache = SplitPages | GpuPages | PackedPages | FusedPages
 Cache = tuple[LayerCache, ...]
+FUSED = 0, 0, 17  # the first version of tokamax that has it so
+
+
+def tokamax_version() -> str | None:
+    """None where it isn't installed, or is too old."""
+    try:
+        found = version("tokamax")
+    except PackageNotFoundError:
+        return None
+    return found if tuple(map(int, re.findall(r"\d+", found)[:3])) >= FUSED else None
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,9 @@ class CacheLayout:
         # The keys and values of a device have to fill whole tiles, which may have 1, 2, 4 or 8 rows of 4 bytes a lane.
         rows = 2 * (num_kv_heads // parts) // packing
         rows = 1 << (rows - 1).bit_length() if rows < SUBLANES else -(-rows // SUBLANES) * SUBLANES
-        return cls(num_layers, rows * packing // 2 * parts, parts, -(-head_dim // LANES) * LANES, kind, PackedPages)
+        kept, width = rows * packing // 2 * parts, -(-head_dim // LANES) * LANES
+        fused = kept == num_kv_heads and packing == 2 and _has_fused_kernel(device.device_kind)
+        return cls(num_layers, kept, parts, width, kind, FusedPages if fused else PackedPages)
 
     @property
     def packed(self) -> bool:
@@ -101,7 +121,7 @@ class CacheLayout:
     @property
     def spec(self) -> PartitionSpec:
         """How the arrays are split over a mesh."""
-        return PartitionSpec(ROWS, None, KV) if self.packed else PartitionSpec(ROWS, KV)
+        return PartitionSpec(ROWS, None, KV) if self.pages in (PackedPages, FusedPages) else PartitionSpec(ROWS, KV)
 
     def shapes(self, num_pages: int, page_size: int) -> Cache:
         """The pool as abstract arrays (`jax.ShapeDtypeStruct`), over all devices that split the heads."""
@@ -110,10 +130,19 @@ class CacheLayout:
         if self.packed:
             kv = jax.ShapeDtypeStruct((num_pages, page_size, 2 * heads, self.head_dim), self.dtype)
             layer = PackedPages(kv)  # type: ignore[arg-type]
+        elif self.pages is FusedPages:
+            kv = jax.ShapeDtypeStruct((num_pages, page_size, heads, 2, self.head_dim), self.dtype)
+            layer = FusedPages(kv)  # type: ignore[arg-type]
         else:
             k = jax.ShapeDtypeStruct((num_pages, heads, page_size, self.head_dim), self.dtype)
             layer = self.pages(k, k)  # type: ignore[arg-type,call-arg]
         return (layer,) * self.num_layers
+
+
+def _has_fused_kernel(kind: str) -> bool:
+    """For this kind of device: v5 and later."""
+    generation = re.match(r"TPU ?v?(\d+)", kind)
+    return generation is not None and int(generation[1]) >= 5 and tokamax_version() is not None
 
 
 def _problem(device: jax.Device, dtype: np.dtype[Any], head_dim: int) -> str | None:

@@ -28,6 +28,7 @@ import jax
 from jax.experimental import serialize_executable
 
 from jaxinfer import __version__
+from jaxinfer.cache import tokamax_version
 from jaxinfer.engine.options import check_options
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.engine.sizing import Sizes
@@ -109,6 +110,7 @@ def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
     if kind == "cpu":
         found["features"] = [platform.machine(), *_cpu_features()]
     if kind == "tpu":
+        found["settings"]["tokamax"] = tokamax_version() or "none"
         found["settings"]["LIBTPU_INIT_ARGS"] = os.environ.get("LIBTPU_INIT_ARGS", "")
     return _plain(found)
 

@@ -61,8 +61,8 @@ def test_nobody_is_there():
 
 
 class Place:
-    def __init__(self, platform: str):
-        self.platform = platform
+    def __init__(self, platform: str, device_kind: str = "none"):
+        self.platform, self.device_kind = platform, device_kind
 
 
 @pytest.mark.parametrize(

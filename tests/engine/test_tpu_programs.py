@@ -15,6 +15,7 @@ SCRIPT = """
 import json, re, sys
 import jax, numpy as np
 import jaxinfer.attention.tpu as attention
+import jaxinfer.cache.pages as pages
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
 from jaxinfer.models.model import Model
@@ -34,11 +35,13 @@ def noted(kind, *rest):
     return block_sizes(kind, *rest)
 
 attention.block_sizes = noted
+tokamax_version = pages.tokamax_version
 
 def size(tree):
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 for case in json.loads(sys.argv[1]):
+    pages.tokamax_version = tokamax_version if case.get("tokamax") else lambda: None
     devices = find_place(case["topology"]).devices
     config = LLAMA_8B | case["config"]
     heads = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
@@ -59,7 +62,8 @@ for case in json.loads(sys.argv[1]):
             "aliased": memory.alias_size_in_bytes, "weights": size(programs.params), "state": size(programs.state),
             "cache": size(programs.state.cache),
             "kernels": len(re.findall("custom_call_target=.tpu_custom_call", text)),
-            "blocks": sorted(set(asked)),
+            "blocks": sorted(set(asked)), "scattered": re.findall(r"bf16\\[1025,[\\d,]*\\]\\S* scatter\\(", text),
+            "fused": len(set(re.findall(r"%(RPA[\\w.-]*) = [^\\n]*tpu_custom_call", text))),
             "copied": re.findall(r"= bf16\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
         } | found))
 """
@@ -143,3 +147,19 @@ def test_the_kernel_compiles(topology):
         assert figures["kernels"] == 1
         assert figures["aliased"] >= figures["state"]
         assert figures["temporaries"] < figures["cache"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e-8", "v6e-8", "v5p-16"])
+def test_the_kernel_of_tokamax_compiles(topology):
+    """Where it is installed: keys and values are written by it, and the pool is aliased and nowhere copied."""
+    pytest.importorskip("tokamax")
+    case = {"topology": topology, "mesh": "tensor=8", "rows": 64, "tokens": 1024, "tokamax": True}
+    config = {"num_hidden_layers": 2, "vocab_size": 8192}
+    for figures, most in zip(compiled(case | {"config": config}), (80, 160), strict=True):
+        assert figures["fused"] == 3 * 2, "of each layer one for decoding rows and two for chunks"
+        assert not figures["blocks"], "JAX's kernel"
+        assert not figures["scattered"]
+        assert not figures["copied"]
+        assert figures["aliased"] >= figures["state"]
+        assert figures["temporaries"] < most * MIB
