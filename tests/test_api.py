@@ -173,5 +173,5 @@ def test_process_memory_goes_back(folder, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     empty, loaded, replaced, after = json.loads(result.stdout.splitlines()[-1])
     assert loaded - empty > 0.8 * weights
-    assert replaced - empty < 1.6 * weights
+    assert replaced - empty < 1.8 * weights  # both models would be 2
     assert after - empty < 0.5 * weights

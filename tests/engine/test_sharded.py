@@ -1,5 +1,6 @@
 """A model split over several devices says what it says on one."""
 
+import functools
 import itertools
 import json
 import math
@@ -28,18 +29,35 @@ def meshes() -> list[str]:
     return [spec for spec in specs if spec]
 
 
+@pytest.fixture(scope="module")
+def alone(checkpoints):
+    """Log-probabilities of the last prompt, on one device."""
+
+    @functools.cache
+    def score(name):
+        reference = checkpoints(name)
+        with LLM(reference.folder, **OPTIONS) as llm:
+            return llm.score([reference.prompts[-1]])[0].logprobs
+
+    return score
+
+
 FAST = {("llama", "tensor=4"), ("gpt2", "data=2,fsdp=2,tensor=2")}
+
+
+def marks(name, mesh):
+    """Llama on all meshes; the others on those of all 8 devices, and the rest now and then."""
+    if (name, mesh) in FAST:
+        return ()
+    whole = math.prod(map(int, re.findall(r"=(\d)", mesh))) == 8
+    return pytest.mark.slow if name == "llama" or whole else pytest.mark.long
 
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [
-        pytest.param(name, mesh, marks=() if (name, mesh) in FAST else pytest.mark.slow)
-        for name in REGISTRY
-        for mesh in meshes()
-    ],
+    [pytest.param(name, mesh, marks=marks(name, mesh)) for name in REGISTRY for mesh in meshes()],
 )
-def test_the_same_logits_and_tokens(checkpoints, name, mesh):
+def test_the_same_logits_and_tokens(checkpoints, alone, name, mesh):
     """4 heads, and 2 key/value heads: on 4 devices each of these is there twice. 300 tokens and an MLP of 48 divide."""
     reference = checkpoints(name)
     with LLM(reference.folder, mesh=mesh, **OPTIONS) as llm:
@@ -48,6 +66,7 @@ def test_the_same_logits_and_tokens(checkpoints, name, mesh):
         (scored,) = llm.score([prompt])
         expected = jax.nn.log_softmax(reference.logits)[np.arange(len(prompt) - 1), prompt[1:]]
         np.testing.assert_allclose(scored.logprobs, expected, atol=2e-5)
+        np.testing.assert_allclose(scored.logprobs, alone(name), atol=1e-5)
         if name != "llama" and (name, mesh) not in FAST:
             return  # the engine is the same, and compiling the rest of it as well takes long
         together = llm.generate(reference.prompts, GREEDY)
