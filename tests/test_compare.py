@@ -23,6 +23,7 @@ def prices(folder):
     return list(compare(folder, ["int8", "fp8"], TEXTS, **OPTIONS))
 
 
+@pytest.mark.slow
 def test_the_figures(folder, prices):
     base, int8, fp8 = prices
     assert (base.scheme, int8.scheme, fp8.scheme) == (None, "int8", "fp8")
@@ -43,6 +44,7 @@ def test_the_figures(folder, prices):
         assert price.perplexity == pytest.approx(perplexity, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_divergence(folder):
     """By hand, from the model's own forward pass."""
     from jaxinfer.compare import _distributions

@@ -130,6 +130,7 @@ def test_few_shot_examples_are_computed_once(checkpoints, tasks):
         assert llm.stats.hit_rate > 0.5  # four choices have a context in common
 
 
+@pytest.mark.slow
 def test_the_command(checkpoints, tasks, tmp_path):
     folder = checkpoints("llama").folder
     arguments = ["--model_args", f"pretrained={folder},max_num_seqs=4", "--include_path", str(tasks)]

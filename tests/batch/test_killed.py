@@ -94,15 +94,12 @@ def make(jobs, tmp_path_factory, count, rows_per_part):
     return Case(jobs, folder / "rows.jsonl", folder, rows_per_part)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed(small, tmp_path, seed):
-    small.kill(random.Random(seed), tmp_path / "out")
-
-
+@pytest.mark.slow
 def test_killed_shards(small, tmp_path):
     small.kill_shards(random.Random(2), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_killed_while_one_file_is_made(small, tmp_path):
     small.kill(random.Random(3), tmp_path / "out.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.manifest.json"]

@@ -50,6 +50,7 @@ def test_generating_with_it(cli, tmp_path):
     assert "compiled" not in done.stderr.replace(str(out), "")
 
 
+@pytest.mark.slow
 def test_killed(model, tmp_path):
     """What is left is not taken for a folder of programs, and is gone after the next time."""
     out = tmp_path / "programs"

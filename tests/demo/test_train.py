@@ -47,6 +47,7 @@ def test_a_seed_gives_the_same_weights_and_another_does_not(trained, tmp_path):
     assert not any(np.array_equal(first[name], other[name]) for name in first if "norm" not in name)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(capsys, tmp_path):
     train.make(tmp_path / "model", steps=101, seed=0, architecture=TINY)
     first, last = (float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().err.splitlines())

@@ -114,7 +114,8 @@ def rows(wide):
         yield llm
 
 
-@pytest.mark.parametrize("which", ["rows", pytest.param("split", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["rows", "split"])
 def test_eight_devices_and_what_does_not_divide(wide, which, request):
     split = request.getfixturevalue(which)
     rng = np.random.default_rng(1)

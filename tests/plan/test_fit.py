@@ -31,14 +31,14 @@ def test_deployments_fit_by_their_shapes(file):
     assert found.held < 0.85 * found.place.chip.memory
 
 
-# Every change: two layers, and few sequences, as sampling for many takes long to compile. With -m long: all of all.
+# In CI: two layers, and few sequences, as sampling for many takes long to compile. With -m long: all of all.
 CUT = {"max_num_seqs": 16, "max_num_batched_tokens": 256}
 
 
 @pytest.mark.parametrize(
     ("file", "cut"),
     [
-        *(pytest.param(f, True, id=f"{f.stem}, cut") for f in CONFIGS if f.stem == "llama-3.1-8b_v5e-8"),
+        *(pytest.param(f, True, id="cut", marks=pytest.mark.slow) for f in CONFIGS if f.stem == "llama-3.1-8b_v5e-8"),
         *(pytest.param(f, False, id=f.stem, marks=pytest.mark.long) for f in CONFIGS),
     ],
 )

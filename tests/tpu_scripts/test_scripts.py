@@ -137,6 +137,7 @@ def test_a_dry_run_prints_what_is_run(cloud, script, arguments):
     ]
 
 
+@pytest.mark.slow
 def test_plan_and_compile(cloud, tmp_path):
     pytest.importorskip("libtpu")
     cloud.environment["PATH"] = f"{os.path.dirname(sys.executable)}:{cloud.environment['PATH']}"
