@@ -130,19 +130,22 @@ def test_weights_are_gathered_a_layer_at_a_time():
     assert many["temporaries"] < 2.5 * layer
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v4-8", "v5e-1", "v5p-8", "v6e-1", "tpu7x-1"])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5e-1", "v5p-8", "v6e-1")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("v4-8", "tpu7x-1")),
+    ],
+)
 def test_the_kernel_compiles(topology):
-    """Head sizes and numbers of heads that are padded, windows, one and many key/value heads, and blocks that
-    want most fast memory."""
+    """Head sizes and numbers of heads that are padded, windows, one and many key/value heads."""
     small = {"num_hidden_layers": 1, "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "head_dim": 64}
     models = (
         {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128},
         {"num_attention_heads": 12, "num_key_value_heads": 12},
         {"model_type": "mistral", "num_attention_heads": 6, "num_key_value_heads": 3, "sliding_window": 100},
-        {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
     )
-    case = {"topology": topology, "mesh": "data=1", "rows": 64, "tokens": 128}
+    case = {"topology": topology, "mesh": "data=1", "rows": 16, "tokens": 128}
     for figures in compiled(*(case | {"config": small | model} for model in models)):
         assert figures["kernels"] == 1
         assert figures["aliased"] >= figures["state"]
