@@ -63,7 +63,7 @@ def head_logits(x: jax.Array, head: Linear | Embedding, mesh: Mesh | None) -> ja
     columns = lax.all_to_all(x, FSDP, 1, 0, tiled=True)
 
     def logits(columns: jax.Array, weight: Weight) -> jax.Array:
-        partial = dot(columns, weight, out_dtype="float32")
+        partial = dot(columns, weight, out_dtype="float32", split_over=FSDP)
         return lax.psum_scatter(partial, FSDP, scatter_dimension=0, tiled=True)
 
     vocab = PartitionSpec(None, TENSOR)

@@ -31,16 +31,21 @@ class QArray:
 Weight = jax.Array | QArray
 
 
-def dot(x: jax.Array, weight: Weight, out_dtype: DTypeLike | None = None) -> jax.Array:
+def dot(
+    x: jax.Array, weight: Weight, out_dtype: DTypeLike | None = None, *, split_over: str | None = None
+) -> jax.Array:
     """`x [T, in]` times `weight [out, in]` transposed: `[T, out]`, accumulated in float32.
 
     float32 operands are multiplied at full precision: the default on TPU and GPU would round them to bfloat16 or tf32.
-    Scales are applied to the product, so that no weight is ever there in full.
+    Scales are applied to the product, so that no weight is ever there in full. split_over: the mesh axis over which
+    `in` is split, inside of a shard_map over it; activations are then quantized as if they were not, and the result is
+    the part's.
     """
     if not isinstance(weight, QArray):
         out = _product(x, weight)
     elif weight.scheme.activations:
         largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+        largest = largest if split_over is None else lax.pmax(largest, split_over)
         scales = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny * 127) / 127
         values = jnp.round(x.astype(jnp.float32) / scales).astype(jnp.int8)
         out = _product(values, weight.values).astype(jnp.float32) * scales * weight.scales[:, 0]
