@@ -90,7 +90,7 @@ def test_the_same_on_several_devices(checkpoints, scheme, mesh):
     (alone, scores), (split, others) = found
     assert alone == split
     for one, other in zip(scores, others, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=3e-5)
     weight, scales = (params[f"model.layers.0.mlp.up_proj.weight{end}"] for end in ("", "_scale"))
     assert (weight.dtype.itemsize, scales.dtype) == (1, np.float32)
     assert weight.sharding.shard_shape(weight.shape)[0] == scales.sharding.shard_shape(scales.shape)[0]
