@@ -120,6 +120,12 @@ def devices_of(place: jax.Device | Mesh) -> list[jax.Device]:
     return list(place.devices.flat) if isinstance(place, Mesh) else [place]
 
 
+def tpu_generation(kind: str) -> int | None:
+    """Of a kind of device: 5 for v5e and v5p; None of what is no TPU."""
+    found = re.match(r"TPU ?v?(\d+)", kind)
+    return int(found[1]) if found else None
+
+
 def compute_capability(device: jax.Device) -> float | None:
     """NVIDIA's number for what a GPU can do, 8.0 for an A100; None of everything else."""
     said = str(getattr(device, "compute_capability", None))  # AMD's GPUs have a name there

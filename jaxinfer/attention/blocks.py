@@ -7,10 +7,11 @@ are not those that a program is compiled for.
 from __future__ import annotations
 
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
+
+from jaxinfer.sharding import tpu_generation
 
 KEYS = 512  # of a block, two of which are in fast memory, where there is no measurement
 QUERIES = 32  # likewise
@@ -36,8 +37,7 @@ def block_sizes(kind: str, q: jax.Array, kv: jax.Array, width: int, decode_only:
 
     tokens, heads, head_dim = q.shape
     _, page_size, pairs, _ = kv.shape
-    generation = re.match(r"TPU ?v?(\d+)", kind)  # the table has one for v5e and v5p
-    measured = TUNED_BLOCK_SIZES.get(f"TPU v{generation[1]}", {}) if generation else {}
+    measured = TUNED_BLOCK_SIZES.get(f"TPU v{tpu_generation(kind)}", {})
     if measured:
         heads, pairs = get_min_heads_per_blk(heads, pairs, q.dtype, kv.dtype)
     wanted = heads, page_size, width * page_size, tokens

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxinfer.sharding import KV, ROWS, axis_size, compute_capability, devices_of
+from jaxinfer.sharding import KV, ROWS, axis_size, compute_capability, devices_of, tpu_generation
 
 LANES = 128  # the last axis of an array comes in multiples of this on TPU
 SUBLANES = 8
@@ -141,8 +141,7 @@ class CacheLayout:
 
 def _has_fused_kernel(kind: str) -> bool:
     """For this kind of device: v5 and later."""
-    generation = re.match(r"TPU ?v?(\d+)", kind)
-    return generation is not None and int(generation[1]) >= 5 and tokamax_version() is not None
+    return (tpu_generation(kind) or 0) >= 5 and tokamax_version() is not None
 
 
 def _problem(device: jax.Device, dtype: np.dtype[Any], head_dim: int) -> str | None:

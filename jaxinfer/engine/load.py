@@ -31,7 +31,7 @@ from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.leader import Leader
 from jaxinfer.engine.options import LoadOptions, check_options
 from jaxinfer.engine.pages import PageAllocator
-from jaxinfer.engine.programs import Programs, cache_layout, placed_slots
+from jaxinfer.engine.programs import Programs, cache_layout, placed_params, placed_slots
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
@@ -39,7 +39,7 @@ from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, page
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, make_mesh, placed
+from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, make_mesh
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
@@ -193,7 +193,7 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     dtype = choose_dtype(given["dtype"], config, None, devices[0])
     model = Model.from_config(config, dtype, given["quantization"])
     place = _place(model, devices, given["mesh"])
-    weights = device_bytes({name: placed(s, model.axes[name], place) for name, s in model.abstract.items()})
+    weights = device_bytes(placed_params(model, place))
     return sized_programs(model, place, given, _available(model, place, given, weights=weights))
 
 

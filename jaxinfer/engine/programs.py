@@ -36,6 +36,11 @@ def cache_layout(model: Model, place: jax.Device | Mesh, attention: str = "auto"
     return CacheLayout.choose(*heads, model.dtype, place, attention)
 
 
+def placed_params(model: Model, place: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The weights, each with how it is split there."""
+    return {name: placed(s, model.axes[name], place) for name, s in model.abstract.items()}
+
+
 def placed_slots(model: Model, place: jax.Device | Mesh, max_rows: int) -> Slots:
     """Slots for `max_rows` sequences on each shard of rows."""
     vocab = model.config.vocab_size
@@ -92,7 +97,7 @@ class Programs:
     @cached_property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The weights."""
-        return {n: placed(s, self.model.axes[n], self.place) for n, s in self.model.abstract.items()}
+        return placed_params(self.model, self.place)
 
     @cached_property
     def state(self) -> State:

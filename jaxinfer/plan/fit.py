@@ -9,12 +9,12 @@ from typing import Any, Unpack
 from jaxinfer.cache import CacheLayout
 from jaxinfer.engine.load import choose_dtype, limits, sized_programs
 from jaxinfer.engine.options import LoadOptions, check_options
-from jaxinfer.engine.programs import Programs, cache_layout, placed_slots
+from jaxinfer.engine.programs import Programs, cache_layout, placed_params, placed_slots
 from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import GIB, Device, Slice
 from jaxinfer.quantization.schemes import Quantization
-from jaxinfer.sharding import FSDP, TENSOR, axis_size, describe, make_mesh, placed, tensor_sizes
+from jaxinfer.sharding import FSDP, TENSOR, axis_size, describe, make_mesh, tensor_sizes
 
 
 class DoesNotFit(ValueError):
@@ -100,7 +100,7 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     heads = shape.num_heads, shape.num_kv_heads, shape.hidden_size
     where = make_mesh(given["mesh"], place.devices, *heads, len(place.devices)) or place.devices[0]
     rows, _ = limits(given, where)
-    weights = device_bytes({name: placed(s, model.axes[name], where) for name, s in model.abstract.items()})
+    weights = device_bytes(placed_params(model, where))
     slots = device_bytes(placed_slots(model, where, rows))
     available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - weights - slots
     length = given["max_model_len"] or shape.max_context

@@ -143,3 +143,22 @@ def slots(pages: np.ndarray | list[int], start: int, stop: int, size: int) -> tu
     """The index of the pool `[pages, K, size, d]` at which tokens start:stop of a row lie."""
     tokens = np.arange(start, stop)
     return np.asarray(pages, int)[tokens // size], slice(None), tokens % size
+
+
+def check_overflow(run, pages, decode_only, part):
+    """`run`, over pages of that kind: what is not finite in a query, a key or a value stays in its own row."""
+    shape, spec = Shape(), AttentionSpec(0.25)
+    rows = ([40, 15, -1, 699, 200], []) if decode_only else ([40, 200], [(0, 300), (100, 7)])
+    case = ragged(shape, spec, *rows, decode_only=decode_only)
+    expected, _ = run(case.q, case.k, case.v, pages(*case.cache), case.batch, spec)
+    q, (k, v), page = case.q, case.cache, case.batch.pages[0, 0]
+    if part == "query":
+        q = q.at[0].set(jnp.nan)
+    elif part == "key":
+        k = k.at[page].set(jnp.inf)
+    else:
+        v = v.at[page].set(jnp.nan)
+    out, _ = run(q, case.k, case.v, pages(k, v), case.batch, spec)
+    others = live(case.batch) & (case.batch.row != 0)
+    assert np.isnan(np.asarray(out)[0]).any()  # and it isn't hidden either
+    np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(expected)[others])

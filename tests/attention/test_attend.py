@@ -7,7 +7,7 @@ import pytest
 
 from jaxinfer.attention import AttentionSpec, Batch, attend
 from jaxinfer.cache import SplitPages
-from tests.attention.reference import Ragged, Shape, attend_row, filled_outside, live, ragged
+from tests.attention.reference import Ragged, Shape, attend_row, check_overflow, filled_outside, live, ragged
 
 run = jax.jit(attend, static_argnums=5)
 
@@ -84,21 +84,7 @@ def test_what_others_left_in_the_pool_has_no_influence(decode_only):
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 @pytest.mark.parametrize("decode_only", [True, False])
 def test_a_row_that_overflows_harms_no_other(decode_only, part):
-    shape, spec = Shape(), AttentionSpec(0.25)
-    rows = ([40, 15, -1, 699, 200], []) if decode_only else ([40, 200], [(0, 300), (100, 7)])
-    case = ragged(shape, spec, *rows, decode_only=decode_only)
-    expected, _ = run(case.q, case.k, case.v, case.cache, case.batch, spec)
-    q, (k, v), page = case.q, case.cache, case.batch.pages[0, 0]
-    if part == "query":
-        q = q.at[0].set(jnp.nan)
-    elif part == "key":
-        k = k.at[page].set(jnp.inf)
-    else:
-        v = v.at[page].set(jnp.nan)
-    out, _ = run(q, case.k, case.v, SplitPages(k, v), case.batch, spec)
-    others = live(case.batch) & (case.batch.row != 0)
-    assert np.isnan(np.asarray(out)[0]).any()  # and it isn't hidden either
-    np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(expected)[others])
+    check_overflow(run, SplitPages, decode_only, part)
 
 
 @pytest.mark.parametrize("window", [None, 1, 40])
