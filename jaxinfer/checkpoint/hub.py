@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.checkpoint.files import check_folder
+from jaxinfer.checkpoint.remote import fetch
 
 # Nothing pickled is ever downloaded.
 ALLOW = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -20,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The local folder of `model`: a folder's path, or a hub id ("owner/name", "name"), which is downloaded.
+    """The local folder of `model`: a folder's path, a hub id ("owner/name", "name"), which is downloaded, or
+    the URL of a converted checkpoint (gs://bucket/name), of which all but the weights is.
 
     `revision` (branch, tag or commit) and `token` (None: as stored by the hub's login) belong to hub ids. Downloads go
     through huggingface_hub's cache; without network, or with HF_HUB_OFFLINE=1, what is cached is used.
@@ -33,6 +35,10 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, token: s
     name = os.fspath(model)
     if not name:
         raise ValueError("model: empty; give a folder or a hub id such as owner/name")
+    if "://" in name:
+        if revision is not None:
+            raise ValueError(f"revision {revision!r}: {name} is a URL; revisions are for hub ids")
+        return fetch(name)
     path = Path(os.path.expanduser(name))
     if os.path.lexists(path):
         if revision is not None:

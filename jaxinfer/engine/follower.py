@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.open import Weights
 from jaxinfer.distributed import Group
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.leader import finished, unpack
@@ -25,7 +25,7 @@ def agree(
     given: LoadOptions,
     config: Mapping[str, Any],
     dtype: np.dtype[Any],
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     place: jax.Device | Mesh,
     compiled: Folder | None,
 ) -> None:

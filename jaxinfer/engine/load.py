@@ -19,9 +19,10 @@ from jax.sharding import Mesh
 
 from jaxinfer import distributed
 from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
-from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hub import resolve
-from jaxinfer.checkpoint.load import FLOATS, load_params
+from jaxinfer.checkpoint.load import FLOATS
+from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
+from jaxinfer.checkpoint.orbax import Converted
 from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.distributed import reported
 from jaxinfer.engine.buckets import Buckets
@@ -111,7 +112,9 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     if given["compiled"] is not None:
         compiled = open_folder(given["compiled"], config, devices, options, say)
         given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
-    with Checkpoint(folder) as checkpoint:
+    with open_weights(folder) as checkpoint:
+        if isinstance(checkpoint, Converted):
+            given["quantization"] = checkpoint.scheme(given["quantization"])
         dtype = choose_dtype(given["dtype"], config, checkpoint, device)
         abstract = Model.from_config(config, dtype, given["quantization"])
         place = _place(abstract, devices, given["mesh"])
@@ -125,7 +128,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             done += nbytes
             say(f"loading weights {done / max(checkpoint.nbytes, 1):.0%}")
 
-        params = load_params(abstract, checkpoint, place, on_tensor)
+        params = load_weights(abstract, checkpoint, place, on_tensor)
 
     if compiled is not None and compiled.sizes.bytes > (room := _available(abstract, place, given, RESERVE)):
         compiled.complain(
@@ -202,6 +205,11 @@ def _devices() -> list[jax.Device]:
     return jax.local_devices() if distributed.group() is None else jax.devices()
 
 
+def place_for(model: Model, mesh: str | None) -> jax.Device | Mesh:
+    """What would hold the model here: see LoadOptions."""
+    return _place(model, _devices(), mesh)
+
+
 def _place(model: Model, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
     """What holds the model: a mesh, or the first device."""
     alone = devices[0].process_index == devices[-1].process_index
@@ -251,7 +259,7 @@ def sized_programs(
 
 
 def choose_dtype(
-    wanted: str, config: Mapping[str, Any], checkpoint: Checkpoint | None, device: jax.Device
+    wanted: str, config: Mapping[str, Any], checkpoint: Weights | None, device: jax.Device
 ) -> np.dtype[Any]:
     """The dtype to compute in: see LoadOptions. Without a checkpoint, what it stores is taken for bfloat16."""
     names = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}

@@ -1,0 +1,211 @@
+"""Converted checkpoints: parameters as a model has them, in Orbax's format, beside config.json and the tokenizer.
+
+    config.json, tokenizer.json, ...   as they were
+    weights/                           one array a parameter, written by Orbax (OCDBT, not compressed)
+    jaxinfer.json                      the manifest, written last: a folder without it is none
+
+Reading one is a matter of copying: nothing is transposed, taken apart or quantized, and each device reads its own part.
+Orbax is imported when it is needed: it takes half a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import fsspec
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxinfer.checkpoint.files import read_json, short, some
+from jaxinfer.models.model import Model, Params
+from jaxinfer.quantization.schemes import Quantization, check_quantization
+from jaxinfer.sharding import PADDED, placed
+
+MANIFEST, WEIGHTS = "jaxinfer.json", "weights"
+FORMAT = 1
+CHUNK = 2**24  # bytes: another mesh reads whole ones, so they are smaller than a device's part of a large weight
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A parameter as it was written, with the padding of its mesh."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Converted:
+    """A converted checkpoint, of which the manifest has been read.
+
+    Attributes: `folder`; `weights`, where Orbax's files are; `files`, their sizes; `quantization`, as in LoadOptions;
+    `tensors`, name -> shape and dtype; `nbytes`, their bytes. Raises ValueError for a manifest that is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        path = folder / MANIFEST
+        said = read_json(path)
+        if said.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: format is {short(said.get('format'))}, and {FORMAT} is read: convert the checkpoint again"
+            )
+        try:
+            self.weights = str(said.get("weights", folder / WEIGHTS))
+            self.quantization: Quantization | None = said["quantization"]
+            check_quantization(self.quantization)
+            self.files = {str(name): int(size) for name, size in said["files"].items()}
+            self.tensors = {
+                str(name): Stored(tuple(int(size) for size in one["shape"]), jnp.dtype(one["dtype"]))
+                for name, one in said["tensors"].items()
+            }
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: not what jaxinfer convert writes ({error!r:.200}): convert it again") from None
+        self.nbytes = sum(stored.nbytes for stored in self.tensors.values())
+
+    def scheme(self, wanted: Quantization | None) -> Quantization | None:
+        """The quantization that it has. Raises ValueError if another one is wanted."""
+        if wanted is not None and wanted != self.quantization:
+            is_in = "not quantized" if self.quantization is None else f"in {self.quantization!r}"
+            raise ValueError(
+                f"quantization is {wanted!r}: {self.folder} was converted, and its weights are {is_in}; leave it out, "
+                "or convert the original checkpoint again"
+            )
+        return self.quantization
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder has a manifest."""
+    return os.path.lexists(folder / MANIFEST)
+
+
+def manifest(model: Model, params: Mapping[str, jax.Array], weights: str) -> bytes:
+    """The content of the manifest of these parameters, which were written to `weights`."""
+    tensors = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in params.items()}
+    said: dict[str, Any] = {"format": FORMAT, "quantization": model.quantization, "dtype": str(model.dtype)}
+    said |= {"files": _sizes(weights), "tensors": tensors}
+    return json.dumps(said, indent=1).encode()
+
+
+def save(params: Params, path: str) -> None:
+    """Writes the parameters into the folder or gs:// URL `path`, which must not be there: each process those parts
+    that it holds. Raises OSError."""
+    import orbax.checkpoint as ocp
+
+    arguments = {name: ocp.SaveArgs(chunk_byte_size=CHUNK) for name in params}
+    with _checkpointer(params) as checkpointer:
+        try:
+            checkpointer.save(_url(path), args=ocp.args.PyTreeSave(params, save_args=arguments))
+        except ValueError as error:  # tensorstore's, for a full disk too
+            raise OSError(f"{path}: can't be written: {short(str(error))}") from None
+
+
+def restore(model: Model, checkpoint: Converted, place: jax.Device | Mesh) -> Params:
+    """All parameters of `model`, in its dtype, on the device or split over the mesh, whatever mesh they were written
+    from. Each process reads what its devices hold. Host memory beside the result: four of the largest tensors, or 1 GB.
+
+    Raises ValueError for files that are damaged, or that are not of this model.
+    """
+    import orbax.checkpoint as ocp
+
+    _check(model, checkpoint)
+    # Orbax would notice most of it, but in the middle of reading, and with complaints that last after its error.
+    sizes = _sizes(checkpoint.weights)
+    wrong = [name for name, size in checkpoint.files.items() if sizes.get(name) != size]
+    if wrong:
+        raise _damaged(checkpoint.weights, f"files that are missing or have another size: {some(wrong)}")
+    wanted = {name: placed(shape, model.axes[name], place) for name, shape in model.abstract.items()}
+    arguments = {
+        # Not strict: padding is cut off, and added.
+        name: ocp.ArrayRestoreArgs(sharding=one.sharding, global_shape=one.shape, dtype=one.dtype, strict=False)
+        for name, one in wanted.items()
+    }
+    with _checkpointer(wanted) as checkpointer:
+        try:
+            return dict(checkpointer.restore(_url(checkpoint.weights), args=ocp.args.PyTreeRestore(wanted, arguments)))
+        except Exception as error:  # Orbax raises just that
+            raise _damaged(checkpoint.weights, short(str(error))) from None
+
+
+def _damaged(path: str, problem: str) -> ValueError:
+    return ValueError(f"{path}: damaged or cut off: {problem}; convert the checkpoint again")
+
+
+def _sizes(path: str) -> dict[str, int]:
+    """The files below a folder or URL, and their bytes."""
+    fs, root = fsspec.core.url_to_fs(path)
+    found = fs.find(root, detail=True)
+    return {name.removeprefix(root).lstrip("/"): int(about["size"]) for name, about in found.items()}
+
+
+def _check(model: Model, checkpoint: Converted) -> None:
+    """Whether the tensors are the model's, but for padding."""
+    stored = checkpoint.tensors
+    both = [name for name in model.abstract if name in stored]
+    problems = [
+        f"{what}: {some(names)}"
+        for what, names in (
+            ("missing tensors", [name for name in model.abstract if name not in stored]),
+            ("unknown tensors", [name for name in stored if name not in model.abstract]),
+            ("wrong shapes", [name for name in both if not _fits(model, name, stored[name])]),
+            ("wrong dtypes", [n for n in both if n in model.quantized and stored[n].dtype != model.abstract[n].dtype]),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{checkpoint.folder}: does not fit its config.json: {'; '.join(problems)}")
+
+
+def _fits(model: Model, name: str, stored: Stored) -> bool:
+    shape, axes = model.abstract[name].shape, model.axes[name]
+    return len(shape) == len(stored.shape) and all(
+        there == size or (axis in PADDED and there > size)
+        for there, size, axis in zip(stored.shape, shape, axes, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def _checkpointer(tensors: Mapping[str, Any]) -> Iterator[Any]:
+    """Orbax's, which has few tensors at a time in memory, and says nothing."""
+    import orbax.checkpoint as ocp
+
+    largest = max((one.size * one.dtype.itemsize for one in tensors.values()), default=0)
+    limit = 1 + 4 * largest // 10**9
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        handler = ocp.PyTreeCheckpointHandler(
+            use_compression=False, save_concurrent_gb=limit, restore_concurrent_gb=limit
+        )
+        with ocp.Checkpointer(handler) as checkpointer:
+            yield checkpointer
+    finally:
+        log.setLevel(level)
+
+
+def _url(path: str) -> Any:
+    from etils import epath
+
+    return epath.Path(path if "://" in path else os.path.abspath(path))

@@ -1,0 +1,70 @@
+"""`jaxinfer convert`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from jaxinfer.cli.options import JSON, Verbosity, grouped
+
+if TYPE_CHECKING:
+    from jaxinfer.convert import Conversion
+
+
+@grouped
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hugging Face hub id.")],
+    output: Annotated[str, typer.Argument(metavar="DST", help="Folder or gs:// URL that is not there yet.")],
+    *,
+    format: Annotated[
+        Literal["orbax", "hf"], typer.Option(help="Orbax, restored straight into shards; or safetensors as on the hub.")
+    ] = "orbax",
+    quantization: Annotated[
+        str | None, typer.Option(metavar="SCHEME", help="Of weights: int8, int8-w8a8, fp8; without it, none.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of what is not quantized; auto: what the checkpoint has."),
+    ] = "auto",
+    mesh: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Devices that share the work; any can restore what was written.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="R", help="Branch, tag or commit of a model on the hub.")
+    ] = None,
+    as_json: JSON = False,
+    verbosity: Verbosity,
+) -> None:
+    """Write a model in another form, quantized if you like: all commands take DST as --model, and load it faster.
+
+    DST is there as a whole or not at all. At the end it is restored once, and how long that took is said.
+    """
+    with verbosity.apply() as progress:
+        from jaxinfer.checkpoint.hub import resolve
+        from jaxinfer.quantization.schemes import check_quantization
+
+        check_quantization(quantization)
+        folder = resolve(source, revision)
+        progress("starting JAX")
+        from jaxinfer.convert import convert as run
+
+        progress.hide()
+        options = {"quantization": quantization, "dtype": dtype, "mesh": mesh}
+        done = run(folder, output, format=format, show_progress=not verbosity.quiet, **options)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(done)))
+    else:
+        _print(done)
+
+
+def _print(done: Conversion) -> None:
+    kinds = f"{done.quantization}, {done.dtype}" if done.quantization else done.dtype
+    print(f"{done.output}: {done.bytes:,} bytes of weights in {kinds}")
+    doing = "loading and quantizing" if done.quantization else "loading"
+    print(
+        f"{doing} took {done.load_seconds:.2f} s, writing {done.write_seconds:.2f} s, restoring "
+        f"{done.restore_seconds:.2f} s: {1 / done.restore_ratio:.1f} times as fast as {doing}"
+    )

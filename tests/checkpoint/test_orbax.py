@@ -1,0 +1,121 @@
+"""Converted checkpoints: the same bits on any mesh, one line for what is damaged."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.load import load_params
+from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, manifest, restore, save
+from jaxinfer.models.model import Model
+from jaxinfer.sharding import make_mesh
+from tests.checkpoint.test_load import LLAMA, tensors
+
+CONFIG = LLAMA | {"vocab_size": 41, "intermediate_size": 22}  # which four devices don't divide
+PLACES = {"one": None, "fsdp=2,tensor=4": None, "data=2,tensor=2": None}
+
+
+def place(spec):
+    return jax.devices()[0] if spec == "one" else make_mesh(spec, jax.devices(), 4, 2, 16)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    from safetensors.numpy import save_file
+
+    folder = tmp_path_factory.mktemp("source")
+    save_file(tensors(CONFIG), folder / "model.safetensors")
+    return folder
+
+
+def loaded(source, model, where):
+    with Checkpoint(source) as checkpoint:
+        return load_params(model, checkpoint, place(where))
+
+
+def write(folder: Path, model, params) -> Converted:
+    save(params, str(folder / WEIGHTS))
+    (folder / MANIFEST).write_bytes(manifest(model, params, str(folder / WEIGHTS)))
+    return Converted(folder)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "before", "after"),
+    [
+        ("int8", "fsdp=2,tensor=4", "data=2,tensor=2"),
+        ("fp8", "one", "fsdp=2,tensor=4"),
+        pytest.param(None, "fsdp=2,tensor=4", "one", marks=pytest.mark.slow),
+        pytest.param("int8", "one", "one", marks=pytest.mark.slow),
+    ],
+)
+def test_on_another_mesh(source, tmp_path, scheme, before, after):
+    model = Model.from_config(CONFIG, "float32", scheme)
+    got = restore(model, write(tmp_path, model, loaded(source, model, before)), place(after))
+    expected = loaded(source, model, after)
+    assert got.keys() == expected.keys()
+    for name, array in expected.items():
+        assert (got[name].dtype, got[name].sharding) == (array.dtype, array.sharding)
+        assert np.asarray(got[name]).tobytes() == np.asarray(array).tobytes(), name
+
+
+def test_in_another_dtype(source, tmp_path):
+    """What is quantized stays as it is, and all else is rounded."""
+    model = Model.from_config(CONFIG, "float32", "int8")
+    narrow = Model.from_config(CONFIG, "bfloat16", "int8")
+    got = restore(narrow, write(tmp_path, model, loaded(source, model, "one")), place("one"))
+    for name, array in loaded(source, narrow, "one").items():
+        assert got[name].dtype == array.dtype
+        assert np.asarray(got[name]).tobytes() == np.asarray(array).tobytes(), name
+
+
+def test_damaged(source, tmp_path):
+    """Each file cut in half, and taken away."""
+    model = Model.from_config(CONFIG, "float32", "int8")
+    write(tmp_path, model, loaded(source, model, "one"))
+    weights = tmp_path / WEIGHTS
+    files = sorted(file for file in weights.rglob("*") if file.is_file())
+    assert len(files) > 8
+    for file in files:
+        content = file.read_bytes()
+        for left in (content[: len(content) // 2], None):
+            file.unlink()
+            if left is not None:
+                file.write_bytes(left)
+            with pytest.raises(ValueError) as error:
+                restore(model, Converted(tmp_path), place("one"))
+            problem = f"damaged or cut off: files that are missing or have another size: {file.relative_to(weights)}"
+            assert f"{weights}: {problem};" in str(error.value)
+            assert "\n" not in str(error.value)
+        file.write_bytes(content)
+    altered = weights / "_METADATA"
+    altered.write_bytes(bytes(255 - byte for byte in altered.read_bytes()))
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        restore(model, Converted(tmp_path), place("one"))
+    shutil.rmtree(weights)
+    with pytest.raises(ValueError, match="damaged or cut off"):
+        restore(model, Converted(tmp_path), place("one"))
+
+
+def test_of_another_model(source, tmp_path):
+    model = Model.from_config(CONFIG, "float32", "int8")
+    write(tmp_path, model, loaded(source, model, "one"))
+    for changed, problem in (
+        ({"num_hidden_layers": 3}, "missing tensors: model.layers.2"),
+        ({"num_hidden_layers": 1}, "unknown tensors: model.layers.1"),
+        ({"hidden_size": 32}, "wrong shapes: lm_head.weight"),
+        ({"vocab_size": 43}, "wrong shapes"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            restore(Model.from_config(CONFIG | changed, "float32", "int8"), Converted(tmp_path), place("one"))
+    with pytest.raises(ValueError, match="wrong dtypes"):
+        restore(Model.from_config(CONFIG, "float32", "fp8"), Converted(tmp_path), place("one"))
+    said = json.loads((tmp_path / MANIFEST).read_text())
+    for wrong in ({"format": 2}, {"quantization": "int3"}, {"tensors": []}, {"tensors": {"a": {"shape": ["x"]}}}):
+        (tmp_path / MANIFEST).write_text(json.dumps(said | wrong))
+        with pytest.raises(ValueError, match=f"{tmp_path / MANIFEST}.*convert") as error:
+            Converted(tmp_path)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,110 @@
+"""`jaxinfer convert`: what it writes is the same model, is whole or not there, and loads everywhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxinfer import LLM
+from jaxinfer.checkpoint import remote
+from jaxinfer.demo import MODEL_DIR
+
+OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}
+PROMPTS = [[5, 17, 200, 33], list(range(40, 100))]
+
+
+def logprobs(model, **options):
+    with LLM(model, **OPTIONS, **options) as llm:
+        return [output.logprobs for output in llm.score(PROMPTS)]
+
+
+def test_the_same_model(checkpoints, cli, tmp_path):
+    """Split over other devices than it was written from."""
+    source, output = checkpoints("llama").folder, tmp_path / "new" / "int8"
+    code, said, err = cli("convert", source, output, "--quantization", "int8", "--mesh", "tensor=4", "--json")
+    assert (code, err) == (0, "")
+    figures = json.loads(said)
+    assert figures["quantization"] == "int8"
+    assert figures["restore_ratio"] == pytest.approx(figures["restore_seconds"] / figures["load_seconds"])
+    for one, other in zip(logprobs(output, mesh="fsdp=2,tensor=2"), logprobs(source, quantization="int8"), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert (
+        "was converted, and its weights are in 'int8'"
+        in cli("generate", "-m", output, "--quantization", "fp8", "a").error()
+    )
+    assert f"output {output}: is there already" in cli("convert", source, output).error()
+    assert not list((tmp_path / "new").glob(".*"))
+
+
+def test_converting_what_was_converted(checkpoints, cli, tmp_path):
+    """In the dtype that it has, with the tokenizer and a license beside it."""
+    cli("convert", MODEL_DIR, tmp_path / "one")
+    (tmp_path / "one" / "LICENSE").write_text("free")
+    code, said, _ = cli("convert", tmp_path / "one", tmp_path / "two")
+    assert code == 0
+    assert "bytes of weights in bfloat16" in said
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert names[0] == names[1]
+    assert cli("generate", "-m", tmp_path / "two", "What is 27 + 45?").out == "27 + 45 = 72.\n"
+    assert (
+        "was converted, and its weights are not quantized"
+        in cli("convert", tmp_path / "one", tmp_path / "three", "--quantization", "int8").error()
+    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_by_its_url(cli, tmp_path):
+    assert cli("convert", MODEL_DIR, tmp_path / "one", "--quantization", "int8").code == 0
+    url = f"file://{tmp_path}/one"
+    answer = cli("generate", "-m", url, "--max-tokens", 12, "What is 27 + 45?")
+    assert (answer.code, answer.out) == (0, "27 + 45 = 72.\n")
+    assert "no jaxinfer.json" in cli("generate", "-m", f"file://{tmp_path}/two", "a").error()
+    assert "nosuch" in cli("generate", "-m", "nosuch://bucket/one", "a").error()
+    assert "revisions are for hub ids" in cli("generate", "-m", url, "--revision", "x", "a").error()
+
+
+def test_what_an_object_store_has(tmp_path, monkeypatch):
+    """All but the weights comes here, and only once the manifest, which is written last, is there."""
+    import fsspec
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fs = fsspec.filesystem("memory")
+    fs.pipe_file("/bucket/one/config.json", b"{}")
+    fs.pipe_file("/bucket/one/weights/d/1", b"large")
+    with pytest.raises(FileNotFoundError, match=r"memory://bucket/one: no jaxinfer\.json"):
+        remote.fetch("memory://bucket/one/")
+    fs.pipe_file("/bucket/one/jaxinfer.json", b'{"format": 1}')
+    for _ in range(2):
+        folder = remote.fetch("memory://bucket/one/")
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "jaxinfer.json"]
+    assert json.loads((folder / "jaxinfer.json").read_text())["weights"] == "memory://bucket/one/weights"
+
+
+@pytest.mark.slow
+def test_killed(tmp_path):
+    """Whenever that is, there is nothing with the name that was asked for; the next one leaves nothing else."""
+    output = tmp_path / "new"
+    command = [sys.executable, "-m", "jaxinfer", "convert", MODEL_DIR, output]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    while not list(tmp_path.glob(".new.tmp/weights*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not os.path.exists(output)
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["new"]
+
+
+def test_mistakes(cli, tmp_path):
+    assert "no such folder" in cli("convert", tmp_path / "no", tmp_path / "x").error()
+    assert "quantization is 'int3'" in cli("convert", MODEL_DIR, tmp_path / "x", "--quantization", "int3").error()
+    assert "is there already" in cli("convert", MODEL_DIR, tmp_path).error()
+    assert "mesh is 'tensor=3'" in cli("convert", MODEL_DIR, tmp_path / "x", "--mesh", "tensor=3").error()
+    assert "nosuch" in cli("convert", MODEL_DIR, "nosuch://bucket/x").error()
+    assert list(tmp_path.iterdir()) == []
