@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,15 +55,17 @@ def compare(
 ) -> Iterator[Price]:
     """The prices of the model as it is, then of each scheme, one loaded at a time. options: of `LLM`.
 
-    Of each text the first `max_length` tokens are taken, of all together `max_tokens`, and kept on disk for their
-    number times the vocabulary times 4 bytes. right: the share of right answers of a model. Raises ValueError if the
-    texts have no two tokens.
+    schemes: of weights, or of the cache as `kv-int8`. right: the share of right answers of a model. Of each text the
+    first `max_length` tokens are taken, of all together `max_tokens`, and kept on disk for their number times the
+    vocabulary times 4 bytes. Raises ValueError if the texts have no two tokens.
     """
     texts = list(texts)
     with tempfile.TemporaryFile() as file:
         base: np.ndarray[Any, Any] | None = None
         for scheme in (None, *schemes):
-            with LLM(model, **options | {"quantization": scheme}) as llm:
+            of_cache = scheme is not None and scheme.startswith("kv-")
+            chosen = {"kv_cache_dtype": str(scheme)[3:]} if of_cache else {"quantization": scheme}
+            with LLM(model, **options | chosen) as llm:
                 sequences = _sequences(llm, texts, max_length, max_tokens)
                 count = sum(len(ids) - 1 for ids in sequences)
                 if base is None:
@@ -110,16 +113,22 @@ def _sequences(llm: LLM, texts: Sequence[str], max_length: int, max_tokens: int)
 
 def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.ndarray[Any, Any]]:
     """Log-probabilities of the next token, f32 [tokens - 1, V], at all places of each sequence but its last."""
-    model, vocab = llm.model, llm.model.config.vocab_size
+    model, vocab, layout = llm.model, llm.model.config.vocab_size, llm.engine.runner.programs.layout
 
     @jax.jit
     def run(params: Any, batch: Batch) -> jax.Array:
-        logits, _ = model.bind(params)(batch, None)
+        cache = None
+        if layout.dtype != model.dtype:  # what is seen is what was written: page 1 holds a whole sequence
+            shapes = layout.shapes(2, batch.tokens.shape[0])
+            cache = jax.tree.map(lambda pool: jnp.zeros(pool.shape, pool.dtype), shapes)
+        logits, _ = model.bind(params)(batch, cache)
         return jax.nn.log_softmax(logits[:, :vocab].astype(jnp.float32), axis=-1)
 
     for ids in sequences:
         length = 1 << (len(ids) - 1).bit_length()
-        yield np.asarray(run(llm.engine.runner.params, Batch.of_sequences([list(ids)], length)))[: len(ids) - 1]
+        batch = Batch.of_sequences([list(ids)], length)
+        batch = dataclasses.replace(batch, pages=jnp.ones((1, 1), jnp.int32))
+        yield np.asarray(run(llm.engine.runner.params, batch))[: len(ids) - 1]
 
 
 def _decode_rate(llm: LLM) -> float:

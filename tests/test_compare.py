@@ -79,7 +79,9 @@ def test_bad_input(cli, folder, tmp_path):
     data.write_text("x\n")
     assert "nothing to compare on: give texts with --data" in cli("compare", folder).error()
     assert "at least one must have two tokens" in cli("compare", folder, "--data", data).error()
-    assert "quantization is 'int3'" in cli("compare", folder, "--data", data, "--schemes", "int3").error()
+    assert (
+        "--schemes has 'int3': there are int8, " in cli("compare", folder, "--data", data, "--schemes", "int3").error()
+    )
     assert "here it is --schemes" in cli("compare", folder, "--data", data, "--quantization", "int8").error()
     data.with_suffix(".jsonl").write_text('{"texts": 1}\n')
     assert "texts.jsonl:1" in cli("compare", folder, "--data", data.with_suffix(".jsonl")).error()

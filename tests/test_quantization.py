@@ -96,6 +96,32 @@ def test_the_same_on_several_devices(checkpoints, scheme, mesh):
     assert weight.sharding.shard_shape(weight.shape)[0] == scales.sharding.shard_shape(scales.shape)[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("int8", None),
+        pytest.param("int8", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("fp8", "tensor=2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_quantized_cache(checkpoints, name, mesh):
+    """The same tokens alone, and in company, from shared pages, some computed again, on several devices."""
+    folder, few = checkpoints("llama").folder, {"kv_cache_memory": 16 * 8 * 2 * 2 * 2 * (8 + 4)}  # 16 pages
+    prompts = [*PROMPTS, [*PROMPTS[2][:48], 7, 8]]
+    with LLM(folder, kv_cache_dtype=name, **OPTIONS, max_model_len=96) as llm:
+        alone = [llm.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in prompts]
+        assert llm.engine.runner.programs.layout.bytes_per_token == 2 * 2 * 2 * (8 + 4)
+        assert f"in {'int8' if name == 'int8' else 'float8_e4m3fn'} for" in llm.description
+        score = llm.score(PROMPTS[2:])[0].logprobs
+    with LLM(folder, kv_cache_dtype=name, mesh=mesh, **OPTIONS | few, max_model_len=96) as llm:
+        assert [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY)] == alone
+        assert mesh is not None or llm.stats.preemptions > 0
+    with LLM(folder, **OPTIONS) as llm:
+        expected = llm.score(PROMPTS[2:])[0].logprobs
+    off = np.abs(np.subtract(score, expected)).mean()
+    assert 1e-5 < off < {"int8": 0.05, "fp8": 0.3}[name]
+
+
 def test_patterns(checkpoints):
     """The embedding too, and the head not: which weights are in what."""
     rules = {"*.mlp.*": "fp8", "*.k_proj.*": "none", "lm_head.*": "none", "*": "int8"}

@@ -43,6 +43,7 @@ def attend_packed(
     starts = jnp.where(count > 0, batch.q_start, jnp.minimum(places, 1))
     lengths = jnp.maximum(batch.kv_len, jnp.diff(starts))
     blocks = block_sizes(batch.device_kind, q, cache.kv, batch.pages.shape[1], batch.decode_only)
+    scale = None if cache.kv.dtype == q.dtype else 1.0  # what makes the kernel convert what it reads
     full = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else contextlib.nullcontext()
     with full:
         out = (kernel or _kernel())(
@@ -54,6 +55,8 @@ def attend_packed(
             jnp.maximum(count, 1)[None],
             sm_scale=spec.scale,
             sliding_window=spec.window,
+            k_scale=scale,
+            v_scale=scale,
             num_kv_pages_per_block=blocks.pages,
             num_queries_per_block=blocks.queries,
             vmem_limit_bytes=blocks.limit,
@@ -72,4 +75,7 @@ def _write(k: jax.Array, v: jax.Array, cache: PackedPages, batch: Batch) -> Pack
     page, slot = batch.places(cache.kv.shape[1])
     tokens, heads, width = k.shape
     pairs = jnp.stack([k, v], axis=2).reshape(tokens, 2 * heads, width)
+    if cache.kv.dtype.itemsize == 1:  # beyond its range there is no infinity, only NaN
+        largest = jnp.finfo(cache.kv.dtype).max.astype(pairs.dtype)
+        pairs = jnp.clip(pairs, -largest, largest)
     return PackedPages(cache.kv.at[page, slot].set(pairs.astype(cache.kv.dtype)))

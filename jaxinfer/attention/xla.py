@@ -10,22 +10,27 @@ among short ones does not make all of them long.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.attention.batch import Batch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.cache import SplitPages
+from jaxinfer.cache import QuantizedPages, SplitPages
+from jaxinfer.quantization.activations import quantize_last
 
 KEY_BLOCK = 128  # keys a loop step; larger blocks fall out of the CPU's second-level cache
 QUERY_TILE = 128  # most query tokens of one row that a prefill tile holds
+P = TypeVar("P", bound=SplitPages | QuantizedPages)
 NEGATIVE = -1e30  # masks a score; finite, so that a fully masked block gives zeros and not NaN
 
 
 def attend_split(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec
-) -> tuple[jax.Array, SplitPages]:
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: P, batch: Batch, spec: AttentionSpec
+) -> tuple[jax.Array, P]:
     """See `attend`; over pages."""
     cache = write_split(k, v, cache, batch)
     tokens, heads, head_dim = q.shape
@@ -42,12 +47,15 @@ def attend_split(
     return out.reshape(tokens, heads, head_dim), cache
 
 
-def write_split(k: jax.Array, v: jax.Array, cache: SplitPages, batch: Batch) -> SplitPages:
+def write_split(k: jax.Array, v: jax.Array, cache: P, batch: Batch) -> P:
     """The cache with this call's keys and values."""
     page, slot = batch.places(cache.k.shape[2])
-    return SplitPages(
-        cache.k.at[page, :, slot].set(k.astype(cache.k.dtype)), cache.v.at[page, :, slot].set(v.astype(cache.v.dtype))
-    )
+    new: Iterable[jax.Array] = (k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+    if isinstance(cache, QuantizedPages):
+        (k, k_scales), (v, v_scales) = (quantize_last(x, cache.dtype) for x in (k, v))
+        k, v = (lax.bitcast_convert_type(x, cache.k.dtype) for x in (k, v))
+        new = (k, v, k_scales[..., 0], v_scales[..., 0])
+    return type(cache)(*(pool.at[page, :, slot].set(part) for pool, part in zip(cache, new, strict=True)))
 
 
 def sees(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -82,23 +90,32 @@ def attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: 
     return out.transpose(2, 0, 1, 3).reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
-def _key_blocks(cache: SplitPages, batch: Batch, row: jax.Array, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of block `block[w]` of row `row[w]`: each `[W * K, KEY_BLOCK, d]`.
+def _key_blocks(
+    cache: P, batch: Batch, row: jax.Array, block: jax.Array, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of block `block[w]` of row `row[w]`: each `[W * K, KEY_BLOCK, d]` in this dtype.
 
     Values beyond the row's length are zeros: those slots hold what somebody else left, and 0 * NaN would be NaN.
     """
-    _, kv_heads, page_size, head_dim = cache.k.shape
+    _, kv_heads, page_size, _ = cache.k.shape
     width, table = row.shape[0], batch.pages.shape[1]
     size, pages_a_block = _block_sizes(page_size)
     index = block[:, None] * pages_a_block + jnp.arange(pages_a_block, dtype=jnp.int32)
     ids = batch.pages[row[:, None], jnp.minimum(index, table - 1)]
 
     def gather(pool: jax.Array) -> jax.Array:
-        return jnp.swapaxes(pool.at[ids].get(mode="promise_in_bounds"), 1, 2).reshape(width * kv_heads, size, head_dim)
+        return jnp.swapaxes(pool.at[ids].get(mode="promise_in_bounds"), 1, 2).reshape(width * kv_heads, size, -1)
+
+    keys, values = gather(cache.k), gather(cache.v)
+    if isinstance(cache, QuantizedPages):
+        keys, values = (
+            (lax.bitcast_convert_type(x, cache.dtype).astype(jnp.float32) * gather(scales)).astype(dtype)
+            for x, scales in ((keys, cache.k_scales), (values, cache.v_scales))
+        )
 
     position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
     own = jnp.repeat(position < batch.kv_len[row][:, None], kv_heads, axis=0)[..., None]
-    return gather(cache.k), jnp.where(own, gather(cache.v), jnp.zeros((), cache.v.dtype))
+    return keys, jnp.where(own, values, jnp.zeros((), values.dtype))
 
 
 def _block_sizes(page_size: int) -> tuple[int, int]:
@@ -114,7 +131,7 @@ def _first_block(query: jax.Array, spec: AttentionSpec, size: int) -> jax.Array:
     return jnp.maximum(query - spec.window + 1, 0) // size
 
 
-def _decode(q: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec) -> jax.Array:
+def _decode(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Array:
     """One query token a row, q `[R, K, G, d]` -> `[R, K, G, d]`; rows from `batch.rows[0]` on give zeros."""
     rows, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
@@ -132,7 +149,7 @@ def _decode(q: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec) 
         row = jnp.minimum(jnp.sum(item[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), rows - 1)
         live = item < ends[-1]
         block = jnp.where(live, item - (ends - blocks)[row] + first[row], 0)
-        keys, values = _key_blocks(cache, batch, row, block)
+        keys, values = _key_blocks(cache, batch, row, block, q.dtype)
         queries = flat[row].reshape(rows * kv_heads, group, head_dim)
         scores = _dot(queries, keys, (2, 2)) * spec.scale
         position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
@@ -166,7 +183,7 @@ def _decode(q: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec) 
     return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
-def _prefill(q: jax.Array, out: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec) -> jax.Array:
+def _prefill(q: jax.Array, out: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Array:
     """Rows of several query tokens: fills `out [T + QUERY_TILE, K, G, d]` tile by tile for rows from rows[0] on."""
     tokens, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
@@ -189,7 +206,7 @@ def _prefill(q: jax.Array, out: jax.Array, cache: SplitPages, batch: Batch, spec
 
         def body(block: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             top, total, acc = state
-            keys, values = _key_blocks(cache, batch, row[None], block[None])
+            keys, values = _key_blocks(cache, batch, row[None], block[None], q.dtype)
             scores = (_dot(queries, keys, (2, 2)) * spec.scale).reshape(kv_heads, group, tile, size)
             seen = sees(position[:, None], block * size + jnp.arange(size, dtype=jnp.int32), spec)
             scores = jnp.where(seen, scores, NEGATIVE).reshape(kv_heads, -1, size)

@@ -7,6 +7,7 @@ from jaxinfer.cache.pages import (
     GpuPages,
     LayerCache,
     PackedPages,
+    QuantizedPages,
     SplitPages,
     tokamax_version,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "GpuPages",
     "LayerCache",
     "PackedPages",
+    "QuantizedPages",
     "SplitPages",
     "tokamax_version",
 ]

@@ -35,6 +35,21 @@ class SplitPages(NamedTuple):
     v: jax.Array
 
 
+class QuantizedPages(NamedTuple):
+    """The same in int8, with scales f32 `[pages, K, page_size]` of each token and head; or in 8-bit floats, whose bits
+    are kept as uint8: XLA:CPU moves no such floats, and would convert the whole pool there and back for each token."""
+
+    k: jax.Array
+    v: jax.Array
+    k_scales: jax.Array
+    v_scales: jax.Array
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What the values are."""
+        return KV_DTYPES["int8" if self.k.dtype == jnp.int8 else "fp8"]
+
+
 class GpuPages(NamedTuple):
     """The same, for the kernel that reads pages in place on NVIDIA GPUs."""
 
@@ -57,8 +72,10 @@ class FusedPages(NamedTuple):
     kv: jax.Array
 
 
-LayerCache = SplitPages | GpuPages | PackedPages | FusedPages
+LayerCache = SplitPages | QuantizedPages | GpuPages | PackedPages | FusedPages
 Cache = tuple[LayerCache, ...]
+KV_DTYPES = {"int8": np.dtype(np.int8), "fp8": np.dtype(jnp.float8_e4m3fn)}
+SCALE = np.dtype(np.float32)
 FUSED = 0, 0, 17  # the first version of tokamax that has it so
 
 
@@ -92,21 +109,36 @@ class CacheLayout:
         dtype: DTypeLike,
         place: jax.Device | Mesh,
         attention: str = "auto",
+        kv_cache_dtype: str = "auto",
     ) -> CacheLayout:
-        """What suits the device and the attention that there is for it: see LoadOptions. Raises ValueError if
-        "pallas" is asked for where no kernel can do it."""
-        parts, kind, device = axis_size(place, (KV,)), jnp.dtype(dtype), devices_of(place)[0]
-        packing = {jnp.dtype(jnp.bfloat16): 2, jnp.dtype(jnp.float32): 1}.get(kind)  # the TPU's knows no other types
-        if packing is None or device.platform != "tpu" or attention == "xla":
+        """What suits the device and the attention that there is for it: see LoadOptions; dtype: of activations. Raises
+        ValueError if "pallas", or a quantized cache, is asked for where it can't be."""
+        parts, compute, device = axis_size(place, (KV,)), jnp.dtype(dtype), devices_of(place)[0]
+        kind = KV_DTYPES.get(kv_cache_dtype, compute)
+        by_kernel = compute in (jnp.bfloat16, jnp.float32)  # the TPU's knows no other types
+        if not by_kernel or device.platform != "tpu" or attention == "xla":
             wanted = attention == "pallas"
-            if wanted and (problem := _problem(device, kind, head_dim)):
+            if wanted and (problem := _problem(device, compute, head_dim)):
                 raise ValueError(f"attention is 'pallas': {problem}; leave it out to have what applies")
-            return cls(num_layers, num_kv_heads, parts, head_dim, kind, GpuPages if wanted else SplitPages)
-        # The keys and values of a device have to fill whole tiles, which may have 1, 2, 4 or 8 rows of 4 bytes a lane.
-        rows = 2 * (num_kv_heads // parts) // packing
-        rows = 1 << (rows - 1).bit_length() if rows < SUBLANES else -(-rows // SUBLANES) * SUBLANES
-        kept, width = rows * packing // 2 * parts, -(-head_dim // LANES) * LANES
-        fused = kept == num_kv_heads and packing == 2 and _has_fused_kernel(device.device_kind)
+            if wanted and kind != compute:
+                raise ValueError(
+                    f"kv_cache_dtype is {kv_cache_dtype!r}: on GPUs only attention='xla' reads such a cache"
+                )
+            pages = QuantizedPages if kind != compute else GpuPages if wanted else SplitPages
+            return cls(num_layers, num_kv_heads, parts, head_dim, kind, pages)
+        if kv_cache_dtype == "int8":
+            raise ValueError(
+                "kv_cache_dtype is 'int8': no kernel for TPUs reads such a cache; take fp8 or attention='xla'"
+            )
+        width = -(-head_dim // LANES) * LANES
+        heads = num_kv_heads // parts
+        kept, unquantized = (_padded_heads(heads, d) * parts for d in (kind, compute))
+        if kind != compute and kept * kind.itemsize >= unquantized * compute.itemsize:
+            raise ValueError(
+                f"kv_cache_dtype is {kv_cache_dtype!r}: the kernel for TPUs keeps {kept // parts} heads of it on each "
+                f"device for the {heads} that are there, which saves nothing; leave it out, or take less `tensor`"
+            )
+        fused = kept == num_kv_heads and kind == jnp.bfloat16 and _has_fused_kernel(device.device_kind)
         return cls(num_layers, kept, parts, width, kind, FusedPages if fused else PackedPages)
 
     @property
@@ -116,7 +148,8 @@ class CacheLayout:
     @property
     def bytes_per_token(self) -> int:
         """Of cache on each device that one token of context takes in all layers together."""
-        return 2 * self.num_layers * (self.num_kv_heads // self.parts) * self.head_dim * self.dtype.itemsize
+        head = self.head_dim * self.dtype.itemsize + (SCALE.itemsize if self.pages is QuantizedPages else 0)
+        return 2 * self.num_layers * (self.num_kv_heads // self.parts) * head
 
     @property
     def spec(self) -> PartitionSpec:
@@ -134,9 +167,19 @@ class CacheLayout:
             kv = jax.ShapeDtypeStruct((num_pages, page_size, heads, 2, self.head_dim), self.dtype)
             layer = FusedPages(kv)  # type: ignore[arg-type]
         else:
-            k = jax.ShapeDtypeStruct((num_pages, heads, page_size, self.head_dim), self.dtype)
-            layer = self.pages(k, k)  # type: ignore[arg-type,call-arg]
+            bits = np.dtype(np.uint8) if self.pages is QuantizedPages and self.dtype != np.int8 else self.dtype
+            k = jax.ShapeDtypeStruct((num_pages, heads, page_size, self.head_dim), bits)
+            scales = (jax.ShapeDtypeStruct(k.shape[:3], SCALE),) * 2 if self.pages is QuantizedPages else ()
+            layer = self.pages(k, k, *scales)  # type: ignore[arg-type,call-arg]
         return (layer,) * self.num_layers
+
+
+def _padded_heads(heads: int, dtype: np.dtype[Any]) -> int:
+    """The keys and values of a device have to fill whole tiles, which may have 1, 2, 4 or 8 rows of 4 bytes a lane."""
+    packing = 4 // dtype.itemsize
+    rows = -(-2 * heads // packing)
+    rows = 1 << (rows - 1).bit_length() if rows < SUBLANES else -(-rows // SUBLANES) * SUBLANES
+    return rows * packing // 2
 
 
 def _has_fused_kernel(kind: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -26,7 +26,9 @@ def compare(
         str | None,
         typer.Option(metavar="FILE", help="Texts to compare on: .txt (one a line), .jsonl, .csv, .parquet."),
     ] = None,
-    schemes: Annotated[str | None, typer.Option(metavar="A,B", help="Which schemes; without it, all of them.")] = None,
+    schemes: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Which schemes, kv-… for the cache; without it, all.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Compare at most so many tokens.")] = 4096,
     questions: Annotated[
         int, typer.Option(metavar="N", min=0, help="Of the packaged model: ask it so many held-out questions too.")
@@ -47,19 +49,22 @@ def compare(
     from jaxinfer.batch.readers import records
     from jaxinfer.batch.sources import find_sources
     from jaxinfer.demo import MODEL_DIR
+    from jaxinfer.engine.options import KVCacheDType
     from jaxinfer.plan.plot import check_plot, draw
-    from jaxinfer.quantization.schemes import SCHEMES, check_quantization
+    from jaxinfer.quantization.schemes import SCHEMES
     from jaxinfer.sampling.params import SamplingParams
 
     if base is not None:
         if load.model is not None:
             raise ValueError(f"the model is given twice: {base} and --model {load.model}")
         load = dataclasses.replace(load, model=base)
-    if load.quantization is not None or load.compiled is not None:
-        raise ValueError("--quantization and --compiled are of one scheme: here it is --schemes")
-    names = list(SCHEMES) if schemes is None else [name.strip() for name in schemes.split(",")]
+    if load.quantization is not None or load.kv_cache_dtype is not None or load.compiled is not None:
+        raise ValueError("--quantization, --kv-cache-dtype and --compiled are of one scheme: here it is --schemes")
+    known = [*SCHEMES, *(f"kv-{name}" for name in get_args(KVCacheDType) if name != "auto")]
+    names = known if schemes is None else [name.strip() for name in schemes.split(",")]
     for name in names:
-        check_quantization(name)
+        if name not in known:
+            raise ValueError(f"--schemes has {name!r}: there are {', '.join(known)}")
     if plot is not None:
         check_plot(plot)
     model, options = load.loading()

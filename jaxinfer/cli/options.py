@@ -86,6 +86,13 @@ class LoadOptions:
         ),
     ] = None
 
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8", "fp8"] | None,
+        typer.Option(
+            help="Of keys and values; auto, as without it: that of activations; on TPU fp8.", rich_help_panel=MODEL
+        ),
+    ] = None
+
     compiled: Annotated[
         str | None,
         typer.Option(

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m jaxinfer.demo.evaluate", description=__doc__)
     parser.add_argument("--model", default=str(MODEL_DIR), help="folder or hub id (default: the packaged model)")
     parser.add_argument("--quantization", help="int8, int8-w8a8 or fp8; without it, the weights as they are")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="int8 or fp8; without it, that of activations")
     parser.add_argument("--questions", type=int, default=1000, help="how many held-out questions to ask")
     parser.add_argument("--seed", type=int, default=0, help="which of the held-out questions")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -52,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from jaxinfer import LLM
 
-    shares = exact_match(questions, ask(LLM(options.model, quantization=options.quantization), questions))
+    llm = LLM(options.model, quantization=options.quantization, kv_cache_dtype=options.kv_cache_dtype)
+    shares = exact_match(questions, ask(llm, questions))
     if options.json:
         report = {"model": options.model, "questions": len(questions), "seed": options.seed, "exact_match": shares}
         print(json.dumps(report))

@@ -77,7 +77,8 @@ class Loaded:
         kinds = [*sorted({scheme.name for scheme in model.quantized.values()}), str(self.dtype)]
         sizes = self.sizes
         return (
-            f"weights {weights / 2**30:.2f} GiB in {', '.join(kinds)}, KV cache {sizes.bytes / 2**30:.2f} GiB for "
+            f"weights {weights / 2**30:.2f} GiB in {', '.join(kinds)}, KV cache {sizes.bytes / 2**30:.2f} GiB in "
+            f"{self.engine.runner.programs.layout.dtype} for "
             f"{self.engine.scheduler.pages_total * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
             + (f", {describe(mesh)}" if (mesh := self.engine.runner.programs.mesh) else "")
         )
@@ -118,7 +119,9 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         dtype = choose_dtype(given["dtype"], config, checkpoint, device)
         abstract = Model.from_config(config, dtype, given["quantization"])
         place = _place(abstract, devices, given["mesh"])
-        cache_layout(abstract, place, given["attention"])  # which refuses what can't be, before the weights are read
+        cache_layout(
+            abstract, place, given["attention"], given["kv_cache_dtype"]
+        )  # which refuses what can't be, before the weights are read
         if group is not None:
             agree(group, given, config, dtype, checkpoint, place, compiled)
         done = 0
@@ -237,7 +240,7 @@ def sized_programs(
     else:
         length = given["max_model_len"] or model.config.max_context
         sizes = size_cache(
-            bytes_per_token=cache_layout(model, place, given["attention"]).bytes_per_token,
+            bytes_per_token=cache_layout(model, place, given["attention"], given["kv_cache_dtype"]).bytes_per_token,
             page_size=page_size(given["page_size"], place, max_rows, length),
             max_num_seqs=max_rows,
             max_model_len=given["max_model_len"],
@@ -254,6 +257,7 @@ def sized_programs(
         max_rows=max_rows,
         max_steps=MAX_STEPS,
         attention=given["attention"],
+        kv_cache_dtype=given["kv_cache_dtype"],
     )
     return programs, sizes
 

@@ -10,6 +10,7 @@ from jaxinfer.quantization.schemes import Quantization, check_quantization
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "xla", "pallas"]
+KVCacheDType = Literal["auto", "int8", "fp8"]
 KINDS: dict[str, tuple[Any, str]] = {
     "seed": (int, "an integer"),
     "page_size": (int | None, "an integer"),
@@ -40,6 +41,9 @@ class LoadOptions(TypedDict, total=False):
     enable_prefix_caching: sequences with the same beginning share its pages (on).
     warmup: compile every program that can be needed now, so that nothing compiles later (off).
     on_progress: told, in a few words, what is being waited for.
+    kv_cache_dtype: of keys and values. "auto" is the dtype of activations. "int8", "fp8" (e4m3): rounded, with a scale
+        for each token and head. The kernel for TPUs knows no scales, and of the two only "fp8": there keys and values
+        are rounded as they are, and clipped to 448.
     attention: what attends to the cache. "auto": on TPU a Pallas kernel that reads pages in place, where it can be
         used, and plain XLA elsewhere. "xla", "pallas": that one. On NVIDIA GPUs the kernel has never been run.
     mesh: how devices share the work, "data=2,tensor=4". `tensor` splits every weight's product, `data` the sequences,
@@ -70,6 +74,7 @@ class LoadOptions(TypedDict, total=False):
     on_progress: Callable[[str], None] | None
     mesh: str | None
     attention: Attention
+    kv_cache_dtype: KVCacheDType
     compiled: str | os.PathLike[str] | None
     architecture: Mapping[str, Any] | None
     quantization: Quantization | None
@@ -93,6 +98,7 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
         "on_progress": None,
         "mesh": None,
         "attention": "auto",
+        "kv_cache_dtype": "auto",
         "compiled": None,
         "architecture": None,
         "quantization": None,
@@ -101,7 +107,8 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
     if unknown:
         raise ValueError(f"option {unknown[0]!r} is not known; there are {', '.join(given)}")
     given.update(options)  # type: ignore[typeddict-item]
-    for name, choices in (("dtype", get_args(DType)), ("attention", get_args(Attention))):
+    chosen = {"dtype": DType, "attention": Attention, "kv_cache_dtype": KVCacheDType}
+    for name, choices in ((name, get_args(kind)) for name, kind in chosen.items()):
         value = given[name]  # type: ignore[literal-required]
         if value not in choices:
             raise ValueError(f"{name} is {value!r:.100}: it must be one of {', '.join(choices)}")

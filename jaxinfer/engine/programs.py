@@ -29,11 +29,13 @@ PREPARE: Key = ("prepare slot", 1, 1)
 ZEROS: Key = ("zeros", 1, 1)  # a new cache, and new slots: one zero-filled pool, no temporaries
 
 
-def cache_layout(model: Model, place: jax.Device | Mesh, attention: str = "auto") -> CacheLayout:
+def cache_layout(
+    model: Model, place: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
+) -> CacheLayout:
     """How the model's keys and values are kept there. Raises ValueError if that attention is not to be had."""
     config = model.config
     heads = config.num_layers, config.num_kv_heads, config.head_dim
-    return CacheLayout.choose(*heads, model.dtype, place, attention)
+    return CacheLayout.choose(*heads, model.dtype, place, attention, kv_cache_dtype)
 
 
 def placed_params(model: Model, place: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -55,9 +57,9 @@ def placed_slots(model: Model, place: jax.Device | Mesh, max_rows: int) -> Slots
 class Programs:
     """What is compiled for a model on one device or a mesh, with a cache of `num_pages` pages.
 
-    max_rows: sequences that run at once. max_steps: tokens a row that one decoding call may produce. attention: see
-    LoadOptions. Where the mesh splits rows, `shards` of them, all sizes (buckets' too) are of one shard; arrays hold
-    them one after the other.
+    max_rows: sequences that run at once. max_steps: tokens a row that one decoding call may produce. attention,
+    kv_cache_dtype: see LoadOptions. Where the mesh splits rows, `shards` of them, all sizes (buckets' too) are of one
+    shard; arrays hold them one after the other.
     """
 
     model: Model
@@ -69,10 +71,16 @@ class Programs:
     max_rows: int
     max_steps: int
     attention: str = "auto"
+    kv_cache_dtype: str = "auto"
 
     @property
     def mesh(self) -> Mesh | None:
         return self.place if isinstance(self.place, Mesh) else None
+
+    @property
+    def layout(self) -> CacheLayout:
+        """Of the cache."""
+        return cache_layout(self.model, self.place, self.attention, self.kv_cache_dtype)
 
     @property
     def devices(self) -> list[jax.Device]:
@@ -102,7 +110,7 @@ class Programs:
     @cached_property
     def state(self) -> State:
         """Cache and slots."""
-        layout = cache_layout(self.model, self.place, self.attention)
+        layout = self.layout
         cache = layout.shapes(self.shards * self.num_pages, self.page_size)
         held = self.whole if self.mesh is None else NamedSharding(self.mesh, layout.spec)
         return State(_structs(cache, held), placed_slots(self.model, self.place, self.max_rows))

@@ -41,7 +41,7 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
     ]
     longest = fit.max_num_batched_tokens
     piece = longest // fit.shards
-    prompt = bound(fit.model, fit.place.chip, fit.layout, fit.tensor, piece, piece, 1, fit.fsdp)
+    prompt = bound(fit.model, fit.place.chip, fit.programs.layout, fit.tensor, piece, piece, 1, fit.fsdp)
     return {
         "topology": fit.place.name,
         "mesh": fit.mesh,
@@ -64,7 +64,7 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
 def decoding(fit: Fit, rows: int, context: int) -> dict[str, Any]:
     """The bound of a step of `rows` sequences, and whether there is room in the cache for them."""
     each = -(-rows // fit.shards)
-    one = bound(fit.model, fit.place.chip, fit.layout, fit.tensor, each, context, each, fit.fsdp)
+    one = bound(fit.model, fit.place.chip, fit.programs.layout, fit.tensor, each, context, each, fit.fsdp)
     return {"fits": rows * context <= fit.cache_tokens, **_bound(fit, one, rows)}
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-from jaxinfer.cache import CacheLayout
 from jaxinfer.engine.load import choose_dtype, limits, sized_programs
 from jaxinfer.engine.options import LoadOptions, check_options
 from jaxinfer.engine.programs import Programs, cache_layout, placed_params, placed_slots
@@ -34,10 +33,6 @@ class Fit:
     @property
     def model(self) -> Model:
         return self.programs.model
-
-    @property
-    def layout(self) -> CacheLayout:
-        return cache_layout(self.model, self.programs.place, self.programs.attention)
 
     @property
     def mesh(self) -> str:
@@ -105,7 +100,7 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - weights - slots
     length = given["max_model_len"] or shape.max_context
     size = page_size(given["page_size"], where, rows, length)
-    per_token = cache_layout(model, where, given["attention"]).bytes_per_token
+    per_token = cache_layout(model, where, given["attention"], given["kv_cache_dtype"]).bytes_per_token
     try:
         room = max(min(given["kv_cache_memory"] or available, available), 0)
         programs, sizes = sized_programs(model, where, given, room)

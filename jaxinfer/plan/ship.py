@@ -84,6 +84,7 @@ def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any
         "max_num_batched_tokens": programs.buckets.tokens[-1] * programs.shards,
         "page_size": programs.page_size,
         "attention": programs.attention,
+        "kv_cache_dtype": programs.kv_cache_dtype,
         "quantization": programs.model.quantization,
     }
     return Manifest(environment(programs.devices), describe_model(programs.model), options, asdict(sizes), written)

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxinfer.quantization.activations import quantize_last
 from jaxinfer.quantization.schemes import Scheme
 
 BLOCK = 2**20  # weights that are quantized at a time: what is needed for that are a few times 4 MB
@@ -44,10 +45,7 @@ def dot(
     if not isinstance(weight, QArray):
         out = _product(x, weight)
     elif weight.scheme.activations:
-        largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
-        largest = largest if split_over is None else lax.pmax(largest, split_over)
-        scales = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny * 127) / 127
-        values = jnp.round(x.astype(jnp.float32) / scales).astype(jnp.int8)
+        values, scales = quantize_last(x, jnp.int8, split_over)
         out = _product(values, weight.values).astype(jnp.float32) * scales * weight.scales[:, 0]
     else:
         out = _product(x, weight.values.astype(x.dtype)) * weight.scales[:, 0]

@@ -19,7 +19,7 @@ from tests.attention.reference import Ragged, Shape, live, ragged, slots
 def kernel(q, pages, lengths, table, starts, count, **options):
     """The reference, which wants what the kernel wants and gives only what is asked for; the rest is undefined."""
     dynamic_validate_inputs(q, pages, lengths, table, starts, count, **options)
-    wanted = {name: options[name] for name in ("sm_scale", "sliding_window")}
+    wanted = {name: options[name] for name in ("sm_scale", "sliding_window", "k_scale", "v_scale")}
     out = ref_ragged_paged_attention(q, pages, lengths, table, starts, count, **wanted)
     return jnp.full(q.shape, jnp.nan, q.dtype).at[: out.shape[0]].set(out)
 
@@ -52,6 +52,24 @@ def test_matches_float64(shape, window, kept):
     spec = AttentionSpec(shape.head_dim**-0.5, window=window)
     check(ragged(shape, spec, [700, -1, 15], [], decode_only=True), spec, kept, error=2e-5)
     check(ragged(shape, spec, [640], [(0, 130), (17, 2)]), spec, kept, error=2e-5)
+
+
+def test_a_cache_in_fp8():
+    """Rounded as it is, as the kernel knows one scale only; what is too large is clipped, for there would be a NaN."""
+    shape, spec = Shape(rows=3), AttentionSpec(0.25)
+    case = ragged(shape, spec, [40, -1, 15], [], decode_only=True)
+    v = case.v.at[0, 0, 0].set(1e4)
+    pool = packed(case.cache, shape.kv_heads).kv.astype("float8_e4m3fn")
+
+    def stands_for(x):
+        return jnp.clip(x, -448, 448).astype("float8_e4m3fn").astype("float32")
+
+    out, cache = attend_packed(case.q, case.k, v, PackedPages(pool), case.batch, spec, kernel)
+    plain = PackedPages(pool.astype("float32"))
+    expected, after = attend_packed(case.q, stands_for(case.k), stands_for(v), plain, case.batch, spec, kernel)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    np.testing.assert_array_equal(cache.kv.astype("float32")[1:], after.kv[1:])
+    assert np.asarray(cache.kv, np.float32).max() == 448
 
 
 def test_nobody_is_there():
