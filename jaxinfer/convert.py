@@ -14,13 +14,15 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from jaxinfer.checkpoint.files import read_config
+from jaxinfer.checkpoint.hf import HfWriter, check_hf, config_of
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
-from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, manifest, restore, save
+from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, manifest, save
 from jaxinfer.checkpoint.output import check_output, put, put_beside, written
 from jaxinfer.engine.load import place_for
 from jaxinfer.engine.options import check_options
@@ -45,8 +47,8 @@ class Conversion:
     bytes: int
     load_seconds: float
     write_seconds: float
-    restore_seconds: float
-    restore_ratio: float
+    restore_seconds: float | None = None
+    restore_ratio: float | None = None
 
 
 def convert(
@@ -60,7 +62,8 @@ def convert(
     """Writes a checkpoint in another form: quantized, in another dtype, as `LLM` and all commands take it.
 
     output: a folder or gs:// URL that is not there yet; it is there as a whole or not at all. format: "orbax", which is
-    restored straight into shards, on any mesh. options: dtype, quantization, mesh, revision and token, as of `LLM`.
+    restored straight into shards, on any mesh; "hf", safetensors as on the hub, in compressed-tensors' format if
+    quantized. options: dtype, quantization, mesh, revision and token, as of `LLM`.
     dtype "auto" keeps what the checkpoint has. Host memory: the result, and a few of the largest tensors.
     Raises ValueError and OSError with one line.
     """
@@ -68,7 +71,9 @@ def convert(
         raise ValueError(f"format is {format!r}: it must be one of {', '.join(get_args(Format))}")
     given = check_options(options)
     output = os.fspath(output)
-    check_output(output)
+    fs, _ = check_output(output)
+    if format == "hf" and not isinstance(fs, LocalFileSystem):
+        raise ValueError(f"output {output}: format hf is written into a folder here, and can then be copied")
     folder = resolve(model, given["revision"], given["token"])
     config = dict(read_config(folder, REGISTRY))
     with written(output) as path, open_weights(folder) as weights:
@@ -79,19 +84,34 @@ def convert(
         if given["dtype"] != "auto":
             config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": str(dtype)}
         abstract = Model.from_config(config, dtype, quantization)
+        if format == "hf":
+            check_hf(abstract)
         place = place_for(abstract, given["mesh"])
         times = [time.perf_counter()]
         with _bar("Read", weights.nbytes, show_progress) as read:
             params = load_weights(abstract, weights, place, read)
         times.append(time.perf_counter())
         size = sum(array.nbytes for array in params.values())
-        save(params, f"{path}/{WEIGHTS}")
+        if format == "hf":
+            with HfWriter(abstract, path) as writer, _bar("Written", size, show_progress) as done:
+                writer.add(params, done)
+            config = config_of(abstract, config)
+        else:
+            save(params, f"{path}/{WEIGHTS}")
         put(f"{path}/config.json", json.dumps(config, indent=2).encode())
         put_beside(folder, path)
-        put(f"{path}/{MANIFEST}", manifest(abstract, params, f"{path}/{WEIGHTS}"))  # last, as it says that all is there
+        if format == "orbax":
+            put(
+                f"{path}/{MANIFEST}", manifest(abstract, params, f"{path}/{WEIGHTS}")
+            )  # last: it says that all is there
         times.append(time.perf_counter())
         del params
-        jax.block_until_ready(restore(abstract, Converted(Path(path)), place))
+        if format == "hf" and abstract.quantized:
+            return Conversion(
+                output, format, quantization, str(dtype), "", size, times[1] - times[0], times[2] - times[1]
+            )
+        with open_weights(Path(path)) as new:
+            jax.block_until_ready(load_weights(abstract, new, place))
         times.append(time.perf_counter())
     load, write, back = np.diff(times).tolist()
     where = "" if isinstance(place, jax.Device) else describe(place)

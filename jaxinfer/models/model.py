@@ -28,8 +28,8 @@ class Model:
     """What derives from the one declaration of the weights in the modules.
 
     dtype: of activations, of the cache, and of what is not quantized. abstract: shape and dtype of each parameter by
-    name; axes: its logical axes. quantization: as it was asked for. quantized: the schemes of those weights that are:
-    NAME has their values, NAME_scale their scales.
+    name; axes: its logical axes. tables: those of which rows are looked up. quantization: as it was asked for.
+    quantized: the schemes of those weights that are: NAME has their values, NAME_scale their scales.
     """
 
     config: ModelConfig
@@ -39,6 +39,7 @@ class Model:
     quantized: Mapping[str, Scheme]
     abstract: Mapping[str, jax.ShapeDtypeStruct]
     axes: Mapping[str, Axes]
+    tables: frozenset[str]
     _graph: nnx.GraphDef[Any]
     _state: tuple[tuple[tuple[Any, ...], Any], ...]
 
@@ -52,6 +53,7 @@ class Model:
         abstract: dict[str, jax.ShapeDtypeStruct] = {}
         axes: dict[str, Axes] = {}
         quantized: dict[str, Scheme] = {}
+        tables = {_name(path) for path, variable in flat if variable.get_metadata().get("looked_up")}
         for path, variable in flat:
             name, shape, about = _name(path), variable.get_value(), variable.get_metadata()
             abstract[name], axes[name] = shape, about["axes"]
@@ -65,7 +67,9 @@ class Model:
         if quantization is not None and not quantized:
             raise ValueError(f"quantization is {quantization!r}: none of the model's weights is meant by it")
         weights = architecture.weights(config)
-        return cls(config, weights, jnp.dtype(dtype), quantization, quantized, abstract, axes, graph, flat)
+        return cls(
+            config, weights, jnp.dtype(dtype), quantization, quantized, abstract, axes, frozenset(tables), graph, flat
+        )
 
     def bind(self, params: Mapping[str, Any]) -> CausalLM:
         """The module on these parameters; cheap enough only for tracing, so call it inside a jitted function."""

@@ -1,0 +1,170 @@
+"""Parameters back into a Hugging Face directory: plain, or quantized in the format of compressed-tensors.
+
+Format: https://github.com/vllm-project/compressed-tensors. A quantized linear `X` has `X.weight` in eight bits
+(int-quantized, float-quantized), or `X.weight_packed`, int32 with as many values as fit, the first in the lowest bits,
+each plus half its range, and `X.weight_shape` (pack-quantized); and `X.weight_scale`, one a row or a group of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxinfer.checkpoint.write import Layout, SafetensorsWriter
+from jaxinfer.models.model import Model, scales
+from jaxinfer.models.weights import Source
+from jaxinfer.quantization.schemes import Scheme
+
+Host = np.ndarray[Any, Any]
+FLOAT, INT, PACKED = "float-quantized", "int-quantized", "pack-quantized"
+
+
+def check_hf(model: Model) -> None:
+    """Raises ValueError if the model's quantization has no form in compressed-tensors."""
+    for name in model.quantized:
+        source = model.weights.source(name)
+        if source != Source(name):
+            raise ValueError(
+                f"format hf: {name} is a part of {source.name}, or lies the other way round in it, which "
+                "compressed-tensors has no form for: use format orbax, or no quantization"
+            )
+        if name in model.tables:
+            raise ValueError(
+                f"format hf: {name} is a table, and compressed-tensors quantizes linears: use format orbax, or "
+                "leave it out of the quantization"
+            )
+
+
+def config_of(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json, with the model's quantization."""
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    return plain if not model.quantized else plain | {"quantization_config": _quantization_config(model)}
+
+
+class HfWriter:
+    """Writes the weights of a model into a folder, as parameters come, a few at a time."""
+
+    def __init__(self, model: Model, folder: str) -> None:
+        check_hf(model)
+        self.model = model
+        self._waiting: dict[str, dict[int, Host]] = {}  # parts of tensors that are not complete
+        layouts: dict[str, Layout] = {}
+        of_scales = {scales(name) for name in model.quantized}
+        for name, abstract in model.abstract.items():
+            if name in of_scales:
+                continue
+            if name in model.quantized:
+                layouts |= self._layouts(name)
+                continue
+            source = model.weights.source(name)
+            shape = (abstract.shape[0] * source.parts, *abstract.shape[1:])
+            layouts[source.name] = Layout(shape[::-1] if source.transpose else shape, np.dtype(abstract.dtype))
+        self.file = SafetensorsWriter(folder, layouts)
+
+    def add(self, params: Mapping[str, Any], on_tensor: Callable[[int], Any] | None = None) -> None:
+        """Writes these, without padding; a quantized weight's scales come with it. on_tensor: told bytes."""
+        for name, array in params.items():
+            if on_tensor is not None:
+                on_tensor(array.nbytes)
+            if name in self.model.quantized:
+                for key, tensor in self._quantized(name, params).items():
+                    self.file.write(key, tensor)
+            elif name.removesuffix("_scale") not in self.model.quantized:
+                self._plain(name, _host(self.model, name, params))
+
+    def __enter__(self) -> HfWriter:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.__exit__(*error)
+
+    def _plain(self, name: str, value: Host) -> None:
+        source = self.model.weights.source(name)
+        parts = self._waiting.setdefault(source.name, {})
+        parts[source.part] = value
+        if len(parts) == source.parts:
+            del self._waiting[source.name]
+            whole = np.concatenate([parts[i] for i in range(source.parts)]) if source.parts > 1 else value
+            self.file.write(source.name, whole.T if source.transpose else whole)
+
+    def _layouts(self, name: str) -> dict[str, Layout]:
+        """The tensors of a quantized weight."""
+        values, scale = self.model.abstract[name], self.model.abstract[scales(name)]
+        found = {f"{name}_scale": Layout(scale.shape, np.dtype(scale.dtype))}
+        if _format(self.model.quantized[name]) != PACKED:
+            return found | {name: Layout(values.shape, np.dtype(values.dtype))}
+        shape = (values.shape[0], -(-values.shape[1] // 4))
+        return found | {
+            f"{name}_packed": Layout(shape, np.dtype(np.int32)),
+            f"{name}_shape": Layout((2,), np.dtype(np.int64)),
+        }
+
+    def _quantized(self, name: str, params: Mapping[str, Any]) -> dict[str, Host]:
+        """What is in them."""
+        values = _host(self.model, name, params)
+        found = {f"{name}_scale": _host(self.model, scales(name), params)}
+        if _format(self.model.quantized[name]) != PACKED:
+            return found | {name: values}
+        return found | {f"{name}_packed": packed(values, 8), f"{name}_shape": np.array(values.shape)}
+
+
+def packed(values: Host, bits: int) -> Host:
+    """Integers `[out, in]` as int32 `[out, in * bits / 32]`, rounded up: see above."""
+    fit = 32 // bits
+    whole = np.zeros((values.shape[0], -(-values.shape[1] // fit) * fit), np.uint32)
+    whole[:, : values.shape[1]] = (values.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint32)
+    words = np.zeros((whole.shape[0], whole.shape[1] // fit), np.uint32)
+    for i in range(fit):
+        words |= whole[:, i::fit] << np.uint32(i * bits)
+    return words.view(np.int32)
+
+
+def _host(model: Model, name: str, params: Mapping[str, Any]) -> Host:
+    shape = model.abstract[name].shape
+    return np.asarray(params[name])[tuple(slice(size) for size in shape)]
+
+
+def _format(scheme: Scheme) -> str:
+    if scheme.values.startswith("float8"):
+        return FLOAT
+    return INT if scheme.activations else PACKED
+
+
+def _quantization_config(model: Model) -> dict[str, Any]:
+    by_scheme: dict[str, list[str]] = {}
+    for name, scheme in model.quantized.items():
+        by_scheme.setdefault(scheme.name, []).append(name.removesuffix(".weight"))
+    linears = [n for n, a in model.abstract.items() if len(a.shape) == 2 and not n.endswith("_scale")]
+    plain = [n.removesuffix(".weight") for n in linears if n not in model.quantized and n not in model.tables]
+    if model.config.tie_word_embeddings:
+        plain.append("lm_head")  # which others have as a linear, too
+    schemes = {scheme.name: scheme for scheme in model.quantized.values()}
+    groups = {
+        f"group_{i}": _group(schemes[name], targets if len(by_scheme) > 1 else ["Linear"])
+        for i, (name, targets) in enumerate(by_scheme.items())
+    }
+    formats = {_format(scheme) for scheme in schemes.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "ignore": plain,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "config_groups": groups,
+    }
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    kind = "float" if scheme.values.startswith("float8") else "int"
+    weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel", "dynamic": False}
+    activations = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "targets": targets,
+        "weights": weights | {"group_size": None},
+        "input_activations": activations if scheme.activations else None,
+        "output_activations": None,
+        "format": _format(scheme),
+    }
