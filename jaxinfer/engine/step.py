@@ -23,7 +23,7 @@ from jaxinfer.cache import Cache
 from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import SamplingArrays
-from jaxinfer.sampling.sample import Logprobs, logprobs, no_logprobs, sample, stops, token_logprobs
+from jaxinfer.sampling.sample import Logprobs, draw, no_logprobs, stops, token_logprobs
 from jaxinfer.sampling.slots import Slots
 from jaxinfer.sharding import FSDP, ROWS, TENSOR, axis_size, devices_of, on_axes
 
@@ -96,6 +96,7 @@ def make_step(model: Model, place: jax.Device | Mesh | None = None) -> Step:
     count from the shard's own beginning.
     """
     mesh, kind = _mesh_and_kind(place)
+    parts = _parts_of_logits(model, mesh)
 
     def step(
         params: Params, state: State, batch: Batch, rows: Rows, sampling: SamplingArrays, scored: Scored
@@ -118,14 +119,12 @@ def make_step(model: Model, place: jax.Device | Mesh | None = None) -> Step:
         length = batch.positions[batch.logits_at] + 1
         count = jnp.where(dead, 0, jnp.minimum(jnp.asarray(rows.samples), 1))
 
-        def draw() -> tuple[jax.Array, Logprobs]:
-            logits = logits_of(stream[batch.logits_at])
-            tokens = sample(logits, sampling, length, slots, slot)
-            return tokens, logprobs(logits, tokens, sampling)
+        def chosen() -> tuple[jax.Array, Logprobs]:
+            return draw(logits_of(stream[batch.logits_at]), sampling, length, slots, slot, parts)
 
         # Inner chunks and scored texts sample nothing.
         nothing = jnp.zeros(size, jnp.int32), no_logprobs(size, model.config.vocab_size)
-        tokens, info = lax.cond(_anywhere(jnp.any(count > 0), mesh), draw, lambda: nothing)
+        tokens, info = lax.cond(_anywhere(jnp.any(count > 0), mesh), chosen, lambda: nothing)
         slots = _take(slots, slot, tokens, count > 0, sampling, length)
         info = jax.tree.map(lambda x: x[None], info)
         found = _score(logits_of, stream, scored, model.config.vocab_size, mesh)
@@ -140,6 +139,7 @@ def make_decode(model: Model, max_steps: int, place: jax.Device | Mesh | None = 
     A row ends at one of its stop ids or after `rows.samples` tokens; the call ends when all rows have.
     """
     mesh, kind = _mesh_and_kind(place)
+    parts = _parts_of_logits(model, mesh)
 
     def decode(
         params: Params, state: State, rows: DecodeRows, sampling: SamplingArrays, steps: jax.Array
@@ -167,10 +167,9 @@ def make_decode(model: Model, max_steps: int, place: jax.Device | Mesh | None = 
             )
             stream, cache = module.hidden(batch, state.cache)
             assert cache is not None
-            logits = logits_of(stream)
-            tokens = sample(logits, sampling, positions + 1, state.slots, slot)
+            tokens, info = draw(logits_of(stream), sampling, positions + 1, state.slots, slot, parts)
             slots = _take(state.slots, slot, tokens, active, sampling, positions + 1)
-            return tokens, logprobs(logits, tokens, sampling), State(cache, slots)
+            return tokens, info, State(cache, slots)
 
         active = (jnp.asarray(rows.samples) > 0) & state.slots.alive[slot]
         tokens, info, _ = jax.eval_shape(functools.partial(advance, jnp.int32(0)), active, state)
@@ -199,6 +198,12 @@ def make_decode(model: Model, max_steps: int, place: jax.Device | Mesh | None = 
 def _mesh_and_kind(place: jax.Device | Mesh | None) -> tuple[Mesh | None, str]:
     kind = "" if place is None else devices_of(place)[0].device_kind
     return place if isinstance(place, Mesh) else None, kind
+
+
+def _parts_of_logits(model: Model, mesh: Mesh | None) -> int:
+    """Over how many devices they are split, where the vocabulary can be: see `_logits_of`."""
+    parts = axis_size(mesh, TENSOR)
+    return 1 if model.config.vocab_size % parts else parts
 
 
 def _over_rows(call: Any, model: Model, mesh: Mesh | None, specs: tuple[Any, ...], scored: Any) -> Any:

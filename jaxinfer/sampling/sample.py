@@ -7,7 +7,7 @@ draw. What no row asks for is skipped at run time: a greedy batch costs an argma
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from jax import lax
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.params import MAX_LOGPROBS
 from jaxinfer.sampling.slots import Slots
+
+BLOCK = 2**23  # bytes of logits that sampling works on at a time, on each device
 
 
 class Logprobs(NamedTuple):
@@ -26,6 +28,39 @@ class Logprobs(NamedTuple):
     rank: jax.Array
     top_ids: jax.Array
     top: jax.Array
+
+
+def draw(
+    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array, parts: int = 1
+) -> tuple[jax.Array, Logprobs]:
+    """`sample`, and `logprobs` of what it gives, a block of rows at a time: together they need several times the memory
+    of the logits that they work on, and those of 256 rows and a vocabulary of 128,000 are 125 MiB. parts: over how many
+    devices the vocabulary is split."""
+    rows, vocab = logits.shape
+    block = max(BLOCK * parts // (4 * vocab), 1)
+
+    def some(logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slot: jax.Array) -> Any:
+        tokens = sample(logits, sampling, length, slots, slot)
+        return tokens, logprobs(logits, tokens, sampling)
+
+    given = logits, sampling, length, slot
+    if rows <= block:
+        return some(*given)
+
+    def one(i: jax.Array, out: Any) -> Any:
+        start = jnp.minimum(i * block, rows - block)  # the last one may overlap the one before
+        found = some(*jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block), given))
+        return jax.tree.map(lambda all_, few: lax.dynamic_update_slice_in_dim(all_, few, start, 0), out, found)
+
+    def each() -> Any:
+        nothing = jnp.zeros(rows, jnp.int32), no_logprobs(rows, vocab)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(-(-rows // block)), one, nothing)
+
+    asked = (sampling.temperature > 0) | sampling.masked | sampling.penalized | sampling.wants_logprobs
+    asked |= _early(sampling, length)
+    return lax.cond(
+        jnp.any(asked), each, lambda: (jnp.argmax(logits, axis=-1).astype(jnp.int32), no_logprobs(rows, vocab))
+    )
 
 
 def sample(logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array) -> jax.Array:

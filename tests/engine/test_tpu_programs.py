@@ -47,9 +47,9 @@ for case in json.loads(sys.argv[1]):
     heads = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
     rows = case["rows"]
     programs = Programs(
-        Model.from_config(config, "bfloat16"), make_mesh(case["mesh"], devices, *heads) or devices[0],
+        Model.from_config(config, "bfloat16", case.get("quantization")), make_mesh(case["mesh"], devices, *heads) or devices[0],
         Buckets.make(rows, 1024), num_pages=1025, page_size=case.get("page_size", 64), max_model_len=4096,
-        max_rows=rows, max_steps=32,
+        max_rows=rows, max_steps=32, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
     )
     for key in (("decode", rows, rows), ("step", case["tokens"], rows)):
         asked.clear()
@@ -64,7 +64,7 @@ for case in json.loads(sys.argv[1]):
             "kernels": len(re.findall("custom_call_target=.tpu_custom_call", text)),
             "blocks": sorted(set(asked)), "scattered": re.findall(r"bf16\\[1025,[\\d,]*\\]\\S* scatter\\(", text),
             "fused": len(set(re.findall(r"%(RPA[\\w.-]*) = [^\\n]*tpu_custom_call", text))),
-            "copied": re.findall(r"= bf16\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
+            "copied": re.findall(r"= (?:bf16|f8e4m3fn)\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
         } | found))
 """
 QUIET = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -118,6 +118,24 @@ def test_compiled_for_a_slice(topology, widths, most):
         others = [c for c in elements(figures["all-reduce"] + figures["all-gather"]) if c != rows * width]
         assert max(others) <= chips * 128 * 20, "more than the likeliest tokens of each device"
         assert figures["temporaries"] < limit * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "options", "weights"),
+    [("v6e-1", {"quantization": "int8"}, 1919.9), ("v5e-4", {"quantization": "int8", "kv_cache_dtype": "fp8"}, 480.1)],
+)
+def test_fewer_bits(topology, options, weights):
+    """Weights are there as they were quantized, once. Nothing of their size is beside them, and no more of the logits
+    than a block of rows needs. weights: MiB of two layers' int8 values and scales, and of the bfloat16 embedding."""
+    case = {"topology": topology, "mesh": f"tensor={topology.split('-')[1]}", "rows": 64, "tokens": 64}
+    for figures in compiled(case | options | {"config": {"num_hidden_layers": 2}}):
+        assert figures["weights"] == pytest.approx(weights * MIB, rel=1e-3)
+        assert figures["arguments"] == pytest.approx(figures["weights"] + figures["state"], rel=0.01)
+        assert figures["aliased"] >= figures["state"]
+        assert figures["kernels"] == 2
+        assert not figures["copied"]
+        assert figures["temporaries"] < 100 * MIB
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 from jaxinfer import SamplingParams
 from jaxinfer.engine.bad_words import BadWords
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
-from jaxinfer.sampling.sample import _mask, _mask_stop_ids, _penalize, sample
+from jaxinfer.sampling.sample import _mask, _mask_stop_ids, _penalize, draw, sample
 from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
 from jaxinfer.text.tokenizer import load_tokenizer
 from tests.sampling.reference import adjusted
@@ -108,3 +108,26 @@ def test_transformers_processors_agree(checkpoints):
         expected = shortest(ids, scores.clone())[0].numpy()
         params = SamplingParams(min_tokens=shortest.min_new_tokens)
         np.testing.assert_array_equal(adjusted(logits, prompt, output, params, (7, 8)), expected)
+
+
+@pytest.mark.parametrize("wanted", ["everything", "greedy"])
+def test_a_block_of_rows_at_a_time(monkeypatch, wanted):
+    """As all at once, to the bit: 13 rows, five at a time, each with wishes of its own; and where nobody has any."""
+    rng = np.random.default_rng(5)
+    settings = [s | {"temperature": 0.9 * (i % 3 > 0), "logprobs": i % 2} for i, s in enumerate(SETTINGS)]
+    params = [SamplingParams(**s) for s in [*settings, {"top_p": 0.6}]]
+    if wanted == "greedy":
+        params = [SamplingParams(temperature=0.0) for _ in params]
+    histories = [([1, 2, 3, 70], [5, 5, 6]) for _ in params]
+    slots = rng.permutation(len(params)).astype(np.int32)
+    state = filled(rng, params, slots, histories)
+    sampling = SamplingArrays.of_rows([RowSampling(p, 9, STOP_IDS, 4) for p in params], len(params))
+    logits = 3 * rng.standard_normal((len(params), VOCAB), np.float32)
+    given = logits, sampling, np.full(len(params), 7, np.int32), state, slots
+    expected = jax.jit(draw)(*given)
+    monkeypatch.setattr("jaxinfer.sampling.sample.BLOCK", 5 * 4 * VOCAB)
+    program = jax.jit(lambda *given: draw(*given))  # or it would be that of before
+    assert "5,77" in str(program.trace(*given).jaxpr)
+    found = program(*given)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert (wanted == "greedy") == (not np.asarray(found[1].top).any())
