@@ -47,7 +47,8 @@ for case in json.loads(sys.argv[1]):
     heads = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
     rows = case["rows"]
     programs = Programs(
-        Model.from_config(config, "bfloat16", case.get("quantization")), make_mesh(case["mesh"], devices, *heads) or devices[0],
+        Model.from_config(config, "bfloat16", case.get("quantization")),
+        make_mesh(case["mesh"], devices, *heads) or devices[0],
         Buckets.make(rows, 1024), num_pages=1025, page_size=case.get("page_size", 64), max_model_len=4096,
         max_rows=rows, max_steps=32, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
     )
