@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxinfer.attention import Batch
 from jaxinfer.benchmark import generate, random_work
+from jaxinfer.engine.options import DType
 from jaxinfer.llm import LLM
 
 DECODED = (16, 64)  # tokens of the prompt and of the output of which the speed is measured
@@ -55,17 +56,15 @@ def compare(
 ) -> Iterator[Price]:
     """The prices of the model as it is, then of each scheme, one loaded at a time. options: of `LLM`.
 
-    schemes: of weights, or of the cache as `kv-int8`. right: the share of right answers of a model. Of each text the
-    first `max_length` tokens are taken, of all together `max_tokens`, and kept on disk for their number times the
-    vocabulary times 4 bytes. Raises ValueError if the texts have no two tokens.
+    schemes: of weights, or of the cache as `kv-int8`, or dtypes. right: the share of right answers of a model. Of each
+    text the first `max_length` tokens are taken, of all together `max_tokens`, and kept on disk for their number times
+    the vocabulary times 4 bytes. Raises ValueError if the texts have no two tokens.
     """
     texts = list(texts)
     with tempfile.TemporaryFile() as file:
         base: np.ndarray[Any, Any] | None = None
         for scheme in (None, *schemes):
-            of_cache = scheme is not None and scheme.startswith("kv-")
-            chosen = {"kv_cache_dtype": str(scheme)[3:]} if of_cache else {"quantization": scheme}
-            with LLM(model, **options | chosen) as llm:
+            with LLM(model, **options | _options(scheme)) as llm:
                 sequences = _sequences(llm, texts, max_length, max_tokens)
                 count = sum(len(ids) - 1 for ids in sequences)
                 if base is None:
@@ -93,6 +92,13 @@ def compare(
                     _decode_rate(llm),
                     None if right is None else right(llm),
                 )
+
+
+def _options(scheme: str | None) -> dict[str, Any]:
+    """Of `LLM`."""
+    if scheme is not None and scheme.startswith("kv-"):
+        return {"kv_cache_dtype": scheme.removeprefix("kv-")}
+    return {"dtype": scheme} if scheme in get_args(DType) else {"quantization": scheme}
 
 
 def _sequences(llm: LLM, texts: Sequence[str], max_length: int, max_tokens: int) -> list[list[int]]:

@@ -8,6 +8,8 @@ import pytest
 
 from jaxinfer import LLM
 from jaxinfer.compare import compare
+from jaxinfer.demo import MODEL_DIR
+from jaxinfer.demo.questions import held_out_questions
 
 OPTIONS = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 96, "page_size": 8}
 TEXTS = ["The river runs under the bridge.", "", "A lamp, a stone and seven green papers.", "x"]
@@ -61,6 +63,22 @@ def test_a_divergence(folder):
     price = list(compare(folder, ["fp8"], TEXTS[:1], **OPTIONS))[1]
     assert price.kl_mean == pytest.approx(expected.mean(), rel=1e-3)
     assert price.kl_p99 == pytest.approx(np.quantile(expected, 0.99), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_what_16_bits_and_a_quantized_cache_cost():
+    """On what the packaged model knows: sums in float32, and norms, rotations and softmax, keep it near float32."""
+    texts = [f"{one.text} {one.answer}" for one in held_out_questions(24, 2)]
+    options = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 128}
+    base, *others = compare(MODEL_DIR, ["float16", "bfloat16", "kv-int8", "kv-fp8"], texts, **options)
+    half, brain, int8, fp8 = (one.kl_mean for one in others)
+    assert 0 < half < 2e-6
+    assert half < int8 < 5e-5
+    assert int8 < fp8 < 1e-3
+    assert half < brain < 1e-3
+    assert all(one.top1 > 0.97 for one in others)
+    assert [one.weight_bytes / base.weight_bytes for one in others] == [0.5, 0.5, 1, 1]
+    assert [base.cache_bytes_per_token, *(one.cache_bytes_per_token for one in others)] == [2560, 1280, 1280, 720, 720]
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ def compare(
         typer.Option(metavar="FILE", help="Texts to compare on: .txt (one a line), .jsonl, .csv, .parquet."),
     ] = None,
     schemes: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Which schemes, kv-… for the cache; without it, all.")
+        str | None,
+        typer.Option(metavar="A,B", help="Of weights, of the cache (kv-int8), or dtypes; without it, all."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Compare at most so many tokens.")] = 4096,
     questions: Annotated[
@@ -61,6 +62,7 @@ def compare(
     if load.quantization is not None or load.kv_cache_dtype is not None or load.compiled is not None:
         raise ValueError("--quantization, --kv-cache-dtype and --compiled are of one scheme: here it is --schemes")
     known = [*SCHEMES, *(f"kv-{name}" for name in get_args(KVCacheDType) if name != "auto")]
+    known += ["bfloat16", "float16"]
     names = known if schemes is None else [name.strip() for name in schemes.split(",")]
     for name in names:
         if name not in known:
