@@ -146,13 +146,14 @@ def partition(axes: Sequence[str | None]) -> PartitionSpec:
 
 def fsdp_axis(axes: Sequence[str | None]) -> int | None:
     """Which axis of a weight `fsdp` splits, if any."""
-    return next((i for i, part in enumerate(partition(axes)) if part in (FSDP, (FSDP,))), None)
+    spec = partition(axes)
+    return next((i for i in range(len(axes)) if axes_of(spec, i) == (FSDP,)), None)
 
 
 def on_axes(axes: Sequence[str | None], wanted: Sequence[str]) -> PartitionSpec:
     """How a weight with these logical axes is split over some of the mesh's axes."""
-    found = [(part,) if isinstance(part, str) else part or () for part in partition(axes)]
-    return PartitionSpec(*(tuple(axis for axis in part if axis in wanted) or None for part in found))
+    spec = partition(axes)
+    return PartitionSpec(*(tuple(a for a in axes_of(spec, i) if a in wanted) or None for i in range(len(axes))))
 
 
 def on_tensor(call: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -160,20 +161,33 @@ def on_tensor(call: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callab
     return jax.shard_map(call, axis_names=set(TENSOR), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def placed(abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], place: jax.Device | Mesh) -> Any:
-    """A weight with its sharding on a device; or split over a mesh, and padded to what that divides."""
+def placed(
+    abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], place: jax.Device | Mesh, together: Sequence[int]
+) -> Any:
+    """A weight with its sharding on a device; or split over a mesh, and padded to what that divides. together: how many
+    places of each axis are not to be split."""
     if not isinstance(place, Mesh):
         return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=SingleDeviceSharding(place))
-    shape = padded(abstract.shape, axes, place)
+    shape = padded(abstract.shape, axes, place, together)
     return jax.ShapeDtypeStruct(shape, abstract.dtype, sharding=NamedSharding(place, partition(axes)))
 
 
-def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> tuple[int, ...]:
-    """The shape with MLP width and vocabulary rounded up to what the mesh divides."""
+def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, together: Sequence[int]) -> tuple[int, ...]:
+    """The shape with MLP width and vocabulary rounded up to what the mesh divides; together: see placed."""
     tensor = axis_size(mesh, TENSOR)
-    return tuple(
-        -(-size // tensor) * tensor if axis in PADDED else size for size, axis in zip(shape, axes, strict=True)
-    )
+    units = (tensor * unit if axis in PADDED else 1 for axis, unit in zip(axes, together, strict=True))
+    return tuple(-(-size // unit) * unit for size, unit in zip(shape, units, strict=True))
+
+
+def counts(axes: Sequence[str | None], place: jax.Device | Mesh) -> tuple[int, ...]:
+    """Into how many parts each axis of a weight is split."""
+    return tuple(axis_size(place, axes_of(partition(axes), i)) for i in range(len(axes)))
+
+
+def axes_of(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
+    """The mesh axes that an array's axis is split over."""
+    part = spec[axis]
+    return (part,) if isinstance(part, str) else tuple(part or ())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -107,7 +107,9 @@ class HfWriter:
         found = {f"{name}_scale": _host(self.model, scales(name), params)}
         if _format(self.model.quantized[name]) != PACKED:
             return found | {name: values}
-        return found | {f"{name}_packed": packed(values, 8), f"{name}_shape": np.array(values.shape)}
+        # Our bytes of two four-bit values are in that order, too, and differ only in the values' highest bits.
+        words = (values ^ 0x88).view(np.int32) if self.model.quantized[name].packed == 2 else packed(values, 8)
+        return found | {f"{name}_packed": words, f"{name}_shape": np.array(self.model.shape(name))}
 
 
 def packed(values: Host, bits: int) -> Host:
@@ -159,11 +161,15 @@ def _quantization_config(model: Model) -> dict[str, Any]:
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     kind = "float" if scheme.values.startswith("float8") else "int"
-    weights = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel", "dynamic": False}
+    strategy = "block" if scheme.rows > 1 else "group" if scheme.columns else "channel"
+    weights = {"num_bits": 8 // scheme.packed, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": False}
+    weights["group_size"] = scheme.columns if strategy == "group" else None
+    if strategy == "block":
+        weights["block_structure"] = [scheme.rows, scheme.columns]
     activations = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
     return {
         "targets": targets,
-        "weights": weights | {"group_size": None},
+        "weights": weights,
         "input_activations": activations if scheme.activations else None,
         "output_activations": None,
         "format": _format(scheme),

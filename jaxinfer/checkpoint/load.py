@@ -17,7 +17,7 @@ from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.models.model import Model, Params, scales
 from jaxinfer.models.weights import Source
 from jaxinfer.quantization.qarray import quantize
-from jaxinfer.sharding import Index, parts, placed
+from jaxinfer.sharding import Index, parts
 
 Host = np.ndarray[Any, np.dtype[Any]]
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
@@ -38,7 +38,7 @@ def load_params(
     located = _locate(model, checkpoint, sources)
     params: Params = {}
     for name, source in sources.items():
-        shape, stored = model.abstract[name].shape, located[source.name]
+        shape, stored = model.shape(name), located[source.name]
 
         def read(index: Index, shape: tuple[int, ...] = shape, source: Source = source, stored: str = stored) -> Host:
             """The part of the weight that is not padding."""
@@ -52,7 +52,7 @@ def load_params(
         if name in model.quantized:
             params |= _quantized(model, name, place, read, where)
         else:
-            whole = placed(model.abstract[name], model.axes[name], place)
+            whole = model.placed(name, place)
             params[name] = _put(whole, ((i, d, read(i)) for i, d in parts(whole.sharding, whole.shape).items()), where)
     return params
 
@@ -74,21 +74,25 @@ def _quantized(
     model: Model, name: str, place: jax.Device | Mesh, read: Callable[[Index], Host], where: str
 ) -> dict[str, jax.Array]:
     """A weight's values and scales, from rows in full: they have one scale, also where columns are split."""
-    columns = (0, model.abstract[name].shape[1])
+    scheme, count = model.quantized[name], model.abstract[name].shape[0]
+    columns = (0, model.abstract[name].shape[1] * scheme.packed)
     found: dict[tuple[int, int], tuple[Host, Host]] = {}
 
     def held(whole: Any, which: int) -> Iterator[tuple[Index, list[Any], Host]]:
-        for (rows, (start, stop)), devices in parts(whole.sharding, whole.shape).items():
-            if rows not in found:
+        for index, devices in parts(whole.sharding, whole.shape).items():
+            (first, last), (start, stop) = index
+            rows = scheme.rows if which else 1
+            key = min(first * rows, count), min(last * rows, count)
+            if key not in found:
                 try:
-                    found[rows] = quantize(read((rows, columns)), model.quantized[name])
+                    found[key] = quantize(read((key, columns)), scheme)
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from None
-            yield (rows, (start, stop)), devices, found[rows][which][:, start:stop]
+            yield index, devices, found[key][which][:, start:stop]
 
     result = {}
     for which, one in enumerate((name, scales(name))):
-        whole = placed(model.abstract[one], model.axes[one], place)
+        whole = model.placed(one, place)
         result[one] = _put(whole, held(whole, which), where)
     return result
 
@@ -110,7 +114,7 @@ def _locate(model: Model, checkpoint: Checkpoint, sources: dict[str, Source]) ->
             duplicate.append(f"{names[0]} (also as {names[1]})")
         info = stored[names[0]]
         located[source.name] = names[0]
-        wanted = _stored_shape(model.abstract[name].shape, source)
+        wanted = _stored_shape(model.shape(name), source)
         if info.shape != wanted:
             shapes.append(f"{names[0]} {list(info.shape)} instead of {list(wanted)}")
         elif info.dtype not in FLOATS:

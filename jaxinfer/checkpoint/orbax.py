@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from jaxinfer.checkpoint.files import read_json, short, some
 from jaxinfer.models.model import Model, Params
 from jaxinfer.quantization.schemes import Quantization, check_quantization
-from jaxinfer.sharding import PADDED, placed
+from jaxinfer.sharding import PADDED
 
 MANIFEST, WEIGHTS = "jaxinfer.json", "weights"
 FORMAT = 1
@@ -135,7 +135,7 @@ def restore(model: Model, checkpoint: Converted, place: jax.Device | Mesh) -> Pa
     wrong = [name for name, size in checkpoint.files.items() if sizes.get(name) != size]
     if wrong:
         raise _damaged(checkpoint.weights, f"files that are missing or have another size: {some(wrong)}")
-    wanted = {name: placed(shape, model.axes[name], place) for name, shape in model.abstract.items()}
+    wanted = {name: model.placed(name, place) for name in model.abstract}
     arguments = {
         # Not strict: padding is cut off, and added.
         name: ocp.ArrayRestoreArgs(sharding=one.sharding, global_shape=one.shape, dtype=one.dtype, strict=False)

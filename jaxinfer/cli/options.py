@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 import typer
 
 from jaxinfer.cli.console import LogHandler, Progress
+from jaxinfer.quantization.schemes import SCHEMES
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class LoadOptions:
     quantization: Annotated[
         str | None,
         typer.Option(
-            metavar="SCHEME", help="Of weights: int8, int8-w8a8, fp8; without it, none.", rich_help_panel=MODEL
+            metavar="SCHEME", help=f"Of weights: {', '.join(SCHEMES)}; without it, none.", rich_help_panel=MODEL
         ),
     ] = None
     max_model_len: Annotated[

@@ -11,7 +11,7 @@ from typing import Any
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.demo.families import Question
 from jaxinfer.demo.questions import held_out_questions
-from jaxinfer.quantization.schemes import check_quantization
+from jaxinfer.quantization.schemes import SCHEMES, check_quantization
 
 MAX_ANSWER_TOKENS = 48
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jaxinfer.demo.evaluate", description=__doc__)
     parser.add_argument("--model", default=str(MODEL_DIR), help="folder or hub id (default: the packaged model)")
-    parser.add_argument("--quantization", help="int8, int8-w8a8 or fp8; without it, the weights as they are")
+    parser.add_argument("--quantization", help=f"{', '.join(SCHEMES)}; without it, the weights as they are")
     parser.add_argument("--kv-cache-dtype", default="auto", help="int8 or fp8; without it, that of activations")
     parser.add_argument("--questions", type=int, default=1000, help="how many held-out questions to ask")
     parser.add_argument("--seed", type=int, default=0, help="which of the held-out questions")

@@ -53,9 +53,10 @@ class LoadOptions(TypedDict, total=False):
     compiled: a folder or URL of programs that `jaxinfer compile` has made. Options that are not given are then those
         that it was made with, and nothing compiles; where it is for something else, a warning says what differs.
     quantization: weights in fewer bits, quantized while they are loaded: "int8" (one scale for each output channel),
-        "int8-w8a8" (activations too, one scale for each token), "fp8" (e4m3, one scale for each output channel); for
-        all matrices but embeddings. Or patterns of weight names with one of these or "none" each, of which the first
-        that fits decides: {"*.mlp.*": "int8"}. None: as they are.
+        "int8-w8a8" (activations too, one scale for each token), "int4" (one scale for 32 inputs of a channel),
+        "int4-g128" (for 128 of them), "fp8" (e4m3, one scale for each output channel), "fp8-block" (for 128x128
+        weights); for all matrices but embeddings. Or patterns of weight names with one of these or "none" each, of
+        which the first that fits decides: {"*.mlp.*": "int8"}. None: as they are.
     architecture: fields of the model's config.json, as a deployment has them: another model is refused. None: any.
     """
 

@@ -22,7 +22,7 @@ from jaxinfer.models.model import Model
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.sample import no_logprobs
 from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
-from jaxinfer.sharding import ROWS, axis_size, devices_of, placed, replicated
+from jaxinfer.sharding import ROWS, axis_size, devices_of, replicated
 
 Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
 PREPARE: Key = ("prepare slot", 1, 1)
@@ -40,7 +40,7 @@ def cache_layout(
 
 def placed_params(model: Model, place: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The weights, each with how it is split there."""
-    return {name: placed(s, model.axes[name], place) for name, s in model.abstract.items()}
+    return {name: model.placed(name, place) for name in model.abstract}
 
 
 def placed_slots(model: Model, place: jax.Device | Mesh, max_rows: int) -> Slots:

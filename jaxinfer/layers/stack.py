@@ -68,4 +68,5 @@ def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:
 def _axes(variable: Any) -> list[tuple[str | None, ...]]:
     """The logical axes of a weight's arrays."""
     axes = variable.get_metadata()["axes"]
-    return [axes, axes_of_scales(axes)] if isinstance(variable.get_value(), QArray) else [axes]
+    weight = variable.get_value()
+    return [axes, axes_of_scales(axes, weight.scheme)] if isinstance(weight, QArray) else [axes]

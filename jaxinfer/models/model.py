@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxinfer.layers.linear import Axes
@@ -18,7 +20,8 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.registry import parse_config
 from jaxinfer.models.weights import WeightMap
 from jaxinfer.quantization.qarray import QArray, axes_of_scales
-from jaxinfer.quantization.schemes import Quantization, Scheme, scheme_of
+from jaxinfer.quantization.schemes import NONE, SCALE, Quantization, Scheme, scheme_of
+from jaxinfer.sharding import PADDED, counts, placed
 
 Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.layers.0.mlp.up_proj.weight"
 
@@ -29,7 +32,8 @@ class Model:
 
     dtype: of activations, of the cache, and of what is not quantized. abstract: shape and dtype of each parameter by
     name; axes: its logical axes. tables: those of which rows are looked up. quantization: as it was asked for.
-    quantized: the schemes of those weights that are: NAME has their values, NAME_scale their scales.
+    quantized: the schemes of those weights that are: NAME has their values, NAME_scale their scales. together: how many
+    places of each parameter's axes a mesh must not split.
     """
 
     config: ModelConfig
@@ -40,6 +44,7 @@ class Model:
     abstract: Mapping[str, jax.ShapeDtypeStruct]
     axes: Mapping[str, Axes]
     tables: frozenset[str]
+    together: Mapping[str, tuple[int, ...]]
     _graph: nnx.GraphDef[Any]
     _state: tuple[tuple[tuple[Any, ...], Any], ...]
 
@@ -61,22 +66,50 @@ class Model:
             scheme = None if looked_up is None else scheme_of(quantization, name, looked_up)
             if scheme is not None:
                 quantized[name] = scheme
-                abstract[name] = jax.ShapeDtypeStruct(shape.shape, jnp.dtype(scheme.values))
-                abstract[scales(name)] = jax.ShapeDtypeStruct((shape.shape[0], 1), jnp.dtype("float32"))
-                axes[scales(name)] = axes_of_scales(axes[name])
+                try:
+                    arrays = scheme.arrays(*shape.shape)
+                except ValueError as error:
+                    raise ValueError(
+                        f"quantization is {quantization!r}: {name} {list(shape.shape)}: {error}; give patterns of "
+                        f'names, with "{name}": "{NONE}"'
+                    ) from None
+                for suffix, (stored, kind) in arrays.items():
+                    abstract[name + suffix] = jax.ShapeDtypeStruct(stored, jnp.dtype(kind))
+                axes[scales(name)] = axes_of_scales(axes[name], scheme)
         if quantization is not None and not quantized:
             raise ValueError(f"quantization is {quantization!r}: none of the model's weights is meant by it")
         weights = architecture.weights(config)
-        return cls(
-            config, weights, jnp.dtype(dtype), quantization, quantized, abstract, axes, frozenset(tables), graph, flat
-        )
+        together = _together(quantized, axes)
+        held = quantized, abstract, axes, frozenset(tables), together
+        return cls(config, weights, jnp.dtype(dtype), quantization, *held, graph, flat)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a weight, however its values are packed."""
+        *rows, columns = self.abstract[name].shape
+        return *rows, columns * (self.quantized[name].packed if name in self.quantized else 1)
+
+    def placed(self, name: str, place: jax.Device | Mesh) -> Any:
+        """A parameter's shape and dtype with its sharding, as `sharding.placed`. Raises ValueError if the mesh would
+        split weights that have one scale."""
+        scheme, axes = self.quantized.get(name), self.axes[name]
+        blocks = zip(self.shape(name), counts(axes, place), scheme.block, strict=True) if scheme else ()
+        for i, (size, count, unit) in enumerate(blocks):
+            if axes[i] not in PADDED and count > 1 and size % (count * unit):
+                fitting = ", ".join(str(n) for n in range(1, count) if size % (n * unit) == 0)
+                raise ValueError(
+                    f"{name}: its {size} {('outputs', 'inputs')[i]} would be split into {count} parts by the mesh, and "
+                    f"{unit} have one scale; {scheme.name if scheme else NONE} allows {fitting or 'no'} parts"
+                )
+        return placed(self.abstract[name], axes, place, self.together[name])
 
     def bind(self, params: Mapping[str, Any]) -> CausalLM:
         """The module on these parameters; cheap enough only for tracing, so call it inside a jitted function."""
 
         def weight(name: str) -> Any:
             scheme = self.quantized.get(name)
-            return params[name] if scheme is None else QArray(params[name], params[scales(name)], scheme)
+            if scheme is None:
+                return params[name]
+            return QArray(params[name], params[scales(name)], scheme, self.axes[name])
 
         flat = [(path, variable.replace(weight(_name(path)))) for path, variable in self._state]
         return cast(CausalLM, nnx.merge(self._graph, nnx.from_flat_state(flat)))
@@ -109,9 +142,23 @@ class _OneKey:
         return self._key
 
 
+def _together(quantized: Mapping[str, Scheme], axes: Mapping[str, Axes]) -> dict[str, tuple[int, ...]]:
+    """How many places of each parameter's axes belong together: what pads one weight pads those that it meets."""
+    units: dict[str | None, int] = {}
+    for name, scheme in quantized.items():
+        for axis, unit in zip(axes[name], scheme.block, strict=True):
+            units[axis] = math.lcm(units.get(axis, 1), unit)
+    found = {name: tuple(units.get(axis, 1) for axis in of) for name, of in axes.items()}
+    for name, scheme in quantized.items():
+        rows, columns = found[name]
+        found[name] = rows, columns // scheme.packed
+        found[scales(name)] = rows // scheme.rows, columns // scheme.block[1]
+    return found
+
+
 def scales(name: str) -> str:
-    """Where a quantized weight's scales are among the parameters; compressed-tensors calls them so, too."""
-    return f"{name}_scale"
+    """Where a quantized weight's scales are among the parameters."""
+    return name + SCALE
 
 
 def _name(path: tuple[Any, ...]) -> str:

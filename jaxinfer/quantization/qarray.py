@@ -11,22 +11,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxinfer.quantization.activations import quantize_last
 from jaxinfer.quantization.schemes import Scheme
+from jaxinfer.sharding import TENSOR, axes_of, on_axes, on_tensor
 
 BLOCK = 2**20  # weights that are quantized at a time: what is needed for that are a few times 4 MB
+PRODUCT = 2**22  # weights that are dequantized at a time, where they have to be
 
 
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class QArray:
-    """A weight `[out, in]`, as `values * scales`: values `[out, in]`, scales f32 `[out, 1]`."""
+    """A weight `[out, in]`, as `values * scales`, which are arrays as `Scheme.arrays` says. axes: its logical axes."""
 
     values: jax.Array
     scales: jax.Array
     scheme: Scheme = field(metadata={"static": True})
+    axes: tuple[str | None, ...] = field(default=(None, None), metadata={"static": True})
 
 
 Weight = jax.Array | QArray
@@ -38,15 +43,17 @@ def dot(
     """`x [T, in]` times `weight [out, in]` transposed: `[T, out]`, accumulated in float32.
 
     float32 operands are multiplied at full precision: the default on TPU and GPU would round them to bfloat16 or tf32.
-    Scales are applied to the product, so that no weight is ever there in full. split_over: the mesh axis over which
-    `in` is split, inside of a shard_map over it; activations are then quantized as if they were not, and the result is
-    the part's.
+    Scales of whole channels are applied to the product, and weights with others dequantized to x's dtype some rows at
+    a time, so that no weight is ever there in full. split_over: the mesh axis over which `in` is split, inside of a
+    shard_map over it; activations are then quantized as if they were not, and the result is the part's.
     """
     if not isinstance(weight, QArray):
         out = _product(x, weight)
     elif weight.scheme.activations:
         values, scales = quantize_last(x, jnp.int8, split_over)
         out = _product(values, weight.values).astype(jnp.float32) * scales * weight.scales[:, 0]
+    elif weight.scheme.columns:
+        out = _of_blocks(x, weight)
     else:
         out = _product(x, weight.values.astype(x.dtype)) * weight.scales[:, 0]
     return out.astype(x.dtype if out_dtype is None else out_dtype)
@@ -59,32 +66,105 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, dimensions, precision=precision, preferred_element_type=kind)
 
 
+def _of_blocks(x: jax.Array, weight: QArray) -> jax.Array:
+    """The product with a weight whose scales are of blocks. Each device of `tensor` loops over its own rows: XLA can't
+    cut a loop in parts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(TENSOR) <= set(mesh.axis_names) or set(TENSOR) & set(mesh.manual_axes):
+        return _rows_in_turn(x, weight)
+    spec = on_axes(weight.axes, TENSOR)
+    over = axes_of(spec, 1)
+
+    def part(x: jax.Array, weight: QArray) -> jax.Array:
+        out = _rows_in_turn(x, weight)
+        return lax.psum(out, over) if over else out
+
+    return on_tensor(part, (PartitionSpec(None, spec[1]), spec), PartitionSpec(None, spec[0]))(x, weight)
+
+
+def _rows_in_turn(x: jax.Array, weight: QArray) -> jax.Array:
+    scheme, count = weight.scheme, weight.values.shape[0]
+    most = max(PRODUCT // x.shape[1] // 128, 1) * 128  # whole blocks
+    size = next((n for n in range(most, most // 2, -128) if count % n == 0), min(most, count))
+    columns = [x[:, i :: scheme.packed] for i in range(scheme.packed)]
+
+    def product(start: jax.Array | int, size: int) -> jax.Array:
+        values = _rows(weight.values, start, size)
+        scales = _rows(weight.scales, start // scheme.rows, -(-size // scheme.rows))
+        scales = jnp.repeat(scales, scheme.rows, axis=0)[:size]
+        parts = _dequantized(values, scales, scheme, x.dtype)
+        return sum(map(_product, columns, parts), start=jnp.float32(0))
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(out, product(i * size, size), i * size, axis=1)
+
+    if size == count:
+        return product(0, size)
+    whole = count // size
+    out = lax.fori_loop(0, whole, step, jnp.zeros((x.shape[0], count), jnp.float32))
+    rest = count - whole * size
+    return out.at[:, whole * size :].set(product(whole * size, rest)) if rest else out
+
+
+def _rows(array: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
+    """Some rows, which the TPU compiler has to lay out as the array is: it would make a copy of the array otherwise."""
+    return with_layout_constraint(lax.dynamic_slice_in_dim(array, start, size), Layout((0, 1)))
+
+
+def _dequantized(values: jax.Array, scales: jax.Array, scheme: Scheme, dtype: DTypeLike) -> list[jax.Array]:
+    """Rows of a weight in this dtype: all columns, or where bytes have two values the even and the odd ones, as putting
+    them together costs more on TPU than the rest. scales: of each row."""
+    if scheme.packed == 2:
+        high = lax.bitcast_convert_type(values, jnp.int8)
+        parts = [lax.shift_right_arithmetic(half, jnp.int8(4)) for half in (high << 4, high)]
+    else:
+        parts = [values]
+    columns = values.shape[1]
+    # The last block may be cut.
+    scales = jnp.repeat(scales, (scheme.columns or columns) // scheme.packed, axis=1)[:, :columns]
+    return [(part.astype(jnp.float32) * scales).astype(dtype) for part in parts]
+
+
 def take(weight: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rows of a table `[rows, D]`: `[T, D]` in this dtype. ids beyond it give its last row."""
     if not isinstance(weight, QArray):
         return weight.at[ids].get(mode="clip")
-    values, scales = (part.at[ids].get(mode="clip").astype(jnp.float32) for part in (weight.values, weight.scales))
-    return (values * scales).astype(dtype)
+    values = weight.values.at[ids].get(mode="clip")
+    scales = weight.scales.at[ids // weight.scheme.rows].get(mode="clip")
+    parts = _dequantized(values, scales, weight.scheme, dtype)
+    return jnp.stack(parts, axis=-1).reshape(len(ids), -1)
 
 
-def axes_of_scales(axes: Sequence[str | None]) -> tuple[str | None, ...]:
+def axes_of_scales(axes: Sequence[str | None], scheme: Scheme) -> tuple[str | None, ...]:
     """The logical axes of a quantized weight's scales."""
-    return (axes[0], None)
+    return (axes[0], axes[1] if scheme.columns else None)
 
 
 def quantize(weight: np.ndarray[Any, Any], scheme: Scheme) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Values and scales of `weight [out, in]`, on the host: the nearest multiples of each channel's scale. A few rows
+    """Values and scales of `weight [out, in]`, on the host: the nearest multiples of each block's scale. A few rows
     at a time, so that this takes little memory besides. Raises ValueError for weights that are not finite."""
-    rows, columns = weight.shape
-    values, scales = np.empty(weight.shape, jnp.dtype(scheme.values)), np.ones((rows, 1), np.float32)
-    size = max(1, BLOCK // max(columns, 1))
-    for start in range(0, rows, size):
-        some = weight[start : start + size].astype(np.float32)
-        largest = np.max(np.abs(some), axis=1, keepdims=True, initial=0)
+    count, columns = weight.shape
+    values, scales = (np.empty(shape, jnp.dtype(kind)) for shape, kind in scheme.arrays(count, columns).values())
+    high, wide = scheme.rows, scheme.columns or columns
+    size = max(1, BLOCK // max(columns * high, 1)) * high
+    for start in range(0, count, size):
+        some = weight[start : start + size].astype(np.float32, order="C")
+        rows = len(some)
+        some = np.pad(some, [(0, -rows % high), (0, -columns % wide)]) if rows % high or columns % wide else some
+        blocks = some.reshape(-1, high, some.shape[1] // wide, wide)
+        largest = np.max(np.abs(blocks), axis=(1, 3), keepdims=True, initial=0)
         if not np.isfinite(largest).all():
             raise ValueError(f"has values that are not finite, which can't be quantized to {scheme.name}")
         scale = np.maximum(largest / np.float32(scheme.largest), np.finfo(np.float32).tiny)
-        scales[start : start + size] = scale
-        some /= scale
-        values[start : start + size] = np.rint(some, out=some) if values.dtype == np.int8 else some
+        blocks /= scale
+        if scheme.values != "float8_e4m3fn":
+            np.rint(some, out=some)
+        scales[start // high : -(-(start + rows) // high)] = scale[:, 0, :, 0]
+        values[start : start + rows] = pack(some) if scheme.packed == 2 else some[:rows, :columns]
     return values, scales
+
+
+def pack(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Integers from -8 to 7, `[out, in]`, as uint8 `[out, in / 2]`: that of the even column in the low four bits."""
+    low = values.astype(np.int8).view(np.uint8) & 15
+    return low[:, ::2] | low[:, 1::2] << 4

@@ -11,24 +11,48 @@ Quantization = str | Mapping[str, str]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight `[out, in]` is kept: values with one scale for each output channel.
+    """How a weight `[out, in]` is kept: values, and scales that each belong to a block of them.
 
-    values: their dtype. largest: what the largest weight of a channel becomes. activations: those that the weight is
-    multiplied with are quantized too, to int8 with a scale for each token, and products are summed in int32.
+    values: their dtype. largest: what the largest weight of a block becomes. rows, columns: of a block; columns 0: all
+    of them, one scale for each output channel. packed: how many values a byte has: 2 are two's complement, that of the
+    even column in the low four bits. activations: those that the weight is multiplied with are quantized too, to int8
+    with a scale for each token, and products are summed in int32.
     """
 
     name: str
     values: str
     largest: float
+    rows: int = 1
+    columns: int = 0
+    packed: int = 1
     activations: bool = False
 
+    def arrays(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], str]]:
+        """Shape and dtype of what a weight is kept as, by what is added to its name. Raises ValueError."""
+        groups = -(-columns // self.columns) if self.columns else 1
+        if columns % self.packed or (self.rows == 1 and columns % (self.columns or 1)):
+            raise ValueError(f"groups of {self.columns} don't divide its {columns} inputs, as {self.name} needs")
+        return {
+            "": ((rows, columns // self.packed), self.values),
+            SCALE: ((-(-rows // self.rows), groups), "float32"),
+        }
 
+    @property
+    def block(self) -> tuple[int, int]:
+        """How many outputs and inputs have to stay together."""
+        return self.rows, self.columns or 1
+
+
+SCALE = "_scale"  # NAME_scale has the scales of NAME; compressed-tensors calls them so, too
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
         Scheme("int8", "int8", 127.0),
         Scheme("int8-w8a8", "int8", 127.0, activations=True),
+        Scheme("int4", "uint8", 7.0, columns=32, packed=2),
+        Scheme("int4-g128", "uint8", 7.0, columns=128, packed=2),
         Scheme("fp8", "float8_e4m3fn", 448.0),
+        Scheme("fp8-block", "float8_e4m3fn", 448.0, rows=128, columns=128),
     )
 }
 NONE = "none"

@@ -1,5 +1,7 @@
 """Quantized weights against float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,24 +21,39 @@ def weight(rows=24, columns=40, dtype=np.float32):
     return values.astype(dtype)
 
 
-def real(values, scales):
-    return np.asarray(values, np.float64) * np.asarray(scales, np.float64)
+def real(values, scales, scheme=SCHEMES["int8"]):
+    """What they stand for: of each byte of int4 the low half first; each scale for its block."""
+    values, scales = np.asarray(values), np.asarray(scales, np.float64)
+    if scheme.packed == 2:
+        halves = np.stack([values % 16, values // 16], axis=-1).reshape(len(values), -1).astype(int)
+        values = halves - 16 * (halves > 7)
+    rows, columns = values.shape
+    high, wide = scheme.rows, scheme.columns or columns
+    return values.astype(np.float64) * np.kron(scales, np.ones((high, wide)))[:rows, :columns]
+
+
+# Blocks of the last rows and columns are cut, groups are not.
+SHAPES = {"int4": (24, 96), "int4-g128": (24, 384), "fp8-block": (300, 200)}
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
 def test_the_nearest_values(name, dtype, monkeypatch):
-    scheme, given = SCHEMES[name], weight(dtype=dtype)
-    monkeypatch.setattr(qarray, "BLOCK", 100)  # 2 rows at a time
+    shape = SHAPES.get(name, (24, 40))
+    scheme, given = SCHEMES[name], weight(*shape, dtype=dtype)
+    monkeypatch.setattr(qarray, "BLOCK", 100)  # few rows at a time
     values, scales = quantize(given, scheme)
-    assert (values.dtype, scales.dtype, scales.shape) == (jnp.dtype(scheme.values), np.float32, (24, 1))
-    error = np.abs(real(values, scales) - given.astype(np.float64))
-    if scheme.values == "int8":
-        assert np.all(error <= scales * 0.501)
-        assert np.abs(values.astype(int)).max() == 127
+    of_scales = {"int4": (24, 3), "int4-g128": (24, 3), "fp8-block": (3, 2)}.get(name, (24, 1))
+    assert (values.dtype, scales.dtype, scales.shape) == (jnp.dtype(scheme.values), np.float32, of_scales)
+    error = np.abs(real(values, scales, scheme) - given.astype(np.float64))
+    steps = real(np.full(given.shape, 1), scales, dataclasses.replace(scheme, packed=1))
+    if scheme.values == "float8_e4m3fn":
+        assert np.all(error <= np.maximum(np.abs(given.astype(np.float64)) * 2**-4, steps * 2**-10) * 1.001)
     else:
-        assert np.all(error <= np.maximum(np.abs(given.astype(np.float64)) * 2**-4, scales * 2**-10) * 1.001)
-    assert not np.any(real(values, scales)[3])
+        assert np.all(error <= steps * 0.501)
+        assert np.abs(real(values, np.ones_like(scales), scheme)).max() == {"int8": 127, "uint8": 7}[scheme.values]
+    assert not np.any(real(values, scales, scheme)[3])
+    assert np.array_equal(quantize(np.asfortranarray(given), scheme)[0], values)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -71,17 +88,41 @@ def test_products_of_quantized_activations(dtype):
     got = dot(x, QArray(jnp.asarray(values), jnp.asarray(scales), scheme), "float32")
     rows = np.asarray(x, np.float32)
     steps = np.maximum(np.abs(rows).max(axis=1, keepdims=True), np.float32(1e-30)) / np.float32(127)
-    expected = np.rint(rows / steps).astype(int) @ values.astype(int).T * real(steps, scales.T)
+    expected = np.rint(rows / steps).astype(int) @ values.astype(int).T * (steps.astype(float) * scales.T)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-30)
     assert not np.any(got[2])
 
 
-def test_rows_of_a_table():
-    values, scales = quantize(weight(), SCHEMES["int8"])
-    held = QArray(jnp.asarray(values), jnp.asarray(scales), SCHEMES["int8"])
-    ids = jnp.asarray([0, 23, 5, 99], jnp.int32)
+@pytest.mark.parametrize("name", ["int4", "int4-g128", "fp8-block"])
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 2e-6), ("bfloat16", 8e-3)])
+@pytest.mark.parametrize("rows", [128, 1024])
+def test_products_with_blocks(name, dtype, error, rows, monkeypatch):
+    """All rows of the weight at once, and some at a time, of which 44 remain."""
+    scheme, columns = SCHEMES[name], {"fp8-block": 200}.get(name, 384)
+    monkeypatch.setattr(qarray, "PRODUCT", rows * columns)
+    values, scales = quantize(RNG.normal(size=(300, columns)).astype(np.float32), scheme)
+    x = jnp.asarray(RNG.normal(size=(7, columns)), dtype)
+    expected = np.asarray(x, np.float64) @ real(values, scales, scheme).T
+    got = jax.jit(lambda x, w: dot(x, w, "float32"))(x, QArray(jnp.asarray(values), jnp.asarray(scales), scheme))
+    assert np.abs(np.asarray(got, np.float64) - expected).max() <= error * np.abs(expected).max()
+
+
+def test_the_layout_of_int4():
+    """As others write it: the even input in the low four bits, two's complement."""
+    scheme = SCHEMES["int4"]
+    values, scales = quantize(np.array([[7.0, -2.0] + [0.0] * 29 + [-7.0]]), scheme)
+    assert values.tolist() == [[0xE7] + [0] * 14 + [0x90]]
+    assert scales.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8-block"])
+def test_rows_of_a_table(name):
+    scheme = SCHEMES[name]
+    values, scales = quantize(weight(*SHAPES.get(name, (24, 40))), scheme)
+    held, last = QArray(jnp.asarray(values), jnp.asarray(scales), scheme), len(values) - 1
+    ids = jnp.asarray([0, 23, 5, last + 99], jnp.int32)
     got = take(held, ids, "float32")
-    np.testing.assert_allclose(got, real(values, scales)[[0, 23, 5, 23]], rtol=1e-6)
+    np.testing.assert_allclose(got, real(values, scales, scheme)[[0, 23, 5, last]], rtol=1e-6)
     assert take(held, ids, jnp.bfloat16).dtype == jnp.bfloat16
 
 
@@ -99,5 +140,7 @@ def test_which_weights():
 
 @pytest.mark.parametrize("wrong", ["int3", "", 8, True, {}, {"*": "int3"}, {"*": None}, {3: "int8"}, ["int8"]])
 def test_what_is_not_a_scheme(wrong):
-    with pytest.raises(ValueError, match=r"^quantization (is|has) .*one of int8, int8-w8a8, fp8"):
+    with pytest.raises(
+        ValueError, match=r"^quantization (is|has) .*one of int8, int8-w8a8, int4, int4-g128, fp8, fp8-b"
+    ):
         check_quantization(wrong)
