@@ -38,7 +38,7 @@ def _table(title: str, first: str, *columns: str) -> Table:
 
 def _memory(figures: dict[str, Any]) -> Table:
     of = "of each chip" if figures["devices_per_chip"] == 1 else "of each device, half of a chip"
-    table = _table(f"{figures['topology']}, {figures['mesh']}, {figures['dtype']}", of, "GiB")
+    table = _table(f"{figures['topology']}, {figures['mesh']}, {figures['precision']}", of, "GiB")
     names = {
         "cache": f"KV cache, {figures['cache_tokens']:,} tokens of context",
         "padding": "padding by the compiler",

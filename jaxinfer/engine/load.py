@@ -74,10 +74,9 @@ class Loaded:
         """Weights and cache in one line."""
         model = self.engine.runner.model
         weights = sum(a.size * a.dtype.itemsize for a in model.abstract.values())
-        kinds = [*sorted({scheme.name for scheme in model.quantized.values()}), str(self.dtype)]
         sizes = self.sizes
         return (
-            f"weights {weights / 2**30:.2f} GiB in {', '.join(kinds)}, KV cache {sizes.bytes / 2**30:.2f} GiB in "
+            f"weights {weights / 2**30:.2f} GiB in {model.precision}, KV cache {sizes.bytes / 2**30:.2f} GiB in "
             f"{self.engine.runner.programs.layout.dtype} for "
             f"{self.engine.scheduler.pages_total * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
             + (f", {describe(mesh)}" if (mesh := self.engine.runner.programs.mesh) else "")

@@ -102,6 +102,11 @@ class Model:
                 )
         return placed(self.abstract[name], axes, place, self.together[name])
 
+    @property
+    def precision(self) -> str:
+        """The schemes that there are, and the dtype of the rest."""
+        return ", ".join([*sorted({scheme.name for scheme in self.quantized.values()}), str(self.dtype)])
+
     def bind(self, params: Mapping[str, Any]) -> CausalLM:
         """The module on these parameters; cheap enough only for tracing, so call it inside a jitted function."""
 

@@ -51,6 +51,8 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
         "compiled": bool(plan.programs),
         "dtype": str(fit.model.dtype),
         "quantization": fit.model.quantization,
+        "precision": fit.model.precision,
+        "kv_cache_dtype": str(fit.programs.layout.dtype),
         "max_model_len": fit.sizes.max_model_len,
         "bytes": {n: b for n, b in sizes.items() if plan.programs or n not in UNKNOWN},
         "cache_tokens": fit.cache_tokens,
