@@ -12,8 +12,8 @@ from typing import Any
 class Peer:
     """A worker process that answers JSON lines: `{"do": ..., ...}` in, a result out. Its own prints go to stderr."""
 
-    def __init__(self, script: str, *arguments: str):
-        command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    def __init__(self, script: str, *arguments: str, python: str = sys.executable):
+        command = [python, str(Path(__file__).with_name(script)), *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self._read()
 

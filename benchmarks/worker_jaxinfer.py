@@ -1,4 +1,4 @@
-"""Worker of vs_transformers.py: jaxinfer. Arguments: folder, dtype."""
+"""Worker of vs_transformers.py and vs_llama_cpp.py: jaxinfer. Arguments: folder, dtype, perhaps quantization."""
 
 import sys
 import time
@@ -8,7 +8,8 @@ from peers import peak_bytes, serve
 from jaxinfer import LLM, SamplingParams
 
 # Each prompt is asked for twice, for 1 token and for 64: the second prefill must cost what the first one did.
-llm = LLM(sys.argv[1], dtype=sys.argv[2], max_num_seqs=16, enable_prefix_caching=False)
+quantization = sys.argv[3] if len(sys.argv) > 3 else None
+llm = LLM(sys.argv[1], dtype=sys.argv[2], quantization=quantization, max_num_seqs=16, enable_prefix_caching=False)
 
 
 def answer(prompts: list[list[int]], new_tokens: int) -> dict[str, object]:
@@ -19,5 +20,6 @@ def answer(prompts: list[list[int]], new_tokens: int) -> dict[str, object]:
     return {"seconds": seconds, "tokens": [o.outputs[0].token_ids for o in outputs], "peak": peak_bytes()}
 
 
-weights = sum(a.size * a.dtype.itemsize for a in llm.model.abstract.values())
-serve({"weights": weights, "cache": llm.sizes.bytes, "load_seconds": llm.load_seconds}, answer)
+held = {name: a.size * a.dtype.itemsize for name, a in llm.model.abstract.items()}
+read = sum(size for name, size in held.items() if "embed_tokens" not in name)  # by each token that is decoded
+serve({"weights": sum(held.values()), "read": read, "cache": llm.sizes.bytes, "load_seconds": llm.load_seconds}, answer)

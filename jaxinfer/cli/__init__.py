@@ -17,7 +17,20 @@ from jaxinfer import __version__
 from jaxinfer.cli.console import say_error
 
 # A new command is a line here and a file beside this one.
-COMMANDS = ("generate", "chat", "batch", "score", "bench", "plan", "compile", "compare", "convert", "lm-eval", "models")
+COMMANDS = (
+    "generate",
+    "chat",
+    "batch",
+    "score",
+    "bench",
+    "plan",
+    "compile",
+    "compare",
+    "convert",
+    "lm-eval",
+    "models",
+    "doctor",
+)
 
 app = typer.Typer(name="jaxinfer", add_completion=False, pretty_exceptions_enable=False)
 for _name in COMMANDS:

@@ -56,7 +56,8 @@ class LoadOptions:
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None,
         typer.Option(
-            help="Of weights and cache; auto, as without it: the checkpoint's, float32 on CPU.", rich_help_panel=MODEL
+            help="Of weights and cache; auto, as without it: the checkpoint's, if it is fast here.",
+            rich_help_panel=MODEL,
         ),
     ] = None
     quantization: Annotated[

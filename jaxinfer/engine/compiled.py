@@ -32,6 +32,7 @@ from jaxinfer.cache import tokamax_version
 from jaxinfer.engine.options import check_options
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.engine.sizing import Sizes
+from jaxinfer.kernels.cpu import kernels
 from jaxinfer.models.model import Model
 from jaxinfer.sharding import parse_mesh
 
@@ -108,7 +109,8 @@ def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
         "settings": {name: getattr(jax.config, f"jax_{name}") for name in SETTINGS} | {"XLA_FLAGS": _flags()},
     }
     if kind == "cpu":
-        found["features"] = [platform.machine(), *_cpu_features()]
+        found["features"] = [platform.machine(), *cpu_features()]
+        found["settings"]["CPU kernels"] = kernels().level or "none"
     if kind == "tpu":
         found["settings"]["tokamax"] = tokamax_version() or "none"
         found["settings"]["LIBTPU_INIT_ARGS"] = os.environ.get("LIBTPU_INIT_ARGS", "")
@@ -295,7 +297,7 @@ def _flags() -> list[str]:
     return [one for one in shlex.split(os.environ.get("XLA_FLAGS", "")) if not one.startswith(idle)]
 
 
-def _cpu_features() -> list[str]:
+def cpu_features() -> list[str]:
     """Of this machine, where Linux says them."""
     with contextlib.suppress(OSError):
         found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -37,10 +37,12 @@ from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
 from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, page_size, size_cache
+from jaxinfer.kernels.cpu import multiplies
+from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, make_mesh
+from jaxinfer.sharding import ROWS, TENSOR, axis_size, compute_capability, describe, devices_of, make_mesh
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
@@ -98,7 +100,6 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     if group is not None and group.taken:
         raise ValueError("there was an LLM in this program already: on several hosts it can have one")
     devices = _devices()
-    device = jax.local_devices()[0]
     config = read_config(folder, REGISTRY)
     if given["architecture"] is not None:
         check_architecture(given["architecture"], config, folder / "config.json")
@@ -115,9 +116,9 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     with open_weights(folder) as checkpoint:
         if isinstance(checkpoint, Converted):
             given["quantization"] = checkpoint.scheme(given["quantization"])
-        dtype = choose_dtype(given["dtype"], config, checkpoint, device)
-        abstract = Model.from_config(config, dtype, given["quantization"])
-        place = _place(abstract, devices, given["mesh"])
+        place = _place(shape, devices, given["mesh"])
+        dtype = choose_dtype(given["dtype"], config, checkpoint, place)
+        abstract = Model.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
         cache_layout(
             abstract, place, given["attention"], given["kv_cache_dtype"]
         )  # which refuses what can't be, before the weights are read
@@ -195,9 +196,9 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     """
     given = check_options(options)
     devices = _devices()
-    dtype = choose_dtype(given["dtype"], config, None, devices[0])
-    model = Model.from_config(config, dtype, given["quantization"])
-    place = _place(model, devices, given["mesh"])
+    place = _place(Model.from_config(config, "float32").config, devices, given["mesh"])
+    dtype = choose_dtype(given["dtype"], config, None, place)
+    model = Model.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
     weights = device_bytes(placed_params(model, place))
     return sized_programs(model, place, given, _available(model, place, given, weights=weights))
 
@@ -209,14 +210,13 @@ def _devices() -> list[jax.Device]:
 
 def place_for(model: Model, mesh: str | None) -> jax.Device | Mesh:
     """What would hold the model here: see LoadOptions."""
-    return _place(model, _devices(), mesh)
+    return _place(model.config, _devices(), mesh)
 
 
-def _place(model: Model, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
+def _place(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
     """What holds the model: a mesh, or the first device."""
     alone = devices[0].process_index == devices[-1].process_index
     wanted = 1 if devices[0].platform == "cpu" and alone else len(devices)
-    shape = model.config
     return make_mesh(mesh, devices, shape.num_heads, shape.num_kv_heads, shape.hidden_size, wanted) or devices[0]
 
 
@@ -262,22 +262,31 @@ def sized_programs(
 
 
 def choose_dtype(
-    wanted: str, config: Mapping[str, Any], checkpoint: Weights | None, device: jax.Device
+    wanted: str, config: Mapping[str, Any], checkpoint: Weights | None, place: jax.Device | Mesh
 ) -> np.dtype[Any]:
-    """The dtype to compute in: see LoadOptions. Without a checkpoint, what it stores is taken for bfloat16."""
+    """The dtype of weights: see LoadOptions. Without a checkpoint, what it stores is taken for bfloat16."""
     names = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
     if wanted != "auto":
         return np.dtype(names[wanted])
-    if device.platform == "cpu":
-        return np.dtype(np.float32)
     said = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
     tensors = checkpoint.tensors.values() if checkpoint else ()
     unknown = np.dtype(np.float32 if checkpoint else ml_dtypes.bfloat16)
     stored = next((info.dtype for info in tensors if info.dtype in FLOATS), unknown)
     dtype = np.dtype(names[said]) if said in names else stored
+    device = devices_of(place)[0]
+    if device.platform == "cpu" and computes_in(dtype, place) == dtype:
+        return np.dtype(np.float32)
     if (compute_capability(device) or 8.0) < 8.0 and dtype != np.float32:
         return np.dtype(np.float16)
     return dtype
+
+
+def computes_in(dtype: np.dtype[Any], place: jax.Device | Mesh) -> np.dtype[Any]:
+    """The dtype of activations and cache where weights have this one: the same, but float32 for bfloat16 where a kernel
+    multiplies the two, which is as fast and more exact. Those kernels are for CPUs that have whole weights."""
+    whole = devices_of(place)[0].platform == "cpu" and axis_size(place, TENSOR) == 1
+    wide = whole and dtype == ml_dtypes.bfloat16 and multiplies("float32", "bfloat16")
+    return np.dtype(np.float32) if wide else dtype
 
 
 def limits(given: LoadOptions, place: jax.Device | Mesh) -> tuple[int, int]:

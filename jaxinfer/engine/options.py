@@ -27,7 +27,9 @@ class LoadOptions(TypedDict, total=False):
     """What `LLM` and `AsyncEngine` take besides the model.
 
     dtype: of weights, activations and cache. "auto" is what the checkpoint says on TPU and GPU (float16 on GPUs
-        without bfloat16), float32 on CPU, where XLA multiplies 16-bit weights ten times slower.
+        without bfloat16). On CPU "bfloat16" is of matrices: activations and cache stay float32, and only products of
+        16 tokens and more round activations; "auto" is that for checkpoints in bfloat16, and float32 for all others,
+        for meshes that split weights, and without the kernels for CPUs (see `jaxinfer doctor`).
     max_model_len: most tokens of prompt and output together. None: what config.json says, or what fits.
     seed: of requests that have no seed of their own.
     revision, token: of a hub id, as huggingface_hub has them.

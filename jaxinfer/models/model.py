@@ -30,15 +30,16 @@ Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.la
 class Model:
     """What derives from the one declaration of the weights in the modules.
 
-    dtype: of activations, of the cache, and of what is not quantized. abstract: shape and dtype of each parameter by
-    name; axes: its logical axes. tables: those of which rows are looked up. quantization: as it was asked for.
-    quantized: the schemes of those weights that are: NAME has their values, NAME_scale their scales. together: how many
-    places of each parameter's axes a mesh must not split.
+    dtype: of activations, of the cache and of vectors; kept: of matrices that are not quantized. abstract: shape and
+    dtype of each parameter by name; axes: its logical axes. tables: those of which rows are looked up. quantization: as
+    it was asked for. quantized: the schemes of those weights that are: NAME has their values, NAME_scale their scales.
+    together: how many places of each parameter's axes a mesh must not split.
     """
 
     config: ModelConfig
     weights: WeightMap
     dtype: np.dtype[Any]
+    kept: np.dtype[Any]
     quantization: Quantization | None
     quantized: Mapping[str, Scheme]
     abstract: Mapping[str, jax.ShapeDtypeStruct]
@@ -49,8 +50,16 @@ class Model:
     _state: tuple[tuple[tuple[Any, ...], Any], ...]
 
     @classmethod
-    def from_config(cls, data: Mapping[str, Any], dtype: DTypeLike, quantization: Quantization | None = None) -> Model:
-        """Builds the module of a config.json's content abstractly: nothing is allocated. Raises ValueError."""
+    def from_config(
+        cls,
+        data: Mapping[str, Any],
+        dtype: DTypeLike,
+        quantization: Quantization | None = None,
+        kept: DTypeLike | None = None,
+    ) -> Model:
+        """Builds the module of a config.json's content abstractly: nothing is allocated. kept: None is `dtype`.
+        Raises ValueError."""
+        kept = jnp.dtype(dtype if kept is None else kept)
         architecture, config = parse_config(data)
         module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
         graph, state = nnx.split(module)
@@ -63,6 +72,8 @@ class Model:
             name, shape, about = _name(path), variable.get_value(), variable.get_metadata()
             abstract[name], axes[name] = shape, about["axes"]
             looked_up = about.get("looked_up")
+            if looked_up is not None:
+                abstract[name] = jax.ShapeDtypeStruct(shape.shape, kept)
             scheme = None if looked_up is None else scheme_of(quantization, name, looked_up)
             if scheme is not None:
                 quantized[name] = scheme
@@ -81,7 +92,7 @@ class Model:
         weights = architecture.weights(config)
         together = _together(quantized, axes)
         held = quantized, abstract, axes, frozenset(tables), together
-        return cls(config, weights, jnp.dtype(dtype), quantization, *held, graph, flat)
+        return cls(config, weights, jnp.dtype(dtype), kept, quantization, *held, graph, flat)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a weight, however its values are packed."""
@@ -105,7 +116,7 @@ class Model:
     @property
     def precision(self) -> str:
         """The schemes that there are, and the dtype of the rest."""
-        return ", ".join([*sorted({scheme.name for scheme in self.quantized.values()}), str(self.dtype)])
+        return ", ".join([*sorted({scheme.name for scheme in self.quantized.values()}), str(self.kept)])
 
     def bind(self, params: Mapping[str, Any]) -> CausalLM:
         """The module on these parameters; cheap enough only for tracing, so call it inside a jitted function."""
@@ -114,7 +125,7 @@ class Model:
             scheme = self.quantized.get(name)
             if scheme is None:
                 return params[name]
-            return QArray(params[name], params[scales(name)], scheme, self.axes[name])
+            return QArray(params[name], params[scales(name)], scheme, self.axes[name], self.kept == jnp.bfloat16)
 
         flat = [(path, variable.replace(weight(_name(path)))) for path, variable in self._state]
         return cast(CausalLM, nnx.merge(self._graph, nnx.from_flat_state(flat)))

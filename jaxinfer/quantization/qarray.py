@@ -15,6 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxinfer.kernels.cpu import product
 from jaxinfer.quantization.activations import quantize_last
 from jaxinfer.quantization.schemes import Scheme
 from jaxinfer.sharding import TENSOR, axes_of, on_axes, on_tensor
@@ -26,12 +27,14 @@ PRODUCT = 2**22  # weights that are dequantized at a time, where they have to be
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class QArray:
-    """A weight `[out, in]`, as `values * scales`, which are arrays as `Scheme.arrays` says. axes: its logical axes."""
+    """A weight `[out, in]`, as `values * scales`, which are arrays as `Scheme.arrays` says. axes: its logical axes.
+    rounds: activations in float32 that it is multiplied with may be rounded to bfloat16 where that is faster."""
 
     values: jax.Array
     scales: jax.Array
     scheme: Scheme = field(metadata={"static": True})
     axes: tuple[str | None, ...] = field(default=(None, None), metadata={"static": True})
+    rounds: bool = field(default=False, metadata={"static": True})
 
 
 Weight = jax.Array | QArray
@@ -55,15 +58,19 @@ def dot(
     elif weight.scheme.columns:
         out = _of_blocks(x, weight)
     else:
-        out = _product(x, weight.values.astype(x.dtype)) * weight.scales[:, 0]
+        out = _product(x, weight.values, weight.rounds) * weight.scales[:, 0]
     return out.astype(x.dtype if out_dtype is None else out_dtype)
 
 
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _product(x: jax.Array, weight: jax.Array, rounds: bool = False) -> jax.Array:
+    return product(x, weight, _by_xla, rounds=rounds or weight.dtype == jnp.bfloat16)
+
+
+def _by_xla(x: jax.Array, weight: jax.Array) -> jax.Array:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     dimensions = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight, dimensions, precision=precision, preferred_element_type=kind)
+    return lax.dot_general(x, weight.astype(x.dtype), dimensions, precision=precision, preferred_element_type=kind)
 
 
 def _of_blocks(x: jax.Array, weight: QArray) -> jax.Array:
@@ -128,7 +135,7 @@ def _dequantized(values: jax.Array, scales: jax.Array, scheme: Scheme, dtype: DT
 def take(weight: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rows of a table `[rows, D]`: `[T, D]` in this dtype. ids beyond it give its last row."""
     if not isinstance(weight, QArray):
-        return weight.at[ids].get(mode="clip")
+        return weight.at[ids].get(mode="clip").astype(dtype)
     values = weight.values.at[ids].get(mode="clip")
     scales = weight.scales.at[ids // weight.scheme.rows].get(mode="clip")
     parts = _dequantized(values, scales, weight.scheme, dtype)

@@ -1,0 +1,135 @@
+"""jaxinfer beside llama.cpp and transformers on the same weights: tokens/s of prefill and decode on CPU.
+
+    python benchmarks/vs_llama_cpp.py [--llama-python PYTHON] [--folder DIR] [--json FILE]
+
+PYTHON has llama-cpp-python and gguf (`pip install llama-cpp-python gguf safetensors`), perhaps in an environment of its
+own. Builds a 0.35B Llama with random weights, and GGUF files of it beside it; starts each system in a process of its
+own and asks them in turn. Prompt 128, 64 new tokens, medians of interleaved runs; see vs_transformers.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from peers import Peer
+from random_model import LLAMA_350M, write_model
+from rich.console import Console
+from rich.table import Table
+from vs_transformers import measure
+
+# What is compared: batch, phase, ours, theirs, and the ratio that is wanted.
+WANTED = [
+    (1, "decode", "jaxinfer int8", "llama.cpp q8_0", 1.0),
+    (1, "decode", "jaxinfer int8", "transformers bfloat16", 3.0),
+    (1, "decode", "jaxinfer bfloat16", "llama.cpp bf16", 0.95),
+    (1, "decode", "jaxinfer float32", "llama.cpp f32", 1.1),
+    (1, "prefill", "jaxinfer int8", "llama.cpp q8_0", 1.0),
+    (1, "prefill", "jaxinfer int8-w8a8", "transformers bfloat16", 1.0),
+    (1, "prefill", "jaxinfer bfloat16", "transformers bfloat16", 0.8),
+    (16, "decode", "jaxinfer float32", "transformers float32", 1.5),
+    (16, "decode", "jaxinfer int8", "transformers bfloat16", 1.5),
+]
+
+
+def copy_bandwidth(threads: int, size: int = 2**28, repeats: int = 5) -> float:
+    """Bytes read and written a second by all threads copying at once, the best of some times."""
+    arrays = [(np.ones(size // threads, np.uint8), np.ones(size // threads, np.uint8)) for _ in range(threads)]
+    best = 0.0
+    for _ in range(repeats):
+        workers = [threading.Thread(target=np.copyto, args=pair) for pair in arrays]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        best = max(best, 2 * size / (time.perf_counter() - start))
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "jaxinfer-llama-350m")
+    parser.add_argument("--llama-python", default=sys.executable)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs-of-16", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    folder = write_model(arguments.folder)
+    cores = len(os.sched_getaffinity(0))
+    threads = str(cores)
+    files = {kind: folder.with_name(f"{folder.name}-{kind}.gguf") for kind in ("q8_0", "bf16", "f32")}
+    for kind, file in files.items():
+        if not file.exists():
+            half = file.with_suffix(".part")
+            writer = Path(__file__).with_name("write_gguf.py")
+            subprocess.run([arguments.llama_python, str(writer), str(folder), str(half), kind], check=True)
+            half.rename(file)
+    ours, theirs, others = "worker_jaxinfer.py", "worker_transformers.py", "worker_llama_cpp.py"
+    peers = {
+        "jaxinfer float32": Peer(ours, str(folder), "float32"),
+        "jaxinfer bfloat16": Peer(ours, str(folder), "bfloat16"),
+        "jaxinfer int8": Peer(ours, str(folder), "bfloat16", "int8"),
+        "jaxinfer int8-w8a8": Peer(ours, str(folder), "bfloat16", "int8-w8a8"),
+        "transformers float32": Peer(theirs, str(folder), "float32", threads),
+        "transformers bfloat16": Peer(theirs, str(folder), "bfloat16", threads),
+        **{
+            f"llama.cpp {kind}": Peer(others, str(file), threads, python=arguments.llama_python)
+            for kind, file in files.items()
+        },
+    }
+    vocab, prompt, new = int(str(LLAMA_350M["vocab_size"])), arguments.prompt, arguments.new
+    bandwidth = [copy_bandwidth(cores)]
+    results = {1: measure(peers, 1, arguments.runs, prompt, new, vocab)}
+    bandwidth.append(copy_bandwidth(cores))
+    if arguments.runs_of_16:  # llama.cpp's worker has one sequence
+        some = {name: peer for name, peer in peers.items() if not name.startswith("llama.cpp")}
+        results[16] = measure(some, 16, arguments.runs_of_16, prompt, new, vocab)
+    peaks = {name: peer.ask(prompts=[[5]], new_tokens=1)["peak"] for name, peer in peers.items()}
+    for peer in peers.values():
+        peer.close()
+
+    console = Console(width=120)
+    copied = statistics.median(bandwidth)
+    console.print(f"{cores} threads; copying memory: {copied / 1e9:.1f} GB/s, read and written")
+    table = Table("batch", "system", "prefill tok/s", "decode tok/s", "weights read, of copying", "same tokens")
+    for batch, result in results.items():
+        for name, row in result.items():
+            read = peers[name].ready.get("read")
+            share = f"{read * row['decode'] / copied:.0%}" if read and batch == 1 else ""
+            speeds = f"{row['prefill']:.0f}", f"{row['decode']:.1f}"
+            table.add_row(str(batch), name, *speeds, share, f"{row['same_tokens']:.1%}")
+    console.print(table)
+    table = Table("batch", "phase", "ours", "theirs", "ratio", "wanted")
+    for batch, phase, one, other, wanted in WANTED:
+        if batch in results:
+            ratio = results[batch][one][phase] / results[batch][other][phase]
+            table.add_row(str(batch), phase, one, other, f"{ratio:.2f}", f"{wanted:.2f}")
+    console.print(table)
+    table = Table(
+        "system", "weights MB", "KV pool MB", "peak resident MB", "peak without pool / (1.2 weights + 700 MB)"
+    )
+    for name, peer in peers.items():
+        weights, pool, peak = (n / 1e6 for n in (peer.ready["weights"], peer.ready["cache"], peaks[name]))
+        share = f"{(peak - pool) / (1.2 * weights + 700):.2f}"
+        table.add_row(name, f"{weights:.0f}", f"{pool:.0f}", f"{peak:.0f}", share)
+    console.print(table)
+    if arguments.json is not None:
+        ready = {name: peer.ready | {"peak": peaks[name]} for name, peer in peers.items()}
+        found = {"results": results, "memory": ready, "copy_bandwidth": bandwidth}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

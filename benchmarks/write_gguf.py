@@ -1,0 +1,69 @@
+"""A Llama checkpoint as GGUF, for llama.cpp: f32, bf16, q8_0. Arguments: folder, file, kind. Needs the gguf package.
+
+Names and the order of rows of q and k are those of llama.cpp's format, whose rotary pairs are neighbours. The
+vocabulary is of made-up tokens: benchmarks deal in ids.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+from safetensors.numpy import load_file
+
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def main(folder: Path, file: Path, kind: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    wanted = gguf.GGMLQuantizationType[kind.upper()]
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<{i}>" for i in range(config["vocab_size"])])
+    writer.add_token_scores([0.0] * config["vocab_size"])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
+    for name, value in load_file(folder / "model.safetensors").items():
+        stem = name.removesuffix(".weight")
+        if stem.startswith("model.layers."):
+            layer, part = stem.removeprefix("model.layers.").split(".", 1)
+            new = f"blk.{layer}.{NAMES[part]}.weight"
+            if part in ("self_attn.q_proj", "self_attn.k_proj"):
+                count = heads if "q_proj" in part else kv_heads
+                value = value.reshape(count, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+        else:
+            new = f"{NAMES[stem]}.weight"
+        held = wanted if value.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(new, gguf.quants.quantize(np.ascontiguousarray(value), held), raw_dtype=held)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

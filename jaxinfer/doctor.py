@@ -1,0 +1,85 @@
+"""What this machine has, and what of it is used: what a report of a problem should begin with."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import jax
+import psutil
+
+from jaxinfer.cache import CacheLayout, FusedPages, GpuPages, PackedPages, tokamax_version
+from jaxinfer.compile_cache import enable_compile_cache
+from jaxinfer.engine.compiled import cpu_features
+from jaxinfer.kernels.cpu import LEVELS, kernels
+
+ATTENTION = {
+    FusedPages: "tokamax's ragged paged attention kernel",
+    PackedPages: "JAX's ragged paged attention kernel",
+    GpuPages: "a Triton kernel",
+}
+
+
+def examine() -> dict[str, str | list[str]]:
+    """Facts by name, each a line, or several. Starts JAX, as `LLM` would."""
+    devices = jax.local_devices()
+    device, memory = devices[0], psutil.virtual_memory()
+    return {
+        "jaxinfer": f"{version('jaxinfer')}, Python {platform.python_version()} on {platform.platform()}",
+        "versions": [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu", "flax", "tokamax")],
+        "devices": [f"{one.platform}:{one.id} {one.device_kind}{_memory(one)}" for one in devices],
+        "attention": _attention(device),
+        "CPU kernels": _kernels(device),
+        "CPU features": " ".join(cpu_features()),
+        "CPU cores": f"{_cores()} usable of {os.cpu_count()}",
+        "memory": f"{memory.available / 2**30:.1f} GiB available of {memory.total / 2**30:.1f} GiB",
+        "compilation cache": _cache(),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "is not installed"
+
+
+def _memory(device: jax.Device) -> str:
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return f", {stats['bytes_limit'] / 2**30:.1f} GiB" if stats and "bytes_limit" in stats else ""
+
+
+def _attention(device: jax.Device) -> str:
+    """For a model of the usual shape."""
+    pages = CacheLayout.choose(1, 8, 128, "bfloat16", device).pages
+    if pages is PackedPages and tokamax_version() is None:
+        return f"{ATTENTION[pages]}; pip install 'jaxinfer[tokamax]' (Python 3.12) has one that writes the cache, too"
+    return ATTENTION.get(pages, "plain XLA")
+
+
+def _kernels(device: jax.Device) -> str:
+    found = kernels()
+    if found.level is None:
+        return f"none, XLA computes everything: {found.why}"
+    used = "" if device.platform == "cpu" else f"; not used on {device.platform}"
+    better = LEVELS[LEVELS.index(found.level) + 1 :]
+    lacking = f"; this CPU or the variable leaves out {', '.join(better)}" if better else ""
+    return f"{found.level}: {found.why}{lacking}{used}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cache() -> str:
+    try:
+        enable_compile_cache()
+    except ValueError as error:
+        return str(error)
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if folder is None:
+        return "off"
+    sizes = [file.stat().st_size for file in Path(folder).glob("*") if file.is_file()]
+    return f"{folder}: {len(sizes)} files, {sum(sizes) / 2**20:.0f} MiB"

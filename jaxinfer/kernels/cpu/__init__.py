@@ -1,0 +1,111 @@
+"""Products on CPU with weights that stay as they are kept, through XLA's foreign function interface.
+
+XLA multiplies float32 well, but makes a float32 copy of any other weight in each product. The kernels (`micro.h`) read
+each weight once. `setup.py` builds them where there is a C++ compiler, for all instruction sets that they know; which
+one runs is decided when they are loaded: `avx512` (with VNNI and BF16), `avx2` (with FMA), `portable`, or less if
+JAXINFER_CPU_KERNELS names less; `none` leaves everything to XLA, which is what happens where they weren't built, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+
+LEVELS = ("portable", "avx2", "avx512")
+VARIABLE = "JAXINFER_CPU_KERNELS"
+TARGET = "jaxinfer_dot"
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Kernels(NamedTuple):
+    """level: the instruction set that is used, one of LEVELS, or None where XLA does all; why: in words."""
+
+    level: str | None
+    why: str
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """Loads and registers them, once."""
+    wanted = os.environ.get(VARIABLE, LEVELS[-1])
+    if wanted not in (*LEVELS, "none"):
+        raise ValueError(f"{VARIABLE} is {wanted!r}: it must be one of {', '.join(LEVELS)}, none")
+    if wanted == "none":
+        return Kernels(None, f"{VARIABLE} is none")
+    folder = Path(__file__).parent
+    built = [folder / f"_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    found = next((file for file in built if file.exists()), None)
+    if found is None:
+        return Kernels(None, "they were not built: install a C++ compiler (g++ or clang++), then jaxinfer again")
+    try:
+        library = ctypes.CDLL(os.fspath(found))
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxinfer_dot), platform="cpu")
+    except Exception as error:  # of the linker, and of a jaxlib that is older than the one they were built for
+        why = " ".join(str(error).split())
+        return Kernels(None, f"they can't be loaded ({why}): install jaxinfer again")
+    level = LEVELS[library.jaxinfer_level(LEVELS.index(wanted))]
+    return Kernels(level, f"{VARIABLE} is {wanted}" if VARIABLE in os.environ else "the best that this CPU has")
+
+
+def product(x: jax.Array, weight: jax.Array, reference: Product, rounds: bool = False) -> jax.Array:
+    """`x [T, K]` times `weight [N, K]` transposed, `[T, N]`: float32, or int32 of two that are int8.
+
+    By a kernel in programs for a CPU, if there is one for these types, else `reference(x, weight)`. rounds: where that
+    is faster (`avx512`, from 16 tokens on, weights in bfloat16 or int8), activations in float32 may be rounded to
+    bfloat16; products are summed in float32 all the same.
+    """
+    return _product(reference, rounds, x, weight) if _applies(x, weight) else reference(x, weight)
+
+
+def multiplies(activations: str, weights: str) -> bool:
+    """Whether there is a kernel for these types here."""
+    return kernels().level is not None and weights in {
+        "int8": ("int8",),
+        "bfloat16": ("bfloat16", "int8"),
+        # XLA's own product is good where there are no wide vectors.
+        "float32": ("bfloat16", "int8", *(("float32",) if kernels().level != "portable" else ())),
+    }.get(activations, ())
+
+
+def _applies(x: jax.Array, weight: jax.Array) -> bool:
+    if x.ndim != 2 or not multiplies(x.dtype.name, weight.dtype.name):
+        return False
+    if weight.dtype == jnp.float32 and x.shape[0] == 1:
+        return False  # bound by memory, and XLA reads it as fast
+    # XLA would put a weight together that it has split over the devices of a mesh.
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(
+        mesh.shape[a] == 1 or kind != AxisType.Auto for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _product(reference: Product, rounds: bool, x: jax.Array, weight: jax.Array) -> jax.Array:
+    kind = jnp.dtype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), kind)
+    call = functools.partial(jax.ffi.ffi_call(TARGET, out, vmap_method="sequential"), rounds=rounds)
+    return lax.platform_dependent(x, weight, cpu=call, default=reference)
+
+
+@_product.defjvp
+def _product_jvp(
+    reference: Product, rounds: bool, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x, weight), (dx, dweight) = primals, tangents
+    change = reference(dx, weight)
+    if dweight.dtype != jax.dtypes.float0:
+        change += reference(x, dweight)
+    return _product(reference, rounds, x, weight), change
+
+
+kernels()  # compiled programs that are read from a file look for them by name

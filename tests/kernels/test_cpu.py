@@ -1,0 +1,188 @@
+"""The CPU kernels against float64, at each level that this machine has."""
+
+import ctypes
+import functools
+import importlib.machinery
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jaxinfer.kernels import cpu
+from jaxinfer.quantization.qarray import _by_xla as by_xla
+from jaxinfer.sharding import TENSOR
+
+FOLDER = Path(cpu.__file__).parent
+LIBRARY = next((f for s in importlib.machinery.EXTENSION_SUFFIXES if (f := FOLDER / f"_kernels{s}").exists()), None)
+PAIRS = [("int8", "int8"), *((x, w) for x in ("float32", "bfloat16") for w in ("bfloat16", "int8"))]
+PAIRS += [("float32", "float32")]
+SIZES = [(1, 1, 1), (1, 64, 24), (2, 1025, 13), (3, 31, 5), (4, 129, 97), (7, 2817, 3), (15, 16, 12), (16, 50, 65)]
+SIZES += [(17, 2050, 30), (33, 7, 200), (100, 1024, 49), (300, 131, 28)]
+RNG = np.random.default_rng(0)
+
+needs_them = pytest.mark.skipif(LIBRARY is None, reason="the kernels were not built: there was no C++ compiler")
+
+
+@pytest.fixture
+def set_level():
+    """Sets the level, and puts it back in the end."""
+    library = ctypes.CDLL(os.fspath(LIBRARY))
+    best = library.jaxinfer_level(len(cpu.LEVELS) - 1)
+
+    def to(name):
+        wanted = cpu.LEVELS.index(name)
+        if wanted > best:
+            pytest.skip(f"this CPU has no {name}")
+        assert library.jaxinfer_level(wanted) == wanted
+
+    yield to
+    library.jaxinfer_level(cpu.LEVELS.index(cpu.kernels().level or cpu.LEVELS[0]))
+
+
+def random(shape, dtype):
+    if dtype == "int8":
+        return RNG.integers(-128, 128, shape).astype(np.int8)
+    return np.asarray(RNG.normal(size=shape), jnp.dtype(dtype))
+
+
+def by_kernel(x, w, rounds=True):
+    kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    return jax.ffi.ffi_call(cpu.TARGET, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), kind))(x, w, rounds=rounds)
+
+
+def check(x, w, got, level, rounds):
+    wide, kept = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    expected = wide @ kept.T
+    if got.dtype == jnp.int32:
+        np.testing.assert_array_equal(got, expected)
+        return
+    rounds = rounds and level == "avx512" and len(x) >= 16 and x.dtype == jnp.float32 and w.dtype != jnp.float32
+    size = np.sqrt((wide**2) @ (kept**2).T)  # of what is summed
+    assert np.max(np.abs(got - expected) / size) < (1.2e-2 if rounds else 2e-5)
+
+
+@needs_them
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize(("activations", "weights"), PAIRS)
+def test_products(activations, weights, rounds, set_level):
+    call = jax.jit(functools.partial(by_kernel, rounds=rounds))
+    for tokens, depth, columns in SIZES:
+        x, w = random((tokens, depth), activations), random((columns, depth), weights)
+        for level in cpu.LEVELS[: cpu.LEVELS.index(cpu.kernels().level) + 1]:
+            set_level(level)
+            check(x, w, np.asarray(call(x, w)), level, rounds)
+
+
+@needs_them
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_always_the_same_bits_and_each_token_its_own(tokens):
+    """Whatever threads did what; and a token's product doesn't depend on the others (of few, of many)."""
+    x, w = random((tokens, 500), "float32"), random((300, 500), "bfloat16")
+    call = jax.jit(by_kernel)
+    first = np.asarray(call(x, w))
+    for _ in range(1000):
+        np.testing.assert_array_equal(call(x, w), first)
+    np.testing.assert_array_equal(call(x[: tokens // 2], w), first[: tokens // 2])
+
+
+@needs_them
+def test_not_finite_stays_in_its_row():
+    x, w = random((20, 48), "float32"), random((30, 48), "int8")
+    x[3, 5], x[7, 9] = np.nan, np.inf
+    for some in (slice(0, 8), slice(0, 20)):
+        got = np.isfinite(jax.jit(by_kernel)(x[some], w)).all(axis=1)
+        assert [i for i, fine in enumerate(got) if not fine] == [3, 7]
+
+
+def used(*shapes):
+    """Whether `product` calls a kernel in the program that is made for the CPU."""
+    text = jax.jit(lambda x, w: cpu.product(x, w, by_xla)).lower(*shapes).as_text()
+    return cpu.TARGET in text
+
+
+@needs_them
+def test_where_they_apply():
+    def of(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    for x, w in PAIRS:
+        assert used(of(x, 4, 64), of(w, 24, 64)), (x, w)
+    assert not used(of("float32", 1, 64), of("float32", 24, 64))  # XLA is as fast
+    assert not used(of("float16", 4, 64), of("float16", 24, 64))
+    assert not used(of("float32", 2, 4, 64), of("int8", 24, 64))
+    for_tpu = jax.jit(lambda x, w: cpu.product(x, w, by_xla)).trace(of("float32", 4, 64), of("bfloat16", 24, 64))
+    assert cpu.TARGET not in for_tpu.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@needs_them
+def test_of_many_and_its_gradient():
+    x, w = random((3, 4, 64), "float32"), random((24, 64), "float32")
+    expected = jnp.stack([by_xla(one, w) for one in x])
+    for axes, some in (((0, None), w), ((0, 0), jnp.stack([w] * 3))):
+        got = jax.jit(jax.vmap(lambda x, w: cpu.product(x, w, by_xla), in_axes=axes))(x, some)
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    found = [jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), argnums=(0, 1))(x[0], w) for f in (by_xla, by_them)]
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+    assert jax.grad(lambda x: jnp.sum(by_them(x, random((24, 64), "int8"))))(x[0]).shape == (4, 64)
+
+
+def by_them(x, w):
+    return cpu.product(x, w, by_xla)
+
+
+@needs_them
+def test_on_a_mesh():
+    """Each device calls one for its own part; where XLA splits the product, XLA does it."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", TENSOR[0]), axis_types=(AxisType.Auto,) * 2)
+    x, w = random((8, 64), "float32"), random((24, 64), "bfloat16")
+    specs = (PartitionSpec("data"), PartitionSpec(TENSOR[0])), PartitionSpec("data", TENSOR[0])
+    own = jax.jit(jax.shard_map(by_them, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False))
+    assert cpu.TARGET in own.lower(x, w).as_text()
+    np.testing.assert_allclose(own(x, w), by_xla(x, w), rtol=1e-4, atol=1e-4)
+    rows = (PartitionSpec("data"), PartitionSpec()), PartitionSpec("data")
+    call = jax.shard_map(by_them, mesh=mesh, axis_names={"data"}, in_specs=rows[0], out_specs=rows[1], check_vma=False)
+    assert cpu.TARGET not in jax.jit(call).lower(x, w).as_text()
+
+
+def test_without_them(monkeypatch, tmp_path):
+    find = cpu.kernels.__wrapped__
+    monkeypatch.setenv(cpu.VARIABLE, "none")
+    assert find() == (None, "JAXINFER_CPU_KERNELS is none")
+    monkeypatch.setenv(cpu.VARIABLE, "sse9")
+    with pytest.raises(ValueError, match="JAXINFER_CPU_KERNELS is 'sse9': it must be one of portable, avx2, avx512"):
+        find()
+    monkeypatch.delenv(cpu.VARIABLE)
+    monkeypatch.setattr(cpu, "__file__", os.fspath(tmp_path / "__init__.py"))
+    assert find().level is None
+    assert "they were not built: install a C++ compiler" in find().why
+    (tmp_path / f"_kernels{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    assert "can't be loaded" in find().why
+    monkeypatch.setattr(cpu, "kernels", find)
+    assert not used(*(jax.ShapeDtypeStruct((n, 64), jnp.dtype("bfloat16")) for n in (4, 24)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitizer's library, as Linux does")
+def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path):
+    """With AddressSanitizer and UBSan, each level, on arrays that end where a page of poison begins."""
+    library = tmp_path / f"_kernels{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    flags = ["-O1", "-g", "-std=c++17", "-shared", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    include = ["-isystem", jax.ffi.include_dir()]
+    subprocess.run(["g++", *flags, *include, str(FOLDER / "handlers.cc"), "-o", str(library)], check=True)
+    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True).stdout
+    script = Path(__file__).with_name("under_sanitizers.py")
+    environment = os.environ | {"LD_PRELOAD": asan.strip(), "ASAN_OPTIONS": "detect_leaks=0", "XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, script, library], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"{len(SIZES) * len(PAIRS)} products at each level"
