@@ -19,7 +19,7 @@ LAYERS = [
     {"engine"},
     {"plan", "llm"},
     {"batch", "tuning", "server", "demo", "benchmark", "lm_eval"},
-    {"api", "compare", "convert"},
+    {"api", "compare", "convert", "doctor"},
     {"cli"},
     {"__init__", "__main__"},
 ]
