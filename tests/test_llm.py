@@ -371,8 +371,9 @@ def test_low_precision(llm, reference, dtype):
     with LLM(reference.folder, dtype=dtype, max_num_seqs=1, max_num_batched_tokens=16) as low:
         runner = low._engine.runner
         assert {array.dtype for array in runner.params.values() if array.ndim > 1} == {np.dtype(dtype)}
-        inside = {array.dtype for array in jax.tree.leaves(runner.state.cache)}
-        assert inside == {np.dtype("float32" if multiplies("float32", dtype) else dtype)}
+        inside = runner.programs.layout.dtype
+        assert inside == ("float32" if multiplies("float32", dtype) else dtype)
+        assert {pool.dtype.itemsize for pool in jax.tree.leaves(runner.state.cache)} == {inside.itemsize}
         ours = low.generate(prompt, params)[0].outputs[0]
     exact = llm.generate(prompt, params)[0].outputs[0]
     assert ours.token_ids[0] == exact.token_ids[0]

@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxinfer.attention.batch import Batch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.cache import QuantizedPages, SplitPages
+from jaxinfer.cache import QuantizedPages, SplitPages, values_dtype
 from jaxinfer.quantization.activations import quantize_last
 
 KEY_BLOCK = 128  # keys a loop step; larger blocks fall out of the CPU's second-level cache
@@ -50,12 +50,16 @@ def attend_split(
 def write_split(k: jax.Array, v: jax.Array, cache: P, batch: Batch) -> P:
     """The cache with this call's keys and values."""
     page, slot = batch.places(cache.k.shape[2])
-    new: Iterable[jax.Array] = (k.astype(cache.k.dtype), v.astype(cache.v.dtype))
+    dtype = values_dtype(cache.k)
+    new: Iterable[jax.Array] = (k.astype(dtype), v.astype(dtype))
     if isinstance(cache, QuantizedPages):
-        (k, k_scales), (v, v_scales) = (quantize_last(x, cache.dtype) for x in (k, v))
-        k, v = (lax.bitcast_convert_type(x, cache.k.dtype) for x in (k, v))
+        (k, k_scales), (v, v_scales) = (quantize_last(x, dtype) for x in (k, v))
         new = (k, v, k_scales[..., 0], v_scales[..., 0])
-    return type(cache)(*(pool.at[page, :, slot].set(part) for pool, part in zip(cache, new, strict=True)))
+
+    def write(pool: jax.Array, part: jax.Array) -> jax.Array:
+        return pool.at[page, :, slot].set(lax.bitcast_convert_type(part, pool.dtype))
+
+    return type(cache)(*(write(pool, part) for pool, part in zip(cache, new, strict=True)))
 
 
 def sees(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -104,12 +108,13 @@ def _key_blocks(
     ids = batch.pages[row[:, None], jnp.minimum(index, table - 1)]
 
     def gather(pool: jax.Array) -> jax.Array:
-        return jnp.swapaxes(pool.at[ids].get(mode="promise_in_bounds"), 1, 2).reshape(width * kv_heads, size, -1)
+        found = jnp.swapaxes(pool.at[ids].get(mode="promise_in_bounds"), 1, 2).reshape(width * kv_heads, size, -1)
+        return lax.bitcast_convert_type(found, values_dtype(pool))
 
     keys, values = gather(cache.k), gather(cache.v)
     if isinstance(cache, QuantizedPages):
         keys, values = (
-            (lax.bitcast_convert_type(x, cache.dtype).astype(jnp.float32) * gather(scales)).astype(dtype)
+            (x.astype(jnp.float32) * gather(scales)).astype(dtype)
             for x, scales in ((keys, cache.k_scales), (values, cache.v_scales))
         )
 

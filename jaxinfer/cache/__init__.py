@@ -10,6 +10,7 @@ from jaxinfer.cache.pages import (
     QuantizedPages,
     SplitPages,
     tokamax_version,
+    values_dtype,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "QuantizedPages",
     "SplitPages",
     "tokamax_version",
+    "values_dtype",
 ]

@@ -28,7 +28,7 @@ class SplitPages(NamedTuple):
     """Keys and values of one layer, each `[pages, K, page_size, d]`, for attention in plain XLA.
 
     Heads before positions, because a block of keys is then one batched dot without a transposition; on CPU
-    that was a quarter faster than `[pages, page_size, K, d]`.
+    that was a quarter faster than `[pages, page_size, K, d]`. Pools of BITS are kept as integers.
     """
 
     k: jax.Array
@@ -36,18 +36,12 @@ class SplitPages(NamedTuple):
 
 
 class QuantizedPages(NamedTuple):
-    """The same in int8, with scales f32 `[pages, K, page_size]` of each token and head; or in 8-bit floats, whose bits
-    are kept as uint8: XLA:CPU moves no such floats, and would convert the whole pool there and back for each token."""
+    """The same in 8 bits, with scales f32 `[pages, K, page_size]` of each token and head."""
 
     k: jax.Array
     v: jax.Array
     k_scales: jax.Array
     v_scales: jax.Array
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """What the values are."""
-        return KV_DTYPES["int8" if self.k.dtype == jnp.int8 else "fp8"]
 
 
 class GpuPages(NamedTuple):
@@ -75,8 +69,15 @@ class FusedPages(NamedTuple):
 LayerCache = SplitPages | QuantizedPages | GpuPages | PackedPages | FusedPages
 Cache = tuple[LayerCache, ...]
 KV_DTYPES = {"int8": np.dtype(np.int8), "fp8": np.dtype(jnp.float8_e4m3fn)}
+# XLA:CPU, as of JAX 0.10, can't write such floats: it would convert the whole pool there and back for each token.
+BITS = {np.dtype(jnp.bfloat16): np.dtype(np.uint16), np.dtype(jnp.float8_e4m3fn): np.dtype(np.uint8)}
 SCALE = np.dtype(np.float32)
 FUSED = 0, 0, 17  # the first version of tokamax that has it so
+
+
+def values_dtype(pool: jax.Array) -> np.dtype[Any]:
+    """What a pool's values are, which may be kept as BITS."""
+    return next((dtype for dtype, bits in BITS.items() if bits == pool.dtype), pool.dtype)
 
 
 def tokamax_version() -> str | None:
@@ -167,8 +168,8 @@ class CacheLayout:
             kv = jax.ShapeDtypeStruct((num_pages, page_size, heads, 2, self.head_dim), self.dtype)
             layer = FusedPages(kv)  # type: ignore[arg-type]
         else:
-            bits = np.dtype(np.uint8) if self.pages is QuantizedPages and self.dtype != np.int8 else self.dtype
-            k = jax.ShapeDtypeStruct((num_pages, heads, page_size, self.head_dim), bits)
+            kept = self.dtype if self.pages is GpuPages else BITS.get(self.dtype, self.dtype)
+            k = jax.ShapeDtypeStruct((num_pages, heads, page_size, self.head_dim), kept)
             scales = (jax.ShapeDtypeStruct(k.shape[:3], SCALE),) * 2 if self.pages is QuantizedPages else ()
             layer = self.pages(k, k, *scales)  # type: ignore[arg-type,call-arg]
         return (layer,) * self.num_layers
