@@ -1,9 +1,9 @@
 """Products on CPU with weights that stay as they are kept, through XLA's foreign function interface.
 
 XLA multiplies float32 well, but makes a float32 copy of any other weight in each product. The kernels (`micro.h`) read
-each weight once. `setup.py` builds them where there is a C++ compiler, for all instruction sets that they know; which
-one runs is decided when they are loaded: `avx512` (with VNNI and BF16), `avx2` (with FMA), `portable`, or less if
-JAXINFER_CPU_KERNELS names less; `none` leaves everything to XLA, which is what happens where they weren't built, too.
+each weight once. They are built with the package where there is a C++ compiler (`build.py`), for all instruction sets
+that they know; which one runs is decided when they are loaded: `avx512` (with VNNI and BF16), `avx2` (with FMA),
+`portable`, or less if JAXINFER_CPU_KERNELS names less; `none` leaves everything to XLA, which is what happens where they weren't built, too.
 """
 
 from __future__ import annotations
