@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.quantized import Wanted, decode, wanted_tensors
 from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.models.model import Model, Params, scales
 from jaxinfer.models.weights import Source
@@ -28,7 +29,8 @@ def load_params(
 ) -> Params:
     """All parameters of `model`, in its dtype, on the device, or split over the mesh. Host memory: the result plus one
     tensor. Only what this process's devices hold is read, and once; of weights to be quantized, all columns of its
-    rows, as they share a scale. On a mesh MLP width and vocabulary are padded with zeros to what it divides.
+    rows, as they share a scale, and all of those that the checkpoint has quantized. On a mesh MLP width and vocabulary
+    are padded with zeros to what it divides.
 
     `on_tensor` is told the bytes of each tensor read. Raises one ValueError with every missing, unknown, duplicate,
     misshaped and wrongly typed tensor.
@@ -38,6 +40,9 @@ def load_params(
     located = _locate(model, checkpoint, sources)
     params: Params = {}
     for name, source in sources.items():
+        if name in model.stored:
+            params |= _stored(model, name, source, place, checkpoint, located, on_tensor)
+            continue
         shape, stored = model.shape(name), located[source.name]
 
         def read(index: Index, shape: tuple[int, ...] = shape, source: Source = source, stored: str = stored) -> Host:
@@ -97,28 +102,81 @@ def _quantized(
     return result
 
 
-def _locate(model: Model, checkpoint: Checkpoint, sources: dict[str, Source]) -> dict[str, str]:
-    """The name in the checkpoint of each source tensor, with or without the model's prefix; or one ValueError."""
+def _stored(
+    model: Model,
+    name: str,
+    source: Source,
+    place: jax.Device | Mesh,
+    checkpoint: Checkpoint,
+    located: Mapping[str, str],
+    on_tensor: Callable[[int], None] | None,
+) -> dict[str, jax.Array]:
+    """The parameters of a weight that the checkpoint has quantized: as it is, or converted."""
+    form, (rows, columns) = model.stored[name], model.shape(name)
+    base = source.name.removesuffix("weight")
+    found = {
+        suffix: checkpoint.read(located[base + suffix])
+        for suffix in wanted_tensors(form, rows * source.parts, columns)
+        if base + suffix in located
+    }
+    if on_tensor is not None:
+        on_tensor(sum(array.nbytes for array in found.values()))
+    where = f"{checkpoint.folder}: {base.removesuffix('.')}"
+    try:
+        decoded = decode(form, found, rows * source.parts, columns)
+        if source.parts > 1:
+            decoded = decoded.rows(slice(rows * source.part, rows * (source.part + 1)))
+        scheme = model.quantized.get(name)
+        arrays = {"": decoded.floats(model.abstract[name].dtype)} if scheme is None else decoded.kept(scheme)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    result = {}
+    for suffix, array in arrays.items():
+        whole = model.placed(name + suffix, place)
+        held = parts(whole.sharding, whole.shape).items()
+        of = ((index, devices, array[tuple(slice(*part) for part in index)]) for index, devices in held)
+        result[name + suffix] = _put(whole, of, where)
+    return result
+
+
+def _wanted(model: Model, sources: Mapping[str, Source]) -> dict[str, Wanted]:
+    """The tensors that there should be."""
+    found: dict[str, Wanted] = {}
+    for name, source in sources.items():
+        shape = model.shape(name)
+        if name in model.stored:
+            tensors = wanted_tensors(model.stored[name], shape[0] * source.parts, shape[1])
+            found |= {source.name.removesuffix("weight") + suffix: one for suffix, one in tensors.items()}
+        else:
+            found[source.name] = Wanted((_stored_shape(shape, source),), FLOATS)
+    return found
+
+
+def _locate(model: Model, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> dict[str, str]:
+    """The name in the checkpoint of each tensor, with or without the model's prefix; or one ValueError."""
     prefix = model.weights.prefix
     stored = checkpoint.tensors
     located: dict[str, str] = {}
     known: set[str] = set()
     missing, duplicate, shapes, types = [], [], [], []
-    for name, source in sources.items():
-        names = [n for n in dict.fromkeys((source.name, source.name.removeprefix(prefix))) if n in stored]
+    for name, wanted in _wanted(model, sources).items():
+        names = [n for n in dict.fromkeys((name, name.removeprefix(prefix))) if n in stored]
         if not names:
-            missing.append(source.name)
+            if not wanted.optional:
+                missing.append(name)
             continue
         known.update(names)
         if len(names) > 1:
             duplicate.append(f"{names[0]} (also as {names[1]})")
         info = stored[names[0]]
-        located[source.name] = names[0]
-        wanted = _stored_shape(model.shape(name), source)
-        if info.shape != wanted:
-            shapes.append(f"{names[0]} {list(info.shape)} instead of {list(wanted)}")
-        elif info.dtype not in FLOATS:
-            types.append(f"{names[0]} is {info.dtype}")
+        located[name] = names[0]
+        if info.shape not in wanted.shapes:
+            shapes.append(
+                f"{names[0]} {list(info.shape)} instead of {' or '.join(str(list(s)) for s in wanted.shapes)}"
+            )
+        elif info.dtype not in wanted.dtypes:
+            read = "" if wanted.dtypes is FLOATS else f" instead of {' or '.join(map(str, wanted.dtypes))}"
+            types.append(f"{names[0]} is {info.dtype}{read}")
     unknown = [n for n in stored if n not in known and not model.weights.is_ignored(n)]
     problems = [
         f"{label}: {some(dict.fromkeys(names))}"

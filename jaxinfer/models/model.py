@@ -18,9 +18,10 @@ from jaxinfer.layers.linear import Axes
 from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.registry import parse_config
-from jaxinfer.models.weights import WeightMap
+from jaxinfer.models.weights import Source, WeightMap
 from jaxinfer.quantization.qarray import QArray, axes_of_scales
 from jaxinfer.quantization.schemes import NONE, SCALE, Quantization, Scheme, scheme_of
+from jaxinfer.quantization.stored import Format, Stored, stored_quantization
 from jaxinfer.sharding import PADDED, counts, placed
 
 Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.layers.0.mlp.up_proj.weight"
@@ -33,7 +34,8 @@ class Model:
     dtype: of activations, of the cache and of vectors; kept: of matrices that are not quantized. abstract: shape and
     dtype of each parameter by name; axes: its logical axes. tables: those of which rows are looked up. quantization: as
     it was asked for. quantized: the schemes of those weights that are: NAME has their values, NAME_scale their scales.
-    together: how many places of each parameter's axes a mesh must not split.
+    together: how many places of each parameter's axes a mesh must not split. stored: how the checkpoint has those
+    weights that are quantized in it; what no scheme holds exactly is converted to floats, and not in `quantized`.
     """
 
     config: ModelConfig
@@ -46,6 +48,7 @@ class Model:
     axes: Mapping[str, Axes]
     tables: frozenset[str]
     together: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, Format]
     _graph: nnx.GraphDef[Any]
     _state: tuple[tuple[tuple[Any, ...], Any], ...]
 
@@ -67,6 +70,9 @@ class Model:
         abstract: dict[str, jax.ShapeDtypeStruct] = {}
         axes: dict[str, Axes] = {}
         quantized: dict[str, Scheme] = {}
+        stored: dict[str, Format] = {}
+        said = stored_quantization(data)
+        weights = architecture.weights(config)
         tables = {_name(path) for path, variable in flat if variable.get_metadata().get("looked_up")}
         for path, variable in flat:
             name, shape, about = _name(path), variable.get_value(), variable.get_metadata()
@@ -75,6 +81,17 @@ class Model:
             if looked_up is not None:
                 abstract[name] = jax.ShapeDtypeStruct(shape.shape, kept)
             scheme = None if looked_up is None else scheme_of(quantization, name, looked_up)
+            if said is not None:
+                form = _stored_format(said, weights.source(name)) if looked_up is False else None
+                wanted, scheme = scheme, form.scheme(*shape.shape) if form else None
+                if quantization is not None and wanted != scheme:
+                    raise ValueError(
+                        f"quantization is {quantization!r}: the checkpoint is quantized already ({said.method}), and "
+                        f"{name} is in {scheme.name if scheme else 'floats'}: leave it out, or take the original "
+                        "checkpoint"
+                    )
+                if form is not None:
+                    stored[name] = form
             if scheme is not None:
                 quantized[name] = scheme
                 try:
@@ -84,14 +101,13 @@ class Model:
                         f"quantization is {quantization!r}: {name} {list(shape.shape)}: {error}; give patterns of "
                         f'names, with "{name}": "{NONE}"'
                     ) from None
-                for suffix, (stored, kind) in arrays.items():
-                    abstract[name + suffix] = jax.ShapeDtypeStruct(stored, jnp.dtype(kind))
+                for suffix, (size, kind) in arrays.items():
+                    abstract[name + suffix] = jax.ShapeDtypeStruct(size, jnp.dtype(kind))
                 axes[scales(name)] = axes_of_scales(axes[name], scheme)
         if quantization is not None and not quantized:
             raise ValueError(f"quantization is {quantization!r}: none of the model's weights is meant by it")
-        weights = architecture.weights(config)
         together = _together(quantized, axes)
-        held = quantized, abstract, axes, frozenset(tables), together
+        held = quantized, abstract, axes, frozenset(tables), together, stored
         return cls(config, weights, jnp.dtype(dtype), kept, quantization, *held, graph, flat)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -156,6 +172,16 @@ class _OneKey:
 
     def params(self) -> jax.Array:
         return self._key
+
+
+def _stored_format(said: Stored, source: Source) -> Format | None:
+    found = said.format_of(source.name.removesuffix(".weight"), "Conv1D" if source.transpose else "Linear")
+    if found is not None and source.transpose and found.layout != "gptq":
+        raise ValueError(
+            f"config.json: quantization_config.quant_method is {said.method!r}: {source.name} is stored [in, out], "
+            "which is read with 'gptq' alone; take the original checkpoint"
+        )
+    return found
 
 
 def _together(quantized: Mapping[str, Scheme], axes: Mapping[str, Axes]) -> dict[str, tuple[int, ...]]:

@@ -64,6 +64,6 @@ def parse_config(data: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
 
     found = architecture(str(data.get("model_type")))
     fields = Fields(data)
-    for name in ("quantization_config", "is_encoder_decoder", "add_cross_attention"):
+    for name in ("is_encoder_decoder", "add_cross_attention"):
         fields.refuse(name, False)
     return found, found.parse(fields)

@@ -1,0 +1,167 @@
+"""Tensors of checkpoints that are quantized already: which there are, and what is in them.
+
+Of a linear `X [out, in]`, with G groups of inputs and n = 32 / bits:
+
+- plain: `X.weight [out, in]`, int8 or e4m3, and its scales: one, one a row `[out, 1]`, one a group `[out, G]`, one a
+  block `[out / rows, in / columns]`, rounded up (weight_scale_inv is DeepSeek's name, and is multiplied with, too).
+- packed: `X.weight_packed` int32 `[out, in / n]`, the first of n values in the lowest bits, each plus half its range;
+  scales; zero points `X.weight_zero_point` packed likewise along out; `X.weight_g_idx [in]`, the group of each input.
+- gptq: `X.qweight` int32 `[in / n, out]`, packed along in; `X.qzeros` int32 `[G, out / n]`, packed along out, of which
+  the first version has stored one less; `X.scales [G, out]`, `X.g_idx [in]`. A weight is (value - zero) * scale.
+- awq: `X.qweight` int32 `[in, out / 8]` and `X.qzeros` int32 `[G, out / 8]`, packed along out in the order 0, 2, 4, 6,
+  1, 3, 5, 7; `X.scales [G, out]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxinfer.quantization.qarray import BLOCK
+from jaxinfer.quantization.schemes import SCALE, Scheme
+from jaxinfer.quantization.stored import Format
+
+Host = np.ndarray[Any, Any]
+Shape = tuple[int, ...]
+INTEGERS = tuple(np.dtype(kind) for kind in (np.int32, np.int64))
+SCALES = tuple(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bfloat16))
+AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A tensor: the shapes and dtypes that it may have, and whether it may be missing."""
+
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[np.dtype[Any], ...]
+    optional: bool = False
+
+
+def wanted_tensors(form: Format, rows: int, columns: int) -> dict[str, Wanted]:
+    """The tensors of a linear, by what is added to its name."""
+    words = (INTEGERS[0],)
+    fit = 32 // form.bits
+    groups = -(-columns // form.columns) if form.columns else 1
+    order = Wanted(((columns,),), INTEGERS, optional=form.ordered)
+    if form.layout in ("gptq", "awq"):
+        shape = (-(-columns // fit), rows) if form.layout == "gptq" else (columns, -(-rows // fit))
+        return {
+            "qweight": Wanted((shape,), words),
+            "qzeros": Wanted(((groups, -(-rows // fit)),), words),
+            "scales": Wanted(((groups, rows),), SCALES),
+        } | ({"g_idx": order} if form.layout == "gptq" else {})
+    high = -(-rows // form.rows) if form.rows else 1
+    shapes: tuple[Shape, ...] = ((high, groups),)
+    if groups == 1:
+        shapes += ((high,), *([()] if high == 1 else []))
+    found = {form.scale: Wanted(shapes, SCALES)}
+    if form.inputs:
+        found["input_scale"] = Wanted(((), (1,), (1, 1)), SCALES)
+    if form.layout == "plain":
+        kind = np.dtype(ml_dtypes.float8_e4m3fn if form.floats else np.int8)
+        zero = {"weight_zero_point": Wanted(shapes, (np.dtype(np.int8),))} if form.zeros else {}
+        return found | {"weight": Wanted(((rows, columns),), (kind,))} | zero
+    zero = {"weight_zero_point": Wanted(((-(-rows // fit), groups),), words)} if form.zeros else {}
+    return (
+        found
+        | {
+            "weight_packed": Wanted(((rows, -(-columns // fit)),), words),
+            "weight_shape": Wanted(((2,),), INTEGERS, optional=True),
+            "weight_g_idx": order,
+        }
+        | zero
+    )
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A linear: `(values - zeros) * scales`. values `[out, in]`: as they are, or unsigned; zeros `[out, G]`: integers;
+    scales: f32 `[out, G]`, or for blocks of rows `[out / rows, G]`; order i64 `[in]`: the group of each input."""
+
+    form: Format
+    values: Host
+    zeros: Host | None
+    scales: Host
+    order: Host | None
+
+    def rows(self, part: slice) -> Decoded:
+        """Some rows; only of formats that have scales for each."""
+        assert self.form.rows == 1
+        zeros = None if self.zeros is None else self.zeros[part]
+        return Decoded(self.form, self.values[part], zeros, self.scales[part], self.order)
+
+    def kept(self, scheme: Scheme) -> dict[str, Host]:
+        """The arrays of `Scheme.arrays`, with the same values to the bit. Raises ValueError if they can't hold them."""
+        values, half = self.values, 2 ** (self.form.bits - 1)
+        if self.zeros is not None:
+            if np.any(self.zeros != half):
+                raise ValueError(f"has zero points other than {half}, and config.json says that it is symmetric")
+            values = values ^ np.uint8(half)  # two's complement
+            values = values[:, ::2] & 15 | values[:, 1::2] << 4 if scheme.packed == 2 else values.view(np.int8)
+        rows = len(self.values) if self.form.rows == 0 else len(self.scales)
+        return {"": values, SCALE: np.broadcast_to(self.scales, (rows, self.scales.shape[1]))}
+
+    def floats(self, dtype: np.dtype[Any]) -> Host:
+        """The weight in this dtype, computed in float32 a few rows at a time."""
+        count, columns = self.values.shape
+        order = self.order
+        if order is None:
+            order = np.arange(columns) // (self.form.columns or columns)
+        result = np.empty((count, columns), dtype)
+        for start in range(0, count, size := max(BLOCK // columns, 1)):
+            rows = np.arange(start, min(start + size, count))
+            some = self.values[rows].astype(np.float32)
+            if self.zeros is not None:
+                some -= self.zeros[rows].astype(np.float32)[:, order]
+            some *= self.scales[rows // self.form.rows if self.form.rows else rows * 0][:, order]
+            with np.errstate(over="ignore"):
+                result[rows] = some
+        if dtype == np.float16 and np.isinf(result).any():
+            raise ValueError("has values beyond float16's 65504; use dtype bfloat16 or float32")
+        return result
+
+
+def decode(form: Format, stored: Mapping[str, Host], rows: int, columns: int) -> Decoded:
+    """What is in the tensors of a linear, by what is added to its name; those that are optional may be missing. Raises
+    ValueError where they contradict each other."""
+    order = stored.get("g_idx", stored.get("weight_g_idx"))
+    groups = -(-columns // form.columns) if form.columns else 1
+    if order is not None and (order.min() < 0 or order.max() >= groups):
+        raise ValueError(f"has groups from {order.min()} to {order.max()} in g_idx, of {groups}")
+    if form.ordered and order is not None:
+        if np.any(order != np.arange(columns) // (form.columns or columns)):
+            raise ValueError("has inputs that are not in the order of their groups, and config.json says that they are")
+        order = None
+    if form.layout in ("gptq", "awq"):
+        values, zeros = stored["qweight"], _unpacked(stored["qzeros"], form.bits)
+        values = _unpacked(np.ascontiguousarray(values.T), form.bits) if form.layout == "gptq" else _unpacked(values, 4)
+        if form.layout == "awq":
+            values, zeros = (one.reshape(len(one), -1, 8)[..., np.argsort(AWQ_ORDER)] for one in (values, zeros))
+            values, zeros = values.reshape(columns, -1).T, zeros.reshape(groups, -1)
+        zeros = (zeros + np.uint8(form.offset)) & np.uint8(2**form.bits - 1)
+        scales = stored["scales"].astype(np.float32).T
+        return Decoded(form, values[:rows, :columns], zeros.T[:rows], scales, order)
+    scales = stored[form.scale].astype(np.float32)
+    scales = scales.reshape(-(-rows // form.rows) if form.rows else 1, groups)
+    point = stored.get("weight_zero_point")
+    if form.layout == "plain":
+        return Decoded(form, stored["weight"], None if point is None else point.reshape(scales.shape), scales, order)
+    shape = stored.get("weight_shape")
+    if shape is not None and shape.tolist() != [rows, columns]:
+        raise ValueError(f"has {shape.tolist()} in weight_shape instead of {[rows, columns]}")
+    values = _unpacked(stored["weight_packed"], form.bits)[:, :columns]
+    if point is None:
+        zeros = np.full(scales.shape, 2 ** (form.bits - 1), np.uint8)
+    else:
+        zeros = _unpacked(np.ascontiguousarray(point.T), form.bits).T[:rows]
+    return Decoded(form, values, zeros, scales, order)
+
+
+def _unpacked(words: Host, bits: int) -> Host:
+    """int32 `[n, m]` as the uint8 `[n, 32 m / bits]` that are in them, those in the lowest bits first."""
+    whole = np.ascontiguousarray(words).view(np.uint8)
+    return whole if bits == 8 else np.stack([whole & 15, whole >> 4], axis=-1).reshape(len(whole), -1)

@@ -1,0 +1,260 @@
+"""Checkpoints that are quantized already: what the `quantization_config` of their config.json says of each linear.
+
+Formats: compressed-tensors (https://github.com/vllm-project/compressed-tensors), GPTQ (Frantar et al.,
+arXiv:2210.17323) as AutoGPTQ and GPTQModel write it, AWQ (Lin et al., arXiv:2306.00978) as AutoAWQ does in its version
+"gemm", and fp8 as DeepSeek and transformers' FineGrainedFP8Config do. How their tensors are laid out is in
+checkpoint/quantized.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.quantization.schemes import SCHEMES, Scheme
+
+Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a linear `[out, in]` is stored.
+
+    layout: "plain", values as they are, or how several of them are packed into an int32: "packed", "gptq", "awq".
+    bits: of a value. floats: e4m3, not integers. rows, columns: of a block with one scale; 0: all. zeros: blocks have a
+    zero point, too. offset: what is added to those that are stored. ordered: input i is in group i // columns; else
+    there is a tensor that says it. activations: they are quantized to int8 for each token. scale: what its scales are
+    called. inputs: a scale of activations is there, too, which is not used.
+    """
+
+    layout: str
+    bits: int
+    floats: bool = False
+    rows: int = 1
+    columns: int = 0
+    zeros: bool = False
+    offset: int = 0
+    ordered: bool = True
+    activations: bool = False
+    scale: str = "weight_scale"
+    inputs: bool = False
+
+    def scheme(self, rows: int, columns: int) -> Scheme | None:
+        """What holds such a weight as it is; None: it is converted to floats."""
+        found: Scheme | None = None
+        if self.zeros or not self.ordered:
+            return None
+        if self.floats:
+            found = SCHEMES["fp8-block" if (self.rows, self.columns) == (128, 128) else "fp8"]
+            return found if self.columns == found.columns else None
+        if not self.columns:
+            return SCHEMES["int8-w8a8" if self.activations else "int8"] if self.bits == 8 else None
+        base = SCHEMES["int4" if self.bits == 4 else "int8"]
+        name = f"{base.name}-g{self.columns}"
+        found = SCHEMES.get(name) or dataclasses.replace(base, name=name, columns=self.columns)
+        found = base if found.columns == base.columns else found
+        try:
+            found.arrays(rows, columns)
+        except ValueError:
+            return None
+        return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """format_of: of a module's name and class ("Linear" or "Conv1D"), its Format, None if it is not quantized."""
+
+    method: str
+    format_of: Callable[[str, str], Format | None]
+
+
+def stored_quantization(config: Fields) -> Stored | None:
+    """Of a config.json's content; None if the checkpoint is not quantized. Raises ValueError naming a field that is not
+    supported, and its value."""
+    said = next((config[n] for n in ("quantization_config", "compression_config") if config.get(n) is not None), None)
+    if said is None:
+        return None
+    if not isinstance(said, Mapping):
+        raise _unsupported("", said, "an object is needed")
+    method = _one_of(said, "quant_method", *_READERS)
+    return Stored(method, _READERS[method](said))
+
+
+def _compressed_tensors(said: Fields) -> Callable[[str, str], Format | None]:
+    _one_of(said, "quantization_status", None, "compressed")
+    _one_of(said, "kv_cache_scheme", None, remedy="; kv_cache_dtype quantizes the cache without it: remove the field")
+    for name in ("transform_config", "sparsity_config"):
+        part = said.get(name) or {}
+        if part and (name == "transform_config" or part.get("format", "dense") != "dense"):
+            raise _unsupported(name, part)
+    groups = said.get("config_groups")
+    if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise _unsupported("config_groups", groups, "groups by name are needed")
+    formats = [
+        (_names(group, "targets"), _of_group(group, said.get("format"), f"config_groups.{name}."))
+        for name, group in groups.items()
+    ]
+    ignored = _names(said, "ignore")
+
+    def format_of(module: str, kind: str) -> Format | None:
+        if any(_matches(target, module, kind) for target in ignored):
+            return None
+        # Names come before classes.
+        for wanted in (module, kind):
+            for targets, found in formats:
+                if any(_matches(target, module, wanted) for target in targets if (target == kind) == (wanted == kind)):
+                    return found
+        return None
+
+    return format_of
+
+
+def _of_group(group: Fields, default: Any, where: str) -> Format:
+    layout = {"format": group.get("format") or default}
+    named = _one_of(
+        layout, "format", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", where=where
+    )
+    _one_of(group, "output_activations", None, where=where)
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    if not isinstance(weights, Mapping):
+        raise _unsupported(f"{where}weights", weights, "an object is needed")
+    of = f"{where}weights."
+    floats = _one_of(weights, "type", "int", "float", where=of) == "float"
+    packed = named == "pack-quantized"
+    bits = _one_of(weights, "num_bits", *((4, 8) if packed else (8,)), where=of)
+    _one_of(weights, "dynamic", None, False, where=of)
+    if floats and packed:
+        raise _unsupported(f"{of}type", "float", "pack-quantized has int")
+    strategy = _one_of(weights, "strategy", *("tensor", "channel", "group", *(["block"] if floats else [])), where=of)
+    rows, columns = 0 if strategy == "tensor" else 1, 0
+    if strategy == "block":
+        rows, columns = _block(weights, "block_structure", of)
+    elif strategy == "group":
+        columns = _group_size(weights, "group_size", of)
+    zeros = weights.get("symmetric", True) is False
+    activations = False
+    if inputs is not None:
+        of = f"{where}input_activations."
+        if _one_of(inputs, "type", "float" if floats else "int", where=of) == "int":
+            _one_of(inputs, "num_bits", 8, where=of)
+            _one_of(inputs, "dynamic", True, where=of)
+            _one_of(inputs, "symmetric", True, where=of)
+            _one_of(inputs, "strategy", "token", where=of)
+            if zeros or columns:
+                raise _unsupported(
+                    f"{of}num_bits", 8, "weights have one scale for each channel then, and no zero point"
+                )
+            activations = True
+    return Format(
+        "packed" if packed else "plain",
+        bits,
+        floats,
+        rows,
+        columns,
+        zeros,
+        ordered=weights.get("actorder") not in ("group", True),
+        activations=activations,
+        inputs=inputs is not None and not inputs.get("dynamic"),
+    )
+
+
+def _gptq(said: Fields) -> Callable[[str, str], Format | None]:
+    bits = _one_of(said, "bits", 4, 8)
+    kind = _one_of(said, "checkpoint_format", None, "gptq", "gptq_v2")
+    _one_of(said, "pack_dtype", None, "int32")
+    _one_of(said, "dynamic", None, {})
+    blocks = said.get("modules_in_block_to_quantize") or said.get("inside_layer_modules")
+    only = [str(name) for block in blocks or () for name in ([block] if isinstance(block, str) else block)]
+    # The first version stores zero points less one.
+    found = Format(
+        "gptq",
+        bits,
+        columns=_group_size(said, "group_size"),
+        zeros=said.get("sym", True) is False,
+        offset=0 if kind == "gptq_v2" else 1,
+        ordered=not said.get("desc_act"),
+    )
+    plain = [] if said.get("lm_head") else ["lm_head"]
+    return _but(found, plain, lambda module: not only or any(f".{module}".endswith(f".{name}") for name in only))
+
+
+def _awq(said: Fields) -> Callable[[str, str], Format | None]:
+    bits = _one_of(said, "bits" if "bits" in said else "w_bit", 4)
+    _one_of(said, "version", None, "gemm", "GEMM")
+    size = _group_size(said, "group_size" if "group_size" in said else "q_group_size")
+    return _but(Format("awq", bits, columns=size, zeros=True), ["lm_head", *_names(said, "modules_to_not_convert")])
+
+
+def _fp8(said: Fields) -> Callable[[str, str], Format | None]:
+    _one_of(said, "fmt", None, "e4m3")
+    static = _one_of(said, "activation_scheme", None, "dynamic", "static") == "static"
+    if said.get("weight_block_size") is None:
+        found = Format("plain", 8, True, 0, 0, inputs=static)
+    else:
+        rows, columns = _block(said, "weight_block_size", "")
+        found = Format("plain", 8, True, rows, columns, scale="weight_scale_inv", inputs=static)
+    return _but(found, ["lm_head", *_names(said, "modules_to_not_convert"), *_names(said, "ignored_layers")])
+
+
+_READERS: dict[str, Callable[[Fields], Callable[[str, str], Format | None]]] = {
+    "compressed-tensors": _compressed_tensors,
+    "gptq": _gptq,
+    "awq": _awq,
+    "fp8": _fp8,
+}
+
+
+def _but(
+    found: Format, plain: list[str], wanted: Callable[[str], bool] = lambda _: True
+) -> Callable[[str, str], Format | None]:
+    """All linears but those that have one of these names, or one of them in their path."""
+    return lambda module, _: None if any(f".{n}." in f".{module}." for n in plain) or not wanted(module) else found
+
+
+def _matches(target: str, module: str, kind: str) -> bool:
+    if target.startswith("re:"):
+        try:
+            return re.match(target[3:], module) is not None
+        except re.error:
+            raise _unsupported("targets or ignore", target, "it is no regular expression") from None
+    return target in (module, kind)
+
+
+def _one_of(said: Fields, name: str, *values: Any, where: str = "", remedy: str = "") -> Any:
+    value = said.get(name) if isinstance(said, Mapping) else said
+    if not any(type(value) is type(one) and value == one for one in values):
+        choice = ", ".join("nothing" if one is None else repr(one) for one in values)
+        raise _unsupported(f"{where}{name}", value, f"{choice} can be read{remedy}")
+    return value
+
+
+def _group_size(said: Fields, name: str, where: str = "") -> int:
+    """0: all of them."""
+    size = said.get(name)
+    if type(size) is not int or (size < 1 and size != -1):
+        raise _unsupported(f"{where}{name}", size, "a number, or -1, is needed")
+    return max(size, 0)
+
+
+def _block(said: Fields, name: str, where: str) -> tuple[int, int]:
+    block = said.get(name)
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        raise _unsupported(f"{where}{name}", block, "two numbers are needed")
+    return block[0], block[1]
+
+
+def _names(said: Fields, name: str) -> list[str]:
+    found = said.get(name) or []
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise _unsupported(name, found, "a list of names is needed")
+    return found
+
+
+def _unsupported(name: str, value: Any, why: str = "it is not supported") -> ValueError:
+    field = f"quantization_config.{name}" if name else "quantization_config"
+    return ValueError(
+        f"config.json: {field} is {value!r:.100}: {why}; or take the original checkpoint, and `quantization`"
+    )

@@ -1,0 +1,189 @@
+"""Quantized checkpoints, written from the descriptions of their formats: of each linear the tensors, and the weight
+that they stand for. Nothing here is the package's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+Stored = tuple[dict[str, np.ndarray], np.ndarray]
+
+
+class Case(NamedTuple):
+    """said: quantization_config. store: a linear's tensors by what is added to its name, and the weight [out, in].
+    scheme: what it is kept in, None for floats."""
+
+    said: dict[str, Any]
+    store: Callable[[np.ndarray], Stored]
+    scheme: str | None
+
+
+def words(values: np.ndarray, bits: int, order: list[int] | None = None) -> np.ndarray:
+    """Unsigned `[n, m]` as int32 `[n, m * bits / 32]`: the order[i]th value is in a word's bits from i * bits on."""
+    fit = 32 // bits
+    padded = np.zeros((len(values), -(-values.shape[1] // fit) * fit), object)
+    padded[:, : values.shape[1]] = values.astype(int)
+    grouped = padded.reshape(len(values), -1, fit)
+    total = sum(grouped[:, :, (order or range(fit))[i]] << (bits * i) for i in range(fit))
+    return total.astype(np.uint32).view(np.int32)
+
+
+def integers(weight: np.ndarray, bits: int, size: int, symmetric: bool, order: np.ndarray | None = None) -> Any:
+    """Unsigned values `[out, in]`, zeros and scales `[out, G]`, and the weight; order: the group of each input."""
+    rows, columns = weight.shape
+    size = size if size > 0 else columns
+    order = np.arange(columns) // size if order is None else order
+    groups, most = order.max() + 1, 2**bits - 1
+    scales, zeros = np.zeros((rows, groups), np.float32), np.zeros((rows, groups), int)
+    for g in range(groups):
+        some = weight[:, order == g]
+        if symmetric:
+            scales[:, g], zeros[:, g] = np.abs(some).max(axis=1) * 2 / most, 2 ** (bits - 1)
+        else:
+            low, high = np.minimum(some.min(axis=1), 0), np.maximum(some.max(axis=1), 0)
+            scales[:, g] = (high - low) / most
+            zeros[:, g] = np.clip(np.round(-low / scales[:, g]), 0, most)
+    scales = scales.astype(np.float16).astype(np.float32)
+    values = np.clip(np.round(weight / scales[:, order]) + zeros[:, order], 0, most).astype(int)
+    return values, zeros, scales, ((values - zeros[:, order]) * scales[:, order]).astype(np.float32)
+
+
+def gptq(bits: int, size: int, *, sym: bool = True, act: bool = False, version: int = 1) -> Case:
+    def store(weight: np.ndarray) -> Stored:
+        order = np.arange(weight.shape[1]) // (size if size > 0 else weight.shape[1])
+        order = np.random.default_rng(1).permutation(order) if act else order
+        values, zeros, scales, left = integers(weight, bits, size, sym, order)
+        shifted = (zeros - 1) % 2**bits if version == 1 else zeros
+        return {
+            "qweight": words(values, bits).T.copy(),
+            "qzeros": words(shifted.T, bits),
+            "scales": scales.T.astype(np.float16),
+            "g_idx": order.astype(np.int32),
+        }, left
+
+    said = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": sym, "desc_act": act, "damp_percent": 0.1}
+    said |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
+    kept = sym and not act and size > 0
+    return Case(said, store, {32: "int4", 128: "int4-g128"}.get(size) if kept and bits == 4 else None)
+
+
+def awq(size: int) -> Case:
+    def store(weight: np.ndarray) -> Stored:
+        values, zeros, scales, left = integers(weight, 4, size, False)
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        packed = {"qweight": words(values.T, 4, order), "qzeros": words(zeros.T, 4, order)}
+        return packed | {"scales": scales.T.astype(np.float16)}, left
+
+    said = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}
+    return Case(said | {"modules_to_not_convert": ["k_proj"]}, store, None)
+
+
+def compressed(
+    bits: int, size: int = 0, *, kind: str = "pack", sym: bool = True, act: bool = False, inputs: Any = None
+) -> Case:
+    def store(weight: np.ndarray) -> Stored:
+        columns = weight.shape[1]
+        order = np.arange(columns) // (size or columns)
+        order = np.random.default_rng(1).permutation(order) if act else order
+        values, zeros, scales, left = integers(weight, bits, size or columns, sym, order)
+        scales = {"weight_scale": scales.astype(ml_dtypes.bfloat16)}
+        left = (values - zeros[:, order]) * scales["weight_scale"].astype(np.float32)[:, order]
+        if kind == "int":
+            return scales | {"weight": (values - 128).astype(np.int8)}, left
+        tensors = scales | {"weight_packed": words(values, bits), "weight_shape": np.array(weight.shape)}
+        tensors |= {} if sym else {"weight_zero_point": words(zeros.T, bits).T.copy()}
+        return tensors | ({"weight_g_idx": order.astype(np.int32)} if act else {}), left
+
+    weights = {"num_bits": bits, "type": "int", "symmetric": sym, "strategy": "group" if size else "channel"}
+    weights |= {"group_size": size or None, "actorder": "group" if act else None, "dynamic": False}
+    scheme = {(4, 32): "int4", (4, 128): "int4-g128", (8, 0): "int8-w8a8" if inputs else "int8"}.get((bits, size))
+    return compressed_case(f"{kind}-quantized", weights, inputs, store, scheme if sym and not act else None)
+
+
+def compressed_case(kind: str, weights: Any, inputs: Any, store: Any, scheme: str | None) -> Case:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
+    said = {"quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed"}
+    return Case(said | {"config_groups": {"group_0": group}, "ignore": ["re:.*k_proj", "lm_head"]}, store, scheme)
+
+
+def fp8(high: int, wide: int, method: str) -> Case:
+    """0: the whole of it."""
+
+    def store(weight: np.ndarray) -> Stored:
+        rows, columns = weight.shape
+        h, w = high or rows, wide or columns
+        scales = np.zeros((-(-rows // h), -(-columns // w)), np.float32)
+        values, left = np.zeros(weight.shape, FP8), np.zeros_like(weight)
+        for i in range(0, rows, h):
+            for j in range(0, columns, w):
+                block = slice(i, i + h), slice(j, j + w)
+                scales[i // h, j // w] = np.abs(weight[block]).max() / 448
+                values[block] = (weight[block] / scales[i // h, j // w]).astype(FP8)
+                left[block] = values[block].astype(np.float32) * scales[i // h, j // w]
+        if method == "fp8":
+            name = "weight_scale_inv" if wide else "weight_scale"
+            return {"weight": values, name: scales if wide else scales.reshape(())}, left
+        return {"weight": values, "weight_scale": scales} | (
+            {"input_scale": np.ones(1, np.float32)} if high == 0 else {}
+        ), left
+
+    scheme = "fp8-block" if (high, wide) == (128, 128) else "fp8" if not wide else None
+    if method == "fp8":
+        said = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+        return Case(said | ({"weight_block_size": [high, wide]} if wide else {}), store, scheme)
+    strategy = "block" if wide else "channel" if high else "tensor"
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
+    weights |= {"block_structure": [high, wide]} if wide else {}
+    inputs = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": bool(high), "strategy": "token"}
+    return compressed_case("float-quantized", weights, inputs, store, scheme)
+
+
+TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+CASES = {
+    "int8 w8a16": compressed(8),
+    "int8 w8a8": compressed(8, kind="int", inputs=TOKEN),
+    "int4": compressed(4, 32),
+    "int4 of 128": compressed(4, 128),
+    "int4 with zero points": compressed(4, 32, sym=False),
+    "int4 in another order": compressed(4, 32, act=True),
+    "fp8 of channels": fp8(1, 0, "compressed-tensors"),
+    "fp8 of tensors": fp8(0, 0, "compressed-tensors"),
+    "fp8 of blocks": fp8(128, 128, "compressed-tensors"),
+    "fp8 of small blocks": fp8(32, 64, "fp8"),
+    "deepseek": fp8(128, 128, "fp8"),
+    "fp8 of whole tensors": fp8(0, 0, "fp8"),
+    "gptq": gptq(4, 32),
+    "gptq of 128": gptq(4, 128),
+    "gptq 8 bits": gptq(8, 32),
+    "gptq of rows": gptq(4, -1),
+    "gptq in another order": gptq(4, 32, act=True),
+    "gptq with zero points": gptq(4, 32, sym=False),
+    "gptq version 2": gptq(4, 32, version=2),
+    "awq": awq(32),
+}
+
+
+def quantized(tensors: dict[str, np.ndarray], case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A checkpoint's tensors with its linears in a format, and with what they stand for."""
+    stored: dict[str, np.ndarray] = {}
+    left: dict[str, np.ndarray] = {}
+    plain = [
+        "embed",
+        "lm_head",
+        "wte",
+        "wpe",
+        *(["k_proj"] if case.said["quant_method"] in ("awq", "compressed-tensors") else []),
+    ]
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or any(part in name for part in plain):
+            stored[name] = left[name] = tensor
+            continue
+        in_out = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
+        found, weight = case.store(tensor.T if in_out else tensor)
+        stored |= {name.removesuffix("weight") + suffix: value for suffix, value in found.items()}
+        left[name] = np.ascontiguousarray(weight.T if in_out else weight).astype(np.float32)
+    return stored, left

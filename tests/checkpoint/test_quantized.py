@@ -1,0 +1,206 @@
+"""Checkpoints that are quantized already, in the formats of the hub, against what they stand for."""
+
+import copy
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxinfer import LLM
+from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.load import load_params
+from jaxinfer.models.model import Model
+from jaxinfer.sharding import make_mesh
+from tests.checkpoint.formats import CASES, TOKEN, quantized
+from tests.plain import CONFIG, random_tensors, write_checkpoint
+from tests.quantization.test_qarray import real
+
+SMALL = CONFIG | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_hidden_layers": 1}
+ARCHITECTURES = {
+    "llama": SMALL,
+    "qwen3": SMALL | {"model_type": "qwen3"},
+    "qwen2": SMALL | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 300, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64},
+}
+
+
+def loaded(folder, config, stored, place=None, **options):
+    folder.mkdir(exist_ok=True)
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in stored.items()}, folder / "model.safetensors")
+    model = Model.from_config(config, "float32", **options)
+    with Checkpoint(folder) as checkpoint:
+        return model, load_params(model, checkpoint, place or jax.devices()[0])
+
+
+def check(config, case, tmp_path, place=None):
+    stored, left = quantized(random_tensors(config), case)
+    model, params = loaded(tmp_path / "a", config | {"quantization_config": case.said}, stored, place)
+    plain, expected = loaded(tmp_path / "b", config, left, place)
+    for name, weight in expected.items():
+        got = params[name]
+        if name in model.quantized:
+            got = real(got, params[f"{name}_scale"], model.quantized[name])
+        got, weight = (np.asarray(one)[tuple(map(slice, plain.abstract[name].shape))] for one in (got, weight))
+        np.testing.assert_allclose(got, weight, rtol=1e-6, atol=1e-7, err_msg=name)
+    return model
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_they_stand_for(name, tmp_path):
+    case, config = CASES[name], SMALL | {"intermediate_size": 128, "hidden_size": 128, "head_dim": 64}
+    model = check(config, case, tmp_path)
+    linear = "model.layers.0.mlp.up_proj.weight"
+    assert linear in model.stored
+    assert "lm_head.weight" not in model.stored
+    kept = model.quantized.get(linear)
+    assert (kept and kept.name) == ("int8-g32" if name == "gptq 8 bits" else case.scheme)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "mesh"),
+    [
+        ("qwen2", "awq", "fsdp=2,tensor=2"),
+        ("qwen3", "int4", "fsdp=2,tensor=2"),
+        ("qwen3", "gptq in another order", "data=2,tensor=4"),
+        ("qwen2", "gptq of 128", None),  # where a weight has fewer inputs, it is converted
+        ("gpt2", "gptq", None),
+        ("gpt2", "gptq with zero points", "tensor=2"),
+    ],
+)
+def test_architectures_and_meshes(architecture, name, mesh, tmp_path):
+    """Fused and transposed tensors, biases, padded weights."""
+    config = ARCHITECTURES[architecture]
+    place = mesh and make_mesh(mesh, jax.devices(), 4, 4 if architecture == "gpt2" else 2, 64)
+    check(config, CASES[name], tmp_path, place)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("int4", "fsdp=2,tensor=2"),
+        *(pytest.param(name, None, marks=pytest.mark.slow) for name in ("gptq", "awq", "deepseek", "int8 w8a16")),
+    ],
+)
+def test_logits(name, mesh, tmp_path):
+    """From end to end, beside the checkpoint of floats that they stand for."""
+    case, prompts = CASES[name], [[5, 17, 200, 33], list(range(40, 100))]
+    options = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "page_size": 8, "max_model_len": 64}
+    stored, left = quantized(random_tensors(CONFIG), case)
+    found = []
+    for folder, config, tensors, place in (
+        ("a", {"quantization_config": case.said}, stored, mesh),
+        ("b", {}, left, None),
+    ):
+        with LLM(write_checkpoint(tmp_path / folder, CONFIG | config, tensors), mesh=place, **options) as llm:
+            found.append(llm.score(prompts))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def changed(name, path, value):
+    said = copy.deepcopy(CASES[name].said)
+    *parents, last = path.split(".")
+    inner = said
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = value
+    return said
+
+
+WEIGHTS, INPUTS = "config_groups.group_0.weights", "config_groups.group_0.input_activations"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value"),
+    [
+        ("awq", "quant_method", "bitsandbytes"),
+        ("awq", "version", "gemv"),
+        ("awq", "bits", 3),
+        ("gptq", "bits", 3),
+        ("gptq", "group_size", "x"),
+        ("gptq", "checkpoint_format", "marlin"),
+        ("gptq", "dynamic", {"-:.*": {}}),
+        ("deepseek", "fmt", "e5m2"),
+        ("deepseek", "weight_block_size", [128]),
+        ("deepseek", "modules_to_not_convert", "lm_head"),
+        ("int4", "quantization_status", "frozen"),
+        ("int4", "kv_cache_scheme", {"num_bits": 8}),
+        ("int4", "config_groups", []),
+        ("int4", "sparsity_config", {"format": "sparse-24"}),
+        ("int4", "format", "marlin-24"),
+        ("int4", f"{WEIGHTS}.num_bits", 2),
+        ("int4", f"{WEIGHTS}.strategy", "block"),
+        ("int4", f"{WEIGHTS}.group_size", 0),
+        ("int8 w8a8", f"{INPUTS}.dynamic", False),
+        ("int8 w8a8", f"{INPUTS}.strategy", "tensor"),
+        ("int8 w8a8", "config_groups.group_0.output_activations", TOKEN),
+    ],
+)
+def test_what_is_not_supported(name, path, value):
+    field = "config_groups.group_0.format" if path == "format" else path
+    with pytest.raises(ValueError, match=re.escape(f"config.json: quantization_config.{field} is {value!r}")) as error:
+        Model.from_config(SMALL | {"quantization_config": changed(name, path, value)}, "float32")
+    assert "original checkpoint" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix", "value", "what"),
+    [
+        ("gptq", "scales", None, "missing tensors: model.layers.0.mlp.up_proj.scales"),
+        ("gptq", "more", np.zeros(2), "unknown tensors: model.layers.0.mlp.up_proj.more"),
+        ("gptq", "qweight", np.zeros((8, 95), np.int32), r"wrong shapes: .*qweight \[8, 95\] instead of \[8, 96\]"),
+        ("gptq", "qzeros", np.zeros((2, 12), np.float32), "wrong dtypes .*qzeros is float32 instead of int32"),
+        ("gptq", "qzeros", np.zeros((2, 12), np.int32), "up_proj: has zero points other than 8, and config.json says"),
+        ("gptq", "g_idx", np.zeros(64, np.int32), "inputs that are not in the order of their groups"),
+        ("gptq in another order", "g_idx", np.full(64, 2, np.int32), "has groups from 2 to 2 in g_idx, of 2"),
+        ("int4", "weight_shape", np.array([96, 65]), r"has \[96, 65\] in weight_shape instead of \[96, 64\]"),
+    ],
+)
+def test_damaged(name, suffix, value, what, tmp_path):
+    stored, _ = quantized(random_tensors(SMALL), CASES[name])
+    key = f"model.layers.0.mlp.up_proj.{suffix}"
+    stored = {n: t for n, t in stored.items() if n != key} | ({} if value is None else {key: value})
+    with pytest.raises(ValueError, match=what):
+        loaded(tmp_path / "m", SMALL | {"quantization_config": CASES[name].said}, stored)
+
+
+def test_a_quantization_beside_the_checkpoints_own(tmp_path):
+    """The same is no contradiction."""
+    config = SMALL | {"quantization_config": CASES["int8 w8a16"].said}
+    same = {"*.k_proj.*": "none", "lm_head.*": "none", "model.layers.*": "int8"}
+    assert Model.from_config(config, "float32", same).quantized == Model.from_config(config, "float32").quantized
+    with pytest.raises(
+        ValueError, match=r"quantized already \(compressed-tensors\), and .* is in floats: leave it out, or"
+    ):
+        Model.from_config(config, "float32", "int4")
+
+
+def test_targets():
+    """Names come before classes, and what is ignored before both."""
+    said = copy.deepcopy(CASES["int4"].said)
+    other = copy.deepcopy(CASES["int8 w8a16"].said["config_groups"]["group_0"])
+    said["config_groups"]["group_1"] = other | {"targets": ["re:.*down_proj", "model.layers.0.self_attn.k_proj"]}
+    said["ignore"] = ["model.layers.0.self_attn.k_proj", "lm_head"]
+    model = Model.from_config(SMALL | {"quantization_config": said}, "float32")
+    names = {name.split(".")[-2]: scheme.name for name, scheme in model.quantized.items()}
+    assert names["down_proj"] == "int8"
+    assert names["up_proj"] == names["o_proj"] == "int4"
+    assert "k_proj" not in names
+
+
+def test_plan(tmp_path, cli):
+    """From config.json alone."""
+    bytes_of = {}
+    for name in ("gptq", "gptq with zero points"):
+        config = CONFIG | {"quantization_config": CASES[name].said}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        done = cli("plan", "--model", tmp_path, "--topology", "l4-1", "--json")
+        assert done.code == 0, done.err
+        bytes_of[name] = json.loads(done.out)["bytes"]["weights"]
+    model = Model.from_config(config, "bfloat16")
+    assert bytes_of["gptq with zero points"] == sum(a.size * 2 for a in model.abstract.values())
+    assert bytes_of["gptq"] < 0.55 * bytes_of["gptq with zero points"]
