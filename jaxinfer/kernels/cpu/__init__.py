@@ -3,7 +3,7 @@
 XLA multiplies float32 well, but makes a float32 copy of any other weight in each product. The kernels (`micro.h`) read
 each weight once. They are built with the package where there is a C++ compiler (`build.py`), for all instruction sets
 that they know; which one runs is decided when they are loaded: `avx512` (with VNNI and BF16), `avx2` (with FMA),
-`portable`, or less if JAXINFER_CPU_KERNELS names less; `none` leaves everything to XLA, which is what happens where they weren't built, too.
+`portable`, or less if JAXINFER_CPU_KERNELS names less. `none` leaves everything to XLA, as where they weren't built.
 """
 
 from __future__ import annotations
