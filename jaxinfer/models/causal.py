@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxinfer.attention import Batch
 from jaxinfer.cache import Cache
+from jaxinfer.layers.stack import RunLayer, stack
+
+# Of a layer: what is multiplied channel by channel with what it feeds (norms; linears, whose outputs reach others with
+# no more than sums over tokens and factors of other sources between), and the linears that take it.
+Feeds = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 class CausalLM(nnx.Module):
     """A body, which is run on all tokens of a batch, and an output head, for those whose logits are wanted."""
 
+    def embed(self, batch: Batch) -> jax.Array:
+        """The stream before the first layer, `[T, D]`."""
+        raise NotImplementedError
+
+    def blocks(self) -> Sequence[Any]:
+        """The layers."""
+        raise NotImplementedError
+
+    def runner(self, batch: Batch) -> RunLayer[Any]:
+        """What runs one of the layers on the stream."""
+        raise NotImplementedError
+
     def hidden(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """The stream after the last layer, `[T, D]`, and the cache with the new keys and values."""
-        raise NotImplementedError
+        return stack(self.blocks(), self.embed(batch), cache, batch, self.runner(batch))
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """Logits float32 `[N, V]` of some of the stream, `[N, D]`; mesh: as in Batch."""

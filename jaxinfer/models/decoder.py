@@ -5,6 +5,7 @@ Module attributes carry Hugging Face's names, so the path of a weight is its nam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -13,14 +14,14 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, Batch
-from jaxinfer.cache import Cache, LayerCache
+from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import SelfAttention
 from jaxinfer.layers.linear import Embedding, Linear, head_logits
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rotary import Rope
-from jaxinfer.layers.stack import stack
-from jaxinfer.models.causal import CausalLM
+from jaxinfer.layers.stack import RunLayer
+from jaxinfer.models.causal import CausalLM, Feeds
 from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig, rope_of
 
 # Old checkpoints carry the rotary frequencies; they follow from config.json. A tied head may be stored twice.
@@ -94,6 +95,13 @@ def num_layers(fields: Fields) -> int:
 class DecoderLayer(nnx.Module):
     """Attention, then MLP, each behind a norm and added to the stream."""
 
+    FEEDS: Feeds = (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("self_attn.v_proj", ("self_attn.o_proj",)),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ("mlp.up_proj", ("mlp.down_proj",)),
+    )
+
     def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         spec = AttentionSpec(scale=config.head_dim**-0.5, window=config.windows[layer])
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
@@ -136,11 +144,6 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.rope = config.rope
 
-    def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        x = self.embed_tokens(batch.tokens, batch.mesh)
-        cos_sin = self.rope.cos_sin(batch.positions)
-        return stack(self.layers, x, cache, batch, lambda layer, x, cache: layer(x, cos_sin, cache, batch))
-
 
 class DecoderForCausalLM(CausalLM):
     """A decoder with its output head."""
@@ -153,8 +156,15 @@ class DecoderForCausalLM(CausalLM):
             )
         self.tied = config.tie_word_embeddings
 
-    def hidden(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        return self.model(batch, cache)
+    def embed(self, batch: Batch) -> jax.Array:
+        return self.model.embed_tokens(batch.tokens, batch.mesh)
+
+    def blocks(self) -> Sequence[DecoderLayer]:
+        return list(self.model.layers)
+
+    def runner(self, batch: Batch) -> RunLayer[DecoderLayer]:
+        cos_sin = self.model.rope.cos_sin(batch.positions)
+        return lambda layer, x, cache: layer(x, cos_sin, cache, batch)
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         return head_logits(self.model.norm(x), self.model.embed_tokens if self.tied else self.lm_head, mesh)

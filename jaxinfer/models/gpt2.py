@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,12 +12,12 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, Batch, attend
-from jaxinfer.cache import Cache, LayerCache
+from jaxinfer.cache import LayerCache
 from jaxinfer.layers.linear import Embedding, Linear, head_logits
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.norm import LayerNorm
-from jaxinfer.layers.stack import stack
-from jaxinfer.models.causal import CausalLM
+from jaxinfer.layers.stack import RunLayer
+from jaxinfer.models.causal import CausalLM, Feeds
 from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.weights import Source, WeightMap
@@ -91,6 +92,12 @@ class GPT2MLP(nnx.Module):
 class GPT2Block(nnx.Module):
     """Attention, then MLP, each behind a norm and added to the stream."""
 
+    FEEDS: Feeds = (
+        ("ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj")),
+        ("attn.v_proj", ("attn.c_proj",)),
+        ("ln_2", ("mlp.c_fc",)),
+    )
+
     def __init__(self, config: GPT2Config, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.ln_1 = LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.attn = GPT2Attention(config, layer, dtype=dtype, rngs=rngs)
@@ -123,10 +130,15 @@ class GPT2ForCausalLM(CausalLM):
             size = (config.hidden_size, config.vocab_size)
             self.lm_head = Linear(*size, axes=("vocab", "embed"), dtype=dtype, rngs=rngs)
 
-    def hidden(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def embed(self, batch: Batch) -> jax.Array:
         model = self.transformer
-        x = model.wte(batch.tokens, batch.mesh) + model.wpe(batch.positions, batch.mesh)
-        return stack(model.h, x, cache, batch, lambda block, x, cache: block(x, cache, batch))
+        return model.wte(batch.tokens, batch.mesh) + model.wpe(batch.positions, batch.mesh)
+
+    def blocks(self) -> Sequence[GPT2Block]:
+        return list(self.transformer.h)
+
+    def runner(self, batch: Batch) -> RunLayer[GPT2Block]:
+        return lambda block, x, cache: block(x, cache, batch)
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         return head_logits(self.transformer.ln_f(x), self.transformer.wte if self.tied else self.lm_head, mesh)
