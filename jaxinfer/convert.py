@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
 from jaxinfer.checkpoint.files import read_config
-from jaxinfer.checkpoint.hf import HfWriter, check_hf, config_of
+from jaxinfer.checkpoint.hf import HfWriter, config_of
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
@@ -26,7 +27,7 @@ from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, manifest, sa
 from jaxinfer.checkpoint.output import check_output, put, put_beside, written
 from jaxinfer.engine.load import place_for
 from jaxinfer.engine.options import check_options
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import Model, Params
 from jaxinfer.models.registry import REGISTRY
 from jaxinfer.sharding import describe
 
@@ -67,16 +68,12 @@ def convert(
     dtype "auto" keeps what the checkpoint has. Host memory: the result, and a few of the largest tensors.
     Raises ValueError and OSError with one line.
     """
-    if format not in get_args(Format):
-        raise ValueError(f"format is {format!r}: it must be one of {', '.join(get_args(Format))}")
     given = check_options(options)
     output = os.fspath(output)
-    fs, _ = check_output(output)
-    if format == "hf" and not isinstance(fs, LocalFileSystem):
-        raise ValueError(f"output {output}: format hf is written into a folder here, and can then be copied")
+    check_place(output, format)
     folder = resolve(model, given["revision"], given["token"])
     config = dict(read_config(folder, REGISTRY))
-    with written(output) as path, open_weights(folder) as weights:
+    with open_weights(folder) as weights:
         quantization = given["quantization"]
         if isinstance(weights, Converted):
             quantization = weights.scheme(quantization)
@@ -84,38 +81,58 @@ def convert(
         if given["dtype"] != "auto":
             config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": str(dtype)}
         abstract = Model.from_config(config, dtype, quantization)
-        if format == "hf":
-            check_hf(abstract)
         place = place_for(abstract, given["mesh"])
-        times = [time.perf_counter()]
-        with _bar("Read", weights.nbytes, show_progress) as read:
-            params = load_weights(abstract, weights, place, read)
-        times.append(time.perf_counter())
-        size = sum(array.nbytes for array in params.values())
-        if format == "hf":
-            with HfWriter(abstract, path) as writer, _bar("Written", size, show_progress) as done:
-                writer.add(params, done)
-            config = config_of(abstract, config)
-        else:
-            save(params, f"{path}/{WEIGHTS}")
+        with writing(output, format, abstract, config, folder) as add:
+            times = [time.perf_counter()]
+            with bar("Read", weights.nbytes, show_progress) as read:
+                params = load_weights(abstract, weights, place, read)
+            times.append(time.perf_counter())
+            size = sum(array.nbytes for array in params.values())
+            add(params)
+    times.append(time.perf_counter())
+    where = "" if isinstance(place, jax.Device) else describe(place)
+    load, write = np.diff(times).tolist()
+    done = Conversion(output, format, quantization, str(dtype), where, size, load, write)
+    if format == "hf" and abstract.quantized:
+        return done
+    del params
+    start = time.perf_counter()
+    with open_weights(resolve(output)) as new:
+        jax.block_until_ready(load_weights(abstract, new, place))
+    back = time.perf_counter() - start
+    return dataclasses.replace(done, restore_seconds=back, restore_ratio=back / load)
+
+
+def check_place(output: str, format: Format) -> None:
+    """Raises ValueError if something is there, or if it can't be written there."""
+    if format not in get_args(Format):
+        raise ValueError(f"format is {format!r}: it must be one of {', '.join(get_args(Format))}")
+    fs, _ = check_output(output)
+    if format == "hf" and not isinstance(fs, LocalFileSystem):
+        raise ValueError(f"output {output}: format hf is written into a folder here, and can then be copied")
+
+
+@contextlib.contextmanager
+def writing(
+    output: str, format: Format, model: Model, config: Mapping[str, Any], folder: Path
+) -> Iterator[Callable[[Params], None]]:
+    """What takes a model's parameters, a few at a time or all at once, and writes them. config: config.json's content.
+    folder: where all else is that belongs to the checkpoint. Raises ValueError for what the format can't have."""
+    if format == "hf":
+        with written(output) as path:
+            with HfWriter(model, path) as writer:
+                yield writer.add
+            put(f"{path}/config.json", json.dumps(config_of(model, config), indent=2).encode())
+            put_beside(folder, path)
+        return
+    params: Params = {}
+    with written(output) as path:
+        yield params.update
+        save(params, f"{path}/{WEIGHTS}")
         put(f"{path}/config.json", json.dumps(config, indent=2).encode())
         put_beside(folder, path)
-        if format == "orbax":
-            put(
-                f"{path}/{MANIFEST}", manifest(abstract, params, f"{path}/{WEIGHTS}")
-            )  # last: it says that all is there
-        times.append(time.perf_counter())
-        del params
-        if format == "hf" and abstract.quantized:
-            return Conversion(
-                output, format, quantization, str(dtype), "", size, times[1] - times[0], times[2] - times[1]
-            )
-        with open_weights(Path(path)) as new:
-            jax.block_until_ready(load_weights(abstract, new, place))
-        times.append(time.perf_counter())
-    load, write, back = np.diff(times).tolist()
-    where = "" if isinstance(place, jax.Device) else describe(place)
-    return Conversion(output, format, quantization, str(dtype), where, size, load, write, back, back / load)
+        put(f"{path}/{MANIFEST}", manifest(model, params, f"{path}/{WEIGHTS}"))  # last, as it says that all is there
+        params.clear()
 
 
 def stored_dtype(weights: Weights) -> np.dtype[Any]:
@@ -125,7 +142,7 @@ def stored_dtype(weights: Weights) -> np.dtype[Any]:
 
 
 @contextlib.contextmanager
-def _bar(what: str, total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
+def bar(what: str, total: int, shown: bool) -> Iterator[Callable[[int], Any]]:
     """A progress bar of bytes, on stderr if that is a terminal."""
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if shown else True) as bar:
-        yield bar.update
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None if shown else True) as shown_bar:
+        yield shown_bar.update

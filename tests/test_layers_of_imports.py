@@ -18,8 +18,8 @@ LAYERS = [
     {"checkpoint", "text", "processors", "sampling", "adapters"},
     {"engine"},
     {"plan", "llm"},
-    {"batch", "tuning", "server", "demo", "benchmark", "lm_eval"},
-    {"api", "compare", "convert", "doctor"},
+    {"batch", "tuning", "server", "demo", "benchmark", "lm_eval", "convert"},
+    {"api", "compare", "calibrate", "doctor"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,12 +25,16 @@ FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16,
 
 
 def load_params(
-    model: Model, checkpoint: Checkpoint, place: jax.Device | Mesh, on_tensor: Callable[[int], None] | None = None
+    model: Model,
+    checkpoint: Checkpoint,
+    place: jax.Device | Mesh,
+    on_tensor: Callable[[int], None] | None = None,
+    only: Collection[str] | None = None,
 ) -> Params:
-    """All parameters of `model`, in its dtype, on the device, or split over the mesh. Host memory: the result plus one
-    tensor. Only what this process's devices hold is read, and once; of weights to be quantized, all columns of its
-    rows, as they share a scale, and all of those that the checkpoint has quantized. On a mesh MLP width and vocabulary
-    are padded with zeros to what it divides.
+    """All parameters of `model`, or `only` some of them, in its dtype, on the device, or split over the mesh. Host
+    memory: the result plus one tensor. Only what this process's devices hold is read, and once; of weights to be
+    quantized, all columns of its rows, as they share a scale, and all of those that the checkpoint has quantized. On a
+    mesh MLP width and vocabulary are padded with zeros to what it divides.
 
     `on_tensor` is told the bytes of each tensor read. Raises one ValueError with every missing, unknown, duplicate,
     misshaped and wrongly typed tensor.
@@ -40,6 +44,8 @@ def load_params(
     located = _locate(model, checkpoint, sources)
     params: Params = {}
     for name, source in sources.items():
+        if only is not None and name not in only:
+            continue
         if name in model.stored:
             params |= _stored(model, name, source, place, checkpoint, located, on_tensor)
             continue

@@ -27,6 +27,7 @@ COMMANDS = (
     "compile",
     "compare",
     "convert",
+    "quantize",
     "lm-eval",
     "models",
     "doctor",

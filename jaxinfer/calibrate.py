@@ -1,0 +1,321 @@
+"""Quantizing with a look at what goes through the weights: `jaxinfer quantize`.
+
+Layer by layer: the activations of the calibration texts are on the host, and one layer's weights are in memory. A layer
+is run once as it was, to see what its linears get, and once with what was made of it, so that the next ones see that.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from jaxinfer.attention import Batch
+from jaxinfer.checkpoint.files import read_config
+from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.hub import resolve
+from jaxinfer.checkpoint.load import load_params
+from jaxinfer.checkpoint.open import open_weights
+from jaxinfer.convert import Format, check_place, stored_dtype, writing
+from jaxinfer.layers.linear import Linear
+from jaxinfer.models.causal import Feeds
+from jaxinfer.models.model import Model, Params, scales
+from jaxinfer.models.registry import REGISTRY
+from jaxinfer.quantization.calibrate import channel_factors, gptq, round_to_nearest, times
+from jaxinfer.quantization.qarray import pack
+from jaxinfer.quantization.schemes import SCHEMES, Scheme
+from jaxinfer.text.tokenizer import load_tokenizer
+
+Host = np.ndarray[Any, Any]
+Text = str | Sequence[Mapping[str, Any]]  # a plain one, or a conversation
+Method = Literal["awq", "gptq", "smoothquant"]
+SAMPLE = 2048  # tokens of which products are compared, for awq and smoothquant
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was written, the tokens that were looked at, and the seconds that it took."""
+
+    output: str
+    format: str
+    scheme: str
+    method: str
+    texts: int
+    tokens: int
+    seconds: float
+
+
+def calibrate(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    texts: Iterable[Text],
+    *,
+    scheme: str,
+    method: Method,
+    format: Format = "hf",
+    dtype: str = "auto",
+    max_length: int = 512,
+    max_tokens: int = 65536,
+    revision: str | None = None,
+    show_progress: bool = True,
+) -> Calibration:
+    """Quantizes a checkpoint by texts, plain ones or conversations, and writes it as `convert` does.
+
+    method: "gptq" makes up for each column's error in those after it; "awq" (weights alone), "smoothquant" (activations
+    too) scale channels first, which the norm or linear before takes back. Of each text `max_length` tokens are taken,
+    of all together `max_tokens`. An output head of its own, and what no layer has, is rounded to the nearest.
+    Raises ValueError and OSError with one line: texts that have no two tokens, a method that is not for the scheme, an
+    architecture that does not say what feeds what.
+    """
+    start = time.perf_counter()
+    output = os.fspath(output)
+    wanted = check_method(scheme, method)
+    check_place(output, format)
+    folder = resolve(model, revision)
+    config = dict(read_config(folder, REGISTRY))
+    tokenizer = load_tokenizer(folder)
+    plain = Model.from_config(config, "float32")
+    encoded = (
+        tokenizer.encode(text)
+        if isinstance(text, str)
+        else tokenizer.encode(tokenizer.chat_prompt(text, None, False), add_special_tokens=False)
+        for text in texts
+    )
+    sequences = _cut(encoded, min(max_length, plain.config.max_context), max_tokens)
+    device = jax.local_devices()[0]
+    with open_weights(folder) as checkpoint:
+        if not isinstance(checkpoint, Checkpoint):
+            raise ValueError(f"{folder}: was converted: give the original checkpoint")
+        kept = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
+        target = Model.from_config(config, kept, scheme)
+        layers = Layers(plain, device, sequences)
+        if method != "gptq":
+            layers.check_feeds(str(config["model_type"]))
+        with writing(output, format, target, config, folder) as add:
+            rest = load_params(plain, checkpoint, device, only=layers.rest)
+            add(_finished(target, {name: _rounded(target, name, value) for name, value in rest.items()}))
+            stream = layers.embed(rest)
+            del rest
+            for i, names in enumerate(tqdm(layers.names, desc="Layers", disable=None if show_progress else True)):
+                params = load_params(plain, checkpoint, device, only=names)
+                inputs, _ = layers.run(i, params, stream, "hessian" if method == "gptq" else "sample")
+                made = _quantize(target, layers, i, params, inputs, wanted, method)
+                add(_finished(target, made))
+                _, stream = layers.run(i, {n: _value(v) for n, v in made.items()}, stream, None)
+    tokens = sum(map(len, sequences))
+    return Calibration(output, format, scheme, method, len(sequences), tokens, time.perf_counter() - start)
+
+
+def check_method(scheme: str, method: str) -> Scheme:
+    """The scheme. Raises ValueError if there is none, or if the method is not for it."""
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r}: it must be one of {', '.join(get_args(Method))}")
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme is {scheme!r}: it must be one of {', '.join(SCHEMES)}")
+    found = SCHEMES[scheme]
+    if found.rows > 1:
+        raise ValueError(f"scheme is {scheme!r}: its scales are of several rows, which no method is for: use convert")
+    if found.activations != (method == "smoothquant") and method != "gptq":
+        fitting = "smoothquant and gptq are" if found.activations else "awq and gptq are"
+        raise ValueError(f"method is {method!r}, and scheme {scheme!r}: {fitting} for that")
+    return found
+
+
+# What becomes of a parameter: itself, or values and scales.
+Made = Host | tuple[Host, Host]
+
+
+class Layers:
+    """A model that is run layer by layer on sequences of tokens. Activations are `[tokens, in]` each."""
+
+    def __init__(self, model: Model, device: jax.Device, sequences: Sequence[list[int]]) -> None:
+        self.model = model
+        self.sequences = sequences
+        length = 1 << (max(map(len, sequences)) - 1).bit_length()
+        self.batches = [jax.device_put(Batch.of_sequences([ids], length), device) for ids in sequences]
+        found = {name: re.match(r"(.*?\.\d+)\.", name) for name in model.abstract}
+        prefixes = dict.fromkeys(part[1] for part in found.values() if part)
+        self.prefixes = sorted(prefixes, key=lambda prefix: int(prefix.rsplit(".", 1)[1]))
+        self.names = [[name for name in found if name.startswith(f"{prefix}.")] for prefix in self.prefixes]
+        self.rest = [name for name, part in found.items() if not part]
+        self.feeds: Feeds = getattr(type(model.bind(model.abstract).blocks()[0]), "FEEDS", ())
+
+    def check_feeds(self, model_type: str) -> None:
+        """Raises ValueError for an architecture whose layers don't say what feeds their linears."""
+        if not self.feeds:
+            raise ValueError(f"model_type {model_type!r} does not say which norms feed which linears: use method gptq")
+
+    def embed(self, params: Params) -> list[Host]:
+        """The stream of each sequence before the first layer."""
+        embed = jax.jit(lambda params, batch: self._bound(params).embed(batch))
+        return [np.asarray(embed(params, batch)) for batch in self.batches]
+
+    def run(
+        self, layer: int, params: Mapping[str, Any], stream: Sequence[Host], kept: Literal["hessian", "sample"] | None
+    ) -> tuple[dict[str, Host], list[Host]]:
+        """What goes into each of its linears, all sequences together, and the stream behind it. kept: of what goes in,
+        the sum of the outer products `[in, in]`, or some tokens of each sequence."""
+        shared: dict[str, str] = {}
+
+        @jax.jit
+        def run(params: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+            module = self._bound(params)
+            block = module.blocks()[layer]
+            taken: dict[str, jax.Array] = {}
+            if kept:
+                _record(block, taken)
+            out, _ = module.runner(batch)(block, x, None)
+            firsts: dict[int, str] = {}
+            for path, value in taken.items():
+                shared[path] = firsts.setdefault(id(value), path)
+            real = jnp.arange(x.shape[0])[:, None] < batch.kv_len[0]
+            inputs = {path: jnp.where(real, taken[path], 0).astype(jnp.float32) for path in firsts.values()}
+            if kept == "hessian":
+                inputs = {path: jnp.matmul(x.T, x, precision="highest") for path, x in inputs.items()}
+            return out, inputs
+
+        sums: dict[str, Any] = {}
+        streams = []
+        every = max(1, -(-sum(map(len, self.sequences)) // SAMPLE))
+        for ids, batch, x in zip(self.sequences, self.batches, stream, strict=True):
+            out, inputs = run(dict(params), x, batch)
+            streams.append(np.asarray(out))
+            for path, value in inputs.items():
+                if kept == "hessian":
+                    sums[path] = value if path not in sums else sums[path] + value
+                else:
+                    sums.setdefault(path, []).append(np.asarray(value)[: len(ids) : every])
+        found = {path: np.concatenate(one) if kept == "sample" else np.asarray(one) for path, one in sums.items()}
+        return {path: found[first] for path, first in shared.items()}, streams
+
+    def _bound(self, params: Mapping[str, Any]) -> Any:
+        return self.model.bind({**self.model.abstract, **params})
+
+
+class _Recorded(nnx.Module):
+    """A linear that tells what it gets."""
+
+    def __init__(self, linear: Linear, tell: Callable[[jax.Array], None]):
+        self.linear = linear
+        self.tell = tell
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.tell(x)
+        return self.linear(x)
+
+
+def _record(block: Any, taken: dict[str, jax.Array]) -> None:
+    linears = [(path, module) for path, module in nnx.iter_modules(block) if isinstance(module, Linear)]
+    for path, linear in linears:
+        parent = block
+        for part in path[:-1]:
+            parent = getattr(parent, str(part))
+        tell = functools.partial(taken.__setitem__, ".".join(map(str, path)))
+        setattr(parent, str(path[-1]), _Recorded(linear, tell))
+
+
+def _quantize(
+    target: Model,
+    layers: Layers,
+    layer: int,
+    params: Params,
+    inputs: Mapping[str, Host],
+    scheme: Scheme,
+    method: Method,
+) -> dict[str, Made]:
+    """What becomes of a layer's parameters."""
+    prefix = layers.prefixes[layer]
+    weights = {name: np.array(value, np.float32) for name, value in params.items()}
+    factors: dict[str, Host] = {}
+    if method != "gptq":
+        for source, taking in layers.feeds:
+            found = [path for path in taking if f"{prefix}.{path}.weight" in target.quantized]
+            if found:
+                read = [weights[f"{prefix}.{path}.weight"] for path in found]
+                shared = _shared(target, read[0].shape[1], weights[f"{prefix}.{source}.weight"].shape[0])
+                one = channel_factors(read, inputs[found[0]], scheme, shared)
+                fold(weights, f"{prefix}.{source}", [f"{prefix}.{path}" for path in taking], one, shared)
+                factors |= dict.fromkeys(found, one)
+    made: dict[str, Made] = {}
+    for name, weight in weights.items():
+        path = name.removeprefix(f"{prefix}.").removesuffix(".weight")
+        if name not in target.quantized:
+            made[name] = weight.astype(target.abstract[name].dtype)
+        elif method == "gptq":
+            made[name] = gptq(weight, inputs[path], scheme)
+        else:
+            size = np.mean(np.square(inputs[path]), axis=0) / factors.get(path, np.float32(1)) ** 2
+            made[name] = round_to_nearest(weight, size, scheme)
+    return made
+
+
+def _shared(target: Model, channels: int, given: int) -> tuple[int, int, int] | None:
+    """Where a linear takes more channels than its source gives: query heads that share the values of a head."""
+    config = target.config
+    return (
+        None if channels == given else (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
+    )
+
+
+def fold(
+    weights: dict[str, Host], source: str, taking: Sequence[str], factors: Host, shared: tuple[int, int, int] | None
+) -> None:
+    """Multiplies columns of what takes a source's output by factors, and divides the source by them, so that all of it
+    does what it did. shared: see channel_factors."""
+    for name in taking:
+        weights[f"{name}.weight"] *= factors
+    divisor = factors if shared is None else factors.reshape(shared)[:, 0].reshape(-1)
+    for name in (f"{source}.weight", f"{source}.bias"):
+        if name in weights:
+            weights[name] /= divisor.reshape(-1, *(1,) * (weights[name].ndim - 1))
+
+
+def _rounded(target: Model, name: str, value: jax.Array) -> Made:
+    """Of a weight that no layer has."""
+    host = np.asarray(value)
+    if name not in target.quantized:
+        return host.astype(target.abstract[name].dtype)
+    return round_to_nearest(host, np.ones(host.shape[1], np.float32), target.quantized[name])
+
+
+def _finished(target: Model, made: Mapping[str, Made]) -> dict[str, Any]:
+    """Parameters as the model has them."""
+    found: dict[str, Any] = {}
+    for name, one in made.items():
+        if isinstance(one, tuple):
+            packed = target.quantized[name].packed > 1
+            found[name] = pack(one[0]) if packed else one[0].astype(target.abstract[name].dtype)
+            found[scales(name)] = one[1]
+        else:
+            found[name] = one
+    return found
+
+
+def _value(one: Made) -> Host:
+    """What a parameter stands for."""
+    return times(*one) if isinstance(one, tuple) else one.astype(np.float32)
+
+
+def _cut(texts: Iterable[Sequence[int]], max_length: int, max_tokens: int) -> list[list[int]]:
+    found: list[list[int]] = []
+    left = max_tokens
+    for ids in texts:
+        ids = list(ids[: min(max_length, left)])
+        if len(ids) > 1:
+            found.append(ids)
+            left -= len(ids)
+        if left < 1:
+            break
+    if not found:
+        raise ValueError("there is nothing to calibrate with: at least one text must have two tokens")
+    return found
