@@ -39,6 +39,7 @@ from jaxinfer.text.tokenizer import load_tokenizer
 Host = np.ndarray[Any, Any]
 Text = str | Sequence[Mapping[str, Any]]  # a plain one, or a conversation
 Method = Literal["awq", "gptq", "smoothquant"]
+BATCH = 512  # tokens that are run at once, unless a text is longer
 SAMPLE = 2048  # tokens of which products are compared, for awq and smoothquant
 
 
@@ -136,18 +137,22 @@ Made = Host | tuple[Host, Host]
 
 
 class Layers:
-    """A model that is run layer by layer on sequences of tokens. Activations are `[tokens, in]` each."""
+    """A model that is run layer by layer on sequences of tokens, in batches. Activations are `[tokens, in]` of each."""
 
     def __init__(self, model: Model, device: jax.Device, sequences: Sequence[list[int]]) -> None:
         self.model = model
-        self.sequences = sequences
-        length = 1 << (max(map(len, sequences)) - 1).bit_length()
-        self.batches = [jax.device_put(Batch.of_sequences([ids], length), device) for ids in sequences]
+        packed = _packed(sequences)
+        self.tokens = [sum(map(len, some)) for some in packed]
+        length, rows = max(self.tokens), max(map(len, packed))
+        filled = (some + [[]] * (rows - len(some)) for some in packed)  # so that one program is for all of them
+        self.batches = [jax.device_put(Batch.of_sequences(some, length), device) for some in filled]
         found = {name: re.match(r"(.*?\.\d+)\.", name) for name in model.abstract}
         prefixes = dict.fromkeys(part[1] for part in found.values() if part)
         self.prefixes = sorted(prefixes, key=lambda prefix: int(prefix.rsplit(".", 1)[1]))
         self.names = [[name for name in found if name.startswith(f"{prefix}.")] for prefix in self.prefixes]
         self.rest = [name for name, part in found.items() if not part]
+        self._program = jax.jit(self._run, static_argnums=(0, 1))
+        self._firsts: dict[Any, dict[str, str]] = {}  # linears of a layer, and the first of those with the same input
         self.feeds: Feeds = getattr(type(model.bind(model.abstract).blocks()[0]), "FEEDS", ())
 
     def check_feeds(self, model_type: str) -> None:
@@ -156,47 +161,47 @@ class Layers:
             raise ValueError(f"model_type {model_type!r} does not say which norms feed which linears: use method gptq")
 
     def embed(self, params: Params) -> list[Host]:
-        """The stream of each sequence before the first layer."""
+        """The stream before the first layer."""
         embed = jax.jit(lambda params, batch: self._bound(params).embed(batch))
         return [np.asarray(embed(params, batch)) for batch in self.batches]
 
     def run(
         self, layer: int, params: Mapping[str, Any], stream: Sequence[Host], kept: Literal["hessian", "sample"] | None
     ) -> tuple[dict[str, Host], list[Host]]:
-        """What goes into each of its linears, all sequences together, and the stream behind it. kept: of what goes in,
-        the sum of the outer products `[in, in]`, or some tokens of each sequence."""
-        shared: dict[str, str] = {}
-
-        @jax.jit
-        def run(params: Params, x: jax.Array, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-            module = self._bound(params)
-            block = module.blocks()[layer]
-            taken: dict[str, jax.Array] = {}
-            if kept:
-                _record(block, taken)
-            out, _ = module.runner(batch)(block, x, None)
-            firsts: dict[int, str] = {}
-            for path, value in taken.items():
-                shared[path] = firsts.setdefault(id(value), path)
-            real = jnp.arange(x.shape[0])[:, None] < batch.kv_len[0]
-            inputs = {path: jnp.where(real, taken[path], 0).astype(jnp.float32) for path in firsts.values()}
-            if kept == "hessian":
-                inputs = {path: jnp.matmul(x.T, x, precision="highest") for path, x in inputs.items()}
-            return out, inputs
-
+        """What goes into each of its linears, all batches together, and the stream behind it. kept: of what goes in,
+        the sum of the outer products `[in, in]`, or every few tokens."""
+        graph, state = nnx.split(self._bound(params).blocks()[layer])
         sums: dict[str, Any] = {}
         streams = []
-        every = max(1, -(-sum(map(len, self.sequences)) // SAMPLE))
-        for ids, batch, x in zip(self.sequences, self.batches, stream, strict=True):
-            out, inputs = run(dict(params), x, batch)
+        every = -(-sum(self.tokens) // SAMPLE)
+        for tokens, batch, x in zip(self.tokens, self.batches, stream, strict=True):
+            out, inputs = self._program(graph, kept, state, x, batch)
             streams.append(np.asarray(out))
             for path, value in inputs.items():
                 if kept == "hessian":
                     sums[path] = value if path not in sums else sums[path] + value
                 else:
-                    sums.setdefault(path, []).append(np.asarray(value)[: len(ids) : every])
+                    sums.setdefault(path, []).append(np.asarray(value)[:tokens:every])
         found = {path: np.concatenate(one) if kept == "sample" else np.asarray(one) for path, one in sums.items()}
-        return {path: found[first] for path, first in shared.items()}, streams
+        return {path: found[first] for path, first in self._firsts.get(graph, {}).items() if found}, streams
+
+    def _run(
+        self, graph: Any, kept: str | None, state: Any, x: jax.Array, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Of one layer on one batch. Layers that are alike have the same graph, and so one program."""
+        block = nnx.merge(graph, state)
+        taken: dict[str, jax.Array] = {}
+        if kept:
+            _record(block, taken)
+        out, _ = self._bound({}).runner(batch)(block, x, None)
+        firsts: dict[int, str] = {}
+        for path, value in taken.items():
+            self._firsts.setdefault(graph, {})[path] = firsts.setdefault(id(value), path)
+        real = jnp.arange(x.shape[0])[:, None] < batch.q_start[-1]
+        inputs = {path: jnp.where(real, taken[path], 0).astype(jnp.float32) for path in firsts.values()}
+        if kept == "hessian":
+            inputs = {path: jnp.matmul(x.T, x, precision="highest") for path, x in inputs.items()}
+        return out, inputs
 
     def _bound(self, params: Mapping[str, Any]) -> Any:
         return self.model.bind({**self.model.abstract, **params})
@@ -294,8 +299,8 @@ def _finished(target: Model, made: Mapping[str, Made]) -> dict[str, Any]:
     for name, one in made.items():
         if isinstance(one, tuple):
             packed = target.quantized[name].packed > 1
-            found[name] = pack(one[0]) if packed else one[0].astype(target.abstract[name].dtype)
-            found[scales(name)] = one[1]
+            values = pack(one[0]) if packed else one[0].astype(target.abstract[name].dtype)
+            found |= {name: np.ascontiguousarray(values), scales(name): one[1]}
         else:
             found[name] = one
     return found
@@ -304,6 +309,20 @@ def _finished(target: Model, made: Mapping[str, Made]) -> dict[str, Any]:
 def _value(one: Made) -> Host:
     """What a parameter stands for."""
     return times(*one) if isinstance(one, tuple) else one.astype(np.float32)
+
+
+def _packed(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
+    """As many as fit, one after the other, into what is run at once."""
+    most = max(BATCH, *map(len, sequences))
+    found: list[list[list[int]]] = []
+    left = 0
+    for ids in sequences:
+        if len(ids) > left:
+            found.append([])
+            left = most
+        found[-1].append(ids)
+        left -= len(ids)
+    return found
 
 
 def _cut(texts: Iterable[Sequence[int]], max_length: int, max_tokens: int) -> list[list[int]]:
