@@ -63,7 +63,7 @@ def calibrate(
     *,
     scheme: str,
     method: Method,
-    format: Format = "hf",
+    format: Format = "orbax",
     dtype: str = "auto",
     max_length: int = 512,
     max_tokens: int = 65536,

@@ -132,6 +132,8 @@ def test_mistakes(cli, tmp_path, checkpoints):
         assert problem in cli(*asked).error()
     data.write_text('{"text": "some text to look at"}\n')
     gpt2 = checkpoints("gpt2").folder
-    message = cli("quantize", gpt2, tmp_path / "new", "--data", data, "--scheme", "int8", "--method", "awq").error()
+    message = cli(
+        "quantize", gpt2, tmp_path / "new", "--data", data, "--scheme", "int8", "--method", "awq", "--format", "hf"
+    ).error()
     assert "compressed-tensors has no form for: use format orbax" in message
     assert [file.name for file in tmp_path.iterdir()] == ["texts.jsonl"]

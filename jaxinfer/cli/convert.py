@@ -23,7 +23,7 @@ def convert(
         Literal["orbax", "hf"], typer.Option(help="Orbax, restored straight into shards; or safetensors as on the hub.")
     ] = "orbax",
     quantization: Annotated[
-        str | None, typer.Option(metavar="SCHEME", help="Of weights: int8, int8-w8a8, fp8; without it, none.")
+        str | None, typer.Option(metavar="SCHEME", help="Of weights: int8, int8-w8a8, int4, int4-g128, fp8, fp8-block.")
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

@@ -22,7 +22,9 @@ def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hugging Face hub id.")],
     output: Annotated[str, typer.Argument(metavar="DST", help="Folder that is not there yet.")],
     *,
-    scheme: Annotated[str, typer.Option(metavar="SCHEME", help="Of the weights: int8, int8-w8a8, fp8.")],
+    scheme: Annotated[
+        str, typer.Option(metavar="SCHEME", help="Of the weights: int4, int4-g128, int8, int8-w8a8, fp8.")
+    ],
     method: Annotated[
         Literal["awq", "gptq", "smoothquant"],
         typer.Option(help="gptq: any scheme; awq: weights alone; smoothquant: activations are quantized too."),
@@ -34,7 +36,7 @@ def quantize(
     max_length: Annotated[int, typer.Option(metavar="N", min=2, help="And at no more of each.")] = 512,
     format: Annotated[
         Literal["orbax", "hf"], typer.Option(help="As of jaxinfer convert; hf is compressed-tensors' format.")
-    ] = "hf",
+    ] = "orbax",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Of what is not quantized; auto: what the checkpoint has."),
@@ -47,7 +49,8 @@ def quantize(
 ) -> None:
     """Quantize a model by what goes through it when it reads texts of yours; all commands take DST as --model.
 
-    One layer's weights are in memory at a time. `jaxinfer compare` says what schemes cost without that.
+    One layer's weights are in memory at a time, and in Orbax's format the result. `jaxinfer compare` says what schemes
+    cost without that.
     """
     with verbosity.apply() as progress:
         from jaxinfer.checkpoint.hub import resolve
