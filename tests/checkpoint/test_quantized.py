@@ -12,8 +12,11 @@ from safetensors.numpy import save_file
 from jaxinfer import LLM
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
+from jaxinfer.checkpoint.quantized import decode, wanted_tensors
 from jaxinfer.models.model import Model
+from jaxinfer.quantization.stored import stored_quantization
 from jaxinfer.sharding import make_mesh
+from tests.checkpoint import formats
 from tests.checkpoint.formats import CASES, TOKEN, quantized
 from tests.plain import CONFIG, random_tensors, write_checkpoint
 from tests.quantization.test_qarray import real
@@ -204,3 +207,55 @@ def test_plan(tmp_path, cli):
     model = Model.from_config(config, "bfloat16")
     assert bytes_of["gptq with zero points"] == sum(a.size * 2 for a in model.abstract.values())
     assert bytes_of["gptq"] < 0.55 * bytes_of["gptq with zero points"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "bits", "kind", "strategy", "symmetric"),
+    [
+        ("pack-quantized", 4, "int", "group", True),
+        ("pack-quantized", 4, "int", "group", False),
+        ("pack-quantized", 8, "int", "channel", True),
+        ("pack-quantized", 8, "int", "channel", False),
+        ("naive-quantized", 8, "int", "channel", True),
+        ("naive-quantized", 8, "float", "channel", True),
+        ("naive-quantized", 8, "float", "tensor", True),
+        ("naive-quantized", 8, "float", "block", True),
+    ],
+)
+def test_by_the_package_itself(layout, bits, kind, strategy, symmetric):
+    """What compressed-tensors writes, and what it reads in that."""
+    pytest.importorskip("compressed_tensors")
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    more = {"group": {"group_size": 32}, "block": {"block_structure": [32, 32]}}.get(strategy, {})
+    args = QuantizationArgs(num_bits=bits, type=kind, symmetric=symmetric, strategy=strategy, **more)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    torch.manual_seed(0)
+    weight = torch.randn(48, 96)
+    high, wide = {"group": (1, 32), "channel": (1, 96), "tensor": (48, 96), "block": (32, 32)}[strategy]
+    whole = torch.nn.functional.pad(weight, (0, 0, 0, -48 % high)).reshape(-(-48 // high), high, 96 // wide, wide)
+    scale, zero = calculate_qparams(whole.amin((1, 3)), whole.amax((1, 3)), args)
+    compressor = BaseCompressor.load_from_registry(layout)
+    compressor = compressor if isinstance(compressor, type) else type(compressor)
+    parts = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+    stored = compressor.compress(parts, scheme)
+    expected = compressor.decompress(dict(stored), scheme)["weight"].float().numpy()
+    said = {"quant_method": "compressed-tensors", "format": layout, "ignore": []}
+    said |= {"config_groups": {"group_0": json.loads(scheme.model_dump_json())}}
+    form = stored_quantization({"quantization_config": said}).format_of("model.layers.0.mlp.up_proj", "Linear")
+    arrays = {
+        name: tensor.view(torch.int8).numpy().view(formats.FP8)
+        if tensor.dtype == torch.float8_e4m3fn
+        else tensor.numpy()
+        for name, tensor in stored.items()
+    }
+    wanted = wanted_tensors(form, 48, 96)
+    assert {name for name, one in wanted.items() if not one.optional} <= arrays.keys() <= wanted.keys()
+    for name, array in arrays.items():
+        assert array.shape in wanted[name].shapes
+        assert array.dtype in wanted[name].dtypes
+    np.testing.assert_allclose(decode(form, arrays, 48, 96).floats(np.dtype(np.float32)), expected, rtol=1e-6)
