@@ -143,10 +143,8 @@ def of_blocks(weight, scheme):
     ("scheme", "mesh"),
     [
         ("int4", "data=2,fsdp=2,tensor=2"),
-        pytest.param("int4", "tensor=4", marks=pytest.mark.slow),
         pytest.param("int4-g128", "fsdp=2,tensor=2", marks=pytest.mark.slow),
         pytest.param("fp8-block", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
-        pytest.param("fp8-block", None, marks=pytest.mark.slow),
     ],
 )
 def test_schemes_with_blocks(tmp_path, scheme, mesh):

@@ -15,7 +15,7 @@ import numpy as np
 from jaxinfer.checkpoint.write import Layout, SafetensorsWriter
 from jaxinfer.models.model import Model, scales
 from jaxinfer.models.weights import Source
-from jaxinfer.quantization.schemes import Scheme
+from jaxinfer.quantization.schemes import ZERO, Scheme
 
 Host = np.ndarray[Any, Any]
 FLOAT, INT, PACKED = "float-quantized", "int-quantized", "pack-quantized"
@@ -51,9 +51,8 @@ class HfWriter:
         self.model = model
         self._waiting: dict[str, dict[int, Host]] = {}  # parts of tensors that are not complete
         layouts: dict[str, Layout] = {}
-        of_scales = {scales(name) for name in model.quantized}
         for name, abstract in model.abstract.items():
-            if name in of_scales:
+            if name in model.beside:
                 continue
             if name in model.quantized:
                 layouts |= self._layouts(name)
@@ -71,7 +70,7 @@ class HfWriter:
             if name in self.model.quantized:
                 for key, tensor in self._quantized(name, params).items():
                     self.file.write(key, tensor)
-            elif name.removesuffix("_scale") not in self.model.quantized:
+            elif name not in self.model.beside:
                 self._plain(name, _host(self.model, name, params))
 
     def __enter__(self) -> HfWriter:
@@ -93,6 +92,10 @@ class HfWriter:
         """The tensors of a quantized weight."""
         values, scale = self.model.abstract[name], self.model.abstract[scales(name)]
         found = {f"{name}_scale": Layout(scale.shape, np.dtype(scale.dtype))}
+        scheme = self.model.quantized[name]
+        if scheme.zeros:  # packed along out, also where the values are not
+            size = -(-scale.shape[0] * (8 // scheme.packed) // 32), scale.shape[1]
+            found[f"{name}_zero_point"] = Layout(size, np.dtype(np.int32))
         if _format(self.model.quantized[name]) != PACKED:
             return found | {name: Layout(values.shape, np.dtype(values.dtype))}
         shape = (values.shape[0], -(-values.shape[1] // 4))
@@ -105,6 +108,10 @@ class HfWriter:
         """What is in them."""
         values = _host(self.model, name, params)
         found = {f"{name}_scale": _host(self.model, scales(name), params)}
+        scheme = self.model.quantized[name]
+        if scheme.zeros:
+            zeros = _host(self.model, name + ZERO, params)
+            found[f"{name}_zero_point"] = np.ascontiguousarray(packed(zeros.T, 8 // scheme.packed).T)
         if _format(self.model.quantized[name]) != PACKED:
             return found | {name: values}
         # Our bytes of two four-bit values are in that order, too, and differ only in the values' highest bits.
@@ -138,7 +145,7 @@ def _quantization_config(model: Model) -> dict[str, Any]:
     by_scheme: dict[str, list[str]] = {}
     for name, scheme in model.quantized.items():
         by_scheme.setdefault(scheme.name, []).append(name.removesuffix(".weight"))
-    linears = [n for n, a in model.abstract.items() if len(a.shape) == 2 and not n.endswith("_scale")]
+    linears = [n for n, a in model.abstract.items() if len(a.shape) == 2 and n not in model.beside]
     plain = [n.removesuffix(".weight") for n in linears if n not in model.quantized and n not in model.tables]
     if model.config.tie_word_embeddings:
         plain.append("lm_head")  # which others have as a linear, too
@@ -162,7 +169,13 @@ def _quantization_config(model: Model) -> dict[str, Any]:
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     kind = "float" if scheme.values.startswith("float8") else "int"
     strategy = "block" if scheme.rows > 1 else "group" if scheme.columns else "channel"
-    weights = {"num_bits": 8 // scheme.packed, "type": kind, "symmetric": True, "strategy": strategy, "dynamic": False}
+    weights = {
+        "num_bits": 8 // scheme.packed,
+        "type": kind,
+        "symmetric": not scheme.zeros,
+        "strategy": strategy,
+        "dynamic": False,
+    }
     weights["group_size"] = scheme.columns if strategy == "group" else None
     if strategy == "block":
         weights["block_structure"] = [scheme.rows, scheme.columns]

@@ -39,8 +39,7 @@ def load_params(
     `on_tensor` is told the bytes of each tensor read. Raises one ValueError with every missing, unknown, duplicate,
     misshaped and wrongly typed tensor.
     """
-    made = {scales(name) for name in model.quantized}
-    sources = {name: model.weights.source(name) for name in model.abstract if name not in made}
+    sources = {name: model.weights.source(name) for name in model.abstract if name not in model.beside}
     located = _locate(model, checkpoint, sources)
     params: Params = {}
     for name, source in sources.items():

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxinfer.quantization.qarray import BLOCK
-from jaxinfer.quantization.schemes import SCALE, Scheme
+from jaxinfer.quantization.schemes import SCALE, ZERO, Scheme
 from jaxinfer.quantization.stored import Format
 
 Host = np.ndarray[Any, Any]
@@ -96,14 +96,15 @@ class Decoded:
 
     def kept(self, scheme: Scheme) -> dict[str, Host]:
         """The arrays of `Scheme.arrays`, with the same values to the bit. Raises ValueError if they can't hold them."""
-        values, half = self.values, 2 ** (self.form.bits - 1)
-        if self.zeros is not None:
-            if np.any(self.zeros != half):
+        values, zeros, half = self.values, self.zeros, 2 ** (self.form.bits - 1)
+        if zeros is not None and self.form.layout != "plain":
+            if not scheme.zeros and np.any(zeros != half):
                 raise ValueError(f"has zero points other than {half}, and config.json says that it is symmetric")
-            values = values ^ np.uint8(half)  # two's complement
+            values, zeros = values ^ np.uint8(half), (zeros.astype(np.int16) - half).astype(np.int8)  # two's complement
             values = values[:, ::2] & 15 | values[:, 1::2] << 4 if scheme.packed == 2 else values.view(np.int8)
         rows = len(self.values) if self.form.rows == 0 else len(self.scales)
-        return {"": values, SCALE: np.broadcast_to(self.scales, (rows, self.scales.shape[1]))}
+        found = {"": values, SCALE: np.broadcast_to(self.scales, (rows, self.scales.shape[1]))}
+        return found | ({ZERO: zeros} if scheme.zeros and zeros is not None else {})
 
     def floats(self, dtype: np.dtype[Any]) -> Host:
         """The weight in this dtype, computed in float32 a few rows at a time."""

@@ -69,4 +69,6 @@ def _axes(variable: Any) -> list[tuple[str | None, ...]]:
     """The logical axes of a weight's arrays."""
     axes = variable.get_metadata()["axes"]
     weight = variable.get_value()
-    return [axes, axes_of_scales(axes, weight.scheme)] if isinstance(weight, QArray) else [axes]
+    if not isinstance(weight, QArray):
+        return [axes]
+    return [axes, *(axes_of_scales(axes, weight.scheme) for _ in weight.scheme.beside)]

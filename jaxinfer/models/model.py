@@ -20,7 +20,7 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.registry import parse_config
 from jaxinfer.models.weights import Source, WeightMap
 from jaxinfer.quantization.qarray import QArray, axes_of_scales
-from jaxinfer.quantization.schemes import NONE, SCALE, Quantization, Scheme, scheme_of
+from jaxinfer.quantization.schemes import NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
 from jaxinfer.quantization.stored import Format, Stored, stored_quantization
 from jaxinfer.sharding import PADDED, counts, placed
 
@@ -103,12 +103,17 @@ class Model:
                     ) from None
                 for suffix, (size, kind) in arrays.items():
                     abstract[name + suffix] = jax.ShapeDtypeStruct(size, jnp.dtype(kind))
-                axes[scales(name)] = axes_of_scales(axes[name], scheme)
+                axes |= {name + suffix: axes_of_scales(axes[name], scheme) for suffix in scheme.beside}
         if quantization is not None and not quantized:
             raise ValueError(f"quantization is {quantization!r}: none of the model's weights is meant by it")
         together = _together(quantized, axes)
         held = quantized, abstract, axes, frozenset(tables), together, stored
         return cls(config, weights, jnp.dtype(dtype), kept, quantization, *held, graph, flat)
+
+    @property
+    def beside(self) -> set[str]:
+        """The parameters that are not weights of their own: scales and zero points."""
+        return {name + suffix for name, scheme in self.quantized.items() for suffix in scheme.beside}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a weight, however its values are packed."""
@@ -141,7 +146,8 @@ class Model:
             scheme = self.quantized.get(name)
             if scheme is None:
                 return params[name]
-            return QArray(params[name], params[scales(name)], scheme, self.axes[name], self.kept == jnp.bfloat16)
+            zeros = params[name + ZERO] if scheme.zeros else None
+            return QArray(params[name], params[scales(name)], scheme, self.axes[name], self.kept == jnp.bfloat16, zeros)
 
         flat = [(path, variable.replace(weight(_name(path)))) for path, variable in self._state]
         return cast(CausalLM, nnx.merge(self._graph, nnx.from_flat_state(flat)))
@@ -194,7 +200,7 @@ def _together(quantized: Mapping[str, Scheme], axes: Mapping[str, Axes]) -> dict
     for name, scheme in quantized.items():
         rows, columns = found[name]
         found[name] = rows, columns // scheme.packed
-        found[scales(name)] = rows // scheme.rows, columns // scheme.block[1]
+        found |= {name + suffix: (rows // scheme.rows, columns // scheme.block[1]) for suffix in scheme.beside}
     return found
 
 

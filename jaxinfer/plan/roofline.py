@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from jaxinfer.cache import CacheLayout
-from jaxinfer.models.model import Model, scales
+from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import Chip
 
 
@@ -64,8 +64,7 @@ def bound(
     config = model.config
     head = config.vocab_size * config.hidden_size
     vocab = {name for name, axes in model.axes.items() if axes[0] == "vocab"}  # the embedding, the head
-    of_scales = {scales(name) for name in model.quantized}
-    body = sum(math.prod(model.shape(name)) for name in model.abstract if name not in vocab | of_scales)
+    body = sum(math.prod(model.shape(name)) for name in model.abstract if name not in vocab | model.beside)
     held = {name: math.prod(s.shape) * s.dtype.itemsize for name, s in model.abstract.items()}
     body_bytes = sum(count for name, count in held.items() if name not in vocab)
     # An embedding is looked up, not multiplied.

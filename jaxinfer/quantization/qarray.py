@@ -28,13 +28,15 @@ PRODUCT = 2**22  # weights that are dequantized at a time, where they have to be
 @dataclass(frozen=True)
 class QArray:
     """A weight `[out, in]`, as `values * scales`, which are arrays as `Scheme.arrays` says. axes: its logical axes.
-    rounds: activations in float32 that it is multiplied with may be rounded to bfloat16 where that is faster."""
+    rounds: activations in float32 that it is multiplied with may be rounded to bfloat16 where that is faster. zeros: of
+    a scheme that has them, and then it is `(values - zeros) * scales`."""
 
     values: jax.Array
     scales: jax.Array
     scheme: Scheme = field(metadata={"static": True})
     axes: tuple[str | None, ...] = field(default=(None, None), metadata={"static": True})
     rounds: bool = field(default=False, metadata={"static": True})
+    zeros: jax.Array | None = None
 
 
 Weight = jax.Array | QArray
@@ -97,9 +99,13 @@ def _rows_in_turn(x: jax.Array, weight: QArray) -> jax.Array:
 
     def product(start: jax.Array | int, size: int) -> jax.Array:
         values = _rows(weight.values, start, size)
-        scales = _rows(weight.scales, start // scheme.rows, -(-size // scheme.rows))
-        scales = jnp.repeat(scales, scheme.rows, axis=0)[:size]
-        parts = _dequantized(values, scales, scheme, x.dtype)
+
+        def of_rows(array: jax.Array) -> jax.Array:
+            blocks = _rows(array, start // scheme.rows, -(-size // scheme.rows))
+            return jnp.repeat(blocks, scheme.rows, axis=0)[:size]
+
+        zeros = None if weight.zeros is None else of_rows(weight.zeros)
+        parts = _dequantized(values, of_rows(weight.scales), zeros, scheme, x.dtype)
         return sum(map(_product, columns, parts), start=jnp.float32(0))
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -118,18 +124,24 @@ def _rows(array: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
     return with_layout_constraint(lax.dynamic_slice_in_dim(array, start, size), Layout((0, 1)))
 
 
-def _dequantized(values: jax.Array, scales: jax.Array, scheme: Scheme, dtype: DTypeLike) -> list[jax.Array]:
+def _dequantized(
+    values: jax.Array, scales: jax.Array, zeros: jax.Array | None, scheme: Scheme, dtype: DTypeLike
+) -> list[jax.Array]:
     """Rows of a weight in this dtype: all columns, or where bytes have two values the even and the odd ones, as putting
-    them together costs more on TPU than the rest. scales: of each row."""
+    them together costs more on TPU than the rest. scales, zeros: of each row."""
     if scheme.packed == 2:
         high = lax.bitcast_convert_type(values, jnp.int8)
         parts = [lax.shift_right_arithmetic(half, jnp.int8(4)) for half in (high << 4, high)]
     else:
         parts = [values]
     columns = values.shape[1]
-    # The last block may be cut.
-    scales = jnp.repeat(scales, (scheme.columns or columns) // scheme.packed, axis=1)[:, :columns]
-    return [(part.astype(jnp.float32) * scales).astype(dtype) for part in parts]
+
+    def of_columns(blocks: jax.Array) -> jax.Array:  # the last one may be cut
+        return jnp.repeat(blocks.astype(jnp.float32), (scheme.columns or columns) // scheme.packed, axis=1)[:, :columns]
+
+    parts = [part.astype(jnp.float32) for part in parts]
+    parts = parts if zeros is None else [part - of_columns(zeros) for part in parts]
+    return [(part * of_columns(scales)).astype(dtype) for part in parts]
 
 
 def take(weight: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -137,8 +149,10 @@ def take(weight: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     if not isinstance(weight, QArray):
         return weight.at[ids].get(mode="clip").astype(dtype)
     values = weight.values.at[ids].get(mode="clip")
-    scales = weight.scales.at[ids // weight.scheme.rows].get(mode="clip")
-    parts = _dequantized(values, scales, weight.scheme, dtype)
+    block = ids // weight.scheme.rows
+    scales = weight.scales.at[block].get(mode="clip")
+    zeros = None if weight.zeros is None else weight.zeros.at[block].get(mode="clip")
+    parts = _dequantized(values, scales, zeros, weight.scheme, dtype)
     return jnp.stack(parts, axis=-1).reshape(len(ids), -1)
 
 

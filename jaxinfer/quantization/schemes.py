@@ -15,8 +15,9 @@ class Scheme:
 
     values: their dtype. largest: what the largest weight of a block becomes. rows, columns: of a block; columns 0: all
     of them, one scale for each output channel. packed: how many values a byte has: 2 are two's complement, that of the
-    even column in the low four bits. activations: those that the weight is multiplied with are quantized too, to int8
-    with a scale for each token, and products are summed in int32.
+    even column in the low four bits. zeros: what is scaled is the value less the block's zero point, int8; only
+    checkpoints have them. activations: those that the weight is multiplied with are quantized too, to int8 with a scale
+    for each token, and products are summed in int32.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Scheme:
     rows: int = 1
     columns: int = 0
     packed: int = 1
+    zeros: bool = False
     activations: bool = False
 
     def arrays(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], str]]:
@@ -32,10 +34,14 @@ class Scheme:
         groups = -(-columns // self.columns) if self.columns else 1
         if columns % self.packed or (self.rows == 1 and columns % (self.columns or 1)):
             raise ValueError(f"groups of {self.columns} don't divide its {columns} inputs, as {self.name} needs")
-        return {
-            "": ((rows, columns // self.packed), self.values),
-            SCALE: ((-(-rows // self.rows), groups), "float32"),
-        }
+        blocks = -(-rows // self.rows), groups
+        found = {"": ((rows, columns // self.packed), self.values), SCALE: (blocks, "float32")}
+        return found | ({ZERO: (blocks, "int8")} if self.zeros else {})
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """What is added to a weight's name for the arrays of its blocks."""
+        return (SCALE, ZERO) if self.zeros else (SCALE,)
 
     @property
     def block(self) -> tuple[int, int]:
@@ -44,6 +50,7 @@ class Scheme:
 
 
 SCALE = "_scale"  # NAME_scale has the scales of NAME; compressed-tensors calls them so, too
+ZERO = "_zero"
 SCHEMES = {
     scheme.name: scheme
     for scheme in (

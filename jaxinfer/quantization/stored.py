@@ -45,7 +45,7 @@ class Format:
     def scheme(self, rows: int, columns: int) -> Scheme | None:
         """What holds such a weight as it is; None: it is converted to floats."""
         found: Scheme | None = None
-        if self.zeros or not self.ordered:
+        if not self.ordered or (self.zeros and not self.columns):
             return None
         if self.floats:
             found = SCHEMES["fp8-block" if (self.rows, self.columns) == (128, 128) else "fp8"]
@@ -56,6 +56,7 @@ class Format:
         name = f"{base.name}-g{self.columns}"
         found = SCHEMES.get(name) or dataclasses.replace(base, name=name, columns=self.columns)
         found = base if found.columns == base.columns else found
+        found = dataclasses.replace(found, name=f"{found.name}-zeros", zeros=True) if self.zeros else found
         try:
             found.arrays(rows, columns)
         except ValueError:

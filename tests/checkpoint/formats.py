@@ -67,8 +67,8 @@ def gptq(bits: int, size: int, *, sym: bool = True, act: bool = False, version: 
 
     said = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": sym, "desc_act": act, "damp_percent": 0.1}
     said |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
-    kept = sym and not act and size > 0
-    return Case(said, store, {32: "int4", 128: "int4-g128"}.get(size) if kept and bits == 4 else None)
+    name = {(4, 32): "int4", (4, 128): "int4-g128", (8, 32): "int8-g32"}.get((bits, size), "")
+    return Case(said, store, None if act or not name else name + "-zeros" * (not sym))
 
 
 def awq(size: int) -> Case:
@@ -79,7 +79,7 @@ def awq(size: int) -> Case:
         return packed | {"scales": scales.T.astype(np.float16)}, left
 
     said = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}
-    return Case(said | {"modules_to_not_convert": ["k_proj"]}, store, None)
+    return Case(said | {"modules_to_not_convert": ["k_proj"]}, store, "int4-zeros")
 
 
 def compressed(
@@ -100,8 +100,9 @@ def compressed(
 
     weights = {"num_bits": bits, "type": "int", "symmetric": sym, "strategy": "group" if size else "channel"}
     weights |= {"group_size": size or None, "actorder": "group" if act else None, "dynamic": False}
-    scheme = {(4, 32): "int4", (4, 128): "int4-g128", (8, 0): "int8-w8a8" if inputs else "int8"}.get((bits, size))
-    return compressed_case(f"{kind}-quantized", weights, inputs, store, scheme if sym and not act else None)
+    scheme = {(4, 32): "int4", (4, 128): "int4-g128", (8, 0): "int8-w8a8" if inputs else "int8"}[bits, size]
+    scheme = None if act or (not sym and not size) else scheme + "-zeros" * (not sym)
+    return compressed_case(f"{kind}-quantized", weights, inputs, store, scheme)
 
 
 def compressed_case(kind: str, weights: Any, inputs: Any, store: Any, scheme: str | None) -> Case:
@@ -149,6 +150,7 @@ CASES = {
     "int4": compressed(4, 32),
     "int4 of 128": compressed(4, 128),
     "int4 with zero points": compressed(4, 32, sym=False),
+    "int8 with zero points": compressed(8, sym=False),
     "int4 in another order": compressed(4, 32, act=True),
     "fp8 of channels": fp8(1, 0, "compressed-tensors"),
     "fp8 of tensors": fp8(0, 0, "compressed-tensors"),

@@ -21,7 +21,7 @@ def weight(rows=24, columns=40, dtype=np.float32):
     return values.astype(dtype)
 
 
-def real(values, scales, scheme=SCHEMES["int8"]):
+def real(values, scales, scheme=SCHEMES["int8"], zeros=0):
     """What they stand for: of each byte of int4 the low half first; each scale for its block."""
     values, scales = np.asarray(values), np.asarray(scales, np.float64)
     if scheme.packed == 2:
@@ -29,7 +29,8 @@ def real(values, scales, scheme=SCHEMES["int8"]):
         values = halves - 16 * (halves > 7)
     rows, columns = values.shape
     high, wide = scheme.rows, scheme.columns or columns
-    return values.astype(np.float64) * np.kron(scales, np.ones((high, wide)))[:rows, :columns]
+    scales, zeros = (np.kron(one, np.ones((high, wide)))[:rows, :columns] for one in (scales, zeros + 0 * scales))
+    return (values.astype(np.float64) - zeros) * scales
 
 
 # Blocks of the last rows and columns are cut, groups are not.
@@ -105,6 +106,19 @@ def test_products_with_blocks(name, dtype, error, rows, monkeypatch):
     expected = np.asarray(x, np.float64) @ real(values, scales, scheme).T
     got = jax.jit(lambda x, w: dot(x, w, "float32"))(x, QArray(jnp.asarray(values), jnp.asarray(scales), scheme))
     assert np.abs(np.asarray(got, np.float64) - expected).max() <= error * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("values", "bits"), [("uint8", 4), ("int8", 8)])
+def test_zero_points(values, bits):
+    """Of each group, in products and in tables."""
+    scheme = dataclasses.replace(SCHEMES["int4"], values=values, packed=8 // bits, zeros=True)
+    stored = RNG.integers(0, 256, (24, 96 * bits // 8)).astype(np.uint8).view(values)
+    zeros, scales = RNG.integers(-8, 8, (24, 3)).astype(np.int8), RNG.uniform(0.1, 1, (24, 3)).astype(np.float32)
+    held = QArray(*map(jnp.asarray, (stored, scales)), scheme, zeros=jnp.asarray(zeros))
+    expected = real(stored, scales, scheme, zeros)
+    x = jnp.asarray(RNG.normal(size=(7, 96)), "float32")
+    np.testing.assert_allclose(dot(x, held), np.asarray(x, np.float64) @ expected.T, atol=1e-3)
+    np.testing.assert_allclose(take(held, jnp.arange(24), "float32"), expected, rtol=1e-6)
 
 
 def test_the_layout_of_int4():
