@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -23,7 +22,7 @@ from jaxinfer.checkpoint.hf import HfWriter, config_of
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
-from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, manifest, save
+from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, converted_config, manifest, save
 from jaxinfer.checkpoint.output import check_output, put, put_beside, written
 from jaxinfer.engine.load import place_for
 from jaxinfer.engine.options import check_options
@@ -36,20 +35,19 @@ Format = Literal["orbax", "hf"]
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: the quantization, the dtype of what is not quantized, bytes of the weights, and the seconds
-    that loading (and quantizing), writing, and restoring what was written took. restore_ratio: restoring over loading.
+    """What was written: schemes and the dtype of what is in none, bytes of the weights, and the seconds that loading
+    (and quantizing), writing, and restoring what was written took. restore_ratio: restoring over loading.
     """
 
     output: str
     format: str
-    quantization: Any
-    dtype: str
+    precision: str
     mesh: str
     bytes: int
     load_seconds: float
     write_seconds: float
-    restore_seconds: float | None = None
-    restore_ratio: float | None = None
+    restore_seconds: float
+    restore_ratio: float
 
 
 def convert(
@@ -74,13 +72,12 @@ def convert(
     folder = resolve(model, given["revision"], given["token"])
     config = dict(read_config(folder, REGISTRY))
     with open_weights(folder) as weights:
-        quantization = given["quantization"]
         if isinstance(weights, Converted):
-            quantization = weights.scheme(quantization)
+            weights.check(given["quantization"])
         dtype = stored_dtype(weights) if given["dtype"] == "auto" else jnp.dtype(given["dtype"])
         if given["dtype"] != "auto":
             config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": str(dtype)}
-        abstract = Model.from_config(config, dtype, quantization)
+        abstract = Model.from_config(config, dtype, given["quantization"])
         place = place_for(abstract, given["mesh"])
         with writing(output, format, abstract, config, folder) as add:
             times = [time.perf_counter()]
@@ -92,15 +89,14 @@ def convert(
     times.append(time.perf_counter())
     where = "" if isinstance(place, jax.Device) else describe(place)
     load, write = np.diff(times).tolist()
-    done = Conversion(output, format, quantization, str(dtype), where, size, load, write)
-    if format == "hf" and abstract.quantized:
-        return done
     del params
     start = time.perf_counter()
-    with open_weights(resolve(output)) as new:
-        jax.block_until_ready(load_weights(abstract, new, place))
+    new = resolve(output)
+    with open_weights(new) as weights:
+        again = Model.from_config(read_config(new, REGISTRY), dtype)
+        jax.block_until_ready(load_weights(again, weights, place))
     back = time.perf_counter() - start
-    return dataclasses.replace(done, restore_seconds=back, restore_ratio=back / load)
+    return Conversion(output, format, abstract.precision, where, size, load, write, back, back / load)
 
 
 def check_place(output: str, format: Format) -> None:
@@ -129,15 +125,17 @@ def writing(
     with written(output) as path:
         yield params.update
         save(params, f"{path}/{WEIGHTS}")
-        put(f"{path}/config.json", json.dumps(config, indent=2).encode())
+        put(f"{path}/config.json", json.dumps(converted_config(model, config), indent=2).encode())
         put_beside(folder, path)
-        put(f"{path}/{MANIFEST}", manifest(model, params, f"{path}/{WEIGHTS}"))  # last, as it says that all is there
+        put(f"{path}/{MANIFEST}", manifest(params, f"{path}/{WEIGHTS}"))  # last, as it says that all is there
         params.clear()
 
 
 def stored_dtype(weights: Weights) -> np.dtype[Any]:
-    """The smallest dtype that holds all that is not quantized as it is."""
-    stored = {info.dtype for info in weights.tensors.values() if info.dtype in FLOATS}
+    """The smallest dtype that holds all that is not quantized as it is. What quantized weights have beside them, scales
+    above all, does not count."""
+    stored = {info.dtype for name, info in weights.tensors.items() if name.endswith((".weight", ".bias"))}
+    stored &= set(FLOATS)
     return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
 

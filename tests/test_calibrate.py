@@ -10,7 +10,6 @@ import pytest
 from jaxinfer.attention import Batch
 from jaxinfer.calibrate import Layers, calibrate, fold
 from jaxinfer.checkpoint.open import load_weights, open_weights
-from jaxinfer.checkpoint.orbax import Converted
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.demo.questions import held_out_questions, training_questions
 from jaxinfer.models.model import Model
@@ -21,8 +20,6 @@ def logits(folder, sequences, quantization=None):
     """Of a checkpoint in float32, and of quantized weights what they stand for."""
     config = json.loads((folder / "config.json").read_text())
     with open_weights(folder) as weights:
-        if isinstance(weights, Converted):
-            quantization = weights.quantization
         model = Model.from_config(config, "float32", quantization)
         params = load_weights(model, weights, jax.devices()[0])
     total = sum(map(len, sequences))

@@ -7,12 +7,17 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from jaxinfer import LLM
 from jaxinfer.checkpoint import remote
+from jaxinfer.checkpoint.hub import resolve
+from jaxinfer.checkpoint.open import load_weights, open_weights
+from jaxinfer.convert import convert
 from jaxinfer.demo import MODEL_DIR
+from jaxinfer.models.model import Model
 
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}
 PROMPTS = [[5, 17, 200, 33], list(range(40, 100))]
@@ -29,13 +34,12 @@ def test_the_same_model(checkpoints, cli, tmp_path):
     code, said, err = cli("convert", source, output, "--quantization", "int8", "--mesh", "tensor=4", "--json")
     assert (code, err) == (0, "")
     figures = json.loads(said)
-    assert figures["quantization"] == "int8"
+    assert figures["precision"] == "int8, float32"
     assert figures["restore_ratio"] == pytest.approx(figures["restore_seconds"] / figures["load_seconds"])
     for one, other in zip(logprobs(output, mesh="fsdp=2,tensor=2"), logprobs(source, quantization="int8"), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     assert (
-        "was converted, and its weights are in 'int8'"
-        in cli("generate", "-m", output, "--quantization", "fp8", "a").error()
+        "the checkpoint was converted, to 'int8'" in cli("generate", "-m", output, "--quantization", "fp8", "a").error()
     )
     assert f"output {output}: is there already" in cli("convert", source, output).error()
     assert not list((tmp_path / "new").glob(".*"))
@@ -52,17 +56,39 @@ def test_converting_what_was_converted(checkpoints, cli, tmp_path):
     assert names[0] == names[1]
     assert cli("generate", "-m", tmp_path / "two", "What is 27 + 45?").out == "27 + 45 = 72.\n"
     assert (
-        "was converted, and its weights are not quantized"
+        "was converted without"
         in cli("convert", tmp_path / "one", tmp_path / "three", "--quantization", "int8").error()
     )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["one", "two"]
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4", pytest.param("int8-w8a8", marks=pytest.mark.slow), "fp8"])
+def test_there_and_back(tmp_path, scheme):
+    """The same bits by way of compressed-tensors' format, and of what was quantized before in Orbax's."""
+
+    def held(folder, quantization=None):
+        model = Model.from_config(json.loads((folder / "config.json").read_text()), "bfloat16", quantization)
+        with open_weights(folder) as weights:
+            return load_weights(model, weights, jax.devices()[0])
+
+    convert(MODEL_DIR, tmp_path / "hf", format="hf", quantization=scheme, show_progress=False)
+    done = convert(tmp_path / "hf", tmp_path / "orbax", show_progress=False)
+    assert done.precision == f"{scheme}, bfloat16"
+    convert(tmp_path / "orbax", tmp_path / "again", format="hf", show_progress=False)
+    expected = held(MODEL_DIR, scheme)
+    for name in ("hf", "orbax", "again"):
+        got = held(tmp_path / name)
+        assert got.keys() == expected.keys()
+        for key, array in expected.items():
+            assert got[key].dtype == array.dtype
+            assert np.asarray(got[key]).tobytes() == np.asarray(array).tobytes(), key
+
+
 def test_by_its_url(cli, tmp_path):
-    assert cli("convert", MODEL_DIR, tmp_path / "one", "--quantization", "int8").code == 0
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "jaxinfer.json").write_text("{}")
     url = f"file://{tmp_path}/one"
-    answer = cli("generate", "-m", url, "--max-tokens", 12, "What is 27 + 45?")
-    assert (answer.code, answer.out) == (0, "27 + 45 = 72.\n")
+    assert resolve(url) == tmp_path / "one"
     assert "no jaxinfer.json" in cli("generate", "-m", f"file://{tmp_path}/two", "a").error()
     assert "nosuch" in cli("generate", "-m", "nosuch://bucket/one", "a").error()
     assert "revisions are for hub ids" in cli("generate", "-m", url, "--revision", "x", "a").error()

@@ -1,6 +1,7 @@
 """Converted checkpoints: parameters as a model has them, in Orbax's format, beside config.json and the tokenizer.
 
-    config.json, tokenizer.json, ...   as they were
+    config.json                        with `quantization_config`, if they are quantized
+    tokenizer.json, ...                as they were
     weights/                           one array a parameter, written by Orbax (OCDBT, not compressed)
     jaxinfer.json                      the manifest, written last: a folder without it is none
 
@@ -27,7 +28,8 @@ from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.files import read_json, short, some
 from jaxinfer.models.model import Model, Params
-from jaxinfer.quantization.schemes import Quantization, check_quantization
+from jaxinfer.quantization.schemes import SCALE, Quantization
+from jaxinfer.quantization.stored import converted_quantization_config
 from jaxinfer.sharding import PADDED
 
 MANIFEST, WEIGHTS = "jaxinfer.json", "weights"
@@ -50,8 +52,8 @@ class Stored:
 class Converted:
     """A converted checkpoint, of which the manifest has been read.
 
-    Attributes: `folder`; `weights`, where Orbax's files are; `files`, their sizes; `quantization`, as in LoadOptions;
-    `tensors`, name -> shape and dtype; `nbytes`, their bytes. Raises ValueError for a manifest that is none.
+    Attributes: `folder`; `weights`, where Orbax's files are; `files`, their sizes; `tensors`, name -> shape and
+    dtype; `nbytes`, their bytes. Raises ValueError for a manifest that is none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,8 +66,6 @@ class Converted:
             )
         try:
             self.weights = str(said.get("weights", folder / WEIGHTS))
-            self.quantization: Quantization | None = said["quantization"]
-            check_quantization(self.quantization)
             self.files = {str(name): int(size) for name, size in said["files"].items()}
             self.tensors = {
                 str(name): Stored(tuple(int(size) for size in one["shape"]), jnp.dtype(one["dtype"]))
@@ -75,15 +75,13 @@ class Converted:
             raise ValueError(f"{path}: not what jaxinfer convert writes ({error!r:.200}): convert it again") from None
         self.nbytes = sum(stored.nbytes for stored in self.tensors.values())
 
-    def scheme(self, wanted: Quantization | None) -> Quantization | None:
-        """The quantization that it has. Raises ValueError if another one is wanted."""
-        if wanted is not None and wanted != self.quantization:
-            is_in = "not quantized" if self.quantization is None else f"in {self.quantization!r}"
+    def check(self, quantization: Quantization | None) -> None:
+        """Raises ValueError if it is to be quantized: what is there is only restored."""
+        if quantization is not None and not any(name.endswith(SCALE) for name in self.tensors):
             raise ValueError(
-                f"quantization is {wanted!r}: {self.folder} was converted, and its weights are {is_in}; leave it out, "
-                "or convert the original checkpoint again"
+                f"quantization is {quantization!r}: {self.folder} was converted without; leave it out, or convert the "
+                "original checkpoint again"
             )
-        return self.quantization
 
     def close(self) -> None:
         """Nothing is open."""
@@ -100,12 +98,15 @@ def is_converted(folder: Path) -> bool:
     return os.path.lexists(folder / MANIFEST)
 
 
-def manifest(model: Model, params: Mapping[str, jax.Array], weights: str) -> bytes:
+def converted_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json: what was quantized before stays said as it was, what is now is said in our way."""
+    return {**config, **({} if model.stored else converted_quantization_config(model.quantization))}
+
+
+def manifest(params: Mapping[str, jax.Array], weights: str) -> bytes:
     """The content of the manifest of these parameters, which were written to `weights`."""
     tensors = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in params.items()}
-    said: dict[str, Any] = {"format": FORMAT, "quantization": model.quantization, "dtype": str(model.dtype)}
-    said |= {"files": _sizes(weights), "tensors": tensors}
-    return json.dumps(said, indent=1).encode()
+    return json.dumps({"format": FORMAT, "files": _sizes(weights), "tensors": tensors}, indent=1).encode()
 
 
 def save(params: Params, path: str) -> None:

@@ -61,11 +61,8 @@ def convert(
 
 
 def _print(done: Conversion) -> None:
-    kinds = f"{done.quantization}, {done.dtype}" if done.quantization else done.dtype
-    print(f"{done.output}: {done.bytes:,} bytes of weights in {kinds}")
-    doing = "loading and quantizing" if done.quantization else "loading"
-    if done.restore_ratio is None:
-        return
+    print(f"{done.output}: {done.bytes:,} bytes of weights in {done.precision}")
+    doing = "loading and quantizing" if "," in done.precision else "loading"
     print(
         f"{doing} took {done.load_seconds:.2f} s, writing {done.write_seconds:.2f} s, restoring "
         f"{done.restore_seconds:.2f} s: {1 / done.restore_ratio:.1f} times as fast as {doing}"

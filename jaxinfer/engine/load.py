@@ -115,7 +115,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
     with open_weights(folder) as checkpoint:
         if isinstance(checkpoint, Converted):
-            given["quantization"] = checkpoint.scheme(given["quantization"])
+            checkpoint.check(given["quantization"])
         place = _place(shape, devices, given["mesh"])
         dtype = choose_dtype(given["dtype"], config, checkpoint, place)
         abstract = Model.from_config(config, computes_in(dtype, place), given["quantization"], dtype)

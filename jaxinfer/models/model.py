@@ -21,7 +21,7 @@ from jaxinfer.models.registry import parse_config
 from jaxinfer.models.weights import Source, WeightMap
 from jaxinfer.quantization.qarray import QArray, axes_of_scales
 from jaxinfer.quantization.schemes import NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
-from jaxinfer.quantization.stored import Format, Stored, stored_quantization
+from jaxinfer.quantization.stored import Format, Stored, converted_quantization, stored_quantization
 from jaxinfer.sharding import PADDED, counts, placed
 
 Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.layers.0.mlp.up_proj.weight"
@@ -71,7 +71,11 @@ class Model:
         axes: dict[str, Axes] = {}
         quantized: dict[str, Scheme] = {}
         stored: dict[str, Format] = {}
-        said = stored_quantization(data)
+        converted = converted_quantization(data)
+        if converted is not None and quantization not in (None, converted):
+            raise ValueError(f"quantization is {quantization!r}: the checkpoint was converted, to {converted!r}")
+        quantization = quantization if converted is None else converted
+        said = stored_quantization(data) if converted is None else None
         weights = architecture.weights(config)
         tables = {_name(path) for path, variable in flat if variable.get_metadata().get("looked_up")}
         for path, variable in flat:

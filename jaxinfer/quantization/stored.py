@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfer.quantization.schemes import SCHEMES, Scheme
+from jaxinfer.quantization.schemes import SCHEMES, Quantization, Scheme, check_quantization
 
 Fields = Mapping[str, Any]
+QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
+OURS = "jaxinfer"  # the method of converted checkpoints
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,28 @@ class Stored:
     format_of: Callable[[str, str], Format | None]
 
 
+def converted_quantization_config(quantization: Quantization | None) -> Fields:
+    """What `jaxinfer convert` adds to config.json, and converted_quantization reads."""
+    return {} if quantization is None else {"quantization_config": {"quant_method": OURS, "quantization": quantization}}
+
+
+def converted_quantization(config: Fields) -> Quantization | None:
+    """The quantization of a converted checkpoint, by its config.json. Raises ValueError if it is none."""
+    said = config.get("quantization_config")
+    if not isinstance(said, Mapping) or said.get("quant_method") != OURS:
+        return None
+    found = said.get("quantization")
+    try:
+        check_quantization(found)
+    except ValueError as error:
+        raise ValueError(f"config.json: quantization_config: {error}") from None
+    return found
+
+
 def stored_quantization(config: Fields) -> Stored | None:
     """Of a config.json's content; None if the checkpoint is not quantized. Raises ValueError naming a field that is not
     supported, and its value."""
-    said = next((config[n] for n in ("quantization_config", "compression_config") if config.get(n) is not None), None)
+    said = next((config[n] for n in QUANTIZATION_FIELDS if config.get(n) is not None), None)
     if said is None:
         return None
     if not isinstance(said, Mapping):
