@@ -56,17 +56,21 @@ def compare(
 ) -> Iterator[Price]:
     """The prices of the model as it is, then of each scheme, one loaded at a time. options: of `LLM`.
 
-    schemes: of weights, or of the cache as `kv-int8`, or dtypes. right: the share of right answers of a model. Of each
-    text the first `max_length` tokens are taken, of all together `max_tokens`, and kept on disk for their number times
-    the vocabulary times 4 bytes. Raises ValueError if the texts have no two tokens.
+    schemes: of weights, or of the cache as `kv-int8`, or dtypes, or folders of the model in another form (with a `/`).
+    right: the share of right answers of a model. Of each text the first `max_length` tokens are taken, of all together
+    `max_tokens`, and kept on disk for their number times the vocabulary times 4 bytes. Raises ValueError if the texts
+    have no two tokens, or if a folder has another model.
     """
     texts = list(texts)
     with tempfile.TemporaryFile() as file:
         base: np.ndarray[Any, Any] | None = None
         for scheme in (None, *schemes):
-            with LLM(model, **options | _options(scheme)) as llm:
+            folder, more = (scheme, {}) if scheme is not None and "/" in scheme else (model, _options(scheme))
+            with LLM(folder, **options | more) as llm:
                 sequences = _sequences(llm, texts, max_length, max_tokens)
                 count = sum(len(ids) - 1 for ids in sequences)
+                if base is not None and (count, llm.model.config.vocab_size) != base.shape:
+                    raise ValueError(f"{scheme}: cuts texts into other tokens than {model}: it is another model")
                 if base is None:
                     base = np.memmap(file, np.float32, "w+", shape=(count, llm.model.config.vocab_size))
                 divergence, same, likelihood, done = np.zeros(count), 0, 0.0, 0

@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfer import LLM
 from jaxinfer.compare import compare
+from jaxinfer.convert import convert
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.demo.questions import held_out_questions
 
@@ -44,6 +45,18 @@ def test_the_figures(folder, prices):
         assert tokens == price.tokens
         perplexity = math.exp(-sum(one.logprob for one in scored) / tokens)
         assert price.perplexity == pytest.approx(perplexity, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_folder(folder, prices, tmp_path):
+    """The model in another form, as convert and quantize write it: it costs what the scheme costs."""
+    convert(folder, tmp_path / "int8", quantization="int8", show_progress=False)
+    _, price = compare(folder, [str(tmp_path / "int8")], TEXTS, **OPTIONS)
+    assert price.scheme == str(tmp_path / "int8")
+    assert price.weight_bytes == prices[1].weight_bytes
+    assert price.kl_mean == pytest.approx(prices[1].kl_mean, rel=1e-4)
+    with pytest.raises(ValueError, match="it is another model"):
+        list(compare(folder, [str(MODEL_DIR)], TEXTS, **OPTIONS))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def compare(
     ] = None,
     schemes: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Of weights, of the cache (kv-int8), or dtypes; without it, all."),
+        typer.Option(metavar="A,B", help="Of weights, of the cache (kv-int8), dtypes, or folders (./DIR); else all."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Compare at most so many tokens.")] = 4096,
     questions: Annotated[
@@ -43,12 +43,14 @@ def compare(
 ) -> None:
     """What quantization costs and saves: each scheme beside the model as it is, on texts of yours.
 
-    KL is the divergence of the next token's distribution from the unquantized model's, in nats. Without --data, the
-    packaged model is compared on its own held-out questions.
+    Folders are the model in another form, as `jaxinfer convert` and `quantize` write it. KL is the divergence of the
+    next token's distribution from the unquantized model's, in nats. Without --data, the packaged model is compared on
+    its own held-out questions.
     """
     from jaxinfer.batch.parse import Parser
     from jaxinfer.batch.readers import records
     from jaxinfer.batch.sources import find_sources
+    from jaxinfer.checkpoint.hub import resolve
     from jaxinfer.demo import MODEL_DIR
     from jaxinfer.engine.options import KVCacheDType
     from jaxinfer.plan.plot import check_plot, draw
@@ -65,8 +67,10 @@ def compare(
     known += ["bfloat16", "float16"]
     names = known if schemes is None else [name.strip() for name in schemes.split(",")]
     for name in names:
-        if name not in known:
-            raise ValueError(f"--schemes has {name!r}: there are {', '.join(known)}")
+        if "/" in name:
+            resolve(name)
+        elif name not in known:
+            raise ValueError(f"--schemes has {name!r}: there are {', '.join(known)}, and folders such as ./{name}")
     if plot is not None:
         check_plot(plot)
     model, options = load.loading()
