@@ -128,7 +128,7 @@ def _print(prices: list[Price]) -> None:
         column.justify = "right"
     for one in prices:
         table.add_row(
-            one.scheme or "as it is",
+            (one.scheme or "as it is").rstrip("/").rsplit("/", 1)[-1],
             f"{one.kl_mean:.2e}",
             f"{one.kl_p99:.2e}",
             f"{one.top1:.2%}",
