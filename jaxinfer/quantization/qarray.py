@@ -120,8 +120,10 @@ def _rows_in_turn(x: jax.Array, weight: QArray) -> jax.Array:
 
 
 def _rows(array: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-    """Some rows, which the TPU compiler has to lay out as the array is: it would make a copy of the array otherwise."""
-    return with_layout_constraint(lax.dynamic_slice_in_dim(array, start, size), Layout((0, 1)))
+    """Some rows, which the TPU compiler has to lay out as the array is: it would make a copy of the array otherwise. It
+    has those transposed whose rows are no whole tiles, as it would have the slices."""
+    rows = lax.dynamic_slice_in_dim(array, start, size)
+    return rows if array.shape[1] % 128 else with_layout_constraint(rows, Layout((0, 1)))
 
 
 def _dequantized(
