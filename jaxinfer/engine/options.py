@@ -58,7 +58,8 @@ class LoadOptions(TypedDict, total=False):
         "int8-w8a8" (activations too, one scale for each token), "int4" (one scale for 32 inputs of a channel),
         "int4-g128" (for 128 of them), "fp8" (e4m3, one scale for each output channel), "fp8-block" (for 128x128
         weights); for all matrices but embeddings. Or patterns of weight names with one of these or "none" each, of
-        which the first that fits decides: {"*.mlp.*": "int8"}. None: as they are.
+        which the first that fits decides: {"*.mlp.*": "int8"}. None: as they are, also those of a checkpoint that is
+        quantized already, for which nothing else is taken.
     architecture: fields of the model's config.json, as a deployment has them: another model is refused. None: any.
     """
 

@@ -124,11 +124,17 @@ def test_compiled_for_a_slice(topology, widths, most):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "options", "weights"),
-    [("v6e-1", {"quantization": "int8"}, 1919.9), ("v5e-4", {"quantization": "int8", "kv_cache_dtype": "fp8"}, 480.1)],
+    [
+        ("v6e-1", {"quantization": "int8"}, 1919.9),
+        ("v5e-4", {"quantization": "int8", "kv_cache_dtype": "fp8"}, 480.1),
+        ("v5e-8", {"quantization": "int4"}, 196.9),
+        # Scales are laid out otherwise where there are few of a row.
+        pytest.param("v6e-1", {"quantization": "int4-g128"}, 1489.2, marks=pytest.mark.long),
+    ],
 )
 def test_fewer_bits(topology, options, weights):
     """Weights are there as they were quantized, once. Nothing of their size is beside them, and no more of the logits
-    than a block of rows needs. weights: MiB of two layers' int8 values and scales, and of the bfloat16 embedding."""
+    than a block of rows needs. weights: MiB of two layers' values and scales, and of the bfloat16 embedding."""
     case = {"topology": topology, "mesh": f"tensor={topology.split('-')[1]}", "rows": 64, "tokens": 64}
     for figures in compiled(case | options | {"config": {"num_hidden_layers": 2}}):
         assert figures["weights"] == pytest.approx(weights * MIB, rel=1e-3)
