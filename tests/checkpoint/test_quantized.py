@@ -84,9 +84,7 @@ def test_architectures_and_meshes(architecture, name, mesh, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "mesh"), [("gptq with zero points", "fsdp=2,tensor=2"), ("awq", None), ("deepseek", "tensor=2")]
-)
+@pytest.mark.parametrize(("name", "mesh"), [("gptq with zero points", "fsdp=2,tensor=2"), ("deepseek", "tensor=2")])
 def test_logits(name, mesh, tmp_path):
     """From end to end, beside the checkpoint of floats that they stand for."""
     case, prompts = CASES[name], [[5, 17, 200, 33], list(range(40, 100))]
