@@ -10,13 +10,13 @@ port, size, rank, folder, options, what = sys.argv[1:]
 distributed.initialize(f"127.0.0.1:{port}", int(size), int(rank), timeout=60.0, heartbeat_timeout=60.0)
 
 
-def counted(model, checkpoint, *rest, load_params=load.load_params):
-    params = load_params(model, checkpoint, *rest)
-    print(json.dumps({"read": checkpoint.bytes_read, "of": checkpoint.nbytes}), flush=True)
+def counted(model, checkpoint, *rest, load_weights=load.load_weights):
+    params = load_weights(model, checkpoint, *rest)
+    print(json.dumps({"read": getattr(checkpoint, "bytes_read", None), "of": checkpoint.nbytes}), flush=True)
     return params
 
 
-load.load_params = counted
+load.load_weights = counted
 params = [
     SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True),
     SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=1, max_tokens=8, logprobs=2),

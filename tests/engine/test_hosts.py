@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.convert import convert
 from tests.devices import simulated
 from tests.distributed.test_rendezvous import free_port
 from tests.engine.test_sharded import OPTIONS, wide  # noqa: F401  (a fixture)
@@ -97,6 +98,18 @@ def test_the_same_tokens_and_half_of_the_weights(wide):  # noqa: F811
         assert code == 0, err
         for one in (read, also_read):
             assert 0.45 < one["read"] / one["of"] < 0.55, (read, also_read)  # what is padding is not read
+
+
+@pytest.mark.slow
+def test_a_converted_checkpoint(wide, tmp_path):  # noqa: F811
+    """Each process restores its part of what one process has written."""
+    convert(wide, tmp_path / "int8", quantization="int8", show_progress=False)
+    with LLM(wide, **OPTIONS, quantization="int8") as llm:
+        tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+    with Hosts.of(tmp_path / "int8", "once", SPLIT, SPLIT) as hosts:
+        code, results, err = hosts.end(0)
+        assert (code, results[1]) == (0, tokens), err
+        assert hosts.end(1)[0] == 0
 
 
 @pytest.mark.slow
