@@ -20,6 +20,7 @@ from jax import lax
 from jaxinfer.attention.batch import Batch
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.cache import QuantizedPages, SplitPages, values_dtype
+from jaxinfer.kernels import cpu
 from jaxinfer.quantization.activations import quantize_last
 
 KEY_BLOCK = 128  # keys a loop step; larger blocks fall out of the CPU's second-level cache
@@ -138,6 +139,14 @@ def _first_block(query: jax.Array, spec: AttentionSpec, size: int) -> jax.Array:
 
 def _decode(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Array:
     """One query token a row, q `[R, K, G, d]` -> `[R, K, G, d]`; rows from `batch.rows[0]` on give zeros."""
+    rows = q.shape[0]
+    lengths = jnp.where(jnp.arange(rows, dtype=jnp.int32) < batch.rows[0], batch.kv_len[:rows], 0)
+    scale, window = spec.scale, spec.window
+    return cpu.attend(q, cache, batch.pages[:rows], lengths, scale, window, lambda: _in_blocks(q, cache, batch, spec))
+
+
+def _in_blocks(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Array:
+    """The same, by XLA."""
     rows, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
     index = jnp.arange(rows, dtype=jnp.int32)

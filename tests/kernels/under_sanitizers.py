@@ -20,4 +20,14 @@ for activations, weights in PAIRS:
         for level, rounds in itertools.product(range(len(cpu.LEVELS)), (False, True)):
             library.jaxinfer_level(level)
             jax.block_until_ready(call(x, w, rounds=rounds))
+jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attend), platform="cpu")
+for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
+    library.jaxinfer_level(level)
+    q, pages, lengths = random((3, 2, 5, 48), "float32"), np.array([[0, 1], [1, 0], [2, 2]], np.int32), [7, 0, 10]
+    pools = [random((3, 2, 5, 48), kind), random((3, 2, 5, 48), kind)]
+    pools += [random((3, 2, 5), "float32")] * 2 if kind == "int8" else []
+    call = jax.ffi.ffi_call("attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    for window in (0, 4):
+        options = {"scale": np.float32(0.1), "window": np.int64(window)}
+        jax.block_until_ready(call(q, pages, np.array(lengths, np.int32), *pools, **options))
 print(f"{len(SIZES) * len(PAIRS)} products at each level")

@@ -1,4 +1,5 @@
-"""Products on CPU with weights that stay as they are kept, through XLA's foreign function interface.
+"""Products with weights as they are kept, and attention to pages where they are, on CPU, through XLA's foreign function
+interface.
 
 XLA multiplies float32 well, but makes a float32 copy of any other weight in each product. The kernels (`micro.h`) read
 each weight once. They are built with the package where there is a C++ compiler (`build.py`), for all instruction sets
@@ -12,18 +13,21 @@ import ctypes
 import functools
 import importlib.machinery
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType
 
 LEVELS = ("portable", "avx2", "avx512")
 VARIABLE = "JAXINFER_CPU_KERNELS"
-TARGET = "jaxinfer_dot"
+TARGET, ATTEND = "jaxinfer_dot", "jaxinfer_attend"
+MOST_QUERIES = 128  # of a token that have one key
+CACHES = ("float32", "bfloat16", "int8")
 Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -49,7 +53,8 @@ def kernels() -> Kernels:
         return Kernels(None, "they were not built: install a C++ compiler (g++ or clang++), then jaxinfer again")
     try:
         library = ctypes.CDLL(os.fspath(found))
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jaxinfer_dot), platform="cpu")
+        for name in (TARGET, ATTEND):
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     except Exception as error:  # of the linker, and of a jaxlib that is older than the one they were built for
         why = " ".join(str(error).split())
         return Kernels(None, f"they can't be loaded ({why}): install jaxinfer again")
@@ -82,11 +87,14 @@ def _applies(x: jax.Array, weight: jax.Array) -> bool:
         return False
     if weight.dtype == jnp.float32 and x.shape[0] == 1:
         return False  # bound by memory, and XLA reads it as fast
-    # XLA would put a weight together that it has split over the devices of a mesh.
+    return _alone()
+
+
+def _alone() -> bool:
+    """Whether arrays are what one device has: XLA would put those together that it has split over a mesh itself."""
     mesh = jax.sharding.get_abstract_mesh()
-    return all(
-        mesh.shape[a] == 1 or kind != AxisType.Auto for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-    )
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return all(mesh.shape[axis] == 1 or kind != AxisType.Auto for axis, kind in kinds)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -106,6 +114,32 @@ def _product_jvp(
     if dweight.dtype != jax.dtypes.float0:
         change += reference(x, dweight)
     return _product(reference, rounds, x, weight), change
+
+
+def attend(
+    q: jax.Array,
+    pools: Sequence[jax.Array],
+    pages: jax.Array,
+    kv_len: jax.Array,
+    scale: float,
+    window: int | None,
+    reference: Callable[[], jax.Array],
+) -> jax.Array:
+    """Attention of each row's last token, `q [R, K, G, d]`, to keys and values in pages: `[R, K, G, d]`, zeros for rows
+    whose kv_len, i32[R], is 0.
+
+    pools: keys and values `[P, K, page_size, d]`, in 8 bits their scales `[P, K, page_size]` too. pages: i32[R, ...].
+    window: that many positions are seen; None is all. By a kernel where there is one, else what `reference` gives.
+    """
+    fits = q.dtype == jnp.float32 and q.shape[3] % 16 == 0 and q.shape[2] <= MOST_QUERIES
+    if not (fits and pools[0].dtype.name in CACHES and kernels().level and _alone()):
+        return reference()
+    call = functools.partial(
+        jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype)),
+        scale=np.float32(scale),
+        window=np.int64(window or 0),
+    )
+    return lax.platform_dependent(q, pages, kv_len, *pools, cpu=call, default=lambda *_: reference())
 
 
 kernels()  # compiled programs that are read from a file look for them by name

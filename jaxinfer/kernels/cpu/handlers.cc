@@ -10,6 +10,7 @@
 #include <thread>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -95,6 +96,17 @@ struct Threads {
   int64_t count;
 };
 
+struct Attention {
+  const float* q;  // [rows, kv_heads, group, dim]
+  float* out;
+  const float *k_scales, *v_scales;  // [pages, kv_heads, page_size], or null
+  const int32_t *pages, *kv_len;     // [rows, table] and [rows]
+  int64_t kv_heads, group, dim, page_size, table, window;
+  float scale;
+};
+
+constexpr int64_t MOST_QUERIES = 128;  // that have one key
+
 namespace portable {
 #define LEVEL 0
 #define LANES 4
@@ -174,6 +186,47 @@ ffi::Error dot(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, ffi::AnyBuff
   return ffi::Error::InvalidArgument("jaxinfer_dot: there is no product of these types");
 }
 
+template <class T>
+void attend(Threads& threads, const Attention& a, const void* keys, const void* values, int64_t rows) {
+  threads.run(rows * a.kv_heads, [&](int64_t i) {
+    const int64_t row = i / a.kv_heads;
+    if (a.kv_len[row] <= 0) return;
+    auto with = [&](auto call) { call(a, (const T*)keys, (const T*)values, row, i % a.kv_heads); };
+#if defined(__x86_64__)
+    if (level == 2) return with(avx512::attend<T>);
+    if (level == 1) return with(avx2::attend<T>);
+#endif
+    with(portable::attend<T>);
+  });
+}
+
+ffi::Error attention(ffi::ThreadPool pool, float scale, int64_t window, ffi::Buffer<ffi::F32> q,
+                     ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> kv_len, ffi::AnyBuffer keys,
+                     ffi::AnyBuffer values, ffi::RemainingArgs scales, ffi::ResultBuffer<ffi::F32> out) {
+  const auto shape = keys.dimensions(), queries = q.dimensions();
+  if (shape.size() != 4 || queries.size() != 4 || shape[3] % 16 || queries[3] != shape[3] || queries[1] != shape[1] ||
+      queries[2] > MOST_QUERIES)
+    return ffi::Error::InvalidArgument("jaxinfer_attend: q must be [R, K, G, d], and pages [P, K, size, d]");
+  Attention a{q.typed_data(),      out->typed_data(), nullptr,    nullptr,
+              pages.typed_data(),  kv_len.typed_data(), shape[1], queries[2],
+              shape[3],            shape[2],          pages.dimensions()[1], window,
+              scale};
+  if (scales.size() == 2) {
+    a.k_scales = scales.get<ffi::Buffer<ffi::F32>>(0)->typed_data();
+    a.v_scales = scales.get<ffi::Buffer<ffi::F32>>(1)->typed_data();
+  }
+  std::memset(a.out, 0, out->size_bytes());
+  Threads threads(pool);
+  auto with = [&](auto call) {
+    call(threads, a, keys.untyped_data(), values.untyped_data(), queries[0]);
+    return ffi::Error::Success();
+  };
+  if (keys.element_type() == ffi::DataType::F32) return with(attend<float>);
+  if (keys.element_type() == ffi::DataType::BF16) return with(attend<bf16>);
+  if (keys.element_type() == ffi::DataType::S8) return with(attend<int8_t>);
+  return ffi::Error::InvalidArgument("jaxinfer_attend: there is none for keys of this type");
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot, dot,
@@ -183,6 +236,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot, dot,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attend, attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("scale")
+                                  .Attr<int64_t>("window")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
 
 // The instruction set that is used, 0 to 2; set to at most `wanted`.
 extern "C" int jaxinfer_level(int wanted) { return level = std::min(wanted, level_of_machine()); }
