@@ -15,7 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxinfer.kernels.cpu import product
+from jaxinfer.kernels.cpu import product, product_int4
 from jaxinfer.quantization.activations import quantize_last
 from jaxinfer.quantization.schemes import Scheme
 from jaxinfer.sharding import TENSOR, axes_of, on_axes, on_tensor
@@ -92,6 +92,12 @@ def _of_blocks(x: jax.Array, weight: QArray) -> jax.Array:
 
 
 def _rows_in_turn(x: jax.Array, weight: QArray) -> jax.Array:
+    if weight.scheme.packed == 2 and weight.scheme.rows == 1 and weight.zeros is None:
+        return product_int4(x, weight.values, weight.scales, lambda: _by_loop(x, weight), weight.rounds)
+    return _by_loop(x, weight)
+
+
+def _by_loop(x: jax.Array, weight: QArray) -> jax.Array:
     scheme, count = weight.scheme, weight.values.shape[0]
     most = max(PRODUCT // x.shape[1] // 128, 1) * 128  # whole blocks
     size = next((n for n in range(most, most // 2, -128) if count % n == 0), min(most, count))

@@ -20,6 +20,12 @@ for activations, weights in PAIRS:
         for level, rounds in itertools.product(range(len(cpu.LEVELS)), (False, True)):
             library.jaxinfer_level(level)
             jax.block_until_ready(call(x, w, rounds=rounds))
+jax.ffi.register_ffi_target("int4", jax.ffi.pycapsule(library.jaxinfer_dot_int4), platform="cpu")
+for tokens, level, rounds in itertools.product((1, 7, 9, 33), range(len(cpu.LEVELS)), (False, True)):
+    library.jaxinfer_level(level)
+    call = jax.ffi.ffi_call("int4", jax.ShapeDtypeStruct((tokens, 13), np.float32))
+    w = random((13, 96), "int8").view(np.uint8)
+    jax.block_until_ready(call(random((tokens, 192), "float32"), w, random((13, 6), "float32"), rounds=rounds))
 jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attend), platform="cpu")
 for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
     library.jaxinfer_level(level)

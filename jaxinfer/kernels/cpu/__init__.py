@@ -25,7 +25,7 @@ from jax.sharding import AxisType
 
 LEVELS = ("portable", "avx2", "avx512")
 VARIABLE = "JAXINFER_CPU_KERNELS"
-TARGET, ATTEND = "jaxinfer_dot", "jaxinfer_attend"
+TARGET, INT4, ATTEND = "jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_attend"
 MOST_QUERIES = 128  # of a token that have one key
 CACHES = ("float32", "bfloat16", "int8")
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -53,7 +53,7 @@ def kernels() -> Kernels:
         return Kernels(None, "they were not built: install a C++ compiler (g++ or clang++), then jaxinfer again")
     try:
         library = ctypes.CDLL(os.fspath(found))
-        for name in (TARGET, ATTEND):
+        for name in (TARGET, INT4, ATTEND):
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     except Exception as error:  # of the linker, and of a jaxlib that is older than the one they were built for
         why = " ".join(str(error).split())
@@ -114,6 +114,24 @@ def _product_jvp(
     if dweight.dtype != jax.dtypes.float0:
         change += reference(x, dweight)
     return _product(reference, rounds, x, weight), change
+
+
+def product_int4(
+    x: jax.Array, values: jax.Array, scales: jax.Array, reference: Callable[[], jax.Array], rounds: bool = False
+) -> jax.Array:
+    """`x [T, K]` times a weight of int4 transposed, `[T, N]` float32: see `product`.
+
+    values: uint8 `[N, K / 2]`, two's complement, the even column's in the low four bits. scales: f32 `[N, K / size]`
+    of groups of `size` columns, a multiple of 32. From 8 tokens on weights are dequantized a few rows at a time, and
+    where activations may be rounded so are they.
+    """
+    groups = scales.shape[1]
+    fits = x.ndim == 2 and x.dtype.name in ("float32", "bfloat16") and x.shape[1] % (32 * groups) == 0
+    if not (fits and kernels().level and _alone()):
+        return reference()
+    out = jax.ShapeDtypeStruct((x.shape[0], values.shape[0]), jnp.dtype(jnp.float32))
+    call = functools.partial(jax.ffi.ffi_call(INT4, out, vmap_method="sequential"), rounds=rounds)
+    return lax.platform_dependent(x, values, scales, cpu=call, default=lambda *_: reference())
 
 
 def attend(

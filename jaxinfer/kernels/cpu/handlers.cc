@@ -28,6 +28,15 @@ struct bf16 {
   uint16_t bits;
 };
 
+struct nibbles {  // of int4
+  uint8_t bits;
+};
+
+struct Groups {  // of columns that have one scale: scales [N, K / size]
+  const float* scales;
+  int64_t size;
+};
+
 constexpr int64_t AHEAD = 4096;      // bytes: how far ahead weights are fetched
 constexpr int64_t MANY = 16;        // tokens, from which on activations may be rounded
 constexpr int64_t SMALL = 1 << 16;  // products that are done before another thread has woken up
@@ -111,6 +120,7 @@ namespace portable {
 #define LEVEL 0
 #define LANES 4
 #include "micro.h"
+#include "attention.h"
 #undef LEVEL
 #undef LANES
 }  // namespace portable
@@ -122,6 +132,7 @@ namespace avx2 {
 #define LEVEL 1
 #define LANES 8
 #include "micro.h"
+#include "attention.h"
 #undef LEVEL
 #undef LANES
 }  // namespace avx2
@@ -133,6 +144,7 @@ namespace avx512 {
 #define LEVEL 2
 #define LANES 16
 #include "micro.h"
+#include "attention.h"
 #undef LEVEL
 #undef LANES
 }  // namespace avx512
@@ -153,15 +165,15 @@ int level_of_machine() {
 
 std::atomic<int> level{level_of_machine()};
 
-template <class X, class Weight, class Out>
-ffi::Error product(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, ffi::AnyBuffer w,
-                   ffi::Result<ffi::AnyBuffer> out) {
+template <class X, class Weight, class Out, class Kept>
+ffi::Error product(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Kept w,
+                   ffi::Result<ffi::AnyBuffer> out, Groups groups = {}) {
   const int64_t tokens = x.dimensions()[0], depth = x.dimensions()[1], columns = w.dimensions()[0];
   Threads threads(pool);
   if (tokens * depth * columns < SMALL) threads.count = 1;
   auto with = [&](auto call) {
     call(threads, (const X*)x.untyped_data(), tokens, (const Weight*)w.untyped_data(), depth,
-         (Out*)out->untyped_data(), columns, rounds);
+         (Out*)out->untyped_data(), columns, rounds, groups);
   };
 #if defined(__x86_64__)
   if (level == 2) return with(avx512::product<X, Weight, Out>), ffi::Error::Success();
@@ -184,6 +196,18 @@ ffi::Error dot(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, ffi::AnyBuff
   if (are(DataType::BF16, DataType::S8)) return product<bf16, int8_t, float>(pool, rounds, x, w, out);
   if (are(DataType::BF16, DataType::BF16)) return product<bf16, bf16, float>(pool, rounds, x, w, out);
   return ffi::Error::InvalidArgument("jaxinfer_dot: there is no product of these types");
+}
+
+ffi::Error dot_int4(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w,
+                    ffi::Buffer<ffi::F32> scales, ffi::Result<ffi::AnyBuffer> out) {
+  const auto in = x.dimensions(), held = w.dimensions(), some = scales.dimensions();
+  if (in.size() != 2 || held.size() != 2 || some.size() != 2 || in[1] != 2 * held[1] || some[0] != held[0] ||
+      some[1] < 1 || in[1] % some[1] || in[1] / some[1] % 32)
+    return ffi::Error::InvalidArgument("jaxinfer_dot_int4: x must be [T, K], w [N, K/2] and scales [N, K/(32 n)]");
+  const Groups groups{scales.typed_data(), in[1] / some[1]};
+  if (x.element_type() == ffi::DataType::F32) return product<float, nibbles, float>(pool, rounds, x, w, out, groups);
+  if (x.element_type() == ffi::DataType::BF16) return product<bf16, nibbles, float>(pool, rounds, x, w, out, groups);
+  return ffi::Error::InvalidArgument("jaxinfer_dot_int4: x must be float32 or bfloat16");
 }
 
 template <class T>
@@ -235,6 +259,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot, dot,
                                   .Attr<bool>("rounds")
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot_int4, dot_int4,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("rounds")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attend, attention,

@@ -97,6 +97,53 @@ void thin(const float* x, int64_t tokens, const Weight* w, int64_t depth, Out* o
 
 constexpr int WIDE_ROWS = LEVEL == 2 ? 12 : 6;  // with 2 panels they fill the registers
 
+// ---- int4: two values a byte, the even column's in the low bits; a scale for each `group` columns.
+
+INLINE void load_pairs(const nibbles* p, Float& even, Float& odd) {
+#if LEVEL == 2
+  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  const __m512i bytes = _mm512_cvtepu8_epi32(load_as<__m128i>(p));
+  even = (Float)_mm512_permutexvar_ps(bytes, values);  // which looks at the low 4 bits alone
+  odd = (Float)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values);
+#else
+  typedef uint32_t Word __attribute__((vector_size(4 * LANES)));
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  const Word bytes = __builtin_convertvector(load_as<Bytes>(p), Word);
+  even = __builtin_convertvector((Int)(bytes << 28) >> 28, Float);
+  odd = __builtin_convertvector((Int)(bytes << 24) >> 28, Float);
+#endif
+}
+
+// One output of some tokens, whose even columns come first in x.
+template <int TOKENS>
+INLINE void thin_int4(const float* x, int64_t depth, const nibbles* w, const float* scales, int64_t group, float* out,
+                      int64_t columns) {
+  Float total[TOKENS] = {};
+  for (int64_t begin = 0; begin < depth / 2; begin += group / 2) {
+    Float some[TOKENS] = {}, even, odd;
+    __builtin_prefetch((const char*)(w + begin) + AHEAD);
+    for (int64_t k = begin; k < begin + group / 2; k += LANES) {
+      load_pairs(w + k, even, odd);
+      for (int t = 0; t < TOKENS; t++)
+        some[t] += even * load(x + t * depth + k) + odd * load(x + t * depth + depth / 2 + k);
+    }
+    for (int t = 0; t < TOKENS; t++) total[t] += some[t] * scales[2 * begin / group];
+  }
+  for (int t = 0; t < TOKENS; t++) out[t * columns] = sum(total[t]);
+}
+
+// A row as float32.
+INLINE void dequantize(const nibbles* w, const float* scales, int64_t group, int64_t depth, float* to) {
+  for (int64_t k = 0; k < depth / 2; k += LANES) {
+    Float even, odd;
+    load_pairs(w + k, even, odd);
+    for (int i = 0; i < LANES; i++) {
+      to[2 * (k + i)] = even[i] * scales[2 * k / group];
+      to[2 * (k + i) + 1] = odd[i] * scales[2 * k / group];
+    }
+  }
+}
+
 // ---- wide: activations in panels [units][LANES tokens] of 32 bits, weights in rows of such units.
 
 struct Singles {  // float32
@@ -180,16 +227,22 @@ INLINE void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, 
     }
 }
 
-// Outputs [first, last) of all tokens. scratch: for WIDE_ROWS rows of weights as units.
+// Outputs [first, last) of all tokens. scratch: for WIDE_ROWS rows of weights as units, and one of float32.
 template <class Units, class Weight, class Out>
 void wide(const uint32_t* panels, int64_t tokens, const Weight* w, int64_t depth, Out* out, int64_t columns,
-          int64_t first, int64_t last, uint32_t* scratch) {
+          int64_t first, int64_t last, uint32_t* scratch, [[maybe_unused]] Groups groups) {
   constexpr bool as_they_are = sizeof(Weight) * Units::each == 4;
   const int64_t units = (depth + Units::each - 1) / Units::each;
   const int64_t step = Units::each == 4 ? units : EXACT;
   auto rows_of = [&](int64_t n, auto rows) {
     const uint32_t* weights = scratch;
-    if (as_they_are && depth % Units::each == 0) {
+    if constexpr (std::is_same_v<Weight, nibbles>) {
+      float* row = (float*)(scratch + WIDE_ROWS * units);
+      for (int64_t r = 0; r < rows; r++) {
+        dequantize(w + (n + r) * depth / 2, groups.scales + (n + r) * depth / groups.size, groups.size, depth, row);
+        Units::fill(scratch + r * units, row, depth);
+      }
+    } else if (as_they_are && depth % Units::each == 0) {
       weights = (const uint32_t*)(w + n * depth);
     } else {
       for (int64_t r = 0; r < rows; r++) Units::fill(scratch + r * units, w + (n + r) * depth, depth);
@@ -211,36 +264,49 @@ void wide(const uint32_t* panels, int64_t tokens, const Weight* w, int64_t depth
 
 template <class Units, class X, class Weight, class Out>
 void wide_product(Threads& threads, const X* x, int64_t tokens, const Weight* w, int64_t depth, Out* out,
-                  int64_t columns, int64_t each) {
+                  int64_t columns, int64_t each, Groups groups) {
   const int64_t units = (depth + Units::each - 1) / Units::each, panels = (tokens + LANES - 1) / LANES;
   uint32_t* packed = (uint32_t*)buffer(4 * panels * LANES * units);
   threads.run(panels, [=](int64_t p) { pack<Units>(x, tokens, depth, p * LANES, packed + p * LANES * units); });
   threads.run((columns + each - 1) / each, [=](int64_t i) {
-    std::unique_ptr<uint32_t[]> scratch(new uint32_t[WIDE_ROWS * units]);
-    wide<Units>(packed, tokens, w, depth, out, columns, i * each, std::min((i + 1) * each, columns), scratch.get());
+    std::unique_ptr<uint32_t[]> scratch(new uint32_t[WIDE_ROWS * units + depth]);
+    const int64_t last = std::min((i + 1) * each, columns);
+    wide<Units>(packed, tokens, w, depth, out, columns, i * each, last, scratch.get(), groups);
   });
 }
 
 template <class X, class Weight, class Out>
 void thin_product(Threads& threads, const X* x, int64_t tokens, const Weight* w, int64_t depth, Out* out,
-                  int64_t columns, int64_t each) {
+                  int64_t columns, int64_t each, [[maybe_unused]] Groups groups) {
   const float* floats = (const float*)x;
-  if constexpr (!std::is_same_v<X, float>) {
+  if constexpr (std::is_same_v<Weight, nibbles>) {
+    float* to = (float*)buffer(4 * tokens * depth);
+    for (int64_t i = 0; i < tokens * depth; i++)
+      to[i / depth * depth + i % 2 * (depth / 2) + i % depth / 2] = to_float(x[i]);
+    threads.run((columns + each - 1) / each, [=](int64_t i) {
+      for (int64_t n = i * each; n < std::min((i + 1) * each, columns); n++)
+        in_steps<4, 2, 1>(0, tokens, [&](int64_t t, auto count) {
+          thin_int4<count>(to + t * depth, depth, w + n * depth / 2, groups.scales + n * depth / groups.size,
+                           groups.size, out + t * columns + n, columns);
+        });
+    });
+  } else if constexpr (!std::is_same_v<X, float>) {
     float* to = (float*)buffer(4 * tokens * depth);
     for (int64_t i = 0; i < tokens * depth; i++) to[i] = to_float(x[i]);
     floats = to;
   }
-  threads.run((columns + each - 1) / each, [=](int64_t i) {
-    thin(floats, tokens, w, depth, out, columns, i * each, std::min((i + 1) * each, columns));
-  });
+  if constexpr (!std::is_same_v<Weight, nibbles>)
+    threads.run((columns + each - 1) / each, [=](int64_t i) {
+      thin(floats, tokens, w, depth, out, columns, i * each, std::min((i + 1) * each, columns));
+    });
 }
 
 // out [T, N] = x [T, K] times w [N, K] transposed. rounds: float32 activations may become bfloat16, from MANY tokens on.
 template <class X, class Weight, class Out>
 void product(Threads& threads, const X* x, int64_t tokens, const Weight* w, int64_t depth, Out* out, int64_t columns,
-             [[maybe_unused]] bool rounds) {
+             [[maybe_unused]] bool rounds, Groups groups) {
   const int64_t each = (columns / (16 * threads.count) / WIDE_ROWS + 1) * WIDE_ROWS;
-  auto with = [&](auto call) { call(threads, x, tokens, w, depth, out, columns, each); };
+  auto with = [&](auto call) { call(threads, x, tokens, w, depth, out, columns, each, groups); };
 #if LEVEL == 2
   if constexpr (std::is_same_v<X, int8_t>) {
     if (tokens >= 4) return with(wide_product<Quads, X, Weight, Out>);
@@ -250,102 +316,4 @@ void product(Threads& threads, const X* x, int64_t tokens, const Weight* w, int6
 #endif
   if (tokens < 8) return with(thin_product<X, Weight, Out>);
   with(wide_product<Singles, X, Weight, Out>);
-}
-
-// ---- attention of each row's last token to its keys, where they are in the cache
-
-INLINE Float exponential(Float x) {  // of what is at most 0
-  x = x < -87.0f ? Float{} - 87.0f : x;
-  const Float whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2**23 rounds
-  const Float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Float power = Float{} + 1.0f / 5040;
-  for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) power = power * rest + term;
-  return power * (Float)((__builtin_convertvector(whole, Int) + 127) << 23);
-}
-
-// Scores of queries with keys that follow each other: scores[q][k] = queries[q] . keys[k].
-template <class T>
-void score(const float* const* queries, int64_t count, const T* keys, int64_t some, int64_t dim, float* scores,
-           int64_t span) {
-  in_steps<4, 1>(0, count, [&](int64_t first, auto group) {
-    in_steps<4, 1>(0, some, [&](int64_t k, auto size) {
-      constexpr int GROUP = group, SIZE = size;
-      Float total[GROUP][SIZE] = {};
-      for (int64_t i = 0; i < dim; i += LANES)
-        for (int n = 0; n < size; n++) {
-          Float key = load(keys + (k + n) * dim + i);
-          for (int m = 0; m < group; m++) total[m][n] += key * load(queries[first + m] + i);
-        }
-      for (int m = 0; m < group; m++)
-        for (int n = 0; n < size; n++) scores[(first + m) * span + k + n] = sum(total[m][n]);
-    });
-  });
-}
-
-// out[q] += sum of weights[q][k] * values[k], of values that follow each other.
-template <class T>
-void gather(const float* weights, int64_t span, int64_t count, const T* values, int64_t some, int64_t dim,
-            float* const* out) {
-  in_steps<4, 1>(0, count, [&](int64_t first, auto group) {
-    in_steps<4, 1>(0, dim / LANES, [&](int64_t chunk, auto size) {
-      constexpr int GROUP = group, SIZE = size;
-      Float total[GROUP][SIZE];
-      for (int m = 0; m < group; m++)
-        for (int c = 0; c < size; c++) total[m][c] = load(out[first + m] + (chunk + c) * LANES);
-      for (int64_t k = 0; k < some; k++)
-        for (int c = 0; c < size; c++) {
-          Float value = load(values + k * dim + (chunk + c) * LANES);
-          for (int m = 0; m < group; m++) total[m][c] += value * weights[(first + m) * span + k];
-        }
-      for (int m = 0; m < group; m++)
-        for (int c = 0; c < size; c++) store(out[first + m] + (chunk + c) * LANES, total[m][c]);
-    });
-  });
-}
-
-// The last token of a row, and the query heads of one key/value head.
-template <class T>
-void attend(const Attention& a, const T* keys, const T* values, int64_t row, int64_t head) {
-  const int64_t stop = a.kv_len[row], start = a.window ? std::max<int64_t>(stop - a.window, 0) : 0;
-  const int64_t count = stop - start, span = (count + LANES - 1) / LANES * LANES;
-  float* scores = (float*)buffer(4 * a.group * span);
-  const float* queries[MOST_QUERIES];
-  float* out[MOST_QUERIES];
-  for (int64_t i = 0; i < a.group; i++) {
-    const int64_t at = ((row * a.kv_heads + head) * a.group + i) * a.dim;
-    queries[i] = a.q + at;
-    out[i] = a.out + at;
-  }
-  auto runs = [&](auto call) {  // of keys that follow each other: those on a page
-    for (int64_t k = start, some; k < stop; k += some) {
-      some = std::min(stop - k, a.page_size - k % a.page_size);
-      const int64_t page = a.pages[row * a.table + k / a.page_size];
-      call(k - start, (page * a.kv_heads + head) * a.page_size + k % a.page_size, some);
-    }
-  };
-  runs([&](int64_t k, int64_t at, int64_t some) {
-    score(queries, a.group, keys + at * a.dim, some, a.dim, scores + k, span);
-    if (a.k_scales)
-      for (int64_t i = 0; i < a.group; i++)
-        for (int64_t n = 0; n < some; n++) scores[i * span + k + n] *= a.k_scales[at + n];
-  });
-  for (int64_t i = 0; i < a.group; i++) {
-    float* of = scores + i * span;
-    std::fill(of + count, of + span, of[0]);
-    Float tops = load(of), totals = {};
-    for (int64_t k = LANES; k < span; k += LANES) tops = load(of + k) > tops ? load(of + k) : tops;
-    float top = tops[0];
-    for (int lane = 1; lane < LANES; lane++) top = tops[lane] > top ? tops[lane] : top;
-    for (int64_t k = 0; k < span; k += LANES) store(of + k, exponential((load(of + k) - top) * a.scale));
-    std::fill(of + count, of + span, 0.0f);
-    for (int64_t k = 0; k < span; k += LANES) totals += load(of + k);
-    const float total = sum(totals);
-    for (int64_t k = 0; k < span; k += LANES) store(of + k, load(of + k) / total);
-  }
-  runs([&](int64_t k, int64_t at, int64_t some) {
-    if (a.v_scales)
-      for (int64_t i = 0; i < a.group; i++)
-        for (int64_t n = 0; n < some; n++) scores[i * span + k + n] *= a.v_scales[at + n];
-    gather(scores + k, span, a.group, values + at * a.dim, some, a.dim, out);
-  });
 }
