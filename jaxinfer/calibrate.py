@@ -31,7 +31,7 @@ from jaxinfer.layers.linear import Linear
 from jaxinfer.models.causal import Feeds
 from jaxinfer.models.model import Model, Params, scales
 from jaxinfer.models.registry import REGISTRY
-from jaxinfer.quantization.calibrate import channel_factors, gptq, round_to_nearest, times
+from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors, gptq, round_to_nearest, times
 from jaxinfer.quantization.qarray import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
 from jaxinfer.text.tokenizer import load_tokenizer
@@ -252,12 +252,16 @@ def _quantize(
                 fold(weights, f"{prefix}.{source}", [f"{prefix}.{path}" for path in taking], one, shared)
                 factors |= dict.fromkeys(found, one)
     made: dict[str, Made] = {}
+    carried: dict[int, Carrying] = {}  # of each input, which several linears may have
     for name, weight in weights.items():
         path = name.removeprefix(f"{prefix}.").removesuffix(".weight")
         if name not in target.quantized:
             made[name] = weight.astype(target.abstract[name].dtype)
         elif method == "gptq":
-            made[name] = gptq(weight, inputs[path], scheme)
+            hessian = inputs[path]
+            if id(hessian) not in carried:
+                carried[id(hessian)] = carrying(hessian)
+            made[name] = gptq(weight, carried[id(hessian)], scheme)
         else:
             size = np.mean(np.square(inputs[path]), axis=0) / factors.get(path, np.float32(1)) ** 2
             made[name] = round_to_nearest(weight, size, scheme)

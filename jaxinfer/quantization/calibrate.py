@@ -6,7 +6,7 @@ A weight is `[out, in]`, its input's samples `[tokens, in]`. All is deterministi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -56,21 +56,34 @@ def round_to_nearest(weight: Host, importance: Host, scheme: Scheme, shrinks: Ho
     return nearest(weight / np.repeat(scales, weight.shape[1] // scales.shape[1], axis=1), scheme), scales
 
 
-def gptq(weight: Host, hessian: Host, scheme: Scheme) -> tuple[Host, Host]:
+class Carrying(NamedTuple):
+    """How errors are carried from column to column: sizes of the inputs `[in]`, the order of columns, and the upper
+    factor of the inverse Hessian in that order, of which row i is how much later columns take over from column i."""
+
+    sizes: Host
+    order: Host
+    upper: Host
+
+
+def carrying(hessian: Host) -> Carrying:
+    """Of the sum of the inputs' outer products, `[in, in]`: the same for all linears that have the input."""
+    diagonal = np.diag(hessian).copy()
+    order = np.argsort(-diagonal, kind="stable")
+    damped = hessian[np.ix_(order, order)].astype(np.float64)
+    damped[np.diag_indices(len(order))] += max(DAMPING * float(diagonal.mean()), 1e-8)
+    inverse = np.linalg.inv(np.linalg.cholesky(damped))
+    return Carrying(diagonal, order, np.linalg.cholesky(inverse.T @ inverse).T.astype(np.float32))
+
+
+def gptq(weight: Host, errors_go: Carrying, scheme: Scheme) -> tuple[Host, Host]:
     """As round_to_nearest; but what rounding a column does to the product is made up for by the columns after it.
 
     Source: Frantar et al., arXiv:2210.17323, with columns in the order of their inputs' size and scales that are set
-    before. hessian: the sum of the inputs' outer products, `[in, in]`.
+    before.
     """
     columns = weight.shape[1]
-    diagonal = np.diag(hessian).copy()
-    scales = best_scales(weight, diagonal, scheme)
-    order = np.argsort(-diagonal, kind="stable")
-    damped = hessian[np.ix_(order, order)].astype(np.float64)
-    damped[np.diag_indices(columns)] += max(DAMPING * float(diagonal.mean()), 1e-8)
-    # The upper factor of the inverse: row i is how much each later column takes over of an error in column i.
-    inverse = np.linalg.inv(np.linalg.cholesky(damped))
-    upper = np.linalg.cholesky(inverse.T @ inverse).T.astype(np.float32)
+    sizes, order, upper = errors_go
+    scales = best_scales(weight, sizes, scheme)
     left = weight[:, order].astype(np.float32)
     by_column = np.repeat(scales, columns // scales.shape[1], axis=1)[:, order]
     values = np.empty_like(left)

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from jaxinfer.quantization.calibrate import channel_factors, gptq, nearest, round_to_nearest, rounded_input, times
+from jaxinfer.quantization.calibrate import (
+    carrying,
+    channel_factors,
+    gptq,
+    nearest,
+    round_to_nearest,
+    rounded_input,
+    times,
+)
 from jaxinfer.quantization.schemes import SCHEMES
 
 
@@ -27,7 +35,7 @@ def test_gptq_is_better_than_rounding(case, scheme, share):
     weight, x = case
     size = np.mean(x**2, axis=0)
     plain = times(*round_to_nearest(weight, size, SCHEMES[scheme]))
-    values, scales = gptq(weight, x.T @ x, SCHEMES[scheme])
+    values, scales = gptq(weight, carrying(x.T @ x), SCHEMES[scheme])
     assert np.array_equal(nearest(values, SCHEMES[scheme]), values)
     assert scales.shape == (192, 256 // (SCHEMES[scheme].columns or 256))
     assert error(weight, x, times(values, scales)) < share * error(weight, x, plain)
@@ -38,7 +46,7 @@ def test_gptq_of_inputs_that_never_come(case):
     weight, x = case
     x = x.copy()
     x[:, ::3] = 0
-    values, scales = gptq(weight, x.T @ x, SCHEMES["int4"])
+    values, scales = gptq(weight, carrying(x.T @ x), SCHEMES["int4"])
     assert np.isfinite(times(values, scales)).all()
     assert np.abs(times(values, scales) - weight).max() < 2
 
