@@ -71,8 +71,9 @@ def carrying(hessian: Host) -> Carrying:
     order = np.argsort(-diagonal, kind="stable")
     damped = hessian[np.ix_(order, order)].astype(np.float64)
     damped[np.diag_indices(len(order))] += max(DAMPING * float(diagonal.mean()), 1e-8)
-    inverse = np.linalg.inv(np.linalg.cholesky(damped))
-    return Carrying(diagonal, order, np.linalg.cholesky(inverse.T @ inverse).T.astype(np.float32))
+    # With its axes turned round, the lower factor becomes an upper one, whose inverse is what is looked for.
+    upper = np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1])
+    return Carrying(diagonal, order, np.triu(upper).astype(np.float32))
 
 
 def gptq(weight: Host, errors_go: Carrying, scheme: Scheme) -> tuple[Host, Host]:
@@ -84,20 +85,20 @@ def gptq(weight: Host, errors_go: Carrying, scheme: Scheme) -> tuple[Host, Host]
     columns = weight.shape[1]
     sizes, order, upper = errors_go
     scales = best_scales(weight, sizes, scheme)
-    left = weight[:, order].astype(np.float32)
-    by_column = np.repeat(scales, columns // scales.shape[1], axis=1)[:, order]
+    left = np.ascontiguousarray(weight.T[order], np.float32)  # a column is a row here, for speed
+    by_column = np.repeat(scales.T, columns // scales.shape[1], axis=0)[order]
     values = np.empty_like(left)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        errors = np.empty((len(left), end - start), np.float32)
+        errors = np.empty((end - start, left.shape[1]), np.float32)
         for i in range(start, end):
-            values[:, i] = nearest(left[:, i] / by_column[:, i], scheme)
-            errors[:, i - start] = error = (left[:, i] - values[:, i] * by_column[:, i]) / upper[i, i]
-            left[:, i + 1 : end] -= error[:, None] * upper[i, i + 1 : end]
-        left[:, end:] -= errors @ upper[start:end, end:]
+            values[i] = nearest(left[i] / by_column[i], scheme)
+            errors[i - start] = error = (left[i] - values[i] * by_column[i]) / upper[i, i]
+            left[i + 1 : end] -= upper[i, i + 1 : end, None] * error
+        left[end:] -= upper[start:end, end:].T @ errors
     found = np.empty_like(values)
-    found[:, order] = values
-    return found, scales
+    found[order] = values
+    return np.ascontiguousarray(found.T), scales
 
 
 def channel_factors(
