@@ -87,7 +87,7 @@ def test_transformers_gives_the_same_answers(llm):
 
 
 def test_evaluate_prints_one_json_object(llm, capsys, monkeypatch):
-    monkeypatch.setattr(jaxinfer, "LLM", lambda model, quantization: llm)
+    monkeypatch.setattr(jaxinfer, "LLM", lambda model, **options: llm)
     evaluate.main(["--questions", "26", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert report["questions"] == 26
