@@ -155,13 +155,26 @@ def _dequantized(
 def take(weight: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rows of a table `[rows, D]`: `[T, D]` in this dtype. ids beyond it give its last row."""
     if not isinstance(weight, QArray):
-        return weight.at[ids].get(mode="clip").astype(dtype)
+        # XLA:CPU gathers no 16-bit floats: it would make a float32 copy of the table each time. Integers it does.
+        by_bits = weight.dtype.itemsize == 2
+        found = (
+            lax.platform_dependent(weight, ids, cpu=_taken_by_bits, default=_taken) if by_bits else _taken(weight, ids)
+        )
+        return found.astype(dtype)
     values = weight.values.at[ids].get(mode="clip")
     block = ids // weight.scheme.rows
     scales = weight.scales.at[block].get(mode="clip")
     zeros = None if weight.zeros is None else weight.zeros.at[block].get(mode="clip")
     parts = _dequantized(values, scales, zeros, weight.scheme, dtype)
     return jnp.stack(parts, axis=-1).reshape(len(ids), -1)
+
+
+def _taken(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return table.at[ids].get(mode="clip")
+
+
+def _taken_by_bits(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(_taken(lax.bitcast_convert_type(table, jnp.uint16), ids), table.dtype)
 
 
 def axes_of_scales(axes: Sequence[str | None], scheme: Scheme) -> tuple[str | None, ...]:

@@ -30,9 +30,10 @@ def test_dot_accumulates_in_float32(dtype):
     assert dot(jnp.asarray(x), jnp.asarray(weight)).dtype == x.dtype
 
 
-def test_float32_is_multiplied_at_full_precision_on_every_device():
-    lowered = jax.jit(dot).lower(jnp.ones((2, 8)), jnp.ones((4, 8))).as_text()
-    assert lowered.count("HIGHEST") == 2
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])  # a CPU's kernel has no other
+def test_float32_is_multiplied_at_full_precision_on_every_device(platform):
+    traced = jax.jit(dot).trace(jnp.ones((2, 8)), jnp.ones((4, 8)))
+    assert traced.lower(lowering_platforms=(platform,)).as_text().count("HIGHEST") == 2
 
 
 @pytest.mark.parametrize("bias", [False, True])

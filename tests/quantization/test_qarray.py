@@ -158,3 +158,11 @@ def test_what_is_not_a_scheme(wrong):
         ValueError, match=r"^quantization (is|has) .*one of int8, int8-w8a8, int4, int4-g128, fp8, fp8-b"
     ):
         check_quantization(wrong)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_copy_is_made_of_a_table_of_16_bits(dtype):
+    table, ids = weight(dtype=dtype), jnp.asarray([3, 70, 0])
+    call = jax.jit(lambda table, ids: take(table, ids, "float32"))
+    np.testing.assert_array_equal(call(table, ids), table.astype(np.float32)[[3, 23, 0]])
+    assert "f32[24,40]" not in call.lower(table, ids).compile().as_text()
