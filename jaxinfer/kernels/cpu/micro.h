@@ -212,14 +212,19 @@ void pack(const X* x, int64_t tokens, int64_t depth, int64_t first, uint32_t* pa
   }
 }
 
+// next: where the weights are that come after these, of which this fetches `bytes` for each unit: not in
+// float32, where the compiler has no register left for it.
 template <class Units, int ROWS, int PANELS, class Out>
 INLINE void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, int64_t stride, int64_t begin,
-                      int64_t end, const int32_t* minus, Out* out, int64_t columns, int64_t tokens, bool add) {
+                      int64_t end, const int32_t* minus, Out* out, int64_t columns, int64_t tokens, bool add,
+                      const char* next, int64_t bytes) {
   typename Units::Total total[PANELS][ROWS] = {};
-  for (int64_t u = begin; u < end; u++)
+  for (int64_t u = begin; u < end; u++) {
+    if constexpr (Units::each > 1) __builtin_prefetch(next + u * bytes);
     for (int r = 0; r < ROWS; r++)
       for (int p = 0; p < PANELS; p++)
         total[p][r] = Units::add(total[p][r], load_as<Int>(panels + p * panel + u * LANES), w[r * stride + u]);
+  }
   for (int p = 0; p < PANELS; p++)
     for (int t = 0; t < std::min<int64_t>(tokens - p * LANES, LANES); t++) {
       Out* to = out + (p * LANES + t) * columns;
@@ -234,6 +239,7 @@ void wide(const uint32_t* panels, int64_t tokens, const Weight* w, int64_t depth
   constexpr bool as_they_are = sizeof(Weight) * Units::each == 4;
   const int64_t units = (depth + Units::each - 1) / Units::each;
   const int64_t step = Units::each == 4 ? units : EXACT;
+  const int64_t row = std::is_same_v<Weight, nibbles> ? depth / 2 : depth * sizeof(Weight);  // bytes
   auto rows_of = [&](int64_t n, auto rows) {
     const uint32_t* weights = scratch;
     if constexpr (std::is_same_v<Weight, nibbles>) {
@@ -254,7 +260,8 @@ void wide(const uint32_t* panels, int64_t tokens, const Weight* w, int64_t depth
       const int64_t end = std::min(begin + step, units);
       auto some = [&](int64_t p, auto count) {
         wide_tile<Units, rows, count>(panels + p * LANES * units, units * LANES, weights, units, begin, end, minus,
-                                      out + p * LANES * columns + n, columns, tokens - p * LANES, begin > 0);
+                                      out + p * LANES * columns + n, columns, tokens - p * LANES, begin > 0,
+                                      (const char*)w + (n + (p == 0 ? rows : 0)) * row, rows * row / units);
       };
       in_steps<2, 1>(0, (tokens + LANES - 1) / LANES, some);
     }
