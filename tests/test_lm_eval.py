@@ -102,6 +102,7 @@ def evaluate(model, tasks, names=TASKS):
     return metrics, samples
 
 
+@pytest.mark.slow
 def test_the_metrics_of_hf(checkpoints, tasks):
     pytest.importorskip("torch")
     from lm_eval.models.huggingface import HFLM

@@ -76,8 +76,8 @@ def test_as_the_weights_that_it_stands_for(checkpoints, dequantized, name, schem
 @pytest.mark.parametrize(
     ("scheme", "mesh"),
     [
-        ("int8", "data=2,fsdp=2,tensor=2"),
-        pytest.param("int8", "tensor=4", marks=pytest.mark.slow),
+        pytest.param("int8", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("int8", "tensor=4", marks=pytest.mark.long),
         pytest.param("fp8", "fsdp=8", marks=pytest.mark.slow),
         pytest.param("int8-w8a8", "fsdp=2,tensor=4", marks=pytest.mark.slow),
     ],
@@ -100,7 +100,7 @@ def test_the_same_on_several_devices(checkpoints, scheme, mesh):
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        ("int8", None),
+        pytest.param("int8", None, marks=pytest.mark.slow),
         pytest.param("int8", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
         pytest.param("fp8", "tensor=2", marks=pytest.mark.slow),
     ],
@@ -142,8 +142,8 @@ def of_blocks(weight, scheme):
 @pytest.mark.parametrize(
     ("scheme", "mesh"),
     [
-        ("int4", "data=2,fsdp=2,tensor=2"),
-        pytest.param("int4-g128", "fsdp=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("int4", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("int4-g128", "fsdp=2,tensor=2", marks=pytest.mark.long),
         pytest.param("fp8-block", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
     ],
 )

@@ -41,7 +41,7 @@ class Progress:
             return
         # Left to itself rich would send what is printed to stdout meanwhile to stderr.
         self._live = Live(Spinner("dots", what), console=Console(stderr=True), transient=True, redirect_stdout=False)
-        self._live.start()
+        self._live.start(refresh=True)  # or the first words are seen only if what comes next takes its time
 
     def hide(self) -> None:
         """Takes the line away; the next call shows it again."""

@@ -19,8 +19,14 @@ SHAPES = [
 
 
 @needs_them
-@pytest.mark.parametrize("cache", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "cache"),
+    [
+        pytest.param(shape, cache, marks=[] if i == j else [pytest.mark.slow])
+        for i, shape in enumerate(SHAPES)
+        for j, cache in enumerate(["float32", "bfloat16", "int8"])
+    ],
+)
 def test_as_by_xla(shape, cache, set_level, monkeypatch):  # noqa: F811
     for decode, prefill in (([0, 15, 16, -1, 699, 127], []), ([3, 300], [(100, 28)])):
         for window in (None, 20):

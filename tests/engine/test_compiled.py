@@ -110,7 +110,8 @@ def test_every_program_is_there(model, original):
         assert len(list(original.glob("*.xla"))) == len(llm.engine.runner.programs.keys())
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", pytest.param("data=2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tensor=2", "data=2"])
 def test_on_a_mesh(model, expected, tmp_path, mesh):
     """Two of this process's eight devices; elsewhere, two of two, and one, which is not enough."""
     folder = tmp_path / "two"

@@ -96,8 +96,8 @@ LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_hea
 @pytest.mark.parametrize(
     ("topology", "widths", "most"),
     [
-        pytest.param("v5e-8", {}, (80, 160), id="8B"),
-        pytest.param("v6e-16", LLAMA_70B, (80, 160), id="70B", marks=pytest.mark.slow),
+        pytest.param("v5e-8", {}, (80, 160), id="8B", marks=pytest.mark.slow),
+        pytest.param("v6e-16", LLAMA_70B, (80, 160), id="70B", marks=pytest.mark.long),
     ],
 )
 def test_compiled_for_a_slice(topology, widths, most):

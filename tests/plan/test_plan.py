@@ -52,6 +52,7 @@ def test_devices_for_their_shapes(name, count):
     assert (len(found.devices), found.compiles) == (count, False)
 
 
+@pytest.mark.slow
 def test_a_plan(cli, model):
     pytest.importorskip("libtpu")
     arguments = ["--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--json"]

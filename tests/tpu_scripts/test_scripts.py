@@ -28,6 +28,7 @@ def words(cloud, command):
     return [call for call in calls if call[3] == command]
 
 
+@pytest.mark.slow
 def test_from_nothing_to_an_answer_and_back(cloud):
     states = [{"states": ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING"]}]
     for _ in range(2):  # the second time there is nothing to do
