@@ -19,7 +19,15 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [code for language, code in BLOCKS if language in ("bash", "console")]
 
 STAND_INS = ("my-model", "Qwen/Qwen3-0.6B")  # folders come before hub ids: here they are the packaged model
-SLOW = ("python -m", "jaxinfer compare", "jaxinfer plan", "jaxinfer quantize", "my-deployment", "my-programs")
+SLOW = (
+    "python -m",
+    "jaxinfer compare",
+    "jaxinfer plan",
+    "jaxinfer quantize",
+    "my-deployment",
+    "my-programs",
+    "texts.jsonl",
+)
 TRAINING = "python -m jaxinfer.demo.train"
 
 # Python blocks are run one after the other in one process, as in a notebook.

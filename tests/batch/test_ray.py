@@ -168,8 +168,9 @@ def actors(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize(
+    "kill", [pytest.param(False, marks=pytest.mark.long), pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_on_ray(tmp_path, kill):
     rows = 240 if kill else 24
     prompts = [f"What is {i} + {i + 7}?" if i % 10 != 3 else "" for i in range(rows)]

@@ -112,8 +112,13 @@ def test_a_converted_checkpoint(wide, tmp_path):  # noqa: F811
         assert hosts.end(1)[0] == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tensor=2", "data=8"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("data=8", marks=pytest.mark.long),
+    ],
+)
 def test_rows_on_both_hosts(wide, mesh):  # noqa: F811
     """Each shard of rows says what its prompts' tokens are, whichever host it is on. Each host has all weights."""
     options = OPTIONS | {"mesh": mesh, "max_num_seqs": 8}

@@ -46,11 +46,11 @@ FAST = {("llama", "tensor=4"), ("gpt2", "data=2,fsdp=2,tensor=2")}
 
 
 def marks(name, mesh):
-    """Llama on all meshes; the others on those of all 8 devices, and the rest now and then."""
+    """All on meshes of all 8 devices; the rest now and then."""
     if (name, mesh) in FAST:
         return ()
     whole = math.prod(map(int, re.findall(r"=(\d)", mesh))) == 8
-    return pytest.mark.slow if name == "llama" or whole else pytest.mark.long
+    return pytest.mark.slow if whole else pytest.mark.long
 
 
 @pytest.mark.parametrize(

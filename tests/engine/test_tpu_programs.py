@@ -121,13 +121,12 @@ def test_compiled_for_a_slice(topology, widths, most):
         assert figures["temporaries"] < limit * MIB
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "options", "weights"),
     [
-        ("v6e-1", {"quantization": "int8"}, 1919.9),
-        ("v5e-4", {"quantization": "int8", "kv_cache_dtype": "fp8"}, 480.1),
-        ("v5e-8", {"quantization": "int4"}, 196.9),
+        pytest.param("v6e-1", {"quantization": "int8"}, 1919.9, marks=pytest.mark.slow),
+        pytest.param("v5e-4", {"quantization": "int8", "kv_cache_dtype": "fp8"}, 480.1, marks=pytest.mark.slow),
+        pytest.param("v5e-8", {"quantization": "int4"}, 196.9, marks=pytest.mark.slow),
         # Scales are laid out otherwise where there are few of a row.
         pytest.param("v6e-1", {"quantization": "int4-g128"}, 1489.2, marks=pytest.mark.long),
     ],

@@ -201,10 +201,13 @@ def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path):
     # libstdc++ too, or the sanitizer doesn't find what throws exceptions.
     find = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
     found = [subprocess.run(one, check=True, capture_output=True, text=True).stdout.strip() for one in find]
-    script = Path(__file__).with_name("under_sanitizers.py")
     environment = os.environ | {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "XLA_FLAGS": ""}
     done = subprocess.run(
-        [sys.executable, script, library], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "tests.kernels.under_sanitizers", library],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[:3000]
     assert done.stdout.splitlines()[-1] == f"{len(SIZES) * len(PAIRS)} products at each level"
