@@ -116,5 +116,8 @@ def test_bad_input(cli, folder, tmp_path):
         "--schemes has 'int3': there are int8, " in cli("compare", folder, "--data", data, "--schemes", "int3").error()
     )
     assert "here it is --schemes" in cli("compare", folder, "--data", data, "--quantization", "int8").error()
+    deployment = tmp_path / "deployment.yaml"
+    deployment.write_text(f"model: {folder}\ncompiled: {tmp_path}\n")
+    assert "here it is --schemes" in cli("compare", "--config", deployment, "--data", data).error()
     data.with_suffix(".jsonl").write_text('{"texts": 1}\n')
     assert "texts.jsonl:1" in cli("compare", folder, "--data", data.with_suffix(".jsonl")).error()

@@ -61,8 +61,6 @@ def compare(
         if load.model is not None:
             raise ValueError(f"the model is given twice: {base} and --model {load.model}")
         load = dataclasses.replace(load, model=base)
-    if load.quantization is not None or load.kv_cache_dtype is not None or load.compiled is not None:
-        raise ValueError("--quantization, --kv-cache-dtype and --compiled are of one scheme: here it is --schemes")
     known = [*SCHEMES, *(f"kv-{name}" for name in get_args(KVCacheDType) if name != "auto")]
     known += ["bfloat16", "float16"]
     names = known if schemes is None else [name.strip() for name in schemes.split(",")]
@@ -74,6 +72,9 @@ def compare(
     if plot is not None:
         check_plot(plot)
     model, options = load.loading()
+    for name in ("quantization", "kv_cache_dtype", "compiled"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is {options[name]!r}, which is of one scheme: here it is --schemes")
     packaged = model == MODEL_DIR
     if data is not None:
         rows = [Parser("score", SamplingParams()).parse(record) for record in records(find_sources([data]))]
