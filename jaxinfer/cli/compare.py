@@ -73,8 +73,8 @@ def compare(
         check_plot(plot)
     model, options = load.loading()
     for name in ("quantization", "kv_cache_dtype", "compiled"):
-        if options.get(name) is not None:
-            raise ValueError(f"{name} is {options[name]!r}, which is of one scheme: here it is --schemes")
+        if (value := options.get(name)) is not None:
+            raise ValueError(f"{name} is {value!r}, which is of one scheme: here it is --schemes")
     packaged = model == MODEL_DIR
     if data is not None:
         rows = [Parser("score", SamplingParams()).parse(record) for record in records(find_sources([data]))]
