@@ -34,9 +34,8 @@ def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
     made: dict[str, np.ndarray] = {}
     for name, shape in model.abstract.items():
         source = model.weights.source(name)
-        whole = (shape.shape[0] * source.parts, *shape.shape[1:])
         if source.name not in made:
-            values = rng.standard_normal(whole[::-1] if source.transpose else whole).astype(np.float32)
+            values = rng.standard_normal(source.shape(shape.shape)).astype(np.float32)
             made[source.name] = values * np.float32(0.1) + (name.endswith("norm.weight"))
     return made
 

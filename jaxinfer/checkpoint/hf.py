@@ -7,7 +7,7 @@ each plus half its range, and `X.weight_shape` (pack-quantized); and `X.weight_s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -58,15 +58,12 @@ class HfWriter:
                 layouts |= self._layouts(name)
                 continue
             source = model.weights.source(name)
-            shape = (abstract.shape[0] * source.parts, *abstract.shape[1:])
-            layouts[source.name] = Layout(shape[::-1] if source.transpose else shape, np.dtype(abstract.dtype))
+            layouts[source.name] = Layout(source.shape(abstract.shape), np.dtype(abstract.dtype))
         self.file = SafetensorsWriter(folder, layouts)
 
-    def add(self, params: Mapping[str, Any], on_tensor: Callable[[int], Any] | None = None) -> None:
-        """Writes these, without padding; a quantized weight's scales come with it. on_tensor: told bytes."""
-        for name, array in params.items():
-            if on_tensor is not None:
-                on_tensor(array.nbytes)
+    def add(self, params: Mapping[str, Any]) -> None:
+        """Writes these, without padding; a quantized weight's scales come with it."""
+        for name in params:
             if name in self.model.quantized:
                 for key, tensor in self._quantized(name, params).items():
                     self.file.write(key, tensor)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.folder import Checkpoint
-from jaxinfer.checkpoint.quantized import Wanted, decode, wanted_tensors
+from jaxinfer.checkpoint.quantized import Wanted, check_range, decode, wanted_tensors
 from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.models.model import Model, Params, scales
 from jaxinfer.models.weights import Source
@@ -153,7 +153,7 @@ def _wanted(model: Model, sources: Mapping[str, Source]) -> dict[str, Wanted]:
             tensors = wanted_tensors(model.stored[name], shape[0] * source.parts, shape[1])
             found |= {source.name.removesuffix("weight") + suffix: one for suffix, one in tensors.items()}
         else:
-            found[source.name] = Wanted((_stored_shape(shape, source),), FLOATS)
+            found[source.name] = Wanted((source.shape(shape),), FLOATS)
     return found
 
 
@@ -199,11 +199,6 @@ def _locate(model: Model, checkpoint: Checkpoint, sources: Mapping[str, Source])
     return located
 
 
-def _stored_shape(shape: tuple[int, ...], source: Source) -> tuple[int, ...]:
-    whole = (shape[0] * source.parts, *shape[1:])
-    return whole[::-1] if source.transpose else whole
-
-
 def _stored_index(index: Index, shape: tuple[int, ...], source: Source) -> tuple[slice, ...]:
     """Where a part of a weight lies in the stored tensor, which may have others before it on the out axis."""
     first = source.part * shape[0] if shape else 0
@@ -221,7 +216,5 @@ def _converted(
         result[...] = 0
     with np.errstate(over="ignore"):
         np.copyto(result[tuple(map(slice, value.shape))], value, casting="unsafe")
-    # Only float16 has less range than what it is cast from.
-    if dtype == np.float16 and np.isinf(result).any():
-        raise ValueError(f"{where}: has values beyond float16's 65504; use dtype bfloat16 or float32")
+    check_range(result, f"{where}: ")
     return result

@@ -14,10 +14,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.files import read_json, short, some
+from jaxinfer.checkpoint.write import Layout
 from jaxinfer.models.model import Model, Params
 from jaxinfer.quantization.schemes import SCALE, Quantization
 from jaxinfer.quantization.stored import converted_quantization_config
@@ -37,23 +36,12 @@ FORMAT = 1
 CHUNK = 2**24  # bytes: another mesh reads whole ones, so they are smaller than a device's part of a large weight
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A parameter as it was written, with the padding of its mesh."""
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype[Any]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 class Converted:
     """A converted checkpoint, of which the manifest has been read.
 
-    Attributes: `folder`; `weights`, where Orbax's files are; `files`, their sizes; `tensors`, name -> shape and
-    dtype; `nbytes`, their bytes. Raises ValueError for a manifest that is none.
+    Attributes: `folder`; `weights`, where Orbax's files are; `files`, their sizes; `tensors`, name -> shape,
+    with the padding of the mesh that wrote it, and dtype; `nbytes`, their bytes. Raises ValueError for a manifest that
+    is none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +56,7 @@ class Converted:
             self.weights = str(said.get("weights", folder / WEIGHTS))
             self.files = {str(name): int(size) for name, size in said["files"].items()}
             self.tensors = {
-                str(name): Stored(tuple(int(size) for size in one["shape"]), jnp.dtype(one["dtype"]))
+                str(name): Layout(tuple(int(size) for size in one["shape"]), jnp.dtype(one["dtype"]))
                 for name, one in said["tensors"].items()
             }
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -178,7 +166,7 @@ def _check(model: Model, checkpoint: Converted) -> None:
         raise ValueError(f"{checkpoint.folder}: does not fit its config.json: {'; '.join(problems)}")
 
 
-def _fits(model: Model, name: str, stored: Stored) -> bool:
+def _fits(model: Model, name: str, stored: Layout) -> bool:
     shape, axes = model.abstract[name].shape, model.axes[name]
     return len(shape) == len(stored.shape) and all(
         there == size or (axis in PADDED and there > size)

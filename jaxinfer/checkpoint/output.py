@@ -20,14 +20,18 @@ BESIDE = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LI
 NOT_BESIDE = ("config.json", "*.index.json", "quantize_config.json", "quant_config.json", MANIFEST)
 
 
-def check_output(output: str) -> tuple[Any, str]:
-    """The file system of a folder or URL, and the path in it. Raises ValueError if something is there, or if it is no
-    place."""
+def file_system(output: str) -> tuple[Any, str]:
+    """Of a folder or URL, and the path in it. Raises ValueError if it is no place."""
     try:
         fs, path = fsspec.core.url_to_fs(output)
     except (ValueError, ImportError) as error:
         raise ValueError(f"output {output}: {error}") from None
-    path = path.rstrip("/")
+    return fs, path.rstrip("/")
+
+
+def check_output(output: str) -> tuple[Any, str]:
+    """As file_system. Raises ValueError if something is there, too."""
+    fs, path = file_system(output)
     if fs.exists(path):
         raise ValueError(f"output {output}: is there already: give another name, or remove it first")
     return fs, path
@@ -42,12 +46,27 @@ def written(output: str) -> Iterator[str]:
     if not isinstance(fs, LocalFileSystem):
         yield output.rstrip("/")
         return
+    with renamed(path) as target:
+        yield target
+
+
+@contextlib.contextmanager
+def renamed(path: str, replaces: bool = False) -> Iterator[str]:
+    """A new local folder, which is called `path` when all is written, and is gone if that fails. replaces: the one that
+    has this name until then."""
     target = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp")
     shutil.rmtree(target, ignore_errors=True)  # of one that was killed
     try:
         os.makedirs(target)
         yield target
+        old = f"{target}.old"
+        if replaces:
+            shutil.rmtree(old, ignore_errors=True)
+            if os.path.exists(path):
+                os.rename(path, old)
         os.rename(target, path)
+        if replaces:
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise

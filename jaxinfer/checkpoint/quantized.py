@@ -121,9 +121,14 @@ class Decoded:
             some *= self.scales[rows // self.form.rows if self.form.rows else rows * 0][:, order]
             with np.errstate(over="ignore"):
                 result[rows] = some
-        if dtype == np.float16 and np.isinf(result).any():
-            raise ValueError("has values beyond float16's 65504; use dtype bfloat16 or float32")
+        check_range(result)
         return result
+
+
+def check_range(cast: Host, where: str = "") -> None:
+    """Raises ValueError for values that a cast has made infinite: only float16 has less range than what it is from."""
+    if cast.dtype == np.float16 and np.isinf(cast).any():
+        raise ValueError(f"{where}has values beyond float16's 65504; use dtype bfloat16 or float32")
 
 
 def decode(form: Format, stored: Mapping[str, Host], rows: int, columns: int) -> Decoded:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from jaxinfer.cli.options import JSON, Verbosity, grouped
+from jaxinfer.cli.options import JSON, REVISION, SOURCE, WRITTEN_DTYPE, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.convert import Conversion
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @grouped
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hugging Face hub id.")],
+    source: SOURCE,
     output: Annotated[str, typer.Argument(metavar="DST", help="Folder or gs:// URL that is not there yet.")],
     *,
     format: Annotated[
@@ -25,16 +25,11 @@ def convert(
     quantization: Annotated[
         str | None, typer.Option(metavar="SCHEME", help="Of weights: int8, int8-w8a8, int4, int4-g128, fp8, fp8-block.")
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Of what is not quantized; auto: what the checkpoint has."),
-    ] = "auto",
+    dtype: WRITTEN_DTYPE = "auto",
     mesh: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Devices that share the work; any can restore what was written.")
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(metavar="R", help="Branch, tag or commit of a model on the hub.")
-    ] = None,
+    revision: REVISION = None,
     as_json: JSON = False,
     verbosity: Verbosity,
 ) -> None:

@@ -26,6 +26,14 @@ MODEL, SAMPLING = "Model", "Sampling (what is not given is as the checkpoint say
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and all else on stderr.")]
 
+# Of commands that write a model in another form.
+SOURCE = Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hugging Face hub id.")]
+REVISION = Annotated[str | None, typer.Option(metavar="R", help="Branch, tag or commit of a model on the hub.")]
+WRITTEN_DTYPE = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Of what is not quantized; auto: what the checkpoint has."),
+]
+
 
 @dataclass(frozen=True)
 class LoadOptions:

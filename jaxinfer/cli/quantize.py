@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from jaxinfer.cli.options import JSON, Verbosity, grouped
+from jaxinfer.cli.options import JSON, REVISION, SOURCE, WRITTEN_DTYPE, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.calibrate import Text
@@ -19,7 +19,7 @@ log = logging.getLogger("jaxinfer")
 
 @grouped
 def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hugging Face hub id.")],
+    source: SOURCE,
     output: Annotated[str, typer.Argument(metavar="DST", help="Folder that is not there yet.")],
     *,
     scheme: Annotated[
@@ -37,13 +37,8 @@ def quantize(
     format: Annotated[
         Literal["orbax", "hf"], typer.Option(help="As of jaxinfer convert; hf is compressed-tensors' format.")
     ] = "orbax",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Of what is not quantized; auto: what the checkpoint has."),
-    ] = "auto",
-    revision: Annotated[
-        str | None, typer.Option(metavar="R", help="Branch, tag or commit of a model on the hub.")
-    ] = None,
+    dtype: WRITTEN_DTYPE = "auto",
+    revision: REVISION = None,
     as_json: JSON = False,
     verbosity: Verbosity,
 ) -> None:

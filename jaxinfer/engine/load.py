@@ -119,9 +119,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         place = _place(shape, devices, given["mesh"])
         dtype = choose_dtype(given["dtype"], config, checkpoint, place)
         abstract = Model.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
-        cache_layout(
-            abstract, place, given["attention"], given["kv_cache_dtype"]
-        )  # which refuses what can't be, before the weights are read
+        # Refuses what can't be, before the weights are read.
+        cache_layout(abstract, place, given["attention"], given["kv_cache_dtype"])
         if group is not None:
             agree(group, given, config, dtype, checkpoint, place, compiled)
         done = 0

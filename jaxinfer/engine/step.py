@@ -23,7 +23,7 @@ from jaxinfer.cache import Cache
 from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import SamplingArrays
-from jaxinfer.sampling.sample import Logprobs, draw, no_logprobs, stops, token_logprobs
+from jaxinfer.sampling.sample import Logprobs, draw, in_blocks, no_logprobs, stops, token_logprobs
 from jaxinfer.sampling.slots import Slots
 from jaxinfer.sharding import FSDP, ROWS, TENSOR, axis_size, devices_of, on_axes
 
@@ -257,16 +257,12 @@ def _score(logits_of: LogitsOf, stream: jax.Array, scored: Scored, vocab: int, m
     size = tokens.shape[0]
     block = min(max(SCORE_BLOCK // axis_size(mesh, (FSDP,)), 1), size)  # `head_logits` has those of all shards
 
-    def one(i: jax.Array, out: Logprobs) -> Logprobs:
-        start = jnp.minimum(i * block, size - block)  # the last one may overlap the one before
-        rows = lax.dynamic_slice_in_dim(after, start, block)
-        found = token_logprobs(
-            logits_of(stream[rows]), lax.dynamic_slice_in_dim(tokens, start, block), jnp.asarray(scored.likeliest)[0]
-        )
-        return jax.tree.map(lambda all_, some: lax.dynamic_update_slice_in_dim(all_, some, start, 0), out, found)
+    def some(after: jax.Array, tokens: jax.Array) -> Logprobs:
+        return token_logprobs(logits_of(stream[after]), tokens, jnp.asarray(scored.likeliest)[0])
 
     blocks = _most((jnp.asarray(scored.count)[0] + (block - 1)) // block, mesh)
-    return lax.fori_loop(jnp.int32(0), blocks, one, no_logprobs(size, vocab))
+    found: Logprobs = in_blocks(some, (after, tokens), no_logprobs(size, vocab), block, blocks)
+    return found
 
 
 def _count_prompt(

@@ -20,6 +20,11 @@ class Source:
     part: int = 0
     parts: int = 1
 
+    def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the tensor, by that of the weight."""
+        whole = (weight[0] * self.parts, *weight[1:])
+        return whole[::-1] if self.transpose else whole
+
 
 @dataclass(frozen=True)
 class WeightMap:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from jaxinfer.checkpoint.output import file_system, renamed
 from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.compiled import (
     MANIFEST,
@@ -94,34 +93,12 @@ def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any
 def _folder(output: str) -> Iterator[Callable[[str, bytes], None]]:
     """What writes a file into the folder. A local one gets its name when all is written; elsewhere, where nothing can
     be renamed, an old manifest goes first, and the new one comes last."""
-    try:
-        fs, path = fsspec.core.url_to_fs(output)
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"output {output}: {error}") from None
-    path = path.rstrip("/")
+    fs, path = file_system(output)
     local = isinstance(fs, LocalFileSystem)
     if fs.exists(path) and not fs.exists(f"{path}/{MANIFEST}") and (not fs.isdir(path) or (local and fs.ls(path))):
         raise ValueError(f"output {output}: is there already, and is no folder of compiled programs: give another name")
-    target = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.tmp") if local else path
-
-    def write(name: str, content: bytes) -> None:
-        fs.pipe_file(f"{target}/{name}", content)
-
     if not local:
         with contextlib.suppress(FileNotFoundError):
             fs.rm_file(f"{path}/{MANIFEST}")
-        yield write
-        return
-    shutil.rmtree(target, ignore_errors=True)  # of one that was killed
-    try:
-        os.makedirs(target)
-        yield write
-        old = f"{target}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if os.path.exists(path):
-            os.rename(path, old)
-        os.rename(target, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
+    with renamed(path, replaces=True) if local else contextlib.nullcontext(path) as target:
+        yield lambda name, content: fs.pipe_file(f"{target}/{name}", content)

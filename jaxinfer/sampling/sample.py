@@ -47,20 +47,27 @@ def draw(
     if rows <= block:
         return some(*given)
 
-    def one(i: jax.Array, out: Any) -> Any:
-        start = jnp.minimum(i * block, rows - block)  # the last one may overlap the one before
-        found = some(*jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block), given))
-        return jax.tree.map(lambda all_, few: lax.dynamic_update_slice_in_dim(all_, few, start, 0), out, found)
-
     def each() -> Any:
         nothing = jnp.zeros(rows, jnp.int32), no_logprobs(rows, vocab)
-        return lax.fori_loop(jnp.int32(0), jnp.int32(-(-rows // block)), one, nothing)
+        return in_blocks(some, given, nothing, block, jnp.int32(-(-rows // block)))
 
     asked = (sampling.temperature > 0) | sampling.masked | sampling.penalized | sampling.wants_logprobs
     asked |= _early(sampling, length)
     return lax.cond(
         jnp.any(asked), each, lambda: (jnp.argmax(logits, axis=-1).astype(jnp.int32), no_logprobs(rows, vocab))
     )
+
+
+def in_blocks(call: Callable[..., Any], given: Any, out: Any, block: int, blocks: jax.Array) -> Any:
+    """`out`, with what `call` makes of the first `blocks` blocks of rows of what is given: `block` rows at a time."""
+    size = jax.tree.leaves(out)[0].shape[0]
+
+    def one(i: jax.Array, out: Any) -> Any:
+        start = jnp.minimum(i * block, size - block)  # the last one may overlap the one before
+        found = call(*jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block), given))
+        return jax.tree.map(lambda all_, some: lax.dynamic_update_slice_in_dim(all_, some, start, 0), out, found)
+
+    return lax.fori_loop(jnp.int32(0), blocks, one, out)
 
 
 def sample(logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array) -> jax.Array:

@@ -37,8 +37,7 @@ def tensors(config: dict[str, Any], dtype: Any = np.float32) -> dict[str, np.nda
     made: dict[str, np.ndarray] = {}
     for name, shape in model.abstract.items():
         source = model.weights.source(name)
-        whole = (shape.shape[0] * source.parts, *shape.shape[1:])
-        made[source.name] = rng.standard_normal(whole[::-1] if source.transpose else whole).astype(dtype)
+        made[source.name] = rng.standard_normal(source.shape(shape.shape)).astype(dtype)
     return made
 
 
