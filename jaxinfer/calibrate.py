@@ -27,6 +27,7 @@ from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.open import open_weights
 from jaxinfer.convert import Format, check_place, stored_dtype, writing
+from jaxinfer.engine.options import DType, check_options
 from jaxinfer.layers.linear import Linear
 from jaxinfer.models.causal import Feeds
 from jaxinfer.models.model import Model, Params, scales
@@ -64,7 +65,7 @@ def calibrate(
     scheme: str,
     method: Method,
     format: Format = "orbax",
-    dtype: str = "auto",
+    dtype: DType = "auto",
     max_length: int = 512,
     max_tokens: int = 65536,
     revision: str | None = None,
@@ -81,6 +82,7 @@ def calibrate(
     start = time.perf_counter()
     output = os.fspath(output)
     wanted = check_method(scheme, method)
+    check_options({"dtype": dtype, "revision": revision})
     check_place(output, format)
     folder = resolve(model, revision)
     config = dict(read_config(folder, REGISTRY))

@@ -25,9 +25,10 @@ from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, converted_config, manifest, save
 from jaxinfer.checkpoint.output import check_output, put, put_beside, written
 from jaxinfer.engine.load import place_for
-from jaxinfer.engine.options import check_options
+from jaxinfer.engine.options import DType, check_options
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.registry import REGISTRY
+from jaxinfer.quantization.schemes import Quantization
 from jaxinfer.sharding import describe
 
 Format = Literal["orbax", "hf"]
@@ -55,18 +56,24 @@ def convert(
     output: str | os.PathLike[str],
     *,
     format: Format = "orbax",
+    dtype: DType = "auto",
+    quantization: Quantization | None = None,
+    mesh: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
     show_progress: bool = True,
-    **options: Any,
 ) -> Conversion:
     """Writes a checkpoint in another form: quantized, in another dtype, as `LLM` and all commands take it.
 
     output: a folder or gs:// URL that is not there yet; it is there as a whole or not at all. format: "orbax", which is
     restored straight into shards, on any mesh; "hf", safetensors as on the hub, in compressed-tensors' format if
-    quantized. options: dtype, quantization, mesh, revision and token, as of `LLM`.
-    dtype "auto" keeps what the checkpoint has. Host memory: the result, and a few of the largest tensors.
+    quantized. The others are as of `LLM`, but dtype "auto" keeps what the checkpoint has. Host memory: the result, and
+    a few of the largest tensors.
     Raises ValueError and OSError with one line.
     """
-    given = check_options(options)
+    given = check_options(
+        {"dtype": dtype, "quantization": quantization, "mesh": mesh, "revision": revision, "token": token}
+    )
     output = os.fspath(output)
     check_place(output, format)
     folder = resolve(model, given["revision"], given["token"])
@@ -74,10 +81,10 @@ def convert(
     with open_weights(folder) as weights:
         if isinstance(weights, Converted):
             weights.check(given["quantization"])
-        dtype = stored_dtype(weights) if given["dtype"] == "auto" else jnp.dtype(given["dtype"])
+        kept = stored_dtype(weights) if given["dtype"] == "auto" else jnp.dtype(given["dtype"])
         if given["dtype"] != "auto":
-            config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": str(dtype)}
-        abstract = Model.from_config(config, dtype, given["quantization"])
+            config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": str(kept)}
+        abstract = Model.from_config(config, kept, given["quantization"])
         place = place_for(abstract, given["mesh"])
         with writing(output, format, abstract, config, folder) as add:
             times = [time.perf_counter()]
@@ -93,7 +100,7 @@ def convert(
     start = time.perf_counter()
     new = resolve(output)
     with open_weights(new) as weights:
-        again = Model.from_config(read_config(new, REGISTRY), dtype)
+        again = Model.from_config(read_config(new, REGISTRY), kept)
         jax.block_until_ready(load_weights(again, weights, place))
     back = time.perf_counter() - start
     return Conversion(output, format, abstract.precision, where, size, load, write, back, back / load)

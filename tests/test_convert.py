@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import LLM
+from jaxinfer.calibrate import calibrate
 from jaxinfer.checkpoint import remote
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.open import load_weights, open_weights
@@ -134,3 +135,14 @@ def test_mistakes(cli, tmp_path):
     assert "mesh is 'tensor=3'" in cli("convert", MODEL_DIR, tmp_path / "x", "--mesh", "tensor=3").error()
     assert "nosuch" in cli("convert", MODEL_DIR, "nosuch://bucket/x").error()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_taken_and_ignored(tmp_path):
+    """What is of running a model, and not of its weights, has no place here."""
+    with pytest.raises(TypeError, match="kv_cache_dtype"):
+        convert(MODEL_DIR, tmp_path / "new", kv_cache_dtype="int8")
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        convert(MODEL_DIR, tmp_path / "new", dtype="int8")
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        calibrate(MODEL_DIR, tmp_path / "new", ["one two"], scheme="int4", method="gptq", dtype="int8")
+    assert not list(tmp_path.iterdir())

@@ -47,8 +47,15 @@ def convert(
         from jaxinfer.convert import convert as run
 
         progress.hide()
-        options = {"quantization": quantization, "dtype": dtype, "mesh": mesh}
-        done = run(folder, output, format=format, show_progress=not verbosity.quiet, **options)
+        done = run(
+            folder,
+            output,
+            format=format,
+            dtype=dtype,
+            quantization=quantization,
+            mesh=mesh,
+            show_progress=not verbosity.quiet,
+        )
     if as_json:
         print(json.dumps(dataclasses.asdict(done)))
     else:

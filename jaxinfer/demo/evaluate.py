@@ -6,11 +6,12 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.demo.families import Question
 from jaxinfer.demo.questions import held_out_questions
+from jaxinfer.engine.options import KVCacheDType
 from jaxinfer.quantization.schemes import SCHEMES, check_quantization
 
 MAX_ANSWER_TOKENS = 48
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m jaxinfer.demo.evaluate", description=__doc__)
     parser.add_argument("--model", default=str(MODEL_DIR), help="folder or hub id (default: the packaged model)")
     parser.add_argument("--quantization", help=f"{', '.join(SCHEMES)}; without it, the weights as they are")
-    parser.add_argument("--kv-cache-dtype", default="auto", help="int8 or fp8; without it, that of activations")
+    dtypes = get_args(KVCacheDType)
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=dtypes, help="auto, as without it: of activations")
     parser.add_argument("--questions", type=int, default=1000, help="how many held-out questions to ask")
     parser.add_argument("--seed", type=int, default=0, help="which of the held-out questions")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
