@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -209,26 +209,11 @@ class Layers:
         return self.model.bind({**self.model.abstract, **params})
 
 
-class _Recorded(nnx.Module):
-    """A linear that tells what it gets."""
-
-    def __init__(self, linear: Linear, tell: Callable[[jax.Array], None]):
-        self.linear = linear
-        self.tell = tell
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.tell(x)
-        return self.linear(x)
-
-
 def _record(block: Any, taken: dict[str, jax.Array]) -> None:
-    linears = [(path, module) for path, module in nnx.iter_modules(block) if isinstance(module, Linear)]
-    for path, linear in linears:
-        parent = block
-        for part in path[:-1]:
-            parent = getattr(parent, str(part))
-        tell = functools.partial(taken.__setitem__, ".".join(map(str, path)))
-        setattr(parent, str(path[-1]), _Recorded(linear, tell))
+    for path, module in nnx.iter_modules(block):
+        if isinstance(module, Linear):
+            tell = functools.partial(taken.__setitem__, ".".join(map(str, path)))
+            module.meet = tell  # type: ignore[method-assign]
 
 
 def _quantize(

@@ -37,14 +37,18 @@ def attend_split(
     tokens, heads, head_dim = q.shape
     rows = batch.kv_len.shape[0]
     q = q.reshape(tokens, k.shape[1], heads // k.shape[1], head_dim)
-    if batch.decode_only:
-        out = _decode(q, cache, batch, spec)
-    else:
+
+    def by_xla() -> jax.Array:
+        if batch.decode_only:
+            return _decode(q, cache, batch, spec)
         decode_rows = min(tokens, rows)
         out = jnp.zeros((tokens + QUERY_TILE, *q.shape[1:]), q.dtype)
         decoded = _decode(q[:decode_rows], cache, batch, spec)
         out = lax.dynamic_update_slice_in_dim(out, decoded, 0, 0)
-        out = _prefill(q, out, cache, batch, spec)[:tokens]
+        return _prefill(q, out, cache, batch, spec)[:tokens]
+
+    kv_len = jnp.where(jnp.arange(rows, dtype=jnp.int32) < batch.rows[1], batch.kv_len, 0)
+    out = cpu.attend(q, cache, batch.q_start, kv_len, batch.pages, spec.scale, spec.window, by_xla)
     return out.reshape(tokens, heads, head_dim), cache
 
 
@@ -139,14 +143,6 @@ def _first_block(query: jax.Array, spec: AttentionSpec, size: int) -> jax.Array:
 
 def _decode(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Array:
     """One query token a row, q `[R, K, G, d]` -> `[R, K, G, d]`; rows from `batch.rows[0]` on give zeros."""
-    rows = q.shape[0]
-    lengths = jnp.where(jnp.arange(rows, dtype=jnp.int32) < batch.rows[0], batch.kv_len[:rows], 0)
-    scale, window = spec.scale, spec.window
-    return cpu.attend(q, cache, batch.pages[:rows], lengths, scale, window, lambda: _in_blocks(q, cache, batch, spec))
-
-
-def _in_blocks(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Array:
-    """The same, by XLA."""
     rows, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
     index = jnp.arange(rows, dtype=jnp.int32)

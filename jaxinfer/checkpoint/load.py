@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.memory import HugePages
 from jaxinfer.checkpoint.quantized import Wanted, check_range, decode, wanted_tensors
 from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.models.model import Model, Params, scales
@@ -42,11 +43,12 @@ def load_params(
     sources = {name: model.weights.source(name) for name in model.abstract if name not in model.beside}
     located = _locate(model, checkpoint, sources)
     params: Params = {}
+    memory = HugePages()
     for name, source in sources.items():
         if only is not None and name not in only:
             continue
         if name in model.stored:
-            params |= _stored(model, name, source, place, checkpoint, located, on_tensor)
+            params |= _stored(model, name, source, place, checkpoint, located, on_tensor, memory)
             continue
         shape, stored = model.shape(name), located[source.name]
 
@@ -60,20 +62,23 @@ def load_params(
 
         where = f"{checkpoint.folder}: {stored}"
         if name in model.quantized:
-            params |= _quantized(model, name, place, read, where)
+            params |= _quantized(model, name, place, read, where, memory)
         else:
             whole = model.placed(name, place)
-            params[name] = _put(whole, ((i, d, read(i)) for i, d in parts(whole.sharding, whole.shape).items()), where)
+            held = ((i, d, read(i)) for i, d in parts(whole.sharding, whole.shape).items())
+            params[name] = _put(whole, held, where, memory)
     return params
 
 
-def _put(whole: Any, held: Iterable[tuple[Index, list[Any], Host]], where: str) -> jax.Array:
+def _put(whole: Any, held: Iterable[tuple[Index, list[Any], Host]], where: str, memory: HugePages) -> jax.Array:
     """An array of parts: of each, its place, the devices that hold it, and what is in it."""
     arrays = []
     for index, devices, value in held:
         wanted = tuple(stop - start for start, stop in index)
         if value.dtype != whole.dtype or not value.flags.c_contiguous or value.shape != wanted:
             value = _converted(value, wanted, whole.dtype, where)
+        if devices[0].platform == "cpu":
+            value = memory.copied(value)
         arrays += [jax.device_put(value, device) for device in devices]
         # One tensor at a time: a queue of pending transfers would hold them all.
         jax.block_until_ready(arrays)
@@ -81,7 +86,7 @@ def _put(whole: Any, held: Iterable[tuple[Index, list[Any], Host]], where: str) 
 
 
 def _quantized(
-    model: Model, name: str, place: jax.Device | Mesh, read: Callable[[Index], Host], where: str
+    model: Model, name: str, place: jax.Device | Mesh, read: Callable[[Index], Host], where: str, memory: HugePages
 ) -> dict[str, jax.Array]:
     """A weight's values and scales, from rows in full: they have one scale, also where columns are split."""
     scheme, count = model.quantized[name], model.abstract[name].shape[0]
@@ -103,7 +108,7 @@ def _quantized(
     result = {}
     for which, one in enumerate((name, scales(name))):
         whole = model.placed(one, place)
-        result[one] = _put(whole, held(whole, which), where)
+        result[one] = _put(whole, held(whole, which), where, memory)
     return result
 
 
@@ -115,6 +120,7 @@ def _stored(
     checkpoint: Checkpoint,
     located: Mapping[str, str],
     on_tensor: Callable[[int], None] | None,
+    memory: HugePages,
 ) -> dict[str, jax.Array]:
     """The parameters of a weight that the checkpoint has quantized: as it is, or converted."""
     form, (rows, columns) = model.stored[name], model.shape(name)
@@ -140,7 +146,7 @@ def _stored(
         whole = model.placed(name + suffix, place)
         held = parts(whole.sharding, whole.shape).items()
         of = ((index, devices, array[tuple(slice(*part) for part in index)]) for index, devices in held)
-        result[name + suffix] = _put(whole, of, where)
+        result[name + suffix] = _put(whole, of, where, memory)
     return result
 
 

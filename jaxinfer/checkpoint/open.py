@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
+from jaxinfer.checkpoint.memory import HugePages
 from jaxinfer.checkpoint.orbax import Converted, is_converted, restore
 from jaxinfer.models.model import Model, Params
 
@@ -28,7 +29,7 @@ def load_weights(
     told the bytes that were read."""
     if isinstance(weights, Checkpoint):
         return load_params(model, weights, place, on_tensor)
-    params = restore(model, weights, place)
+    params = HugePages().moved(restore(model, weights, place))
     if on_tensor is not None:
         on_tensor(weights.nbytes)
     return params

@@ -21,10 +21,10 @@ import ml_dtypes
 import numpy as np
 
 from jaxinfer.checkpoint.files import short
+from jaxinfer.checkpoint.memory import ALIGNMENT
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 _PIECE = 64 * 2**20  # bytes a system call: Ctrl-C is heard between two
-_ALIGNMENT = 64  # XLA:CPU takes an array of this alignment without copying it
 _MAX_RANK = 32
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -242,6 +242,6 @@ def _runs(info: TensorInfo, bounds: list[tuple[int, int]]) -> Iterator[tuple[int
 
 def aligned(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """`size` uninitialized bytes that XLA:CPU takes as they are, without a copy of its own."""
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + size]

@@ -42,7 +42,7 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sharding import ROWS, TENSOR, axis_size, compute_capability, describe, devices_of, make_mesh
+from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, make_mesh
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
@@ -282,9 +282,9 @@ def choose_dtype(
 
 def computes_in(dtype: np.dtype[Any], place: jax.Device | Mesh) -> np.dtype[Any]:
     """The dtype of activations and cache where weights have this one: the same, but float32 for bfloat16 where a kernel
-    multiplies the two, which is as fast and more exact. Those kernels are for CPUs that have whole weights."""
-    whole = devices_of(place)[0].platform == "cpu" and axis_size(place, TENSOR) == 1
-    wide = whole and dtype == ml_dtypes.bfloat16 and multiplies("float32", "bfloat16")
+    multiplies the two, which is as fast and more exact."""
+    on_cpu = devices_of(place)[0].platform == "cpu"
+    wide = on_cpu and dtype == ml_dtypes.bfloat16 and multiplies("float32", "bfloat16")
     return np.dtype(np.float32) if wide else dtype
 
 

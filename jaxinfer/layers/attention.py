@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, Batch, attend
 from jaxinfer.cache import LayerCache
-from jaxinfer.layers.linear import Linear
+from jaxinfer.layers.linear import Linear, linears
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rotary import rotate
 
@@ -47,9 +47,8 @@ class SelfAttention(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x [T, D]` -> `[T, D]` and the layer's cache with this step's keys and values."""
         tokens = x.shape[0]
-        q = self.q_proj(x).reshape(tokens, -1, self.head_dim)
-        k = self.k_proj(x).reshape(tokens, -1, self.head_dim)
-        v = self.v_proj(x).reshape(tokens, -1, self.head_dim)
+        projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (out.reshape(tokens, -1, self.head_dim) for out in projected)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend(rotate(q, cos_sin), rotate(k, cos_sin), v, cache, batch, self.spec)

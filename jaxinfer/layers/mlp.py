@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxinfer.layers.linear import Linear
+from jaxinfer.layers.linear import Linear, linears
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -33,4 +33,5 @@ class GatedMLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, Batch, attend
 from jaxinfer.cache import LayerCache
-from jaxinfer.layers.linear import Embedding, Linear, head_logits
+from jaxinfer.layers.linear import Embedding, Linear, head_logits, linears
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.norm import LayerNorm
 from jaxinfer.layers.stack import RunLayer
@@ -71,7 +71,8 @@ class GPT2Attention(nnx.Module):
         self.spec = AttentionSpec(scale=config.scales[layer])
 
     def __call__(self, x: jax.Array, cache: LayerCache | None, batch: Batch) -> tuple[jax.Array, LayerCache | None]:
-        q, k, v = (p(x).reshape(x.shape[0], -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (out.reshape(x.shape[0], -1, self.head_dim) for out in projected)
         out, cache = attend(q, k, v, cache, batch, self.spec)
         return self.c_proj(out.reshape(x.shape)), cache
 

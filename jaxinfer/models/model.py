@@ -14,12 +14,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxinfer.layers.linear import Axes
 from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.registry import parse_config
 from jaxinfer.models.weights import Source, WeightMap
-from jaxinfer.quantization.qarray import QArray, axes_of_scales
+from jaxinfer.quantization.qarray import Axes, QArray, axes_of_scales
 from jaxinfer.quantization.schemes import NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
 from jaxinfer.quantization.stored import Format, Stored, converted_quantization, stored_quantization
 from jaxinfer.sharding import PADDED, counts, placed

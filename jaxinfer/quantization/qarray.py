@@ -15,7 +15,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxinfer.kernels.cpu import product, product_int4
+from jaxinfer.kernels.cpu import alone, multiplies, products, products_int4
+from jaxinfer.kernels.cpu import take as take_by_kernel
 from jaxinfer.quantization.activations import quantize_last
 from jaxinfer.quantization.schemes import Scheme
 from jaxinfer.sharding import TENSOR, axes_of, on_axes, on_tensor
@@ -40,61 +41,125 @@ class QArray:
 
 
 Weight = jax.Array | QArray
+Axes = tuple[str | None, ...]
 
 
 def dot(
-    x: jax.Array, weight: Weight, out_dtype: DTypeLike | None = None, *, split_over: str | None = None
+    x: jax.Array,
+    weight: Weight,
+    out_dtype: DTypeLike | None = None,
+    *,
+    axes: Axes | None = None,
+    split_over: str | None = None,
 ) -> jax.Array:
-    """`x [T, in]` times `weight [out, in]` transposed: `[T, out]`, accumulated in float32.
+    """See dots; of one weight."""
+    return dots(x, [weight], out_dtype, axes=None if axes is None else [axes], split_over=split_over)[0]
+
+
+def dots(
+    x: jax.Array,
+    weights: Sequence[Weight],
+    out_dtype: DTypeLike | None = None,
+    *,
+    axes: Sequence[Axes] | None = None,
+    split_over: str | None = None,
+) -> list[jax.Array]:
+    """`x [T, in]` times each `weight [out, in]` transposed: `[T, out]`, accumulated in float32.
 
     float32 operands are multiplied at full precision: the default on TPU and GPU would round them to bfloat16 or tf32.
     Scales of whole channels are applied to the product, and weights with others dequantized to x's dtype some rows at
-    a time, so that no weight is ever there in full. split_over: the mesh axis over which `in` is split, inside of a
-    shard_map over it; activations are then quantized as if they were not, and the result is the part's.
+    a time, so that no weight is ever there in full. axes: the weights' logical axes, from which CPU kernels know what a
+    mesh splits. split_over: the mesh axis over which `in` is split, inside of a shard_map over it; activations are then
+    quantized as if they were not, and the result is the part's.
     """
-    if not isinstance(weight, QArray):
-        out = _product(x, weight)
-    elif weight.scheme.activations:
-        values, scales = quantize_last(x, jnp.int8, split_over)
-        out = _product(values, weight.values).astype(jnp.float32) * scales * weight.scales[:, 0]
-    elif weight.scheme.columns:
-        out = _of_blocks(x, weight)
+    dtype = x.dtype if out_dtype is None else out_dtype
+    if len({_kind(weight) for weight in weights}) > 1:
+        each = [None] * len(weights) if axes is None else axes
+        pairs = zip(weights, each, strict=True)
+        return [dot(x, weight, dtype, axes=own, split_over=split_over) for weight, own in pairs]
+    quantized = [weight for weight in weights if isinstance(weight, QArray)]
+    if not quantized:
+        plain = tuple(weight for weight in weights if not isinstance(weight, QArray))
+        outs = _products(x, plain, axes, rounds=plain[0].dtype == jnp.bfloat16)
+    elif quantized[0].scheme.columns:
+        outs = _of_blocks(x, quantized)
     else:
-        out = _product(x, weight.values, weight.rounds) * weight.scales[:, 0]
-    return out.astype(x.dtype if out_dtype is None else out_dtype)
+        axes, values = [weight.axes for weight in quantized], tuple(weight.values for weight in quantized)
+        if quantized[0].scheme.activations:
+            x, factors = quantize_last(x, jnp.int8, split_over)
+            outs = [out.astype(jnp.float32) * factors for out in _products(x, values, axes)]
+        else:
+            outs = _products(x, values, axes, quantized[0].rounds)
+        outs = [out * weight.scales[:, 0] for out, weight in zip(outs, quantized, strict=True)]
+    return [out.astype(dtype) for out in outs]
 
 
-def _product(x: jax.Array, weight: jax.Array, rounds: bool = False) -> jax.Array:
-    return product(x, weight, _by_xla, rounds=rounds or weight.dtype == jnp.bfloat16)
+def _kind(weight: Weight) -> object:
+    return weight.scheme if isinstance(weight, QArray) else weight.dtype
 
 
-def _by_xla(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _products(
+    x: jax.Array, weights: tuple[jax.Array, ...], axes: Sequence[Axes] | None, rounds: bool = False
+) -> list[jax.Array]:
+    """By a CPU kernel if there is one for these types."""
+    apart = () if axes is None or _on_each_already() else TENSOR
+    if x.ndim != 2 or not multiplies(x.dtype.name, weights[0].dtype.name) or not alone(apart):
+        return _by_xla(x, weights)
+    split = functools.partial(_on_each, axes=axes) if axes is not None and apart else _as_it_is
+    return products(x, weights, _by_xla, rounds, split)
+
+
+def _by_xla(x: jax.Array, weights: Sequence[jax.Array]) -> list[jax.Array]:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     dimensions = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight.astype(x.dtype), dimensions, precision=precision, preferred_element_type=kind)
+    return [
+        lax.dot_general(x, weight.astype(x.dtype), dimensions, precision=precision, preferred_element_type=kind)
+        for weight in weights
+    ]
 
 
-def _of_blocks(x: jax.Array, weight: QArray) -> jax.Array:
-    """The product with a weight whose scales are of blocks. Each device of `tensor` loops over its own rows: XLA can't
-    cut a loop in parts."""
+def _on_each_already() -> bool:
+    """Whether this is what each device of `tensor` does, or there is no such axis."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(TENSOR) <= set(mesh.axis_names) or set(TENSOR) & set(mesh.manual_axes):
-        return _rows_in_turn(x, weight)
-    spec = on_axes(weight.axes, TENSOR)
-    over = axes_of(spec, 1)
-
-    def part(x: jax.Array, weight: QArray) -> jax.Array:
-        out = _rows_in_turn(x, weight)
-        return lax.psum(out, over) if over else out
-
-    return on_tensor(part, (PartitionSpec(None, spec[1]), spec), PartitionSpec(None, spec[0]))(x, weight)
+    return not set(TENSOR) <= set(mesh.axis_names) or bool(set(TENSOR) & set(mesh.manual_axes))
 
 
-def _rows_in_turn(x: jax.Array, weight: QArray) -> jax.Array:
-    if weight.scheme.packed == 2 and weight.scheme.rows == 1 and weight.zeros is None:
-        return product_int4(x, weight.values, weight.scales, lambda: _by_loop(x, weight), weight.rounds)
-    return _by_loop(x, weight)
+def _as_it_is(call: Any) -> Any:
+    return call
+
+
+def _on_each(call: Any, axes: Sequence[Axes]) -> Any:
+    """A call that multiplies x with weights, as one that each device of `tensor` does with its parts of them."""
+    specs = tuple(on_axes(own, TENSOR) for own in axes)
+    over = axes_of(specs[0], 1)
+
+    def part(x: jax.Array, weights: Any) -> list[jax.Array]:
+        outs = call(x, weights)
+        return [lax.psum(out, over) for out in outs] if over else list(outs)
+
+    out_specs = [PartitionSpec(None, spec[0]) for spec in specs]
+    return on_tensor(part, (PartitionSpec(None, specs[0][1]), specs), out_specs)
+
+
+def _of_blocks(x: jax.Array, weights: Sequence[QArray]) -> list[jax.Array]:
+    """Products with weights whose scales are of blocks. Each device of `tensor` loops over its own rows: XLA can't cut
+    a loop in parts."""
+    if _on_each_already():
+        return _rows_in_turn(x, weights)
+    outs: list[jax.Array] = _on_each(_rows_in_turn, [weight.axes for weight in weights])(x, tuple(weights))
+    return outs
+
+
+def _rows_in_turn(x: jax.Array, weights: Sequence[QArray]) -> list[jax.Array]:
+    def by_loop() -> list[jax.Array]:
+        return [_by_loop(x, weight) for weight in weights]
+
+    if weights[0].scheme.packed == 1 or weights[0].scheme.rows > 1:
+        return by_loop()
+    zeros = ((weight.zeros,) if weight.zeros is not None else () for weight in weights)
+    given = [(weight.values, weight.scales, *own) for weight, own in zip(weights, zeros, strict=True)]
+    return products_int4(x, given, by_loop, weights[0].rounds)
 
 
 def _by_loop(x: jax.Array, weight: QArray) -> jax.Array:
@@ -112,7 +177,8 @@ def _by_loop(x: jax.Array, weight: QArray) -> jax.Array:
 
         zeros = None if weight.zeros is None else of_rows(weight.zeros)
         parts = _dequantized(values, of_rows(weight.scales), zeros, scheme, x.dtype)
-        return sum(map(_product, columns, parts), start=jnp.float32(0))
+        outs = (dot(x, part, out_dtype=jnp.float32) for x, part in zip(columns, parts, strict=True))
+        return sum(outs, start=jnp.float32(0))
 
     def step(i: jax.Array, out: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(out, product(i * size, size), i * size, axis=1)
@@ -158,7 +224,7 @@ def take(weight: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         # XLA:CPU gathers no 16-bit floats: it would make a float32 copy of the table each time. Integers it does.
         by_bits = weight.dtype.itemsize == 2
         found = (
-            lax.platform_dependent(weight, ids, cpu=_taken_by_bits, default=_taken) if by_bits else _taken(weight, ids)
+            lax.platform_dependent(weight, ids, cpu=_taken_on_cpu, default=_taken) if by_bits else _taken(weight, ids)
         )
         return found.astype(dtype)
     values = weight.values.at[ids].get(mode="clip")
@@ -171,6 +237,10 @@ def take(weight: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 def _taken(table: jax.Array, ids: jax.Array) -> jax.Array:
     return table.at[ids].get(mode="clip")
+
+
+def _taken_on_cpu(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return take_by_kernel(table, ids, _taken_by_bits)
 
 
 def _taken_by_bits(table: jax.Array, ids: jax.Array) -> jax.Array:

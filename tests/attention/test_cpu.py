@@ -28,7 +28,7 @@ SHAPES = [
     ],
 )
 def test_as_by_xla(shape, cache, set_level, monkeypatch):  # noqa: F811
-    for decode, prefill in (([0, 15, 16, -1, 699, 127], []), ([3, 300], [(100, 28)])):
+    for decode, prefill in (([0, 15, 16, -1, 699, 127], []), ([3, 300], [(100, 28), (0, 3), (530, 200)])):
         for window in (None, 20):
             spec = AttentionSpec(shape.head_dim**-0.5, window=window)
             case = ragged(shape, spec, decode, prefill, decode_only=not prefill)

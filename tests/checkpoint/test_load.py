@@ -210,4 +210,5 @@ def test_peak_memory_is_the_result_and_about_one_tensor(tmp_path, config, stored
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     added = float(output.splitlines()[-1])
     quantizing = 20 if len(how) > 1 else 0  # a few times the 4 MB that are quantized at a time
-    assert 0.9 * result < added < result + 2 * largest + 4 + quantizing
+    ends = 2 * (1 + result // 64)  # of huge pages that are not full
+    assert 0.9 * result < added < result + 2 * largest + 4 + ends + quantizing

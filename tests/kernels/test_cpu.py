@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.kernels import cpu
-from jaxinfer.quantization.qarray import _by_xla as by_xla
-from jaxinfer.sharding import TENSOR
+from jaxinfer.quantization import qarray
+from jaxinfer.quantization.schemes import SCHEMES
+from jaxinfer.sharding import TENSOR, on_axes
 
 FOLDER = Path(cpu.__file__).parent
 LIBRARY = next((f for s in importlib.machinery.EXTENSION_SUFFIXES if (f := FOLDER / f"_kernels{s}").exists()), None)
-PAIRS = [("int8", "int8"), *((x, w) for x in ("float32", "bfloat16") for w in ("bfloat16", "int8"))]
+KEPT = ("bfloat16", "int8", "float8_e4m3fn")
+PAIRS = [("int8", "int8"), *((x, w) for x in ("float32", "bfloat16") for w in KEPT)]
 PAIRS += [("float32", "float32")]
 SIZES = [(1, 1, 1), (1, 64, 24), (2, 1025, 13), (3, 31, 5), (4, 129, 97), (7, 2817, 3), (15, 16, 12), (16, 50, 65)]
 SIZES += [(17, 2050, 30), (33, 7, 200), (100, 1024, 49), (300, 131, 28)]
@@ -55,7 +57,7 @@ def random(shape, dtype):
 
 def by_kernel(x, w, rounds=True):
     kind = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    return jax.ffi.ffi_call(cpu.TARGET, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), kind))(x, w, rounds=rounds)
+    return jax.ffi.ffi_call(cpu.DOT, [jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), kind)])(x, w, rounds=rounds)[0]
 
 
 def check(x, w, got, level, rounds):
@@ -83,17 +85,20 @@ def test_products(activations, weights, rounds, set_level):
 
 @needs_them
 @pytest.mark.parametrize("activations", ["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [32, 128])
-def test_products_of_int4(activations, size, set_level):
+@pytest.mark.parametrize(("size", "with_zeros"), [(32, False), (128, True)])
+def test_products_of_int4(activations, size, with_zeros, set_level):
     for tokens, groups, columns in ((1, 1, 1), (3, 5, 13), (6, 2, 65), (9, 3, 5), (16, 1, 30), (47, 9, 49)):
         depth = groups * size
         x, w = random((tokens, depth), activations), RNG.integers(-8, 8, (columns, depth)).astype(np.int8)
         scales = RNG.uniform(0.5, 2, (columns, groups)).astype(np.float32)
         values = ((w[:, ::2] & 15) | (w[:, 1::2] << 4)).astype(np.uint8)
-        out = jax.ShapeDtypeStruct((tokens, columns), jnp.float32)
+        zeros = RNG.integers(-8, 8, (columns, groups)).astype(np.int8)
+        w = w - np.repeat(zeros, size, axis=1) if with_zeros else w
+        out = [jax.ShapeDtypeStruct((tokens, columns), jnp.float32)]
         for rounds, level in itertools.product((False, True), cpu.LEVELS[: cpu.LEVELS.index(cpu.kernels().level) + 1]):
             set_level(level)
-            got = jax.jit(functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=rounds))(x, values, scales)
+            call = jax.jit(functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=rounds))
+            got = call(x, values, scales, *([zeros] if with_zeros else []))[0]
             wide, kept = np.asarray(x, np.float64), w * np.repeat(scales.astype(np.float64), size, axis=1)
             error = np.abs(np.asarray(got) - wide @ kept.T) / np.sqrt((wide**2) @ (kept**2).T)
             rounded = level == "avx512" and tokens >= 16 and (rounds or activations == "bfloat16")
@@ -121,10 +126,17 @@ def test_not_finite_stays_in_its_row():
         assert [i for i, fine in enumerate(got) if not fine] == [3, 7]
 
 
+def by_xla(x, w):
+    return qarray._by_xla(x, [w])[0]
+
+
+def by_them(x, w, axes=None):
+    return qarray._products(x, (w,), None if axes is None else [axes])[0]
+
+
 def used(*shapes):
-    """Whether `product` calls a kernel in the program that is made for the CPU."""
-    text = jax.jit(lambda x, w: cpu.product(x, w, by_xla)).lower(*shapes).as_text()
-    return cpu.TARGET in text
+    """Whether a kernel is called in the program that is made for the CPU."""
+    return cpu.DOT in jax.jit(lambda x, w: by_them(x, w)).lower(*shapes).as_text()
 
 
 @needs_them
@@ -134,11 +146,10 @@ def test_where_they_apply():
 
     for x, w in PAIRS:
         assert used(of(x, 4, 64), of(w, 24, 64)), (x, w)
-    assert not used(of("float32", 1, 64), of("float32", 24, 64))  # XLA is as fast
     assert not used(of("float16", 4, 64), of("float16", 24, 64))
     assert not used(of("float32", 2, 4, 64), of("int8", 24, 64))
-    for_tpu = jax.jit(lambda x, w: cpu.product(x, w, by_xla)).trace(of("float32", 4, 64), of("bfloat16", 24, 64))
-    assert cpu.TARGET not in for_tpu.lower(lowering_platforms=("tpu",)).as_text()
+    for_tpu = jax.jit(by_them).trace(of("float32", 4, 64), of("bfloat16", 24, 64))
+    assert cpu.DOT not in for_tpu.lower(lowering_platforms=("tpu",)).as_text()
 
 
 @needs_them
@@ -146,7 +157,7 @@ def test_of_many_and_its_gradient():
     x, w = random((3, 4, 64), "float32"), random((24, 64), "float32")
     expected = jnp.stack([by_xla(one, w) for one in x])
     for axes, some in (((0, None), w), ((0, 0), jnp.stack([w] * 3))):
-        got = jax.jit(jax.vmap(lambda x, w: cpu.product(x, w, by_xla), in_axes=axes))(x, some)
+        got = jax.jit(jax.vmap(by_them, in_axes=axes))(x, some)
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
     found = [jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), argnums=(0, 1))(x[0], w) for f in (by_xla, by_them)]
     for one, other in zip(*found, strict=True):
@@ -154,22 +165,50 @@ def test_of_many_and_its_gradient():
     assert jax.grad(lambda x: jnp.sum(by_them(x, random((24, 64), "int8"))))(x[0]).shape == (4, 64)
 
 
-def by_them(x, w):
-    return cpu.product(x, w, by_xla)
+@needs_them
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int8-w8a8", "int4"])
+def test_at_once(kind):
+    """Several weights of one x, as one at a time."""
+    x = random((5, 64), "float32")
+    if kind in SCHEMES:
+        scheme = SCHEMES[kind]
+        made = (qarray.quantize(random((n, 64), "float32"), scheme) for n in (24, 7, 40))
+        weights = [qarray.QArray(*map(jnp.asarray, one), scheme) for one in made]
+    else:
+        weights = [jnp.asarray(random((n, 64), kind)) for n in (24, 7, 40)]
+    together = jax.jit(lambda x, w: qarray.dots(x, w))
+    assert together.lower(x, weights).as_text().count(f"@{cpu.INT4 if kind == 'int4' else cpu.DOT}(") == 1
+    for got, weight in zip(together(x, weights), weights, strict=True):
+        np.testing.assert_array_equal(got, jax.jit(qarray.dot)(x, weight))
 
 
 @needs_them
 def test_on_a_mesh():
-    """Each device calls one for its own part; where XLA splits the product, XLA does it."""
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", TENSOR[0]), axis_types=(AxisType.Auto,) * 2)
+    """Each device multiplies its own part, also where the caller leaves it to XLA what is split; `in` is summed."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4, 1), ("data", *TENSOR), axis_types=(AxisType.Auto,) * 3)
     x, w = random((8, 64), "float32"), random((24, 64), "bfloat16")
     specs = (PartitionSpec("data"), PartitionSpec(TENSOR[0])), PartitionSpec("data", TENSOR[0])
     own = jax.jit(jax.shard_map(by_them, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False))
-    assert cpu.TARGET in own.lower(x, w).as_text()
+    assert cpu.DOT in own.lower(x, w).as_text()
     np.testing.assert_allclose(own(x, w), by_xla(x, w), rtol=1e-4, atol=1e-4)
     rows = (PartitionSpec("data"), PartitionSpec()), PartitionSpec("data")
-    call = jax.shard_map(by_them, mesh=mesh, axis_names={"data"}, in_specs=rows[0], out_specs=rows[1], check_vma=False)
-    assert cpu.TARGET not in jax.jit(call).lower(x, w).as_text()
+    for axes in (("heads", "embed"), ("embed", "mlp"), None):
+        one = functools.partial(by_them, axes=axes)
+        call = jax.shard_map(one, mesh=mesh, axis_names={"data"}, in_specs=rows[0], out_specs=rows[1], check_vma=False)
+        split = NamedSharding(mesh, PartitionSpec() if axes is None else on_axes(axes, TENSOR))
+        placed = jax.device_put(w, split)
+        program = jax.jit(call).lower(x, placed).compile()
+        assert (cpu.DOT in program.as_text()) == (axes is not None)
+        assert "all-gather" not in program.as_text()
+        np.testing.assert_allclose(program(x, placed), by_xla(x, w), rtol=1e-4, atol=1e-4)
+
+
+@needs_them
+def test_rows_of_a_table():
+    table, ids = jnp.asarray(random((50, 24), "bfloat16")), np.array([3, 0, 49, 50, 2**30, 3], np.int32)
+    got = jax.jit(qarray.take, static_argnums=2)(table, ids, "float32")
+    np.testing.assert_array_equal(got, np.asarray(table, np.float32)[np.minimum(ids, 49)])
+    assert cpu.TAKE in jax.jit(qarray.take, static_argnums=2).lower(table, ids, "float32").as_text()
 
 
 def test_without_them(monkeypatch, tmp_path):

@@ -16,24 +16,29 @@ for activations, weights in PAIRS:
     kind = np.int32 if activations == "int8" else np.float32
     for tokens, depth, columns in SIZES:
         x, w = random((tokens, depth), activations), random((columns, depth), weights)
-        call = jax.ffi.ffi_call("sanitized", jax.ShapeDtypeStruct((tokens, columns), kind))
+        call = jax.ffi.ffi_call("sanitized", [jax.ShapeDtypeStruct((tokens, columns), kind)])
         for level, rounds in itertools.product(range(len(cpu.LEVELS)), (False, True)):
             library.jaxinfer_level(level)
             jax.block_until_ready(call(x, w, rounds=rounds))
 jax.ffi.register_ffi_target("int4", jax.ffi.pycapsule(library.jaxinfer_dot_int4), platform="cpu")
 for tokens, level, rounds in itertools.product((1, 7, 9, 33), range(len(cpu.LEVELS)), (False, True)):
     library.jaxinfer_level(level)
-    call = jax.ffi.ffi_call("int4", jax.ShapeDtypeStruct((tokens, 13), np.float32))
+    call = jax.ffi.ffi_call("int4", [jax.ShapeDtypeStruct((tokens, 13), np.float32)])
     w = random((13, 96), "int8").view(np.uint8)
     jax.block_until_ready(call(random((tokens, 192), "float32"), w, random((13, 6), "float32"), rounds=rounds))
 jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attend), platform="cpu")
 for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
     library.jaxinfer_level(level)
-    q, pages, lengths = random((3, 2, 5, 48), "float32"), np.array([[0, 1], [1, 0], [2, 2]], np.int32), [7, 0, 10]
+    lengths, q_start = np.array([7, 0, 10], np.int32), np.array([0, 5, 6, 12], np.int32)
+    q, pages = random((12, 2, 5, 48), "float32"), np.array([[0, 1], [1, 0], [2, 2]], np.int32)
     pools = [random((3, 2, 5, 48), kind), random((3, 2, 5, 48), kind)]
     pools += [random((3, 2, 5), "float32")] * 2 if kind == "int8" else []
     call = jax.ffi.ffi_call("attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
-    for window in (0, 4):
+    for window, one_each in itertools.product((0, 4), (False, True)):
         options = {"scale": np.float32(0.1), "window": np.int64(window)}
-        jax.block_until_ready(call(q, pages, np.array(lengths, np.int32), *pools, **options))
+        starts = np.arange(4, dtype=np.int32) if one_each else q_start
+        jax.block_until_ready(call(q, starts, lengths, pages, *pools, **options))
+jax.ffi.register_ffi_target("take", jax.ffi.pycapsule(library.jaxinfer_take), platform="cpu")
+call = jax.ffi.ffi_call("take", jax.ShapeDtypeStruct((3, 5), np.float32))
+jax.block_until_ready(call(random((4, 5), "float32"), np.array([3, 9, -1], np.int32)))
 print(f"{len(SIZES) * len(PAIRS)} products at each level")

@@ -25,10 +25,11 @@ from jax.sharding import AxisType
 
 LEVELS = ("portable", "avx2", "avx512")
 VARIABLE = "JAXINFER_CPU_KERNELS"
-TARGET, INT4, ATTEND = "jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_attend"
+DOT, INT4, TAKE, ATTEND = TARGETS = ("jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_take", "jaxinfer_attend")
 MOST_QUERIES = 128  # of a token that have one key
 CACHES = ("float32", "bfloat16", "int8")
-Product = Callable[[jax.Array, jax.Array], jax.Array]
+Weights = tuple[jax.Array, ...]
+Products = Callable[[jax.Array, Weights], list[jax.Array]]
 
 
 class Kernels(NamedTuple):
@@ -53,7 +54,7 @@ def kernels() -> Kernels:
         return Kernels(None, "they were not built: install a C++ compiler (g++ or clang++), then jaxinfer again")
     try:
         library = ctypes.CDLL(os.fspath(found))
-        for name in (TARGET, INT4, ATTEND):
+        for name in TARGETS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     except Exception as error:  # of the linker, and of a jaxlib that is older than the one they were built for
         why = " ".join(str(error).split())
@@ -62,102 +63,123 @@ def kernels() -> Kernels:
     return Kernels(level, f"{VARIABLE} is {wanted}" if VARIABLE in os.environ else "the best that this CPU has")
 
 
-def product(x: jax.Array, weight: jax.Array, reference: Product, rounds: bool = False) -> jax.Array:
-    """`x [T, K]` times `weight [N, K]` transposed, `[T, N]`: float32, or int32 of two that are int8.
-
-    By a kernel in programs for a CPU, if there is one for these types, else `reference(x, weight)`. rounds: where that
-    is faster (`avx512`, from 16 tokens on, weights in bfloat16 or int8), activations in float32 may be rounded to
-    bfloat16; products are summed in float32 all the same.
-    """
-    return _product(reference, rounds, x, weight) if _applies(x, weight) else reference(x, weight)
-
-
 def multiplies(activations: str, weights: str) -> bool:
     """Whether there is a kernel for these types here."""
     return kernels().level is not None and weights in {
         "int8": ("int8",),
-        "bfloat16": ("bfloat16", "int8"),
+        "bfloat16": ("bfloat16", "int8", "float8_e4m3fn"),
         # XLA's own product is good where there are no wide vectors.
-        "float32": ("bfloat16", "int8", *(("float32",) if kernels().level != "portable" else ())),
+        "float32": ("bfloat16", "int8", "float8_e4m3fn", *(() if kernels().level == "portable" else ("float32",))),
     }.get(activations, ())
 
 
-def _applies(x: jax.Array, weight: jax.Array) -> bool:
-    if x.ndim != 2 or not multiplies(x.dtype.name, weight.dtype.name):
-        return False
-    if weight.dtype == jnp.float32 and x.shape[0] == 1:
-        return False  # bound by memory, and XLA reads it as fast
-    return _alone()
-
-
-def _alone() -> bool:
-    """Whether arrays are what one device has: XLA would put those together that it has split over a mesh itself."""
+def alone(apart: Sequence[str] = ()) -> bool:
+    """Whether arrays are what one device has, mesh axes `apart` left aside: XLA would put those together that it has
+    split over a mesh itself."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return all(mesh.shape[axis] == 1 or kind != AxisType.Auto for axis, kind in kinds)
+    return all(axis in apart or mesh.shape[axis] == 1 or kind != AxisType.Auto for axis, kind in kinds)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _product(reference: Product, rounds: bool, x: jax.Array, weight: jax.Array) -> jax.Array:
-    kind = jnp.dtype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
-    out = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), kind)
-    call = functools.partial(jax.ffi.ffi_call(TARGET, out, vmap_method="sequential"), rounds=rounds)
-    return lax.platform_dependent(x, weight, cpu=call, default=reference)
+def products(
+    x: jax.Array,
+    weights: Weights,
+    reference: Products,
+    rounds: bool = False,
+    on_each: Callable[[Products], Products] = lambda call: call,
+) -> list[jax.Array]:
+    """`x [T, K]` times each `weight [N, K]` transposed, `[T, N]`: float32, or int32 of two that are int8.
 
-
-@_product.defjvp
-def _product_jvp(
-    reference: Product, rounds: bool, primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    (x, weight), (dx, dweight) = primals, tangents
-    change = reference(dx, weight)
-    if dweight.dtype != jax.dtypes.float0:
-        change += reference(x, dweight)
-    return _product(reference, rounds, x, weight), change
-
-
-def product_int4(
-    x: jax.Array, values: jax.Array, scales: jax.Array, reference: Callable[[], jax.Array], rounds: bool = False
-) -> jax.Array:
-    """`x [T, K]` times a weight of int4 transposed, `[T, N]` float32: see `product`.
-
-    values: uint8 `[N, K / 2]`, two's complement, the even column's in the low four bits. scales: f32 `[N, K / size]`
-    of groups of `size` columns, a multiple of 32. From 8 tokens on weights are dequantized a few rows at a time, and
-    where activations may be rounded so are they.
+    By a kernel in programs for a CPU, if there is one for these types, else `reference(x, weights)`. rounds: where that
+    is faster (`avx512`, from 16 tokens on, weights of 8 or 16 bits), activations in float32 may be rounded to bfloat16;
+    products are summed in float32 all the same. on_each: makes the kernel's call one that each device of a mesh does
+    with its part.
     """
-    groups = scales.shape[1]
-    fits = x.ndim == 2 and x.dtype.name in ("float32", "bfloat16") and x.shape[1] % (32 * groups) == 0
-    if not (fits and kernels().level and _alone()):
+    return _products(reference, rounds, on_each, x, weights)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _products(
+    reference: Products, rounds: bool, on_each: Callable[[Products], Products], x: jax.Array, weights: Weights
+) -> list[jax.Array]:
+    kind = jnp.dtype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+
+    def call(x: jax.Array, weights: Weights) -> list[jax.Array]:
+        outs = [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), kind) for weight in weights]
+        return list(jax.ffi.ffi_call(DOT, outs, vmap_method="sequential")(x, *weights, rounds=rounds))
+
+    return list(lax.platform_dependent(x, weights, cpu=on_each(call), default=reference))
+
+
+@_products.defjvp
+def _products_jvp(
+    reference: Products,
+    rounds: bool,
+    on_each: Callable[[Products], Products],
+    primals: tuple[jax.Array, Weights],
+    tangents: tuple[jax.Array, Weights],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    (x, weights), (dx, dweights) = primals, tangents
+    changes = reference(dx, weights)
+    for i, change in enumerate(dweights):
+        if change.dtype != jax.dtypes.float0:
+            changes[i] += reference(x, (change,))[0]
+    return _products(reference, rounds, on_each, x, weights), changes
+
+
+def products_int4(
+    x: jax.Array, weights: Sequence[Weights], reference: Callable[[], list[jax.Array]], rounds: bool = False
+) -> list[jax.Array]:
+    """`x [T, K]` times each weight of int4 transposed, `[T, N]` float32: see `products`.
+
+    Of a weight there are values, uint8 `[N, K / 2]`, two's complement, the even column's in the low four bits; scales,
+    f32 `[N, K / size]` of groups of `size` columns, a multiple of 32; and perhaps zeros, int8 of the same shape, which
+    are taken off the values. From 8 tokens on weights are dequantized a few rows at a time, and where activations may
+    be rounded so are they.
+    """
+    fits = x.ndim == 2 and x.dtype.name in ("float32", "bfloat16")
+    if not (fits and all(x.shape[1] % (32 * one[1].shape[1]) == 0 for one in weights) and kernels().level and alone()):
         return reference()
-    out = jax.ShapeDtypeStruct((x.shape[0], values.shape[0]), jnp.dtype(jnp.float32))
-    call = functools.partial(jax.ffi.ffi_call(INT4, out, vmap_method="sequential"), rounds=rounds)
-    return lax.platform_dependent(x, values, scales, cpu=call, default=lambda *_: reference())
+    outs = [jax.ShapeDtypeStruct((x.shape[0], one[0].shape[0]), jnp.dtype(jnp.float32)) for one in weights]
+    call = functools.partial(jax.ffi.ffi_call(INT4, outs, vmap_method="sequential"), rounds=rounds)
+    flat = [array for one in weights for array in one]
+    return list(lax.platform_dependent(x, *flat, cpu=call, default=lambda *_: reference()))
+
+
+def take(table: jax.Array, ids: jax.Array, reference: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """Rows of `table [V, D]`: `[T, D]`; ids beyond it give its last row."""
+    if not (kernels().level and ids.ndim == 1 and alone()):
+        return reference(table, ids)
+    out = jax.ShapeDtypeStruct((*ids.shape, table.shape[1]), table.dtype)
+    return jax.ffi.ffi_call(TAKE, out, vmap_method="sequential")(table, ids)
 
 
 def attend(
     q: jax.Array,
     pools: Sequence[jax.Array],
-    pages: jax.Array,
+    q_start: jax.Array,
     kv_len: jax.Array,
+    pages: jax.Array,
     scale: float,
     window: int | None,
     reference: Callable[[], jax.Array],
 ) -> jax.Array:
-    """Attention of each row's last token, `q [R, K, G, d]`, to keys and values in pages: `[R, K, G, d]`, zeros for rows
-    whose kv_len, i32[R], is 0.
+    """Causal attention of `q [T, K, G, d]` to keys and values in pages, where they are: `[T, K, G, d]`, zeros for
+    tokens of no row.
 
+    Row r has tokens q_start[r]:q_start[r + 1], the last of the kv_len[r] that are in the cache; none if that is 0.
     pools: keys and values `[P, K, page_size, d]`, in 8 bits their scales `[P, K, page_size]` too. pages: i32[R, ...].
     window: that many positions are seen; None is all. By a kernel where there is one, else what `reference` gives.
     """
     fits = q.dtype == jnp.float32 and q.shape[3] % 16 == 0 and q.shape[2] <= MOST_QUERIES
-    if not (fits and pools[0].dtype.name in CACHES and kernels().level and _alone()):
+    if not (fits and pools[0].dtype.name in CACHES and kernels().level and alone()):
         return reference()
     call = functools.partial(
         jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype)),
         scale=np.float32(scale),
         window=np.int64(window or 0),
     )
-    return lax.platform_dependent(q, pages, kv_len, *pools, cpu=call, default=lambda *_: reference())
+    return lax.platform_dependent(q, q_start, kv_len, pages, *pools, cpu=call, default=lambda *_: reference())
 
 
 kernels()  # compiled programs that are read from a file look for them by name

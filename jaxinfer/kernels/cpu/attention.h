@@ -1,4 +1,5 @@
-// Attention of each row's last token to its keys, where they are in the cache; included after micro.h, as that is.
+// Attention to keys and values where they are in the cache, in pages; included after micro.h, as that is. Softmax over
+// blocks of keys is Milakov and Gimelshein's (arXiv:1805.02867).
 
 INLINE Float exponential(Float x) {  // of what is at most 0
   x = x < -87.0f ? Float{} - 87.0f : x;
@@ -49,31 +50,38 @@ void gather(const float* weights, int64_t span, int64_t count, const T* values, 
   });
 }
 
-// The last token of a row, and the query heads of one key/value head.
+// Calls `call(k, at, some)` for keys [start, stop) of a row in runs that follow each other, those on a page: the first of
+// them, where that is (of all [pages, kv_heads, page_size]) and how many.
+template <class Call>
+INLINE void in_runs(const Attention& a, int64_t row, int64_t head, int64_t start, int64_t stop, const Call& call) {
+  for (int64_t k = start, some; k < stop; k += some) {
+    some = std::min(stop - k, a.page_size - k % a.page_size);
+    const int64_t page = a.pages[row * a.table + k / a.page_size];
+    call(k, (page * a.kv_heads + head) * a.page_size + k % a.page_size, some);
+  }
+}
+
+// ---- one token: lanes run along the head.
+
+// The query heads of one key/value head.
 template <class T>
 void attend(const Attention& a, const T* keys, const T* values, int64_t row, int64_t head) {
-  const int64_t stop = a.kv_len[row], start = a.window ? std::max<int64_t>(stop - a.window, 0) : 0;
+  const int64_t stop = a.kv_len[row], start = std::max<int64_t>(stop - a.window, 0);
   const int64_t count = stop - start, span = (count + LANES - 1) / LANES * LANES;
   float* scores = (float*)buffer(4 * a.group * span);
   const float* queries[MOST_QUERIES];
   float* out[MOST_QUERIES];
   for (int64_t i = 0; i < a.group; i++) {
-    const int64_t at = ((row * a.kv_heads + head) * a.group + i) * a.dim;
+    const int64_t at = ((a.q_start[row] * a.kv_heads + head) * a.group + i) * a.dim;
     queries[i] = a.q + at;
     out[i] = a.out + at;
   }
-  auto runs = [&](auto call) {  // of keys that follow each other: those on a page
-    for (int64_t k = start, some; k < stop; k += some) {
-      some = std::min(stop - k, a.page_size - k % a.page_size);
-      const int64_t page = a.pages[row * a.table + k / a.page_size];
-      call(k - start, (page * a.kv_heads + head) * a.page_size + k % a.page_size, some);
-    }
-  };
-  runs([&](int64_t k, int64_t at, int64_t some) {
-    score(queries, a.group, keys + at * a.dim, some, a.dim, scores + k, span);
+  in_runs(a, row, head, start, stop, [&](int64_t k, int64_t at, int64_t some) {
+    float* to = scores + k - start;
+    score(queries, a.group, keys + at * a.dim, some, a.dim, to, span);
     if (a.k_scales)
       for (int64_t i = 0; i < a.group; i++)
-        for (int64_t n = 0; n < some; n++) scores[i * span + k + n] *= a.k_scales[at + n];
+        for (int64_t n = 0; n < some; n++) to[i * span + n] *= a.k_scales[at + n];
   });
   for (int64_t i = 0; i < a.group; i++) {
     float* of = scores + i * span;
@@ -88,10 +96,116 @@ void attend(const Attention& a, const T* keys, const T* values, int64_t row, int
     const float total = sum(totals);
     for (int64_t k = 0; k < span; k += LANES) store(of + k, load(of + k) / total);
   }
-  runs([&](int64_t k, int64_t at, int64_t some) {
+  in_runs(a, row, head, start, stop, [&](int64_t k, int64_t at, int64_t some) {
+    float* weights = scores + k - start;
     if (a.v_scales)
       for (int64_t i = 0; i < a.group; i++)
-        for (int64_t n = 0; n < some; n++) scores[i * span + k + n] *= a.v_scales[at + n];
-    gather(scores + k, span, a.group, values + at * a.dim, some, a.dim, out);
+        for (int64_t n = 0; n < some; n++) weights[i * span + n] *= a.v_scales[at + n];
+    gather(weights, span, a.group, values + at * a.dim, some, a.dim, out);
   });
+}
+
+// ---- several tokens: lanes are queries, each of a token and a head, so that nothing is summed across them.
+
+constexpr int PANELS = 3, TILE = PANELS * LANES, TILE_ROWS = LEVEL == 2 ? 8 : 4;  // 3 x 8 sums and 3 of what is added
+constexpr int64_t KEYS = 64;                                                      // a block of them
+
+inline int64_t tile_lanes() { return TILE; }
+
+// total[r] += sum over k of x[k * step] * lanes[k], for ROWS numbers r that are `stride` apart in x.
+template <int ROWS>
+INLINE void sum_rows(const float* x, int64_t stride, int64_t step, const float* lanes, int64_t count, float* total) {
+  Float sums[ROWS][PANELS];
+  for (int r = 0; r < ROWS; r++)
+    for (int p = 0; p < PANELS; p++) sums[r][p] = load(total + r * TILE + p * LANES);
+  for (int64_t k = 0; k < count; k++) {
+    Float with[PANELS];
+    for (int p = 0; p < PANELS; p++) with[p] = load(lanes + k * TILE + p * LANES);
+    for (int r = 0; r < ROWS; r++)
+      for (int p = 0; p < PANELS; p++) sums[r][p] += with[p] * x[r * stride + k * step];
+  }
+  for (int r = 0; r < ROWS; r++)
+    for (int p = 0; p < PANELS; p++) store(total + r * TILE + p * LANES, sums[r][p]);
+}
+
+// Rows of `some` keys or values as float32: where they are, or put to `to`.
+INLINE const float* as_floats(const float* from, const float*, int64_t, int64_t, float*) { return from; }
+template <class T>
+INLINE const float* as_floats(const T* from, const float* scales, int64_t some, int64_t dim, float* to) {
+  for (int64_t n = 0; n < some; n++)
+    for (int64_t i = 0; i < dim; i += LANES)
+      store(to + n * dim + i, load(from + n * dim + i) * (scales ? scales[n] : 1.0f));
+  return to;
+}
+
+// TILE queries of a row from `first` on, those of one key/value head, numbered by token and then by head.
+template <class T>
+void attend_tile(const Attention& a, const T* keys, const T* values, int64_t row, int64_t head, int64_t first) {
+  const int64_t begin = a.q_start[row], tokens = a.q_start[row + 1] - begin, before = a.kv_len[row] - tokens;
+  const int64_t count = std::min<int64_t>(tokens * a.group - first, TILE), dim = a.dim;
+  float* queries = (float*)buffer(4 * (2 * TILE * dim + TILE * KEYS + KEYS * dim));
+  float *out = queries + TILE * dim, *scores = out + TILE * dim, *staged = scores + TILE * KEYS;
+  auto place = [&](int64_t i) {
+    return ((begin + i / a.group) * a.kv_heads + head) * a.group * dim + i % a.group * dim;
+  };
+  int32_t position[TILE];
+  for (int64_t i = 0; i < TILE; i++) {
+    position[i] = i < count ? before + (first + i) / a.group : -1;  // -1 sees nothing
+    const float* q = a.q + place(first + std::min(i, count - 1));
+    for (int64_t k = 0; k < dim; k++) queries[k * TILE + i] = q[k];
+  }
+  std::fill(out, out + TILE * dim, 0.0f);
+  constexpr float NOTHING = -1e30f;
+  Float top[PANELS], total[PANELS] = {};
+  for (Float& one : top) one = Float{} + NOTHING;
+  const int64_t stop = position[count - 1] + 1, start = std::max<int64_t>(position[0] + 1 - a.window, 0);
+  for (int64_t block = start; block < stop; block += KEYS) {
+    const int64_t end = std::min(block + KEYS, stop);
+    std::fill(scores, scores + TILE * (end - block), 0.0f);
+    in_runs(a, row, head, block, end, [&](int64_t k, int64_t at, int64_t some) {
+      const float* rows = as_floats(keys + at * dim, a.k_scales ? a.k_scales + at : nullptr, some, dim, staged);
+      in_steps<TILE_ROWS, 4, 1>(0, some, [&](int64_t n, auto size) {
+        sum_rows<size>(rows + n * dim, dim, 1, queries, dim, scores + (k - block + n) * TILE);
+      });
+    });
+    const bool all = end <= position[0] + 1 && count == TILE && block > position[count - 1] - a.window;
+    for (int p = 0; p < PANELS; p++) {
+      const Int own = load_as<Int>(position + p * LANES);
+      Float highest = top[p];
+      for (int64_t k = block; k < end; k++) {
+        float* at = scores + (k - block) * TILE + p * LANES;
+        Float score = load(at);
+        if (!all) {
+          const Int here = Int{} + (int32_t)k;
+          score = (here <= own) & (here > own - (int32_t)a.window) ? score : Float{} + NOTHING;
+          store(at, score);
+        }
+        highest = score > highest ? score : highest;
+      }
+      const Float keep = exponential((top[p] - highest) * a.scale);
+      Float sum = total[p] * keep;
+      top[p] = highest;
+      for (int64_t k = 0; k < end - block; k++) {
+        float* at = scores + k * TILE + p * LANES;
+        const Float score = load(at);
+        Float weight = exponential((score - highest) * a.scale);
+        weight = score <= NOTHING ? Float{} : weight;  // NaN stays
+        sum += weight;
+        store(at, weight);
+      }
+      total[p] = sum;
+      for (int64_t i = 0; i < dim; i++) {
+        float* at = out + i * TILE + p * LANES;
+        store(at, load(at) * keep);
+      }
+    }
+    in_runs(a, row, head, block, end, [&](int64_t k, int64_t at, int64_t some) {
+      const float* rows = as_floats(values + at * dim, a.v_scales ? a.v_scales + at : nullptr, some, dim, staged);
+      in_steps<TILE_ROWS, 4>(0, dim, [&](int64_t i, auto size) {
+        sum_rows<size>(rows + i, 1, dim, scores + (k - block) * TILE, some, out + i * TILE);
+      });
+    });
+  }
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t k = 0; k < dim; k++) a.out[place(first + i) + k] = out[k * TILE + i] / total[i / LANES][i % LANES];
 }

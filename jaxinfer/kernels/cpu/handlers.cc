@@ -32,15 +32,28 @@ struct nibbles {  // of int4
   uint8_t bits;
 };
 
-struct Groups {  // of columns that have one scale: scales [N, K / size]
-  const float* scales;
-  int64_t size;
+struct fp8 {  // e4m3fn: no infinities; NaN, which no weight is, is read as 480
+  uint8_t bits;
 };
+
+template <class Weight, class Out>
+struct Part {  // of a product with several weights: w [columns, K] and out [T, columns]
+  const Weight* w;
+  Out* out;
+  int64_t columns;
+  // Of int4, for each `group` columns: [columns, K / group]; zeros is null where the scheme has none.
+  const float* scales;
+  const int8_t* zeros;
+  int64_t group;
+};
+
+template <class Weight, class Out>
+using Parts = std::vector<Part<Weight, Out>>;
 
 constexpr int64_t AHEAD = 4096;      // bytes: how far ahead weights are fetched
 constexpr int64_t MANY = 16;        // tokens, from which on activations may be rounded
 constexpr int64_t SMALL = 1 << 16;  // products that are done before another thread has woken up
-constexpr int64_t EXACT = 1024;  // products of int8 whose sum float32 has exactly: 1024 * 127 * 128 < 2**24
+constexpr int64_t EXACT = 1024;     // products of int8 whose sum float32 has exactly: 1024 * 127 * 128 < 2**24
 
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(int8_t x) { return x; }
@@ -49,6 +62,11 @@ INLINE float to_float(bf16 x) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+INLINE float to_float(fp8 x) {
+  const int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
+  const float size = exponent ? (8 + mantissa) * 0x1p-10f * (float)(1 << exponent) : mantissa * 0x1p-9f;
+  return x.bits & 0x80 ? -size : size;
 }
 
 INLINE int32_t total_of(const int8_t* x, int64_t count) {
@@ -105,16 +123,30 @@ struct Threads {
   int64_t count;
 };
 
+// Cuts columns into about `pieces` for each thread, whole multiples of `rows`, and runs `call(part, first, last)`.
+template <class Parts, class Call>
+void in_pieces(Threads& threads, const Parts& parts, int64_t pieces, int64_t rows, const Call& call) {
+  int64_t columns = 0, tasks = 0;
+  for (const auto& part : parts) columns += part.columns;
+  const int64_t each = (columns / (pieces * threads.count) / rows + 1) * rows;
+  for (const auto& part : parts) tasks += (part.columns + each - 1) / each;
+  threads.run(tasks, [&, each](int64_t i) {
+    auto part = parts.begin();
+    for (int64_t own; i >= (own = (part->columns + each - 1) / each); part++) i -= own;
+    call(*part, i * each, std::min((i + 1) * each, part->columns));
+  });
+}
+
 struct Attention {
-  const float* q;  // [rows, kv_heads, group, dim]
+  const float* q;  // [tokens, kv_heads, group, dim]
   float* out;
-  const float *k_scales, *v_scales;  // [pages, kv_heads, page_size], or null
-  const int32_t *pages, *kv_len;     // [rows, table] and [rows]
+  const float *k_scales, *v_scales;            // [pages, kv_heads, page_size], or null
+  const int32_t *q_start, *kv_len, *pages;     // [rows + 1], [rows] and [rows, table]
   int64_t kv_heads, group, dim, page_size, table, window;
   float scale;
 };
 
-constexpr int64_t MOST_QUERIES = 128;  // that have one key
+constexpr int64_t MOST_QUERIES = 128;  // of a token that have one key
 
 namespace portable {
 #define LEVEL 0
@@ -165,75 +197,151 @@ int level_of_machine() {
 
 std::atomic<int> level{level_of_machine()};
 
-template <class X, class Weight, class Out, class Kept>
-ffi::Error product(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Kept w,
-                   ffi::Result<ffi::AnyBuffer> out, Groups groups = {}) {
-  const int64_t tokens = x.dimensions()[0], depth = x.dimensions()[1], columns = w.dimensions()[0];
+// Calls `call` of the best level: avx512::name, avx2::name or portable::name.
+#if defined(__x86_64__)
+#define AT_LEVEL(...) (level == 2 ? avx512::__VA_ARGS__ : level == 1 ? avx2::__VA_ARGS__ : portable::__VA_ARGS__)
+#else
+#define AT_LEVEL(...) portable::__VA_ARGS__
+#endif
+
+using Arguments = ffi::RemainingArgs;
+using Results = ffi::RemainingRets;
+
+ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
+
+template <class X, class Weight, class Out>
+ffi::Error product(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, const Parts<Weight, Out>& parts) {
+  const int64_t tokens = x.dimensions()[0], depth = x.dimensions()[1];
+  int64_t columns = 0;
+  for (const auto& part : parts) columns += part.columns;
   Threads threads(pool);
   if (tokens * depth * columns < SMALL) threads.count = 1;
-  auto with = [&](auto call) {
-    call(threads, (const X*)x.untyped_data(), tokens, (const Weight*)w.untyped_data(), depth,
-         (Out*)out->untyped_data(), columns, rounds, groups);
-  };
-#if defined(__x86_64__)
-  if (level == 2) return with(avx512::product<X, Weight, Out>), ffi::Error::Success();
-  if (level == 1) return with(avx2::product<X, Weight, Out>), ffi::Error::Success();
-#endif
-  return with(portable::product<X, Weight, Out>), ffi::Error::Success();
+  const auto call = AT_LEVEL(product<X, Weight, Out>);
+  call(threads, (const X*)x.untyped_data(), tokens, depth, parts, rounds);
+  return ffi::Error::Success();
 }
 
-ffi::Error dot(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, ffi::AnyBuffer w,
-               ffi::Result<ffi::AnyBuffer> out) {
+template <class X, class Weight, class Out>
+ffi::Error with_weights(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments weights, Results outs) {
+  Parts<Weight, Out> parts;
+  for (size_t i = 0; i < outs.size(); i++) {
+    const auto w = *weights.get<ffi::AnyBuffer>(i);
+    parts.push_back({(const Weight*)w.untyped_data(), (Out*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data(),
+                     w.dimensions()[0], nullptr, nullptr, 0});
+  }
+  return product<X>(pool, rounds, x, parts);
+}
+
+ffi::Error dot(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments weights, Results outs) {
   using ffi::DataType;
-  if (x.dimensions().size() != 2 || w.dimensions().size() != 2 || x.dimensions()[1] != w.dimensions()[1])
-    return ffi::Error::InvalidArgument("jaxinfer_dot: x must be [T, K] and w [N, K]");
-  const auto types = std::make_pair(x.element_type(), w.element_type());
-  auto are = [&](DataType a, DataType b) { return types == std::make_pair(a, b); };
-  if (are(DataType::S8, DataType::S8)) return product<int8_t, int8_t, int32_t>(pool, rounds, x, w, out);
-  if (are(DataType::F32, DataType::S8)) return product<float, int8_t, float>(pool, rounds, x, w, out);
-  if (are(DataType::F32, DataType::BF16)) return product<float, bf16, float>(pool, rounds, x, w, out);
-  if (are(DataType::F32, DataType::F32)) return product<float, float, float>(pool, rounds, x, w, out);
-  if (are(DataType::BF16, DataType::S8)) return product<bf16, int8_t, float>(pool, rounds, x, w, out);
-  if (are(DataType::BF16, DataType::BF16)) return product<bf16, bf16, float>(pool, rounds, x, w, out);
-  return ffi::Error::InvalidArgument("jaxinfer_dot: there is no product of these types");
+  const char* shapes = "jaxinfer_dot: x must be [T, K] and each w [N, K], of one type";
+  if (weights.size() == 0 || weights.size() != outs.size()) return wrong(shapes);
+  const DataType kind = weights.get<ffi::AnyBuffer>(0)->element_type(), of = x.element_type();
+  for (size_t i = 0; i < weights.size(); i++) {
+    const auto w = *weights.get<ffi::AnyBuffer>(i);
+    if (x.dimensions().size() != 2 || w.dimensions().size() != 2 || x.dimensions()[1] != w.dimensions()[1] ||
+        w.element_type() != kind)
+      return wrong(shapes);
+  }
+  auto are = [&](DataType a, DataType b) { return of == a && kind == b; };
+  auto with = [&](auto call) { return call(pool, rounds, x, weights, outs); };
+  if (are(DataType::S8, DataType::S8)) return with(with_weights<int8_t, int8_t, int32_t>);
+  if (are(DataType::F32, DataType::S8)) return with(with_weights<float, int8_t, float>);
+  if (are(DataType::F32, DataType::BF16)) return with(with_weights<float, bf16, float>);
+  if (are(DataType::F32, DataType::F8E4M3FN)) return with(with_weights<float, fp8, float>);
+  if (are(DataType::F32, DataType::F32)) return with(with_weights<float, float, float>);
+  if (are(DataType::BF16, DataType::S8)) return with(with_weights<bf16, int8_t, float>);
+  if (are(DataType::BF16, DataType::BF16)) return with(with_weights<bf16, bf16, float>);
+  if (are(DataType::BF16, DataType::F8E4M3FN)) return with(with_weights<bf16, fp8, float>);
+  return wrong("jaxinfer_dot: there is no product of these types");
 }
 
-ffi::Error dot_int4(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, ffi::Buffer<ffi::U8> w,
-                    ffi::Buffer<ffi::F32> scales, ffi::Result<ffi::AnyBuffer> out) {
-  const auto in = x.dimensions(), held = w.dimensions(), some = scales.dimensions();
-  if (in.size() != 2 || held.size() != 2 || some.size() != 2 || in[1] != 2 * held[1] || some[0] != held[0] ||
-      some[1] < 1 || in[1] % some[1] || in[1] / some[1] % 32)
-    return ffi::Error::InvalidArgument("jaxinfer_dot_int4: x must be [T, K], w [N, K/2] and scales [N, K/(32 n)]");
-  const Groups groups{scales.typed_data(), in[1] / some[1]};
-  if (x.element_type() == ffi::DataType::F32) return product<float, nibbles, float>(pool, rounds, x, w, out, groups);
-  if (x.element_type() == ffi::DataType::BF16) return product<bf16, nibbles, float>(pool, rounds, x, w, out, groups);
-  return ffi::Error::InvalidArgument("jaxinfer_dot_int4: x must be float32 or bfloat16");
+// Of each weight there are values, scales, and zeros if the scheme has them.
+ffi::Error dot_int4(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments weights, Results outs) {
+  const char* shapes = "jaxinfer_dot_int4: x must be [T, K], w [N, K/2] and scales (and zeros) [N, K/(32 n)]";
+  const size_t each = outs.size() ? weights.size() / outs.size() : 0;
+  const auto in = x.dimensions();
+  if (each < 2 || each > 3 || weights.size() != each * outs.size() || in.size() != 2) return wrong(shapes);
+  Parts<nibbles, float> parts;
+  for (size_t i = 0; i < outs.size(); i++) {
+    const auto w = weights.get<ffi::Buffer<ffi::U8>>(i * each);
+    const auto scales = weights.get<ffi::Buffer<ffi::F32>>(i * each + 1);
+    if (!w.has_value() || !scales.has_value()) return wrong(shapes);
+    const auto held = w->dimensions(), some = scales->dimensions();
+    if (held.size() != 2 || some.size() != 2 || in[1] != 2 * held[1] || some[0] != held[0] || some[1] < 1 ||
+        in[1] % some[1] || in[1] / some[1] % 32)
+      return wrong(shapes);
+    const int8_t* zeros = nullptr;
+    if (each == 3) {
+      const auto given = weights.get<ffi::Buffer<ffi::S8>>(i * each + 2);
+      if (!given.has_value() || given->element_count() != scales->element_count()) return wrong(shapes);
+      zeros = given->typed_data();
+    }
+    parts.push_back({(const nibbles*)w->typed_data(), (float*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data(), held[0],
+                     scales->typed_data(), zeros, in[1] / some[1]});
+  }
+  if (x.element_type() == ffi::DataType::F32) return product<float>(pool, rounds, x, parts);
+  if (x.element_type() == ffi::DataType::BF16) return product<bf16>(pool, rounds, x, parts);
+  return wrong("jaxinfer_dot_int4: x must be float32 or bfloat16");
+}
+
+ffi::Error take(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::AnyBuffer> out) {
+  const auto shape = table.dimensions();
+  if (shape.size() != 2 || shape[0] < 1) return wrong("jaxinfer_take: the table must be [V, D]");
+  const int64_t row = table.size_bytes() / shape[0];
+  for (int64_t i = 0; i < (int64_t)ids.element_count(); i++) {
+    const int64_t id = std::clamp<int64_t>(ids.typed_data()[i], 0, shape[0] - 1);
+    std::memcpy((char*)out->untyped_data() + i * row, (const char*)table.untyped_data() + id * row, row);
+  }
+  return ffi::Error::Success();
 }
 
 template <class T>
 void attend(Threads& threads, const Attention& a, const void* keys, const void* values, int64_t rows) {
-  threads.run(rows * a.kv_heads, [&](int64_t i) {
-    const int64_t row = i / a.kv_heads;
-    if (a.kv_len[row] <= 0) return;
-    auto with = [&](auto call) { call(a, (const T*)keys, (const T*)values, row, i % a.kv_heads); };
-#if defined(__x86_64__)
-    if (level == 2) return with(avx512::attend<T>);
-    if (level == 1) return with(avx2::attend<T>);
-#endif
-    with(portable::attend<T>);
+  const auto one = AT_LEVEL(attend<T>);
+  const auto some = AT_LEVEL(attend_tile<T>);
+  const int64_t lanes = AT_LEVEL(tile_lanes());
+  struct Task {
+    int64_t row, first;  // of its queries, each of a token and a head; -1: the row has one token
+  };
+  std::vector<Task> tasks;
+  for (int64_t row = rows - 1; row >= 0; row--) {  // the longest come first: those at the end of a prompt
+    const int64_t tokens = a.kv_len[row] > 0 ? a.q_start[row + 1] - a.q_start[row] : 0;
+    if (tokens == 1) tasks.push_back({row, -1});
+    if (tokens > 1)
+      for (int64_t tile = (tokens * a.group - 1) / lanes; tile >= 0; tile--) tasks.push_back({row, tile * lanes});
+  }
+  threads.run(tasks.size() * a.kv_heads, [&](int64_t i) {
+    const Task& task = tasks[i / a.kv_heads];
+    const int64_t head = i % a.kv_heads;
+    if (task.first < 0)
+      one(a, (const T*)keys, (const T*)values, task.row, head);
+    else
+      some(a, (const T*)keys, (const T*)values, task.row, head, task.first);
   });
 }
 
 ffi::Error attention(ffi::ThreadPool pool, float scale, int64_t window, ffi::Buffer<ffi::F32> q,
-                     ffi::Buffer<ffi::S32> pages, ffi::Buffer<ffi::S32> kv_len, ffi::AnyBuffer keys,
-                     ffi::AnyBuffer values, ffi::RemainingArgs scales, ffi::ResultBuffer<ffi::F32> out) {
+                     ffi::Buffer<ffi::S32> q_start, ffi::Buffer<ffi::S32> kv_len, ffi::Buffer<ffi::S32> pages,
+                     ffi::AnyBuffer keys, ffi::AnyBuffer values, Arguments scales, ffi::ResultBuffer<ffi::F32> out) {
   const auto shape = keys.dimensions(), queries = q.dimensions();
   if (shape.size() != 4 || queries.size() != 4 || shape[3] % 16 || queries[3] != shape[3] || queries[1] != shape[1] ||
-      queries[2] > MOST_QUERIES)
-    return ffi::Error::InvalidArgument("jaxinfer_attend: q must be [R, K, G, d], and pages [P, K, size, d]");
-  Attention a{q.typed_data(),      out->typed_data(), nullptr,    nullptr,
-              pages.typed_data(),  kv_len.typed_data(), shape[1], queries[2],
-              shape[3],            shape[2],          pages.dimensions()[1], window,
+      queries[2] > MOST_QUERIES || pages.dimensions().size() != 2 ||
+      q_start.element_count() != kv_len.element_count() + 1)
+    return wrong("jaxinfer_attend: q must be [T, K, G, d], and keys and values [P, K, size, d]");
+  Attention a{q.typed_data(),
+              out->typed_data(),
+              nullptr,
+              nullptr,
+              q_start.typed_data(),
+              kv_len.typed_data(),
+              pages.typed_data(),
+              shape[1],
+              queries[2],
+              shape[3],
+              shape[2],
+              pages.dimensions()[1],
+              window ? window : INT32_MAX,
               scale};
   if (scales.size() == 2) {
     a.k_scales = scales.get<ffi::Buffer<ffi::F32>>(0)->typed_data();
@@ -242,13 +350,13 @@ ffi::Error attention(ffi::ThreadPool pool, float scale, int64_t window, ffi::Buf
   std::memset(a.out, 0, out->size_bytes());
   Threads threads(pool);
   auto with = [&](auto call) {
-    call(threads, a, keys.untyped_data(), values.untyped_data(), queries[0]);
+    call(threads, a, keys.untyped_data(), values.untyped_data(), kv_len.element_count());
     return ffi::Error::Success();
   };
   if (keys.element_type() == ffi::DataType::F32) return with(attend<float>);
   if (keys.element_type() == ffi::DataType::BF16) return with(attend<bf16>);
   if (keys.element_type() == ffi::DataType::S8) return with(attend<int8_t>);
-  return ffi::Error::InvalidArgument("jaxinfer_attend: there is none for keys of this type");
+  return wrong("jaxinfer_attend: there is none for keys of this type");
 }
 
 }  // namespace
@@ -258,16 +366,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot, dot,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<bool>("rounds")
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>());
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot_int4, dot_int4,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<bool>("rounds")
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_take, take,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attend, attention,
@@ -276,6 +389,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attend, attention,
                                   .Attr<float>("scale")
                                   .Attr<int64_t>("window")
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()

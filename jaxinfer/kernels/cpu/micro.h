@@ -46,6 +46,15 @@ INLINE Float load(const int8_t* p) {
 }
 #endif
 
+INLINE Float load(const fp8* p) {
+  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+  const Int bits = __builtin_convertvector(load_as<Bytes>(p), Int), size = bits & 0x7f;
+  // Subnormals are made as 2**-6 more than they are: XLA's threads flush those of float32 to zero.
+  const Int low = size < 8;
+  const Float value = (Float)((size << 20) + (((low & 1) + 120) << 23)) - (Float)(low & 0x3c800000);
+  return (Float)((Int)value | (bits & 0x80) << 24);
+}
+
 INLINE float sum(Float v) {
   for (int half = LANES / 2; half > 0; half /= 2)
     for (int i = 0; i < half; i++) v[i] += v[i + half];
@@ -97,11 +106,11 @@ void thin(const float* x, int64_t tokens, const Weight* w, int64_t depth, Out* o
 
 constexpr int WIDE_ROWS = LEVEL == 2 ? 12 : 6;  // with 2 panels they fill the registers
 
-// ---- int4: two values a byte, the even column's in the low bits; a scale for each `group` columns.
+// ---- int4: two values a byte, the even column's in the low bits; a scale, and a zero point, for each `group` columns.
 
-INLINE void load_pairs(const nibbles* p, Float& even, Float& odd) {
+INLINE void load_pairs(const nibbles* p, float zero, Float& even, Float& odd) {
 #if LEVEL == 2
-  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+  const __m512 values = (__m512)((Float)_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1) - zero);
   const __m512i bytes = _mm512_cvtepu8_epi32(load_as<__m128i>(p));
   even = (Float)_mm512_permutexvar_ps(bytes, values);  // which looks at the low 4 bits alone
   odd = (Float)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values);
@@ -109,37 +118,39 @@ INLINE void load_pairs(const nibbles* p, Float& even, Float& odd) {
   typedef uint32_t Word __attribute__((vector_size(4 * LANES)));
   typedef uint8_t Bytes __attribute__((vector_size(LANES)));
   const Word bytes = __builtin_convertvector(load_as<Bytes>(p), Word);
-  even = __builtin_convertvector((Int)(bytes << 28) >> 28, Float);
-  odd = __builtin_convertvector((Int)(bytes << 24) >> 28, Float);
+  even = __builtin_convertvector((Int)(bytes << 28) >> 28, Float) - zero;
+  odd = __builtin_convertvector((Int)(bytes << 24) >> 28, Float) - zero;
 #endif
 }
 
-// One output of some tokens, whose even columns come first in x.
+// Output n of some tokens, whose even columns come first in x.
 template <int TOKENS>
-INLINE void thin_int4(const float* x, int64_t depth, const nibbles* w, const float* scales, int64_t group, float* out,
-                      int64_t columns) {
+INLINE void thin_int4(const float* x, int64_t depth, const Part<nibbles, float>& part, int64_t n, float* out) {
   Float total[TOKENS] = {};
-  for (int64_t begin = 0; begin < depth / 2; begin += group / 2) {
+  const nibbles* w = part.w + n * depth / 2;
+  int64_t block = n * depth / part.group;
+  for (int64_t begin = 0; begin < depth / 2; begin += part.group / 2, block++) {
     Float some[TOKENS] = {}, even, odd;
     __builtin_prefetch((const char*)(w + begin) + AHEAD);
-    for (int64_t k = begin; k < begin + group / 2; k += LANES) {
-      load_pairs(w + k, even, odd);
+    for (int64_t k = begin; k < begin + part.group / 2; k += LANES) {
+      load_pairs(w + k, part.zeros ? part.zeros[block] : 0, even, odd);
       for (int t = 0; t < TOKENS; t++)
         some[t] += even * load(x + t * depth + k) + odd * load(x + t * depth + depth / 2 + k);
     }
-    for (int t = 0; t < TOKENS; t++) total[t] += some[t] * scales[2 * begin / group];
+    for (int t = 0; t < TOKENS; t++) total[t] += some[t] * part.scales[block];
   }
-  for (int t = 0; t < TOKENS; t++) out[t * columns] = sum(total[t]);
+  for (int t = 0; t < TOKENS; t++) out[t * part.columns] = sum(total[t]);
 }
 
-// A row as float32.
-INLINE void dequantize(const nibbles* w, const float* scales, int64_t group, int64_t depth, float* to) {
+// Row n as float32.
+INLINE void dequantize(const Part<nibbles, float>& part, int64_t n, int64_t depth, float* to) {
   for (int64_t k = 0; k < depth / 2; k += LANES) {
     Float even, odd;
-    load_pairs(w + k, even, odd);
+    const int64_t block = (n * depth + 2 * k) / part.group;
+    load_pairs(part.w + n * depth / 2 + k, part.zeros ? part.zeros[block] : 0, even, odd);
     for (int i = 0; i < LANES; i++) {
-      to[2 * (k + i)] = even[i] * scales[2 * k / group];
-      to[2 * (k + i) + 1] = odd[i] * scales[2 * k / group];
+      to[2 * (k + i)] = even[i] * part.scales[block];
+      to[2 * (k + i) + 1] = odd[i] * part.scales[block];
     }
   }
 }
@@ -234,9 +245,10 @@ INLINE void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, 
 
 // Outputs [first, last) of all tokens. scratch: for WIDE_ROWS rows of weights as units, and one of float32.
 template <class Units, class Weight, class Out>
-void wide(const uint32_t* panels, int64_t tokens, const Weight* w, int64_t depth, Out* out, int64_t columns,
-          int64_t first, int64_t last, uint32_t* scratch, [[maybe_unused]] Groups groups) {
+void wide(const uint32_t* panels, int64_t tokens, int64_t depth, const Part<Weight, Out>& part, int64_t first,
+          int64_t last, uint32_t* scratch) {
   constexpr bool as_they_are = sizeof(Weight) * Units::each == 4;
+  const Weight* w = part.w;
   const int64_t units = (depth + Units::each - 1) / Units::each;
   const int64_t step = Units::each == 4 ? units : EXACT;
   const int64_t row = std::is_same_v<Weight, nibbles> ? depth / 2 : depth * sizeof(Weight);  // bytes
@@ -245,7 +257,7 @@ void wide(const uint32_t* panels, int64_t tokens, const Weight* w, int64_t depth
     if constexpr (std::is_same_v<Weight, nibbles>) {
       float* row = (float*)(scratch + WIDE_ROWS * units);
       for (int64_t r = 0; r < rows; r++) {
-        dequantize(w + (n + r) * depth / 2, groups.scales + (n + r) * depth / groups.size, groups.size, depth, row);
+        dequantize(part, n + r, depth, row);
         Units::fill(scratch + r * units, row, depth);
       }
     } else if (as_they_are && depth % Units::each == 0) {
@@ -260,8 +272,8 @@ void wide(const uint32_t* panels, int64_t tokens, const Weight* w, int64_t depth
       const int64_t end = std::min(begin + step, units);
       auto some = [&](int64_t p, auto count) {
         wide_tile<Units, rows, count>(panels + p * LANES * units, units * LANES, weights, units, begin, end, minus,
-                                      out + p * LANES * columns + n, columns, tokens - p * LANES, begin > 0,
-                                      (const char*)w + (n + (p == 0 ? rows : 0)) * row, rows * row / units);
+                                      part.out + p * LANES * part.columns + n, part.columns, tokens - p * LANES,
+                                      begin > 0, (const char*)w + (n + (p == 0 ? rows : 0)) * row, rows * row / units);
       };
       in_steps<2, 1>(0, (tokens + LANES - 1) / LANES, some);
     }
@@ -270,50 +282,44 @@ void wide(const uint32_t* panels, int64_t tokens, const Weight* w, int64_t depth
 }
 
 template <class Units, class X, class Weight, class Out>
-void wide_product(Threads& threads, const X* x, int64_t tokens, const Weight* w, int64_t depth, Out* out,
-                  int64_t columns, int64_t each, Groups groups) {
+void wide_product(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts) {
   const int64_t units = (depth + Units::each - 1) / Units::each, panels = (tokens + LANES - 1) / LANES;
   uint32_t* packed = (uint32_t*)buffer(4 * panels * LANES * units);
   threads.run(panels, [=](int64_t p) { pack<Units>(x, tokens, depth, p * LANES, packed + p * LANES * units); });
-  threads.run((columns + each - 1) / each, [=](int64_t i) {
+  in_pieces(threads, parts, 16, WIDE_ROWS, [=](const Part<Weight, Out>& part, int64_t first, int64_t last) {
     std::unique_ptr<uint32_t[]> scratch(new uint32_t[WIDE_ROWS * units + depth]);
-    const int64_t last = std::min((i + 1) * each, columns);
-    wide<Units>(packed, tokens, w, depth, out, columns, i * each, last, scratch.get(), groups);
+    wide<Units>(packed, tokens, depth, part, first, last, scratch.get());
   });
 }
 
 template <class X, class Weight, class Out>
-void thin_product(Threads& threads, const X* x, int64_t tokens, const Weight* w, int64_t depth, Out* out,
-                  int64_t columns, int64_t each, [[maybe_unused]] Groups groups) {
+void thin_product(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts) {
+  constexpr bool int4 = std::is_same_v<Weight, nibbles>;
   const float* floats = (const float*)x;
-  if constexpr (std::is_same_v<Weight, nibbles>) {
+  if constexpr (int4 || !std::is_same_v<X, float>) {
     float* to = (float*)buffer(4 * tokens * depth);
     for (int64_t i = 0; i < tokens * depth; i++)
-      to[i / depth * depth + i % 2 * (depth / 2) + i % depth / 2] = to_float(x[i]);
-    threads.run((columns + each - 1) / each, [=](int64_t i) {
-      for (int64_t n = i * each; n < std::min((i + 1) * each, columns); n++)
-        in_steps<4, 2, 1>(0, tokens, [&](int64_t t, auto count) {
-          thin_int4<count>(to + t * depth, depth, w + n * depth / 2, groups.scales + n * depth / groups.size,
-                           groups.size, out + t * columns + n, columns);
-        });
-    });
-  } else if constexpr (!std::is_same_v<X, float>) {
-    float* to = (float*)buffer(4 * tokens * depth);
-    for (int64_t i = 0; i < tokens * depth; i++) to[i] = to_float(x[i]);
+      to[int4 ? i / depth * depth + i % 2 * (depth / 2) + i % depth / 2 : i] = to_float(x[i]);
     floats = to;
   }
-  if constexpr (!std::is_same_v<Weight, nibbles>)
-    threads.run((columns + each - 1) / each, [=](int64_t i) {
-      thin(floats, tokens, w, depth, out, columns, i * each, std::min((i + 1) * each, columns));
-    });
+  in_pieces(threads, parts, 4, WIDE_ROWS, [=](const Part<Weight, Out>& part, int64_t first, int64_t last) {
+    if constexpr (int4) {
+      for (int64_t n = first; n < last; n++)
+        in_steps<4, 2, 1>(0, tokens, [&](int64_t t, auto count) {
+          thin_int4<count>(floats + t * depth, depth, part, n, part.out + t * part.columns + n);
+        });
+    } else {
+      thin(floats, tokens, part.w, depth, part.out, part.columns, first, last);
+    }
+  });
 }
 
-// out [T, N] = x [T, K] times w [N, K] transposed. rounds: float32 activations may become bfloat16, from MANY tokens on.
+// out [T, N] = x [T, K] times w [N, K] transposed, of each part. rounds: float32 activations may become bfloat16, from
+// MANY tokens on.
 template <class X, class Weight, class Out>
-void product(Threads& threads, const X* x, int64_t tokens, const Weight* w, int64_t depth, Out* out, int64_t columns,
-             [[maybe_unused]] bool rounds, Groups groups) {
-  const int64_t each = (columns / (16 * threads.count) / WIDE_ROWS + 1) * WIDE_ROWS;
-  auto with = [&](auto call) { call(threads, x, tokens, w, depth, out, columns, each, groups); };
+void product(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts,
+             [[maybe_unused]] bool rounds) {
+  auto with = [&](auto call) { call(threads, x, tokens, depth, parts); };
 #if LEVEL == 2
   if constexpr (std::is_same_v<X, int8_t>) {
     if (tokens >= 4) return with(wide_product<Quads, X, Weight, Out>);
