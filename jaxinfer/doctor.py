@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.engine.compiled import cpu_features
 from jaxinfer.kernels.cpu import LEVELS, kernels
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ATTENTION = {
     FusedPages: "tokamax's ragged paged attention kernel",
     PackedPages: "JAX's ragged paged attention kernel",
@@ -34,6 +36,7 @@ def examine() -> dict[str, str | list[str]]:
         "CPU kernels": _kernels(device),
         "CPU features": " ".join(cpu_features()),
         "CPU cores": f"{_cores()} usable of {os.cpu_count()}",
+        "huge pages": _huge_pages(),
         "memory": f"{memory.available / 2**30:.1f} GiB available of {memory.total / 2**30:.1f} GiB",
         "compilation cache": _cache(),
     }
@@ -53,6 +56,8 @@ def _memory(device: jax.Device) -> str:
 
 def _attention(device: jax.Device) -> str:
     """For a model of the usual shape."""
+    if device.platform == "cpu" and kernels().level:
+        return "a CPU kernel"
     pages = CacheLayout.choose(1, 8, 128, "bfloat16", device).pages
     if pages is PackedPages and tokamax_version() is None:
         return f"{ATTENTION[pages]}; pip install 'jaxinfer[tokamax]' (Python 3.12) has one that writes the cache, too"
@@ -67,6 +72,16 @@ def _kernels(device: jax.Device) -> str:
     better = LEVELS[LEVELS.index(found.level) + 1 :]
     lacking = f"; this CPU or the variable leaves out {', '.join(better)}" if better else ""
     return f"{found.level}: {found.why}{lacking}{used}"
+
+
+def _huge_pages() -> str:
+    try:
+        found = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text())
+    except OSError:
+        return "none that this system lets programs ask for"
+    if found is None or found[1] == "never":
+        return f"off, and decoding on CPU is slower without: as root, echo madvise > {HUGE_PAGES}"
+    return f"on ({found[1]})"
 
 
 def _cores() -> int:

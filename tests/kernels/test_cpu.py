@@ -118,6 +118,29 @@ def test_always_the_same_bits_and_each_token_its_own(tokens):
 
 
 @needs_them
+def test_attention_and_int4_always_the_same_bits():
+    """Of prompts and of a row that decodes, at once."""
+    q, pool = random((60, 2, 3, 32), "float32"), random((2, 9, 2, 8, 32), "float32")
+    q_start, kv_len = np.array([0, 1, 30, 60], np.int32), np.array([20, 29, 47], np.int32)
+    pages = np.arange(18, dtype=np.int32).reshape(3, 6) % 9
+    options = {"scale": np.float32(0.2), "window": np.int64(0)}
+    attend = functools.partial(jax.ffi.ffi_call(cpu.ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype)), **options)
+    x, values, scales = (
+        random((5, 256), "float32"),
+        random((300, 128), "int8").view(np.uint8),
+        random((300, 8), "float32"),
+    )
+    out = [jax.ShapeDtypeStruct((5, 300), jnp.float32)]
+    product = functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=True)
+    calls = (jax.jit(attend), (q, q_start, kv_len, pages, *pool)), (jax.jit(product), (x, values, scales))
+    for call, given in calls:
+        first = np.asarray(jax.tree.leaves(call(*given))[0])
+        assert np.abs(first).max() > 0
+        for _ in range(1000):
+            np.testing.assert_array_equal(jax.tree.leaves(call(*given))[0], first)
+
+
+@needs_them
 def test_not_finite_stays_in_its_row():
     x, w = random((20, 48), "float32"), random((30, 48), "int8")
     x[3, 5], x[7, 9] = np.nan, np.inf

@@ -26,7 +26,7 @@ for tokens, level, rounds in itertools.product((1, 7, 9, 33), range(len(cpu.LEVE
     call = jax.ffi.ffi_call("int4", [jax.ShapeDtypeStruct((tokens, 13), np.float32)])
     w = random((13, 96), "int8").view(np.uint8)
     jax.block_until_ready(call(random((tokens, 192), "float32"), w, random((13, 6), "float32"), rounds=rounds))
-jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attend), platform="cpu")
+jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attention), platform="cpu")
 for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
     library.jaxinfer_level(level)
     lengths, q_start = np.array([7, 0, 10], np.int32), np.array([0, 5, 6, 12], np.int32)

@@ -25,7 +25,7 @@ from jax.sharding import AxisType
 
 LEVELS = ("portable", "avx2", "avx512")
 VARIABLE = "JAXINFER_CPU_KERNELS"
-DOT, INT4, TAKE, ATTEND = TARGETS = ("jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_take", "jaxinfer_attend")
+DOT, INT4, TAKE, ATTEND = TARGETS = ("jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_take", "jaxinfer_attention")
 MOST_QUERIES = 128  # of a token that have one key
 CACHES = ("float32", "bfloat16", "int8")
 Weights = tuple[jax.Array, ...]
@@ -175,7 +175,7 @@ def attend(
     if not (fits and pools[0].dtype.name in CACHES and kernels().level and alone()):
         return reference()
     call = functools.partial(
-        jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype)),
+        jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential"),
         scale=np.float32(scale),
         window=np.int64(window or 0),
     )

@@ -328,7 +328,7 @@ ffi::Error attention(ffi::ThreadPool pool, float scale, int64_t window, ffi::Buf
   if (shape.size() != 4 || queries.size() != 4 || shape[3] % 16 || queries[3] != shape[3] || queries[1] != shape[1] ||
       queries[2] > MOST_QUERIES || pages.dimensions().size() != 2 ||
       q_start.element_count() != kv_len.element_count() + 1)
-    return wrong("jaxinfer_attend: q must be [T, K, G, d], and keys and values [P, K, size, d]");
+    return wrong("jaxinfer_attention: q must be [T, K, G, d], and keys and values [P, K, size, d]");
   Attention a{q.typed_data(),
               out->typed_data(),
               nullptr,
@@ -356,7 +356,7 @@ ffi::Error attention(ffi::ThreadPool pool, float scale, int64_t window, ffi::Buf
   if (keys.element_type() == ffi::DataType::F32) return with(attend<float>);
   if (keys.element_type() == ffi::DataType::BF16) return with(attend<bf16>);
   if (keys.element_type() == ffi::DataType::S8) return with(attend<int8_t>);
-  return wrong("jaxinfer_attend: there is none for keys of this type");
+  return wrong("jaxinfer_attention: there is none for keys of this type");
 }
 
 }  // namespace
@@ -383,7 +383,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_take, take,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attend, attention,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attention, attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("scale")
