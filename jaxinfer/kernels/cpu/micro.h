@@ -46,9 +46,19 @@ INLINE Float load(const int8_t* p) {
 }
 #endif
 
-INLINE Float load(const fp8* p) {
+INLINE Int load_bytes(const void* p) {
+#if LEVEL == 2
+  return (Int)_mm512_cvtepu8_epi32(load_as<__m128i>(p));
+#elif LEVEL == 1
+  return (Int)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
   typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-  const Int bits = __builtin_convertvector(load_as<Bytes>(p), Int), size = bits & 0x7f;
+  return __builtin_convertvector(load_as<Bytes>(p), Int);
+#endif
+}
+
+INLINE Float load(const fp8* p) {
+  const Int bits = load_bytes(p), size = bits & 0x7f;
   // Subnormals are made as 2**-6 more than they are: XLA's threads flush those of float32 to zero.
   const Int low = size < 8;
   const Float value = (Float)((size << 20) + (((low & 1) + 120) << 23)) - (Float)(low & 0x3c800000);
@@ -111,15 +121,13 @@ constexpr int WIDE_ROWS = LEVEL == 2 ? 12 : 6;  // with 2 panels they fill the r
 INLINE void load_pairs(const nibbles* p, float zero, Float& even, Float& odd) {
 #if LEVEL == 2
   const __m512 values = (__m512)((Float)_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1) - zero);
-  const __m512i bytes = _mm512_cvtepu8_epi32(load_as<__m128i>(p));
+  const __m512i bytes = (__m512i)load_bytes(p);
   even = (Float)_mm512_permutexvar_ps(bytes, values);  // which looks at the low 4 bits alone
   odd = (Float)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values);
 #else
-  typedef uint32_t Word __attribute__((vector_size(4 * LANES)));
-  typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-  const Word bytes = __builtin_convertvector(load_as<Bytes>(p), Word);
-  even = __builtin_convertvector((Int)(bytes << 28) >> 28, Float) - zero;
-  odd = __builtin_convertvector((Int)(bytes << 24) >> 28, Float) - zero;
+  const Int bytes = load_bytes(p);
+  even = __builtin_convertvector(bytes << 28 >> 28, Float) - zero;
+  odd = __builtin_convertvector(bytes << 24 >> 28, Float) - zero;
 #endif
 }
 
