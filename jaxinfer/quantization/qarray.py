@@ -102,10 +102,9 @@ def _products(
     x: jax.Array, weights: tuple[jax.Array, ...], axes: Sequence[Axes] | None, rounds: bool = False
 ) -> list[jax.Array]:
     """By a CPU kernel if there is one for these types."""
-    apart = () if axes is None or _on_each_already() else TENSOR
-    if x.ndim != 2 or not multiplies(x.dtype.name, weights[0].dtype.name) or not alone(apart):
+    split = None if axes is None or _on_each_already() else functools.partial(_on_each, axes=axes)
+    if x.ndim != 2 or not multiplies(x.dtype.name, weights[0].dtype.name) or not alone(TENSOR if split else ()):
         return _by_xla(x, weights)
-    split = functools.partial(_on_each, axes=axes) if axes is not None and apart else _as_it_is
     return products(x, weights, _by_xla, rounds, split)
 
 
@@ -123,10 +122,6 @@ def _on_each_already() -> bool:
     """Whether this is what each device of `tensor` does, or there is no such axis."""
     mesh = jax.sharding.get_abstract_mesh()
     return not set(TENSOR) <= set(mesh.axis_names) or bool(set(TENSOR) & set(mesh.manual_axes))
-
-
-def _as_it_is(call: Any) -> Any:
-    return call
 
 
 def _on_each(call: Any, axes: Sequence[Axes]) -> Any:

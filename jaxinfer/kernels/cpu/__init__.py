@@ -30,6 +30,7 @@ MOST_QUERIES = 128  # of a token that have one key
 CACHES = ("float32", "bfloat16", "int8")
 Weights = tuple[jax.Array, ...]
 Products = Callable[[jax.Array, Weights], list[jax.Array]]
+OnEach = Callable[[Products], Products]
 
 
 class Kernels(NamedTuple):
@@ -86,7 +87,7 @@ def products(
     weights: Weights,
     reference: Products,
     rounds: bool = False,
-    on_each: Callable[[Products], Products] = lambda call: call,
+    on_each: OnEach | None = None,
 ) -> list[jax.Array]:
     """`x [T, K]` times each `weight [N, K]` transposed, `[T, N]`: float32, or int32 of two that are int8.
 
@@ -100,7 +101,7 @@ def products(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _products(
-    reference: Products, rounds: bool, on_each: Callable[[Products], Products], x: jax.Array, weights: Weights
+    reference: Products, rounds: bool, on_each: OnEach | None, x: jax.Array, weights: Weights
 ) -> list[jax.Array]:
     kind = jnp.dtype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
 
@@ -108,14 +109,14 @@ def _products(
         outs = [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), kind) for weight in weights]
         return list(jax.ffi.ffi_call(DOT, outs, vmap_method="sequential")(x, *weights, rounds=rounds))
 
-    return list(lax.platform_dependent(x, weights, cpu=on_each(call), default=reference))
+    return list(lax.platform_dependent(x, weights, cpu=on_each(call) if on_each else call, default=reference))
 
 
 @_products.defjvp
 def _products_jvp(
     reference: Products,
     rounds: bool,
-    on_each: Callable[[Products], Products],
+    on_each: OnEach | None,
     primals: tuple[jax.Array, Weights],
     tangents: tuple[jax.Array, Weights],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
