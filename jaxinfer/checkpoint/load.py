@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.folder import Checkpoint
-from jaxinfer.checkpoint.memory import HugePages
+from jaxinfer.checkpoint.memory import Host, HugePages
 from jaxinfer.checkpoint.quantized import Wanted, check_range, decode, wanted_tensors
 from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.models.model import Model, Params, scales
@@ -21,7 +21,6 @@ from jaxinfer.models.weights import Source
 from jaxinfer.quantization.qarray import quantize
 from jaxinfer.sharding import Index, parts
 
-Host = np.ndarray[Any, np.dtype[Any]]
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
 
