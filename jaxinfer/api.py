@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -20,6 +22,8 @@ _LOADING = set(LoadOptions.__annotations__) - _SAMPLING
 _UNSEEN = {"n": 1, "logprobs": None, "prompt_logprobs": None, "detokenize": True}
 
 _loaded: tuple[tuple[Any, ...], LLM] | None = None
+_users = 0  # calls that run on it
+_changed = threading.Condition()  # of both
 
 
 @overload
@@ -35,15 +39,15 @@ def generate(prompts: Any, model: str | os.PathLike[str] | None = None, **option
     not given is as the checkpoint's generation_config.json says) and of LLM (dtype, max_model_len, ...).
     Raises ValueError or OSError with one line: what is wrong, where, what to do.
     """
-    llm, params = _prepare(model, options)
-    texts = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+    with _prepared(model, options) as (llm, params):
+        texts = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
     return texts[0] if is_single_prompt(prompts) else texts
 
 
 def stream(prompt: Prompt, model: str | os.PathLike[str] | None = None, **options: Any) -> Iterator[str]:
     """The continuation of a prompt in pieces as they come; options as for `generate`."""
-    llm, params = _prepare(model, options)
-    return llm.stream(prompt, params)
+    with _prepared(model, options) as (llm, params):
+        return llm.stream(prompt, params)
 
 
 def chat(messages: Sequence[Message], model: str | os.PathLike[str] | None = None, **options: Any) -> str:
@@ -52,34 +56,52 @@ def chat(messages: Sequence[Message], model: str | os.PathLike[str] | None = Non
     Options as for `generate`, and `tools`, a list of functions or JSON schemas.
     """
     tools = options.pop("tools", None)
-    llm, params = _prepare(model, options)
-    return llm.chat(messages, params, tools=tools, use_tqdm=False)[0].outputs[0].text
+    with _prepared(model, options) as (llm, params):
+        return llm.chat(messages, params, tools=tools, use_tqdm=False)[0].outputs[0].text
 
 
 def unload() -> None:
-    """Frees the model that `generate`, `stream` and `chat` keep loaded."""
-    global _loaded
-    if _loaded is not None:
-        _loaded[1].close()
-        _loaded = None
+    """Frees the model that `generate`, `stream` and `chat` keep loaded, once no other thread is in one of them. A
+    stream that is not at its end then ends with an error."""
+    with _changed:
+        _unload()
 
 
-def _prepare(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> tuple[LLM, SamplingParams]:
-    """Checks all options before anything is loaded."""
+@contextlib.contextmanager
+def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> Iterator[tuple[LLM, SamplingParams]]:
+    """The model, which no other thread replaces meanwhile, and parameters. Checks all options before anything is
+    loaded."""
+    global _users
     sampling = {"max_tokens": DEFAULT_MAX_TOKENS} | {k: v for k, v in options.items() if k not in _LOADING}
     SamplingParams(**sampling)
     for name, default in _UNSEEN.items():
         if sampling.get(name, default) != default:
             raise ValueError(f"{name} does not show in the text that is returned: use jaxinfer.LLM(...).generate")
-    llm = _load(MODEL_DIR if model is None else model, {k: v for k, v in options.items() if k in _LOADING})
-    return llm, llm.get_default_sampling_params().with_changes(**sampling)
+    with _changed:
+        llm = _load(MODEL_DIR if model is None else model, {k: v for k, v in options.items() if k in _LOADING})
+        _users += 1
+    try:
+        yield llm, llm.get_default_sampling_params().with_changes(**sampling)
+    finally:
+        with _changed:
+            _users -= 1
+            _changed.notify_all()
 
 
 def _load(model: str | os.PathLike[str], options: dict[str, Any]) -> LLM:
     global _loaded
     # Who is told of the progress makes no difference to the model; a lambda is a new one at each call.
     key = (os.fspath(model), *sorted((name, value) for name, value in options.items() if name != "on_progress"))
+    _changed.wait_for(lambda: not _users or (_loaded is not None and _loaded[0] == key))
     if _loaded is None or _loaded[0] != key:
-        unload()
+        _unload()
         _loaded = (key, LLM(model, **options))
     return _loaded[1]
+
+
+def _unload() -> None:
+    global _loaded
+    _changed.wait_for(lambda: not _users)
+    if _loaded is not None:
+        _loaded[1].close()
+        _loaded = None

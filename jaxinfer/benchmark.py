@@ -8,15 +8,18 @@ E2EL  end-to-end latency: from arrival to the last token
 
 from __future__ import annotations
 
+import queue
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxinfer.llm import LLM, STREAM_SECONDS
+from jaxinfer.engine.thread import AnyGroup, Submission
+from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
@@ -121,33 +124,34 @@ def throughput(llm: LLM, work: Sequence[Work]) -> dict[str, float]:
 def serve(llm: LLM, work: Sequence[Work], arrivals: Sequence[float]) -> list[Trace]:
     """Serves requests that arrive at the given seconds, in order, as `AsyncEngine` would: in one batch, each output in
     pieces as it comes. Nobody waits for an answer before the next request arrives."""
-    engine = llm.engine
     start = time.perf_counter()
     traces = [Trace(start + arrival) for arrival in arrivals]
     coming = deque(zip(traces, work, strict=True))
-    groups = []
-    open_traces: dict[int, Trace] = {}
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    groups: list[AnyGroup] = []
+
+    def listener(trace: Trace, group: AnyGroup, error: BaseException | None) -> None:
+        if error is None:
+            trace.times.append(time.perf_counter())
+            trace.tokens.append(len(group.members[0].request.output_token_ids) - sum(trace.tokens))
+        if error is not None or group.finished:
+            ended.put(error)
+
     try:
-        while coming or open_traces:
+        while coming:
+            time.sleep(max(0.0, coming[0][0].arrival - time.perf_counter()))
+            arrived = []
             while coming and coming[0][0].arrival <= time.perf_counter():
                 trace, one = coming.popleft()
-                groups.append(engine.add(one.prompt, one.params))
-                open_traces[groups[-1].members[0].request.id] = trace
-            if not open_traces:
-                time.sleep(max(0.0, coming[0][0].arrival - time.perf_counter()))
-                continue
-            touched = engine.step(STREAM_SECONDS)
-            now = time.perf_counter()
-            for generation in touched:
-                request = generation.request
-                trace = open_traces[request.id]
-                trace.times.append(now)
-                trace.tokens.append(len(request.tokens) - request.prompt_length - sum(trace.tokens))
-                if generation.finished:
-                    del open_traces[request.id]
+                groups.append(llm.engine.new_group(one.prompt, one.params))
+                arrived.append(Submission(groups[-1], partial(listener, trace), streams=True))
+            llm.engine_thread.submit(arrived)
+        for _ in groups:
+            if (error := ended.get()) is not None:
+                raise error
     finally:
         for group in groups:
-            engine.abort(group)
+            llm.engine_thread.abort(group)
     return traces
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
+import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, TypeVar, Unpack
+from typing import Any, NamedTuple, NoReturn, Self, TypeVar, Unpack
 
 from jaxinfer.engine.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine, EngineStats
+from jaxinfer.engine.feed import Feed, OnError
 from jaxinfer.engine.generation import Group
 from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput, error_output, score_error
 from jaxinfer.engine.prompts import Prompt, prompt_ids, prompt_list
 from jaxinfer.engine.scoring import Scoring, encode_pair, encode_text, join_windows, prefix_token_id, rolling_windows
+from jaxinfer.engine.thread import AnyGroup, EngineThread, Submission
 from jaxinfer.sampling.params import SamplingParams
 
 Message = Mapping[str, Any]
-OnError = Literal["raise", "return"]
 
 
 class Encoded(NamedTuple):
@@ -60,15 +62,13 @@ class ScoreAsked(NamedTuple):
 AnyAsked = TypeVar("AnyAsked", Asked, ScoreAsked)
 Checked = TypeVar("Checked")
 
-HELD = 1024  # outputs that wait for their turn, at most, where they are wanted in order
-STREAM_SECONDS = 0.1  # a stream shows something this often, where the device is fast enough
-
 
 class LLM:
     """A model in memory: a folder in Hugging Face's format, or a hub id. Options: see LoadOptions.
 
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
-    Usable as a context manager; `close()` frees the memory. One thread at a time may use it.
+    Usable as a context manager; `close()` frees the memory. Any number of threads may use it at once: what they ask for
+    runs in one batch.
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Unpack[LoadOptions]):
@@ -81,7 +81,7 @@ class LLM:
         self.model = loaded.engine.runner.model
         self.tokenizer = loaded.engine.tokenizer
         self._default_sampling_params = loaded.default_sampling_params
-        self._engine: Engine | None = loaded.engine
+        self.engine_thread = EngineThread(loaded.engine, "LLM")
 
     @classmethod
     def from_config(
@@ -98,10 +98,9 @@ class LLM:
 
     @property
     def engine(self) -> Engine:
-        """What runs the requests. Raises ValueError after `close`."""
-        if self._engine is None:
-            raise ValueError("this LLM was closed: load it again with LLM(...)")
-        return self._engine
+        """What runs the requests, in a thread of its own. Raises ValueError after `close`."""
+        self.engine_thread.check_open()
+        return self.engine_thread.engine
 
     @property
     def stats(self) -> EngineStats:
@@ -173,30 +172,31 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[tuple[str, RequestOutput]]:
         """Pairs of new text and the output so far; the last one is finished."""
-        engine = self.engine
         params = sampling_params or self.get_default_sampling_params()
-        if params.n != 1:
+        group = self._new_group(Asked(0, prompt, params))
+        if len(group.members) != 1:
             raise ValueError(f"sampling parameter n is {params.n}: a stream has one continuation; use generate")
-        group = self._add(Asked(0, prompt, params))
-        assert isinstance(group, Group)
-        generation = group.members[0]
+        outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
+
+        def listener(group: Group, error: BaseException | None) -> None:
+            outputs.put(error or group.output())
 
         def pieces() -> Iterator[tuple[str, RequestOutput]]:
-            request = generation.request
-            finished, seen = False, len(request.tokens)
             try:
                 yield "", group.output()  # taken here, below: a generator that has not begun would not clean up
+                finished, text = False, ""
                 while not finished:
-                    # Other calls step the engine too, and may have brought this request on, to its end even.
-                    while not generation.finished and len(request.tokens) == seen:
-                        self.engine.step(STREAM_SECONDS)
-                    finished, seen = generation.finished, len(request.tokens)
-                    yield generation.take_text(), group.output()
+                    output = outputs.get()
+                    if isinstance(output, BaseException):
+                        raise output
+                    finished, seen, text = output.finished, len(text), output.outputs[0].text
+                    yield text[seen:], output
             finally:
-                engine.abort(group)
+                self.engine_thread.abort(group)
 
         stream = pieces()
         next(stream)
+        self.engine_thread.submit([Submission(group, listener, streams=True)])
         return stream
 
     def chat_prompt(
@@ -286,13 +286,12 @@ class LLM:
     ) -> list[BeamSearchOutput]:
         """The `beam_width` best continuations of each prompt, best first: see `jaxinfer.engine.beam_search`."""
         encoded = [prompt_ids(prompt, self.tokenizer) for prompt in prompt_list(prompts)]
-        return beam_search(self.engine, encoded, beam_width, max_tokens, length_penalty, ignore_eos)
+        return beam_search(self.engine_thread, encoded, beam_width, max_tokens, length_penalty, ignore_eos)
 
     def close(self) -> None:
-        """Frees weights and cache. What was returned stays; nothing can be asked any more."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        """Frees weights and cache. What was returned stays; what runs in other threads ends with an error, and nothing
+        can be asked any more."""
+        self.engine_thread.close()
 
     def __enter__(self) -> Self:
         return self
@@ -327,42 +326,13 @@ class LLM:
         """Outputs as they are done, or in order, with their places in the input."""
         if on_error not in ("raise", "return"):
             raise ValueError(f'on_error is {on_error!r}: it must be "raise" or "return"')
-        engine = self.engine
-        return self._running(engine, iter(asked), on_error, in_order)
+        self.engine_thread.check_open()
+        failed = _failed if on_error == "return" else _refused
 
-    def _running(
-        self, engine: Engine, asked: Iterator[Asked | ScoreAsked], on_error: OnError, in_order: bool
-    ) -> Iterator[Any]:
-        # Enough to fill every row of the next calls, whatever ends: what is read beyond that only takes memory.
-        ahead = 2 * engine.scheduler.max_rows
-        groups: dict[int, Group | Scoring] = {}
-        held: dict[int, RequestOutput | ScoreOutput] = {}  # finished, and not yet given out
-        turn = 0
-        more = True
-        try:
-            while more or groups:
-                while more and len(groups) < ahead and len(held) < HELD:
-                    one = next(asked, None)
-                    if one is None:
-                        more = False
-                        break
-                    try:
-                        groups[one.place] = self._add(one)
-                    except ValueError as error:
-                        if on_error == "raise":
-                            raise ValueError(f"{_kind(one)} {one.place}: {error}") from None
-                        failed = error_output if isinstance(one, Asked) else score_error
-                        held[one.place] = failed(one.place, str(error))
-                if groups:
-                    self.engine.step()
-                for i in [i for i, group in groups.items() if group.finished]:
-                    held[i] = groups.pop(i).output(i)
-                while held and (turn in held or not in_order):
-                    yield held.pop(turn if in_order else next(iter(held)))
-                    turn += 1
-        finally:
-            for group in groups.values():  # those still running: an error or Ctrl-C must not leave rows behind
-                engine.abort(group)
+        def make(one: Asked | ScoreAsked) -> AnyGroup:
+            return self._new_group(one) if isinstance(one, Asked) else self._new_scoring(one)
+
+        return Feed(self.engine_thread, asked, make, failed, in_order).outputs()
 
     def _encode(self, asked: Asked) -> Encoded:
         """The prompt's ids."""
@@ -398,12 +368,13 @@ class LLM:
         self.engine.check_scoring([*pair.given, *pair.scored], len(pair.given))
         return pair
 
-    def _add(self, asked: Asked | ScoreAsked) -> Group | Scoring:
-        if isinstance(asked, Asked):
-            encoded = self._encode(asked)
-            return self.engine.add(encoded.ids, asked.params, encoded.text, asked.priority)
+    def _new_group(self, asked: Asked) -> Group:
+        encoded = self._encode(asked)
+        return self.engine.new_group(encoded.ids, asked.params, encoded.text, asked.priority)
+
+    def _new_scoring(self, asked: ScoreAsked) -> Scoring:
         text, given, scored = self._encode_pair(asked)
-        return self.engine.add_scoring([*given, *scored], len(given), text)
+        return self.engine.new_scoring([*given, *scored], len(given), text)
 
 
 def _checked(asked: list[AnyAsked], check: Callable[[AnyAsked], Checked]) -> list[tuple[AnyAsked, Checked]]:
@@ -415,6 +386,14 @@ def _checked(asked: list[AnyAsked], check: Callable[[AnyAsked], Checked]) -> lis
         except ValueError as error:
             raise ValueError(f"{_kind(one)} {one.place}: {error}" if len(asked) > 1 else str(error)) from None
     return checked
+
+
+def _failed(asked: Asked | ScoreAsked, error: ValueError) -> RequestOutput | ScoreOutput:
+    return (error_output if isinstance(asked, Asked) else score_error)(asked.place, str(error))
+
+
+def _refused(asked: Asked | ScoreAsked, error: ValueError) -> NoReturn:
+    raise ValueError(f"{_kind(asked)} {asked.place}: {error}") from None
 
 
 def _kind(asked: Asked | ScoreAsked) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 import jaxinfer
 from jaxinfer import SamplingParams, api
+from tests.settled import settled
 
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64}  # those of test_llm.py: the same programs
 
@@ -68,6 +69,7 @@ def test_the_model_stays_for_the_next_call_with_the_same_arguments(folder):
     jaxinfer.chat([{"role": "user", "content": "c"}], model=folder, max_tokens=2, **OPTIONS)
     next(jaxinfer.stream("d", model=folder, on_progress=lambda text: None, **OPTIONS))
     assert api._loaded[1] is llm
+    settled(llm)
     assert len(arrays()) == len(before)
 
 

@@ -347,7 +347,7 @@ def llm(checkpoints):
 def test_prompts(llm, prompt, facts):
     text = line(lambda: llm.generate(prompt))
     assert all(fact in text for fact in facts), text
-    assert not llm._engine.scheduler.waiting_count
+    assert not llm.engine.scheduler.waiting_count
 
 
 def test_prompts_from_the_command_line(checkpoints, cli):

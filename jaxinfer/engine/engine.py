@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from jaxinfer.engine.bad_words import BadWords
 from jaxinfer.engine.generation import Generation, Group
-from jaxinfer.engine.request import Request
+from jaxinfer.engine.request import FinishReason, Request
 from jaxinfer.engine.runner import Launched, Runner
 from jaxinfer.engine.scheduler import Schedule
 from jaxinfer.engine.scoring import SCORING, Scoring
@@ -68,7 +69,7 @@ class Call(NamedTuple):
 
 
 class Engine:
-    """Requests in, generations out. One thread at a time may use it."""
+    """Requests in, generations out. One thread at a time may use it (see EngineThread), but for what says otherwise."""
 
     def __init__(
         self,
@@ -88,9 +89,9 @@ class Engine:
         self._stats = EngineStats()
         self._seed = seed
         self._next_id = 0
+        self._id_lock = threading.Lock()
         self._generations: dict[int, Generation | Scoring] = {}
         self._followers: dict[int, list[Request]] = {}  # of a prompt's first continuation: those that wait for it
-        self._bad_words: dict[int, BadWords] = {}
         self._in_flight: deque[Call] = deque()
         self._arrived = 0.0  # when the last call's tokens did
         self._broken_off = False
@@ -101,7 +102,7 @@ class Engine:
         return dataclasses.replace(
             self._stats,
             running=len(self.scheduler.running),
-            waiting=self.scheduler.waiting_count + sum(map(len, self._followers.values())),
+            waiting=self.scheduler.waiting_count + sum(map(len, list(self._followers.values()))),
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
         )
@@ -115,17 +116,21 @@ class Engine:
         """Whether nothing is asked for any more."""
         return not self._generations
 
-    def add(
+    def new_group(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None, priority: int = 0
     ) -> Group:
-        """Queues a prompt. Raises ValueError for ids, a length or parameters that can't be served."""
+        """A request for `queue`. Raises ValueError for ids, a length or parameters that can't be served.
+
+        Any thread may call it: it reads what was loaded, and nothing that changes.
+        """
         stop_ids = self.check(prompt_token_ids, params)
+        if not isinstance(priority, int) or isinstance(priority, bool):
+            raise ValueError(f"priority is {priority!r:.100}: it must be an integer")
         length = len(prompt_token_ids)
         bad_words = BadWords(params.bad_words, self.tokenizer) if params.bad_words else None
         # The first one's log-probabilities of the prompt are everyone's.
         later = dataclasses.replace(params, prompt_logprobs=None) if params.n > 1 else params
-        first_id = self._next_id
-        self._next_id += params.n
+        first_id = self._new_ids(params.n)
         members = []
         for index in range(params.n):
             request = Request(
@@ -139,26 +144,18 @@ class Engine:
                 limit=self._limit(length, params),
                 priority=priority,
                 scored_from=1 if params.prompt_logprobs is not None and not index else None,
+                bad_words=bad_words,
             )
             members.append(Generation(request, self.tokenizer, index))
-        with self._whole():
-            self.scheduler.add(members[0].request)
-            for member in members:
-                self._generations[member.request.id] = member
-                if bad_words is not None:
-                    self._bad_words[member.request.id] = bad_words
-            if len(members) > 1:
-                # The others find the prompt's pages in the prefix cache once the first one has computed them.
-                self._followers[first_id] = [member.request for member in members[1:]]
         return Group(prompt, members)
 
-    def add_scoring(self, token_ids: Sequence[int], scored_from: int, text: str | None = None) -> Scoring:
-        """Queues a text whose tokens from `scored_from` on are scored. Raises ValueError for ids or a length that
-        can't be served."""
+    def new_scoring(self, token_ids: Sequence[int], scored_from: int, text: str | None = None) -> Scoring:
+        """A text for `queue`, whose tokens from `scored_from` on are scored. Raises ValueError for ids or a length that
+        can't be served. Any thread may call it."""
         self.check_scoring(token_ids, scored_from)
         *tokens, target = token_ids
         request = Request(
-            id=self._next_id,
+            id=self._new_ids(1),
             prompt_length=len(tokens),
             tokens=tokens,
             params=SCORING,
@@ -168,15 +165,29 @@ class Engine:
             scored_from=scored_from,
             target=target,
         )
-        self._next_id += 1
-        scoring = Scoring(request, text)
+        return Scoring(request, text)
+
+    def queue(self, group: Group | Scoring) -> None:
+        """Takes a new request."""
+        first, *others = (member.request for member in group.members)
         with self._whole():
-            self.scheduler.add(request)
-            self._generations[request.id] = scoring
-        return scoring
+            self.scheduler.add(first)
+            for member in group.members:
+                self._generations[member.request.id] = member
+            if others:
+                # The others find the prompt's pages in the prefix cache once the first one has computed them.
+                self._followers[first.id] = others
+
+    def add(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None, priority: int = 0
+    ) -> Group:
+        """`new_group`, queued."""
+        group = self.new_group(prompt_token_ids, params, prompt, priority)
+        self.queue(group)
+        return group
 
     def check_scoring(self, token_ids: Sequence[int], scored_from: int) -> None:
-        """Raises ValueError for what `add_scoring` would refuse."""
+        """Raises ValueError for what `new_scoring` would refuse."""
         self._check_ids("the text", token_ids)
         if not 1 <= scored_from < len(token_ids):
             raise ValueError(
@@ -191,7 +202,7 @@ class Engine:
         self.scheduler.check(len(token_ids) - 1)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
-        """Raises ValueError for what `add` would refuse; returns the ids that end the prompt's continuations."""
+        """Raises ValueError for what `new_group` would refuse; returns the ids that end the prompt's continuations."""
         length = len(prompt_token_ids)
         self._check_ids("the prompt", prompt_token_ids)
         if not length:
@@ -228,6 +239,16 @@ class Engine:
                     self._stats.aborted += 1
                     self._forget(generation.request)
 
+    def drop_all(self, reason: FinishReason = "error") -> None:
+        """Ends everything, after an error that has broken off a step, say: the next request begins anew."""
+        for generation in self._generations.values():
+            generation.end(reason)
+        self._generations.clear()
+        self._followers.clear()
+        self._in_flight.clear()
+        self.scheduler.restart([])
+        self._broken_off = True
+
     def close(self) -> None:
         """Frees the device's memory."""
         self._in_flight.clear()
@@ -235,21 +256,23 @@ class Engine:
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:
-        """What runs inside is done as a whole. If Ctrl-C (in a notebook, say) broke the last such thing off, anywhere,
-        what that left can't be trusted, and everybody begins anew."""
+        """What runs inside is done as a whole. What an error leaves that broke the last such thing off, anywhere, can't
+        be trusted, and everything begins anew."""
         if self._broken_off:
-            self._in_flight.clear()
+            self.drop_all()
             self.runner.recover()
-            queued = {request.id for followers in self._followers.values() for request in followers}
-            self.scheduler.restart([g.request for i, g in self._generations.items() if i not in queued])
-            for generation in [g for g in self._generations.values() if g.finished]:
-                self._forget(generation.request)
         self._broken_off = True
         yield
         self._broken_off = False
 
+    def _new_ids(self, count: int) -> int:
+        """The first of `count` request ids."""
+        with self._id_lock:
+            self._next_id += count
+            return self._next_id - count
+
     def _step(self, max_seconds: float | None) -> list[Generation | Scoring]:
-        words = [self._bad_words.get(request.id) for request in self.scheduler.running] if self._bad_words else []
+        words = (request.bad_words for request in self.scheduler.running)
         exact = any(w is not None and w.sequences for w in words)
         if not exact or not self._in_flight:
             # Preempting, or looking for the beginnings of bad words, needs all tokens to be known.
@@ -277,7 +300,7 @@ class Engine:
     def _prepare_slots(self, schedules: list[Schedule]) -> None:
         for request in (request for schedule in schedules for request in schedule.requests):
             params = request.params
-            bad_words = self._bad_words.get(request.id)
+            bad_words = request.bad_words
             # All that a sequence leaves in its slot is cleared when the next one begins there.
             begins = (params.has_penalties or params.has_masks) and not request.prepared
             if begins or (bad_words is not None and bad_words.sequences and request.decoding):
@@ -341,7 +364,6 @@ class Engine:
         # A first continuation that ends before its prompt was computed takes nobody with it.
         for follower in self._followers.pop(request.id, ()):
             self.scheduler.add(follower)
-        self._bad_words.pop(request.id, None)
         del self._generations[request.id]
         if not self._generations:
             self._in_flight.clear()  # rows that have ended: nobody waits for them, and their time is not to be counted

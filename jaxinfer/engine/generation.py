@@ -23,7 +23,6 @@ class Generation:
         self.index = index
         self.stop_reason: int | str | None = None
         self.text = ""
-        self.pending_text = ""  # released and not yet taken by `take_text`
         self.prompt_logprobs: list[Ranked | None] = [None]
         params = request.params
         self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if params.detokenize else None
@@ -70,9 +69,7 @@ class Generation:
             if self._stops.matched is None and self._detokenizer is not None:
                 text.append(self._stops.push(self._detokenizer.finish()) + self._stops.finish())
             self._finished = time.perf_counter()
-        added = "".join(text)
-        self.text += added
-        self.pending_text += added
+        self.text += "".join(text)
 
     def accept_scored(self, logprobs: Logprobs, position: int, at: slice) -> None:
         """Log-probabilities of the prompt's tokens from `position` on."""
@@ -88,11 +85,6 @@ class Generation:
         """Ends the request from outside; the text so far stays."""
         self.request.finish_reason = reason
         self._finished = time.perf_counter()
-
-    def take_text(self) -> str:
-        """The text released since the last call."""
-        text, self.pending_text = self.pending_text, ""
-        return text
 
     def completion(self) -> CompletionOutput:
         """What there is so far."""
@@ -133,6 +125,11 @@ class Group:
     @property
     def finished(self) -> bool:
         return all(member.finished for member in self.members)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether none of them has a place in the batch."""
+        return not self.finished and all(member.request.slot < 0 for member in self.members)
 
     def output(self, index: int = 0) -> RequestOutput:
         """What there is so far; `index` is the prompt's place in its list."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxinfer.engine.bad_words import BadWords
 from jaxinfer.sampling.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -32,6 +33,7 @@ class Request:
     priority: int = 0  # lower runs earlier
     scored_from: int | None = None
     target: int | None = None
+    bad_words: BadWords | None = None
     length: int = 0
     computed: int = 0
     decoding: bool = False  # its last token is in its slot on the device

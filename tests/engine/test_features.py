@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from tests.engine.reference import all_logits
+from tests.settled import settled
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 ROWS = 4
@@ -200,8 +201,7 @@ def test_iteration_reads_no_further_than_it_needs(llm, in_order):
         assert source.read - given <= 4 * ROWS
     assert (places == sorted(places)) if in_order else (sorted(places)[:1900] == list(range(1900)))
     outputs.close()
-    assert llm.engine.idle
-    assert llm.stats.pages_used == llm.stats.running == llm.stats.waiting == 0
+    settled(llm)
 
 
 def test_iteration_takes_constant_memory(llm):
@@ -229,7 +229,7 @@ def test_order_is_kept_beside_one_that_takes_long(llm):
 
 
 def test_order_is_kept_in_bounded_memory(llm, monkeypatch):
-    monkeypatch.setattr("jaxinfer.llm.HELD", 20)
+    monkeypatch.setattr("jaxinfer.engine.feed.HELD", 20)
     source = Counted()
     short, long = SamplingParams(max_tokens=1, **GREEDY), SamplingParams(max_tokens=200, **GREEDY)
     pairs = ((prompt, long if i == 0 else short) for i, prompt in enumerate(source))
@@ -248,7 +248,7 @@ def test_pairs_and_bad_prompts_in_an_iteration(llm):
     assert outputs[2].error == "the prompt is empty: give some text"
     with pytest.raises(ValueError, match="prompt 2: the prompt is empty"):
         list(llm.generate_iter(iter(prompts), params))
-    assert llm.engine.idle
+    settled(llm)
     with pytest.raises(ValueError, match="takes an iterable of them"):
         llm.generate_iter("one prompt", params)
 
@@ -260,8 +260,7 @@ def test_a_source_that_fails_leaves_nothing_behind(llm):
 
     with pytest.raises(OSError, match="the disk is gone"):
         list(llm.generate_iter(source(), SamplingParams(max_tokens=3)))
-    assert llm.engine.idle
-    assert llm.stats.pages_used == 0
+    settled(llm)
 
 
 def test_no_call_is_kept_over_a_pause(llm):

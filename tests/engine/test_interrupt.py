@@ -1,4 +1,9 @@
-"""Ctrl-C in the middle of a step, as in a notebook: the next call must find everything in order."""
+"""What breaks a step off: an error reaches all who wait, Ctrl-C only its own caller; the next call finds everything in
+order."""
+
+import os
+import signal
+import threading
 
 import pytest
 
@@ -7,6 +12,7 @@ from jaxinfer.engine.generation import Generation
 from jaxinfer.engine.runner import Launched, Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
+from tests.settled import settled
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
 
@@ -36,23 +42,54 @@ def expected(llm):
         (Generation, "accept"),
     ],
 )
-def test_an_interrupted_step_leaves_nothing_behind(llm, expected, monkeypatch, owner, method):
+def test_a_broken_off_step_leaves_nothing_behind(llm, expected, monkeypatch, owner, method):
     """The method does its work, and its result is lost."""
-    stream = llm.stream_output("two", GREEDY)  # a second one, in the middle of its text
-    pieces = [next(stream)[0], next(stream)[0]]
     original = getattr(owner, method)
 
     def broken_off(*arguments):
         result = original(*arguments)
-        raise KeyboardInterrupt(f"lost: {result}")
+        raise RuntimeError(f"lost: {result}")
 
     monkeypatch.setattr(owner, method, broken_off)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="lost"):
         llm.generate(["one"], GREEDY)
+    with pytest.raises(RuntimeError, match="lost"):
+        list(llm.stream("two", GREEDY))
     monkeypatch.undo()
     assert [output.outputs[0].text for output in llm.generate(["one", "two"], GREEDY)] == expected
-    if method != "accept":  # its token is taken, its text is not
-        assert "".join([*pieces, *(piece for piece, _ in stream)]) == expected[1]
-    stream.close()
-    assert llm.engine.scheduler.pages_used == 0
-    assert not llm.engine.scheduler.running
+    settled(llm)
+
+
+def test_an_error_of_the_device_reaches_all_who_wait(llm, expected, slowly):
+    slow = slowly(llm)
+    stream = llm.stream("two", GREEDY)
+    other = llm.generate_iter(iter(["one"]), GREEDY)
+    said = []
+
+    def run():
+        with pytest.raises(RuntimeError, match="the device is gone") as caught:
+            list(other)
+        said.append(caught)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    slow.until(calls=3)
+    slow.fail(RuntimeError("the device is gone"))
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        list(stream)
+    thread.join(20)
+    assert len(said) == 1
+    slow.stop()
+    assert [output.outputs[0].text for output in llm.generate(["one", "two"], GREEDY)] == expected
+
+
+def test_control_c_ends_its_own_call_alone(llm, expected, slowly):
+    slow = slowly(llm)
+    stream = llm.stream("two", GREEDY)
+    threading.Thread(target=lambda: (slow.until(calls=3), os.kill(os.getpid(), signal.SIGINT))).start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["one"] * 3, SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True), use_tqdm=False)
+    slow.stop()
+    assert "".join(stream) == expected[1]
+    settled(llm)
+    assert [output.outputs[0].text for output in llm.generate(["one", "two"], GREEDY)] == expected

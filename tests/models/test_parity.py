@@ -23,7 +23,7 @@ def test_matches_transformers(checkpoints, name):
     with LLM(reference.folder, max_num_batched_tokens=32, max_num_seqs=4) as llm:
         prompt = reference.prompts[-1]
         batch = Batch.of_sequences([prompt])
-        params = llm._engine.runner.params
+        params = llm.engine.runner.params
         logits, _ = jax.jit(lambda params, batch: llm.model.bind(params)(batch, None))(params, batch)
         error = np.abs(np.asarray(logits) - reference.logits).max() / np.abs(reference.logits).max()
         assert error < 1e-4
