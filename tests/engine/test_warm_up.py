@@ -121,7 +121,7 @@ def test_a_soak_with_aborts(llm, count):
     assert engine.scheduler.pages_used == 0
     assert engine.idle
     assert engine.scheduler.idle
-    assert not [*engine._in_flight, *engine._followers, *engine._bad_words]
+    assert not [*engine._in_flight, *engine._followers]
     rss, arrays = left(llm)
     assert arrays <= measured[1]
     assert rss - measured[0] < 30e6
