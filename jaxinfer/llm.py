@@ -134,7 +134,7 @@ class LLM:
         """
         asked = self._asked(prompts, sampling_params, priority)
         if on_error == "raise":
-            asked = [one._replace(prompt=encoded) for one, encoded in _checked(asked, self._check)]
+            asked = self._encoded(asked)
         asked.sort(key=lambda one: one.priority)  # not all of them are given to the engine at once
         outputs = self._run(asked, on_error)
         return sorted(_progress(outputs, len(asked), use_tqdm, "Generated"), key=lambda output: output.index)
@@ -151,7 +151,9 @@ class LLM:
 
         Reads ahead no further than it needs to keep the device busy, so the memory does not depend on how many there
         are. `output.index` is the prompt's place in the input; in_order=True yields in that order. A pair of prompt and
-        SamplingParams has parameters of its own. on_error: as for `generate`, when the prompt is read.
+        SamplingParams has parameters of its own. on_error: as for `generate`, when the prompt is read; what was read
+        before is done first. An iterable that is no list is read in a thread of its own, so that one that is slow, or
+        waits for an answer, keeps nobody waiting.
         """
         if isinstance(prompts, str | Mapping):
             raise ValueError("prompts is one prompt: generate_iter takes an iterable of them")
@@ -162,6 +164,8 @@ class LLM:
                 own = isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[1], SamplingParams)
                 yield Asked(i, *prompt) if own else Asked(i, prompt, default)  # type: ignore[arg-type]
 
+        if isinstance(prompts, Sequence) and on_error == "raise":  # all are there: nothing runs before all are right
+            return self._run(self._encoded(list(asked())), on_error, in_order)
         return self._run(asked(), on_error, in_order)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
@@ -341,6 +345,10 @@ class LLM:
         if not isinstance(asked.params, SamplingParams):
             raise ValueError(f"sampling_params is a {type(asked.params).__name__}: it must be SamplingParams")
         return Encoded(*prompt_ids(asked.prompt, self.tokenizer))
+
+    def _encoded(self, asked: list[Asked]) -> list[Asked]:
+        """With prompts that the engine takes, as ids."""
+        return [one._replace(prompt=encoded) for one, encoded in _checked(asked, self._check)]
 
     def _check(self, asked: Asked) -> Encoded:
         """The prompt, once it is sure that the engine takes it."""

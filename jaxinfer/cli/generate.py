@@ -104,7 +104,7 @@ def _trace(folder: str | None) -> contextlib.AbstractContextManager[Any]:
 def _print_outputs(
     llm: LLM, texts: list[str], prompts: list[Prompt], params: SamplingParams, as_json: bool, progress: Progress
 ) -> None:
-    for i, output in enumerate(llm.generate_iter(prompts, params)):
+    for i, output in enumerate(llm.generate_iter(prompts, params, in_order=True)):
         progress.hide()
         if as_json:
             print(json.dumps(_record(llm, texts[i], output)), flush=True)

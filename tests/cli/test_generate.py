@@ -192,3 +192,14 @@ def test_what_was_printed_stays(capsys):
     with pytest.raises(KeyboardInterrupt):
         print_pieces(broken_off(), Progress())
     assert capsys.readouterr().out == "\n"
+
+
+def test_answers_stand_below_their_prompts(cli, model):
+    """Also where the second one is done first."""
+    given = ["-m", model, "--max-tokens", "40", "--json", "--temperature", "0"]
+    one, two = (json.loads(cli("generate", prompt, *given).out)["text"] for prompt in ("one", "two words"))
+    stop = next(character for character in two if character not in one)  # ends the second one alone
+    printed = cli("generate", "one", "two words", *given, "--stop", stop).out
+    records = [json.loads(line) for line in printed.splitlines()]
+    assert [record["prompt"] for record in records] == ["one", "two words"]
+    assert [record["text"] for record in records] == [one, two[: two.index(stop)]]
