@@ -132,10 +132,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
 
         params = load_weights(abstract, checkpoint, place, on_tensor)
 
-    if compiled is not None and compiled.sizes.bytes > (room := _available(abstract, place, given, RESERVE)):
-        compiled.complain(
-            f"their KV cache of {compiled.sizes.bytes:,} bytes does not fit in the {room:,} that are free"
-        )
+    if compiled is not None and (problem := _misfit(compiled.sizes, abstract, place, given)):
+        compiled.complain(problem)
         compiled, given["max_model_len"] = None, options.get("max_model_len")
     programs, sizes = sized_programs(abstract, place, given, _available(abstract, place, given), compiled)
     if given["max_model_len"] is None and sizes.max_model_len < shape.max_context:
@@ -217,6 +215,16 @@ def _place(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | None) 
     alone = devices[0].process_index == devices[-1].process_index
     wanted = 1 if devices[0].platform == "cpu" and alone else len(devices)
     return make_mesh(mesh, devices, shape.num_heads, shape.num_kv_heads, shape.hidden_size, wanted) or devices[0]
+
+
+def _misfit(sizes: Sizes, model: Model, place: jax.Device | Mesh, given: LoadOptions) -> str | None:
+    """What is wrong with the sizes of programs that were compiled ahead."""
+    if sizes.bytes > (room := _available(model, place, given, RESERVE)):
+        return f"their KV cache of {sizes.bytes:,} bytes does not fit in the {room:,} that are free"
+    layout = cache_layout(model, place, given["attention"], given["kv_cache_dtype"])
+    if (size := sizes.num_pages * sizes.page_size * layout.bytes_per_token) != sizes.bytes:
+        return f"their KV cache is said to have {sizes.bytes:,} bytes, and has {size:,}"
+    return None
 
 
 def _scheduler(programs: Programs, prefix_caching: bool) -> Shards:

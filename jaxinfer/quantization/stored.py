@@ -9,11 +9,11 @@ checkpoint/quantized.py.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxinfer.quantization.patterns import compile_pattern
 from jaxinfer.quantization.schemes import SCHEMES, Quantization, Scheme, check_quantization
 
 Fields = Mapping[str, Any]
@@ -238,9 +238,9 @@ def _but(
 def _matches(target: str, module: str, kind: str) -> bool:
     if target.startswith("re:"):
         try:
-            return re.match(target[3:], module) is not None
-        except re.error:
-            raise _unsupported("targets or ignore", target, "it is no regular expression") from None
+            return compile_pattern(target[3:]).match(module) is not None
+        except ValueError as error:
+            raise _unsupported("targets or ignore", target, str(error)) from None
     return target in (module, kind)
 
 

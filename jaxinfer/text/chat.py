@@ -1,24 +1,15 @@
 """Chat templates: Jinja programs that come with a checkpoint and write a conversation as one prompt.
 
-They are somebody else's code, so they run in Jinja's immutable sandbox and see nothing but plain JSON values. The
-environment is the one that templates on the Hugging Face hub are written for: block trimming, loop controls,
-`raise_exception`, `strftime_now`, a `tojson` without HTML escapes, and the `{% generation %}` block.
+They are somebody else's code, so they see nothing but plain JSON values, and run in Jinja's immutable sandbox
+(`sandbox.py`) in a process that is stopped where they take too much time, memory or text (`renderer.py`).
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from jaxinfer.text import renderer
 from jaxinfer.text.files import one_line, read_json
 from jaxinfer.text.tools import Tool, tool_schema
 
@@ -62,8 +53,8 @@ class ChatTemplates:
                          tools and the checkpoint has one, else `default`
         template_kwargs  further variables of the template, such as `enable_thinking=False`
 
-        Raises ValueError for malformed messages or tools, for a missing template, and for whatever the template
-        itself raises.
+        Raises ValueError for malformed messages or tools, for a missing template, for whatever the template itself
+        raises, and where it takes more time or memory than it may (see `jaxinfer.text.renderer`).
         """
         if wrong := sorted(_NOT_VARIABLES & template_kwargs.keys()):
             raise ValueError(
@@ -84,10 +75,14 @@ class ChatTemplates:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _compile(source).render(values)
-        except Exception as error:  # a template can raise anything
-            line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise ValueError(f"chat template{line}: {one_line(error) or type(error).__name__}") from None
+            return renderer.render(source, values)
+        except renderer.TemplateError as error:
+            line = "" if error.line is None else f" line {error.line}"
+            raise ValueError(f"chat template{line}: {one_line(error)}") from None
+        except renderer.LimitError as error:
+            names = [name for name, one in self.templates.items() if one == source]
+            which = f"{self.folder}: the chat template {names[0]!r}" if names else "chat_template"
+            raise ValueError(f"{which} {error}; use another template") from None
 
     def _select(self, chosen: str | None, with_tools: bool) -> str:
         if chosen is not None:
@@ -185,42 +180,3 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise ValueError(f"{where}: a chat template takes plain JSON values, found {type(value).__name__}")
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant said, for training masks. Here: its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _raise_exception(message: object) -> None:
-    raise jinja2.TemplateError(str(message))
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@lru_cache(maxsize=64)
-def _compile(source: str) -> jinja2.Template:
-    extensions: list[str | type[Extension]] = [_GenerationBlock, "jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    functions: dict[str, Callable[..., Any]] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    environment.globals.update(functions)
-    environment.filters["tojson"] = _tojson
-    return environment.from_string(source)
