@@ -23,6 +23,7 @@ from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
+from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.distributed import reported
 from jaxinfer.engine.buckets import Buckets
@@ -30,17 +31,18 @@ from jaxinfer.engine.compiled import Folder, open_folder
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.options import LoadOptions, check_options
+from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.programs import Programs, cache_layout, placed_params, placed_slots
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
-from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, page_size, size_cache
+from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, device_bytes, page_size, size_cache
 from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
+from jaxinfer.quantization.stored import asked_for
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, make_mesh
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
@@ -91,8 +93,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
 
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
     """
-    given = check_options(options)
     start = time.perf_counter()
+    given, options = check_options(options), dict(in_our_words(options))
     say = given["on_progress"] or (lambda _: None)
     folder = resolve(model, given["revision"], given["token"])
     enable_compile_cache()
@@ -100,6 +102,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     if group is not None and group.taken:
         raise ValueError("there was an LLM in this program already: on several hosts it can have one")
     devices = _devices()
+    check_cache_memory(given["kv_cache_memory"], _memory())
     config = read_config(folder, REGISTRY)
     if given["architecture"] is not None:
         check_architecture(given["architecture"], config, folder / "config.json")
@@ -110,10 +113,12 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
     compiled = None
-    if given["compiled"] is not None:
-        compiled = open_folder(given["compiled"], config, devices, options, say)
-        given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
     with open_weights(folder) as checkpoint:
+        config = as_stored(config, checkpoint)
+        given["quantization"] = options["quantization"] = asked_for(given["quantization"], config)
+        if given["compiled"] is not None:
+            compiled = open_folder(given["compiled"], config, devices, options, say)
+            given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
         if isinstance(checkpoint, Converted):
             checkpoint.check(given["quantization"])
         place = _place(shape, devices, given["mesh"])
@@ -193,6 +198,7 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     """
     given = check_options(options)
     devices = _devices()
+    check_cache_memory(given["kv_cache_memory"], _memory())
     place = _place(Model.from_config(config, "float32").config, devices, given["mesh"])
     dtype = choose_dtype(given["dtype"], config, None, place)
     model = Model.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
@@ -317,13 +323,25 @@ def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack
 def _available_here(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float, weights: int) -> int:
     if given["kv_cache_memory"] is not None:
         return given["kv_cache_memory"]
-    device = jax.local_devices()[0]  # those of others don't say
     slots = device_bytes(placed_slots(model, place, limits(given, place)[0]))
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if not stats or "bytes_limit" not in stats:
-        return max(0, int(psutil.virtual_memory().total * CPU_SHARE) - slots)
+    stats = _memory_stats()
+    if stats is None:
+        return max(0, int(_memory() * CPU_SHARE) - slots)
     share = given["memory_utilization"] - RESERVE + slack
     return max(0, int(stats["bytes_limit"] * share) - stats["bytes_in_use"] - weights - slots)
+
+
+def _memory_stats() -> dict[str, int] | None:
+    """Of an accelerator of this host, if it says them: those of others don't."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats if stats and "bytes_limit" in stats else None
+
+
+def _memory() -> int:
+    """Bytes of a device's memory, or else of the machine's."""
+    stats = _memory_stats()
+    return int(psutil.virtual_memory().total if stats is None else stats["bytes_limit"])
 
 
 def _eos_token_ids(
