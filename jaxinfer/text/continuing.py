@@ -30,9 +30,12 @@ def continued(messages: list[dict[str, Any]], field: str, write: Callable[[list[
     marked = write([*messages[:-1], _marked(messages[-1], field, mark)])
     if mark not in marked:
         raise ValueError(f"continue_final_message: the chat template doesn't write the end of the last {field!r:.80}")
-    head = marked[: marked.rindex(mark)]
-    ends = (head[: len(head) - cut] for cut in range(len(text) - len(text.rstrip()) + 1))
-    return next(filter(unmarked.startswith, ends), head)
+    head, _, tail = marked.rpartition(mark)
+    head = head.replace(mark, "")  # of a template that writes the message twice
+    dropped = len(head) + len(tail) - len(unmarked)
+    if 0 < dropped <= len(text) - len(text.rstrip()) and unmarked == head[:-dropped] + tail:
+        return head[:-dropped]
+    return head
 
 
 def _marked(message: dict[str, Any], field: str, mark: str) -> dict[str, Any]:
