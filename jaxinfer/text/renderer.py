@@ -18,10 +18,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from jaxinfer.text import sandbox
 from jaxinfer.text.sandbox import HEADER, receive
+from jaxinfer.text.template_takes import Takes
 
 PROCESSES = 4  # at most; more callers wait for one another
 
@@ -49,12 +52,22 @@ def render(source: str, values: Mapping[str, Any]) -> str:
 
     Raises TemplateError, LimitError, and OSError where no process can be started.
     """
+    return str(_ask(source, values)["text"])
+
+
+@lru_cache(maxsize=64)
+def takes(source: str) -> Takes:
+    """Which forms of messages the template is written for. Raises what `render` raises."""
+    return Takes(**_ask(source, None)["takes"])
+
+
+def _ask(source: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
     request = json.dumps([source, values]).encode()
     characters = CHARACTERS + CHARACTERS_A_BYTE * len(request)
     seconds, memory = SECONDS + SECONDS_A_BYTE * len(request), MEMORY + MEMORY_A_BYTE * len(request)
     answer = _pool.ask(HEADER.pack(len(request), seconds, memory, characters) + request)
-    if "text" in answer:
-        return str(answer["text"])
+    if "text" in answer or "takes" in answer:
+        return answer
     if "error" in answer:
         raise TemplateError(answer["error"], answer["line"])
     if answer["limit"] == "characters":
@@ -80,7 +93,8 @@ class _Process:
         self._socket, theirs = socket.socketpair()
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", WAIT, 0))
-        command = [sys.executable, "-S", str(sandbox.__file__), *(one for one in sys.path if isinstance(one, str))]
+        path = [*(one for one in sys.path if isinstance(one, str)), str(Path(sandbox.__file__).parents[2])]
+        command = [sys.executable, "-S", str(sandbox.__file__), *path]
         with theirs:  # Ctrl-C does not reach a session of its own
             self._process = subprocess.Popen(
                 command,

@@ -8,7 +8,8 @@ The environment is the one that templates on the Hugging Face hub are written fo
 `raise_exception`, `strftime_now`, a `tojson` without HTML escapes, and the `{% generation %}` block.
 
 A request is HEADER and the JSON of [template, values], an answer 8 bytes with its length and the JSON of an object.
-Nothing of jaxinfer is imported: the process starts in a tenth of a second, and holds 20 MB.
+Without values the answer says what the template takes. Next to nothing is imported: the process starts in a tenth of a
+second, and holds 20 MB.
 """
 
 import sys
@@ -65,20 +66,29 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-@lru_cache(maxsize=64)
-def compile_template(source: str) -> jinja2.Template:
+def _environment() -> jinja2.Environment:
     extensions: list[str | type[Extension]] = [_GenerationBlock, "jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     functions: dict[str, Callable[..., Any]] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     environment.globals.update(functions)
     environment.filters["tojson"] = _tojson
-    return environment.from_string(source)
+    return environment
+
+
+@lru_cache(maxsize=64)
+def compile_template(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
 
 
 def _answer(request: bytes, characters: int) -> dict[str, Any]:
-    """`{"text"}`; `{"error", "line"}` where the template raises; or `{"limit"}`: what it wanted too much of."""
+    """`{"text"}`, or without values `{"takes"}`; `{"error", "line"}` where the template raises; or `{"limit"}`: what it
+    wanted too much of."""
     try:
         source, values = json.loads(request)
+        if values is None:
+            from jaxinfer.text.template_takes import template_takes  # which has no more imports than this file
+
+            return {"takes": vars(template_takes(_environment().parse(source)))}
         text = compile_template(source).render(values)
         return {"text": text} if len(text) <= characters else {"limit": "characters"}
     except MemoryError:

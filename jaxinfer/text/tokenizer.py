@@ -125,18 +125,21 @@ class Tokenizer(ABC):
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         chat_template: str | None = None,
+        continue_final_message: bool | str = False,
         **template_kwargs: Any,
     ) -> str:
         """The conversation as one prompt, by the checkpoint's chat template. See `ChatTemplates.render`."""
-        return self.chat_templates.render(messages, tools, add_generation_prompt, chat_template, **template_kwargs)
+        return self.chat_templates.render(
+            messages, tools, add_generation_prompt, chat_template, continue_final_message, **template_kwargs
+        )
 
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         **template_kwargs: Any,
     ) -> list[int]:
         """The ids of `chat_prompt(...)`. The template writes BOS itself, so none is added."""
