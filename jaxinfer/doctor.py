@@ -60,7 +60,7 @@ def _attention(device: jax.Device) -> str:
         return "a CPU kernel"
     pages = CacheLayout.choose(1, 8, 128, "bfloat16", device).pages
     if pages is PackedPages and tokamax_version() is None:
-        return f"{ATTENTION[pages]}; pip install 'jaxinfer[tokamax]' (Python 3.12) has one that writes the cache, too"
+        return f"{ATTENTION[pages]}; pip install '.[tokamax]' (Python 3.12) has one that writes the cache, too"
     return ATTENTION.get(pages, "plain XLA")
 
 

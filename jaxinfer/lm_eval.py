@@ -1,4 +1,4 @@
-"""jaxinfer as a model of lm-eval, EleutherAI's evaluation harness (`pip install 'jaxinfer[lm-eval]'`):
+"""jaxinfer as a model of lm-eval, EleutherAI's evaluation harness (`pip install '.[lm-eval]'`):
 
     jaxinfer lm-eval --model_args pretrained=FOLDER --tasks hellaswag --num_fewshot 5
     jaxinfer lm-eval --model_args config=configs/llama-3.1-8b_v6e-1.yaml --tasks hellaswag

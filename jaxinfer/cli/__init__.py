@@ -5,8 +5,10 @@ Nothing heavy is imported here or at the top of a command's file, so that `jaxin
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, cast
@@ -58,11 +60,32 @@ def _jaxinfer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line (default: the process's) and returns its exit code.
+    """Runs a command line (default: the process's, which then ends here) and returns its exit code.
 
     2 after one line on stderr for what the user can put right (ValueError, OSError), 130 after Ctrl-C, 1 when nobody
     reads the output any more. Whatever else is raised is a bug and gets through.
     """
+    code = _run(arguments)
+    if arguments is None and code > 128:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """After a signal: ends the process now if programs are being compiled, which Python would wait for."""
+    from jaxinfer import distributed
+    from jaxinfer.engine import background
+
+    if background.running():
+        if (group := distributed.group()) is not None:
+            group.end()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         code = app(arguments, prog_name="jaxinfer", standalone_mode=False)  # KeyboardInterrupt becomes 130 in there
         sys.stdout.flush()

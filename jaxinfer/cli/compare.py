@@ -36,7 +36,7 @@ def compare(
     ] = 500,
     as_json: JSON = False,
     plot: Annotated[
-        str | None, typer.Option(metavar="FILE.png", help="Draw quality over bytes (pip install 'jaxinfer[plot]').")
+        str | None, typer.Option(metavar="FILE.png", help="Draw quality over bytes (pip install '.[plot]').")
     ] = None,
     load: LoadOptions,
     verbosity: Verbosity,
