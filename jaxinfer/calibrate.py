@@ -35,6 +35,7 @@ from jaxinfer.models.registry import REGISTRY
 from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors, gptq, round_to_nearest, times
 from jaxinfer.quantization.qarray import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
+from jaxinfer.sharding import local_devices
 from jaxinfer.text.tokenizer import load_tokenizer
 
 Host = np.ndarray[Any, Any]
@@ -95,7 +96,7 @@ def calibrate(
         for text in texts
     )
     sequences = _cut(encoded, min(max_length, plain.config.max_context), max_tokens)
-    device = jax.local_devices()[0]
+    device = local_devices()[0]
     with open_weights(folder) as checkpoint:
         if not isinstance(checkpoint, Checkpoint):
             raise ValueError(f"{folder}: was converted: give the original checkpoint")

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
@@ -25,6 +24,7 @@ from lm_eval.models.utils import (
 from jaxinfer.engine.scoring import Pair, prefix_token_id, rolling_windows
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.sharding import local_devices
 
 LM_EVAL_DEVICE = "cuda:0"  # what lm-eval asks for where its user has not
 MAX_GEN_TOKS = 256  # of a task that says nothing, as in lm-eval's `hf`
@@ -54,7 +54,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         **options: Any,
     ):
         super().__init__()
-        platform = jax.default_backend()
+        platform = local_devices()[0].platform
         if device not in (None, LM_EVAL_DEVICE) and device != platform:
             raise ValueError(f"device is {device!r}: JAX has chosen {platform}; leave it out, or set JAX_PLATFORMS")
         rows = max_batch_size or (None if str(batch_size or 1) in ("1", "auto") else int(str(batch_size)))

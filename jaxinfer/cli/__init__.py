@@ -11,9 +11,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from jaxinfer import __version__
 from jaxinfer.cli.console import say_error
@@ -33,9 +34,43 @@ COMMANDS = (
     "lm-eval",
     "models",
     "doctor",
+    "help",
 )
 
-app = typer.Typer(name="jaxinfer", add_completion=False, pretty_exceptions_enable=False)
+# What other programs call things that are something else here, or nothing yet.
+GUESSES = {
+    "serve": "there is no server yet: jaxinfer batch runs files of requests, OpenAI's batch lines too, and "
+    "jaxinfer.AsyncEngine serves many callers of a Python program",
+    "embed": "embeddings are not there yet; jaxinfer models lists what is",
+    "download": "a model is downloaded when it is first used: jaxinfer generate --model ORG/NAME",
+    "list": "jaxinfer models lists the architectures that load",
+    "run": "did you mean jaxinfer generate, chat or batch?",
+    "complete": "did you mean jaxinfer generate?",
+    "eval": "did you mean jaxinfer lm-eval, or score?",
+    "benchmark": "did you mean jaxinfer bench throughput, or bench latency?",
+    "version": "did you mean jaxinfer --version?",
+}
+SAME = {"api": "serve", "server": "serve", "start": "serve", "embeddings": "embed", "encode": "embed"}
+SAME |= {"pull": "download", "fetch": "download", "ls": "list", "show": "list"}
+SAME |= {"prompt": "run", "ask": "run", "completion": "complete", "evaluate": "eval", "perf": "benchmark"}
+
+
+class Commands(TyperGroup):
+    """Says of a command that is not there what there is instead."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        guess = GUESSES.get(SAME.get(args[0], args[0]))
+        if guess is not None:
+            raise ValueError(f"no command {args[0]!r}: {guess}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    name="jaxinfer",
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
 for _name in COMMANDS:
     _function = _name.replace("-", "_")
     _command = getattr(importlib.import_module(f"jaxinfer.cli.{_function}"), _function)
@@ -66,13 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reads the output any more. Whatever else is raised is a bug and gets through.
     """
     code = _run(arguments)
-    if arguments is None and code > 128:
+    if arguments is None and code:
         _leave(code)
     return code
 
 
 def _leave(code: int) -> None:
-    """After a signal: ends the process now if programs are being compiled, which Python would wait for."""
+    """Ends the process now if programs are still being compiled, after Ctrl-C or an error: Python would wait."""
     from jaxinfer import distributed
     from jaxinfer.engine import background
 

@@ -21,7 +21,7 @@ def in_background(
     make: Callable[[Item], Made], items: Sequence[Item], threads: int | None = None
 ) -> Iterator[list[Future[Made]]]:
     """`make(item)` of each item, several at a time (as many as there are cores). When the block is left, by Ctrl-C or
-    an error, those that have not begun are dropped, and nobody waits for the others: they run out."""
+    an error, those that have not begun are dropped, and the others run out: only the program's end waits for them."""
     futures: list[Future[Made]] = [Future() for _ in items]
     waiting = deque(zip(items, futures, strict=True))
 
@@ -39,7 +39,8 @@ def in_background(
 
     try:
         for i in range(min(len(items), threads or os.cpu_count() or 1)):
-            threading.Thread(target=work, name=f"{NAME}-{i}", daemon=True).start()
+            # No daemons: a compiler that came back to a Python that is gone would abort the process.
+            threading.Thread(target=work, name=f"{NAME}-{i}").start()
         yield futures
     finally:
         with contextlib.suppress(IndexError):

@@ -99,8 +99,16 @@ class Runner:
 
     def launch(self, schedules: Sequence[Schedule]) -> Launched:
         """Gives a call to the device, one schedule for each shard of rows, and does not wait for it."""
-        mixed = any(schedule.chunks for schedule in schedules)
-        return self._launch_step(schedules) if mixed else self._launch_decode(schedules)
+        key = self.program_of(schedules)
+        return self._launch_step(key, schedules) if key[0] == "step" else self._launch_decode(key, schedules)
+
+    def program_of(self, schedules: Sequence[Schedule]) -> Key:
+        """The one that a call with these schedules needs."""
+        if any(schedule.chunks for schedule in schedules):
+            rows = Buckets.fit(self.buckets.mixed_rows, max(len(s.requests) for s in schedules))
+            return "step", Buckets.fit(self.buckets.tokens, max(sum(s.counts) for s in schedules)), rows
+        rows = Buckets.fit(self.buckets.decode, max(len(s.decode) for s in schedules))
+        return "decode", rows, rows
 
     def prepare(self, request: Request, masks: Masks, clear: bool) -> None:
         """Makes a sequence's slot ready for its penalties and masks; `clear` forgets the tokens of the one before."""
@@ -142,19 +150,17 @@ class Runner:
         what = "loaded" if self._compiled else "compiled"
         self._prepare(keys, lambda done, count: f"{what} {done} of {count} programs")
 
-    def _launch_step(self, schedules: Sequence[Schedule]) -> Launched:
-        size = Buckets.fit(self.buckets.mixed_rows, max(len(s.requests) for s in schedules))
-        length = Buckets.fit(self.buckets.tokens, max(sum(s.counts) for s in schedules))
+    def _launch_step(self, key: Key, schedules: Sequence[Schedule]) -> Launched:
+        _, length, size = key
         spans: dict[int, ScoredSpan] = {}
         arrays = [self._step_arrays(shard, s, length, size, spans) for shard, s in enumerate(schedules)]
-        sampled: Sampled = self.call(("step", length, size), _joined(arrays))
+        sampled: Sampled = self.call(key, _joined(arrays))
         return Launched(sampled, _want_logprobs(schedules), spans)
 
-    def _launch_decode(self, schedules: Sequence[Schedule]) -> Launched:
-        size = Buckets.fit(self.buckets.decode, max(len(s.decode) for s in schedules))
-        arrays = [self._decode_arrays(shard, s, size) for shard, s in enumerate(schedules)]
+    def _launch_decode(self, key: Key, schedules: Sequence[Schedule]) -> Launched:
+        arrays = [self._decode_arrays(shard, s, key[2]) for shard, s in enumerate(schedules)]
         steps = max(s.steps for s in schedules)
-        sampled: Sampled = self.call(("decode", size, size), (*_joined(arrays), np.int32(steps)))
+        sampled: Sampled = self.call(key, (*_joined(arrays), np.int32(steps)))
         return Launched(sampled, _want_logprobs(schedules), {})
 
     def _step_arrays(

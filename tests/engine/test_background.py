@@ -34,8 +34,8 @@ def test_ctrl_c_is_heard_and_what_has_begun_runs_out():
         return item
 
     start = time.monotonic()
+    interrupt_soon()
     with pytest.raises(KeyboardInterrupt), in_background(make, range(9), threads=2) as futures:
-        interrupt_soon()
         futures[0].result()
     assert time.monotonic() - start < 30
     assert running()
