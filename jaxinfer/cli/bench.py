@@ -78,7 +78,7 @@ def throughput(
     verbosity: Verbosity,
 ) -> None:
     """Tokens a second when all requests are there from the beginning."""
-    with verbosity.apply() as progress:
+    with verbosity.apply(plain=True) as progress:
         hosts.join()
         llm = batching.load(load, progress)
         from jaxinfer import benchmark
@@ -132,7 +132,7 @@ def latency(
 
     Waiting for a place in the batch counts. ITL is the time between pieces of an output, which may be several tokens.
     """
-    with verbosity.apply() as progress:
+    with verbosity.apply(plain=True) as progress:
         if request_rate is not None and not 0 < request_rate < float("inf"):
             raise ValueError(f"--request-rate is {request_rate}: it must be a finite number above 0")
         hosts.join()

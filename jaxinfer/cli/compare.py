@@ -96,7 +96,7 @@ def compare(
     else:
         raise ValueError("there is nothing to compare on: give texts with --data FILE")
     right = _right(questions) if packaged and questions else None
-    with verbosity.apply() as progress:
+    with verbosity.apply(plain=True) as progress:
         progress("starting JAX")
         from jaxinfer.compare import compare as prices
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.live import Live
 
-PATIENCE = 5.0  # seconds
+PATIENCE = 10.0  # seconds
 
 
 def say_error(error: object) -> None:
@@ -21,18 +21,18 @@ def say_error(error: object) -> None:
 
 
 class Progress:
-    """A line that says what is being waited for. Where stderr is not a terminal there is a plain one every PATIENCE
-    seconds, as long as there is something new to say.
+    """A line that says what is being waited for. Where stderr is not a terminal there is nothing, or (`plain`) a
+    line of its own every PATIENCE seconds, as long as there is something new to say.
 
     Call it with a few words to show them. It must be hidden before anything goes to stdout, which may be the same
     terminal; as a context manager it is hidden at the end, whatever happens.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, plain: bool = False) -> None:
         self.muted = False  # while a line of text is being written: the progress line would wipe it out
         self._live: Live | None = None
-        self._quiet = quiet
         self._in_terminal = sys.stderr.isatty()
+        self._quiet = quiet or not (self._in_terminal or plain)
         self._what = ""
         self._hidden = threading.Event()
         self._watch: threading.Thread | None = None

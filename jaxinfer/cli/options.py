@@ -230,8 +230,9 @@ class Verbosity:
     ] = 0
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False
 
-    def apply(self) -> Progress:
-        """Sets up logging; returns the progress line."""
+    def apply(self, plain: bool = False) -> Progress:
+        """Sets up logging; returns the progress line. plain: see Progress, for what takes minutes before it has
+        anything to show."""
         levels = (logging.WARNING, logging.INFO, logging.DEBUG)
         log = logging.getLogger("jaxinfer")
         log.handlers = [LogHandler()]
@@ -239,7 +240,7 @@ class Verbosity:
         log.propagate = False
         if self.quiet:
             warnings.simplefilter("ignore")
-        return Progress(self.quiet)
+        return Progress(self.quiet, plain)
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -77,7 +77,7 @@ def test_help_shows_what_is_in_brackets(cli):
     assert len(found) > 200
     for text in found:
         assert Text.from_markup(text).plain == text.replace("\\[", "[")
-    assert "pip install '.[plot]'" in " ".join(cli("compare", "--help").out.split())
+    assert "'.[plot]'" in cli("compare", "--help").out
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """At a terminal: the progress line, text that streams, Ctrl-C."""
 
 import re
+import time
 
 from tests.cli.run import Terminal
 
@@ -21,6 +22,19 @@ def test_generate_streams_until_ctrl_c(endless):
         assert terminal.seen.endswith("\n")
         assert "Traceback" not in terminal.seen
         assert "KeyboardInterrupt" not in terminal.seen
+
+
+def test_ctrl_c_while_programs_are_compiled(model, monkeypatch):
+    """XLA can't be interrupted, and is at it for most of a minute here."""
+    monkeypatch.setenv("JAXINFER_CACHE_DIR", "off")
+    with Terminal("bench", "latency", "--num-prompts", 64, "-m", model) as terminal:
+        terminal.wait_for("compiled 0 of")
+        time.sleep(1)
+        start = time.monotonic()
+        terminal.interrupt()
+        assert terminal.exit_code() == 130
+        assert time.monotonic() - start < 10
+        assert "Traceback" not in terminal.seen
 
 
 def test_chat(endless):
