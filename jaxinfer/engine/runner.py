@@ -7,7 +7,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,6 +87,7 @@ class Runner:
         self._compiled = compiled
         self._executables: dict[Key, Any] = {}
         self._coming: dict[Key, Future[None]] = {}  # those that threads have begun to compile
+        self._abandoned: Future[None] = Future()
         self._prepare([ZEROS], lambda *_: "making the cache")
         self.state = self._executables[ZEROS]()
         self.leader: Leader | None = None  # on process 0 of several
@@ -141,6 +142,11 @@ class Runner:
         # On CPU weights lie in numpy's memory, which JAX lets go of when Python collects garbage.
         gc.collect()
         _trim_memory()
+
+    def abandon(self) -> None:
+        """Nobody waits any more for a program that is being compiled: before `close`, from another thread."""
+        if not self._abandoned.done():
+            self._abandoned.set_result(None)
 
     def warm_up(self, keys: Sequence[Key] | None = None) -> None:
         """Compiles every program that a schedule can need, or these, several at a time, on all hosts."""
@@ -244,6 +250,9 @@ class Runner:
                 self._coming |= dict(zip(anew, futures, strict=True))
                 for done, key in enumerate(missing):
                     self._say(words(done, len(missing)))
+                    wait([self._coming[key], self._abandoned], return_when=FIRST_COMPLETED)
+                    if not self._coming[key].done():
+                        raise ValueError("the engine was closed while a program was compiled")
                     self._coming[key].result()
         finally:
             self.compile_seconds += time.perf_counter() - start

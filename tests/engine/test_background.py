@@ -4,9 +4,11 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 
+from jaxinfer import LLM
 from jaxinfer.engine.background import in_background, running
 from jaxinfer.engine.programs import PREPARE
 from jaxinfer.engine.runner import Runner
@@ -60,7 +62,7 @@ def test_an_interrupted_warm_up_is_taken_up_again(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     runner = Runner.__new__(Runner)
     runner.leader = runner._compiled = runner.on_compile = None
-    runner._executables, runner._coming, runner.compile_seconds = {}, {}, 0.0
+    runner._executables, runner._coming, runner._abandoned, runner.compile_seconds = {}, {}, Future(), 0.0
     interrupt_soon()
     with pytest.raises(KeyboardInterrupt):
         runner.warm_up(keys)
@@ -89,8 +91,31 @@ def test_a_program_that_did_not_compile_is_compiled_again(monkeypatch):
     monkeypatch.setattr(Runner, "_compile", compile_once_it_can)
     runner = Runner.__new__(Runner)
     runner.leader = runner._compiled = runner.on_compile = None
-    runner._executables, runner._coming, runner.compile_seconds = {}, {}, 0.0
+    runner._executables, runner._coming, runner._abandoned, runner.compile_seconds = {}, {}, Future(), 0.0
     with pytest.raises(RuntimeError, match="no room"):
         runner._executable(PREPARE)
     failing.clear()
     assert runner._executable(PREPARE) == PREPARE
+
+
+def test_closing_waits_for_no_compiler(checkpoints, monkeypatch):
+    """As where Ctrl-C leaves `with LLM(...)`: the thread that steps waits for a program, and closing waits for it."""
+    begun, go_on, compile_one = threading.Event(), threading.Event(), Runner._compile
+
+    def compile_slowly(self, key):
+        if key[0] == "step":
+            begun.set()
+            go_on.wait(60)
+        compile_one(self, key)
+
+    monkeypatch.setattr(Runner, "_compile", compile_slowly)
+    try:
+        with LLM(checkpoints("llama").folder, max_num_seqs=4, max_num_batched_tokens=32) as llm:
+            stream = llm.stream("x")
+            assert begun.wait(60)
+            start = time.monotonic()
+        assert time.monotonic() - start < 30
+        with pytest.raises(ValueError, match="closed"):
+            list(stream)
+    finally:
+        go_on.set()
