@@ -36,6 +36,7 @@ from jaxinfer.models.registry import REGISTRY
 from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors, gptq, round_to_nearest, times
 from jaxinfer.quantization.qarray import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
+from jaxinfer.sharding import local_devices
 from jaxinfer.text.tokenizer import load_tokenizer
 
 Host = np.ndarray[Any, Any]
@@ -94,7 +95,7 @@ def calibrate(
         else tokenizer.encode(tokenizer.chat_prompt(text, None, False), add_special_tokens=False)
         for text in texts
     )
-    device = jax.local_devices()[0]
+    device = local_devices()[0]
     with open_weights(folder) as checkpoint:
         if not isinstance(checkpoint, Checkpoint):
             raise ValueError(f"{folder}: was converted: give the original checkpoint")

@@ -1,4 +1,4 @@
-"""jaxinfer as a model of lm-eval, EleutherAI's evaluation harness (`pip install 'jaxinfer[lm-eval]'`):
+"""jaxinfer as a model of lm-eval, EleutherAI's evaluation harness (`pip install '.[lm-eval]'`):
 
     jaxinfer lm-eval --model_args pretrained=FOLDER --tasks hellaswag --num_fewshot 5
     jaxinfer lm-eval --model_args config=configs/llama-3.1-8b_v6e-1.yaml --tasks hellaswag
@@ -14,7 +14,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
@@ -27,6 +26,7 @@ from lm_eval.models.utils import (
 from jaxinfer.engine.scoring import Pair, prefix_token_id, rolling_windows
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.sharding import local_devices
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         **options: Any,
     ):
         super().__init__()
-        platform = jax.default_backend()
+        platform = local_devices()[0].platform
         if device not in (None, LM_EVAL_DEVICE) and device != platform:
             raise ValueError(f"device is {device!r}: JAX has chosen {platform}; leave it out, or set JAX_PLATFORMS")
         rows = max_batch_size or (None if str(batch_size or 1) in ("1", "auto") else int(str(batch_size)))

@@ -51,3 +51,15 @@ def test_names_of_the_package():
     assert dir(jaxinfer) == sorted([*jaxinfer.__all__, "__version__"])
     assert all(hasattr(jaxinfer, name) for name in dir(jaxinfer))
     assert dir(jaxinfer) == sorted([*jaxinfer.__all__, "__version__"])
+
+
+def test_what_is_told_to_install_is_to_be_had():
+    """The package is on no index yet: extras are those of a copy of the repository."""
+    package = Path(jaxinfer.__file__).parent
+    files = [
+        *package.rglob("*.py"),
+        *(package.parent / "docs").glob("*"),
+        *(package.parent / "tpu_scripts").glob("*.sh"),
+    ]
+    told = [path.name for path in files if path.is_file() and "install 'jaxinfer" in path.read_text(errors="replace")]
+    assert told == []

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def plan(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG.yaml | MODEL]", help="A deployment; or a folder with a config.json, or that."),
+        typer.Argument(metavar="CONFIG.yaml|MODEL", help="A deployment; or a folder with a config.json, or that."),
     ] = None,
     *,
     topology: Annotated[

@@ -18,6 +18,7 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
+from jaxinfer.attention import attention_in_words
 from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
@@ -44,7 +45,7 @@ from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.quantization.stored import asked_for
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, make_mesh
+from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, local_devices, make_mesh
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
@@ -154,7 +155,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         runner.leader = Leader(group)
     engine = Engine(
         runner,
-        _scheduler(programs, given["enable_prefix_caching"]),
+        make_scheduler(programs, given["enable_prefix_caching"]),
         tokenizer,
         eos_token_ids=eos,
         max_model_len=sizes.max_model_len,
@@ -164,6 +165,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         runner.warm_up()
     loaded = Loaded(engine, folder, dtype, sizes, generation_config, time.perf_counter() - start)
     log.info("loaded %s in %.1f s: %s", folder, loaded.load_seconds, loaded.describe())
+    log.info("attention: %s", attention_of(programs))
     return loaded
 
 
@@ -206,9 +208,16 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     return sized_programs(model, place, given, _available(model, place, given, weights=weights))
 
 
+def attention_of(programs: Programs) -> str:
+    """What attends to the cache, in words, and where that is plain XLA, why."""
+    config, model = programs.model.config, programs.model
+    group = config.num_heads // config.num_kv_heads
+    return attention_in_words(programs.layout, model.dtype, config.head_dim, group, programs.devices[0])
+
+
 def _devices() -> list[jax.Device]:
     """Of this machine; where several hosts have one model, of all of them."""
-    return jax.local_devices() if distributed.group() is None else jax.devices()
+    return local_devices() if distributed.group() is None else jax.devices()
 
 
 def place_for(model: Model, mesh: str | None) -> jax.Device | Mesh:
@@ -233,7 +242,9 @@ def _misfit(sizes: Sizes, model: Model, place: jax.Device | Mesh, given: LoadOpt
     return None
 
 
-def _scheduler(programs: Programs, prefix_caching: bool) -> Shards:
+def make_scheduler(programs: Programs, prefix_caching: bool = True) -> Shards:
+    """For calls of these programs."""
+
     def one() -> Scheduler:
         pages = PageAllocator(programs.num_pages, programs.page_size, prefix_caching)
         return Scheduler(pages, programs.max_rows, programs.buckets.tokens[-1])
@@ -333,7 +344,7 @@ def _available_here(model: Model, place: jax.Device | Mesh, given: LoadOptions, 
 
 def _memory_stats() -> dict[str, int] | None:
     """Of an accelerator of this host, if it says them: those of others don't."""
-    device = jax.local_devices()[0]
+    device = local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     return stats if stats and "bytes_limit" in stats else None
 

@@ -107,6 +107,7 @@ class EngineThread:
             self.closed = True
             self._owner.closed = self._error()
             self._owner.tasks.put(None)
+            self.engine.runner.abandon()
         self._thread.join(timeout)
 
     def check_open(self) -> None:
