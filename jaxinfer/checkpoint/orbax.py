@@ -15,7 +15,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,7 +55,7 @@ class Converted:
             )
         try:
             self.weights = str(said.get("weights", folder / WEIGHTS))
-            self.files = dict(zip(said["files"], _sizes_of(said["files"].values()), strict=True))
+            self.files = dict(zip(said["files"], _sizes_of([*said["files"].values()]), strict=True))
             self.tensors = {name: _layout(one["shape"], one["dtype"]) for name, one in said["tensors"].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not what jaxinfer convert writes ({error!r:.200}): convert it again") from None
@@ -79,11 +79,12 @@ class Converted:
         self.close()
 
 
-def _sizes_of(said: Iterable[Any]) -> tuple[int, ...]:
-    found = tuple(said)
-    if wrong := [size for size in found if type(size) is not int or not 0 <= size < 2**63]:
+def _sizes_of(said: Any) -> tuple[int, ...]:
+    if not isinstance(said, list):
+        raise TypeError(f"{short(said)} is no list of sizes")
+    if wrong := [size for size in said if type(size) is not int or not 0 <= size < 2**63]:
         raise ValueError(f"{short(wrong[0])} is no size")
-    return found
+    return tuple(said)
 
 
 def _layout(shape: Any, dtype: Any) -> Layout:
