@@ -26,6 +26,7 @@ from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.open import open_weights
+from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.convert import Format, check_place, stored_dtype, writing
 from jaxinfer.engine.options import DType, check_options
 from jaxinfer.layers.linear import Linear
@@ -85,20 +86,21 @@ def calibrate(
     check_options({"dtype": dtype, "revision": revision})
     check_place(output, format)
     folder = resolve(model, revision)
-    config = dict(read_config(folder, REGISTRY))
+    config = read_config(folder, REGISTRY)
     tokenizer = load_tokenizer(folder)
-    plain = Model.from_config(config, "float32")
     encoded = (
         tokenizer.encode(text)
         if isinstance(text, str)
         else tokenizer.encode(tokenizer.chat_prompt(text, None, False), add_special_tokens=False)
         for text in texts
     )
-    sequences = _cut(encoded, min(max_length, plain.config.max_context), max_tokens)
     device = jax.local_devices()[0]
     with open_weights(folder) as checkpoint:
         if not isinstance(checkpoint, Checkpoint):
             raise ValueError(f"{folder}: was converted: give the original checkpoint")
+        config = as_stored(config, checkpoint)
+        plain = Model.from_config(config, "float32")
+        sequences = _cut(encoded, min(max_length, plain.config.max_context), max_tokens)
         kept = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
         target = Model.from_config(config, kept, scheme)
         layers = Layers(plain, device, sequences)

@@ -145,8 +145,11 @@ def named(what: str | None, load: LoadOptions) -> tuple[LoadOptions, Deployment 
 
 
 def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -> Mapping[str, Any]:
-    """The content of a config.json: the deployment's, or of the model's folder. Nothing is downloaded."""
+    """The content of a config.json: the deployment's, or of the model's folder, and as its weights are where there are
+    some. Nothing is downloaded."""
     from jaxinfer.checkpoint.files import read_config
+    from jaxinfer.checkpoint.open import open_weights
+    from jaxinfer.checkpoint.settle import as_stored
     from jaxinfer.engine.load import check_architecture
     from jaxinfer.models.registry import REGISTRY, parse_config
 
@@ -159,7 +162,11 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
         config = read_config(folder, REGISTRY)
         if said is not None:
             check_architecture(said, config, folder / "config.json")
-        return config
+        try:
+            with open_weights(folder) as weights:
+                return as_stored(config, weights)
+        except (OSError, ValueError):  # none are needed: then config.json is all that there is
+            return config
     assert deployment is not None
     try:
         parse_config(said)

@@ -23,6 +23,7 @@ from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
+from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.distributed import reported
 from jaxinfer.engine.buckets import Buckets
@@ -110,10 +111,11 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
     compiled = None
-    if given["compiled"] is not None:
-        compiled = open_folder(given["compiled"], config, devices, options, say)
-        given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
     with open_weights(folder) as checkpoint:
+        config = as_stored(config, checkpoint)
+        if given["compiled"] is not None:
+            compiled = open_folder(given["compiled"], config, devices, options, say)
+            given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
         if isinstance(checkpoint, Converted):
             checkpoint.check(given["quantization"])
         place = _place(shape, devices, given["mesh"])

@@ -9,8 +9,9 @@ checkpoint/quantized.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from re import Pattern
 from typing import Any
 
 from jaxinfer.quantization.patterns import compile_pattern
@@ -19,6 +20,8 @@ from jaxinfer.quantization.schemes import SCHEMES, Quantization, Scheme, check_q
 Fields = Mapping[str, Any]
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 OURS = "jaxinfer"  # the method of converted checkpoints
+_LEFT_OUT = ("modules_to_not_convert", "ignored_layers")
+_ONLY = ("modules_in_block_to_quantize", "inside_layer_modules")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,18 @@ def stored_quantization(config: Fields) -> Stored | None:
     return Stored(method, _READERS[method](said))
 
 
+def leaving(config: Fields, modules: Sequence[str]) -> dict[str, Any]:
+    """The config.json's content of a checkpoint that is quantized but for just these modules, whatever it said."""
+    field = next(n for n in QUANTIZATION_FIELDS if config.get(n) is not None)
+    said = dict(config[field])
+    if said["quant_method"] == "compressed-tensors":
+        said["ignore"] = [*_names(said, "ignore"), *modules]
+    else:
+        said = {name: value for name, value in said.items() if name not in (*_LEFT_OUT, *_ONLY)}
+        said[_LEFT_OUT[0]] = list(modules)
+    return {**config, field: said}
+
+
 def _compressed_tensors(said: Fields) -> Callable[[str, str], Format | None]:
     _one_of(said, "quantization_status", None, "compressed")
     _one_of(said, "kv_cache_scheme", None, remedy="; kv_cache_dtype quantizes the cache without it: remove the field")
@@ -187,7 +202,7 @@ def _gptq(said: Fields) -> Callable[[str, str], Format | None]:
     kind = _one_of(said, "checkpoint_format", None, "gptq", "gptq_v2")
     _one_of(said, "pack_dtype", None, "int32")
     _one_of(said, "dynamic", None, {})
-    blocks = said.get("modules_in_block_to_quantize") or said.get("inside_layer_modules")
+    blocks = next((said[name] for name in _ONLY if said.get(name)), None)
     only = [str(name) for block in blocks or () for name in ([block] if isinstance(block, str) else block)]
     # The first version stores zero points less one.
     found = Format(
@@ -198,7 +213,7 @@ def _gptq(said: Fields) -> Callable[[str, str], Format | None]:
         offset=0 if kind == "gptq_v2" else 1,
         ordered=not said.get("desc_act"),
     )
-    plain = [] if said.get("lm_head") else ["lm_head"]
+    plain = [*_left_out(said), *([] if said.get("lm_head") else ["lm_head"])]
     return _but(found, plain, lambda module: not only or any(f".{module}".endswith(f".{name}") for name in only))
 
 
@@ -206,7 +221,10 @@ def _awq(said: Fields) -> Callable[[str, str], Format | None]:
     bits = _one_of(said, "bits" if "bits" in said else "w_bit", 4)
     _one_of(said, "version", None, "gemm", "GEMM")
     size = _group_size(said, "group_size" if "group_size" in said else "q_group_size")
-    return _but(Format("awq", bits, columns=size, zeros=True), ["lm_head", *_names(said, "modules_to_not_convert")])
+    plain = ["lm_head", *_left_out(said)]
+    return _but(
+        Format("awq", bits, columns=size, zeros=True), plain, lambda module: not any(n in module for n in plain)
+    )
 
 
 def _fp8(said: Fields) -> Callable[[str, str], Format | None]:
@@ -217,7 +235,7 @@ def _fp8(said: Fields) -> Callable[[str, str], Format | None]:
     else:
         rows, columns = _block(said, "weight_block_size", "")
         found = Format("plain", 8, True, rows, columns, scale="weight_scale_inv", inputs=static)
-    return _but(found, ["lm_head", *_names(said, "modules_to_not_convert"), *_names(said, "ignored_layers")])
+    return _but(found, ["lm_head", *_left_out(said)])
 
 
 _READERS: dict[str, Callable[[Fields], Callable[[str, str], Format | None]]] = {
@@ -231,8 +249,30 @@ _READERS: dict[str, Callable[[Fields], Callable[[str, str], Format | None]]] = {
 def _but(
     found: Format, plain: list[str], wanted: Callable[[str], bool] = lambda _: True
 ) -> Callable[[str, str], Format | None]:
-    """All linears but those that have one of these names, or one of them in their path."""
-    return lambda module, _: None if any(f".{n}." in f".{module}." for n in plain) or not wanted(module) else found
+    """All linears but those that have one of these names, or one of them in their path, or as transformers has it at
+    the end of it, or as a regular expression that fits the beginning. vLLM's AWQ takes it anywhere."""
+    exact, patterns = frozenset(plain), [_pattern(name) for name in plain]
+
+    def left(module: str) -> bool:
+        return module in exact or any(
+            f".{name}." in f".{module}." or module.endswith(name) or (pattern and pattern.match(module))
+            for name, pattern in zip(plain, patterns, strict=True)
+        )
+
+    return lambda module, _: None if left(module) or not wanted(module) else found
+
+
+def _pattern(name: str) -> Pattern[str] | None:
+    """None where it is only a name: what would take for ever to match counts as one, too."""
+    try:
+        return compile_pattern(name)
+    except ValueError:
+        return None
+
+
+def _left_out(said: Fields) -> list[str]:
+    """Names of modules that are not quantized."""
+    return [name for field in _LEFT_OUT for name in _names(said, field)]
 
 
 def _matches(target: str, module: str, kind: str) -> bool:
