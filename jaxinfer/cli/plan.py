@@ -32,8 +32,13 @@ def plan(
         typer.Option(metavar="NAME", help="A TPU slice: v5e-8, v6e-4, v5p-8, v4-8, tpu7x-4 ...; or GPUs: h100-4."),
     ] = None,
     context: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens of each sequence, for the bounds of speed.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens of each sequence, for the bounds of speed; without it 1024, or as many as the model takes.",
+        ),
+    ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Rank slices and meshes, or the meshes of --topology, from shapes.")
     ] = False,
@@ -97,24 +102,28 @@ def plan(
 
 
 def _plan(
-    config: Mapping[str, Any], topology: str, context: int, options: EngineOptions, progress: Progress
+    config: Mapping[str, Any], topology: str, context: int | None, options: EngineOptions, progress: Progress
 ) -> dict[str, Any]:
+    from jaxinfer.models.registry import parse_config
     from jaxinfer.plan.compile import make_plan
-    from jaxinfer.plan.figures import figures
+    from jaxinfer.plan.figures import context_of, figures
     from jaxinfer.plan.places import find_place
 
+    context = context_of(parse_config(config)[1], context, options)  # refused before a minute of compiling
     progress(f"compiling for {topology}, which may take a minute")
     return figures(make_plan(config, find_place(topology), **options), context)
 
 
 def _sweep(
-    config: Mapping[str, Any], topology: str | None, context: int, as_json: bool, options: EngineOptions
+    config: Mapping[str, Any], topology: str | None, context: int | None, as_json: bool, options: EngineOptions
 ) -> None:
     from jaxinfer.cli.plan_tables import print_sweep
+    from jaxinfer.plan.figures import context_of
     from jaxinfer.plan.fit import DoesNotFit, model_of
     from jaxinfer.plan.sweep import places, sweep
 
     model = model_of(config, options.get("dtype", "auto"), quantization=options.get("quantization"))
+    context = context_of(model.config, context, options)
     found, refused = sweep(model, places() if topology is None else [topology], context, **options)
     if not found:
         raise DoesNotFit(f"none of {refused} meshes fits: a shorter max_model_len, or a smaller --context")

@@ -37,7 +37,7 @@ from jaxinfer.engine.programs import Programs, cache_layout, placed_params, plac
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
-from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, page_size, size_cache
+from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, device_bytes, page_size, size_cache
 from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
@@ -101,6 +101,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     if group is not None and group.taken:
         raise ValueError("there was an LLM in this program already: on several hosts it can have one")
     devices = _devices()
+    check_cache_memory(given["kv_cache_memory"], _memory())
     config = read_config(folder, REGISTRY)
     if given["architecture"] is not None:
         check_architecture(given["architecture"], config, folder / "config.json")
@@ -195,6 +196,7 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     """
     given = check_options(options)
     devices = _devices()
+    check_cache_memory(given["kv_cache_memory"], _memory())
     place = _place(Model.from_config(config, "float32").config, devices, given["mesh"])
     dtype = choose_dtype(given["dtype"], config, None, place)
     model = Model.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
@@ -319,13 +321,25 @@ def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack
 def _available_here(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float, weights: int) -> int:
     if given["kv_cache_memory"] is not None:
         return given["kv_cache_memory"]
-    device = jax.local_devices()[0]  # those of others don't say
     slots = device_bytes(placed_slots(model, place, limits(given, place)[0]))
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if not stats or "bytes_limit" not in stats:
-        return max(0, int(psutil.virtual_memory().total * CPU_SHARE) - slots)
+    stats = _memory_stats()
+    if stats is None:
+        return max(0, int(_memory() * CPU_SHARE) - slots)
     share = given["memory_utilization"] - RESERVE + slack
     return max(0, int(stats["bytes_limit"] * share) - stats["bytes_in_use"] - weights - slots)
+
+
+def _memory_stats() -> dict[str, int] | None:
+    """Of an accelerator of this host, if it says them: those of others don't."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats if stats and "bytes_limit" in stats else None
+
+
+def _memory() -> int:
+    """Bytes of a device's memory, or else of the machine's."""
+    stats = _memory_stats()
+    return int(psutil.virtual_memory().total if stats is None else stats["bytes_limit"])
 
 
 def _eos_token_ids(

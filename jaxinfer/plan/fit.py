@@ -101,9 +101,14 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     length = given["max_model_len"] or shape.max_context
     size = page_size(given["page_size"], where, rows, length)
     per_token = cache_layout(model, where, given["attention"], given["kv_cache_dtype"]).bytes_per_token
+    wanted, beside = given["kv_cache_memory"], max(place.chip.memory - weights - slots, 0)
+    if wanted is not None and wanted > beside:
+        raise DoesNotFit(
+            f"{place.name}: kv_cache_memory is {wanted:,}, and beside weights a chip has {beside:,} bytes: lower it, "
+            "or leave it out"
+        )
     try:
-        room = max(min(given["kv_cache_memory"] or available, available), 0)
-        programs, sizes = sized_programs(model, where, given, room)
+        programs, sizes = sized_programs(model, where, given, max(wanted or available, 0))
     except ValueError as error:
         if (given["max_model_len"] or 0) > shape.max_context:
             raise
