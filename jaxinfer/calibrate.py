@@ -83,7 +83,7 @@ def calibrate(
     start = time.perf_counter()
     output = os.fspath(output)
     wanted = check_method(scheme, method)
-    check_options({"dtype": dtype, "revision": revision})
+    dtype = check_options({"dtype": dtype, "revision": revision})["dtype"]
     check_place(output, format)
     folder = resolve(model, revision)
     config = read_config(folder, REGISTRY)

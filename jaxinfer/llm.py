@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self, TypeVar, Unpack
 
+from jaxinfer.aliases import takes
+from jaxinfer.aliases.sampling import CALL, SAMPLING
 from jaxinfer.engine.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine, EngineStats
@@ -20,6 +22,7 @@ from jaxinfer.engine.prompts import Prompt, prompt_ids, prompt_list
 from jaxinfer.engine.scoring import Scoring, encode_pair, encode_text, join_windows, prefix_token_id, rolling_windows
 from jaxinfer.engine.thread import AnyGroup, EngineThread, Submission
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -39,6 +42,9 @@ class Asked(NamedTuple):
     params: SamplingParams
     priority: int = 0
 
+
+# Arguments of calls that are other programs', or belong to SamplingParams.
+ARGUMENTS = CALL.meaning((*SamplingParams.__dataclass_fields__, *SAMPLING), "it belongs in SamplingParams")
 
 Text = str | Sequence[int]
 Scorable = Text | tuple[Text, Text]  # a text, or a prompt and its continuation
@@ -112,10 +118,18 @@ class LLM:
         """Seconds spent compiling (or fetching compiled programs from the cache) since loading."""
         return self.engine.runner.compile_seconds
 
+    def __repr__(self) -> str:
+        return f"<LLM {self.folder}: {self.description}>" if self._engine else f"<LLM {self.folder}: closed>"
+
+    def get_tokenizer(self) -> Tokenizer:
+        """`tokenizer`, as vLLM has it."""
+        return self.tokenizer
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json asks for; greedy unless it says `do_sample`."""
         return self._default_sampling_params()
 
+    @takes(ARGUMENTS)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -216,9 +230,15 @@ class LLM:
         *,
         tools: Sequence[Any] | None = None,
         use_tqdm: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
-        """Answers one conversation, a list of `{"role": ..., "content": ...}`, or each of several."""
+        """Answers one conversation, a list of `{"role": ..., "content": ...}`, or each of several.
+
+        The template gets `tools`, what is in chat_template_kwargs, and all further arguments; of these
+        `chat_template`, another one or the name of one of the checkpoint's, and `add_generation_prompt` are not for it.
+        """
+        template_kwargs = {**(chat_template_kwargs or {}), **ARGUMENTS.translated(template_kwargs, None)}
         one = not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
         prompts = [self.chat_prompt(c, tools, **template_kwargs) for c in conversations]

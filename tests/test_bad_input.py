@@ -396,7 +396,7 @@ def test_sampling_parameters(name):
 
 def test_unknown_sampling_parameters():
     assert "did you mean temperature?" in line(lambda: SamplingParams(temprature=0.5))
-    for name in ("best_of", "use_beam_search", "guided_json", "presence"):
+    for name in ("bes_of", "beams", "presence"):
         text = line(lambda name=name: jaxinfer.generate("x", model="/none", **{name: 1}))
         assert f"{name!r} is not supported" in text
         assert "top_p" in text

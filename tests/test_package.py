@@ -44,3 +44,10 @@ def test_only_the_package_is_installed():
 
 def test_version_is_the_distribution_s():
     assert metadata.version("jaxinfer") == jaxinfer.__version__
+
+
+def test_names_of_the_package():
+    """What is used is imported then, and is not among them."""
+    assert dir(jaxinfer) == sorted([*jaxinfer.__all__, "__version__"])
+    assert all(hasattr(jaxinfer, name) for name in dir(jaxinfer))
+    assert dir(jaxinfer) == sorted([*jaxinfer.__all__, "__version__"])

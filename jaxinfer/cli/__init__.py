@@ -57,6 +57,22 @@ def _jaxinfer(
         print(context.get_help())
 
 
+def _hints(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """What other programs' options on a command line are here, all of them. known: the command's own."""
+    from jaxinfer.aliases.loading import LOADING
+    from jaxinfer.aliases.sampling import SAMPLING
+
+    found = {}
+    for one in arguments:
+        option, name = one.partition("=")[0], one.partition("=")[0].removeprefix("--").replace("-", "_")
+        words = next((words for words in (SAMPLING, LOADING) if name in words), None)
+        if one.startswith("--") and words is not None and name not in known:
+            ours = words.same.get(name)
+            said = f"here it is --{ours.replace('_', '-')}" if ours and ours in known else words.word(name)
+            found[option] = f"{option}: {said}"
+    return list(found.values())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (default: the process's) and returns its exit code.
 
@@ -69,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "jaxinfer"
-        say_error(f"{error.format_message().rstrip('.')}; see {path} --help")  # type: ignore[attr-defined]
+        known = [parameter.name for parameter in context.command.params] if context else []
+        hints = "".join(f"; {hint}" for hint in _hints(sys.argv[1:] if arguments is None else arguments, known))
+        say_error(f"{error.format_message().rstrip('.')}{hints}; see {path} --help")  # type: ignore[attr-defined]
         return 2
     except BrokenPipeError:
         sys.stdout = None  # or Python tries once more to flush it, and complains

@@ -31,7 +31,7 @@ from jaxinfer.engine.compiled import Folder, open_folder
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.options import LoadOptions, check_options
+from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.programs import Programs, cache_layout, placed_params, placed_slots
 from jaxinfer.engine.runner import Runner
@@ -42,6 +42,7 @@ from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
+from jaxinfer.quantization.stored import asked_for
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, make_mesh
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
@@ -92,8 +93,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
 
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
     """
-    given = check_options(options)
     start = time.perf_counter()
+    given, options = check_options(options), dict(in_our_words(options))
     say = given["on_progress"] or (lambda _: None)
     folder = resolve(model, given["revision"], given["token"])
     enable_compile_cache()
@@ -114,6 +115,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     compiled = None
     with open_weights(folder) as checkpoint:
         config = as_stored(config, checkpoint)
+        given["quantization"] = options["quantization"] = asked_for(given["quantization"], config)
         if given["compiled"] is not None:
             compiled = open_folder(given["compiled"], config, devices, options, say)
             given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]

@@ -20,7 +20,7 @@ from jaxinfer.models.registry import parse_config
 from jaxinfer.models.weights import Source, WeightMap
 from jaxinfer.quantization.qarray import Axes, QArray, axes_of_scales
 from jaxinfer.quantization.schemes import NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
-from jaxinfer.quantization.stored import Format, Stored, converted_quantization, stored_quantization
+from jaxinfer.quantization.stored import Format, Stored, asked_for, converted_quantization, stored_quantization
 from jaxinfer.sharding import PADDED, counts, placed
 
 Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.layers.0.mlp.up_proj.weight"
@@ -70,7 +70,7 @@ class Model:
         axes: dict[str, Axes] = {}
         quantized: dict[str, Scheme] = {}
         stored: dict[str, Format] = {}
-        converted = converted_quantization(data)
+        quantization, converted = asked_for(quantization, data), converted_quantization(data)
         if converted is not None and quantization not in (None, converted):
             raise ValueError(f"quantization is {quantization!r}: the checkpoint was converted, to {converted!r}")
         quantization = quantization if converted is None else converted

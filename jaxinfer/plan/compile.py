@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import jax
 
 from jaxinfer.compile_cache import without_compile_cache
-from jaxinfer.engine.options import LoadOptions
+from jaxinfer.engine.options import LoadOptions, in_our_words
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.plan.collectives import Collectives, collectives
 from jaxinfer.plan.fit import DoesNotFit, Fit, fit, model_of
@@ -67,6 +67,7 @@ def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOpt
 
     dtype "auto": see model_of. Raises DoesNotFit, with what would fit.
     """
+    options = in_our_words(options)
     held = fit(model_of(config, options.get("dtype", "auto"), place, options.get("quantization")), place, **options)
     if not place.compiles:
         return Plan(held, ())

@@ -63,12 +63,22 @@ SCHEMES = {
     )
 }
 NONE = "none"
+# vLLM's names for what a checkpoint may be quantized by already, and what its config.json calls it.
+METHODS = {
+    "awq": "awq",
+    "awq_marlin": "awq",
+    "gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "fp8",
+}
 
 
 def check_quantization(quantization: object) -> None:
-    """Raises ValueError unless it is None, the name of a scheme, or names of schemes by pattern of weight names."""
+    """Raises ValueError unless it is None, the name of a scheme or of a checkpoint's method, or names of schemes by
+    pattern of weight names."""
     names = ", ".join(SCHEMES)
-    if quantization is None or (isinstance(quantization, str) and quantization in SCHEMES):
+    if quantization is None or (isinstance(quantization, str) and quantization in (*SCHEMES, *METHODS)):
         return
     if isinstance(quantization, Mapping) and quantization:
         for pattern, name in quantization.items():

@@ -15,7 +15,7 @@ from re import Pattern
 from typing import Any
 
 from jaxinfer.quantization.patterns import compile_pattern
-from jaxinfer.quantization.schemes import SCHEMES, Quantization, Scheme, check_quantization
+from jaxinfer.quantization.schemes import METHODS, SCHEMES, Quantization, Scheme, check_quantization
 
 Fields = Mapping[str, Any]
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
@@ -93,6 +93,23 @@ def converted_quantization(config: Fields) -> Quantization | None:
     except ValueError as error:
         raise ValueError(f"config.json: quantization_config: {error}") from None
     return found
+
+
+def asked_for(quantization: Quantization | None, config: Fields) -> Quantization | None:
+    """What weights are to be quantized by, of which vLLM also has the checkpoint's own method: that changes nothing.
+    Raises ValueError for the method of another checkpoint."""
+    if not isinstance(quantization, str) or quantization not in METHODS:
+        return quantization
+    said = next((config[n] for n in QUANTIZATION_FIELDS if isinstance(config.get(n), Mapping)), None)
+    method = said.get("quant_method") if said else None
+    if method == METHODS[quantization]:
+        return None
+    if quantization in SCHEMES:
+        return quantization
+    raise ValueError(
+        f"quantization is {quantization!r}: the checkpoint's own is {method!r}: leave it out, or take one of "
+        f"{', '.join(SCHEMES)} for weights that are in floats"
+    )
 
 
 def stored_quantization(config: Fields) -> Stored | None:
