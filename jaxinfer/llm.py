@@ -119,7 +119,7 @@ class LLM:
         return self.engine.runner.compile_seconds
 
     def __repr__(self) -> str:
-        return f"<LLM {self.folder}: {self.description}>" if self._engine else f"<LLM {self.folder}: closed>"
+        return f"<LLM {self.folder}: {self.description}>"
 
     def get_tokenizer(self) -> Tokenizer:
         """`tokenizer`, as vLLM has it."""
