@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
-from jaxinfer.batch.parts import Output
+from jaxinfer.batch.parts import Format, Output
 
 FORMAT = 1
 # Who reads a folder of Parquet files leaves out names that begin with an underscore.
@@ -120,6 +120,8 @@ def read_manifest(output: Output, path: str) -> Manifest:
             raise ValueError("of another version of jaxinfer")
         manifest = Manifest(**content)
         manifest.check_file()
+        if manifest.job.get("format", output.format) not in get_args(Format):  # it becomes a part of names
+            raise ValueError(f"format is {manifest.job['format']!r}")
         return manifest
     except FileNotFoundError:
         raise

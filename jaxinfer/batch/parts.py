@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import IO, Literal, get_args
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from jaxinfer.places import locate
 
 Format = Literal["jsonl", "parquet"]
 
@@ -27,10 +28,7 @@ class Output:
 
     def __init__(self, output: str, format: Format | None = None):
         self.name = output.rstrip("/") or output
-        try:
-            self.fs, path = fsspec.core.url_to_fs(self.name)
-        except (ValueError, ImportError) as error:
-            raise ValueError(f"output {output}: {error}") from None
+        self.fs, path = locate(self.name, "output")
         suffix = os.path.splitext(path)[1].removeprefix(".")
         self.file: str | None = path if suffix in get_args(Format) else None
         if self.file and format not in (None, suffix):
@@ -67,6 +65,9 @@ class Output:
     def make(self) -> None:
         with writing(self.folder):
             self.fs.makedirs(self.folder, exist_ok=True)
+            if self.file and self.local:  # the longest name of all, which is written at the end: too long shows now
+                with contextlib.suppress(FileNotFoundError):
+                    os.lstat(temporary_name(f"{self.file}.manifest.json"))
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
