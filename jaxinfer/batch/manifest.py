@@ -72,8 +72,10 @@ class Manifest:
 
     def check_file(self) -> None:
         """Raises ValueError for fields of a file that can't be, or not beside each other."""
-        if not isinstance(self.job, dict) or not isinstance(self.job["format"], str):
+        if not isinstance(self.job, dict):
             raise ValueError(f"job is {self.job!r:.80}")
+        if self.job["format"] not in get_args(Format):  # it ends the names of parts
+            raise ValueError(f"format is {self.job['format']!r:.80}")
         names = ("shard", "parts", "rows", "errors", "prompt_tokens", "generated_tokens")
         counts: dict[str, tuple[Any, int]] = {name: (getattr(self, name), 0) for name in names}
         counts |= {"shards": (self.shards, 1), "rows_per_part": (self.job["rows_per_part"], 1)}
@@ -120,8 +122,6 @@ def read_manifest(output: Output, path: str) -> Manifest:
             raise ValueError("of another version of jaxinfer")
         manifest = Manifest(**content)
         manifest.check_file()
-        if manifest.job.get("format", output.format) not in get_args(Format):  # it becomes a part of names
-            raise ValueError(f"format is {manifest.job['format']!r}")
         return manifest
     except FileNotFoundError:
         raise

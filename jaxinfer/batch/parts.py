@@ -14,7 +14,7 @@ from typing import IO, Literal, get_args
 
 from fsspec.implementations.local import LocalFileSystem
 
-from jaxinfer.places import locate
+from jaxinfer.places import check_new, locate
 
 Format = Literal["jsonl", "parquet"]
 
@@ -62,12 +62,18 @@ class Output:
         found = (re.fullmatch(rf"part-(\d{{5,}})\.{self.format}", name) for name in self.names())
         return {int(one[1]) for one in found if one}
 
+    def check(self) -> None:
+        """Raises ValueError if it is not there and can't be made, which is tried."""
+        if self.local and not os.path.exists(self.folder):
+            check_new(self.folder, f"output {self.name}")
+            if self.file and not os.path.exists(self.file):
+                check_new(self.file, f"output {self.name}")
+                # The longest name of all is written at the end.
+                check_new(temporary_name(f"{self.file}.manifest.json"), f"output {self.name}")
+
     def make(self) -> None:
         with writing(self.folder):
             self.fs.makedirs(self.folder, exist_ok=True)
-            if self.file and self.local:  # the longest name of all, which is written at the end: too long shows now
-                with contextlib.suppress(FileNotFoundError):
-                    os.lstat(temporary_name(f"{self.file}.manifest.json"))
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
