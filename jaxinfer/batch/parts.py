@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import IO, Literal, get_args
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from jaxinfer.places import check_new, locate
 
 Format = Literal["jsonl", "parquet"]
 
@@ -27,10 +28,7 @@ class Output:
 
     def __init__(self, output: str, format: Format | None = None):
         self.name = output.rstrip("/") or output
-        try:
-            self.fs, path = fsspec.core.url_to_fs(self.name)
-        except (ValueError, ImportError) as error:
-            raise ValueError(f"output {output}: {error}") from None
+        self.fs, path = locate(self.name, "output")
         suffix = os.path.splitext(path)[1].removeprefix(".")
         self.file: str | None = path if suffix in get_args(Format) else None
         if self.file and format not in (None, suffix):
@@ -63,6 +61,15 @@ class Output:
         """The parts that are there."""
         found = (re.fullmatch(rf"part-(\d{{5,}})\.{self.format}", name) for name in self.names())
         return {int(one[1]) for one in found if one}
+
+    def check(self) -> None:
+        """Raises ValueError if it is not there and can't be made, which is tried."""
+        if self.local and not os.path.exists(self.folder):
+            check_new(self.folder, f"output {self.name}")
+            if self.file and not os.path.exists(self.file):
+                check_new(self.file, f"output {self.name}")
+                # The longest name of all is written at the end.
+                check_new(temporary_name(f"{self.file}.manifest.json"), f"output {self.name}")
 
     def make(self) -> None:
         with writing(self.folder):

@@ -109,6 +109,8 @@ def batch(
     Rows: {"prompt"}, {"messages"}, {"text"} or {"prompt", "continuation"}, each with "params" if it has its own, or
     OpenAI batch lines; in .jsonl, .csv, .txt (also .gz, .zst) and .parquet. A JSON summary is printed at the end.
     """
+    from jaxinfer.places import check_kept
+
     verbosity.apply().hide()
     if merge:
         if output.output is not None:
@@ -119,6 +121,7 @@ def batch(
         return
     if output.output is None:
         raise ValueError("--output is missing: a folder, or a file *.jsonl or *.parquet")
+    check_kept(output.output, "output")
     changes = sampling.given
     model, options = load.loading(**dataclasses.asdict(batching), seed=changes.pop("seed", None))
     if logprobs is not None:

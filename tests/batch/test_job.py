@@ -454,3 +454,13 @@ def test_rows_that_were_generated_can_be_scored(job, rows_file, tmp_path):
     right, wrong = read_rows(tmp_path / "out")
     assert right["error"] is None
     assert "has a column 'error'" in wrong["error"]
+
+
+def test_odd_names(demo, rows_file, tmp_path, monkeypatch):
+    """Of outputs, which are inputs then."""
+    monkeypatch.chdir(tmp_path)
+    source = rows_file([{"prompt": "1 + 1"}] * 3)
+    for name in ("run[1]", "x/.", "y[2].jsonl"):
+        for _ in range(2):
+            assert run(source, name, model=demo, sampling_params={"max_tokens": 1}).rows == 3
+        source = name
