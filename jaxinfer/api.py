@@ -13,6 +13,7 @@ from jaxinfer.aliases.loading import LOADING
 from jaxinfer.aliases.sampling import SAMPLING
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.engine.options import LoadOptions
+from jaxinfer.engine.outputs import RequestOutput
 from jaxinfer.engine.prompts import Prompt, is_single_prompt
 from jaxinfer.llm import LLM, Message
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
@@ -43,7 +44,7 @@ def generate(prompts: Any, model: str | os.PathLike[str] | None = None, **option
     Raises ValueError or OSError with one line: what is wrong, where, what to do.
     """
     with _prepared(model, options) as (llm, params):
-        texts = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+        texts = [_text(output) for output in llm.generate(prompts, params, use_tqdm=False)]
     return texts[0] if is_single_prompt(prompts) else texts
 
 
@@ -61,7 +62,7 @@ def chat(messages: Sequence[Message], model: str | os.PathLike[str] | None = Non
     """
     template = {name: options.pop(name) for name in _TEMPLATE if name in options}
     with _prepared(model, options) as (llm, params):
-        return llm.chat(messages, params, use_tqdm=False, **template)[0].outputs[0].text
+        return _text(llm.chat(messages, params, use_tqdm=False, **template)[0])
 
 
 def unload() -> None:
@@ -69,6 +70,12 @@ def unload() -> None:
     stream that is not at its end then ends with an error."""
     with _changed:
         _unload()
+
+
+def _text(output: RequestOutput) -> str:
+    if output.error is not None:
+        raise ValueError(output.error)
+    return output.outputs[0].text
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import os
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self, TypeVar, Unpack
+from typing import Any, NamedTuple, NoReturn, Self, TypeVar, Unpack, cast
 
 from jaxinfer.aliases import takes
 from jaxinfer.aliases.sampling import CALL, SAMPLING
@@ -19,8 +19,17 @@ from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput, error_output, score_error
 from jaxinfer.engine.prompts import Prompt, prompt_ids, prompt_list
-from jaxinfer.engine.scoring import Scoring, encode_pair, encode_text, join_windows, prefix_token_id, rolling_windows
+from jaxinfer.engine.scoring import (
+    Scoring,
+    encode_pair,
+    encode_text,
+    join_windows,
+    prefix_token_id,
+    rolling_windows,
+    text_ids,
+)
 from jaxinfer.engine.thread import AnyGroup, EngineThread, Submission
+from jaxinfer.sampling.ids import are_ids
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.text.tokenizer import Tokenizer
 
@@ -183,8 +192,18 @@ class LLM:
         return self._run(asked(), on_error, in_order)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """The text of one prompt in pieces, as it comes: whole characters, in all exactly `generate`'s text."""
-        return (piece for piece, _ in self.stream_output(prompt, sampling_params) if piece)
+        """The text of one prompt in pieces, as it comes: whole characters, in all exactly `generate`'s text. Raises
+        ValueError where that has an `error`."""
+        outputs = self.stream_output(prompt, sampling_params)
+
+        def pieces() -> Iterator[str]:
+            for piece, output in outputs:
+                if piece:
+                    yield piece
+                if output.error is not None:
+                    raise ValueError(output.error)
+
+        return pieces()
 
     def stream_output(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -286,8 +305,11 @@ class LLM:
         listed: list[Any] = prompt_list(texts)
         first = prefix_token_id(self.tokenizer)
         for i, text in enumerate(listed):
-            ids = self.tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else text
-            if len(ids) == 0:
+            try:
+                ids = text_ids(text, self.tokenizer, add_special_tokens=False)
+            except ValueError as error:
+                raise ValueError(f"text {i}: {error}") from None
+            if not ids:
                 raise ValueError(f"text {i} is empty: there is nothing to score")
             start = len(asked)
             pairs = rolling_windows(ids, first, self.sizes.max_model_len)
@@ -381,12 +403,11 @@ class LLM:
         scorable = asked.scorable
         if isinstance(scorable, Pair):
             return scorable
-        # A tuple of integers is a text.
-        if isinstance(scorable, tuple) and len(scorable) == 2 and not isinstance(scorable[0], int):
-            prompt, scored = scorable
+        if isinstance(scorable, tuple) and len(scorable) == 2 and not are_ids(scorable):
+            prompt, scored = cast(tuple[Text, Text], scorable)
             ids = encode_pair(prompt, scored, self.tokenizer)
         else:
-            scored = scorable
+            scored = cast(Text, scorable)
             ids = encode_text(scored, self.tokenizer)
         return Pair(scored if isinstance(scored, str) else None, *ids)
 

@@ -23,6 +23,7 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
+from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
 from jaxinfer.engine.scoring import Pair, prefix_token_id, rolling_windows
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
@@ -146,6 +147,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         outputs = self.llm.score(
             [given for given, _ in pairs], [scored for _, scored in pairs], use_tqdm=not disable_tqdm
         )
+        _check(outputs)
         answers = [(output.logprob, output.is_greedy) for output in outputs]
         for (asked, _, _), answer in zip(requests, answers, strict=True):
             if asked is not None:
@@ -176,6 +178,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
             params.append(asked)
             stops.append(stop)
         outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
+        _check(outputs)
         texts = [
             postprocess_generated_text(tokenizer.decode(output.outputs[0].token_ids), stop, None)
             for output, stop in zip(outputs, stops, strict=True)
@@ -202,3 +205,10 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         fixed = {"max_tokens": new, "stop": stop, "skip_special_tokens": False}
         params = self.llm.get_default_sampling_params()
         return params.with_changes(**{"temperature": 0.0} | wanted | fixed), stop
+
+
+def _check(outputs: Sequence[RequestOutput | ScoreOutput]) -> None:
+    """A model that computes no numbers has no place in a table of results. Raises ValueError."""
+    for output in outputs:
+        if output.error is not None:
+            raise ValueError(f"request {output.index}: {output.error}")

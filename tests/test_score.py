@@ -172,3 +172,36 @@ def test_where_prompt_and_continuation_meet(llm):
     assert encode_pair("  ", "two", tokenizer)[0] == first
     whole = tokenizer.encode("one two")
     assert encode_text("one two", tokenizer) == (whole[:1], whole[1:])
+
+
+@pytest.mark.parametrize("bad", [[1.7, 2.2], ["3", "4"], [True, 3], [None, 3], [np.float32(3), 4], b"hi"], ids=repr)
+def test_what_is_no_token_id_is_none_anywhere(llm, bad):
+    prompt = {"prompt_token_ids": bad}
+    for call in (
+        lambda: llm.generate(prompt),
+        lambda: llm.stream(prompt),
+        lambda: llm.beam_search(prompt, beam_width=2, max_tokens=2),
+        lambda: llm.score([bad]),
+        lambda: llm.score([bad], [[3]]),
+        lambda: llm.score([[3]], [bad]),
+        lambda: llm.loglikelihood_rolling([bad]),
+    ):
+        with pytest.raises(ValueError, match="a list of token ids, not"):
+            call()
+    items = ["ab", bad, (bad, [3]), ([3], bad), (None, " a"), None, 5, {"prompt": "a b"}, "cd"]
+    outputs = list(llm.score_iter(items, on_error="return", in_order=True))
+    assert [output.error is None for output in outputs] == [True, *[False] * 7, True]
+    with pytest.raises(ValueError, match=r"^text 1: a text must be a string or a list of token ids, not "):
+        list(llm.score_iter(["ab", bad]))
+
+
+def test_ids_may_be_numpys(llm):
+    given = ids(12)
+    params = SamplingParams(temperature=0.0, max_tokens=3)
+    for some in (np.array(given), np.array(given, np.uint16), list(np.array(given)), tuple(given)):
+        assert llm.generate({"prompt_token_ids": some}, params)[0].prompt_token_ids == given
+        assert llm.score([some])[0].token_ids == given[1:]
+        assert llm.score([some], [some])[0].token_ids == given
+    two = tuple(np.array(given[:2]))  # a text, and no pair of prompt and continuation
+    (output,) = llm.score_iter([two])
+    assert output.token_ids == given[1:2]

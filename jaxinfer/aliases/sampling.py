@@ -19,7 +19,7 @@ def _do_sample(value: Any, given: Given) -> dict[str, Any]:
 
 BEAMS = "LLM.beam_search(prompts, beam_width=...) has beams"
 RANKS = "logprobs=20 has the likeliest tokens with their log-probabilities, and RequestOutput all that is known"
-NOT_SAMPLED = "temperature, top_p, top_k, min_p and the penalties are there"
+NOT_SAMPLED = "temperature, top_p, top_k, min_p, typical_p and the penalties are there"
 STREAM = "LLM.stream gives text as it comes"
 
 SAMPLING = Words(
@@ -42,19 +42,16 @@ SAMPLING = Words(
             "use_beam_search num_beams num_beam_groups diversity_penalty length_penalty early_stopping "
             "constraints force_words_ids": BEAMS,
             "max_length": "max_tokens counts new tokens alone",
-            "min_length": "min_tokens counts new tokens alone",
             "max_time": "max_tokens is the only limit",
             "guided_decoding structured_outputs guided_json guided_regex guided_choice guided_grammar "
             "response_format": GRAMMAR,
             "logits_processors logits_processor sequence_bias prefix_allowed_tokens_fn sampler": "logit_bias, "
             "allowed_token_ids and bad_words are there",
-            "bad_words_ids": "here it is bad_words, as text",
-            "suppress_tokens begin_suppress_tokens": "logit_bias with -1e9 excludes a token",
-            "forced_bos_token_id forced_eos_token_id decoder_start_token_id": "a prompt of token ids ends as it is to",
-            "no_repeat_ngram_size encoder_no_repeat_ngram_size encoder_repetition_penalty "
-            "exponential_decay_length_penalty repetition_context_size repetition_detection": "repetition_penalty, "
-            "presence_penalty and frequency_penalty are there",
-            "typical_p epsilon_cutoff eta_cutoff top_h penalty_alpha dola_layers guidance_scale xtc_probability "
+            "decoder_start_token_id": "a prompt of token ids ends as it is to",
+            "encoder_no_repeat_ngram_size encoder_repetition_penalty repetition_context_size "
+            "repetition_detection": "no_repeat_ngram_size, repetition_penalty, presence_penalty and frequency_penalty "
+            "are there",
+            "top_h penalty_alpha dola_layers guidance_scale xtc_probability "
             "xtc_threshold xtc_special_tokens min_tokens_to_keep watermarking_config renormalize_logits low_memory "
             "token_healing negative_prompt_ids negative_prompt_attention_mask custom_generate": NOT_SAMPLED,
             "remove_invalid_values": "logits that are not numbers are no choice: leave it out",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.batch.values import json_value, parse_json
+from jaxinfer.sampling.ids import is_id
 from jaxinfer.text.messages import normalize_messages
 
 FORMS = ("prompt", "messages", "text", "prompt_token_ids")
@@ -44,7 +45,7 @@ def token_ids(name: str, value: Any) -> list[int]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} must be a list of token ids, and is {kind(value)}{' without any' * (value == [])}")
     for i, token in enumerate(value):
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+        if not is_id(token) or not 0 <= token < 2**31:
             raise ValueError(f"{name}[{i}] is {token!r:.40}, and no token id")
     return value
 

@@ -111,9 +111,11 @@ class Conversation:
         said: list[str] = []
 
         def noted(outputs: Iterator[tuple[str, RequestOutput]]) -> Iterator[str]:
-            for piece, _ in outputs:
+            for piece, output in outputs:
                 said.append(piece)
                 yield piece
+                if output.error is not None:
+                    raise ValueError(output.error)
 
         try:
             stream: Any = self._llm.stream_output(self._llm.chat_prompt(messages, **self._template), self._params)

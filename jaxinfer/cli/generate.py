@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxinfer.cli.bench import BatchingOptions
-from jaxinfer.cli.console import Progress, print_pieces, title
+from jaxinfer.cli.console import Progress, print_pieces, say_error, title
 from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import CHAT_TEMPLATE, JSON, LoadOptions, SamplingOptions, Verbosity, grouped
 from jaxinfer.cli.options import chat_template as read_chat_template
@@ -126,8 +126,12 @@ def _trace(folder: str | None) -> contextlib.AbstractContextManager[Any]:
 def _print_outputs(
     llm: LLM, texts: list[str], prompts: list[Prompt], params: SamplingParams, as_json: bool, progress: Progress
 ) -> None:
+    errors = 0
     for i, output in enumerate(llm.generate_iter(prompts, params, in_order=True)):
         progress.hide()
+        if output.error is not None:
+            errors += 1
+            say_error(f"prompt {output.index}: {output.error}")
         for one in output.outputs:
             if as_json:
                 print(json.dumps(_record(llm, texts[i], output, one)), flush=True)
@@ -137,6 +141,8 @@ def _print_outputs(
             print(f"{separation}==> {title(texts[i])}{which} <==\n{one.text}", flush=True)
         if i + 1 < len(texts):
             progress(f"generating, {i + 1} of {len(texts)} are done")
+    if errors:
+        raise typer.Exit(1)
 
 
 def _record(llm: LLM, prompt: str, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
@@ -149,6 +155,7 @@ def _record(llm: LLM, prompt: str, output: RequestOutput, completion: Completion
         "finish_reason": completion.finish_reason,
         **({"index": completion.index} if len(output.outputs) > 1 else {}),
         **({} if completion.logprobs is None else {"logprobs": [_likeliest(step) for step in completion.logprobs]}),
+        **({} if output.error is None else {"error": output.error}),
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,

@@ -97,7 +97,7 @@ def _scored(llm: LLM, rows: Iterator[Row]) -> Iterator[tuple[Row, ScoreOutput | 
             row = read.popleft()
             yield row, str(row.error)
         row = read.popleft()
-        yield row, output if output.error is None else f"{row.where}: {output.error}"
+        yield row, _or_error(row, output)
     yield from ((row, str(row.error)) for row in read)
 
 
@@ -112,7 +112,11 @@ def _rolling(llm: LLM, rows: Iterator[Row]) -> Iterator[tuple[Row, ScoreOutput |
             if row.ask is None:
                 yield row, str(row.error)
             else:
-                yield row, next(outputs) if row.ask.prompt else f"{row.where}: the text is empty"
+                yield row, _or_error(row, next(outputs)) if row.ask.prompt else f"{row.where}: the text is empty"
+
+
+def _or_error(row: Row, output: ScoreOutput) -> ScoreOutput | str:
+    return output if output.error is None else f"{row.where}: {output.error}"
 
 
 def _record(output: ScoreOutput) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from typing import NamedTuple
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import FinishReason
 from jaxinfer.engine.thread import EngineThread
+from jaxinfer.sampling.ids import is_id
 from jaxinfer.sampling.params import MAX_LOGPROBS, SamplingParams
+
+MAX_LENGTH_PENALTY = 32  # either way: no length to this power is too large, or too small, to divide by
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,12 @@ class BeamSearchSequence:
 
 @dataclass(frozen=True)
 class BeamSearchOutput:
-    """A prompt (None where ids were given) with its continuations, best first."""
+    """A prompt (None where ids were given) with its continuations, best first. error: why there are none."""
 
     prompt: str | None
     prompt_token_ids: list[int]
     sequences: list[BeamSearchSequence]
+    error: str | None = None
 
 
 class Beam(NamedTuple):
@@ -50,6 +54,7 @@ class Search:
     beams: list[Beam] = field(default_factory=lambda: [Beam([], 0.0)])
     finished: list[tuple[float, Beam]] = field(default_factory=list)
     done: bool = False
+    error: str | None = None
 
 
 def beam_search(
@@ -62,18 +67,25 @@ def beam_search(
 ) -> list[BeamSearchOutput]:
     """The `beam_width` best continuations of each prompt (text or None, and ids), of at most `max_tokens` tokens.
 
-    length_penalty: above 0 prefers longer ones. Raises ValueError for widths that need more candidates than there are
-    log-probabilities, and for what `Engine.add` refuses.
+    length_penalty: from -32 to 32; above 0 prefers longer ones. Raises ValueError for widths that need more candidates
+    than there are log-probabilities, and for what `Engine.add` refuses.
     """
     engine = thread.engine
     eos = frozenset(() if ignore_eos else engine.eos_token_ids)
     # So many that enough go on even if all that can end do.
-    candidates = max(2, 1 + len(eos)) * beam_width
-    if not isinstance(beam_width, int) or beam_width < 1 or candidates > MAX_LOGPROBS:
-        widest = MAX_LOGPROBS // max(2, 1 + len(eos))
-        raise ValueError(f"beam_width is {beam_width}: it must be from 1 to {widest} with {len(eos)} EOS ids")
-    if not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}: it must be an integer of at least 1")
+    each = max(2, 1 + len(eos))
+    widest = MAX_LOGPROBS // each
+    if not is_id(beam_width) or not 1 <= beam_width <= widest:
+        raise ValueError(f"beam_width is {beam_width!r:.60}: it must be from 1 to {widest} with {len(eos)} EOS ids")
+    candidates = each * beam_width
+    if not is_id(max_tokens) or max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens!r:.60}: it must be an integer of at least 1")
+    number = isinstance(length_penalty, int | float) and not isinstance(length_penalty, bool)
+    if not number or not abs(length_penalty) <= MAX_LENGTH_PENALTY:
+        most = f"it must be a number from -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}"
+        raise ValueError(f"length_penalty is {length_penalty!r:.60}: {most}")
+    if not isinstance(ignore_eos, bool):
+        raise ValueError(f"ignore_eos is {ignore_eos!r:.60}: it must be True or False")
     longest = max((len(ids) for _, ids in prompts), default=0)
     if longest + max_tokens > engine.max_model_len:
         raise ValueError(
@@ -89,21 +101,28 @@ def beam_search(
         if not open_searches:
             break
         for search, options in zip(open_searches, _next_tokens(thread, open_searches, params), strict=True):
+            if search.error is not None:
+                search.done, search.finished = True, []
+                continue
             options.sort(key=lambda beam: -beam.logprob)
             _advance(search, options[:candidates], beam_width, eos, step == max_tokens, length_penalty)
     return [
-        BeamSearchOutput(text, ids, [_sequence(engine, score, beam, eos) for score, beam in search.finished])
+        BeamSearchOutput(
+            text, ids, [_sequence(engine, score, beam, eos) for score, beam in search.finished], search.error
+        )
         for (text, ids), search in zip(prompts, searches, strict=True)
     ]
 
 
 def _next_tokens(thread: EngineThread, searches: Sequence[Search], params: SamplingParams) -> list[list[Beam]]:
-    """Every beam of every search with each of its likeliest next tokens."""
+    """Every beam of every search with each of its likeliest next tokens. What fails is noted in its search."""
     asked = [
         [(beam, thread.engine.new_group(search.prompt + beam.token_ids, params)) for beam in search.beams]
         for search in searches
     ]
     thread.complete([group for beams in asked for _, group in beams])
+    for search, beams in zip(searches, asked, strict=True):
+        search.error = next((error for _, group in beams if (error := group.members[0].error) is not None), None)
     return [
         [
             Beam([*beam.token_ids, token], beam.logprob + logprob.logprob)

@@ -7,11 +7,11 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxinfer.engine.bad_words import BadWords
+from jaxinfer.engine.exclusions import check_some_left, exclusions
 from jaxinfer.engine.generation import Generation, Group
 from jaxinfer.engine.request import FinishReason, Request
 from jaxinfer.engine.runner import Launched, Runner
@@ -127,7 +127,7 @@ class Engine:
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise ValueError(f"priority is {priority!r:.100}: it must be an integer")
         length = len(prompt_token_ids)
-        bad_words = BadWords(params.bad_words, self.tokenizer) if params.bad_words else None
+        excluded = exclusions(params, self.tokenizer, self.eos_token_ids, length)
         # The first one's log-probabilities of the prompt are everyone's.
         later = dataclasses.replace(params, prompt_logprobs=None) if params.n > 1 else params
         first_id = self._new_ids(params.n)
@@ -144,7 +144,7 @@ class Engine:
                 limit=self._limit(length, params),
                 priority=priority,
                 scored_from=1 if params.prompt_logprobs is not None and not index else None,
-                bad_words=bad_words,
+                exclusions=excluded.anew() if excluded is not None else None,
             )
             members.append(Generation(request, self.tokenizer, index))
         return Group(prompt, members)
@@ -212,8 +212,8 @@ class Engine:
                 f"the prompt has {length} tokens: with max_model_len {self.max_model_len} it may have at most "
                 f"{self.max_model_len - 1}; shorten it or raise max_model_len"
             )
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            self._check_ids(f"sampling parameter {name}", getattr(params, name) or ())
+        for name, ids in params.named_ids():
+            self._check_ids(f"sampling parameter {name}", ids)
         eos = () if params.ignore_eos else self.eos_token_ids
         stop_ids = tuple(dict.fromkeys([*eos, *(params.stop_token_ids or ())]))
         if len(stop_ids) > MAX_STOP_IDS:
@@ -221,6 +221,8 @@ class Engine:
                 f"stop_token_ids {list(params.stop_token_ids or ())} and the checkpoint's EOS ids are {len(stop_ids)} "
                 f"ids: at most {MAX_STOP_IDS} are supported; use stop strings for the rest"
             )
+        excluded = exclusions(params, self.tokenizer, self.eos_token_ids, length)
+        check_some_left(params, excluded.always if excluded else (), stop_ids, length, self.vocab_size)
         self.scheduler.check(self._limit(length, params))
         return stop_ids
 
@@ -272,10 +274,9 @@ class Engine:
             return self._next_id - count
 
     def _step(self, max_seconds: float | None) -> list[Generation | Scoring]:
-        words = (request.bad_words for request in self.scheduler.running)
-        exact = any(w is not None and w.sequences for w in words)
+        exact = any(r.exclusions is not None and r.exclusions.follows for r in self.scheduler.running)
         if not exact or not self._in_flight:
-            # Preempting, or looking for the beginnings of bad words, needs all tokens to be known.
+            # Preempting, or excluding what may not follow the tokens so far, needs all of them to be known.
             schedules = self.scheduler.schedule(1 if exact else self._max_steps(max_seconds), not self._in_flight)
             if any(schedule.requests for schedule in schedules):
                 self._prepare_slots(schedules)
@@ -300,14 +301,16 @@ class Engine:
     def _prepare_slots(self, schedules: list[Schedule]) -> None:
         for request in (request for schedule in schedules for request in schedule.requests):
             params = request.params
-            bad_words = request.bad_words
+            excluded = request.exclusions
             # All that a sequence leaves in its slot is cleared when the next one begins there.
             begins = (params.has_penalties or params.has_masks) and not request.prepared
-            if begins or (bad_words is not None and bad_words.sequences and request.decoding):
-                forbidden = bad_words.forbidden(request.output_token_ids) if bad_words is not None else []
-                masks = Masks.of(self.vocab_size, params.allowed_token_ids, forbidden, params.logit_bias)
-                self.runner.prepare(request, masks, clear=begins)
-                request.prepared = True
+            if begins or (excluded is not None and excluded.follows and request.decoding):
+                forbidden = frozenset(excluded.forbidden(request.tokens)) if excluded is not None else frozenset()
+                if begins or forbidden != request.forbidden:
+                    not_first = params.begin_suppress_tokens or ()
+                    masks = Masks.of(self.vocab_size, params.allowed_token_ids, forbidden, params.logit_bias, not_first)
+                    self.runner.prepare(request, masks, clear=begins)
+                    request.prepared, request.forbidden = True, forbidden
 
     def _take_in(self, call: Call) -> list[Generation | Scoring]:
         result = call.launched.wait()
@@ -374,7 +377,7 @@ class Engine:
             return self.max_model_len
         return min(prompt_length + params.max_tokens, self.max_model_len)
 
-    def _check_ids(self, where: str, ids: Sequence[int]) -> None:
+    def _check_ids(self, where: str, ids: Iterable[int]) -> None:
         vocab = self.vocab_size
         for i in ids:
             if not 0 <= i < vocab:

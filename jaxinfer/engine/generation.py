@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
 from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxinfer.engine.request import FinishReason, Request
-from jaxinfer.sampling.sample import Logprobs
+from jaxinfer.sampling.sample import NONE_LEFT, Logprobs
 from jaxinfer.text.detokenize import Detokenizer
 from jaxinfer.text.stop import StopStrings
 from jaxinfer.text.tokenizer import Tokenizer
@@ -22,10 +23,12 @@ class Generation:
         self.request = request
         self.index = index
         self.stop_reason: int | str | None = None
+        self.error: str | None = None
         self.text = ""
         self.prompt_logprobs: list[Ranked | None] = [None]
         params = request.params
         self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if params.detokenize else None
+        self._least = params.least(request.prompt_length)
         self._stops = StopStrings(params.stop_strings, params.include_stop_str_in_output)
         self._token_text = tokenizer.token_text
         self._logprobs: list[Ranked] = []
@@ -44,20 +47,24 @@ class Generation:
         self._first = self._first or time.perf_counter()
         text: list[str] = []
         for step, token in enumerate(tokens):
+            if token < 0 or self.error is not None:
+                self.error = self.error or self._why_none(token)
+                request.finish_reason = "error"
+                break
             request.tokens.append(token)
             if params.logprobs is not None and logprobs is not None:
                 ranked = self._ranked(token, params.logprobs, logprobs, (step, row))
                 self._logprobs.append(ranked)
                 self._cumulative += ranked[token].logprob
             generated = len(request.tokens) - request.prompt_length
-            if token in request.stop_ids and generated > params.min_tokens:
+            if token in request.stop_ids and generated > self._least:
                 self.stop_reason = token if token in (params.stop_token_ids or ()) else None
                 if params.include_stop_str_in_output:
                     text.append(self._stops.push(self._detokenize(token)))
                 request.finish_reason = "stop"
                 break
             piece = self._detokenize(token)
-            text.append(self._stops.push(piece) if generated > params.min_tokens else piece)
+            text.append(self._stops.push(piece) if generated > self._least else piece)
             if self._stops.matched is not None:
                 self.stop_reason = self._stops.matched
                 request.finish_reason = "stop"
@@ -79,6 +86,8 @@ class Generation:
             # A prompt that is computed once more after a preemption has been here before.
             if i == len(self.prompt_logprobs):
                 token = request.tokens[i]
+                if math.isnan(logprobs.sampled[t]):
+                    self.error = not_finite(i)
                 self.prompt_logprobs.append(self._ranked(token, request.params.prompt_logprobs, logprobs, t))
 
     def end(self, reason: FinishReason) -> None:
@@ -106,6 +115,13 @@ class Generation:
         first = (self._first or now) - self._added
         return RequestMetrics(first, now - self._added, request.preemptions, request.hits, self._arrived)
 
+    def _why_none(self, token: int) -> str:
+        """Why this came in place of a token."""
+        tokens = len(self.request.tokens)
+        if token == NONE_LEFT and (self.request.params.has_masks or self._least):
+            return f"no token is left after {tokens}: the sampling parameters exclude all of them"
+        return not_finite(tokens)
+
     def _detokenize(self, token: int) -> str:
         return "" if self._detokenizer is None else self._detokenizer.push([token])
 
@@ -114,6 +130,14 @@ class Generation:
         for rank, (i, v) in enumerate(zip(info.top_ids[at][:wanted], info.top[at][:wanted], strict=True), 1):
             ranked.setdefault(int(i), Logprob(float(v), rank, self._token_text(int(i))))
         return ranked
+
+
+def not_finite(tokens: int) -> str:
+    """What is said of a model that computes no numbers."""
+    return (
+        f"the model's logits after {tokens} tokens are NaN or infinite: its weights are damaged, or exceed what the "
+        'dtype can hold; try dtype="float32"'
+    )
 
 
 class Group:
@@ -144,5 +168,6 @@ class Group:
             finished=self.finished,
             metrics=first.metrics(),
             index=index,
+            error=next((member.error for member in self.members if member.error is not None), None),
             prompt_logprobs=None if request.params.prompt_logprobs is None else list(first.prompt_logprobs),
         )

@@ -29,6 +29,7 @@ from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.distributed import reported
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.compiled import Folder, open_folder
+from jaxinfer.engine.defaults import checkpoint_params
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.leader import Leader
@@ -61,17 +62,13 @@ class Loaded:
     folder: Path
     dtype: np.dtype[Any]
     sizes: Sizes
-    generation_config: dict[str, Any]
+    asked: dict[str, Any]  # of sampling, by the checkpoint
     load_seconds: float
 
     def default_sampling_params(self) -> SamplingParams:
         """What generation_config.json asks for; greedy unless it says `do_sample`. Raises ValueError."""
-        given = self.generation_config
-        filters = ("temperature", "top_p", "top_k", "min_p") if given.get("do_sample") else ()
-        chosen: dict[str, Any] = {} if filters else {"temperature": 0.0}
-        chosen |= {n: given[n] for n in (*filters, "repetition_penalty") if given.get(n) is not None}
         try:
-            return SamplingParams(**chosen)
+            return SamplingParams(**self.asked)
         except ValueError as error:
             raise ValueError(f"{self.folder / 'generation_config.json'}: {error}; or give sampling_params") from None
 
@@ -113,6 +110,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
+    asked = checkpoint_params(generation_config, config, folder, shape.vocab_size)
     compiled = None
     with open_weights(folder) as checkpoint:
         config = as_stored(config, checkpoint)
@@ -163,7 +161,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     )
     if given["warmup"]:
         runner.warm_up()
-    loaded = Loaded(engine, folder, dtype, sizes, generation_config, time.perf_counter() - start)
+    loaded = Loaded(engine, folder, dtype, sizes, asked, time.perf_counter() - start)
     log.info("loaded %s in %.1f s: %s", folder, loaded.load_seconds, loaded.describe())
     log.info("attention: %s", attention_of(programs))
     return loaded

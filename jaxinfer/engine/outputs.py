@@ -20,7 +20,8 @@ class Logprob:
 @dataclass(frozen=True)
 class CompletionOutput:
     """One continuation. finish_reason: "stop" (an EOS or stop id, or a stop string; which one is in stop_reason:
-    None for EOS) or "length". logprobs: one dict a token, by token id, the sampled token always among them."""
+    None for EOS), "length", "abort", or "error", which `RequestOutput.error` tells. logprobs: one dict a token, by
+    token id, the sampled token always among them."""
 
     index: int
     text: str
@@ -74,7 +75,8 @@ class RequestOutput:
 
     prompt_logprobs: where asked for, one dict a token of the prompt, by token id; None for the first token.
     index: the prompt's place in what was given to `generate`.
-    error: why the prompt was not served, where `on_error="return"` asked for that instead of an exception.
+    error: why the prompt was not served, where `on_error="return"` asked for that instead of an exception; or why it
+        broke off, with the tokens so far: logits that are no numbers, or parameters that leave no token.
     """
 
     request_id: int
@@ -99,7 +101,7 @@ class ScoreOutput:
 
     text: what was scored (None where ids were given). token_ids: of what was scored; logprobs: natural logarithms of
     their probabilities, each given all tokens before it; num_prompt_tokens: how many came before the first of them.
-    is_greedy: each was the likeliest one. index, error: as in RequestOutput.
+    is_greedy: each was the likeliest one. index, error: as in RequestOutput; logprobs may be NaN where there is one.
     """
 
     index: int

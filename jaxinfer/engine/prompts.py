@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer.sampling.ids import are_ids, token_ids
 from jaxinfer.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -26,14 +27,12 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer) -> tuple[str | None, list[i
         return prompt, tokenizer.encode(prompt)
     if isinstance(prompt, BYTES):
         raise ValueError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}: decode it")
-    if not _is_ids(prompt):
-        raise ValueError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}")
-    return None, [int(i) for i in prompt]
+    return None, token_ids(prompt, "a prompt must be a string or")
 
 
 def is_single_prompt(prompts: Any) -> bool:
     """Whether this is one prompt, in any of its forms, and not a list of prompts."""
-    return isinstance(prompts, str | Mapping) or (len(prompts) > 0 and _is_ids(prompts))
+    return isinstance(prompts, str | Mapping) or (are_ids(prompts) and len(prompts) > 0)
 
 
 def prompt_list(prompts: Any) -> list[Prompt]:
@@ -42,11 +41,3 @@ def prompt_list(prompts: Any) -> list[Prompt]:
         raise ValueError(f"prompts: a prompt or a list of them is needed, not {type(prompts).__name__}")
     listed: Any = [prompts] if is_single_prompt(prompts) else prompts
     return list(listed)
-
-
-def _is_ids(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, Sequence | np.ndarray)
-        and not isinstance(prompt, BYTES)
-        and all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in prompt)
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxinfer.engine.bad_words import BadWords
+from jaxinfer.engine.exclusions import Exclusions
 from jaxinfer.sampling.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -33,13 +33,14 @@ class Request:
     priority: int = 0  # lower runs earlier
     scored_from: int | None = None
     target: int | None = None
-    bad_words: BadWords | None = None
+    exclusions: Exclusions | None = None
     length: int = 0
     computed: int = 0
     decoding: bool = False  # its last token is in its slot on the device
     shard: int = 0  # of the rows: where its slot and its pages are
     slot: int = -1  # its place in the device's arrays; -1 while it waits
     prepared: bool = False  # its slot has been made ready for its penalties and masks
+    forbidden: frozenset[int] = frozenset()  # what is excluded in its slot
     pages: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of its full pages
     published: int = 0  # how many of its pages others can find

@@ -300,7 +300,7 @@ class Runner:
         key = (size, *(request.id for request in requests))
         last = self._last_sampling.get(shard)
         if last is None or last[0] != key:
-            rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length) for r in requests]
+            rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length, r.limit) for r in requests]
             last = self._last_sampling[shard] = (key, SamplingArrays.of_rows(rows, size))
         return last[1]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 
+from jaxinfer.engine.generation import not_finite
 from jaxinfer.engine.outputs import RequestMetrics, ScoreOutput
 from jaxinfer.engine.request import FinishReason, Request
+from jaxinfer.sampling.ids import token_ids
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.sample import Logprobs
 from jaxinfer.text.tokenizer import Tokenizer
@@ -26,6 +29,7 @@ class Scoring:
         self._logprobs: list[float] = []
         self._greedy = True
         self._arrived, self._added = time.time(), time.perf_counter()
+        self.error: str | None = None
         self._finished = 0.0
 
     @property
@@ -43,10 +47,14 @@ class Scoring:
         # What is computed once more after a preemption has been here before.
         seen = self.request.scored_from + len(self._logprobs) - position
         at = slice(at.start + seen, at.stop)
-        self._logprobs += logprobs.sampled[at].tolist()
+        found = logprobs.sampled[at].tolist()
+        if self.error is None and any(map(math.isnan, found)):
+            first = next(i for i, value in enumerate(found) if math.isnan(value))
+            self.error = not_finite(self.request.scored_from + len(self._logprobs) + first)
+        self._logprobs += found
         self._greedy = self._greedy and bool((logprobs.rank[at] == 1).all())
         if self.request.scored_from + len(self._logprobs) > self.request.prompt_length:
-            self.end("stop")
+            self.end("stop" if self.error is None else "error")
 
     def end(self, reason: FinishReason) -> None:
         """Ends the request."""
@@ -66,6 +74,7 @@ class Scoring:
             is_greedy=self._greedy,
             num_prompt_tokens=request.scored_from,
             metrics=RequestMetrics(seconds, seconds, request.preemptions, request.hits, self._arrived),
+            error=self.error,
         )
 
 
@@ -75,7 +84,8 @@ def encode_pair(prompt: str | Sequence[int], continuation: str | Sequence[int], 
     if isinstance(prompt, str) != isinstance(continuation, str):
         raise ValueError("prompt and continuation must both be text, or both be token ids")
     if not isinstance(prompt, str) or not isinstance(continuation, str):
-        given, scored = [int(i) for i in prompt], [int(i) for i in continuation]
+        given = token_ids(prompt, "a prompt must be a string or")
+        scored = token_ids(continuation, "a continuation must be a string or")
     else:
         kept = prompt.rstrip()
         given = tokenizer.encode(kept) if kept else []
@@ -93,13 +103,20 @@ def encode_pair(prompt: str | Sequence[int], continuation: str | Sequence[int], 
 def encode_text(text: str | Sequence[int], tokenizer: Tokenizer) -> Pair:
     """The ids of a text that is scored on its own: all but the first, which nothing comes before (BOS where the
     tokenizer puts one, so that all of the text is scored). Raises ValueError."""
-    ids = tokenizer.encode(text) if isinstance(text, str) else [int(i) for i in text]
+    ids = text_ids(text, tokenizer)
     if len(ids) < 2:
         raise ValueError(
             f"the text has {len(ids)} tokens: a token is scored given those before it, so there must be 2; "
             "loglikelihood_rolling scores the first one too"
         )
     return ids[:1], ids[1:]
+
+
+def text_ids(text: str | Sequence[int], tokenizer: Tokenizer, add_special_tokens: bool = True) -> list[int]:
+    """The ids of a text that is given as such or as ids. Raises ValueError."""
+    if isinstance(text, str):
+        return tokenizer.encode(text, add_special_tokens)
+    return token_ids(text, "a text must be a string or")
 
 
 def rolling_windows(ids: Sequence[int], first: int, length: int) -> Iterator[Pair]:
@@ -125,6 +142,7 @@ def join_windows(index: int, text: str | None, parts: Sequence[ScoreOutput]) -> 
         token_ids=[token for part in parts for token in part.token_ids],
         logprobs=[logprob for part in parts for logprob in part.logprobs],
         is_greedy=all(part.is_greedy for part in parts),
+        error=next((part.error for part in parts if part.error is not None), None),
     )
 
 

@@ -24,7 +24,7 @@ from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.sample import Logprobs, draw, in_blocks, no_logprobs, stops, token_logprobs
-from jaxinfer.sampling.slots import Slots
+from jaxinfer.sampling.slots import Slots, count
 from jaxinfer.sharding import FSDP, ROWS, TENSOR, axis_size, devices_of, on_axes
 
 SCORE_BLOCK = 128  # tokens: their logits are 65 MB for a vocabulary of 128,000
@@ -75,8 +75,8 @@ class DecodeRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """tokens i32[S, R]; count i32[R], how many of the S are real; logprobs with the same leading axes.
-    scored: Logprobs [T] of the tokens in `Scored`, of a mixed call."""
+    """tokens i32[S, R], as `sample` has them; count i32[R], how many of the S are real; logprobs with the same leading
+    axes. scored: Logprobs [T] of the tokens in `Scored`, of a mixed call."""
 
     tokens: jax.Array
     count: jax.Array
@@ -274,9 +274,7 @@ def _count_prompt(
     counted = jnp.asarray(sampling.penalized)[batch.row] & ~decoding & live
     of_prompt = batch.positions < jnp.asarray(sampling.prompt_length)[batch.row]
     seen = slots.in_prompt.at[jnp.where(counted & of_prompt, token_slot, nobody), batch.tokens].set(True, mode="drop")
-    output = slots.in_output.at[jnp.where(counted & ~of_prompt, token_slot, nobody), batch.tokens].add(
-        jnp.int16(1), mode="drop"
-    )
+    output = count(slots.in_output, token_slot, batch.tokens, counted & ~of_prompt)
     return dataclasses.replace(slots, in_prompt=seen, in_output=output)
 
 
@@ -286,10 +284,11 @@ def _take(
     """The slots after rows of `length` tokens have sampled `tokens`, where `taken`."""
     nobody = slots.token.shape[0]
     at = jnp.where(taken, slot, nobody)
-    counted = jnp.where(taken & jnp.asarray(sampling.penalized), slot, nobody)
+    alive = ~stops(tokens, sampling, length)
+    tokens = jnp.maximum(tokens, 0)  # there may be none
     return dataclasses.replace(
         slots,
         token=slots.token.at[at].set(tokens, mode="drop"),
-        alive=slots.alive.at[at].set(~stops(tokens, sampling, length), mode="drop"),
-        in_output=slots.in_output.at[counted, tokens].add(jnp.int16(1), mode="drop"),
+        alive=slots.alive.at[at].set(alive, mode="drop"),
+        in_output=count(slots.in_output, slot, tokens, taken & jnp.asarray(sampling.penalized)),
     )

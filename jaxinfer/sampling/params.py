@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxinfer.aliases import takes
 from jaxinfer.aliases.sampling import SAMPLING
+from jaxinfer.sampling.ids import are_ids, is_id
 
 DEFAULT_MAX_TOKENS = 256  # of jaxinfer.generate and the command line: people want an answer, not vLLM's 16 tokens
 MAX_LOGPROBS = 20
 MAX_STOP_IDS = 8  # a row's stop ids, and its biased tokens, are bounded arrays on the device
 MAX_LOGIT_BIAS = 512
 MAX_BIAS = 1e30  # of one token, either way; the sum of it and a logit must be finite
+FILTERS = frozenset({"top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"})  # of what is drawn
 GREEDY_BELOW = 1e-5  # temperatures below it are greedy, as in vLLM
+MOST_COPIES = 2**15  # of one token in an output are counted for penalties: counts are 16 bits on the device
+
+
+class ReadOnly(dict[Any, Any]):
+    """A dict that can't be changed, so that one's parameters stay what was checked."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("sampling parameters can't be changed: make others, by with_changes")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> Any:
+        return type(self), (dict(self),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +42,12 @@ class SamplingParams:
         the order temperature, min_p, top_k, top_p; tokens that tie with the last one kept are kept too.
     seed: the same seed and prompt give the same tokens, whatever else is in the batch. None draws from the LLM's seed.
     presence_penalty, frequency_penalty in [-2, 2]: subtracted from the logit of a token that is in the output, once or
-        as often as it is. repetition_penalty in (0, 2]: divides the logit of a token that is in prompt or output if
-        positive, else multiplies it.
+        as often as it is (32,768 times at most). repetition_penalty in (0, 2]: divides the logit of a token that is in
+        prompt or output if positive, else multiplies it.
     logit_bias: token id -> what is added to its logit. allowed_token_ids: no other is sampled.
-    bad_words: words that are never completed, as the tokenizer spells them, with and without a space before.
+    bad_words: words that are never completed, as the tokenizer spells them, with and without a space before. What is
+        excluded by one parameter stays so, whatever others say. Where they leave no token, the request is refused, or
+        ends with finish_reason "error" where that shows only on the way.
     stop: strings that end the text (and are cut off, unless include_stop_str_in_output).
     stop_token_ids: ids that end it besides the checkpoint's own EOS ids. The id stays in `token_ids`, not in the text.
     max_tokens: None is as many as the context has room for. min_tokens: no stop id or stop string before these.
@@ -38,6 +55,16 @@ class SamplingParams:
     logprobs: None, or how many of the likeliest tokens to report beside the sampled one, at most 20. They are
         those of the model, before penalties, temperature and filters. prompt_logprobs: the same for the prompt.
     skip_special_tokens: leave special tokens out of the text. detokenize=False: no text at all.
+
+    The rest has transformers' names and meanings:
+    suppress_tokens: ids that are never sampled; begin_suppress_tokens: not as the first one. bad_words_ids: sequences
+        of ids that are never completed, also not where they begin in the prompt. no_repeat_ngram_size: no so many
+        tokens in a row come twice, the prompt's among them.
+    min_length: no stop id before there are so many tokens, the prompt's among them.
+    forced_bos_token_id: the token after a prompt of one token. forced_eos_token_id: the last one that fits.
+    exponential_decay_length_penalty: (start, factor): from the start-th new token on, stop ids gain
+        |logit| * (factor**n - 1), n tokens later.
+    typical_p in (0, 1], epsilon_cutoff, eta_cutoff in [0, 1): filters after top_p, in this order.
 
     What vLLM, transformers and mlx-lm call otherwise (max_new_tokens, do_sample, temp) is taken under that name, too.
     Raises ValueError naming the parameter, its value and what it may be; for those that are not here, what to do.
@@ -65,6 +92,17 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    no_repeat_ngram_size: int = 0
+    min_length: int = 0
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
 
     def __post_init__(self) -> None:
         self._integer("n", 1, 1024)
@@ -80,6 +118,13 @@ class SamplingParams:
         self._integer("min_tokens", 0, 2**31 - 1)
         self._integer("logprobs", 0, MAX_LOGPROBS, optional=True)
         self._integer("prompt_logprobs", 0, MAX_LOGPROBS, optional=True)
+        self._integer("no_repeat_ngram_size", 0, 2**31 - 1)
+        self._integer("min_length", 0, 2**31 - 1)
+        self._integer("forced_bos_token_id", 0, 2**31 - 1, optional=True)
+        self._integer("forced_eos_token_id", 0, 2**31 - 1, optional=True)
+        self._number("typical_p", 0, 1, above=True)
+        self._number("epsilon_cutoff", 0, 1, below=True)
+        self._number("eta_cutoff", 0, 1, below=True)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize"):
             if not isinstance(getattr(self, name), bool):
                 raise self._error(name, "it must be True or False")
@@ -88,20 +133,33 @@ class SamplingParams:
         # One form inside, whatever was given: tuples.
         for name in ("stop", "bad_words"):
             object.__setattr__(self, name, self._strings(name))
-        for name in ("stop_token_ids", "allowed_token_ids"):
+        for name in ("stop_token_ids", "allowed_token_ids", "suppress_tokens", "begin_suppress_tokens"):
             object.__setattr__(self, name, self._ids(name))
         if len(self.stop_token_ids or ()) > MAX_STOP_IDS:
             raise self._error("stop_token_ids", f"at most {MAX_STOP_IDS} are supported; use stop strings for more")
         if self.stop and not self.detokenize:
             raise self._error("stop", "stop strings are found in the text: they need detokenize=True")
         self._check_bias()
+        self._check_bad_words_ids()
+        self._check_decay()
 
     def with_changes(self, **given: Any) -> SamplingParams:
         """These parameters with others in place of some. Who asks for a filter of a greedy default asks for sampling:
-        top_p without a temperature would do nothing."""
-        if self.greedy and given.keys() & {"top_p", "top_k", "min_p"}:
+        top_p without a temperature would do nothing. Who asks for less than min_tokens gets that."""
+        if self.greedy and given.keys() & FILTERS:
             given = {"temperature": 1.0} | given
+        most = given.get("max_tokens")
+        if isinstance(most, int) and "min_tokens" not in given and 1 <= most < self.min_tokens:
+            given = {"min_tokens": most} | given
         return dataclasses.replace(self, **given)
+
+    def named_ids(self) -> Iterator[tuple[str, Iterable[int]]]:
+        """The parameters that name tokens, and which."""
+        for name in ("stop_token_ids", "allowed_token_ids", "suppress_tokens", "begin_suppress_tokens", "logit_bias"):
+            yield name, getattr(self, name) or ()
+        yield from (("bad_words_ids", ids) for ids in self.bad_words_ids or ())
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            yield name, () if getattr(self, name) is None else (getattr(self, name),)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -121,17 +179,22 @@ class SamplingParams:
     @property
     def has_masks(self) -> bool:
         """Whether some tokens are excluded or biased."""
-        return bool(self.logit_bias or self.allowed_token_ids or self.bad_words)
+        never = self.allowed_token_ids or self.bad_words or self.suppress_tokens or self.bad_words_ids
+        return bool(self.logit_bias or never or self.begin_suppress_tokens or self.no_repeat_ngram_size)
+
+    def least(self, prompt_length: int) -> int:
+        """How many tokens come before anything may end the output."""
+        return max(self.min_tokens, self.min_length - prompt_length)
 
     def _error(self, name: str, problem: str) -> ValueError:
         return ValueError(f"sampling parameter {name} is {getattr(self, name)!r:.100}: {problem}")
 
-    def _number(self, name: str, low: float, high: float, above: bool = False) -> None:
+    def _number(self, name: str, low: float, high: float, above: bool = False, below: bool = False) -> None:
         value = getattr(self, name)
         fine = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if not fine or (above and value == low):
+        if not fine or (above and value == low) or (below and value == high):
             least = f"{'above' if above else 'of at least'} {low:g}"
-            raise self._error(name, f"it must be a number {least} and at most {high:g}")
+            raise self._error(name, f"it must be a number {least} and {'below' if below else 'at most'} {high:g}")
 
     def _integer(self, name: str, low: int, high: int, optional: bool = False) -> None:
         value = getattr(self, name)
@@ -146,24 +209,26 @@ class SamplingParams:
         strings = _listed(value)
         if not all(isinstance(s, str) and s for s in strings):
             raise self._error(name, "it must be a non-empty string or a list of them")
+        if any("\ud800" <= character <= "\udfff" for string in strings for character in string):
+            raise self._error(name, "it has half a surrogate pair, which no text has")
         return tuple(strings)
 
     def _ids(self, name: str) -> tuple[int, ...] | None:
         value = getattr(self, name)
         if value is None:
             return None
-        ids = _listed(value)
-        if not all(_is_id(i) for i in ids):
+        ids = [value] if is_id(value) else value
+        if not _are_ids(ids):
             raise self._error(name, "it must be a list of token ids")
-        if name == "allowed_token_ids" and not ids:
+        if name == "allowed_token_ids" and len(ids) == 0:
             raise self._error(name, "it must allow at least one token id, or be None")
-        return tuple(ids)
+        return tuple(map(int, ids))
 
     def _check_bias(self) -> None:
         bias = self.logit_bias
         if bias is None:
             return
-        if not isinstance(bias, Mapping) or not all(_is_id(i) for i in bias):
+        if not isinstance(bias, Mapping) or not _are_ids(list(bias)):
             raise self._error("logit_bias", "it must map token ids to numbers")
         for value in bias.values():
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_BIAS:
@@ -173,6 +238,29 @@ class SamplingParams:
                 )
         if len(bias) > MAX_LOGIT_BIAS:
             raise self._error("logit_bias", f"at most {MAX_LOGIT_BIAS} tokens may be biased")
+        object.__setattr__(self, "logit_bias", ReadOnly({int(i): value for i, value in bias.items()}))
+
+    def _check_bad_words_ids(self) -> None:
+        words = self.bad_words_ids
+        if words is None:
+            return
+        listed = isinstance(words, Iterable) and not isinstance(words, str | bytes | Mapping)
+        every = list(words) if listed else []
+        if not listed or not all(_are_ids(word) and len(word) for word in every):
+            raise self._error("bad_words_ids", "it must be a list of lists of token ids, none of them empty")
+        object.__setattr__(self, "bad_words_ids", tuple(tuple(map(int, word)) for word in every))
+
+    def _check_decay(self) -> None:
+        decay = self.exponential_decay_length_penalty
+        if decay is None:
+            return
+        pair = tuple(decay) if isinstance(decay, Sequence) and not isinstance(decay, str) else ()
+        fine = len(pair) == 2 and is_id(pair[0]) and 0 <= pair[0] < 2**31
+        if not fine or isinstance(pair[1], bool) or not isinstance(pair[1], int | float) or not 0 < pair[1] <= MAX_BIAS:
+            raise self._error(
+                "exponential_decay_length_penalty", "it must be a number of tokens and a factor above 0, as (12, 1.05)"
+            )
+        object.__setattr__(self, "exponential_decay_length_penalty", (int(pair[0]), float(pair[1])))
 
 
 # Other programs' names too: of a dataclass, __init__ is what takes them.
@@ -186,5 +274,6 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else [value]
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+def _are_ids(value: Any) -> bool:
+    """Whether they are ids that a vocabulary may have."""
+    return are_ids(value) and all(0 <= i < 2**31 for i in value)

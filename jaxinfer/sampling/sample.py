@@ -1,7 +1,8 @@
 """Logits to tokens: a pure function of logits, parameters and positions.
 
 Order as in vLLM: allowed tokens, biases, stop ids that come too early, penalties, temperature, min_p, top_k, top_p,
-draw. What no row asks for is skipped at run time: a greedy batch costs an argmax.
+draw; what only transformers has comes after these, in its order. What no row asks for is skipped at run time: a greedy
+batch costs an argmax.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxinfer.sampling.arrays import SamplingArrays
-from jaxinfer.sampling.params import MAX_LOGPROBS
-from jaxinfer.sampling.slots import Slots
+from jaxinfer.sampling.params import MAX_BIAS, MAX_LOGPROBS
+from jaxinfer.sampling.slots import Slots, copies
 
 BLOCK = 2**23  # bytes of logits that sampling works on at a time, on each device
+NOT_FINITE, NONE_LEFT = -1, -2  # in place of a token: the likeliest logit is NaN or infinite; all are minus infinity
 
 
 class Logprobs(NamedTuple):
@@ -40,7 +43,7 @@ def draw(
     block = max(BLOCK * parts // (4 * vocab), 1)
 
     def some(logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slot: jax.Array) -> Any:
-        tokens = sample(logits, sampling, length, slots, slot)
+        tokens = sample(logits, sampling, length, slots, slot, parts)
         return tokens, logprobs(logits, tokens, sampling)
 
     given = logits, sampling, length, slot
@@ -52,10 +55,8 @@ def draw(
         return in_blocks(some, given, nothing, block, jnp.int32(-(-rows // block)))
 
     asked = (sampling.temperature > 0) | sampling.masked | sampling.penalized | sampling.wants_logprobs
-    asked |= _early(sampling, length)
-    return lax.cond(
-        jnp.any(asked), each, lambda: (jnp.argmax(logits, axis=-1).astype(jnp.int32), no_logprobs(rows, vocab))
-    )
+    asked |= _early(sampling, length) | _decays(sampling, length) | jnp.any(_forced(sampling, length), axis=-1)
+    return lax.cond(jnp.any(asked), each, lambda: (_sound(*_likeliest(logits)), no_logprobs(rows, vocab)))
 
 
 def in_blocks(call: Callable[..., Any], given: Any, out: Any, block: int, blocks: jax.Array) -> Any:
@@ -70,16 +71,19 @@ def in_blocks(call: Callable[..., Any], given: Any, out: Any, block: int, blocks
     return lax.fori_loop(jnp.int32(0), blocks, one, out)
 
 
-def sample(logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array) -> jax.Array:
-    """The next token of each row, i32[R].
+def sample(
+    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array, parts: int = 1
+) -> jax.Array:
+    """The next token of each row, i32[R], or NOT_FINITE or NONE_LEFT.
 
     logits f32[R, V]; slot i32[R], each row's own; length i32[R] is the number of tokens before the sampled one: with
-    the row's seed it decides the draw, so that the same request gives the same text in any company.
+    the row's seed it decides the draw, so that the same request gives the same text in any company. parts: see `draw`.
     """
-    logits = _mask(logits, sampling, slots, slot)
+    logits = _mask(logits, sampling, length, slots, slot, parts)
     logits = _mask_stop_ids(logits, sampling, length)
     logits = _penalize(logits, sampling, slots, slot)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = _force(_decay(logits, sampling, length), sampling, length)
+    highest, greedy = _likeliest(logits)
 
     def draw() -> jax.Array:
         temperature = jnp.where(sampling.temperature > 0, sampling.temperature, jnp.float32(1))
@@ -92,7 +96,27 @@ def sample(logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots
         drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
         return jnp.where(sampling.temperature > 0, drawn, greedy)
 
-    return lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy)
+    return _sound(highest, lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy))
+
+
+def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The highest logit of each row, f32[R], and where it is, i32[R]: the first one of several. NaN is the highest."""
+
+    def higher(one: Any, other: Any) -> Any:
+        (a, i), (b, j) = one, other
+        wins = (a > b) | (a != a)
+        return jnp.where(wins, a, b), jnp.where(wins | ((a == b) & (i < j)), i, j)
+
+    # This is jnp.argmax, which has the value too and throws it away.
+    start = jnp.float32(-jnp.inf), jnp.int32(0)
+    highest, index = lax.reduce((logits, lax.broadcasted_iota(jnp.int32, logits.shape, 1)), start, higher, (1,))
+    return highest, index
+
+
+def _sound(highest: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The tokens, but where the row's highest logit says that there is none to be had."""
+    tokens = jnp.where(jnp.isneginf(highest), jnp.int32(NONE_LEFT), tokens)
+    return jnp.where(highest < jnp.inf, tokens, jnp.int32(NOT_FINITE))
 
 
 def no_logprobs(rows: int, vocab: int) -> Logprobs:
@@ -102,10 +126,10 @@ def no_logprobs(rows: int, vocab: int) -> Logprobs:
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array, likeliest: jax.Array | bool = True) -> Logprobs:
-    """Log-probabilities of the model itself: no masks, temperature or filters. The likeliest tokens are looked for
-    only if they are wanted, bool[]."""
+    """Log-probabilities of the model itself: no masks, temperature or filters. NaN, all of a row's, where one of its
+    logits is NaN or infinite. The likeliest tokens are looked for only if they are wanted, bool[]."""
     values = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(values, tokens[:, None], axis=-1)
+    chosen = jnp.take_along_axis(values, jnp.maximum(tokens, 0)[:, None], axis=-1)
     none = no_logprobs(*logits.shape)
 
     def find() -> tuple[jax.Array, jax.Array]:
@@ -113,7 +137,7 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array, likeliest: jax.Array | 
         return ids.astype(jnp.int32), top
 
     ids, top = lax.cond(likeliest, find, lambda: (none.top_ids, none.top))
-    rank = jnp.sum(values > chosen, axis=-1, dtype=jnp.int32) + 1
+    rank = jnp.sum(~(values <= chosen), axis=-1, dtype=jnp.int32) + 1  # of NaN it is the last
     return Logprobs(chosen[:, 0], rank, ids, top)
 
 
@@ -124,9 +148,10 @@ def logprobs(logits: jax.Array, tokens: jax.Array, sampling: SamplingArrays) -> 
 
 
 def stops(tokens: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:
-    """Whether each row's token ends it, bool[R]; length as for `sample`."""
-    # A stop id that comes too early (masked, but so was everything else) does not count on the host either.
-    return jnp.any(tokens[:, None] == sampling.stop_ids, axis=-1) & ~_early(sampling, length)
+    """Whether each row's token, or that there is none, ends it, bool[R]; length as for `sample`."""
+    # A stop id that comes too early, because it is forced, does not count on the host either.
+    stop = jnp.any(tokens[:, None] == sampling.stop_ids, axis=-1) & ~_early(sampling, length)
+    return stop | (tokens < 0)
 
 
 def _early(sampling: SamplingArrays, length: jax.Array) -> jax.Array:
@@ -134,15 +159,32 @@ def _early(sampling: SamplingArrays, length: jax.Array) -> jax.Array:
     return length - sampling.prompt_length < sampling.min_tokens
 
 
-def _mask(logits: jax.Array, sampling: SamplingArrays, slots: Slots, slot: jax.Array) -> jax.Array:
+def _decays(sampling: SamplingArrays, length: jax.Array) -> jax.Array:
+    """Whether a row's stop ids have begun to gain, bool[R]."""
+    start, factor = jnp.asarray(sampling.decay)[:, 0], jnp.asarray(sampling.decay)[:, 1]
+    return (length.astype(jnp.float32) > start) & (factor != 1)
+
+
+def _forced(sampling: SamplingArrays, length: jax.Array) -> jax.Array:
+    """Which of a row's forced tokens, if any, comes now, bool[R, 2]."""
+    return length[:, None] == jnp.asarray(sampling.forced)[:, :, 0]
+
+
+def _mask(
+    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array, parts: int = 1
+) -> jax.Array:
     """Minus infinity for tokens that are not allowed; biases added."""
 
     def mask() -> jax.Array:
         rows, vocab = logits.shape
         masked = jnp.asarray(sampling.masked)
-        words = slots.allowed[slot]
+        words = slots.allowed[slot, (length != sampling.begin).astype(jnp.int32)]
         bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
         allowed = bits.reshape(rows, -1)[:, :vocab] != 0
+        if parts > 1:
+            # Or XLA would, where a device's part begins within a word, have devices exchange bits, those of all shards
+            # of rows in one step: it would wait for ever for a shard of which no row has masks.
+            allowed = lax.with_sharding_constraint(allowed, PartitionSpec())
         ids = jnp.where(masked[:, None], slots.bias_ids[slot], vocab)
         index = jnp.arange(rows, dtype=jnp.int32)[:, None]
         biased = logits.at[index, ids].add(slots.bias[slot], mode="drop")
@@ -156,7 +198,7 @@ def _penalize(logits: jax.Array, sampling: SamplingArrays, slots: Slots, slot: j
 
     def penalize() -> jax.Array:
         presence, frequency, repetition = (jnp.asarray(sampling.penalties)[:, i, None] for i in range(3))
-        count = slots.in_output[slot].astype(jnp.float32)
+        count = copies(slots.in_output, slot)
         seen = (count > 0) | slots.in_prompt[slot]
         scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
         penalized = jnp.where(seen, scaled, logits) - frequency * count - presence * (count > 0).astype(jnp.float32)
@@ -170,18 +212,52 @@ def _mask_stop_ids(logits: jax.Array, sampling: SamplingArrays, length: jax.Arra
     early = _early(sampling, length)
 
     def mask() -> jax.Array:
-        vocab = logits.shape[1]
-        ids = jnp.where(early[:, None] & (sampling.stop_ids >= 0), sampling.stop_ids, vocab)
-        rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
-        return logits.at[rows, ids].set(-jnp.inf, mode="drop")
+        return logits.at[_stop_ids(logits, sampling, early)].set(-jnp.inf, mode="drop")
 
     return lax.cond(jnp.any(early), mask, lambda: logits)
 
 
+def _stop_ids(logits: jax.Array, sampling: SamplingArrays, which: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where in the logits the stop ids of some rows are, bool[R]; for all that is none, beyond the vocabulary."""
+    ids = jnp.where(which[:, None] & (sampling.stop_ids >= 0), sampling.stop_ids, logits.shape[1])
+    return jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None], ids
+
+
+def _decay(logits: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:
+    """What stop ids gain when a text gets long: transformers' ExponentialDecayLengthPenalty."""
+    wanted = _decays(sampling, length)
+
+    def decay() -> jax.Array:
+        start, factor = jnp.asarray(sampling.decay)[:, 0], jnp.asarray(sampling.decay)[:, 1]
+        grown = jnp.minimum(factor ** (length.astype(jnp.float32) - start), MAX_BIAS) - 1
+        at = _stop_ids(logits, sampling, wanted)
+        stop = logits.at[at].get(mode="fill", fill_value=-jnp.inf)
+        gain = jnp.where(jnp.isneginf(stop), 0.0, jnp.minimum(jnp.abs(stop) * grown[:, None], MAX_BIAS))
+        return logits.at[at].add(gain, mode="drop")
+
+    return lax.cond(jnp.any(wanted), decay, lambda: logits)
+
+
+def _force(logits: jax.Array, sampling: SamplingArrays, length: jax.Array) -> jax.Array:
+    """Minus infinity for all but the token that must come now."""
+    now = _forced(sampling, length)
+
+    def force() -> jax.Array:
+        tokens = jnp.asarray(sampling.forced)[:, :, 1]
+        token = jnp.where(now[:, 1], tokens[:, 1], tokens[:, 0])
+        only = jnp.arange(logits.shape[1], dtype=jnp.int32) == token[:, None]
+        return jnp.where(jnp.any(now, axis=-1)[:, None], jnp.where(only, jnp.float32(0), -jnp.inf), logits)
+
+    return lax.cond(jnp.any(now), force, lambda: logits)
+
+
 def _filter(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
-    """Minus infinity for what min_p, top_k and top_p exclude."""
+    """Minus infinity for what min_p, top_k, top_p and the cutoffs exclude."""
     wanted = jnp.any((sampling.min_p > 0) | (sampling.top_k > 0) | (sampling.top_p < 1))
-    return lax.cond(wanted, lambda: _filtered(logits, sampling), lambda: logits)
+    logits = lax.cond(wanted, lambda: _filtered(logits, sampling), lambda: logits)
+    typical, *epsilons = (jnp.asarray(sampling.cutoffs)[:, i] for i in range(3))
+    wanted = jnp.any((typical < 1) | (epsilons[0] > 0) | (epsilons[1] > 0))
+    return lax.cond(wanted, lambda: _cut_off(logits, typical, *epsilons), lambda: logits)
 
 
 def _filtered(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
@@ -200,6 +276,31 @@ def _filtered(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
         logits, jnp.asarray(sampling.top_p >= 1), lambda kept: jnp.sum(jnp.where(kept, weights, 0), axis=-1) >= mass
     )
     return jnp.where(_ordered(logits) >= threshold[:, None], logits, -jnp.inf)
+
+
+def _cut_off(logits: jax.Array, typical: jax.Array, epsilon: jax.Array, eta: jax.Array) -> jax.Array:
+    """transformers' typical_p (Meister et al. 2022), epsilon_cutoff and eta_cutoff (Hewitt et al. 2022), f32[R]."""
+
+    def values_and_entropy(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values = jax.nn.log_softmax(logits, axis=-1)
+        return values, -jnp.sum(jnp.where(jnp.isneginf(values), 0, jnp.exp(values) * values), axis=-1)
+
+    # The tokens whose surprise is nearest to the expected one, as many as have a share of `typical`.
+    values, entropy = values_and_entropy(logits)
+    nearness = -jnp.abs(values + entropy[:, None])
+    weights = jnp.exp(values)
+    threshold = _threshold(
+        nearness, typical >= 1, lambda kept: jnp.sum(jnp.where(kept, weights, 0), axis=-1) >= typical
+    )
+    logits = jnp.where(_ordered(nearness) >= threshold[:, None], logits, -jnp.inf)
+
+    def above(logits: jax.Array, least: jax.Array, values: jax.Array) -> jax.Array:
+        kept = (jnp.exp(values) >= least[:, None]) | (logits == jnp.max(logits, axis=-1, keepdims=True))
+        return jnp.where(kept, logits, -jnp.inf)
+
+    logits = above(logits, epsilon, jax.nn.log_softmax(logits, axis=-1))
+    values, entropy = values_and_entropy(logits)
+    return above(logits, jnp.minimum(eta, jnp.sqrt(eta) * jnp.exp(-entropy)), values)
 
 
 def _ordered(x: jax.Array) -> jax.Array:

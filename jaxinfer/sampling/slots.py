@@ -5,15 +5,16 @@ A sequence keeps its slot while it runs. The last slot is nobody's: unused rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.sampling.params import MAX_LOGIT_BIAS
+from jaxinfer.sampling.params import MAX_LOGIT_BIAS, MOST_COPIES
 from jaxinfer.sharding import ROWS, TENSOR, axis_size
 
 
@@ -21,8 +22,9 @@ from jaxinfer.sharding import ROWS, TENSOR, axis_size
 @dataclass(frozen=True)
 class Slots:
     """S slots, V tokens in the vocabulary. token i32[S]: the last one sampled. alive bool[S]: whether it goes on.
-    in_prompt bool[S, V] and in_output i16[S, V], how often: kept for rows with penalties only.
-    allowed u32[S, V/32], a bit a token, bias_ids i32[S, B] (V for none) and bias f32[S, B]: for masked rows only."""
+    in_prompt bool[S, V] and in_output u16[S, V], how often (see `count`): kept for rows with penalties only.
+    allowed u32[S, 2, V/32], a bit a token, first of the token at which `SamplingArrays.begin` is, then of all others,
+    bias_ids i32[S, B] (V for none) and bias f32[S, B]: for masked rows only."""
 
     token: jax.Array
     alive: jax.Array
@@ -43,8 +45,8 @@ class Slots:
             token=array("int32"),
             alive=array("bool"),
             in_prompt=array("bool", vocab),
-            in_output=array("int16", vocab),
-            allowed=array("uint32", -(-vocab // 32)),
+            in_output=array("uint16", vocab),
+            allowed=array("uint32", 2, -(-vocab // 32)),
             bias_ids=array("int32", MAX_LOGIT_BIAS),
             bias=array("float32", MAX_LOGIT_BIAS),
         )
@@ -69,18 +71,24 @@ class Masks:
 
     @staticmethod
     def of(
-        vocab: int, allowed: Sequence[int] | None, forbidden: Sequence[int], bias: Mapping[int, float] | None
+        vocab: int,
+        allowed: Sequence[int] | None,
+        forbidden: Collection[int],
+        bias: Mapping[int, float] | None,
+        not_first: Collection[int] = (),
     ) -> Masks:
-        """Allowed tokens (None for all) without the forbidden ones, and biases."""
-        bits = np.zeros(-(-vocab // 32) * 32, bool)
-        bits[:vocab] = allowed is None
-        bits[list(allowed or ())] = True
-        bits[list(forbidden)] = False
+        """Allowed tokens (None for all) without the forbidden ones, and at the beginning without `not_first`, and
+        biases."""
+        bits = np.zeros((2, -(-vocab // 32) * 32), bool)
+        bits[:, :vocab] = allowed is None
+        bits[:, list(allowed or ())] = True
+        bits[:, list(forbidden)] = False
+        bits[0, list(not_first)] = False
         ids = np.full(MAX_LOGIT_BIAS, vocab, np.int32)
         values = np.zeros(MAX_LOGIT_BIAS, np.float32)
         for i, (token, value) in enumerate((bias or {}).items()):
             ids[i], values[i] = token, value
-        words = np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+        words = np.packbits(bits, axis=1, bitorder="little").view("<u4").astype(np.uint32)
         return Masks(words, ids, values)
 
 
@@ -90,8 +98,35 @@ def prepare_slot(slots: Slots, slot: jax.Array, masks: Masks, clear: jax.Array) 
         token=slots.token,
         alive=slots.alive,
         in_prompt=slots.in_prompt.at[slot].set(slots.in_prompt[slot] & ~clear),
-        in_output=slots.in_output.at[slot].set(jnp.where(clear, jnp.int16(0), slots.in_output[slot])),
+        in_output=slots.in_output.at[slot].set(jnp.where(clear, jnp.uint16(0), slots.in_output[slot])),
         allowed=slots.allowed.at[slot].set(masks.allowed),
         bias_ids=slots.bias_ids.at[slot].set(masks.bias_ids),
         bias=slots.bias.at[slot].set(masks.bias),
     )
+
+
+def count(in_output: jax.Array, slot: jax.Array, tokens: jax.Array, wanted: jax.Array) -> jax.Array:
+    """`in_output` with these tokens counted, i32[T] all, where `wanted`. A count may end beyond MOST_COPIES, where it
+    is read as that, and never overflows: so few tokens are added at a time."""
+    nobody = in_output.shape[0]
+    for start in range(0, tokens.shape[0], MOST_COPIES - 1):
+        some = slice(start, start + MOST_COPIES - 1)
+        in_output = _count(in_output, jnp.where(wanted[some], slot[some], nobody), tokens[some])
+    return in_output
+
+
+def _count(in_output: jax.Array, slot: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Adds where the count is not at its end, and the slot is one."""
+    nobody = in_output.shape[0]
+
+    def with_room() -> jax.Array:
+        full = in_output.at[slot, tokens].get(mode="fill", fill_value=MOST_COPIES) >= MOST_COPIES
+        return jnp.where(full, nobody, slot)
+
+    slot = lax.cond(jnp.any(slot < nobody), with_room, lambda: slot)  # where nobody is counted it costs nothing
+    return in_output.at[slot, tokens].add(jnp.uint16(1), mode="drop")
+
+
+def copies(in_output: jax.Array, slot: jax.Array) -> jax.Array:
+    """How often each token is in the output of each row, f32[R, V]."""
+    return jnp.minimum(in_output[slot], jnp.uint16(MOST_COPIES)).astype(jnp.float32)

@@ -89,6 +89,12 @@ def check_logprob(llm, prompt, sequence):
     assert sequence.cumulative_logprob == pytest.approx(total, abs=1e-3)
 
 
+@pytest.mark.parametrize("length_penalty", [-32, 32.0])
+def test_scores_are_numbers_with_any_penalty(llm, length_penalty):
+    (output,) = llm.beam_search(PROMPTS[1], beam_width=2, max_tokens=NEW, length_penalty=length_penalty)
+    assert all(np.isfinite(s.score) and s.score < 0 for s in output.sequences)
+
+
 def test_width_one_is_greedy(llm):
     greedy = llm.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True))
     beams = llm.beam_search(PROMPTS, beam_width=1, max_tokens=NEW, ignore_eos=True)
@@ -107,6 +113,14 @@ def test_the_prefix_cache_has_all_but_the_last_page(llm):
     [
         ({"beam_width": 11}, "beam_width is 11: it must be from 1 to 10 with 1 EOS ids"),
         ({"beam_width": 0}, "beam_width is 0: it must be"),
+        ({"beam_width": True}, "beam_width is True: it must be"),
+        ({"beam_width": "2"}, "beam_width is '2': it must be"),
+        ({"beam_width": 2, "max_tokens": True}, "max_tokens is True: it must be an integer"),
+        ({"beam_width": 2, "ignore_eos": 1}, "ignore_eos is 1: it must be True or False"),
+        *(
+            ({"beam_width": 2, "length_penalty": bad}, "length_penalty is .*: it must be a number from -32 to 32")
+            for bad in (float("nan"), float("inf"), 1e6, -1e3, "1", None, True)
+        ),
         ({"beam_width": 2, "max_tokens": 0}, "max_tokens is 0: it must be"),
         ({"beam_width": 2, "max_tokens": 250}, "max_tokens is 250: with a prompt of 40 tokens it may be at most 216"),
     ],

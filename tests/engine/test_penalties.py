@@ -5,6 +5,7 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from tests.engine.reference import greedy, same
+from tests.refusals import line
 
 NEW = 30
 SETTINGS = [
@@ -82,12 +83,37 @@ def test_min_tokens_and_stop_ids(llm):
         assert output.outputs[0].finish_reason == ("stop" if tokens[-1] == stop else "length")
 
 
-def test_all_but_an_early_stop_id_excluded(llm):
-    """There is no good answer, but there must be one."""
-    params = SamplingParams(max_tokens=9, min_tokens=5, stop_token_ids=[0], allowed_token_ids=[0])
-    (output,) = llm.generate([5, 6], params)
-    assert output.finished
-    assert len(output.outputs[0].token_ids) <= 9
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"allowed_token_ids": [0], "min_tokens": 5, "stop_token_ids": [0]},
+        {"allowed_token_ids": [0, 1], "min_length": 3, "stop_token_ids": [0, 1], "top_k": 5, "top_p": 0.9},
+        {"allowed_token_ids": [7, 8], "suppress_tokens": [8], "begin_suppress_tokens": [7]},
+        {"allowed_token_ids": [7], "bad_words_ids": [[7], [8, 9]]},
+        {"suppress_tokens": list(range(300))},
+    ],
+)
+def test_parameters_that_leave_no_token_are_refused(llm, given):
+    """Each excludes what it does, so there is no answer; what can be seen beforehand is."""
+    text = line(lambda: llm.generate([5, 6], SamplingParams(max_tokens=9, **given)))
+    assert text.startswith("sampling parameters ")
+    assert text.endswith("leave no token to sample: exclude fewer")
+    assert all((name in text) == (name not in ("top_k", "top_p")) for name in given)
+
+
+def test_parameters_that_leave_no_token_on_the_way(llm, expected):
+    """The second token can't be: that request ends there with an error, and those beside it don't notice."""
+    alone = SamplingParams(temperature=0.0, max_tokens=9, allowed_token_ids=[7], no_repeat_ngram_size=1)
+    drawn = SamplingParams(max_tokens=9, allowed_token_ids=[7], no_repeat_ngram_size=2, top_p=0.5, min_p=0.1, seed=1)
+    prompts, params = [[5, 6], [5, 6], expected[0][0]], [alone, drawn, expected[0][1]]
+    *failed, good = llm.generate(prompts, params)
+    for output, tokens in zip(failed, ([7], [7, 7]), strict=True):
+        assert output.outputs[0].token_ids == tokens
+        assert output.outputs[0].finish_reason == "error"
+        assert output.error == f"no token is left after {2 + len(tokens)}: the sampling parameters exclude all of them"
+    assert good.error is None
+    assert same(good.outputs[0].token_ids, *expected[0][2:])
+    assert llm.engine.idle
 
 
 def test_transformers_generate_agrees(checkpoints, llm):

@@ -8,7 +8,7 @@ from scipy import stats
 from jaxinfer import SamplingParams
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.params import MAX_LOGPROBS
-from jaxinfer.sampling.sample import _filter, logprobs, sample, stops
+from jaxinfer.sampling.sample import NONE_LEFT, NOT_FINITE, _filter, logprobs, sample, stops, token_logprobs
 from jaxinfer.sampling.slots import Slots
 from tests.sampling.reference import distribution, kept
 
@@ -204,7 +204,7 @@ def test_min_tokens_masks_stop_ids(temperature):
     assert tokens[1] in order[:2]
     assert tokens[2] not in order[:2]
     assert tokens[3] == order[1]
-    # Where all else is excluded an early stop id is sampled after all: it ends nothing, here as on the host.
+    # An early stop id that is forced ends nothing, here as on the host.
     assert np.asarray(stops(np.full(4, order[0], np.int32), sampling, lengths)).tolist() == [True, True, False, False]
 
 
@@ -237,3 +237,76 @@ def test_logprobs_cost_nothing_where_no_row_asks():
 def test_a_vocabulary_below_the_most_logprobs():
     info = run_logprobs(random_logits(1, 2, 7), np.zeros(2, np.int32), arrays(2, logprobs=20))
     assert info.top_ids.shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("typical_p", [0.1, 0.5, 0.9, 0.999]),
+        ("epsilon_cutoff", [1e-4, 0.003, 0.05, 0.9]),
+        ("eta_cutoff", [1e-4, 0.01, 0.9]),
+    ],
+)
+def test_transformers_own_filters(name, values):
+    torch = pytest.importorskip("torch")
+    from transformers.generation import logits_process as theirs
+
+    warper = {
+        "typical_p": theirs.TypicalLogitsWarper,
+        "epsilon_cutoff": theirs.EpsilonLogitsWarper,
+        "eta_cutoff": theirs.EtaLogitsWarper,
+    }[name]
+    logits = random_logits(12, 64, 500)
+    logits[:8, 40:] = -np.inf
+    for value in values:
+        ours = np.asarray(run_filter(logits, arrays(64, **{name: value}))) > -np.inf
+        expected = warper(value)(None, torch.tensor(logits.astype(np.float64))).numpy() > -np.inf
+        assert (ours != expected).mean() < 1e-3  # float32 may put one on the edge on its other side
+        assert (ours.sum(-1) >= 1).all()
+        assert (ours.sum(-1) < np.isfinite(logits).sum(-1)).any()
+    together = arrays(64, top_k=50, typical_p=0.9, epsilon_cutoff=0.001, eta_cutoff=0.002)
+    chain = [
+        theirs.TopKLogitsWarper(50),
+        theirs.TypicalLogitsWarper(0.9),
+        theirs.EpsilonLogitsWarper(0.001),
+        theirs.EtaLogitsWarper(0.002),
+    ]
+    expected = torch.tensor(logits.astype(np.float64))
+    for one in chain:
+        expected = one(None, expected)
+    assert ((np.asarray(run_filter(logits, together)) > -np.inf) != (expected.numpy() > -np.inf)).mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5, "min_p": 0.2}, {"typical_p": 0.5, "epsilon_cutoff": 0.1}],
+    ids=str,
+)
+def test_rows_without_a_sound_logit_say_so(setting):
+    """And rows beside them draw what they draw alone; minus infinity, of some tokens, is nothing special."""
+    logits = random_logits(11, 8, 50)
+    sampling, lengths = arrays(8, **setting), np.full(8, 9, np.int32)
+    expected = np.asarray(run_sample(logits, sampling, lengths))
+    damaged = logits.copy()
+    damaged[0] = np.nan
+    damaged[1, 7] = np.nan
+    damaged[2, 49] = -np.nan
+    damaged[3, 3] = np.inf
+    damaged[4] = -np.inf
+    damaged[5, :] = -np.inf
+    damaged[5, 31] = -80.0
+    tokens = np.asarray(run_sample(damaged, sampling, lengths))
+    assert tokens[:6].tolist() == [NOT_FINITE] * 4 + [NONE_LEFT, 31]
+    np.testing.assert_array_equal(tokens[6:], expected[6:])
+    assert np.asarray(stops(tokens, sampling, lengths))[:6].tolist() == [True] * 5 + [False]
+
+
+def test_the_rank_of_what_is_no_number_is_the_last():
+    logits = random_logits(13, 4, 50)
+    logits[0, 4], logits[1, 4], logits[2] = np.nan, np.inf, -np.inf
+    logits[3, :40] = -np.inf
+    info = jax.jit(token_logprobs)(logits, np.array([4, 5, 0, 3], np.int32))
+    assert np.isnan(info.sampled[:3]).all()
+    assert info.rank[:3].tolist() == [51] * 3
+    assert info.sampled[3] == -np.inf
+    assert info.rank[3] == 11

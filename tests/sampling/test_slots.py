@@ -1,5 +1,7 @@
 """Penalties, biases and masks, which are kept in slots on the device, against numpy and transformers' processors."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import pytest
 from jaxinfer import SamplingParams
 from jaxinfer.engine.bad_words import BadWords
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
-from jaxinfer.sampling.sample import _mask, _mask_stop_ids, _penalize, draw, sample
-from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
+from jaxinfer.sampling.params import MOST_COPIES
+from jaxinfer.sampling.sample import _decay, _mask, _mask_stop_ids, _penalize, draw, sample
+from jaxinfer.sampling.slots import Masks, Slots, copies, count, prepare_slot
 from jaxinfer.text.tokenizer import load_tokenizer
 from tests.sampling.reference import adjusted
 
@@ -32,7 +35,7 @@ SETTINGS = [
 
 @jax.jit
 def adjust(logits, sampling, length, slots, slot):
-    logits = _mask_stop_ids(_mask(logits, sampling, slots, slot), sampling, length)
+    logits = _mask_stop_ids(_mask(logits, sampling, length, slots, slot), sampling, length)
     return _penalize(logits, sampling, slots, slot)
 
 
@@ -131,3 +134,86 @@ def test_a_block_of_rows_at_a_time(monkeypatch, wanted):
     found = program(*given)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert (wanted == "greedy") == (not np.asarray(found[1].top).any())
+
+
+def test_counts_end_where_they_would_overflow():
+    """A token that is written 40,000 times, then in chunks of many copies, as after a preemption: never fewer."""
+    counts = np.zeros((3, VOCAB), np.uint16)
+    counts[1, 5] = MOST_COPIES - 2
+    one, ones = np.ones(1, np.int32), np.ones(70_000, np.int32)
+    add = jax.jit(count)
+    for seen in (MOST_COPIES - 1, MOST_COPIES, MOST_COPIES, MOST_COPIES):
+        counts = np.array(add(counts, one, 5 * one, one > 0))
+        assert copies(counts, np.array([1]))[0, 5] == seen
+    tokens = np.where(np.arange(70_000) % 2 == 0, 5, 6).astype(np.int32)
+    for _ in range(3):
+        counts = np.array(add(counts, ones, tokens, ones > 0))
+        assert np.asarray(copies(counts, np.array([1])))[0, 5:7].tolist() == [MOST_COPIES, MOST_COPIES]
+    counts = np.array(add(np.zeros_like(counts), ones[:9], tokens[:9], np.arange(9) < 7))
+    assert np.asarray(copies(counts, np.array([1])))[0, 5:7].tolist() == [4, 3]
+    assert not counts[[0, 2]].any()
+    same = np.array(add(counts, one, 5 * one, one < 0))
+    np.testing.assert_array_equal(same, counts)
+
+
+def test_a_token_far_beyond_the_most_copies_keeps_its_penalties():
+    params = SamplingParams(frequency_penalty=0.001, presence_penalty=1.0, repetition_penalty=1.5)
+    state = filled(np.random.default_rng(0), [params], [0], [([], [])])
+    counts = np.array(state.in_output)
+    counts[0, 5] = 50_000
+    state = dataclasses.replace(state, in_output=counts)
+    sampling = SamplingArrays.of_rows([RowSampling(params, 0, (), 1)], 1)
+    ours = np.asarray(
+        adjust(np.full((1, VOCAB), 3.0, np.float32), sampling, np.full(1, 9, np.int32), state, np.zeros(1, np.int32))
+    )
+    assert ours[0, 5] == pytest.approx(2.0 - 1 - 0.001 * MOST_COPIES, rel=1e-5)
+
+
+def test_first_and_forced_tokens():
+    """begin_suppress_tokens count once; a forced token is the only one, whatever else is said of it."""
+    params = [
+        SamplingParams(begin_suppress_tokens=[5, 6]),
+        SamplingParams(forced_bos_token_id=9, suppress_tokens=[9], begin_suppress_tokens=[5]),
+        SamplingParams(forced_eos_token_id=3, min_tokens=8),
+        SamplingParams(forced_bos_token_id=9),
+    ]
+    rows = [RowSampling(p, 0, STOP_IDS, n, 12) for p, n in zip(params, (4, 1, 4, 2), strict=True)]
+    state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), Slots.shapes(4, VOCAB))
+    for i, p in enumerate(params):
+        masks = Masks.of(VOCAB, None, p.suppress_tokens or (), None, p.begin_suppress_tokens or ())
+        state = jax.jit(prepare_slot)(state, np.int32(i), masks, np.bool_(True))
+    logits = np.zeros((4, VOCAB), np.float32)
+    logits[:, [5, 6, 7]] = [5.0, 4.0, 3.0]
+    sampling, slots = (
+        SamplingArrays.of_rows([r._replace(params=r.params.with_changes(temperature=0.0)) for r in rows], 4),
+        np.arange(4, dtype=np.int32),
+    )
+    run = jax.jit(sample)
+    seen = [
+        np.asarray(run(logits, sampling, np.array(at, np.int32), state, slots)).tolist()
+        for at in ((4, 1, 10, 2), (5, 2, 11, 1))
+    ]
+    assert seen == [[7, 9, 5, 5], [5, 6, 3, 5]]
+
+
+def test_stop_ids_gain_as_in_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers.generation.logits_process import ExponentialDecayLengthPenalty
+
+    rng = np.random.default_rng(1)
+    logits = (3 * rng.standard_normal((6, VOCAB))).astype(np.float32)
+    decay = [(2, 1.1), (0, 1.5), (5, 0.5), (30, 2.0), (0, 1.0), (1, 3.0)]
+    rows = [RowSampling(SamplingParams(exponential_decay_length_penalty=d), 0, STOP_IDS, 4) for d in decay]
+    sampling, length = SamplingArrays.of_rows(rows, 6), np.full(6, 15, np.int32)
+    ours = np.asarray(jax.jit(_decay)(logits, sampling, length))
+    for i, pair in enumerate(decay):
+        theirs = ExponentialDecayLengthPenalty(pair, torch.tensor(STOP_IDS), 4)
+        expected = theirs(torch.zeros((1, 15), dtype=torch.long), torch.tensor(logits[i : i + 1]))[0].numpy()
+        np.testing.assert_allclose(ours[i], expected, rtol=1e-5)
+    masked = logits.copy()
+    masked[:, STOP_IDS] = -np.inf  # not NaN, as there, where min_tokens is not over yet
+    np.testing.assert_array_equal(np.asarray(jax.jit(_decay)(masked, sampling, length)), masked)
+    huge = SamplingArrays.of_rows(
+        [RowSampling(SamplingParams(exponential_decay_length_penalty=(0, 1e3)), 0, STOP_IDS, 4)], 1
+    )
+    assert np.isfinite(np.asarray(jax.jit(_decay)(logits[:1], huge, np.full(1, 2**20, np.int32)))).all()
