@@ -39,9 +39,8 @@ class Tokenizer(ABC):
     How the detokenizer may work piece by piece (`jaxinfer.text.detokenize`):
     token_bytes    id -> the bytes it stands for, where text is exactly those bytes joined; else None
     byte_values    id -> byte, for ids that stand for one byte each (byte fallback): neighbours make a character
-    byte_runs_cut  a run of such bytes may be decoded in parts, cut after a whole character
     known_ids      ids that a token has: there may be far fewer than vocab_size, and others give no text
-    looks_ahead    a token's text can depend on later tokens, or it isn't known that it does not
+    looks_ahead    a token's text can depend on others in further ways, or it isn't known that it does not
     """
 
     vocab_size: int
@@ -51,14 +50,13 @@ class Tokenizer(ABC):
     cleans_up: bool = False
     token_bytes: Callable[[int], bytes] | None = None
     byte_values: Mapping[int, int] = {}
-    byte_runs_cut: bool = False
     known_ids: frozenset[int]
     looks_ahead: bool = False
 
     def __init__(self, folder: Path, chat_templates: ChatTemplates) -> None:
         self.folder = folder
         self.chat_templates = chat_templates
-        self.middle_text: dict[int, str] = {}  # detokenizers of this tokenizer share what they learn
+        self.middle_text: dict[int, str] = {}  # what `token_text` has said
 
     @abstractmethod
     def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -112,10 +110,11 @@ class Tokenizer(ABC):
 
     def token_text(self, token_id: int) -> str:
         """What one token adds inside a text, the space before it too; special tokens as they are written."""
-        if self.anchor is None:
-            return self.decode_raw([token_id])
-        token, text = self.anchor
-        return self.decode_raw([token, token_id])[len(text) :]
+        text = self.middle_text.get(token_id)
+        if text is None:
+            before, shown = ([], "") if self.anchor is None else ([self.anchor[0]], self.anchor[1])
+            text = self.middle_text[token_id] = self.decode_raw([*before, token_id])[len(shown) :]
+        return text
 
     @property
     def has_chat_template(self) -> bool:
