@@ -12,7 +12,8 @@ from jaxinfer.checkpoint.files import check_folder
 from jaxinfer.checkpoint.remote import fetch
 
 # Nothing pickled is ever downloaded.
-ALLOW = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+SMALL = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+ALLOW = [*SMALL, "*.safetensors"]
 # Other exports in folders of their own, and Mistral's second copy of the weights.
 IGNORE = ["*/*", "consolidated*.safetensors"]
 TIMEOUT = 8.0  # seconds until the hub must have answered the first question
@@ -20,12 +21,15 @@ TIMEOUT = 8.0  # seconds until the hub must have answered the first question
 logger = logging.getLogger(__name__)
 
 
-def resolve(model: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
+def resolve(
+    model: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None, weights: bool = True
+) -> Path:
     """The local folder of `model`: a folder's path, a hub id ("owner/name", "name"), which is downloaded, or
     the URL of a converted checkpoint (gs://bucket/name), of which all but the weights is.
 
     `revision` (branch, tag or commit) and `token` (None: as stored by the hub's login) belong to hub ids. Downloads go
     through huggingface_hub's cache; without network, or with HF_HUB_OFFLINE=1, what is cached is used.
+    Without `weights` only what is beside them is downloaded: the tokenizer, above all.
     An existing folder comes first; paths (/, ./, ../, ~, a Path, or a first part that is a folder) are never hub ids.
 
     Raises, with one line each: FileNotFoundError (no such folder, no such model), NotADirectoryError, ValueError (not
@@ -49,17 +53,17 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, token: s
     owner = name.split("/")[0]
     if owner != name and os.path.isdir(owner):
         raise FileNotFoundError(f"{name}: no such folder (and not taken for a hub id, as the folder {owner} exists)")
-    return _download(name, revision, token)
+    return _download(name, revision, token, ALLOW if weights else SMALL)
 
 
-def _download(name: str, revision: str | None, token: str | bool | None) -> Path:
+def _download(name: str, revision: str | None, token: str | bool | None, patterns: list[str]) -> Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     at = f"{name} (revision {revision})" if revision else name
 
     def snapshot(**options: Any) -> Path:
         folder = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=ALLOW, ignore_patterns=IGNORE, **options
+            name, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=IGNORE, **options
         )
         return Path(folder)
 

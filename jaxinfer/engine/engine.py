@@ -212,6 +212,10 @@ class Engine:
                 f"the prompt has {length} tokens: with max_model_len {self.max_model_len} it may have at most "
                 f"{self.max_model_len - 1}; shorten it or raise max_model_len"
             )
+        if params.stop:
+            self.tokenizer.require("sampling parameter stop", "give stop_token_ids")
+        if params.bad_words:
+            self.tokenizer.require("sampling parameter bad_words", "give logit_bias")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self._check_ids(f"sampling parameter {name}", getattr(params, name) or ())
         eos = () if params.ignore_eos else self.eos_token_ids

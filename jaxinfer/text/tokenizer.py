@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.text.chat import ChatTemplates, Tool
-from jaxinfer.text.files import TokenFiles
+from jaxinfer.text.files import TokenFiles, model_token_id
 
-__all__ = ["CLEAN_UP", "Tokenizer", "check_vocabulary", "load_tokenizer"]
+__all__ = ["CLEAN_UP", "NoTokenizer", "Tokenizer", "check_vocabulary", "has_tokenizer", "load_tokenizer"]
+
+LOOKED_FOR = "tokenizer.json, tokenizer.model, and vocab.json with merges.txt"
 
 # `clean_up_tokenization_spaces` of Hugging Face tokenizers: these replacements, in this order, over the whole text.
 CLEAN_UP = (
@@ -52,6 +54,7 @@ class Tokenizer(ABC):
     byte_values: Mapping[int, int] = {}
     known_ids: frozenset[int]
     looks_ahead: bool = False
+    missing: str | None = None  # why there is none: see NoTokenizer
 
     def __init__(self, folder: Path, chat_templates: ChatTemplates) -> None:
         self.folder = folder
@@ -65,6 +68,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode_raw(self, ids: list[int]) -> str:
         """All of `ids` as text, special tokens included, without the clean-up. Unknown ids give no text."""
+
+    def require(self, what: str, instead: str) -> None:
+        """Raises ValueError where there is no tokenizer for `what`; `instead` is what to do then."""
+        if self.missing is not None:
+            raise ValueError(f"{what}: needs a tokenizer, and {self.missing}; {instead}, or load with tokenizer=PATH")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; special tokens written in it are recognized.
@@ -146,6 +154,38 @@ class Tokenizer(ABC):
         return self.encode(prompt, add_special_tokens=False)
 
 
+class NoTokenizer(Tokenizer):
+    """In place of one: token ids give no text, and what needs a tokenizer raises ValueError that says why it is
+    `missing`."""
+
+    vocab_size = 0
+    special_ids = frozenset()
+    known_ids = frozenset()
+
+    def __init__(self, folder: Path, missing: str) -> None:
+        super().__init__(folder, ChatTemplates(folder))
+        self.missing = missing
+        self.bos_token_id = model_token_id(folder, "bos_token_id")
+        self.eos_token_id = model_token_id(folder, "eos_token_id")
+
+    def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
+        self.require("text", "give token ids")
+        return []
+
+    def decode_raw(self, ids: list[int]) -> str:
+        return ""
+
+    def chat_prompt(self, *args: Any, **kwargs: Any) -> str:
+        self.require("chat", "give a prompt's token ids")
+        return ""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files that `load_tokenizer` takes."""
+    whole = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return whole or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a checkpoint folder.
 
@@ -155,20 +195,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the tokenizer's files")
-    has_json = (folder / "tokenizer.json").is_file()
-    has_bpe = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    if not has_json and (folder / "tokenizer.model").is_file():
+    if not has_tokenizer(folder):
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer; looked for {LOOKED_FOR}; copy the checkpoint's tokenizer files there"
+        )
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
         from jaxinfer.text.spm import SentencePieceTokenizer
 
         return SentencePieceTokenizer(TokenFiles(folder))
-    if has_json or has_bpe:
-        from jaxinfer.text.hf import HFTokenizer
+    from jaxinfer.text.hf import HFTokenizer
 
-        return HFTokenizer(TokenFiles(folder))
-    raise FileNotFoundError(
-        f"{folder}: no tokenizer; looked for tokenizer.json, tokenizer.model, and vocab.json with merges.txt; "
-        "copy the checkpoint's tokenizer files there"
-    )
+    return HFTokenizer(TokenFiles(folder))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
