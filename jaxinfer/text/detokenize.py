@@ -40,7 +40,7 @@ class Detokenizer:
             self._decoder = _ByteLevel(tokenizer, self._end(prompt_ids, CONTEXT))
         elif not tokenizer.looks_ahead and tokenizer.anchor is not None:
             end = self._end(prompt_ids, CONTEXT)
-            begun = any(tokenizer.token_text(i).strip() for i in end)
+            begun = any(tokenizer.token_text(i).strip() for i in end) or bool(end and tokenizer.decode_raw(end))
             if end and not begun:  # a space, perhaps the one that is dropped
                 end = self._end(prompt_ids, len(prompt_ids))
                 begun = bool(tokenizer.decode_raw(end))
