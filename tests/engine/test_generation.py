@@ -33,11 +33,12 @@ def generate(tokenizer: Tokenizer, tokens: list[int], **params) -> tuple[Generat
     generation = Generation(request, tokenizer)
     pieces = []
     for token in tokens:
+        shown = generation.text
         generation.accept([token], None, 0)
-        pieces.append(generation.take_text())
+        assert generation.text.startswith(shown)
+        pieces.append(generation.text[len(shown) :])
         if generation.finished:
             break
-    assert "".join(pieces) == generation.text
     return generation, pieces
 
 
