@@ -92,6 +92,7 @@ def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> 
         llm = _load(MODEL_DIR if model is None else model, load)
         _users += 1
     try:
+        llm.tokenizer.require("text that is returned", "use jaxinfer.LLM(...).generate, which gives token ids")
         yield llm, llm.get_default_sampling_params().with_changes(**sampling)
     finally:
         with _changed:

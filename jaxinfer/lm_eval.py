@@ -179,6 +179,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
             stops.append(stop)
         outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
         _check(outputs)
+        # As lm-eval's `hf` does, not as what continues the context: a space at the start is not part of the answer.
         texts = [
             postprocess_generated_text(tokenizer.decode(output.outputs[0].token_ids), stop, None)
             for output, stop in zip(outputs, stops, strict=True)

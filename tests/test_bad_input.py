@@ -217,12 +217,6 @@ def test_an_index_that_leads_outside(checkpoints, tmp_path, cli):
 # Tokenizer
 
 
-def test_tokenizer_is_missing(model, cli):
-    (model / "tokenizer.json").unlink()
-    refusal(model, "no tokenizer", "tokenizer.json", "tokenizer.model", kind=FileNotFoundError)
-    assert "no tokenizer" in cli("generate", "x", "-m", model).error()
-
-
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"model": 5}', b"\xff", b'{"a":' * 10_000])
 def test_tokenizer_is_broken(model, content):
     (model / "tokenizer.json").write_bytes(content)

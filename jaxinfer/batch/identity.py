@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from jaxinfer.checkpoint.contents import files_of
+from jaxinfer.checkpoint.contents import ALLOW, SMALL, files_of
 
 HEAD = 2**20
 BLOCK, BLOCKS = 2**16, 64
 
 
-def model_fingerprint(folder: Path) -> str:
-    """A digest of a checkpoint: its configuration and tokenizer, and of each weight file the size, the first MiB (the
-    header, or most of it) and 64 blocks of 64 KiB spread over the rest.
+def model_fingerprint(folder: Path, weights: bool = True) -> str:
+    """A digest of a checkpoint: its configuration and tokenizer, and with `weights` of each weight file the size, the
+    first MiB (the header, or most of it) and 64 blocks of 64 KiB spread over the rest.
 
     Reading 140 GB at each start would take minutes, so weights that differ in a few places only may go unnoticed.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name in files_of(folder):
+    for name in files_of(folder, ALLOW if weights else SMALL):
         path = folder / name
         size = path.stat().st_size
         digest.update(f"{name}\0{size}\0".encode())

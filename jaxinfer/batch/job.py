@@ -26,6 +26,7 @@ from jaxinfer.batch.summary import Summary
 from jaxinfer.batch.writer import Writer
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
+from jaxinfer.text.tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
     from jaxinfer.engine.options import LoadOptions
@@ -84,11 +85,13 @@ def run(
         folder = _folder(model, options)
         if group is not None and not group.leads:
             _load(folder, options)  # and no further: input and output are process 0's
+        if task != "score" and not token_ids and not _gives_text(model, folder, options):
+            raise ValueError(f"model {folder}: without a tokenizer there is no text to write; ask for token_ids too")
         sources = find_sources([os.fspath(one) for one in _listed(inputs)])
         manifest = open_manifest(out, *parse_shard(shard, {} if group is not None else os.environ))
         job = {
             "inputs": [{"name": s.name, "size": s.size, "fingerprint": s.fingerprint()} for s in sources],
-            "model": model_fingerprint(folder),
+            "model": _fingerprint(model, folder, options),
             "task": task,
             "sampling_params": dict(changes or {}),
             "prompt_template": prompt_template,
@@ -162,6 +165,27 @@ def _load(folder: Path, options: LoadOptions) -> LLM:
 
     options.pop("revision", None)  # of the folder
     return LLM(folder, **options)
+
+
+def _gives_text(model: str | os.PathLike[str] | LLM, folder: Path, options: LoadOptions) -> bool:
+    """Whether there will be a tokenizer."""
+    if not isinstance(model, str | os.PathLike):
+        return model.tokenizer.missing is None
+    own = has_tokenizer(folder) and not options.get("skip_tokenizer_init")
+    return own or options.get("tokenizer") is not None
+
+
+def _fingerprint(model: str | os.PathLike[str] | LLM, folder: Path, options: LoadOptions) -> str:
+    """Of weights and tokenizer."""
+    other = None
+    if not isinstance(model, str | os.PathLike):
+        other = model.tokenizer.folder
+    elif (named := options.get("tokenizer")) is not None:
+        other = resolve(named, token=options.get("token"), weights=False)
+    digest = model_fingerprint(folder)
+    if has_tokenizer(folder) and not _gives_text(model, folder, options):
+        digest += " without its tokenizer"
+    return digest if other in (None, folder) else f"{digest} {model_fingerprint(other, weights=False)}"
 
 
 def _folder(model: str | os.PathLike[str] | LLM, options: LoadOptions) -> Path:

@@ -73,6 +73,8 @@ class Predictor:
 
         llm = LLM(model, **options)
         self.results = Results(task, (changes or {}).get("n", 1), token_ids, True, llm.folder.name)
+        if task != "score" and not token_ids:
+            llm.tokenizer.require("text that is generated", "ask for token_ids")
         defaults = llm.get_default_sampling_params().with_changes(max_tokens=DEFAULT_MAX_TOKENS)
         self.parser = Parser(task, defaults, changes, prompt_template)
         self.worker = Worker(llm, self.results, seed=seed, truncate=truncate)

@@ -10,12 +10,13 @@ from pathlib import Path, PurePosixPath
 from jaxinfer.places import inside
 
 # Nothing pickled is ever downloaded, nor Mistral's second copy of the weights.
-ALLOW = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+SMALL = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+ALLOW = (*SMALL, "*.safetensors")
 IGNORE = ("consolidated*.safetensors",)
 # transformers' folders of named chat templates; other folders have other exports.
 TEMPLATES = ("chat_templates/*.jinja", "additional_chat_templates/*.jinja")
 # What goes along with weights: the tokenizer, how to generate, and what must not be separated from them.
-BESIDE = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
+BESIDE = (*SMALL, "LICENSE*", "NOTICE*")
 NOT_BESIDE = ("config.json", "*.index.json", "quantize_config.json", "quant_config.json", "jaxinfer.json")
 
 
@@ -28,9 +29,9 @@ def belonging(names: Iterable[str], allow: Iterable[str] = ALLOW, ignore: Iterab
     )
 
 
-def files_of(folder: Path) -> list[str]:
+def files_of(folder: Path, allow: Iterable[str] = ALLOW) -> list[str]:
     """The relative names of a local checkpoint's files, sorted, with other copies of the weights."""
-    return belonging(_names(folder), ignore=())
+    return belonging(_names(folder), allow, ignore=())
 
 
 def beside(folder: Path) -> list[str]:

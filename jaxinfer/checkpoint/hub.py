@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxinfer.checkpoint.contents import ALLOW, IGNORE, TEMPLATES, belonging
+from jaxinfer.checkpoint.contents import ALLOW, IGNORE, SMALL, TEMPLATES, belonging
 from jaxinfer.checkpoint.files import check_folder
 from jaxinfer.checkpoint.remote import fetch
 
@@ -19,12 +19,15 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def resolve(model: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
+def resolve(
+    model: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None, weights: bool = True
+) -> Path:
     """The local folder of `model`: a folder's path, a hub id ("owner/name", "name"), which is downloaded, or
     the URL of a converted checkpoint (gs://bucket/name), of which all but the weights is.
 
     `revision` (branch, tag or commit) and `token` (None: as stored by the hub's login) belong to hub ids. Downloads go
     through huggingface_hub's cache; without network, or with HF_HUB_OFFLINE=1, what is cached is used.
+    Without `weights` only what is beside them is downloaded: the tokenizer, above all.
     An existing folder comes first; paths (/, ./, ../, ~, a Path, or a first part that is a folder) are never hub ids.
 
     Raises, with one line each: FileNotFoundError (no such folder, no such model), NotADirectoryError, ValueError (not
@@ -48,15 +51,15 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None, token: s
     owner = name.split("/")[0]
     if owner != name and os.path.isdir(owner):
         raise FileNotFoundError(f"{name}: no such folder (and not taken for a hub id, as the folder {owner} exists)")
-    return _download(name, revision, token)
+    return _download(name, revision, token, ALLOW if weights else SMALL)
 
 
-def _download(name: str, revision: str | None, token: str | bool | None) -> Path:
+def _download(name: str, revision: str | None, token: str | bool | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     at = f"{name} (revision {revision})" if revision else name
 
-    def snapshot(allow: Sequence[str] = ALLOW, ignore: Sequence[str] = ("*/*", *IGNORE), **options: Any) -> Path:
+    def snapshot(allow: Sequence[str] = patterns, ignore: Sequence[str] = ("*/*", *IGNORE), **options: Any) -> Path:
         return Path(
             snapshot_download(
                 name,

@@ -62,6 +62,12 @@ class LoadOptions:
         str | None,
         typer.Option(metavar="R", help="Branch, tag or commit of a model on the hub.", rich_help_panel=MODEL),
     ] = None
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T", help="Folder or hub id of another tokenizer; without it, the model's.", rich_help_panel=MODEL
+        ),
+    ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None,
         typer.Option(

@@ -14,6 +14,7 @@ from jaxinfer.engine.request import FinishReason
 from jaxinfer.engine.thread import EngineThread
 from jaxinfer.sampling.ids import is_id
 from jaxinfer.sampling.params import MAX_LOGPROBS, SamplingParams
+from jaxinfer.text.detokenize import Detokenizer
 
 MAX_LENGTH_PENALTY = 32  # either way: no length to this power is too large, or too small, to divide by
 
@@ -108,7 +109,7 @@ def beam_search(
             _advance(search, options[:candidates], beam_width, eos, step == max_tokens, length_penalty)
     return [
         BeamSearchOutput(
-            text, ids, [_sequence(engine, score, beam, eos) for score, beam in search.finished], search.error
+            text, ids, [_sequence(engine, ids, score, beam, eos) for score, beam in search.finished], search.error
         )
         for (text, ids), search in zip(prompts, searches, strict=True)
     ]
@@ -153,7 +154,8 @@ def _advance(
         search.done = search.beams[0].logprob / length**length_penalty <= search.finished[-1][0]
 
 
-def _sequence(engine: Engine, score: float, beam: Beam, eos: frozenset[int]) -> BeamSearchSequence:
+def _sequence(engine: Engine, prompt: list[int], score: float, beam: Beam, eos: frozenset[int]) -> BeamSearchSequence:
     ended = beam.token_ids[-1] in eos
-    text = engine.tokenizer.decode(beam.token_ids)
+    detokenizer = Detokenizer(engine.tokenizer, prompt_ids=prompt)
+    text = detokenizer.push(beam.token_ids) + detokenizer.finish()
     return BeamSearchSequence(beam.token_ids, text, beam.logprob, score, "stop" if ended else "length")

@@ -212,6 +212,10 @@ class Engine:
                 f"the prompt has {length} tokens: with max_model_len {self.max_model_len} it may have at most "
                 f"{self.max_model_len - 1}; shorten it or raise max_model_len"
             )
+        if params.stop:
+            self.tokenizer.require("sampling parameter stop", "give stop_token_ids")
+        if params.bad_words:
+            self.tokenizer.require("sampling parameter bad_words", "give bad_words_ids")
         for name, ids in params.named_ids():
             self._check_ids(f"sampling parameter {name}", ids)
         eos = () if params.ignore_eos else self.eos_token_ids

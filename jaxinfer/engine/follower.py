@@ -19,6 +19,9 @@ from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.programs import PREPARE, Key
 from jaxinfer.engine.runner import Runner
 
+# Process 0 alone has to do with text and with people.
+HERE = ("token", "on_progress", "tokenizer", "skip_tokenizer_init")
+
 
 def agree(
     group: Group,
@@ -35,7 +38,7 @@ def agree(
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
     facts = {
         "the digest of the compiled programs that are used": compiled.digest if compiled else None,
-        **{f"option {name}": value for name, value in given.items() if name not in ("token", "on_progress")},
+        **{f"option {name}": value for name, value in given.items() if name not in HERE},
         "config.json's digest": digest,
         "the weights' size in bytes": checkpoint.nbytes,
         "dtype": str(dtype),

@@ -27,7 +27,9 @@ class Generation:
         self.text = ""
         self.prompt_logprobs: list[Ranked | None] = [None]
         params = request.params
-        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if params.detokenize else None
+        self._detokenizer = None
+        if params.detokenize:
+            self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, request.tokens)
         self._least = params.least(request.prompt_length)
         self._stops = StopStrings(params.stop_strings, params.include_stop_str_in_output)
         self._token_text = tokenizer.token_text
@@ -56,25 +58,25 @@ class Generation:
                 ranked = self._ranked(token, params.logprobs, logprobs, (step, row))
                 self._logprobs.append(ranked)
                 self._cumulative += ranked[token].logprob
-            generated = len(request.tokens) - request.prompt_length
-            if token in request.stop_ids and generated > self._least:
+            may_end = len(request.tokens) - request.prompt_length > self._least
+            if token in request.stop_ids and may_end:
                 self.stop_reason = token if token in (params.stop_token_ids or ()) else None
                 if params.include_stop_str_in_output:
                     text.append(self._stops.push(self._detokenize(token)))
                 request.finish_reason = "stop"
                 break
-            piece = self._detokenize(token)
-            text.append(self._stops.push(piece) if generated > self._least else piece)
+            text.append(self._stops.push(self._detokenize(token), may_end))
             if self._stops.matched is not None:
-                self.stop_reason = self._stops.matched
                 request.finish_reason = "stop"
                 break
             if len(request.tokens) >= request.limit:
                 request.finish_reason = "length"
                 break
         if self.finished:
-            if self._stops.matched is None and self._detokenizer is not None:
-                text.append(self._stops.push(self._detokenizer.finish()) + self._stops.finish())
+            if self._detokenizer is not None:
+                text.append(self._stops.push(self._detokenizer.finish(), may_end) + self._stops.finish())
+            if self._stops.matched is not None:
+                request.finish_reason, self.stop_reason = "stop", self._stops.matched
             self._finished = time.perf_counter()
         self.text += "".join(text)
 

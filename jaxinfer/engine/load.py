@@ -47,7 +47,14 @@ from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.quantization.stored import asked_for
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, local_devices, make_mesh
-from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
+from jaxinfer.text.tokenizer import (
+    LOOKED_FOR,
+    NoTokenizer,
+    Tokenizer,
+    check_vocabulary,
+    has_tokenizer,
+    load_tokenizer,
+)
 
 log = logging.getLogger("jaxinfer")
 
@@ -107,7 +114,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     # The cheap files first: what is wrong with them shows before gigabytes are read.
     generation_config = read_generation_config(folder)
     shape = Model.from_config(config, "float32").config
-    tokenizer = load_tokenizer(folder)
+    tokenizer = _tokenizer(folder, given)
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
     asked = checkpoint_params(generation_config, config, folder, shape.vocab_size)
@@ -165,6 +172,18 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     log.info("loaded %s in %.1f s: %s", folder, loaded.load_seconds, loaded.describe())
     log.info("attention: %s", attention_of(programs))
     return loaded
+
+
+def _tokenizer(folder: Path, given: LoadOptions) -> Tokenizer:
+    """The one that is asked for, the checkpoint's own, or a stand-in that says that there is none."""
+    if given["skip_tokenizer_init"]:
+        return NoTokenizer(folder, "skip_tokenizer_init loads none")
+    if given["tokenizer"] is not None:
+        return load_tokenizer(resolve(given["tokenizer"], token=given["token"], weights=False))
+    if has_tokenizer(folder):
+        return load_tokenizer(folder)
+    log.warning("%s has no tokenizer (%s): it takes and gives token ids only", folder, LOOKED_FOR)
+    return NoTokenizer(folder, f"{folder} has none")
 
 
 def check_architecture(wanted: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:

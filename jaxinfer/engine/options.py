@@ -22,6 +22,8 @@ KINDS: dict[str, tuple[Any, str]] = {
     "enable_prefix_caching": (bool, "true or false"),
     "warmup": (bool, "true or false"),
     "architecture": (Mapping | None, "fields of a config.json"),
+    "tokenizer": (str | os.PathLike | None, "a folder or a hub id"),
+    "skip_tokenizer_init": (bool, "true or false"),
 }
 
 
@@ -64,6 +66,8 @@ class LoadOptions(TypedDict, total=False):
         which the first that fits decides: {"*.mlp.*": "int8"}. None: as they are, also those of a checkpoint that is
         quantized already, for which nothing else is taken.
     architecture: fields of the model's config.json, as a deployment has them: another model is refused. None: any.
+    tokenizer: a folder or hub id with another tokenizer and chat template. None: the model's own, if it has one;
+        without any, prompts are token ids and outputs have no text. skip_tokenizer_init: load none (off).
     """
 
     dtype: DType
@@ -85,6 +89,8 @@ class LoadOptions(TypedDict, total=False):
     compiled: str | os.PathLike[str] | None
     architecture: Mapping[str, Any] | None
     quantization: Quantization | None
+    tokenizer: str | os.PathLike[str] | None
+    skip_tokenizer_init: bool
 
 
 def in_our_words(options: Mapping[str, Any]) -> LoadOptions:
@@ -116,6 +122,8 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
         "compiled": None,
         "architecture": None,
         "quantization": None,
+        "tokenizer": None,
+        "skip_tokenizer_init": False,
     }
     given.update(in_our_words(options))
     chosen = {"dtype": DType, "attention": Attention, "kv_cache_dtype": KVCacheDType}
@@ -137,6 +145,8 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
         value = given[name]  # type: ignore[literal-required]
         if not isinstance(value, kind):
             raise ValueError(f"{name} is {value!r:.100}: it must be {wanted}")
+    if given["skip_tokenizer_init"] and given["tokenizer"] is not None:
+        raise ValueError(f"tokenizer is {given['tokenizer']!r:.100}, and skip_tokenizer_init says to load none")
     return given
 
 

@@ -151,4 +151,5 @@ def prefix_token_id(tokenizer: Tokenizer) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
+    tokenizer.require("an empty prompt", "begin it with a token id")
     raise ValueError(f"{tokenizer.folder}: the tokenizer has neither BOS nor EOS to put before an empty prompt")

@@ -50,7 +50,7 @@ class SamplingParams:
         ends with finish_reason "error" where that shows only on the way.
     stop: strings that end the text (and are cut off, unless include_stop_str_in_output).
     stop_token_ids: ids that end it besides the checkpoint's own EOS ids. The id stays in `token_ids`, not in the text.
-    max_tokens: None is as many as the context has room for. min_tokens: no stop id or stop string before these.
+    max_tokens: None is as many as the context has room for. min_tokens: no stop before these.
     ignore_eos: the checkpoint's EOS ids don't end the text.
     logprobs: None, or how many of the likeliest tokens to report beside the sampled one, at most 20. They are
         those of the model, before penalties, temperature and filters. prompt_logprobs: the same for the prompt.

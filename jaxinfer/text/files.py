@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-__all__ = ["AddedToken", "TokenFiles", "one_line", "read_json"]
+__all__ = ["AddedToken", "TokenFiles", "model_token_id", "one_line", "read_json"]
 
 MAX_ID = 2**31 - 1  # ids are int32 on devices
 
@@ -58,6 +58,14 @@ def _is_id(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ID
 
 
+def model_token_id(folder: Path, name: str) -> int | None:
+    """`bos_token_id` and such as the config.json in a folder has them."""
+    value = read_json(folder / "config.json").get(name)
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if _is_id(value) else None
+
+
 class TokenFiles:
     """`tokenizer_config.json` and its older companions, read once.
 
@@ -98,10 +106,7 @@ class TokenFiles:
 
     def model_token_id(self, name: str) -> int | None:
         """`bos_token_id` and such as config.json has them: the only place where some old checkpoints say it."""
-        value = read_json(self.folder / "config.json").get(name)
-        if isinstance(value, list) and value:
-            value = value[0]
-        return value if _is_id(value) else None
+        return model_token_id(self.folder, name)
 
     def _added_tokens(self) -> dict[int, AddedToken]:
         special = {*self.named.values(), *self.extra}

@@ -111,7 +111,9 @@ def _is_local(step: dict[str, Any], fused: bool) -> bool:
     """Whether a decoder step treats each token by itself (byte runs and the very start of the text aside)."""
     kind = step.get("type")
     if kind == "Replace":
-        return "String" in step["pattern"] and (not fused or len(step["pattern"]["String"]) == 1)
+        pattern = step["pattern"]
+        at_start = pattern.get("Regex", "").startswith(r"\A") and not step["content"]
+        return not fused or at_start or len(pattern.get("String", "")) == 1
     if kind == "Strip":
         return bool(step["stop"] == 0)
     return kind in ("ByteFallback", "Fuse", "Metaspace", "WordPiece")

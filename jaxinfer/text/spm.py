@@ -21,8 +21,6 @@ class SentencePieceTokenizer(Tokenizer):
     the dummy space only at the start of the text (after every added token if `legacy` is true).
     """
 
-    byte_runs_cut = True
-
     def __init__(self, files: TokenFiles) -> None:
         path = files.folder / "tokenizer.model"
         proto = path.read_bytes()

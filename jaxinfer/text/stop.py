@@ -33,12 +33,18 @@ class StopStrings:
         self._longest = max(map(len, stops), default=0)
         self._held = ""
 
-    def push(self, text: str) -> str:
-        """Takes the next piece; returns the text that is now certain to come before any stop string."""
+    def push(self, text: str, may_end: bool = True) -> str:
+        """Takes the next piece; returns the text that is now certain to come before any stop string. Unless it
+        `may_end`, no stop string that is complete in it counts."""
         if self.matched is not None:
             return ""
+        before = len(self._held)
         text = self._held + text
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [
+            (at + len(stop), at, stop)
+            for stop in self._stops
+            if may_end and (at := text.find(stop, max(0, before - len(stop) + 1))) >= 0
+        ]
         if found:
             end, start, self.matched = min(found)
             self._held = ""

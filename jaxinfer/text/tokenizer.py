@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.text.chat import ChatTemplates, Tool
-from jaxinfer.text.files import TokenFiles
+from jaxinfer.text.files import TokenFiles, model_token_id
 
-__all__ = ["CLEAN_UP", "Tokenizer", "check_vocabulary", "load_tokenizer"]
+__all__ = ["CLEAN_UP", "NoTokenizer", "Tokenizer", "check_vocabulary", "has_tokenizer", "load_tokenizer"]
+
+LOOKED_FOR = "tokenizer.json, tokenizer.model, and vocab.json with merges.txt"
 
 # `clean_up_tokenization_spaces` of Hugging Face tokenizers: these replacements, in this order, over the whole text.
 CLEAN_UP = (
@@ -39,9 +41,8 @@ class Tokenizer(ABC):
     How the detokenizer may work piece by piece (`jaxinfer.text.detokenize`):
     token_bytes    id -> the bytes it stands for, where text is exactly those bytes joined; else None
     byte_values    id -> byte, for ids that stand for one byte each (byte fallback): neighbours make a character
-    byte_runs_cut  a run of such bytes may be decoded in parts, cut after a whole character
     known_ids      ids that a token has: there may be far fewer than vocab_size, and others give no text
-    looks_ahead    a token's text can depend on later tokens, or it isn't known that it does not
+    looks_ahead    a token's text can depend on others in further ways, or it isn't known that it does not
     """
 
     vocab_size: int
@@ -51,14 +52,14 @@ class Tokenizer(ABC):
     cleans_up: bool = False
     token_bytes: Callable[[int], bytes] | None = None
     byte_values: Mapping[int, int] = {}
-    byte_runs_cut: bool = False
     known_ids: frozenset[int]
     looks_ahead: bool = False
+    missing: str | None = None  # why there is none: see NoTokenizer
 
     def __init__(self, folder: Path, chat_templates: ChatTemplates) -> None:
         self.folder = folder
         self.chat_templates = chat_templates
-        self.middle_text: dict[int, str] = {}  # detokenizers of this tokenizer share what they learn
+        self.middle_text: dict[int, str] = {}  # what `token_text` has said
 
     @abstractmethod
     def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -67,6 +68,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode_raw(self, ids: list[int]) -> str:
         """All of `ids` as text, special tokens included, without the clean-up. Unknown ids give no text."""
+
+    def require(self, what: str, instead: str) -> None:
+        """Raises ValueError where there is no tokenizer for `what`; `instead` is what to do then."""
+        if self.missing is not None:
+            raise ValueError(f"{what}: needs a tokenizer, and {self.missing}; {instead}, or load with tokenizer=PATH")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; special tokens written in it are recognized.
@@ -112,10 +118,11 @@ class Tokenizer(ABC):
 
     def token_text(self, token_id: int) -> str:
         """What one token adds inside a text, the space before it too; special tokens as they are written."""
-        if self.anchor is None:
-            return self.decode_raw([token_id])
-        token, text = self.anchor
-        return self.decode_raw([token, token_id])[len(text) :]
+        text = self.middle_text.get(token_id)
+        if text is None:
+            before, shown = ([], "") if self.anchor is None else ([self.anchor[0]], self.anchor[1])
+            text = self.middle_text[token_id] = self.decode_raw([*before, token_id])[len(shown) :]
+        return text
 
     @property
     def has_chat_template(self) -> bool:
@@ -147,6 +154,38 @@ class Tokenizer(ABC):
         return self.encode(prompt, add_special_tokens=False)
 
 
+class NoTokenizer(Tokenizer):
+    """In place of one: token ids give no text, and what needs a tokenizer raises ValueError that says why it is
+    `missing`."""
+
+    vocab_size = 0
+    special_ids = frozenset()
+    known_ids = frozenset()
+
+    def __init__(self, folder: Path, missing: str) -> None:
+        super().__init__(folder, ChatTemplates(folder))
+        self.missing = missing
+        self.bos_token_id = model_token_id(folder, "bos_token_id")
+        self.eos_token_id = model_token_id(folder, "eos_token_id")
+
+    def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
+        self.require("text", "give token ids")
+        return []
+
+    def decode_raw(self, ids: list[int]) -> str:
+        return ""
+
+    def chat_prompt(self, *args: Any, **kwargs: Any) -> str:
+        self.require("chat", "give a prompt's token ids")
+        return ""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there are files that `load_tokenizer` takes."""
+    whole = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return whole or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a checkpoint folder.
 
@@ -156,20 +195,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the tokenizer's files")
-    has_json = (folder / "tokenizer.json").is_file()
-    has_bpe = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    if not has_json and (folder / "tokenizer.model").is_file():
+    if not has_tokenizer(folder):
+        raise FileNotFoundError(
+            f"{folder}: no tokenizer; looked for {LOOKED_FOR}; copy the checkpoint's tokenizer files there"
+        )
+    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
         from jaxinfer.text.spm import SentencePieceTokenizer
 
         return SentencePieceTokenizer(TokenFiles(folder))
-    if has_json or has_bpe:
-        from jaxinfer.text.hf import HFTokenizer
+    from jaxinfer.text.hf import HFTokenizer
 
-        return HFTokenizer(TokenFiles(folder))
-    raise FileNotFoundError(
-        f"{folder}: no tokenizer; looked for tokenizer.json, tokenizer.model, and vocab.json with merges.txt; "
-        "copy the checkpoint's tokenizer files there"
-    )
+    return HFTokenizer(TokenFiles(folder))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

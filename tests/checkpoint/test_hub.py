@@ -139,6 +139,13 @@ def refused(kind: type[Exception], message: str, *args: object, **kwargs: object
     assert time.monotonic() - start < 5
 
 
+def test_a_tokenizer_comes_without_weights(server: list[tuple[str, str | None]]) -> None:
+    """And a model that is asked for afterwards comes with them."""
+    folder = hub.resolve("me/model", weights=False)
+    assert {path.name for path in folder.iterdir()} == WANTED - {"model.safetensors"}
+    assert {path.name for path in hub.resolve("me/model").iterdir()} == WANTED
+
+
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     (tmp_path / "file").touch()

@@ -45,7 +45,7 @@ def test_generating_with_it(cli, tmp_path):
         text=True,
         env=os.environ | FRESH | {"JAX_LOG_COMPILES": "1"},
     )
-    assert (done.returncode, done.stdout) == (0, "27 + 45 = 72.\n")
+    assert (done.returncode, done.stdout) == (0, " 27 + 45 = 72.\n")
     assert "Compiling" not in done.stderr
     assert "compiled" not in done.stderr.replace(str(out), "")
 

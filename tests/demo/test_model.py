@@ -1,5 +1,6 @@
 """The packaged model: what it is, what it answers, and that transformers loads it too."""
 
+import dataclasses
 import json
 
 import pytest
@@ -56,6 +57,26 @@ def test_it_answers_held_out_questions(llm):
 )
 def test_it_answers_what_people_type(llm, prompt):
     assert answer(llm, prompt).strip() == "27 + 45 = 72."
+
+
+def test_an_answer_continues_its_question(llm):
+    """As its tokens say, whoever asks: what `score` takes for the continuation."""
+    question = "What is 27 + 45?"
+    params = jaxinfer.SamplingParams(temperature=0.0, max_tokens=48)
+    (output,) = llm.generate([question], params)
+    completion = output.outputs[0]
+    assert completion.text == " 27 + 45 = 72."
+    assert llm.tokenizer.decode(output.prompt_token_ids + completion.token_ids) == question + completion.text
+    (score,) = llm.score([question], [completion.text])
+    assert score.token_ids == completion.token_ids[:-1]  # but for EOS
+    assert score.is_greedy
+    assert "".join(llm.stream(question, params)) == completion.text
+    (beams,) = llm.beam_search([question], beam_width=2, max_tokens=48)
+    assert beams.sequences[0].text == completion.text
+    assert llm.chat([{"role": "user", "content": question}], params)[0].outputs[0].text == completion.text
+    for stop, text in ((" ", ""), (" 27", ""), ("7", " 2")):
+        stopped = llm.generate([question], dataclasses.replace(params, stop=stop))[0].outputs[0]
+        assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == (text, "stop", stop)
 
 
 @pytest.mark.parametrize("word", ["letter", "stone", "planet"])

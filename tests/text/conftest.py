@@ -1,13 +1,12 @@
 """Tiny tokenizers, trained here once a session, in the layouts that checkpoints come in."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, processors
 
-from .tiny import byte_level, sentencepiece_model, write
+from .tiny import byte_level, json_bpe_tokenizer, sentencepiece_like, sentencepiece_model, write
 
 
 @pytest.fixture(scope="session")
@@ -101,27 +100,22 @@ def sp_chat(root: Path, sp_bpe: Path) -> Path:
     return folder
 
 
-def _sp_like(root: Path, name: str, model: Any, decoder: Any, cleans_up: bool = False) -> Path:
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoder
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    config = {"bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": cleans_up}
-    folder = write(root / name, tokenizer_config_json=config, config_json={"model_type": "llama"})
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
 @pytest.fixture(scope="session")
 def json_bpe(root: Path) -> Path:
     """tokenizer.json of a converted SentencePiece BPE: byte fallback, Fuse, Strip."""
-    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
-    words = ["▁", "▁▁", "h", "e", "l", "o", "w", ".", "!", "'", "s", "he", "ll", "hell", "hello", "▁hello", "日", "é"]
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *byte_tokens, *words])}
-    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "hello"), ("▁", "▁")]
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    return _sp_like(root, "json_bpe", model, decoders.Sequence(steps))
+    return json_bpe_tokenizer(root / "json_bpe")
+
+
+@pytest.fixture(scope="session")
+def json_at_start(root: Path) -> Path:
+    """The same with a regular expression that takes the first space away, but leaves two."""
+    return json_bpe_tokenizer(root / "json_at_start", decoders.Replace(Regex(r"\A (?! )"), ""))
+
+
+@pytest.fixture(scope="session")
+def json_anywhere(root: Path) -> Path:
+    """The same with one that might change any part of the text."""
+    return json_bpe_tokenizer(root / "json_anywhere", decoders.Replace(Regex("^ "), ""))
 
 
 UNIGRAM = ["<unk>", "<s>", "</s>", "▁", ".", "?", "!", ",", "'", "n't", "▁'", "s", "m", "ve", "re", "n", "t", "▁n", "a"]
@@ -131,7 +125,7 @@ UNIGRAM = ["<unk>", "<s>", "</s>", "▁", ".", "?", "!", ",", "'", "n't", "▁'"
 def json_unigram(root: Path) -> Path:
     """tokenizer.json of a unigram model whose checkpoint asks for the clean-up of spaces."""
     vocab = [(token, -float(i)) for i, token in enumerate([*UNIGRAM, "▁a", "é"])]
-    return _sp_like(root, "json_unigram", models.Unigram(vocab, 0), decoders.Metaspace(), cleans_up=True)
+    return sentencepiece_like(root / "json_unigram", models.Unigram(vocab, 0), decoders.Metaspace(), cleans_up=True)
 
 
 @pytest.fixture(scope="session")

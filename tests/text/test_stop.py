@@ -36,6 +36,24 @@ def test_every_cutting_gives_the_same(text: str, stops: list[str], include: bool
     assert (run(watcher, pieces), watcher.matched) == expected(text, stops, include)
 
 
+@given(letters, letters, stop_lists, st.lists(st.integers(0, 30), max_size=8))
+def test_what_may_not_end_yet(before: str, after: str, stops: list[str], cuts: list[int]) -> None:
+    """A stop string may begin in the text that may not end yet, but not be complete there."""
+    ends = [
+        (len(before) + i, stop)
+        for stop in stops
+        for i in range(1, len(after) + 1)
+        if f"{before}{after[:i]}".endswith(stop)
+    ]
+    end, stop = min(ends, key=lambda found: (found[0], -len(found[1])), default=(None, None))
+    edges = [0, *sorted(min(cut, len(before)) for cut in cuts), len(before)]
+    watcher = StopStrings(stops)
+    text = "".join(watcher.push(before[a:b], may_end=False) for a, b in pairwise(edges))
+    text += run(watcher, list(after))
+    assert watcher.matched == stop
+    assert text == (before + after if end is None else (before + after)[: end - len(stop)])
+
+
 def test_nothing_of_a_stop_string_leaks() -> None:
     watcher = StopStrings(["\n\nUser:"])
     assert [watcher.push(piece) for piece in ["hi\n", "\nUs", "a", "\n\n", "User", ":x"]] == [

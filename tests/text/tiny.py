@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Don't stop, it's 27 + 45 = 72!",
@@ -70,3 +70,26 @@ def byte_level(special: list[str], split: bool = False) -> Tokenizer:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
+
+
+def sentencepiece_like(folder: Path, model: Any, decoder: Any, cleans_up: bool = False) -> Path:
+    """tokenizer.json as it is made of SentencePiece models."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    config = {"bos_token": "<s>", "eos_token": "</s>", "clean_up_tokenization_spaces": cleans_up}
+    folder = write(folder, tokenizer_config_json=config, config_json={"model_type": "llama"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def json_bpe_tokenizer(folder: Path, last: Any = None) -> Path:
+    """Of a BPE model: byte fallback, Fuse, and at last a Strip, unless it is something else."""
+    byte_tokens = [f"<0x{i:02X}>" for i in range(256)]
+    words = ["▁", "▁▁", "h", "e", "l", "o", "w", ".", "!", "'", "s", "he", "ll", "hell", "hello", "▁hello", "日", "é"]
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *byte_tokens, *words])}
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "hello"), ("▁", "▁")]
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), last or decoders.Strip(" ", 1, 0)]
+    model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    return sentencepiece_like(folder, model, decoders.Sequence(steps))

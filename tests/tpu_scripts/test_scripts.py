@@ -47,7 +47,7 @@ def test_from_nothing_to_an_answer_and_back(cloud):
     question = ["--model", MODEL_DIR, "What is 27 + 45?"]
     for _ in range(2):
         done = cloud.run("generate.sh", "v", *ZONE, "--", *question)
-        assert (done.returncode, done.stdout) == (0, "27 + 45 = 72.\n"), done.stderr
+        assert (done.returncode, done.stdout) == (0, " 27 + 45 = 72.\n"), done.stderr
     assert cloud.left
     for _ in range(2):
         done = cloud.run("delete.sh", "v", *ZONE)
