@@ -48,6 +48,7 @@ class Generation:
         request, params = self.request, self.request.params
         self._first = self._first or time.perf_counter()
         text: list[str] = []
+        may_end = False
         for step, token in enumerate(tokens):
             if token < 0 or self.error is not None:
                 self.error = self.error or self._why_none(token)
@@ -75,7 +76,7 @@ class Generation:
         if self.finished:
             if self._detokenizer is not None:
                 text.append(self._stops.push(self._detokenizer.finish(), may_end) + self._stops.finish())
-            if self._stops.matched is not None:
+            if self._stops.matched is not None and self.error is None:
                 request.finish_reason, self.stop_reason = "stop", self._stops.matched
             self._finished = time.perf_counter()
         self.text += "".join(text)
