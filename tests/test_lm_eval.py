@@ -168,7 +168,9 @@ def requests(count, seed=0):
         context = contexts[i // 4 % len(contexts)] if i % 8 < 4 else words(1, 30)
         match i % 4:
             case 0 | 1:  # several of one context, and one after several contexts
-                found["loglikelihood"].append((context, " stone" if i % 12 == 1 else f" {words(1, 5)}"))
+                scored = " stone" if i % 12 == 1 else f" {words(1, 5)}"
+                # At a text's own leading space transformers 5 reads tokenizer.model in another way: see tests/text.
+                found["loglikelihood"].append((context, scored if context else scored[1:]))
             case 2:
                 found["loglikelihood_rolling"].append(("" if i == 2 else words(1, 140),))
             case 3:

@@ -125,6 +125,8 @@ class TokenFiles:
             if not re.fullmatch("[0-9]{1,10}", key) or not _is_id(int(key)) or content is None:
                 raise ValueError(f"{path}: added_tokens_decoder has a malformed entry {key!r:.80}: {value!r:.80}")
             flags = value if isinstance(value, dict) else {}
-            names = ("special", "lstrip", "rstrip", "single_word", "normalized")
-            added[int(key)] = AddedToken(content, *(bool(flags.get(n)) for n in names))
+            # What has a role is special whatever its flag says, as in transformers.
+            flagged = bool(flags.get("special")) or content in self.named.values()
+            names = ("lstrip", "rstrip", "single_word", "normalized")
+            added[int(key)] = AddedToken(content, flagged, *(bool(flags.get(n)) for n in names))
         return dict(sorted(added.items()))

@@ -187,9 +187,13 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, files: TokenFiles) -> set[int]:
                 f"{files.folder / 'tokenizer_config.json'}: token {token.content!r} has id {token_id} there but "
                 f"{actual} in the vocabulary; take all tokenizer files from the same checkpoint"
             )
-    present = tokenizer.get_added_tokens_decoder()
-    added = {token.content for token in present.values()}
+    there = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
     for content in [*files.named.values(), *files.extra]:
-        if content not in added and tokenizer.token_to_id(content) is not None:
-            tokenizer.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
+        flags: dict[str, Any] = {"normalized": False}
+        if (old := there.get(content)) is not None:
+            if old.special or content not in files.named.values():
+                continue  # what is only listed keeps its flag; what has a role is special, as in `TokenFiles`
+            flags = {name: getattr(old, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+        if tokenizer.token_to_id(content) is not None:
+            tokenizer.add_special_tokens([tokenizers.AddedToken(content, special=True, **flags)])
     return special | {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
-from tokenizers import processors
+from tokenizers import AddedToken, processors
 
 from jaxinfer.text.detokenize import Detokenizer
 from jaxinfer.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -395,3 +395,41 @@ def test_user_defined_pieces(tmp_path: Path) -> None:
     (user,) = ours.encode("<|user|>", add_special_tokens=False)[-1:]
     assert user in ids
     assert user not in ours.special_ids
+
+
+@pytest.mark.parametrize("role", ["eos_token", "pad_token", "named", "listed", "none"])
+@pytest.mark.parametrize("flagged_again", [False, True])
+def test_what_has_a_role_is_special_whatever_its_flag(tmp_path: Path, role: str, flagged_again: bool) -> None:
+    """As in transformers, which goes by the flag for tokens that tokenizer_config.json only lists."""
+    tokenizer = byte_level(["<s>"])
+    flags = {"lstrip": False, "rstrip": True, "single_word": False, "normalized": False, "special": False}
+    tokenizer.add_tokens([AddedToken("<|im_end|>", **flags)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "named": {"extra_special_tokens": {"end_token": "<|im_end|>"}},
+        "listed": {"extra_special_tokens": ["<|im_end|>"]},
+        "none": {},
+    }.get(role, {role: "<|im_end|>"})
+    if flagged_again:
+        token_id = tokenizer.token_to_id("<|im_end|>")
+        config["added_tokens_decoder"] = {str(token_id): {"content": "<|im_end|>"} | flags}
+    write(tmp_path, tokenizer_config_json=config, config_json={"model_type": "llama"})
+    ours, theirs = load_tokenizer(tmp_path), oracle(tmp_path, "PreTrainedTokenizerFast")
+    text = "a <|im_end|> b<|im_end|>c"
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ("<|im_end|>" in ours.decode(ids)) == (role in ("listed", "none"))
+
+
+def test_what_has_a_role_is_special_in_sentencepiece_too(sp_chat: Path, tmp_path: Path) -> None:
+    for file in sp_chat.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for token in config["added_tokens_decoder"].values():
+        token["special"] = False
+    write(tmp_path, tokenizer_config_json=config)
+    before, after = load_tokenizer(sp_chat), load_tokenizer(tmp_path)
+    ids = before.encode("<|im_start|>hello<|im_end|>")
+    assert after.encode("<|im_start|>hello<|im_end|>") == ids
+    assert after.decode(ids) == "<|im_start|>hello"  # which has no role there
