@@ -148,6 +148,11 @@ class Runner:
         if not self._abandoned.done():
             self._abandoned.set_result(None)
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether a call may have failed for that."""
+        return self._abandoned.done()
+
     def warm_up(self, keys: Sequence[Key] | None = None) -> None:
         """Compiles every program that a schedule can need, or these, several at a time, on all hosts."""
         keys = self.programs.keys() if keys is None else keys

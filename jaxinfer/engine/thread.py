@@ -181,7 +181,7 @@ class Owner:
         try:
             touched = self.engine.step(STREAM_SECONDS if self._streaming else None)
         except BaseException as error:
-            self._fail(error)
+            self._fail(self.closed if self.engine.runner.abandoned else error)
             return
         found = (self._submissions.get(generation.request.id) for generation in touched)
         for submission in {id(s.group): s for s in found if s is not None}.values():
