@@ -63,7 +63,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
     detokenize: bool = True
 
-    def __new__(cls, **given: Any) -> SamplingParams:
+    def __new__(cls, /, **given: Any) -> SamplingParams:
         known = [f.name for f in dataclasses.fields(cls)]
         for name in given:
             if name not in known:
@@ -102,7 +102,7 @@ class SamplingParams:
             raise self._error("stop", "stop strings are found in the text: they need detokenize=True")
         self._check_bias()
 
-    def with_changes(self, **given: Any) -> SamplingParams:
+    def with_changes(self, /, **given: Any) -> SamplingParams:
         """These parameters with others in place of some. Who asks for a filter of a greedy default asks for sampling:
         top_p without a temperature would do nothing."""
         if self.greedy and given.keys() & {"top_p", "top_k", "min_p"}:

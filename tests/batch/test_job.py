@@ -1,5 +1,6 @@
 """Jobs on the packaged model, within this process."""
 
+import csv
 import dataclasses
 import errno
 import gzip
@@ -207,7 +208,7 @@ def test_a_file_that_changed(job, rows_file, tmp_path):
     with pytest.raises(ValueError, match=r"rows\.jsonl has changed since \(it had \d+ bytes, and has \d+\)"):
         job(source)
     with pytest.raises(ValueError, match=r"other\.jsonl is new"):
-        job([rows_file(QUESTIONS), rows_file(QUESTIONS, "other.jsonl")])
+        job([rows_file(QUESTIONS, "other.jsonl"), rows_file(QUESTIONS)])
     assert files(tmp_path / "out") == before
     source.write_bytes(content)
     assert job(source).complete
@@ -376,7 +377,19 @@ def test_columns_of_parquet_that_drift(job, rows_file, tmp_path):
     job(rows_file(rows), format="parquet")
     got = read_rows(tmp_path / "out")
     assert [row["a"] for row in got] == [1] * 10 + [None] * 2
-    assert [row["other_columns"] for row in got] == [None] * 10 + ['{"a": 1.5, "b": [2]}', None]
+    assert [row.get("other_columns") for row in got] == [None] * 10 + ['{"a": 1.5, "b": [2]}', None]
+    assert "other_columns" not in got[0]
+    for format in ("parquet", "csv", "csv.gz"):
+        job(rows_file(rows), f"out.{format}")
+    assert read_rows(tmp_path / "out.parquet") == [{"other_columns": None, **row} for row in got]
+    with (
+        open(tmp_path / "out.csv", newline="") as plain,
+        gzip.open(tmp_path / "out.csv.gz", "rt", newline="") as packed,
+    ):
+        table, same = (list(csv.DictReader(file, strict=True)) for file in (plain, packed))
+    assert table == same
+    assert [row["generated_text"] for row in table] == [row["generated_text"] for row in got]
+    assert [(row["a"], row["other_columns"]) for row in table] == [("1", "")] * 10 + [("1.5", '{"b": [2]}'), ("", "")]
 
 
 def test_no_rows(job, rows_file, tmp_path):
