@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,7 +47,8 @@ class Loop:
         self._held = 0  # rows that were read and are not written
         self._more = True
         self._unreadable: Exception | None = None  # why the input can't be read on
-        self._lock = threading.Lock()  # rows may be asked for in another thread than that which takes the results
+        self._lock = threading.Lock()  # of all that is put: broken rows are where they are read
+        self._left = False  # nothing is put any more
 
     def run(self, stream: Records) -> None:
         """Runs them all, or until `stop` says so and the part that is next then is written.
@@ -55,7 +57,7 @@ class Loop:
         columns a table has. It is read in a thread of its own: what there is runs while more is waited for. Where it
         raises, what was read before is run first.
         """
-        with Ahead(stream) as ahead:
+        with Ahead(stream) as ahead, self._putting():
             works = ordered(self._works(ahead), ahead.wait)
             while self._more:
                 for work, result in self.worker.run(self._wanted(works, ahead)):
@@ -65,24 +67,29 @@ class Loop:
         if self._unreadable is not None:
             raise self._unreadable
 
+    @contextlib.contextmanager
+    def _putting(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._left = True
+
     def _wanted(self, works: Iterator[Work | Later | None], ahead: Ahead[int]) -> Iterator[Work]:
-        """What is to be run now: until too much is held, nothing is there yet, or there is no more."""
-        running = False
-        while self._held <= self.max_held:
+        """What is to be run now: until too much is held, or there is no more. It is asked in another thread than that
+        which takes the results, and waits for rows that are not there yet."""
+        while self._held <= self.max_held and not self._left:
             try:
                 work = next(works)
             except StopIteration:
                 self._more = False
                 return
             if work is LATER:
-                if running:
-                    return
                 if self._stopping() and not self._held:
                     self._more = False
                     return
                 ahead.wait(SECONDS)
             elif work is not None and (not self._stopping() or self.writer.part(work.row.index) == self._last):
-                running = True
                 yield work
 
     def _works(self, ahead: Ahead[int]) -> Iterator[Work | Later | None]:
@@ -121,7 +128,8 @@ class Loop:
         if sample is not None:
             manifest.columns = self._columns(sample)
         with self._lock:
-            self.writer.end(ahead.result or 0)
+            if not self._left:
+                self.writer.end(ahead.result or 0)
 
     def _columns(self, sample: list[Row]) -> dict[str, Any]:
         """Those of a table: the input's, and the results."""
@@ -146,6 +154,8 @@ class Loop:
 
     def _put(self, row: Row, result: Result) -> None:
         with self._lock:
+            if self._left:
+                return
             written = self.writer.manifest.rows
             self.writer.put(row.index, result)
             self._held -= self.writer.manifest.rows - written

@@ -133,7 +133,7 @@ def test_columns_of_parquet_keep_their_types(tmp_path):
     sources = find_sources([str(tmp_path)])
     schema = common_schema(sources)
     found = [*records(sources)]
-    kinds = {name: "as read" for name in schema.names} | {"error": "string"}
+    kinds = dict.fromkeys(schema.names, "as read") | {"error": "string"}
     wanted = pa.concat_tables(tables)
     for rows in ([0, 1, 2, 3, 4, 5], [1, 2], [4], []):
         got = written([{"error": "e"}] * len(rows), kinds, [found[i].origin for i in rows], schema)
