@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 @grouped
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(
+        list[str] | None,
+        typer.Argument(
             metavar="PROMPT", show_default=False, help="- is all of stdin; without any: piped input, one a line."
-        )
+        ),
     ] = None,
     *,
     file: Annotated[

@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfer.batch import merge, run
 from jaxinfer.batch.shards import parse_shard
-from tests.batch.conftest import after_a_part, read_rows
+from tests.batch.conftest import after_a_part
 
 ROWS = [{"prompt": f"What is {i} + 1?", "id": i} for i in range(23)]
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.cli.generate import _texts
 from jaxinfer.cli.console import Progress, print_pieces
+from jaxinfer.cli.generate import _texts
 
 SHORT = ["--max-tokens", "12"]
 
