@@ -126,7 +126,7 @@ def test_ids_and_names():
         "id None: 'id', the id_column, is null"
     ]
     (row,) = predict(pa.table({"prompt": ["Once"], "id": [7], "error": ["old"]})).to_pylist()
-    assert row["error"] == "id 7: has a column 'error', which is a result's name; rename it"
+    assert row["error"] == "id 7: has a column 'error', which is a result's name; rename it, or give --output-prefix"
 
 
 def test_options_that_make_no_sense():
