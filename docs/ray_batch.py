@@ -1,6 +1,6 @@
 """A batch job on a Ray cluster: reads Parquet, answers the column `prompt` of each row, and writes Parquet.
 
-    pip install 'jaxinfer[ray]'
+    pip install '.[ray]'
     python docs/ray_batch.py QUESTIONS.parquet ANSWERS --actors 4
 
 Each actor loads the model once. One that dies is started again by Ray, which then does its unfinished blocks anew: a

@@ -9,16 +9,19 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
+from jaxinfer.aliases.loading import LOADING
+from jaxinfer.aliases.sampling import SAMPLING
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.prompts import Prompt, is_single_prompt
 from jaxinfer.llm import LLM, Message
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
-_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
+_SAMPLING = [field.name for field in dataclasses.fields(SamplingParams)]
 # Sampling and LLM both have a seed: here it is the request's.
-_LOADING = set(LoadOptions.__annotations__) - _SAMPLING
+_LOADING = set(LoadOptions.__annotations__) - set(_SAMPLING)
 
+_TEMPLATE = ("tools", "chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 _UNSEEN = {"n": 1, "logprobs": None, "prompt_logprobs": None, "detokenize": True}
 
 _loaded: tuple[tuple[Any, ...], LLM] | None = None
@@ -53,11 +56,12 @@ def stream(prompt: Prompt, model: str | os.PathLike[str] | None = None, **option
 def chat(messages: Sequence[Message], model: str | os.PathLike[str] | None = None, **options: Any) -> str:
     """The answer to a conversation, a list of `{"role": ..., "content": ...}`, through the checkpoint's chat template.
 
-    Options as for `generate`, and `tools`, a list of functions or JSON schemas.
+    Options as for `generate`, and what `LLM.chat` takes for the template: `tools`, a list of functions or JSON schemas,
+    `chat_template`, `add_generation_prompt`, `chat_template_kwargs`.
     """
-    tools = options.pop("tools", None)
+    template = {name: options.pop(name) for name in _TEMPLATE if name in options}
     with _prepared(model, options) as (llm, params):
-        return llm.chat(messages, params, tools=tools, use_tqdm=False)[0].outputs[0].text
+        return llm.chat(messages, params, use_tqdm=False, **template)[0].outputs[0].text
 
 
 def unload() -> None:
@@ -72,13 +76,13 @@ def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> 
     """The model, which no other thread replaces meanwhile, and parameters. Checks all options before anything is
     loaded."""
     global _users
-    sampling = {"max_tokens": DEFAULT_MAX_TOKENS} | {k: v for k, v in options.items() if k not in _LOADING}
+    load, sampling = _split(options)
     SamplingParams(**sampling)
     for name, default in _UNSEEN.items():
         if sampling.get(name, default) != default:
             raise ValueError(f"{name} does not show in the text that is returned: use jaxinfer.LLM(...).generate")
     with _changed:
-        llm = _load(MODEL_DIR if model is None else model, {k: v for k, v in options.items() if k in _LOADING})
+        llm = _load(MODEL_DIR if model is None else model, load)
         _users += 1
     try:
         yield llm, llm.get_default_sampling_params().with_changes(**sampling)
@@ -86,6 +90,22 @@ def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> 
         with _changed:
             _users -= 1
             _changed.notify_all()
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of loading and those of sampling, in our words. Raises one ValueError for all that are not known."""
+    given = {name: value for name, value in options.items() if name not in _LOADING and not _loads(name)}
+    sampling, problems = SAMPLING.read(given, _SAMPLING)
+    load, more = LOADING.read({name: value for name, value in options.items() if name not in given}, _LOADING)
+    if problems or more:
+        both = (SAMPLING.refusal(problems, _SAMPLING) if problems else "", LOADING.refusal(more, ()) if more else "")
+        raise ValueError("; ".join(filter(None, both)))
+    return load, {"max_tokens": DEFAULT_MAX_TOKENS} | sampling
+
+
+def _loads(name: str) -> bool:
+    """Whether another program's option is one of loading."""
+    return name in LOADING and name not in SAMPLING and name not in _SAMPLING
 
 
 def _load(model: str | os.PathLike[str], options: dict[str, Any]) -> LLM:

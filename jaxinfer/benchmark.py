@@ -12,12 +12,19 @@ import queue
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxinfer.engine.buckets import Buckets
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.load import make_scheduler
+from jaxinfer.engine.programs import Key
+from jaxinfer.engine.runner import Result, Runner
+from jaxinfer.engine.scheduler import Schedule
 from jaxinfer.engine.thread import AnyGroup, Submission
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
@@ -98,6 +105,55 @@ def check_lengths(llm: LLM, input_len: int, output_len: int) -> None:
         )
 
 
+class _Rehearsal:
+    """In place of a Runner: every call is done at once, of token 0, and what is kept is which program it needs."""
+
+    def __init__(self, runner: Runner):
+        self.model, self.max_steps, self.compile_seconds = runner.model, runner.max_steps, 0.0
+        self.programs: dict[Key, None] = {}
+        self._program_of = runner.program_of
+
+    def launch(self, schedules: Sequence[Schedule]) -> Any:
+        key = self._program_of(schedules)
+        self.programs[key] = None
+        steps = max(schedule.steps for schedule in schedules)
+        count = np.zeros((len(schedules), key[2]), np.int32)
+        for row, schedule in zip(count, schedules, strict=True):
+            row[: len(schedule.samples)] = np.minimum(schedule.samples, steps)
+        result = Result(np.zeros((steps, count.size), np.int32), count.reshape(-1), None, None, {})
+        return SimpleNamespace(wait=lambda: result)
+
+
+def programs_together(llm: LLM, work: Sequence[Work]) -> list[Key]:
+    """The programs that `generate` calls for all of it: when nothing ends early, lengths alone decide that."""
+    runner, there = llm.engine.runner, llm.engine
+    rehearsal: Any = _Rehearsal(runner)
+    engine = Engine(
+        rehearsal,
+        make_scheduler(runner.programs),
+        there.tokenizer,
+        eos_token_ids=there.eos_token_ids,
+        max_model_len=there.max_model_len,
+        seed=0,
+    )
+    for one in work:
+        engine.queue(engine.new_group(one.prompt, replace(one.params, detokenize=False)))
+    while not engine.idle:
+        engine.step()
+    return list(rehearsal.programs)
+
+
+def programs_in_any_order(llm: LLM, work: Sequence[Work]) -> list[Key]:
+    """Those that may be called for it, whenever each of it arrives, as long as there is room in the cache."""
+    runner = llm.engine.runner
+    buckets, most = runner.buckets, min(len(work), runner.max_rows)
+    tokens = min(sum(len(one.prompt) for one in work), buckets.tokens[-1])
+    rows = {"decode": Buckets.fit(buckets.decode, most), "step": Buckets.fit(buckets.mixed_rows, most)}
+    length = {"decode": rows["decode"], "step": Buckets.fit(buckets.tokens, tokens)}
+    every = [key for key in runner.programs.keys() if key[0] in rows]  # noqa: SIM118
+    return [(kind, tokens, count) for kind, tokens, count in every if tokens <= length[kind] and count <= rows[kind]]
+
+
 def generate(llm: LLM, work: Sequence[Work]) -> tuple[float, list[list[int]]]:
     """Seconds of one `LLM.generate` on all of it, and the sampled ids."""
     prompts = [{"prompt_token_ids": one.prompt} for one in work]
@@ -107,7 +163,7 @@ def generate(llm: LLM, work: Sequence[Work]) -> tuple[float, list[list[int]]]:
 
 
 def throughput(llm: LLM, work: Sequence[Work]) -> dict[str, float]:
-    """What `vllm bench throughput` reports of one `LLM.generate` on all of it."""
+    """What `vllm bench throughput` reports of one `LLM.generate` on all of it. Programs have to be compiled before."""
     seconds, sampled = generate(llm, work)
     output = sum(map(len, sampled))
     total = output + sum(len(one.prompt) for one in work)

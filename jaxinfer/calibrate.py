@@ -26,6 +26,7 @@ from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.open import open_weights
+from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.convert import Format, check_place, stored_dtype, writing
 from jaxinfer.engine.options import DType, check_options
 from jaxinfer.layers.linear import Linear
@@ -35,6 +36,7 @@ from jaxinfer.models.registry import REGISTRY
 from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors, gptq, round_to_nearest, times
 from jaxinfer.quantization.qarray import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
+from jaxinfer.sharding import local_devices
 from jaxinfer.text.tokenizer import load_tokenizer
 
 Host = np.ndarray[Any, Any]
@@ -82,23 +84,24 @@ def calibrate(
     start = time.perf_counter()
     output = os.fspath(output)
     wanted = check_method(scheme, method)
-    check_options({"dtype": dtype, "revision": revision})
+    dtype = check_options({"dtype": dtype, "revision": revision})["dtype"]
     check_place(output, format)
     folder = resolve(model, revision)
-    config = dict(read_config(folder, REGISTRY))
+    config = read_config(folder, REGISTRY)
     tokenizer = load_tokenizer(folder)
-    plain = Model.from_config(config, "float32")
     encoded = (
         tokenizer.encode(text)
         if isinstance(text, str)
         else tokenizer.encode(tokenizer.chat_prompt(text, None, False), add_special_tokens=False)
         for text in texts
     )
-    sequences = _cut(encoded, min(max_length, plain.config.max_context), max_tokens)
-    device = jax.local_devices()[0]
+    device = local_devices()[0]
     with open_weights(folder) as checkpoint:
         if not isinstance(checkpoint, Checkpoint):
             raise ValueError(f"{folder}: was converted: give the original checkpoint")
+        config = as_stored(config, checkpoint)
+        plain = Model.from_config(config, "float32")
+        sequences = _cut(encoded, min(max_length, plain.config.max_context), max_tokens)
         kept = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
         target = Model.from_config(config, kept, scheme)
         layers = Layers(plain, device, sequences)

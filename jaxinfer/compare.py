@@ -15,8 +15,10 @@ import numpy as np
 
 from jaxinfer.attention import Batch
 from jaxinfer.benchmark import generate, random_work
+from jaxinfer.engine.background import in_background
 from jaxinfer.engine.options import DType
 from jaxinfer.llm import LLM
+from jaxinfer.quantization.schemes import parse_quantization
 
 DECODED = (16, 64)  # tokens of the prompt and of the output of which the speed is measured
 RUNS = 3
@@ -52,57 +54,79 @@ def compare(
     max_length: int = 512,
     max_tokens: int = 4096,
     right: Callable[[LLM], float] | None = None,
+    on_error: Callable[[str, Exception], None] | None = None,
     **options: Any,
 ) -> Iterator[Price]:
     """The prices of the model as it is, then of each scheme, one loaded at a time. options: of `LLM`.
 
-    schemes: of weights, or of the cache as `kv-int8`, or dtypes, or folders of the model in another form (with a `/`).
-    right: the share of right answers of a model. Of each text the first `max_length` tokens are taken, of all together
-    `max_tokens`, and kept on disk for their number times the vocabulary times 4 bytes. Raises ValueError if the texts
-    have no two tokens, or if a folder has another model.
+    schemes: of weights, by name or by patterns as on the command line, or of the cache as `kv-int8`, or dtypes, or
+    folders of the model in another form (with a `/`). on_error: told why a scheme is not to be had, before the next one
+    is tried; None: that is raised. right: the share of right answers of a model. Of each text the first `max_length`
+    tokens are taken, of all together `max_tokens`, and kept on disk for their number times the vocabulary times 4
+    bytes. Raises ValueError if the texts have no two tokens, or if a folder has another model.
     """
     texts = list(texts)
     with tempfile.TemporaryFile() as file:
         base: np.ndarray[Any, Any] | None = None
         for scheme in (None, *schemes):
             folder, more = (scheme, {}) if scheme is not None and "/" in scheme else (model, _options(scheme))
-            with LLM(folder, **options | more) as llm:
-                sequences = _sequences(llm, texts, max_length, max_tokens)
-                count = sum(len(ids) - 1 for ids in sequences)
-                if base is not None and (count, llm.model.config.vocab_size) != base.shape:
-                    raise ValueError(f"{scheme}: cuts texts into other tokens than {model}: it is another model")
-                if base is None:
-                    base = np.memmap(file, np.float32, "w+", shape=(count, llm.model.config.vocab_size))
-                divergence, same, likelihood, done = np.zeros(count), 0, 0.0, 0
-                for ids, ours in zip(sequences, _distributions(llm, sequences), strict=True):
-                    theirs = base[done : done + len(ours)]
-                    if scheme is None:
-                        theirs[:] = ours
-                    divergence[done : done + len(ours)] = np.sum(np.exp(theirs) * (theirs - ours), axis=1)
-                    same += int(np.sum(np.argmax(theirs, axis=1) == np.argmax(ours, axis=1)))
-                    likelihood += float(np.sum(ours[np.arange(len(ours)), ids[1:]]))
-                    done += len(ours)
-                weights = sum(array.nbytes for array in llm.engine.runner.params.values())
-                sizes = llm.sizes
-                yield Price(
-                    scheme,
-                    count,
-                    float(np.mean(divergence)),
-                    float(np.quantile(divergence, 0.99)),
-                    same / count,
-                    math.exp(min(-likelihood / count, 700)),
-                    weights,
-                    sizes.bytes // (sizes.num_pages * sizes.page_size),
-                    _decode_rate(llm),
-                    None if right is None else right(llm),
-                )
+            try:
+                with LLM(folder, **options | more) as llm:
+                    sequences = _sequences(llm, texts, max_length, max_tokens)
+                    shape = sum(len(ids) - 1 for ids in sequences), llm.model.config.vocab_size
+                    if base is not None and shape != base.shape:
+                        raise ValueError(f"{scheme}: cuts texts into other tokens than {model}: it is another model")
+                    if base is None:
+                        base = np.memmap(file, np.float32, "w+", shape=shape)
+                    price = _price(llm, scheme, sequences, base, right)
+            except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:  # the last one where memory is too small
+                if scheme is None or on_error is None:
+                    raise
+                on_error(scheme, error)
+                continue
+            yield price
+
+
+def _price(
+    llm: LLM,
+    scheme: str | None,
+    sequences: Sequence[Sequence[int]],
+    base: np.ndarray[Any, Any],
+    right: Callable[[LLM], float] | None,
+) -> Price:
+    """base: log-probabilities of the model as it is, which it fills in where there is no scheme."""
+    count = len(base)
+    divergence, same, likelihood, done = np.zeros(count), 0, 0.0, 0
+    for ids, ours in zip(sequences, _distributions(llm, sequences), strict=True):
+        theirs = base[done : done + len(ours)]
+        if scheme is None:
+            theirs[:] = ours
+        divergence[done : done + len(ours)] = np.sum(np.exp(theirs) * (theirs - ours), axis=1)
+        same += int(np.sum(np.argmax(theirs, axis=1) == np.argmax(ours, axis=1)))
+        likelihood += float(np.sum(ours[np.arange(len(ours)), ids[1:]]))
+        done += len(ours)
+    sizes = llm.sizes
+    return Price(
+        scheme,
+        count,
+        float(np.mean(divergence)),
+        float(np.quantile(divergence, 0.99)),
+        same / count,
+        math.exp(min(-likelihood / count, 700)),
+        sum(array.nbytes for array in llm.engine.runner.params.values()),
+        sizes.bytes // (sizes.num_pages * sizes.page_size),
+        _decode_rate(llm),
+        None if right is None else right(llm),
+    )
 
 
 def _options(scheme: str | None) -> dict[str, Any]:
     """Of `LLM`."""
     if scheme is not None and scheme.startswith("kv-"):
         return {"kv_cache_dtype": scheme.removeprefix("kv-")}
-    return {"dtype": scheme} if scheme in get_args(DType) else {"quantization": scheme}
+    if scheme is None or scheme in get_args(DType):
+        return {"dtype": scheme} if scheme else {}
+    return {"quantization": parse_quantization(scheme)}
 
 
 def _sequences(llm: LLM, texts: Sequence[str], max_length: int, max_tokens: int) -> list[list[int]]:
@@ -124,6 +148,7 @@ def _sequences(llm: LLM, texts: Sequence[str], max_length: int, max_tokens: int)
 def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.ndarray[Any, Any]]:
     """Log-probabilities of the next token, f32 [tokens - 1, V], at all places of each sequence but its last."""
     model, vocab, layout = llm.model, llm.model.config.vocab_size, llm.engine.runner.programs.layout
+    params = llm.engine.runner.params
 
     @jax.jit
     def run(params: Any, batch: Batch) -> jax.Array:
@@ -134,11 +159,15 @@ def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.
         logits, _ = model.bind(params)(batch, cache)
         return jax.nn.log_softmax(logits[:, :vocab].astype(jnp.float32), axis=-1)
 
+    compiled: dict[int, Any] = {}
     for ids in sequences:
         length = 1 << (len(ids) - 1).bit_length()
         batch = Batch.of_sequences([list(ids)], length)
         batch = dataclasses.replace(batch, pages=jnp.ones((1, 1), jnp.int32))
-        yield np.asarray(run(llm.engine.runner.params, batch))[: len(ids) - 1]
+        if length not in compiled:
+            with in_background(lambda given: run.lower(*given).compile(), [(params, batch)]) as (future,):
+                compiled[length] = future.result()
+        yield np.asarray(compiled[length](params, batch))[: len(ids) - 1]
 
 
 def _decode_rate(llm: LLM) -> float:

@@ -24,6 +24,7 @@ from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, converted_config, manifest, save
 from jaxinfer.checkpoint.output import check_output, put, put_beside, written
+from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.engine.load import place_for
 from jaxinfer.engine.options import DType, check_options
 from jaxinfer.models.model import Model, Params
@@ -77,8 +78,9 @@ def convert(
     output = os.fspath(output)
     check_place(output, format)
     folder = resolve(model, given["revision"], given["token"])
-    config = dict(read_config(folder, REGISTRY))
+    config = read_config(folder, REGISTRY)
     with open_weights(folder) as weights:
+        config = as_stored(config, weights)
         if isinstance(weights, Converted):
             weights.check(given["quantization"])
         kept = stored_dtype(weights) if given["dtype"] == "auto" else jnp.dtype(given["dtype"])

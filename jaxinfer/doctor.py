@@ -5,34 +5,40 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jax
 import psutil
 
-from jaxinfer.cache import CacheLayout, FusedPages, GpuPages, PackedPages, tokamax_version
+from jaxinfer.attention import attention_in_words
+from jaxinfer.cache import CacheLayout, tokamax_version
 from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.engine.compiled import cpu_features
+from jaxinfer.engine.load import attention_of, local_programs
 from jaxinfer.kernels.cpu import LEVELS, kernels
+from jaxinfer.sharding import local_devices
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-ATTENTION = {
-    FusedPages: "tokamax's ragged paged attention kernel",
-    PackedPages: "JAX's ragged paged attention kernel",
-    GpuPages: "a Triton kernel",
-}
 
 
 def examine() -> dict[str, str | list[str]]:
-    """Facts by name, each a line, or several. Starts JAX, as `LLM` would."""
-    devices = jax.local_devices()
-    device, memory = devices[0], psutil.virtual_memory()
+    """Facts by name, each a line, or several. Starts JAX, as `LLM` would; where that fails, devices are one line that
+    says why."""
+    memory = psutil.virtual_memory()
+    found: list[jax.Device] | str
+    try:
+        found = local_devices()
+    except ValueError as error:
+        found = str(error)
+    device = None if isinstance(found, str) else found[0]
     return {
         "jaxinfer": f"{version('jaxinfer')}, Python {platform.python_version()} on {platform.platform()}",
         "versions": [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu", "flax", "tokamax")],
-        "devices": [f"{one.platform}:{one.id} {one.device_kind}{_memory(one)}" for one in devices],
-        "attention": _attention(device),
+        "devices": found if isinstance(found, str) else [_described(one) for one in found],
+        "attention": _attention(device) if device else "nothing: there is no device",
         "CPU kernels": _kernels(device),
         "CPU features": " ".join(cpu_features()),
         "CPU cores": f"{_cores()} usable of {os.cpu_count()}",
@@ -49,26 +55,38 @@ def _version(name: str) -> str:
         return "is not installed"
 
 
-def _memory(device: jax.Device) -> str:
+def _described(device: jax.Device) -> str:
     stats = device.memory_stats() if device.platform != "cpu" else None
-    return f", {stats['bytes_limit'] / 2**30:.1f} GiB" if stats and "bytes_limit" in stats else ""
+    memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB" if stats and "bytes_limit" in stats else ""
+    return f"{device.platform}:{device.id} {device.device_kind}{memory}"
 
 
 def _attention(device: jax.Device) -> str:
     """For a model of the usual shape."""
     if device.platform == "cpu" and kernels().level:
         return "a CPU kernel"
-    pages = CacheLayout.choose(1, 8, 128, "bfloat16", device).pages
-    if pages is PackedPages and tokamax_version() is None:
-        return f"{ATTENTION[pages]}; pip install 'jaxinfer[tokamax]' (Python 3.12) has one that writes the cache, too"
-    return ATTENTION.get(pages, "plain XLA")
+    layout = CacheLayout.choose(1, 8, 128, "bfloat16", device)
+    said = attention_in_words(layout, "bfloat16", 128, 1, device)
+    if layout.packed and tokamax_version() is None:
+        return f"{said}; pip install '.[tokamax]' (Python 3.12) has one that writes the cache, too"
+    return said
 
 
-def _kernels(device: jax.Device) -> str:
+def examine_model(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, str | list[str]]:
+    """Of a model, by the content of its config.json and options of `LLM`: what it would be here. Raises ValueError."""
+    programs, sizes = local_programs(config, options)
+    return {
+        "the model's precision": programs.model.precision,
+        "the model's attention": attention_of(programs),
+        "the model's context": f"{sizes.max_model_len} tokens, and a cache of {sizes.num_pages * sizes.page_size}",
+    }
+
+
+def _kernels(device: jax.Device | None) -> str:
     found = kernels()
     if found.level is None:
         return f"none, XLA computes everything: {found.why}"
-    used = "" if device.platform == "cpu" else f"; not used on {device.platform}"
+    used = "" if device and device.platform == "cpu" else f"; not used on {device.platform}" if device else "; not used"
     better = LEVELS[LEVELS.index(found.level) + 1 :]
     lacking = f"; this CPU or the variable leaves out {', '.join(better)}" if better else ""
     return f"{found.level}: {found.why}{lacking}{used}"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self, TypeVar, Unpack
 
+from jaxinfer.aliases import takes
+from jaxinfer.aliases.sampling import CALL, SAMPLING
 from jaxinfer.engine.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine, EngineStats
@@ -20,6 +22,7 @@ from jaxinfer.engine.prompts import Prompt, prompt_ids, prompt_list
 from jaxinfer.engine.scoring import Scoring, encode_pair, encode_text, join_windows, prefix_token_id, rolling_windows
 from jaxinfer.engine.thread import AnyGroup, EngineThread, Submission
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -39,6 +42,9 @@ class Asked(NamedTuple):
     params: SamplingParams
     priority: int = 0
 
+
+# Arguments of calls that are other programs', or belong to SamplingParams.
+ARGUMENTS = CALL.meaning((*SamplingParams.__dataclass_fields__, *SAMPLING), "it belongs in SamplingParams")
 
 Text = str | Sequence[int]
 Scorable = Text | tuple[Text, Text]  # a text, or a prompt and its continuation
@@ -112,10 +118,18 @@ class LLM:
         """Seconds spent compiling (or fetching compiled programs from the cache) since loading."""
         return self.engine.runner.compile_seconds
 
+    def __repr__(self) -> str:
+        return f"<LLM {self.folder}: {'closed' if self.engine_thread.closed else self.description}>"
+
+    def get_tokenizer(self) -> Tokenizer:
+        """`tokenizer`, as vLLM has it."""
+        return self.tokenizer
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json asks for; greedy unless it says `do_sample`."""
         return self._default_sampling_params()
 
+    @takes(ARGUMENTS)
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -134,7 +148,7 @@ class LLM:
         """
         asked = self._asked(prompts, sampling_params, priority)
         if on_error == "raise":
-            asked = [one._replace(prompt=encoded) for one, encoded in _checked(asked, self._check)]
+            asked = self._encoded(asked)
         asked.sort(key=lambda one: one.priority)  # not all of them are given to the engine at once
         outputs = self._run(asked, on_error)
         return sorted(_progress(outputs, len(asked), use_tqdm, "Generated"), key=lambda output: output.index)
@@ -151,7 +165,9 @@ class LLM:
 
         Reads ahead no further than it needs to keep the device busy, so the memory does not depend on how many there
         are. `output.index` is the prompt's place in the input; in_order=True yields in that order. A pair of prompt and
-        SamplingParams has parameters of its own. on_error: as for `generate`, when the prompt is read.
+        SamplingParams has parameters of its own. on_error: as for `generate`, when the prompt is read; what was read
+        before is done first. An iterable that is no list is read in a thread of its own, so that one that is slow, or
+        waits for an answer, keeps nobody waiting.
         """
         if isinstance(prompts, str | Mapping):
             raise ValueError("prompts is one prompt: generate_iter takes an iterable of them")
@@ -162,6 +178,8 @@ class LLM:
                 own = isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[1], SamplingParams)
                 yield Asked(i, *prompt) if own else Asked(i, prompt, default)  # type: ignore[arg-type]
 
+        if isinstance(prompts, Sequence) and on_error == "raise":  # all are there: nothing runs before all are right
+            return self._run(self._encoded(list(asked())), on_error, in_order)
         return self._run(asked(), on_error, in_order)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
@@ -212,9 +230,15 @@ class LLM:
         *,
         tools: Sequence[Any] | None = None,
         use_tqdm: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
-        """Answers one conversation, a list of `{"role": ..., "content": ...}`, or each of several."""
+        """Answers one conversation, a list of `{"role": ..., "content": ...}`, or each of several.
+
+        The template gets `tools`, what is in chat_template_kwargs, and all further arguments; of these
+        `chat_template`, another one or the name of one of the checkpoint's, and `add_generation_prompt` are not for it.
+        """
+        template_kwargs = {**(chat_template_kwargs or {}), **ARGUMENTS.translated(template_kwargs, None)}
         one = not messages or isinstance(messages[0], Mapping)
         conversations: Any = [messages] if one else messages
         prompts = [self.chat_prompt(c, tools, **template_kwargs) for c in conversations]
@@ -341,6 +365,10 @@ class LLM:
         if not isinstance(asked.params, SamplingParams):
             raise ValueError(f"sampling_params is a {type(asked.params).__name__}: it must be SamplingParams")
         return Encoded(*prompt_ids(asked.prompt, self.tokenizer))
+
+    def _encoded(self, asked: list[Asked]) -> list[Asked]:
+        """With prompts that the engine takes, as ids."""
+        return [one._replace(prompt=encoded) for one, encoded in _checked(asked, self._check)]
 
     def _check(self, asked: Asked) -> Encoded:
         """The prompt, once it is sure that the engine takes it."""

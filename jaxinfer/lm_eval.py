@@ -1,18 +1,19 @@
-"""jaxinfer as a model of lm-eval, EleutherAI's evaluation harness (`pip install 'jaxinfer[lm-eval]'`):
+"""jaxinfer as a model of lm-eval, EleutherAI's evaluation harness (`pip install '.[lm-eval]'`):
 
     jaxinfer lm-eval --model_args pretrained=FOLDER --tasks hellaswag --num_fewshot 5
     jaxinfer lm-eval --model_args config=configs/llama-3.1-8b_v6e-1.yaml --tasks hellaswag
     lm_eval.simple_evaluate(model=JaxInferLM("FOLDER"), tasks=["hellaswag"])
 
-What is scored given which tokens, and where a text is cut, is as in its `hf` model, so results are the same.
+What is scored given which tokens, what is greedy and what is sampled, and where a text is cut, is as in its `hf`
+model, so results are the same.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
@@ -25,10 +26,15 @@ from lm_eval.models.utils import (
 from jaxinfer.engine.scoring import Pair, prefix_token_id, rolling_windows
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.sharding import local_devices
+
+log = logging.getLogger(__name__)
 
 LM_EVAL_DEVICE = "cuda:0"  # what lm-eval asks for where its user has not
 MAX_GEN_TOKS = 256  # of a task that says nothing, as in lm-eval's `hf`
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "min_tokens")
+NAMES = {"min_new_tokens": "min_tokens"}  # transformers' names of what is there under another one
+NOTHING = {"num_beams": 1, "num_return_sequences": 1}  # what asks for nothing with this value
 
 
 @register_model("jaxinfer")
@@ -54,7 +60,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         **options: Any,
     ):
         super().__init__()
-        platform = jax.default_backend()
+        platform = local_devices()[0].platform
         if device not in (None, LM_EVAL_DEVICE) and device != platform:
             raise ValueError(f"device is {device!r}: JAX has chosen {platform}; leave it out, or set JAX_PLATFORMS")
         rows = max_batch_size or (None if str(batch_size or 1) in ("1", "auto") else int(str(batch_size)))
@@ -72,6 +78,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         else:
             raise ValueError("model_args: give pretrained=FOLDER or config=FILE")
         self.max_gen_toks = max_gen_toks
+        self._template: str | None = None  # the name of the chat template, if it was chosen
 
     @property
     def max_length(self) -> int:
@@ -92,26 +99,48 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         return str(self.llm.folder).replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The checkpoint's template, for lm-eval's record of the run. Raises ValueError for another's name."""
+        """The text of the chat template, for lm-eval's record of the run; one that is named is used from now on.
+        Raises ValueError if the checkpoint has none of this name."""
+        if not chat_template:
+            return None
+        templates = self.llm.tokenizer.chat_templates.templates
         if isinstance(chat_template, str):
-            raise ValueError(f"chat_template is {chat_template!r}: only the checkpoint's default one can be used")
-        return self.llm.tokenizer.chat_templates.templates.get("default") if chat_template else None
+            if chat_template not in templates:
+                names = ", ".join(sorted(templates)) or "none"
+                raise ValueError(f"chat_template is {chat_template!r}: the checkpoint has {names}")
+            self._template = chat_template
+        return templates.get(self._template or "default")
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as text. Without add_generation_prompt it ends with its last message, to be continued."""
-        text = self.llm.tokenizer.chat_prompt(chat_history, None, add_generation_prompt)
-        last = chat_history[-1]["content"].strip()
-        return text if add_generation_prompt else text[: text.rindex(last) + len(last)]
+        """The conversation as text. Without add_generation_prompt it ends inside its last message, to be continued.
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids; as the tokenizer puts special tokens, unless the text has its BOS already."""
+        A template that refuses the conversation gets it without its system messages: some templates have none."""
+        without = [message for message in chat_history if message["role"] != "system"]
+        try:
+            return self._prompt(chat_history, add_generation_prompt)
+        except ValueError as error:
+            if not without or len(without) == len(chat_history):
+                raise
+            text = self._prompt(without, add_generation_prompt)
+            log.warning("%s: so the system message is left out", error)
+            return text
+
+    def _prompt(self, messages: Sequence[Mapping[str, str]], answer: bool) -> str:
+        tokenizer = self.llm.tokenizer
+        return tokenizer.chat_prompt(messages, None, answer, self._template, continue_final_message=not answer)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None
+    ) -> list[int]:
+        """Ids, at most the last `left_truncate_len`; as the tokenizer puts special tokens, unless the text has its BOS
+        already."""
         tokenizer = self.llm.tokenizer
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, tokenizer.decode([self.prefix_token_id], False))
-        return tokenizer.encode(string, add_special_tokens)
+        return tokenizer.encode(string, add_special_tokens)[-(left_truncate_len or 0) :]
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         pairs = [(given[-(self.max_length + 1 - len(scored)) :], scored) for _, given, scored in requests]
         outputs = self.llm.score(
@@ -137,26 +166,39 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continues each context up to a stop string, EOS, or as many tokens as its task allows."""
+        tokenizer = self.llm.tokenizer
         prompts, params, stops = [], [], []
-        eos = self.llm.tokenizer.decode([self.eot_token_id], False)
         for context, given in (request.args for request in requests):
-            wanted: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-            new, until = wanted.pop("max_gen_toks"), handle_stop_sequences(wanted.pop("until"), eos)
-            wanted.pop("do_sample")
-            unknown = sorted(set(wanted) - set(SAMPLING))
-            if unknown:
-                raise ValueError(f"generation_kwargs: {unknown[0]} is not supported; there are {', '.join(SAMPLING)}")
-            if new >= self.max_length:
-                raise ValueError(f"generation_kwargs: max_gen_toks is {new}, and max_model_len is {self.max_length}")
-            stop = [string for string in until if string]
-            prompts.append(self.tok_encode(context)[-(self.max_length - new) :])
-            params.append(SamplingParams(max_tokens=new, stop=stop, **wanted))
+            asked, stop = self._sampling(given)
+            assert asked.max_tokens is not None
+            ids = self.tok_encode(context, left_truncate_len=self.max_length - asked.max_tokens)
+            prompts.append(ids or [self.prefix_token_id])
+            params.append(asked)
             stops.append(stop)
         outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
         texts = [
-            postprocess_generated_text(output.outputs[0].text, stop, None)
+            postprocess_generated_text(tokenizer.decode(output.outputs[0].token_ids), stop, None)
             for output, stop in zip(outputs, stops, strict=True)
         ]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
+
+    def _sampling(self, given: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
+        """The parameters of a task's generation_kwargs, and its stop strings. What they leave open is as the
+        checkpoint's generation_config.json says, but for the temperature: without one a task is greedy."""
+        known = {NAMES.get(name, name): value for name, value in given.items() if value is not None}
+        wanted: dict[str, Any] = dict(normalize_gen_kwargs(known, self.max_gen_toks))
+        new, until = wanted.pop("max_gen_toks"), wanted.pop("until")
+        del wanted["do_sample"]
+        wanted = {name: value for name, value in wanted.items() if (name, value) not in NOTHING.items()}
+        if unknown := sorted(wanted.keys() - set(SAMPLING)):
+            raise ValueError(f"generation_kwargs: {unknown[0]} is not supported; there are {', '.join(SAMPLING)}")
+        if new >= self.max_length:
+            raise ValueError(f"generation_kwargs: max_gen_toks is {new}, and max_model_len is {self.max_length}")
+        eos = self.llm.tokenizer.decode([self.eot_token_id], False)
+        stop = [string for string in handle_stop_sequences(until, eos) if string]
+        # Stop strings can be special tokens, which the text without them would not show.
+        fixed = {"max_tokens": new, "stop": stop, "skip_special_tokens": False}
+        params = self.llm.get_default_sampling_params()
+        return params.with_changes(**{"temperature": 0.0} | wanted | fixed), stop

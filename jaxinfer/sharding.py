@@ -36,6 +36,17 @@ RULES: Mapping[str, tuple[str, ...]] = {
 PADDED = ("mlp", "vocab")  # these can be any size: what is missing to a multiple is zeros
 
 
+def local_devices() -> list[jax.Device]:
+    """Of this machine. Raises ValueError where JAX has none of the kind that it is told to use."""
+    try:
+        return jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # the latter is all that it says of a plugin that is not installed
+        told = jax.config.jax_platforms  # type: ignore[attr-defined]
+        why = " ".join(str(error).split()) or "there is no such device here, or JAX's part for it is not installed"
+        where = f"JAX_PLATFORMS is {told!r}" if told else "JAX can't start"
+        raise ValueError(f"{where}: {why}; set JAX_PLATFORMS=cpu, or nothing, to use what is here") from None
+
+
 def parse_mesh(spec: str) -> dict[str, int]:
     """The axes of "data=2,tensor=4" and their sizes; those that are not named have 1. Raises ValueError."""
     sizes: dict[str, int] = {}

@@ -79,6 +79,21 @@ def tied_head_twice(folder: Path) -> None:
     with_tensors(folder, {"lm_head.weight": tensors["model.embed_tokens.weight"]})
 
 
+def said_to_be_tied(folder: Path) -> None:
+    """A head that was trained, and a config.json that ties it all the same."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+
+
+def head_alone(folder: Path) -> None:
+    """A tied model of which the head was saved."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors")
+
+
 def with_tensors(folder: Path, more: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -103,6 +118,8 @@ VARIANTS: dict[str, Variant] = {
     ),
     "llama-old-spelling": Variant("LlamaConfig", BASE | rope("linear", factor=2.0), old_spelling),
     "llama-old-tied-twice": Variant("LlamaConfig", BASE | {"tie_word_embeddings": True}, tied_head_twice),
+    "llama-said-to-be-tied": Variant("LlamaConfig", BASE, said_to_be_tied),
+    "llama-tied-head-alone": Variant("LlamaConfig", BASE | {"tie_word_embeddings": True}, head_alone),
     "llama-linear": Variant("LlamaConfig", BASE | rope("linear", factor=4.0)),
     "llama-llama3": Variant("LlamaConfig", BASE | rope("llama3", **LLAMA3)),
     "llama-yarn": Variant("LlamaConfig", BASE | rope("yarn", **YARN)),

@@ -114,7 +114,9 @@ def test_a_model_that_does_not_load_leaves_none(folder, tmp_path):
     ("options", "message"),
     [
         ({"max_token": 5}, "'max_token' is not supported: did you mean max_tokens"),
-        ({"best_of": 2}, "'best_of' is not supported"),
+        ({"best_of": 2}, "best_of: all n continuations"),
+        ({"num_return_sequences": 2}, "n does not show in the text"),
+        ({"enforce_eager": True, "temp": 9e9}, "enforce_eager: not needed"),
         ({"n": 2}, "n does not show in the text"),
         ({"top_p": 0}, "top_p is 0"),
         ({"temperature": float("nan")}, "temperature is nan"),

@@ -275,6 +275,7 @@ def test_chat_template(model, cli):
         ({"max_num_batched_tokens": 2, "max_num_seqs": 4}, ["max_num_batched_tokens is 2", "max_num_seqs, 4"]),
         ({"page_size": 0}, ["page_size is 0"]),
         ({"kv_cache_memory": 0}, ["kv_cache_memory is 0"]),
+        ({"kv_cache_memory": 10**13}, ["kv_cache_memory is 10,000,000,000,000", "a device here has"]),
         # 2 layers x (keys + values) x 2 heads x 8 x 4 bytes are 256 a token, a page of 16 tokens 4096.
         ({"kv_cache_memory": 8191}, ["max_model_len 256", "8,191", "raise kv_cache_memory"]),
         ({"kv_cache_memory": 40_960, "max_model_len": 200}, ["max_model_len 200", "at most 144", "kv_cache_memory"]),
@@ -338,6 +339,11 @@ def llm(checkpoints):
         (None, ["NoneType"]),
         (5, ["int"]),
         ([1.5], ["float"]),
+        (b"hi", ["bytes"]),
+        ([b"hi"], ["bytes", "decode it"]),
+        ([bytearray(b"hi"), "x"], ["prompt 0", "bytearray"]),
+        ([[1], memoryview(b"hi")], ["prompt 1", "memoryview"]),
+        ({"prompt_token_ids": b"hi"}, ["bytes"]),
         ([True], ["bool"]),
         ({"prompt": 5}, ["int"]),
         ({"text": "x"}, ["prompt_token_ids", "text"]),
@@ -390,7 +396,7 @@ def test_sampling_parameters(name):
 
 def test_unknown_sampling_parameters():
     assert "did you mean temperature?" in line(lambda: SamplingParams(temprature=0.5))
-    for name in ("best_of", "use_beam_search", "guided_json", "presence"):
+    for name in ("bes_of", "beams", "presence"):
         text = line(lambda name=name: jaxinfer.generate("x", model="/none", **{name: 1}))
         assert f"{name!r} is not supported" in text
         assert "top_p" in text

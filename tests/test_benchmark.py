@@ -10,6 +10,8 @@ from jaxinfer.benchmark import (
     generate,
     latency,
     poisson_arrivals,
+    programs_in_any_order,
+    programs_together,
     random_work,
     serve,
     throughput,
@@ -93,3 +95,18 @@ def test_throughput(llm):
     assert figures["requests_per_second"] == pytest.approx(2 / seconds)
     assert figures["tokens_per_second"] == pytest.approx(68 / seconds)
     assert figures["output_tokens_per_second"] == pytest.approx(23 / seconds)
+
+
+@pytest.mark.parametrize(("input_lens", "output_lens"), [([5, 40], [20, 3]), ([9] * 11, [7] * 11), ([3], [1])])
+def test_the_programs_of_a_measurement(llm, monkeypatch, input_lens, output_lens):
+    """Those that are called are known before, and no others are compiled for it."""
+    work = random_work(300, input_lens, output_lens, seed=6)
+    together, any_order = programs_together(llm, work), programs_in_any_order(llm, work)
+    called = []
+    executable = llm.engine.runner._executable
+    monkeypatch.setattr(llm.engine.runner, "_executable", lambda key: called.append(key) or executable(key))
+    generate(llm, work)
+    assert set(called) == set(together)
+    called.clear()
+    serve(llm, random_work(300, input_lens, output_lens, seed=7), [0.01 * i for i in range(len(work))])
+    assert set(called) <= set(any_order) <= set(llm.engine.runner.programs.keys())

@@ -1,5 +1,6 @@
 """What `jaxinfer compare` says, against another way to the same numbers."""
 
+import dataclasses
 import json
 import math
 
@@ -105,6 +106,42 @@ def test_the_command(cli, folder, tmp_path):
     assert [one["scheme"] for one in report["prices"]] == [None, "int8"]
     assert report["prices"][1]["exact_match"] is None
     assert (tmp_path / "prices.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_scheme_that_is_not_to_be_had_leaves_the_others(cli, folder, tmp_path, monkeypatch):
+    """The figures of those that are come out, the other one's error is said, and the exit code is 1."""
+    from jaxinfer import compare as module
+
+    price = module.Price(None, 7, 0.0, 0.0, 1.0, 2.0, 100, 8, 5.0, None)
+    monkeypatch.setattr(module, "_price", lambda llm, scheme, *_: dataclasses.replace(price, scheme=scheme))
+    load = module.LLM
+
+    def refuse(model, **options):
+        if options.get("quantization") == {"*": "int4"}:
+            raise ValueError("it has no room")
+        return load(model, **options)
+
+    monkeypatch.setattr(module, "LLM", refuse)
+    data = tmp_path / "texts.txt"
+    data.write_text(TEXTS[0])
+    asked = ("compare", folder, "--data", data, "--max-model-len", 64)
+    code, out, err = cli(*asked, "--schemes", "*=int4; int8;*.mlp.*=int8,*=none", "--json")
+    report = json.loads(out)
+    assert (code, err) == (1, "jaxinfer: error: *=int4: it has no room\n")
+    assert [one["scheme"] for one in report["prices"]] == [None, "int8", "*.mlp.*=int8,*=none"]
+    assert report["errors"] == {"*=int4": "it has no room"}
+
+    def interrupted(llm, scheme, *_):
+        if scheme is not None:
+            raise KeyboardInterrupt
+        return price
+
+    monkeypatch.setattr(module, "_price", interrupted)
+    code, out, _ = cli(*asked, "--schemes", "int8")
+    assert code == 130
+    assert "as it is" in out
+    with pytest.raises(ValueError, match="it has no room"):
+        list(compare(folder, ["*=int4"], TEXTS, **OPTIONS))
 
 
 def test_bad_input(cli, folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +54,8 @@ def test_converting_what_was_converted(checkpoints, cli, tmp_path):
     code, said, _ = cli("convert", tmp_path / "one", tmp_path / "two")
     assert code == 0
     assert "bytes of weights in bfloat16" in said
+    compared = re.search(r"restoring ([\d.]+) s: ([\d.]+) times as (fast|long) as loading", said)
+    assert float(compared[2]) >= 1  # as fast or as long, whichever it is
     names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("one", "two")]
     assert names[0] == names[1]
     assert cli("generate", "-m", tmp_path / "two", "What is 27 + 45?").out == "27 + 45 = 72.\n"

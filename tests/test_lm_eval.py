@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.resources import files
 
 import numpy as np
 import pytest
 
 from jaxinfer import LLM
+from jaxinfer.text.chat import ChatTemplates
 
 pytest.importorskip("lm_eval")
 # What other libraries warn about is theirs.
@@ -81,6 +84,29 @@ def private_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
+def hf_model(folder, **options):
+    """lm-eval's own model of a checkpoint."""
+    pytest.importorskip("torch")
+    from lm_eval.models.huggingface import HFLM
+
+    hf = HFLM(pretrained=str(folder), dtype="float32", device="cpu", **options)
+    # The tiny checkpoints' files leave it to the tokenizer, where transformers does not look; and the other one's
+    # generation_config.json has most tokens of an answer, which would come before what lm-eval asks for.
+    hf.model.generation_config.eos_token_id = hf.tokenizer.eos_token_id
+    hf.model.generation_config.max_new_tokens = None
+    return hf
+
+
+@pytest.fixture(scope="module")
+def both(checkpoints):
+    """The same checkpoint as lm-eval's own model and as ours."""
+    from jaxinfer.lm_eval import JaxInferLM
+
+    folder = checkpoints("llama").folder
+    with LLM(folder) as llm:
+        yield hf_model(folder, batch_size=1), JaxInferLM(llm)
+
+
 def evaluate(model, tasks, names=TASKS):
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -104,23 +130,205 @@ def evaluate(model, tasks, names=TASKS):
 
 @pytest.mark.slow
 def test_the_metrics_of_hf(checkpoints, tasks):
-    pytest.importorskip("torch")
-    from lm_eval.models.huggingface import HFLM
-
     from jaxinfer.lm_eval import JaxInferLM
 
     folder = checkpoints("llama").folder
     with LLM(folder) as llm:
         ours, our_samples = evaluate(JaxInferLM(llm), tasks)
-    hf = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4, max_length=256)
-    # The checkpoint's files leave it to the tokenizer, where transformers does not look.
-    hf.model.generation_config.eos_token_id = hf.tokenizer.eos_token_id
-    theirs, their_samples = evaluate(hf, tasks)
+    theirs, their_samples = evaluate(hf_model(folder, batch_size=4, max_length=256), tasks)
     assert len(ours) == len(theirs) >= 8
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
     assert our_samples["said"] == their_samples["said"]
     assert len({text for (text,) in our_samples["said"]}) > 1
+
+
+GENERATION = [
+    {"until": ["e", "\n"]},
+    {"until": "e"},
+    {"until": []},
+    {"until": ["never said"], "do_sample": False, "temperature": 0.9},
+    {"temperature": 0, "top_p": 0.5},
+    {"top_k": 3, "min_p": 0.1},
+    {"num_beams": 1, "repetition_penalty": 1.3},
+    {"min_new_tokens": 5, "until": ["<|end|>", "</s>"]},
+]
+
+
+def requests(count, seed=0):
+    """Of all types: {method: [arguments of a request, ...]}, `count` in all."""
+    rng = np.random.default_rng(seed)
+
+    def words(low, high):
+        return " ".join(rng.choice([*WORDS, "é", "\n", "日"], int(rng.integers(low, high))))
+
+    found = {"loglikelihood": [], "loglikelihood_rolling": [], "generate_until": []}
+    contexts = ["", "a ", "two  spaces \n", "</s>the", "<|end|>the", words(90, 120)]  # the last one is cut
+    for i in range(count):
+        context = contexts[i // 4 % len(contexts)] if i % 8 < 4 else words(1, 30)
+        match i % 4:
+            case 0 | 1:  # several of one context, and one after several contexts
+                found["loglikelihood"].append((context, " stone" if i % 12 == 1 else f" {words(1, 5)}"))
+            case 2:
+                found["loglikelihood_rolling"].append(("" if i == 2 else words(1, 140),))
+            case 3:
+                most = {"max_gen_toks": int(rng.integers(1, 24))} if i % 8 == 3 else {"max_new_tokens": 9}
+                found["generate_until"].append((context or "a", GENERATION[i // 4 % len(GENERATION)] | most))
+    return found
+
+
+def compare(hf, ours, count):
+    """Asks both the same and returns the largest difference of a log-likelihood."""
+    from lm_eval.api.instance import Instance
+
+    difference = 0.0
+    for method, asked in requests(count).items():
+        answers = []
+        for model in (hf, ours):
+            instances = [Instance(method, {}, arguments, i) for i, arguments in enumerate(asked)]
+            answers.append(getattr(model, method)(instances, disable_tqdm=True))
+        for arguments, theirs, own in zip(asked, *answers, strict=True):
+            if method == "generate_until":
+                assert own == theirs, arguments
+                continue
+            if method == "loglikelihood":
+                assert own[1] == theirs[1], arguments
+                own, theirs = own[0], theirs[0]
+            assert own == pytest.approx(theirs, rel=1e-5, abs=1e-3), arguments
+            difference = max(difference, abs(own - theirs))
+    return difference
+
+
+def test_the_answers_of_hf(both):
+    compare(*both, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "demo"])
+def test_the_answers_of_hf_to_200_requests(checkpoints, name, capsys):
+    from jaxinfer.lm_eval import JaxInferLM
+
+    folder = files("jaxinfer") / "demo" / "model" if name == "demo" else checkpoints(name).folder
+    with LLM(folder, dtype="float32") as llm:
+        ours = JaxInferLM(llm)
+        difference = compare(hf_model(folder, batch_size=1, max_length=ours.max_length), ours, 200)
+    with capsys.disabled():
+        print(f"\n{name}: 200 requests, log-likelihoods differ by at most {difference:.1e}")
+
+
+def test_what_hf_says_of_itself_and_of_texts(both):
+    hf, ours = both
+    for name in ("eot_token_id", "prefix_token_id", "max_length", "max_gen_toks", "tokenizer_name"):
+        assert getattr(ours, name) == getattr(hf, name), name
+    assert ours.chat_template(False) is hf.chat_template(False) is None
+    assert ours.chat_template(True) == hf.chat_template(True)
+    for text in ("", "a b", " é", "<|end|>a", "a<|end|>", "\n\n"):
+        for options in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}, {"left_truncate_len": 2}):
+            assert ours.tok_encode(text, **options) == hf.tok_encode(text, **options)
+
+
+def test_a_task_is_greedy_unless_it_says_how_to_sample(both):
+    from lm_eval.api.instance import Instance
+
+    def answers(**kwargs):
+        asked = [Instance("generate_until", {}, ("slow music", {"max_gen_toks": 9} | kwargs), i) for i in range(4)]
+        return both[1].generate_until(asked, disable_tqdm=True)
+
+    (greedy,) = set(answers(do_sample=False))
+    for kwargs in (
+        {},
+        {"until": None},
+        {"until": ["zz"]},
+        {"top_p": 0.9},
+        {"top_k": 5, "seed": 1},
+        {"do_sample": True},
+    ):
+        assert set(answers(**kwargs)) == {greedy}
+    assert len(set(answers(temperature=1.0))) > 1
+    assert len(set(answers(do_sample=True, temperature=1.0, top_p=None))) > 1
+
+
+def test_generation_config_counts_as_it_does_for_hf(both, tmp_path):
+    """A penalty there applies to greedy answers too."""
+    from lm_eval.api.instance import Instance
+
+    from jaxinfer.lm_eval import JaxInferLM
+
+    folder = tmp_path / "m"
+    shutil.copytree(both[1].llm.folder, folder)
+    (folder / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.7, "repetition_penalty": 2.0})
+    )
+    asked = [Instance("generate_until", {}, (word, {"max_gen_toks": 16}), 0) for word in WORDS[:4]]
+    plain = both[1].generate_until(asked, disable_tqdm=True)
+    theirs = hf_model(folder, batch_size=1).generate_until(asked, disable_tqdm=True)
+    with LLM(folder) as llm:
+        assert JaxInferLM(llm).generate_until(asked, disable_tqdm=True) == theirs != plain
+
+
+def test_stop_strings_may_be_special_tokens(both, tmp_path):
+    """The text has no special tokens in it, but ends where one is said."""
+    from lm_eval.api.instance import Instance
+
+    from jaxinfer.lm_eval import JaxInferLM
+
+    request = Instance("generate_until", {}, ("green lamp", {"max_gen_toks": 20}), 0)
+    (text,) = both[1].generate_until([request], disable_tqdm=True)
+    middle = next(c for c in text[5:] if c.isascii() and c.isprintable() and c != " ")
+    folder = tmp_path / "m"
+    shutil.copytree(both[1].llm.folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    token = content["added_tokens"][0] | {"id": content["model"]["vocab"][middle], "content": middle, "special": True}
+    content["added_tokens"].insert(0, token)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    request = Instance("generate_until", {}, ("green lamp", {"max_gen_toks": 20, "until": [middle]}), 0)
+    (theirs,) = hf_model(folder, batch_size=1).generate_until([request], disable_tqdm=True)
+    with LLM(folder) as llm:
+        assert JaxInferLM(llm).generate_until([request], disable_tqdm=True) == [theirs] == [text[: text.index(middle)]]
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content FILTER}}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT
+
+
+@pytest.mark.parametrize("template", [CHAT, NO_SYSTEM])
+@pytest.mark.parametrize("written", ["", "| trim ", "| upper "])
+def test_conversations_as_hf_writes_them(both, template, written, monkeypatch, caplog):
+    hf, ours = both
+    template = template.replace("FILTER", written)
+    monkeypatch.setattr(hf.tokenizer, "chat_template", template)
+    monkeypatch.setattr(ours.llm.tokenizer, "chat_templates", ChatTemplates(ours.llm.folder, {"default": template}))
+    system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say yes </s> \n"}
+    answer = {"role": "assistant", "content": "yes"}
+    for history in ([user], [system, user], [system, user, answer, user], [user, answer]):
+        assert ours.apply_chat_template(history) == hf.apply_chat_template(history)
+    assert ("no system role: so the system message is left out" in caplog.text) == (template.startswith(NO_SYSTEM[:20]))
+    # Text that is said elsewhere too, and after it, by the template.
+    for said in ("yes", " yes \n", "s", "</s>", "Be brief."):
+        for history in ([user, answer | {"content": said}], [system, user, answer | {"content": said}], [user]):
+            text = ours.apply_chat_template(history, False)
+            if "upper" in written:  # which transformers refuses, as it looks for the message's own text too
+                assert text.endswith(f">{history[-1]['content'].upper()}")
+            else:
+                assert text == hf.apply_chat_template(history, False)
+    with pytest.raises(ValueError, match="no text in 'content'"):
+        ours.apply_chat_template([user, {"role": "assistant", "content": None}], False)
+
+
+def test_a_template_by_name(both, monkeypatch):
+    ours = both[1]
+    templates = {"default": "{{ messages[0].content }}", "short": "{{ messages[0].content[0] }}"}
+    monkeypatch.setattr(ours.llm.tokenizer, "chat_templates", ChatTemplates(ours.llm.folder, templates))
+    monkeypatch.setattr(ours, "_template", None)
+    message = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match="chat_template is 'long': the checkpoint has default, short"):
+        ours.chat_template("long")
+    assert ours.apply_chat_template(message) == "hi"
+    assert ours.chat_template("short") == templates["short"]
+    assert ours.apply_chat_template(message) == "h"
 
 
 def test_few_shot_examples_are_computed_once(checkpoints, tasks):

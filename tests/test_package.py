@@ -44,3 +44,22 @@ def test_only_the_package_is_installed():
 
 def test_version_is_the_distribution_s():
     assert metadata.version("jaxinfer") == jaxinfer.__version__
+
+
+def test_names_of_the_package():
+    """What is used is imported then, and is not among them."""
+    assert dir(jaxinfer) == sorted([*jaxinfer.__all__, "__version__"])
+    assert all(hasattr(jaxinfer, name) for name in dir(jaxinfer))
+    assert dir(jaxinfer) == sorted([*jaxinfer.__all__, "__version__"])
+
+
+def test_what_is_told_to_install_is_to_be_had():
+    """The package is on no index yet: extras are those of a copy of the repository."""
+    package = Path(jaxinfer.__file__).parent
+    files = [
+        *package.rglob("*.py"),
+        *(package.parent / "docs").glob("*"),
+        *(package.parent / "tpu_scripts").glob("*.sh"),
+    ]
+    told = [path.name for path in files if path.is_file() and "install 'jaxinfer" in path.read_text(errors="replace")]
+    assert told == []

@@ -15,6 +15,7 @@ from jaxinfer.demo.questions import held_out_questions
 from jaxinfer.engine.load import local_programs
 from jaxinfer.models.model import Model
 from jaxinfer.plan.ship import ship
+from jaxinfer.quantization.schemes import parse_quantization
 from tests.plain import CONFIG, random_tensors, write_checkpoint
 
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}
@@ -171,7 +172,6 @@ def test_schemes_with_blocks(tmp_path, scheme, mesh):
 @pytest.mark.parametrize(
     ("scheme", "mesh", "changed", "what"),
     [
-        ("int4", None, {"intermediate_size": 40}, "quantization is 'int4': .*down_proj.weight .*40.*groups of 32"),
         ("int4-g128", "fsdp=4", {}, "its 256 inputs would be split into 4 parts .* 128 have one scale; .* 1, 2 parts"),
         ("fp8-block", "tensor=4", {"head_dim": 64}, "k_proj.weight: its 128 outputs .* 2 parts .* 1 parts"),
     ],
@@ -181,6 +181,31 @@ def test_blocks_that_do_not_divide(tmp_path, scheme, mesh, changed, what):
     folder = write_checkpoint(tmp_path / "m", config, random_tensors(config))
     with pytest.raises(ValueError, match=what):
         LLM(folder, quantization=scheme, mesh=mesh, **OPTIONS)
+
+
+def test_what_groups_do_not_divide_is_left_as_it_is(caplog, tmp_path):
+    """And said, with why; patterns are no different. Only where nothing is left to quantize that is an error."""
+    config = CONFIG | {"intermediate_size": 40}
+    said = "is left in float32: groups of 32 don't divide the 40 inputs, as int4 needs"
+    for quantization in ("int4", {"*.mlp.*": "int4"}):
+        caplog.clear()
+        with caplog.at_level("WARNING", "jaxinfer"):
+            model = Model.from_config(config, "float32", quantization)
+        assert caplog.messages == [f"quantization is {quantization!r}: model.layers.*.mlp.down_proj.weight {said}"]
+        assert model.abstract["model.layers.0.mlp.down_proj.weight"].dtype == np.float32
+        assert model.abstract["model.layers.0.mlp.up_proj.weight"].dtype == np.uint8
+    with pytest.raises(
+        ValueError, match=r"none of the model's weights is meant by it; groups of 32 don't divide the 40"
+    ):
+        Model.from_config(config, "float32", {"*.down_proj.*": "int4"})
+    tensors = random_tensors(config)
+    folder = write_checkpoint(tmp_path / "m", config, tensors)
+    with LLM(folder, quantization="int4", **OPTIONS) as llm:
+        params = llm.engine.runner.params
+        name = "model.layers.1.mlp.down_proj.weight"
+        np.testing.assert_array_equal(np.asarray(params[name], np.float32), np.asarray(tensors[name], np.float32))
+        (scored,) = llm.score([PROMPTS[0]], use_tqdm=False)
+    assert np.isfinite(scored.logprob)
 
 
 @pytest.mark.slow
@@ -272,6 +297,21 @@ def test_bad_input(checkpoints, cli):
     with pytest.raises(ValueError, match="none of the model's weights is meant by it"):
         LLM(folder, quantization={"*.experts.*": "int8"})
     assert "quantization is 'int3'" in cli("generate", "x", "-m", folder, "--quantization", "int3").error()
+    for wrong, problem in {
+        "*.mlp.*=int3": "it must be one of int8, ",
+        "int8,*=int4": "'int8' must be PATTERN=SCHEME",
+        "=int8": "'=int8' must be PATTERN=SCHEME",
+        "*=int8,*=int4": "each pattern once",
+    }.items():
+        assert problem in cli("generate", "x", "-m", folder, "--quantization", wrong).error()
+
+
+def test_patterns_on_the_command_line(cli, checkpoints):
+    assert parse_quantization("int4-g128") == "int4-g128"
+    assert parse_quantization("*.mlp.*=int8, *=none") == {"*.mlp.*": "int8", "*": "none"}
+    folder = checkpoints("llama").folder
+    options = ["-m", folder, "--quantization", "*.mlp.*=int8,*=none", "--max-model-len", 64]
+    assert json.loads(cli("doctor", "--json", *options).out)["the model's precision"] == "int8, float32"
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 #
 #     tpu_scripts/plan_and_compile.sh configs/llama-3.1-8b_v5e-8.yaml --output gs://my-bucket/llama-v5e-8
 #
-# Needs: pip install 'jaxinfer[tpu,gcs]'. It prints the versions that the VM must have too: tpu_scripts/install.sh takes
+# Needs: pip install '.[tpu,gcs]'. It prints the versions that the VM must have too: tpu_scripts/install.sh takes
 # them with --with. Done once more, it replaces what it wrote.
 #
 #   --output DIR   a folder, or a URL that the VM can read
@@ -17,7 +17,7 @@ set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 read_options "--output" "$@"
-[ -n "$DRY_RUN" ] || command -v jaxinfer >/dev/null || die "jaxinfer is not installed: pip install 'jaxinfer[tpu,gcs]'"
+[ -n "$DRY_RUN" ] || command -v jaxinfer >/dev/null || die "jaxinfer is not installed: pip install '.[tpu,gcs]'"
 set -- ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
 run jaxinfer plan "$NAME" "$@" || exit
 run jaxinfer compile "$NAME" "$@" "--output=$OUTPUT" || exit

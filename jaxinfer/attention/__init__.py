@@ -3,8 +3,8 @@
 `attend` is the one function that models call. The XLA implementation is the oracle for every other one.
 """
 
-from jaxinfer.attention.attend import attend
+from jaxinfer.attention.attend import attend, attention_in_words
 from jaxinfer.attention.batch import Batch
 from jaxinfer.attention.spec import AttentionSpec
 
-__all__ = ["AttentionSpec", "Batch", "attend"]
+__all__ = ["AttentionSpec", "Batch", "attend", "attention_in_words"]

@@ -14,8 +14,15 @@ from jaxinfer.attention.fused import attend_fused
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.tpu import attend_packed
 from jaxinfer.attention.xla import attend_split, attend_stream
-from jaxinfer.cache import FusedPages, GpuPages, LayerCache, PackedPages
+from jaxinfer.cache import CacheLayout, FusedPages, GpuPages, LayerCache, PackedPages, kernel_problem
+from jaxinfer.kernels import cpu
 from jaxinfer.sharding import KV, TENSOR, on_tensor
+
+KERNELS: dict[Any, str] = {
+    FusedPages: "tokamax's ragged paged attention kernel",
+    PackedPages: "JAX's ragged paged attention kernel",
+    GpuPages: "a Triton kernel",
+}
 
 
 def attend(
@@ -43,6 +50,24 @@ def attend(
     pages = PartitionSpec(None, None, KV) if isinstance(cache, PackedPages | FusedPages) else kv_heads
     split = on_tensor(call, (heads, kv_heads, kv_heads, pages, PartitionSpec()), (heads, pages))
     return split(q, k, v, cache, dataclasses.replace(batch, mesh=None))
+
+
+def attention_in_words(
+    layout: CacheLayout, dtype: jax.typing.DTypeLike, head_dim: int, queries: int, device: jax.Device
+) -> str:
+    """What attends to such a cache there, and where it is plain XLA, why. dtype: of activations; queries: heads of them
+    that have one key head."""
+    if layout.pages in KERNELS:
+        return KERNELS[layout.pages]
+    if device.platform == "cpu":
+        problem = cpu.attention_problem(jax.numpy.dtype(dtype).name, head_dim, queries, layout.dtype.name)
+        return f"plain XLA: {problem}" if problem else "a CPU kernel"
+    if device.platform == "tpu" and jax.numpy.dtype(dtype) in (jax.numpy.bfloat16, jax.numpy.float32):
+        return "plain XLA: attention is 'xla'"
+    problem = kernel_problem(device, jax.numpy.dtype(dtype), head_dim)
+    if problem is None:
+        problem = "the kernel is taken with attention='pallas' alone"
+    return f"plain XLA: {problem}"
 
 
 def _implementation(cache: LayerCache) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.batch.values import json_value, parse_json
-from jaxinfer.text.chat import check_messages
+from jaxinfer.text.messages import normalize_messages
 
 FORMS = ("prompt", "messages", "text", "prompt_token_ids")
 
@@ -50,28 +50,9 @@ def token_ids(name: str, value: Any) -> list[int]:
 
 
 def conversation(messages: Any) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: fields that are null are left out (tables have them), except content, and
-    text in parts, which templates of models of text alone print as they would any list, becomes plain text."""
-    check_messages(messages)
-    return [
-        {
-            key: _content(value, f"messages[{i}]") if key == "content" else value
-            for key, value in message.items()
-            if value is not None or key == "content"
-        }
-        for i, message in enumerate(messages)
-    ]
-
-
-def _content(content: Any, where: str) -> str | None:
-    if content is None or isinstance(content, str):
-        return content
-    texts = []
-    for part in content:
-        if part["type"] != "text":
-            raise ValueError(f"{where}: content has a part of type {part['type']!r:.40}; only text is supported")
-        texts.append(text(f"{where}: text of a part", part.get("text")))
-    return "\n".join(texts)
+    """Messages, checked: what the model's chat template takes becomes of them when it is known."""
+    normalize_messages(messages)
+    return list(messages)
 
 
 def tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:

@@ -54,11 +54,15 @@ def merge(output: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Su
             raise ValueError(f"{target.file}: the shards are {format}; give a name that ends in .{format}, or a folder")
         for one in outputs:
             one.format = format
-        places = [found[part % len(found)][0] for part in range(found[0][1].all_parts)]
         numbers = {one.folder: one.numbers() for one in outputs}
-        gone = [one.part(p) for p, one in enumerate(places) if p not in numbers[one.folder]]
-        if gone:
-            raise ValueError(f"{gone[0]}: is gone, and the manifest counts it; run its shard anew, in a new folder")
+        places: list[Output] = []
+        for part in range(found[0][1].all_parts):  # as many as a manifest says
+            place = found[part % len(found)][0]
+            if part not in numbers[place.folder]:
+                raise ValueError(
+                    f"{place.part(part)}: is gone, and the manifest counts it; run its shard anew, in a new folder"
+                )
+            places.append(place)
         sums: dict[str, Any] = {name: sum(getattr(one, name) for _, one in found) for name in SUMS}
         columns = [one.others for _, one in found if one.others]
         merged = replace(found[0][1], shard=0, shards=1, others=columns[0] if columns else None, **sums)
@@ -99,9 +103,9 @@ def _shards(outputs: Sequence[Output]) -> list[tuple[Output, Manifest]]:
             different += differences(getattr(first, name), getattr(manifest, name), name)
         if different:
             raise ValueError(f"{output.path(manifest.name)}: is of another job: {'; '.join(different)}")
-    missing = [i for i in range(first.shards) if i not in found]
-    if missing:
-        raise ValueError(f"shard {missing[0]}/{first.shards} is not there: run it, or name its output too")
+    missing = next((i for i in range(first.shards) if i not in found), None)
+    if missing is not None:
+        raise ValueError(f"shard {missing}/{first.shards} is not there: run it, or name its output too")
     return [found[i] for i in range(first.shards)]
 
 

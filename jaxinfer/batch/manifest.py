@@ -99,6 +99,27 @@ class Manifest:
             raise AnotherJob(f"{output.name}: holds another job: {'; '.join(found)}; {REMEDY}")
         self.job |= job
 
+    def check_file(self) -> None:
+        """Raises ValueError for fields of a file that can't be, or not beside each other."""
+        if not isinstance(self.job, dict) or not isinstance(self.job["format"], str):
+            raise ValueError(f"job is {self.job!r:.80}")
+        names = ("shard", "parts", "rows", "errors", "prompt_tokens", "generated_tokens")
+        counts: dict[str, tuple[Any, int]] = {name: (getattr(self, name), 0) for name in names}
+        counts |= {"shards": (self.shards, 1), "rows_per_part": (self.job["rows_per_part"], 1)}
+        counts["input_rows"] = 0 if self.input_rows is None else self.input_rows, 0
+        for name, (value, least) in counts.items():
+            if type(value) is not int or not least <= value < 2**63:
+                raise ValueError(f"{name} is {value!r:.80}")
+        if not isinstance(self.complete, bool) or not isinstance(self.columns, dict | None):
+            raise ValueError(f"complete is {self.complete!r:.80}, columns is {self.columns!r:.80}")
+        if not isinstance(self.others, str | None):
+            raise ValueError(f"others is {self.others!r:.80}")
+        if self.shard >= self.shards or not self.errors <= self.rows <= self.parts * self.rows_per_part:
+            raise ValueError(
+                f"shard {self.shard} of {self.shards}, with {self.errors} errors in {self.rows} rows of {self.parts} "
+                f"parts of {self.rows_per_part}"
+            )
+
     def check_parts(self, output: Output) -> None:
         """Raises AnotherJob naming a finished part that is not there any more."""
         if self.complete and output.file is not None and self.shards == 1:
@@ -106,9 +127,9 @@ class Manifest:
                 raise AnotherJob(f"{output.file}: is gone, and {finished_path(output)} counts it; {ANEW}")
             return
         there = output.numbers()
-        gone = [part for part in range(self.shard, self.next_part, self.shards) if part not in there]
-        if gone:
-            raise AnotherJob(f"{output.part(gone[0])}: is gone, and the manifest counts it; {ANEW}")
+        gone = next((part for part in range(self.shard, self.next_part, self.shards) if part not in there), None)
+        if gone is not None:
+            raise AnotherJob(f"{output.part(gone)}: is gone, and the manifest counts it; {ANEW}")
 
 
 def read_manifest(output: Output, path: str) -> Manifest:
@@ -117,10 +138,12 @@ def read_manifest(output: Output, path: str) -> Manifest:
         content = json.loads(output.fs.cat_file(path))
         if content.pop("format") != FORMAT:
             raise ValueError("of another version of jaxinfer")
-        return Manifest(**content)
+        manifest = Manifest(**content)
+        manifest.check_file()
+        return manifest
     except FileNotFoundError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise AnotherJob(f"{path}: not a manifest that can be read ({error}); {ANEW}") from None
 
 

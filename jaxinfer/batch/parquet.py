@@ -19,7 +19,7 @@ def parquet_modules() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError("Parquet needs pyarrow: pip install 'jaxinfer[batch]', or write JSONL") from None
+        raise ValueError("Parquet needs pyarrow: pip install '.[batch]', or write JSONL") from None
     return pyarrow, pyarrow.parquet
 
 

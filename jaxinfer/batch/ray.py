@@ -1,4 +1,4 @@
-"""Batch jobs on a Ray cluster (`pip install 'jaxinfer[ray]'`): `Predictor`, for `ray.data`.
+"""Batch jobs on a Ray cluster (`pip install '.[ray]'`): `Predictor`, for `ray.data`.
 
 ray.data.read_parquet(IN).map_batches(
     Predictor,

@@ -99,7 +99,7 @@ def need(package: str, where: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ValueError(f"{where}: needs the package {package}: pip install 'jaxinfer[batch]'") from None
+        raise ValueError(f"{where}: needs the package {package}: pip install '.[batch]'") from None
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ def _find(given: str) -> list[Source]:
         fs, path = fsspec.core.url_to_fs(given)
     except ImportError as error:
         extra = DRIVERS.get(given.split(":")[0])
-        remedy = f"pip install 'jaxinfer[{extra}]'" if extra else one_line(error)
+        remedy = f"pip install '.[{extra}]'" if extra else one_line(error)
         raise ValueError(f"{where}: the package for such URLs is missing: {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{where}: {one_line(error)}; known are paths, gs://, s3:// and what fsspec knows") from None

@@ -9,6 +9,7 @@ from jaxinfer.cache.pages import (
     PackedPages,
     QuantizedPages,
     SplitPages,
+    kernel_problem,
     tokamax_version,
     values_dtype,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "PackedPages",
     "QuantizedPages",
     "SplitPages",
+    "kernel_problem",
     "tokamax_version",
     "values_dtype",
 ]

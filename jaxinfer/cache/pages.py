@@ -119,7 +119,7 @@ class CacheLayout:
         by_kernel = compute in (jnp.bfloat16, jnp.float32)  # the TPU's knows no other types
         if not by_kernel or device.platform != "tpu" or attention == "xla":
             wanted = attention == "pallas"
-            if wanted and (problem := _problem(device, compute, head_dim)):
+            if wanted and (problem := kernel_problem(device, compute, head_dim)):
                 raise ValueError(f"attention is 'pallas': {problem}; leave it out to have what applies")
             if wanted and kind != compute:
                 raise ValueError(
@@ -188,8 +188,8 @@ def _has_fused_kernel(kind: str) -> bool:
     return (tpu_generation(kind) or 0) >= 5 and tokamax_version() is not None
 
 
-def _problem(device: jax.Device, dtype: np.dtype[Any], head_dim: int) -> str | None:
-    """Why no kernel can be used, or None."""
+def kernel_problem(device: jax.Device, dtype: np.dtype[Any], head_dim: int) -> str | None:
+    """Why no kernel can be used on this accelerator, or None."""
     capability = compute_capability(device)
     if device.platform == "tpu":
         return f"the kernel for TPUs is for bfloat16 and float32, and dtype is {dtype}"

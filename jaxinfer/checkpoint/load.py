@@ -164,13 +164,15 @@ def _wanted(model: Model, sources: Mapping[str, Source]) -> dict[str, Wanted]:
 
 def _locate(model: Model, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> dict[str, str]:
     """The name in the checkpoint of each tensor, with or without the model's prefix; or one ValueError."""
-    prefix = model.weights.prefix
+    weights, tied = model.weights, model.config.tie_word_embeddings
     stored = checkpoint.tensors
     located: dict[str, str] = {}
     known: set[str] = set()
     missing, duplicate, shapes, types = [], [], [], []
     for name, wanted in _wanted(model, sources).items():
-        names = [n for n in dict.fromkeys((name, name.removeprefix(prefix))) if n in stored]
+        names = [n for n in weights.spellings(name) if n in stored]
+        if not names and tied and name == weights.embedding and weights.head in stored:
+            names = [weights.head]  # saved with the head alone
         if not names:
             if not wanted.optional:
                 missing.append(name)
@@ -187,7 +189,8 @@ def _locate(model: Model, checkpoint: Checkpoint, sources: Mapping[str, Source])
         elif info.dtype not in wanted.dtypes:
             read = "" if wanted.dtypes is FLOATS else f" instead of {' or '.join(map(str, wanted.dtypes))}"
             types.append(f"{names[0]} is {info.dtype}{read}")
-    unknown = [n for n in stored if n not in known and not model.weights.is_ignored(n)]
+    known |= {weights.head} if tied else set()
+    unknown = [n for n in stored if n not in known and not weights.is_ignored(n)]
     problems = [
         f"{label}: {some(dict.fromkeys(names))}"
         for label, names in (

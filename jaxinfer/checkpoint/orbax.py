@@ -15,16 +15,16 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import fsspec
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.files import read_json, short, some
+from jaxinfer.checkpoint.safetensors import DTYPES
 from jaxinfer.checkpoint.write import Layout
 from jaxinfer.models.model import Model, Params
 from jaxinfer.quantization.schemes import SCALE, Quantization
@@ -33,6 +33,7 @@ from jaxinfer.sharding import PADDED
 
 MANIFEST, WEIGHTS = "jaxinfer.json", "weights"
 FORMAT = 1
+KINDS = {str(dtype): dtype for dtype in DTYPES.values()}  # of the arrays that there may be
 CHUNK = 2**24  # bytes: another mesh reads whole ones, so they are smaller than a device's part of a large weight
 
 
@@ -54,11 +55,8 @@ class Converted:
             )
         try:
             self.weights = str(said.get("weights", folder / WEIGHTS))
-            self.files = {str(name): int(size) for name, size in said["files"].items()}
-            self.tensors = {
-                str(name): Layout(tuple(int(size) for size in one["shape"]), jnp.dtype(one["dtype"]))
-                for name, one in said["tensors"].items()
-            }
+            self.files = dict(zip(said["files"], _sizes_of(said["files"].values()), strict=True))
+            self.tensors = {name: _layout(one["shape"], one["dtype"]) for name, one in said["tensors"].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not what jaxinfer convert writes ({error!r:.200}): convert it again") from None
         self.nbytes = sum(stored.nbytes for stored in self.tensors.values())
@@ -79,6 +77,20 @@ class Converted:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _sizes_of(said: Iterable[Any]) -> tuple[int, ...]:
+    found = tuple(said)
+    if wrong := [size for size in found if type(size) is not int or not 0 <= size < 2**63]:
+        raise ValueError(f"{short(wrong[0])} is no size")
+    return found
+
+
+def _layout(shape: Any, dtype: Any) -> Layout:
+    found = Layout(_sizes_of(shape), KINDS[dtype])
+    if found.nbytes >= 2**63:
+        raise ValueError(f"{short(shape)} is no shape")
+    return found
 
 
 def is_converted(folder: Path) -> bool:

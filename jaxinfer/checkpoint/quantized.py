@@ -7,7 +7,8 @@ Of a linear `X [out, in]`, with G groups of inputs and n = 32 / bits:
 - packed: `X.weight_packed` int32 `[out, in / n]`, the first of n values in the lowest bits, each plus half its range;
   scales; zero points `X.weight_zero_point` packed likewise along out; `X.weight_g_idx [in]`, the group of each input.
 - gptq: `X.qweight` int32 `[in / n, out]`, packed along in; `X.qzeros` int32 `[G, out / n]`, packed along out, of which
-  the first version has stored one less; `X.scales [G, out]`, `X.g_idx [in]`. A weight is (value - zero) * scale.
+  the first version has stored one less, unless writers were wrong about it, which shows where all are in the middle;
+  `X.scales [G, out]`, `X.g_idx [in]`. A weight is (value - zero) * scale.
 - awq: `X.qweight` int32 `[in, out / 8]` and `X.qzeros` int32 `[G, out / 8]`, packed along out in the order 0, 2, 4, 6,
   1, 3, 5, 7; `X.scales [G, out]`.
 """
@@ -98,8 +99,6 @@ class Decoded:
         """The arrays of `Scheme.arrays`, with the same values to the bit. Raises ValueError if they can't hold them."""
         values, zeros, half = self.values, self.zeros, 2 ** (self.form.bits - 1)
         if zeros is not None and self.form.layout != "plain":
-            if not scheme.zeros and np.any(zeros != half):
-                raise ValueError(f"has zero points other than {half}, and config.json says that it is symmetric")
             values, zeros = values ^ np.uint8(half), (zeros.astype(np.int16) - half).astype(np.int8)  # two's complement
             values = values[:, ::2] & 15 | values[:, 1::2] << 4 if scheme.packed == 2 else values.view(np.int8)
         rows = len(self.values) if self.form.rows == 0 else len(self.scales)
@@ -148,9 +147,10 @@ def decode(form: Format, stored: Mapping[str, Host], rows: int, columns: int) ->
         if form.layout == "awq":
             values, zeros = (one.reshape(len(one), -1, 8)[..., np.argsort(AWQ_ORDER)] for one in (values, zeros))
             values, zeros = values.reshape(columns, -1).T, zeros.reshape(groups, -1)
-        zeros = (zeros + np.uint8(form.offset)) & np.uint8(2**form.bits - 1)
+        zeros = zeros.T[:rows]
+        zeros = (zeros + np.uint8(form.offset)) & np.uint8(2**form.bits - 1) if form.zeros else _middle(form, zeros)
         scales = stored["scales"].astype(np.float32).T
-        return Decoded(form, values[:rows, :columns], zeros.T[:rows], scales, order)
+        return Decoded(form, values[:rows, :columns], zeros, scales, order)
     scales = stored[form.scale].astype(np.float32)
     scales = scales.reshape(-(-rows // form.rows) if form.rows else 1, groups)
     point = stored.get("weight_zero_point")
@@ -165,6 +165,15 @@ def decode(form: Format, stored: Mapping[str, Host], rows: int, columns: int) ->
     else:
         zeros = _unpacked(np.ascontiguousarray(point.T), form.bits).T[:rows]
     return Decoded(form, values, zeros, scales, order)
+
+
+def _middle(form: Format, stored: Host) -> Host:
+    """The zero points of a symmetric linear: half the range. Whether that or one less is stored is not always what
+    config.json's version says. Raises ValueError for any other."""
+    half = np.uint8(2 ** (form.bits - 1))
+    if not np.all(stored == half) and not np.all(stored == half - 1):
+        raise ValueError(f"has zero points other than {half}, and config.json says that it is symmetric")
+    return np.full_like(stored, half)
 
 
 def _unpacked(words: Host, bits: int) -> Host:

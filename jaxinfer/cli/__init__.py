@@ -5,13 +5,16 @@ Nothing heavy is imported here or at the top of a command's file, so that `jaxin
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from jaxinfer import __version__
 from jaxinfer.cli.console import say_error
@@ -31,9 +34,43 @@ COMMANDS = (
     "lm-eval",
     "models",
     "doctor",
+    "help",
 )
 
-app = typer.Typer(name="jaxinfer", add_completion=False, pretty_exceptions_enable=False)
+# What other programs call things that are something else here, or nothing yet.
+GUESSES = {
+    "serve": "there is no server yet: jaxinfer batch runs files of requests, OpenAI's batch lines too, and "
+    "jaxinfer.AsyncEngine serves many callers of a Python program",
+    "embed": "embeddings are not there yet; jaxinfer models lists what is",
+    "download": "a model is downloaded when it is first used: jaxinfer generate --model ORG/NAME",
+    "list": "jaxinfer models lists the architectures that load",
+    "run": "did you mean jaxinfer generate, chat or batch?",
+    "complete": "did you mean jaxinfer generate?",
+    "eval": "did you mean jaxinfer lm-eval, or score?",
+    "benchmark": "did you mean jaxinfer bench throughput, or bench latency?",
+    "version": "did you mean jaxinfer --version?",
+}
+SAME = {"api": "serve", "server": "serve", "start": "serve", "embeddings": "embed", "encode": "embed"}
+SAME |= {"pull": "download", "fetch": "download", "ls": "list", "show": "list"}
+SAME |= {"prompt": "run", "ask": "run", "completion": "complete", "evaluate": "eval", "perf": "benchmark"}
+
+
+class Commands(TyperGroup):
+    """Says of a command that is not there what there is instead."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        guess = GUESSES.get(SAME.get(args[0], args[0]))
+        if guess is not None:
+            raise ValueError(f"no command {args[0]!r}: {guess}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    name="jaxinfer",
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
 for _name in COMMANDS:
     _function = _name.replace("-", "_")
     _command = getattr(importlib.import_module(f"jaxinfer.cli.{_function}"), _function)
@@ -57,19 +94,58 @@ def _jaxinfer(
         print(context.get_help())
 
 
+def _hints(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
+    """What other programs' options on a command line are here, all of them. known: the command's own."""
+    from jaxinfer.aliases.loading import LOADING
+    from jaxinfer.aliases.sampling import SAMPLING
+
+    found = {}
+    for one in arguments:
+        option, name = one.partition("=")[0], one.partition("=")[0].removeprefix("--").replace("-", "_")
+        words = next((words for words in (SAMPLING, LOADING) if name in words), None)
+        if one.startswith("--") and words is not None and name not in known:
+            ours = words.same.get(name)
+            said = f"here it is --{ours.replace('_', '-')}" if ours and ours in known else words.word(name)
+            found[option] = f"{option}: {said}"
+    return list(found.values())
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line (default: the process's) and returns its exit code.
+    """Runs a command line (default: the process's, which then ends here) and returns its exit code.
 
     2 after one line on stderr for what the user can put right (ValueError, OSError), 130 after Ctrl-C, 1 when nobody
     reads the output any more. Whatever else is raised is a bug and gets through.
     """
+    code = _run(arguments)
+    if arguments is None and code:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """Ends the process now if programs are still being compiled, after Ctrl-C or an error: Python would wait."""
+    from jaxinfer import distributed
+    from jaxinfer.engine import background
+
+    if background.running():
+        if (group := distributed.group()) is not None:
+            group.end()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         code = app(arguments, prog_name="jaxinfer", standalone_mode=False)  # KeyboardInterrupt becomes 130 in there
         sys.stdout.flush()
     except UsageError as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "jaxinfer"
-        say_error(f"{error.format_message().rstrip('.')}; see {path} --help")  # type: ignore[attr-defined]
+        known = [parameter.name for parameter in context.command.params] if context else []
+        hints = "".join(f"; {hint}" for hint in _hints(sys.argv[1:] if arguments is None else arguments, known))
+        say_error(f"{error.format_message().rstrip('.')}{hints}; see {path} --help")  # type: ignore[attr-defined]
         return 2
     except BrokenPipeError:
         sys.stdout = None  # or Python tries once more to flush it, and complains

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -13,7 +16,10 @@ from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
+    from jaxinfer.benchmark import Trace, Work
     from jaxinfer.llm import LLM
+
+Run = TypeVar("Run")
 
 REQUESTS, BATCHING = "Requests: random tokens, and no end-of-text ends them", "Batching"
 LATENCIES = {
@@ -38,9 +44,8 @@ class BatchingOptions:
     ] = None
 
     def load(self, options: LoadOptions, progress: Progress) -> LLM:
-        """The model in memory, with every program compiled: compiling must not be measured."""
-        more = {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
-        return options.load(progress, warmup=True, **more)
+        """The model in memory."""
+        return options.load(progress, **dataclasses.asdict(self))
 
 
 NumPrompts = Annotated[int, typer.Option(metavar="N", min=1, help="How many.", rich_help_panel=REQUESTS)]
@@ -73,17 +78,23 @@ def throughput(
     verbosity: Verbosity,
 ) -> None:
     """Tokens a second when all requests are there from the beginning."""
-    with verbosity.apply() as progress:
+    with verbosity.apply(plain=True) as progress:
         hosts.join()
         llm = batching.load(load, progress)
         from jaxinfer import benchmark
 
         benchmark.check_lengths(llm, input_len, output_len)
-        work = benchmark.random_work(
-            llm.model.config.vocab_size, [input_len] * num_prompts, [output_len] * num_prompts, seed
-        )
-        progress(f"generating {num_prompts * output_len} tokens")
-        figures = benchmark.throughput(llm, work)
+
+        def work(i: int) -> list[Work]:
+            lengths = [input_len] * num_prompts, [output_len] * num_prompts
+            return benchmark.random_work(llm.model.config.vocab_size, *lengths, [seed, i])
+
+        def run(i: int) -> dict[str, float]:
+            progress(f"generating {num_prompts * output_len} tokens")
+            return benchmark.throughput(llm, work(i))
+
+        llm.engine.runner.warm_up(benchmark.programs_together(llm, work(0)))
+        (figures,) = _measured(llm, run, 1)
     if as_json:
         print(json.dumps(figures))
     else:
@@ -121,7 +132,7 @@ def latency(
 
     Waiting for a place in the batch counts. ITL is the time between pieces of an output, which may be several tokens.
     """
-    with verbosity.apply() as progress:
+    with verbosity.apply(plain=True) as progress:
         if request_rate is not None and not 0 < request_rate < float("inf"):
             raise ValueError(f"--request-rate is {request_rate}: it must be a finite number above 0")
         hosts.join()
@@ -129,19 +140,21 @@ def latency(
         from jaxinfer import benchmark
 
         benchmark.check_lengths(llm, input_len, output_len)
-        runs = []
-        for i in range(-1, num_iters):
-            progress(f"run {i + 1} of {num_iters}" if i >= 0 else "warming up")
+
+        def run(i: int) -> list[Trace]:
+            progress(f"run {i} of {num_iters}" if i else "run to warm up")
             # Other prompts each time: the prefix cache would know them.
-            work = benchmark.random_work(
-                llm.model.config.vocab_size, [input_len] * num_prompts, [output_len] * num_prompts, [seed, i + 1]
-            )
+            lengths = [input_len] * num_prompts, [output_len] * num_prompts
+            work = benchmark.random_work(llm.model.config.vocab_size, *lengths, [seed, i])
             arrivals = [0.0] * num_prompts
             if request_rate is not None:
-                arrivals = benchmark.poisson_arrivals(num_prompts, request_rate, [seed, i + 1])
-            traces = benchmark.serve(llm, work, arrivals)
-            if i >= 0:
-                runs.append(traces)
+                arrivals = benchmark.poisson_arrivals(num_prompts, request_rate, [seed, i])
+            if not i:
+                llm.engine.runner.warm_up(benchmark.programs_in_any_order(llm, work))
+            return benchmark.serve(llm, work, arrivals)
+
+        run(0)
+        runs = _measured(llm, run, num_iters)
         figures: dict[str, Any] = benchmark.latency(runs)
         if request_rate is None:
             figures |= benchmark.batch_latency(runs)
@@ -149,6 +162,19 @@ def latency(
         print(json.dumps(figures))
     else:
         _print_table(["milliseconds", "mean", "median", "p90", "p99"], _latency_rows(figures))
+
+
+def _measured(llm: LLM, run: Callable[[int], Run], count: int) -> list[Run]:
+    """Of `run(1)` and so on those in which nothing was compiled."""
+    found: list[Run] = []
+    for i in itertools.count(1):
+        before = llm.compile_seconds
+        one = run(i)
+        if llm.compile_seconds == before:
+            found.append(one)
+        if len(found) == count:
+            break
+    return found
 
 
 def _latency_rows(figures: dict[str, Any]) -> list[list[str]]:

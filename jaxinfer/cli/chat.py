@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jaxinfer.cli.console import Progress, print_pieces, say_error
+from jaxinfer.cli.console import Progress, print_pieces, say_error, title
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import LoadOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.options import CHAT_TEMPLATE, LoadOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.options import chat_template as read_chat_template
 
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
+
+COMMANDS = ("/help", "/reset", "/exit")
+HELP = (
+    "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer or clears a line, /help says so."
+)
+PASTED = 0.05  # seconds within which lines come that belong together
 
 
 @grouped
@@ -26,6 +36,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option(metavar="S", help="What the model is told before the conversation.")
     ] = None,
+    chat_template: CHAT_TEMPLATE = None,
     load: LoadOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
@@ -33,7 +44,8 @@ def chat(
 ) -> None:
     """Talk with a model.
 
-    /reset forgets the conversation; /exit or Ctrl-D ends it; Ctrl-C stops an answer. In piped input each line is a
+    /help says what can be typed besides messages. Lines that are pasted are one message. Ctrl-C stops an answer or
+    clears a line; at an empty one it ends the conversation, as /exit and Ctrl-D do. In piped input each line is a
     message.
     """
     with verbosity.apply() as progress:
@@ -41,34 +53,51 @@ def chat(
         hosts.join()
         llm = load.load(progress)
         params = sampling.params(llm.get_default_sampling_params())
-        conversation = Conversation(llm, params, system)
+        template = None if chat_template is None else read_chat_template(chat_template, llm)
+        conversation = Conversation(llm, params, system, template)
         progress.hide()
         in_terminal = sys.stdin.isatty()
         if in_terminal and not verbosity.quiet:
-            print("/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer.", file=sys.stderr)
+            print(HELP, file=sys.stderr)
         for message in _messages(in_terminal):
-            if message == "/exit":
-                return
-            if message == "/reset":
-                conversation.reset()
-                continue
             try:
-                conversation.answer(message, progress)
+                match _command(message):
+                    case "/exit":
+                        return
+                    case "/reset":
+                        conversation.reset()
+                    case "/help":
+                        print(HELP, file=sys.stderr)
+                    case _:
+                        conversation.answer(message, progress)
             except ValueError as error:
                 if not in_terminal:
                     raise
-                say_error(f"{error}; or forget the conversation with /reset")
+                say_error(error)
+
+
+def _command(message: str) -> str | None:
+    """The command that a message is, if it is one. Raises ValueError if there is no such command."""
+    found = re.match(r"/[a-zA-Z]+(?=\s|$)", message)
+    if found is None:
+        return None
+    if message.strip() in COMMANDS:
+        return message.strip()
+    close = difflib.get_close_matches(found[0], COMMANDS, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ValueError(f"no command {title(message)!r}: {hint}/help lists them; a space before it makes it a message")
 
 
 class Conversation:
     """What has been said. Raises ValueError where the checkpoint's chat template can't express it."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
+    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, template: str | None = None) -> None:
         self._llm = llm
+        self._template = {} if template is None else {"chat_template": template}
         self._params = params
         self._beginning = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
-        llm.chat_prompt([*self._messages, {"role": "user", "content": "?"}])
+        llm.chat_prompt([*self._messages, {"role": "user", "content": "?"}], **self._template)
 
     def reset(self) -> None:
         """Back to the beginning; the system message stays."""
@@ -90,7 +119,10 @@ class Conversation:
                     break
 
         with _ctrl_c_noted() as noted:
-            outputs = self._llm.stream_output(self._llm.chat_prompt(messages), self._params)
+            try:
+                outputs = self._llm.stream_output(self._llm.chat_prompt(messages, **self._template), self._params)
+            except ValueError as error:
+                raise ValueError(f"{error}; or forget the conversation with /reset") from None
             print_pieces(until_stopped(), progress)
         self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
 
@@ -102,18 +134,36 @@ def _messages(in_terminal: bool) -> Iterator[str]:
             if line.strip():
                 yield line.rstrip("\n")
         return
+    typed: Callable[[], str] = str
     with suppress(ImportError):
-        import readline  # noqa: F401  (makes input() edit and remember lines)
+        import readline  # input() edits and remembers lines with it
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # what a terminal says is pasted is one line
+        typed = readline.get_line_buffer
     while True:
+        lines: list[str] = []
         try:
-            line = input("> ")
+            lines.append(input("> "))
+            while _more_is_there():  # pasted into a terminal that does not say so
+                lines.append(input())
         except (EOFError, KeyboardInterrupt) as ended:
             print()
-            if isinstance(ended, EOFError):
+            if isinstance(ended, KeyboardInterrupt):
+                if lines or typed():
+                    continue
+                raise
+            if not lines:
                 return
-            raise
-        if line.strip():
-            yield line
+        message = "\n".join(lines)
+        if message.strip():
+            yield message
+
+
+def _more_is_there() -> bool:
+    """Whether the terminal has more input already."""
+    with suppress(OSError, ValueError):
+        return bool(select.select([sys.stdin], [], [], PASTED)[0])
+    return False
 
 
 @contextmanager

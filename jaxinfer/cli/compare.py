@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from jaxinfer.cli.console import say_error
 from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ MB = 1e6
 @grouped
 def compare(
     base: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="As --model: a folder or hub id; else the packaged model.")
+        str | None, typer.Argument(metavar="MODEL", help="As --model: a folder or hub id; else the packaged model.")
     ] = None,
     *,
     data: Annotated[
@@ -28,7 +29,11 @@ def compare(
     ] = None,
     schemes: Annotated[
         str | None,
-        typer.Option(metavar="A,B", help="Of weights, of the cache (kv-int8), dtypes, or folders (./DIR); else all."),
+        typer.Option(
+            metavar="A,B",
+            help="Of weights, of the cache (kv-int8), dtypes, or folders (./DIR); else all. With a ; between them, "
+            "patterns too: 'int4;*.mlp.*=int4,*=int8'.",
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Compare at most so many tokens.")] = 4096,
     questions: Annotated[
@@ -36,7 +41,7 @@ def compare(
     ] = 500,
     as_json: JSON = False,
     plot: Annotated[
-        str | None, typer.Option(metavar="FILE.png", help="Draw quality over bytes (pip install 'jaxinfer[plot]').")
+        str | None, typer.Option(metavar="FILE.png", help="Draw quality over bytes (pip install '.\\[plot]').")
     ] = None,
     load: LoadOptions,
     verbosity: Verbosity,
@@ -45,7 +50,7 @@ def compare(
 
     Folders are the model in another form, as `jaxinfer convert` and `quantize` write it. KL is the divergence of the
     next token's distribution from the unquantized model's, in nats. Without --data, the packaged model is compared on
-    its own held-out questions.
+    its own held-out questions. A scheme that this model can't have is said, and the others are compared; exit code 1.
     """
     from jaxinfer.batch.parse import Parser
     from jaxinfer.batch.readers import records
@@ -54,7 +59,7 @@ def compare(
     from jaxinfer.demo import MODEL_DIR
     from jaxinfer.engine.options import KVCacheDType
     from jaxinfer.plan.plot import check_plot, draw
-    from jaxinfer.quantization.schemes import SCHEMES
+    from jaxinfer.quantization.schemes import SCHEMES, parse_quantization
     from jaxinfer.sampling.params import SamplingParams
 
     if base is not None:
@@ -63,10 +68,13 @@ def compare(
         load = dataclasses.replace(load, model=base)
     known = [*SCHEMES, *(f"kv-{name}" for name in get_args(KVCacheDType) if name != "auto")]
     known += ["bfloat16", "float16"]
-    names = known if schemes is None else [name.strip() for name in schemes.split(",")]
+    separator = ";" if schemes is not None and {";", "="} & set(schemes) else ","
+    names = known if schemes is None else [name.strip() for name in schemes.split(separator)]
     for name in names:
         if "/" in name:
             resolve(name)
+        elif "=" in name:
+            parse_quantization(name)
         elif name not in known:
             raise ValueError(f"--schemes has {name!r}: there are {', '.join(known)}, and folders such as ./{name}")
     if plot is not None:
@@ -88,23 +96,34 @@ def compare(
     else:
         raise ValueError("there is nothing to compare on: give texts with --data FILE")
     right = _right(questions) if packaged and questions else None
-    with verbosity.apply() as progress:
+    with verbosity.apply(plain=True) as progress:
         progress("starting JAX")
         from jaxinfer.compare import compare as prices
 
-        found = []
-        for price in prices(
-            model, names, texts, max_tokens=max_tokens, right=right, **options | {"on_progress": progress}
-        ):
-            found.append(price)
-            progress(f"compared {price.scheme or 'the model as it is'}")
-        progress.hide()
-        if as_json:
-            print(json.dumps({"model": str(model), "prices": [dataclasses.asdict(price) for price in found]}))
-        else:
-            _print(found)
+        found: list[Price] = []
+        errors: dict[str, str] = {}
+
+        def failed(scheme: str, error: Exception) -> None:
+            errors[scheme] = " ".join(str(error).split())
+            progress.hide()
+            say_error(f"{scheme}: {error}")
+
+        options["on_progress"] = progress
+        try:
+            for price in prices(model, names, texts, max_tokens=max_tokens, right=right, on_error=failed, **options):
+                found.append(price)
+                progress(f"compared {price.scheme or 'the model as it is'}")
+        finally:  # what is known is said, after Ctrl-C too
+            progress.hide()
+            if as_json and found:
+                figures = [dataclasses.asdict(price) for price in found]
+                print(json.dumps({"model": str(model), "prices": figures, "errors": errors}))
+            elif found:
+                _print(found)
         if plot is not None:
             draw(lambda axes: _draw(found, axes), plot)
+    if errors:
+        raise typer.Exit(1)
 
 
 def _right(questions: int) -> Any:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def compile(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG.yaml | MODEL]", help="A deployment; or a folder with a config.json, or that."),
+        typer.Argument(metavar="CONFIG.yaml|MODEL", help="A deployment; or a folder with a config.json, or that."),
     ] = None,
     *,
     output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="A new folder, or a URL: gs://...")],

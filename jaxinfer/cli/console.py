@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.live import Live
+
+PATIENCE = 10.0  # seconds
 
 
 def say_error(error: object) -> None:
@@ -18,19 +21,31 @@ def say_error(error: object) -> None:
 
 
 class Progress:
-    """A line that says what is being waited for; nothing at all where stderr is not a terminal.
+    """A line that says what is being waited for. Where stderr is not a terminal there is nothing, or (`plain`) a
+    line of its own every PATIENCE seconds, as long as there is something new to say.
 
     Call it with a few words to show them. It must be hidden before anything goes to stdout, which may be the same
     terminal; as a context manager it is hidden at the end, whatever happens.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, plain: bool = False) -> None:
         self.muted = False  # while a line of text is being written: the progress line would wipe it out
         self._live: Live | None = None
-        self._quiet = quiet or not sys.stderr.isatty()
+        self._in_terminal = sys.stderr.isatty()
+        self._quiet = quiet or not (self._in_terminal or plain)
+        self._what = ""
+        self._hidden = threading.Event()
+        self._watch: threading.Thread | None = None
 
     def __call__(self, what: str) -> None:
         if self._quiet or self.muted:
+            return
+        if not self._in_terminal:
+            self._what = what
+            if self._watch is None:
+                self._hidden = threading.Event()
+                self._watch = threading.Thread(target=self._say, args=(self._hidden,), daemon=True)
+                self._watch.start()
             return
         from rich.console import Console
         from rich.live import Live
@@ -48,6 +63,15 @@ class Progress:
         live, self._live = self._live, None
         if live is not None:
             live.stop()
+        self._hidden.set()
+        self._watch = None
+
+    def _say(self, hidden: threading.Event) -> None:
+        said = ""
+        while not hidden.wait(PATIENCE):
+            if self._what != said:
+                said = self._what
+                print(f"jaxinfer: {said}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         return self

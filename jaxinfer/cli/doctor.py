@@ -4,14 +4,36 @@ from __future__ import annotations
 
 import json
 
-from jaxinfer.cli.options import JSON
+from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
 
 
-def doctor(as_json: JSON = False) -> None:
-    """Say what is here: devices, kernels and why they are used or not, versions, the compilation cache, memory."""
-    from jaxinfer.doctor import examine
+@grouped
+def doctor(as_json: JSON = False, *, load: LoadOptions, verbosity: Verbosity) -> None:
+    """Say what is here: devices, kernels and why they are used or not, versions, the compilation cache, memory.
 
+    With --model FOLDER or --config FILE also what that model would have here, with the options that are given: which
+    attention, and why, how many bits, how much context. Exit code 2 where JAX has no device to run on.
+    """
+    from jaxinfer.doctor import examine, examine_model
+
+    verbosity.apply()
+    config = None
+    if load != LoadOptions():
+        from jaxinfer.cli.plan import architecture, named
+
+        load, deployment = named(None, load)
+        model, options = load.loading()
+        config = architecture(model, deployment)
     found = examine()
+    here = isinstance(found["devices"], list)
+    if here and config is not None:
+        found |= examine_model(config, options)
+    _print(found, as_json)
+    if not here:
+        raise ValueError(str(found["devices"]))
+
+
+def _print(found: dict[str, str | list[str]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import Progress, print_pieces, title
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import JSON, LoadOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.options import CHAT_TEMPLATE, JSON, LoadOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.options import chat_template as read_chat_template
 
 if TYPE_CHECKING:
-    from jaxinfer.engine.outputs import RequestOutput
+    from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestOutput
     from jaxinfer.engine.prompts import Prompt
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
@@ -36,10 +39,19 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Each prompt is a user's message, put through the chat template.")
     ] = False,
+    chat_template: CHAT_TEMPLATE = None,
+    n: Annotated[int, typer.Option("-n", "--n", metavar="N", min=1, help="Continuations of each prompt.")] = 1,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="With --json: log-probabilities of the tokens, and of the N likeliest ones at each place."
+        ),
+    ] = None,
     as_json: JSON = False,
     profile: Annotated[
         str | None, typer.Option(metavar="DIR", help="Write a trace of the generation for JAX's profiler tools.")
     ] = None,
+    batching: BatchingOptions,
     load: LoadOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
@@ -47,20 +59,27 @@ def generate(
 ) -> None:
     """Continue one prompt, or each of several.
 
-    One prompt's text is printed as it comes; several are run together and printed in order, each when it is done.
+    One prompt's text is printed as it comes; several are run together and printed in order, each when it is done. With
+    --json there is a line for each continuation.
     """
+    if chat_template is not None and not chat:
+        raise ValueError("--chat-template is for messages: give --chat too")
+    if logprobs is not None and not as_json:
+        raise ValueError("--logprobs are part of what --json prints: give that too")
+    asked: dict[str, Any] = {"n": n, "logprobs": logprobs}
     with verbosity.apply() as progress:
         if hosts.join():
-            load.load(progress)
+            batching.load(load, progress)
         texts = _texts(prompts or [], file)
-        sampling.params()
+        sampling.params(**asked)
         if profile is not None:
             Path(profile).mkdir(parents=True, exist_ok=True)
-        llm = load.load(progress)
-        params = sampling.params(llm.get_default_sampling_params())
-        given: list[Prompt] = [_as_message(llm, text) for text in texts] if chat else list(texts)
+        llm = batching.load(load, progress)
+        params = sampling.params(llm.get_default_sampling_params(), **asked)
+        template = {} if chat_template is None else {"chat_template": read_chat_template(chat_template, llm)}
+        given: list[Prompt] = [_as_message(llm, text, template) for text in texts] if chat else list(texts)
         with _trace(profile):
-            if as_json or len(texts) > 1:
+            if as_json or len(texts) > 1 or n > 1:
                 _print_outputs(llm, texts, given, params, as_json, progress)
             else:
                 print_pieces(llm.stream(given[0], params), progress)
@@ -101,8 +120,8 @@ def _read(file: str) -> str:
         raise ValueError(f"{name}: not UTF-8 at byte {error.start}; prompts must be UTF-8 text") from None
 
 
-def _as_message(llm: LLM, text: str) -> Prompt:
-    return llm.chat_prompt([{"role": "user", "content": text}])
+def _as_message(llm: LLM, text: str, template: Mapping[str, Any]) -> Prompt:
+    return llm.chat_prompt([{"role": "user", "content": text}], **template)
 
 
 def _trace(folder: str | None) -> contextlib.AbstractContextManager[Any]:
@@ -116,26 +135,29 @@ def _trace(folder: str | None) -> contextlib.AbstractContextManager[Any]:
 def _print_outputs(
     llm: LLM, texts: list[str], prompts: list[Prompt], params: SamplingParams, as_json: bool, progress: Progress
 ) -> None:
-    for i, output in enumerate(llm.generate_iter(prompts, params)):
+    for i, output in enumerate(llm.generate_iter(prompts, params, in_order=True)):
         progress.hide()
-        if as_json:
-            print(json.dumps(_record(llm, texts[i], output)), flush=True)
-        else:
-            separation = "\n" if i else ""
-            print(f"{separation}==> {title(texts[i])} <==\n{output.outputs[0].text}", flush=True)
+        for one in output.outputs:
+            if as_json:
+                print(json.dumps(_record(llm, texts[i], output, one)), flush=True)
+                continue
+            separation = "\n" if i or one.index else ""
+            which = f", {one.index + 1} of {params.n}" if params.n > 1 else ""
+            print(f"{separation}==> {title(texts[i])}{which} <==\n{one.text}", flush=True)
         if i + 1 < len(texts):
             progress(f"generating, {i + 1} of {len(texts)} are done")
 
 
-def _record(llm: LLM, prompt: str, output: RequestOutput) -> dict[str, Any]:
+def _record(llm: LLM, prompt: str, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
     """Rates are those of the whole run so far: prompts run together."""
-    completion = output.outputs[0]
     prompt_tokens, completion_tokens = len(output.prompt_token_ids), len(completion.token_ids)
     return {
         "prompt": prompt,
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
+        **({"index": completion.index} if len(output.outputs) > 1 else {}),
+        **({} if completion.logprobs is None else {"logprobs": [_likeliest(step) for step in completion.logprobs]}),
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -149,3 +171,10 @@ def _record(llm: LLM, prompt: str, output: RequestOutput) -> dict[str, Any]:
             "decode_tokens_per_second": llm.stats.decode_tokens_per_second,
         },
     }
+
+
+def _likeliest(step: Mapping[int, Logprob]) -> list[dict[str, Any]]:
+    """Of one token, the sampled one first, as `jaxinfer batch` writes it."""
+    return [
+        {"token_id": i, "token": one.decoded_token, "logprob": one.logprob, "rank": one.rank} for i, one in step.items()
+    ]

@@ -24,7 +24,7 @@ def lm_eval(context: typer.Context) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        raise ValueError(f"lm-eval is not installed ({error}): pip install 'jaxinfer[lm-eval]'") from None
+        raise ValueError(f"lm-eval is not installed ({error}): pip install '.[lm-eval]'") from None
     # Another command of lm-eval (`ls tasks`) comes first, where there is one.
     runs = arguments[0] == "run" or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"))
     if runs:

@@ -10,12 +10,13 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
 from jaxinfer.cli.console import LogHandler, Progress
-from jaxinfer.quantization.schemes import SCHEMES
+from jaxinfer.quantization.schemes import SCHEMES, parse_quantization
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ class LoadOptions:
     quantization: Annotated[
         str | None,
         typer.Option(
-            metavar="SCHEME", help=f"Of weights: {', '.join(SCHEMES)}; without it, none.", rich_help_panel=MODEL
+            metavar="SCHEME",
+            help=f"Of weights: {', '.join(SCHEMES)}; or by patterns of names: '*.mlp.*=int4,*=none'.",
+            rich_help_panel=MODEL,
         ),
     ] = None
     max_model_len: Annotated[
@@ -116,6 +119,8 @@ class LoadOptions:
         """Model and options for LLM, these and `more` of them: what is given, before what --config says."""
         given = {name: value for name, value in (dataclasses.asdict(self) | more).items() if value is not None}
         config, model = given.pop("config", None), given.pop("model", None)
+        if self.quantization is not None:
+            given["quantization"] = parse_quantization(self.quantization)
         if config is not None:
             from jaxinfer.engine.deployment import read_deployment
 
@@ -135,6 +140,26 @@ class LoadOptions:
         from jaxinfer.llm import LLM
 
         return LLM(folder, **options | {"on_progress": progress})
+
+
+CHAT_TEMPLATE = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="A Jinja template instead of the checkpoint's, or the name of one that it has."),
+]
+
+
+def chat_template(named: str, llm: LLM) -> str:
+    """What --chat-template stands for: one of the checkpoint's by name, or the content of a file. Raises ValueError."""
+    templates = llm.tokenizer.chat_templates.templates
+    if named in templates:
+        return templates[named]
+    try:
+        return Path(named).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        names = f"the checkpoint's are {', '.join(sorted(templates))}" if templates else "the checkpoint has none"
+        raise ValueError(f"--chat-template {named}: no such file, and no such template: {names}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"--chat-template {named}: not UTF-8; give a Jinja template") from None
 
 
 @dataclass(frozen=True)
@@ -166,6 +191,17 @@ class SamplingOptions:
             metavar="X", help="Only tokens of this share of the likeliest one's probability.", rich_help_panel=SAMPLING
         ),
     ] = None
+    presence_penalty: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Off the logits of tokens that are in the answer.", rich_help_panel=SAMPLING),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="The same, as often as they are in it.", rich_help_panel=SAMPLING)
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Above 1: fewer tokens that are in prompt or answer.", rich_help_panel=SAMPLING),
+    ] = None
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="The same seed gives the same text.", rich_help_panel=SAMPLING)
     ] = None
@@ -179,9 +215,10 @@ class SamplingOptions:
         """Those that are given."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
-    def params(self, defaults: SamplingParams | None = None) -> SamplingParams:
-        """These over `defaults`. Raises ValueError for a value out of range, so call it before loading as well."""
-        return (defaults or SamplingParams()).with_changes(**{"max_tokens": DEFAULT_MAX_TOKENS} | self.given)
+    def params(self, defaults: SamplingParams | None = None, **more: Any) -> SamplingParams:
+        """These, and `more` of them, over `defaults`. Raises ValueError for a value out of range, so call it before
+        loading as well."""
+        return (defaults or SamplingParams()).with_changes(**{"max_tokens": DEFAULT_MAX_TOKENS} | self.given | more)
 
 
 @dataclass(frozen=True)
@@ -193,8 +230,9 @@ class Verbosity:
     ] = 0
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False
 
-    def apply(self) -> Progress:
-        """Sets up logging; returns the progress line."""
+    def apply(self, plain: bool = False) -> Progress:
+        """Sets up logging; returns the progress line. plain: see Progress, for what takes minutes before it has
+        anything to show."""
         levels = (logging.WARNING, logging.INFO, logging.DEBUG)
         log = logging.getLogger("jaxinfer")
         log.handlers = [LogHandler()]
@@ -202,7 +240,7 @@ class Verbosity:
         log.propagate = False
         if self.quiet:
             warnings.simplefilter("ignore")
-        return Progress(self.quiet)
+        return Progress(self.quiet, plain)
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def plan(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG.yaml | MODEL]", help="A deployment; or a folder with a config.json, or that."),
+        typer.Argument(metavar="CONFIG.yaml|MODEL", help="A deployment; or a folder with a config.json, or that."),
     ] = None,
     *,
     topology: Annotated[
@@ -32,8 +32,13 @@ def plan(
         typer.Option(metavar="NAME", help="A TPU slice: v5e-8, v6e-4, v5p-8, v4-8, tpu7x-4 ...; or GPUs: h100-4."),
     ] = None,
     context: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens of each sequence, for the bounds of speed.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens of each sequence, for the bounds of speed; without it 1024, or as many as the model takes.",
+        ),
+    ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Rank slices and meshes, or the meshes of --topology, from shapes.")
     ] = False,
@@ -97,24 +102,28 @@ def plan(
 
 
 def _plan(
-    config: Mapping[str, Any], topology: str, context: int, options: EngineOptions, progress: Progress
+    config: Mapping[str, Any], topology: str, context: int | None, options: EngineOptions, progress: Progress
 ) -> dict[str, Any]:
+    from jaxinfer.models.registry import parse_config
     from jaxinfer.plan.compile import make_plan
-    from jaxinfer.plan.figures import figures
+    from jaxinfer.plan.figures import context_of, figures
     from jaxinfer.plan.places import find_place
 
+    context = context_of(parse_config(config)[1], context, options)  # refused before a minute of compiling
     progress(f"compiling for {topology}, which may take a minute")
     return figures(make_plan(config, find_place(topology), **options), context)
 
 
 def _sweep(
-    config: Mapping[str, Any], topology: str | None, context: int, as_json: bool, options: EngineOptions
+    config: Mapping[str, Any], topology: str | None, context: int | None, as_json: bool, options: EngineOptions
 ) -> None:
     from jaxinfer.cli.plan_tables import print_sweep
+    from jaxinfer.plan.figures import context_of
     from jaxinfer.plan.fit import DoesNotFit, model_of
     from jaxinfer.plan.sweep import places, sweep
 
     model = model_of(config, options.get("dtype", "auto"), quantization=options.get("quantization"))
+    context = context_of(model.config, context, options)
     found, refused = sweep(model, places() if topology is None else [topology], context, **options)
     if not found:
         raise DoesNotFit(f"none of {refused} meshes fits: a shorter max_model_len, or a smaller --context")
@@ -145,8 +154,11 @@ def named(what: str | None, load: LoadOptions) -> tuple[LoadOptions, Deployment 
 
 
 def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -> Mapping[str, Any]:
-    """The content of a config.json: the deployment's, or of the model's folder. Nothing is downloaded."""
+    """The content of a config.json: the deployment's, or of the model's folder, and as its weights are where there are
+    some. Nothing is downloaded."""
     from jaxinfer.checkpoint.files import read_config
+    from jaxinfer.checkpoint.open import open_weights
+    from jaxinfer.checkpoint.settle import as_stored
     from jaxinfer.engine.load import check_architecture
     from jaxinfer.models.registry import REGISTRY, parse_config
 
@@ -159,7 +171,11 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
         config = read_config(folder, REGISTRY)
         if said is not None:
             check_architecture(said, config, folder / "config.json")
-        return config
+        try:
+            with open_weights(folder) as weights:
+                return as_stored(config, weights)
+        except (OSError, ValueError):  # none are needed: then config.json is all that there is
+            return config
     assert deployment is not None
     try:
         parse_config(said)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import title
 from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
@@ -34,6 +35,7 @@ def score(
         typer.Option("--rolling", help="Score first tokens too, and texts longer than the context, in windows."),
     ] = False,
     as_json: JSON = False,
+    batching: BatchingOptions,
     load: LoadOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
@@ -51,10 +53,10 @@ def score(
 
     if hosts.join():
         with verbosity.apply() as progress:
-            load.load(progress)
+            batching.load(load, progress)
     sources = find_sources([file])
     parser = Parser("score", SamplingParams())
-    with verbosity.apply() as progress, load.load(progress) as llm:
+    with verbosity.apply() as progress, batching.load(load, progress) as llm:
         rows = map(parser.parse, records(sources))
         outputs = _rolling(llm, rows) if rolling else _scored(llm, rows)
         if not as_json:

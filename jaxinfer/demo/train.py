@@ -1,6 +1,6 @@
 """Trains the demo model from nothing: `python -m jaxinfer.demo.train --output DIR`.
 
-The same seed gives the same data and the same initial weights. Needs optax (`pip install 'jaxinfer[train]'`).
+The same seed gives the same data and the same initial weights. Needs optax (`pip install '.[train]'`).
 The matrices learn with Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon/), which here gets as far as
 Adam does in several times as many steps; norms and the embedding learn with Adam.
 """
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         import optax  # noqa: F401
     except ImportError:
-        parser.error("training needs optax, which is not installed: pip install 'jaxinfer[train]'")
+        parser.error("training needs optax, which is not installed: pip install '.[train]'")
     make(options.output, options.steps, options.seed, ARCHITECTURE)
     print(f"saved in {options.output}", file=sys.stderr)
     evaluate.main(["--model", str(options.output)])

@@ -185,9 +185,10 @@ class Group:
         return self._ending or self._failed
 
     def _wait_for_end(self, other: int) -> None:
+        deadline = time.monotonic() + ENDING / 2  # its signs of life go on
         with contextlib.suppress(OSError, ValueError):
-            self._links[other].socket.settimeout(ENDING / 2)
-            while True:
+            while (left := deadline - time.monotonic()) > 0:
+                self._links[other].socket.settimeout(left)
                 self._links[other].read()
 
     def _tell(self, text: str, but: int | None = None) -> None:

@@ -42,23 +42,28 @@ class Link:
             finally:
                 self._sending.release()
 
-    def read_one(self, most: int) -> tuple[int, bytes]:
-        """The next frame, and nothing of what follows it: for as long as `read` was not called."""
-        kind, size = HEADER.unpack(self._exactly(HEADER.size))
+    def read_one(self, most: int, deadline: float) -> tuple[int, bytes]:
+        """The next frame, whole before `deadline` (of time.monotonic), and nothing of what follows it: for as long as
+        `read` was not called."""
+        kind, size = HEADER.unpack(self._exactly(HEADER.size, deadline))
         if size > most:
             raise ValueError(f"a frame of {size} bytes")
-        return kind, self._exactly(size)
+        return kind, self._exactly(size, deadline)
 
-    def _exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            if not (more := self.socket.recv(size - len(data))):
-                raise ConnectionResetError("the connection was closed")
-            data += more
+    def _exactly(self, size: int, deadline: float) -> bytes:
+        timeout, data = self.socket.gettimeout(), b""
+        try:
+            while len(data) < size:
+                self.socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+                if not (more := self.socket.recv(size - len(data))):
+                    raise ConnectionResetError("the connection was closed")
+                data += more
+        finally:
+            self.socket.settimeout(timeout)
         return data
 
-    def read(self) -> list[tuple[int, bytes]]:
-        """The frames that are complete once something has come, which it waits for."""
+    def read(self, most: int = MOST) -> list[tuple[int, bytes]]:
+        """The frames, of at most so many bytes, that are complete once something has come, which it waits for."""
         data = self.socket.recv(1 << 20)
         if not data:
             raise ConnectionResetError("the connection was closed")
@@ -68,7 +73,7 @@ class Link:
         start = 0
         while len(self._received) - start >= HEADER.size:
             kind, size = HEADER.unpack_from(self._received, start)
-            if size > MOST:
+            if size > most:
                 raise ValueError(f"a frame of {size} bytes")
             end = start + HEADER.size + size
             if len(self._received) < end:
@@ -89,4 +94,7 @@ def encode(value: Any) -> bytes:
 
 def decode(data: bytes) -> Any:
     """What `encode` was given. Raises ValueError."""
-    return json.loads(data)
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None

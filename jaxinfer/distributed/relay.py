@@ -24,14 +24,17 @@ class Relay:
     def _serve(self) -> None:
         while True:
             near, _ = self._server.accept()
-            try:
-                far = socket.create_connection(self._address)
-            except OSError:
-                near.close()
-                continue
-            self._open += [near, far]
-            for source, sink, passes_end in ((near, far, True), (far, near, False)):
-                threading.Thread(target=_pass_on, args=(source, sink, passes_end), daemon=True).start()
+            threading.Thread(target=self._lead, args=(near,), daemon=True).start()
+
+    def _lead(self, near: socket.socket) -> None:
+        try:
+            far = socket.create_connection(self._address)  # may take minutes to fail
+        except OSError:
+            near.close()
+            return
+        self._open += [near, far]
+        threading.Thread(target=_pass_on, args=(far, near, False), daemon=True).start()
+        _pass_on(near, far, True)
 
 
 def _pass_on(source: socket.socket, sink: socket.socket, passes_end: bool) -> None:

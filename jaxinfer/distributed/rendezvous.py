@@ -12,9 +12,10 @@ import ipaddress
 import logging
 import os
 import secrets
+import selectors
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 from glob import glob
 from importlib.metadata import version
@@ -26,7 +27,8 @@ from jaxinfer.distributed.links import Link, decode, encode
 log = logging.getLogger("jaxinfer")
 
 SECRET = "JAXINFER_SECRET"
-HANDSHAKE = 5.0  # seconds for each step of one: nobody keeps process 0 from the others
+HANDSHAKE = 5.0  # seconds for all of one
+CALLERS = 256  # that may be at it at once
 WORKERS = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 MOST = 1 << 16  # bytes of a frame of one
 
@@ -129,21 +131,19 @@ def _welcome_all(place: Place, timeout: float) -> tuple[dict[int, Link], int]:
     deadline = time.monotonic() + timeout
     links: dict[int, Link] = {}
     proofs: dict[int, str] = {}
-    with _listen(place) as server:
+    with _listen(place) as server, contextlib.closing(_Callers(server)) as callers:
         try:
             while len(links) < place.size - 1:
-                server.settimeout(max(deadline - time.monotonic(), 1e-3))
-                try:
-                    connection, _ = server.accept()
-                except TimeoutError:
+                if time.monotonic() > deadline:
                     missing = ", ".join(str(i) for i in range(1, place.size) if i not in links)
                     raise TimeoutError(
                         f"process {missing} of {place.size} did not connect to {place.coordinator} within "
                         f"{timeout:g} s: start the same program on every host, each with a process_id of its own"
-                    ) from None
-                with contextlib.suppress(_Stranger):
-                    rank, link, proofs[rank] = _welcome(connection, place, links)
-                    links[rank] = link
+                    )
+                for caller, said in callers.listen(deadline):
+                    with contextlib.suppress(_Stranger):
+                        rank, proof = _welcome(caller, said, place, links)
+                        links[rank], proofs[rank] = caller.link, proof
         except BaseException as error:
             for link in links.values():
                 _refuse(link, str(error))
@@ -159,36 +159,105 @@ class _Stranger(Exception):
     """Somebody who does not belong here connected."""
 
 
-def _welcome(connection: socket.socket, place: Place, links: dict[int, Link]) -> tuple[int, Link, str]:
-    """A process, its link, and how it will know that process 0 has the same secret."""
-    connection.settimeout(HANDSHAKE)
+class _Caller(NamedTuple):
+    """Somebody who has connected, what it has to answer to, and until when (of time.monotonic)."""
+
+    link: Link
+    nonce: str
+    deadline: float
+
+
+class _Callers:
+    """Those who have connected and not said yet who they are. Each has its own time, and none waits for another."""
+
+    def __init__(self, server: socket.socket):
+        server.setblocking(False)
+        self._server = server
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(server, selectors.EVENT_READ)
+        self._waiting: dict[socket.socket, _Caller] = {}  # the oldest is first
+
+    def listen(self, deadline: float) -> Iterator[tuple[_Caller, dict[str, Any]]]:
+        """Waits for somebody to call or to speak, but not beyond `deadline`; those who have spoken, with what they said
+        to JOIN."""
+        first = min([deadline, *(caller.deadline for caller in self._waiting.values())])
+        for key, _ in self._selector.select(max(first - time.monotonic(), 0)):
+            if key.fileobj is self._server:
+                self._accept()
+            elif (caller := self._waiting.get(key.fileobj)) is not None:  # type: ignore[call-overload]
+                try:
+                    frames = caller.link.read(MOST)
+                    said = _content(frames[0], Kind.JOIN) if frames else None
+                except (OSError, ValueError) as error:
+                    self._send_away(caller, error)
+                else:
+                    if said is not None:
+                        self._forget(caller)
+                        yield caller, said
+        now = time.monotonic()
+        for caller in [caller for caller in self._waiting.values() if caller.deadline <= now]:
+            self._send_away(caller, f"it did not say who it is within {HANDSHAKE:g} s")
+
+    def close(self) -> None:
+        """And all who wait."""
+        for caller in self._waiting.values():
+            caller.link.close()
+        self._selector.close()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._server.accept()
+        except OSError:  # it is gone again, or there are too many
+            connection = None
+        if self._waiting and (connection is None or len(self._waiting) >= CALLERS):
+            self._send_away(next(iter(self._waiting.values())), "there are too many others")
+        if connection is None:
+            return
+        try:
+            caller = _Caller(Link(connection, HANDSHAKE), secrets.token_hex(16), time.monotonic() + HANDSHAKE)
+            caller.link.send(Kind.HELLO, encode({"nonce": caller.nonce}))
+        except OSError:
+            connection.close()
+            return
+        self._waiting[connection] = caller
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _forget(self, caller: _Caller) -> None:
+        del self._waiting[caller.link.socket]
+        self._selector.unregister(caller.link.socket)
+
+    def _send_away(self, caller: _Caller, why: object) -> None:
+        self._forget(caller)
+        caller.link.close()
+        log.warning("a connection that was no process of this program was closed: %s", why)
+
+
+def _welcome(caller: _Caller, said: dict[str, Any], place: Place, links: dict[int, Link]) -> tuple[int, str]:
+    """Which process that is, and how it will know that process 0 has the same secret."""
+    link = caller.link
     try:
-        link = Link(connection, HANDSHAKE)
-        nonce = secrets.token_hex(16)
-        link.send(Kind.HELLO, encode({"nonce": nonce}))
-        said = _one(link, Kind.JOIN)
-        rank, facts, others = said["process_id"], dict(said["facts"]), str(said["nonce"])
-        proven = hmac.compare_digest(str(said["proof"]), _proof("joins", nonce, others))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        connection.close()
-        log.warning("a connection that was no process of this program was closed: %s", error)
+        rank, facts, nonce = said["process_id"], dict(said["facts"]), str(said["nonce"])
+        proven = hmac.compare_digest(str(said["proof"]), _proof("joins", caller.nonce, nonce))
+    except (ValueError, KeyError, TypeError) as error:
+        link.close()
+        log.warning("a connection that was no process of this program was closed: %r", error)
         raise _Stranger from None
     if not proven:
         _refuse(link, f"{SECRET} is not that of process 0: set the same on every host")
         log.warning("a process at %s, which has another %s, was refused", link.address, SECRET)
         raise _Stranger
     problems = [
-        f"{name} is {facts.get(name)} in process {rank}, at {link.address}, and {value} in process 0"
+        f"{name} is {_line(facts.get(name))} in process {_line(rank)}, at {link.address}, and {value} in process 0"
         for name, value in _facts(place).items()
         if facts.get(name) != value
     ]
-    if not problems and (rank in links or not isinstance(rank, int) or not 0 < rank < place.size):
-        problems = [f"process_id {rank} is that of two processes, one of them at {link.address}"]
+    if not problems and (type(rank) is not int or not 0 < rank < place.size or rank in links):
+        problems = [f"process_id {_line(rank)} is that of two processes, one of them at {link.address}"]
     if problems:
         problem = f"{problems[0]}: start the same program on every host, each with a process_id of its own"
         _refuse(link, problem)
         raise ValueError(problem)
-    return rank, link, _proof("leads", others, nonce)
+    return rank, _proof("leads", nonce, caller.nonce)
 
 
 def _refuse(link: Link, why: str) -> None:
@@ -211,46 +280,63 @@ def _join(place: Place, timeout: float) -> tuple[Link, int]:
                 ) from None
             time.sleep(0.2)
         except (ValueError, KeyError):
-            raise ValueError(f"coordinator {place.coordinator}: what answers there is not process 0") from None
+            raise _impostor(place) from None
     try:
         own = secrets.token_hex(16)
         said = {"process_id": place.rank, "facts": _facts(place), "nonce": own, "proof": _proof("joins", nonce, own)}
         link.send(Kind.JOIN, encode(said))
-        link.socket.settimeout(max(deadline - time.monotonic(), 0) + HANDSHAKE)  # the others may come later
-        ready = _one(link, Kind.READY)
-        if not hmac.compare_digest(str(ready["proof"]), _proof("leads", own, nonce)):
+        # The others may come later.
+        ready = _one(link, Kind.READY, max(deadline, time.monotonic()) + HANDSHAKE)
+        if not hmac.compare_digest(str(ready["proof"]).encode(), _proof("leads", own, nonce).encode()):
             raise ValueError(f"{SECRET} is not that of process 0, at {place.coordinator}: set the same on every host")
         return link, int(ready["port"])
     except OSError as error:
         link.close()
         raise TimeoutError(f"process 0, at {place.coordinator}, did not go on: {error}") from None
+    except (KeyError, TypeError):
+        link.close()
+        raise _impostor(place) from None
     except ValueError:
         link.close()
         raise
 
 
+def _impostor(place: Place) -> ValueError:
+    return ValueError(f"coordinator {place.coordinator}: what answers there is not process 0")
+
+
 def _reach(place: Place) -> tuple[Link, str]:
     """A link to process 0, and the nonce that it gives."""
+    deadline = time.monotonic() + HANDSHAKE
     connection = socket.create_connection((place.host, place.port), timeout=HANDSHAKE)
     try:
         if connection.getsockname() == connection.getpeername():  # TCP can do that, on one machine
             raise ConnectionRefusedError("nobody listens there")
         link = Link(connection, HANDSHAKE)
-        return link, str(_one(link, Kind.HELLO)["nonce"])
+        return link, str(_one(link, Kind.HELLO, deadline)["nonce"])
     except Exception:
         connection.close()
         raise
 
 
-def _one(link: Link, kind: Kind) -> dict[str, Any]:
+def _one(link: Link, kind: Kind, deadline: float) -> dict[str, Any]:
     """The next frame, which has to be of this kind. Raises OSError, and ValueError, also if the other end refuses."""
-    got, payload = link.read_one(MOST)
+    return _content(link.read_one(MOST, deadline), kind)
+
+
+def _content(frame: tuple[int, bytes], kind: Kind) -> dict[str, Any]:
+    got, payload = frame
     if got == Kind.REFUSED and kind == Kind.READY:
-        raise ValueError(payload.decode())
+        raise ValueError(_line(payload.decode(errors="replace")))
     value = decode(payload) if got == kind else None
     if not isinstance(value, dict):
         raise ValueError(f"a frame of kind {got} instead of {kind.name}")
     return value
+
+
+def _line(said: object) -> str:
+    """What another process says, as it may be printed."""
+    return " ".join(str(said).split())[:300]
 
 
 def _facts(place: Place) -> dict[str, Any]:

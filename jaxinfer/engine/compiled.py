@@ -33,6 +33,7 @@ from jaxinfer.engine.options import check_options
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.engine.sizing import Sizes
 from jaxinfer.kernels.cpu import kernels
+from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
 from jaxinfer.sharding import parse_mesh
 
@@ -45,6 +46,17 @@ SETTINGS = ("enable_x64", "default_matmul_precision", "default_prng_impl", "thre
 FEATURES = re.compile(r"s?sse|avx|amx|fma|f16c|bmi|v?aes|v?pclmul|sha|gfni|popcnt|abm|movbe|adx|asimd|sve|fp(hp)?$")
 
 
+OPTIONS = {
+    "dtype",
+    "mesh",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "page_size",
+    "attention",
+    "kv_cache_dtype",
+    "quantization",
+}
 ENTRY = {"bytes": int, "sha256": str, "signature": str}
 
 
@@ -71,16 +83,17 @@ class Manifest:
         """Raises ValueError saying what is wrong with it."""
         try:
             data = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"{MANIFEST} is damaged") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"{MANIFEST} is not one of this version of jaxinfer")
         try:
             manifest = Manifest(**data)
-            whole = all(isinstance(n, int) and n > 0 for n in dataclasses.astuple(Sizes(**manifest.sizes)))
+            whole = all(type(n) is int and 0 < n < 2**63 for n in dataclasses.astuple(Sizes(**manifest.sizes)))
+            whole &= isinstance(manifest.environment["devices"], list) and bool(manifest.environment["devices"])
             for entry in manifest.programs.values():
-                whole &= {name: type(value) for name, value in entry.items()} == ENTRY
-        except (TypeError, AttributeError):
+                whole &= {name: type(value) for name, value in entry.items()} == ENTRY and entry["bytes"] >= 0
+        except (TypeError, AttributeError, KeyError):
             whole = False
         if not whole:
             raise ValueError(f"{MANIFEST} is damaged")
@@ -119,7 +132,11 @@ def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
 
 def describe_model(model: Model) -> dict[str, Any]:
     """Everything of a model that a program depends on."""
-    return _plain({"class": type(model.config).__name__, **dataclasses.asdict(model.config)})
+    return _describe(model.config)
+
+
+def _describe(config: ModelConfig) -> dict[str, Any]:
+    return _plain({"class": type(config).__name__, **dataclasses.asdict(config)})
 
 
 def signature(programs: Programs, key: Key) -> str:
@@ -161,7 +178,10 @@ class Folder:
             if entry["signature"] != signature(programs, key):
                 raise ValueError("its arguments are not those that are needed")
             fs, path = fsspec.core.url_to_fs(self.name)
-            content = fs.cat_file(f"{path}/{file_of(name)}")
+            path = f"{path}/{file_of(name)}"
+            if (size := fs.size(path)) != entry["bytes"]:
+                raise ValueError(f"it has {size} bytes instead of {entry['bytes']}")
+            content = fs.cat_file(path)
             if hashlib.sha256(content).hexdigest() != entry["sha256"]:
                 raise ValueError("its digest is not the manifest's")
             return _deserialize(programs, key, content)
@@ -197,11 +217,13 @@ def open_folder(
         ) from None
     try:
         manifest = Manifest.parse(content)
+        if manifest.options.keys() != OPTIONS:
+            raise ValueError(f"{MANIFEST} is damaged: its options are not those that shape programs")
         check_options(manifest.options)
         found = _differences(manifest, config, devices, given)
     except ValueError as error:
         found = [str(error)]
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, RecursionError):
         found = [f"{MANIFEST} is damaged"]
     if not found:
         return Folder(name, manifest, on_progress)
@@ -210,6 +232,7 @@ def open_folder(
 
 
 def _say(name: str, what: str, on_progress: Callable[[str], None]) -> None:
+    what = " ".join(what[:2000].split()) + ("..." if len(what) > 2000 else "")
     log.warning("compiled programs in %s: %s", name, what)
     on_progress(what)
 
@@ -235,12 +258,27 @@ def _differences(
     if lacking := [one for one in old.get("features", []) if one not in here.get("features", [])]:
         found.append(f"compiled for a CPU with {', '.join(lacking)}")
     found += _compare("setting", old["settings"], here["settings"])
-    model = describe_model(Model.from_config(config, manifest.options["dtype"]))
-    found += _compare("the model's", manifest.model, model)
+    model = Model.from_config(config, manifest.options["dtype"]).config
+    found += _compare("the model's", manifest.model, _describe(model))
+    found += _contradictions(manifest, model)
     asked = {name: value for name, value in given.items() if name in manifest.options and value not in (None, "auto")}
     if "mesh" in asked and parse_mesh(asked["mesh"]) == parse_mesh(manifest.options["mesh"]):
         del asked["mesh"]
     return found + _compare("option", {name: manifest.options[name] for name in asked}, asked)
+
+
+def _contradictions(manifest: Manifest, model: ModelConfig) -> list[str]:
+    """Sizes that are not those of the options. That there is memory for them is seen once it is known how much a token
+    takes."""
+    sizes, options = Sizes(**manifest.sizes), manifest.options
+    longest = -(-sizes.max_model_len // sizes.page_size)
+    fits = (
+        sizes.page_size == options["page_size"]
+        and sizes.max_model_len == options["max_model_len"]
+        and sizes.max_model_len <= model.max_context
+        and longest < sizes.num_pages <= longest * options["max_num_seqs"] + 1
+    )
+    return [] if fits else [f"{MANIFEST} contradicts itself: its sizes are not those of its options"]
 
 
 def _compare(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,8 @@ from typing import Any, cast
 
 import yaml
 
-from jaxinfer.engine.options import LoadOptions, check_options
+from jaxinfer.aliases.loading import LOADING
+from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
 from jaxinfer.models.registry import REGISTRY
 
 MAX_BYTES = 2**20
@@ -75,10 +76,12 @@ def read_deployment(path: str | os.PathLike[str]) -> Deployment:
 
     for name, value in fields.items():
         if name not in FIELDS:
-            raise wrong(name, f"there is no field {name!r}; there are {', '.join(FIELDS)}")
+            why = f": {LOADING.word(name)}" if name in LOADING else f"; there are {', '.join(FIELDS)}"
+            raise wrong(name, f"there is no field {name!r}{why}")
         if name not in PLACES:
             try:
                 check_options({name: value})
+                fields[name] = in_our_words({name: value}).get(name)
             except ValueError as error:
                 raise wrong(name, error) from None
         elif not isinstance(value, str) or not value:

@@ -80,7 +80,8 @@ class Feed:
 
     @property
     def _room(self) -> bool:
-        return len(self._running) < self._ahead and len(self._done) < (HELD if self._in_order else self._ahead)
+        # Where outputs can be taken, it is the reader of them who is slow.
+        return len(self._running) < self._ahead and len(self._done) < (self._ahead if self._ready else HELD)
 
     def _read(self) -> None:
         together = isinstance(self._asked, Sequence)

@@ -70,7 +70,10 @@ def follow(group: Group, runner: Runner) -> NoReturn:
                 with group.blamed():
                     finished(runner.call(program, unpack(memoryview(data), given)))
             case "warm up":
-                runner.warm_up()
+                wanted = [tuple(one) for one in key]
+                if not keys.issuperset(wanted):
+                    raise ValueError(f"process 0 compiles {wanted}: some of these programs are not there here")
+                runner.warm_up(wanted)
             case "close":
                 runner.close()
             case _:

@@ -30,7 +30,7 @@ class Generation:
         self._token_text = tokenizer.token_text
         self._logprobs: list[Ranked] = []
         self._cumulative = 0.0
-        self._added = time.perf_counter()
+        self._arrived, self._added = time.time(), time.perf_counter()
         self._first: float | None = None
         self._finished: float | None = None
 
@@ -103,7 +103,8 @@ class Generation:
         """Its times so far."""
         now = self._finished or time.perf_counter()
         request = self.request
-        return RequestMetrics((self._first or now) - self._added, now - self._added, request.preemptions, request.hits)
+        first = (self._first or now) - self._added
+        return RequestMetrics(first, now - self._added, request.preemptions, request.hits, self._arrived)
 
     def _detokenize(self, token: int) -> str:
         return "" if self._detokenizer is None else self._detokenizer.push([token])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,17 +31,17 @@ class Leader:
         """Until nothing is being called."""
         self._thread.submit(lambda: None).result()
 
-    def warm_up(self) -> None:
-        """The others compile everything, while this process does."""
-        self._say("warm up")
+    def warm_up(self, keys: Sequence[Key]) -> None:
+        """The others compile these programs, while this process does."""
+        self._say("warm up", *keys)
 
     def close(self) -> None:
         """The others free their devices' memory."""
         self._say("close")
         self._thread.shutdown()
 
-    def _say(self, what: str) -> None:
-        self._thread.submit(self._group.send, Kind.COMMAND, json.dumps([what]).encode() + b"\n").result()
+    def _say(self, *what: Any) -> None:
+        self._thread.submit(self._group.send, Kind.COMMAND, json.dumps(what).encode() + b"\n").result()
 
     def _call(self, key: Key, given: tuple[Any, ...], call: Callable[[Key, tuple[Any, ...]], Any]) -> Any:
         self._group.send(Kind.COMMAND, pack(key, given))

@@ -18,11 +18,13 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
+from jaxinfer.attention import attention_in_words
 from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
+from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.distributed import reported
 from jaxinfer.engine.buckets import Buckets
@@ -30,19 +32,20 @@ from jaxinfer.engine.compiled import Folder, open_folder
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.options import LoadOptions, check_options
+from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.programs import Programs, cache_layout, placed_params, placed_slots
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
-from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, device_bytes, page_size, size_cache
+from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, device_bytes, page_size, size_cache
 from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
 from jaxinfer.models.registry import REGISTRY, parse_config
+from jaxinfer.quantization.stored import asked_for
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, make_mesh
+from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, local_devices, make_mesh
 from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
@@ -91,8 +94,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
 
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
     """
-    given = check_options(options)
     start = time.perf_counter()
+    given, options = check_options(options), dict(in_our_words(options))
     say = given["on_progress"] or (lambda _: None)
     folder = resolve(model, given["revision"], given["token"])
     enable_compile_cache()
@@ -100,6 +103,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     if group is not None and group.taken:
         raise ValueError("there was an LLM in this program already: on several hosts it can have one")
     devices = _devices()
+    check_cache_memory(given["kv_cache_memory"], _memory())
     config = read_config(folder, REGISTRY)
     if given["architecture"] is not None:
         check_architecture(given["architecture"], config, folder / "config.json")
@@ -110,10 +114,12 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
     compiled = None
-    if given["compiled"] is not None:
-        compiled = open_folder(given["compiled"], config, devices, options, say)
-        given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
     with open_weights(folder) as checkpoint:
+        config = as_stored(config, checkpoint)
+        given["quantization"] = options["quantization"] = asked_for(given["quantization"], config)
+        if given["compiled"] is not None:
+            compiled = open_folder(given["compiled"], config, devices, options, say)
+            given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
         if isinstance(checkpoint, Converted):
             checkpoint.check(given["quantization"])
         place = _place(shape, devices, given["mesh"])
@@ -132,10 +138,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
 
         params = load_weights(abstract, checkpoint, place, on_tensor)
 
-    if compiled is not None and compiled.sizes.bytes > (room := _available(abstract, place, given, RESERVE)):
-        compiled.complain(
-            f"their KV cache of {compiled.sizes.bytes:,} bytes does not fit in the {room:,} that are free"
-        )
+    if compiled is not None and (problem := _misfit(compiled.sizes, abstract, place, given)):
+        compiled.complain(problem)
         compiled, given["max_model_len"] = None, options.get("max_model_len")
     programs, sizes = sized_programs(abstract, place, given, _available(abstract, place, given), compiled)
     if given["max_model_len"] is None and sizes.max_model_len < shape.max_context:
@@ -151,7 +155,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         runner.leader = Leader(group)
     engine = Engine(
         runner,
-        _scheduler(programs, given["enable_prefix_caching"]),
+        make_scheduler(programs, given["enable_prefix_caching"]),
         tokenizer,
         eos_token_ids=eos,
         max_model_len=sizes.max_model_len,
@@ -161,6 +165,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         runner.warm_up()
     loaded = Loaded(engine, folder, dtype, sizes, generation_config, time.perf_counter() - start)
     log.info("loaded %s in %.1f s: %s", folder, loaded.load_seconds, loaded.describe())
+    log.info("attention: %s", attention_of(programs))
     return loaded
 
 
@@ -195,6 +200,7 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     """
     given = check_options(options)
     devices = _devices()
+    check_cache_memory(given["kv_cache_memory"], _memory())
     place = _place(Model.from_config(config, "float32").config, devices, given["mesh"])
     dtype = choose_dtype(given["dtype"], config, None, place)
     model = Model.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
@@ -202,9 +208,16 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     return sized_programs(model, place, given, _available(model, place, given, weights=weights))
 
 
+def attention_of(programs: Programs) -> str:
+    """What attends to the cache, in words, and where that is plain XLA, why."""
+    config, model = programs.model.config, programs.model
+    group = config.num_heads // config.num_kv_heads
+    return attention_in_words(programs.layout, model.dtype, config.head_dim, group, programs.devices[0])
+
+
 def _devices() -> list[jax.Device]:
     """Of this machine; where several hosts have one model, of all of them."""
-    return jax.local_devices() if distributed.group() is None else jax.devices()
+    return local_devices() if distributed.group() is None else jax.devices()
 
 
 def place_for(model: Model, mesh: str | None) -> jax.Device | Mesh:
@@ -219,7 +232,19 @@ def _place(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | None) 
     return make_mesh(mesh, devices, shape.num_heads, shape.num_kv_heads, shape.hidden_size, wanted) or devices[0]
 
 
-def _scheduler(programs: Programs, prefix_caching: bool) -> Shards:
+def _misfit(sizes: Sizes, model: Model, place: jax.Device | Mesh, given: LoadOptions) -> str | None:
+    """What is wrong with the sizes of programs that were compiled ahead."""
+    if sizes.bytes > (room := _available(model, place, given, RESERVE)):
+        return f"their KV cache of {sizes.bytes:,} bytes does not fit in the {room:,} that are free"
+    layout = cache_layout(model, place, given["attention"], given["kv_cache_dtype"])
+    if (size := sizes.num_pages * sizes.page_size * layout.bytes_per_token) != sizes.bytes:
+        return f"their KV cache is said to have {sizes.bytes:,} bytes, and has {size:,}"
+    return None
+
+
+def make_scheduler(programs: Programs, prefix_caching: bool = True) -> Shards:
+    """For calls of these programs."""
+
     def one() -> Scheduler:
         pages = PageAllocator(programs.num_pages, programs.page_size, prefix_caching)
         return Scheduler(pages, programs.max_rows, programs.buckets.tokens[-1])
@@ -309,13 +334,25 @@ def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack
 def _available_here(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float, weights: int) -> int:
     if given["kv_cache_memory"] is not None:
         return given["kv_cache_memory"]
-    device = jax.local_devices()[0]  # those of others don't say
     slots = device_bytes(placed_slots(model, place, limits(given, place)[0]))
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if not stats or "bytes_limit" not in stats:
-        return max(0, int(psutil.virtual_memory().total * CPU_SHARE) - slots)
+    stats = _memory_stats()
+    if stats is None:
+        return max(0, int(_memory() * CPU_SHARE) - slots)
     share = given["memory_utilization"] - RESERVE + slack
     return max(0, int(stats["bytes_limit"] * share) - stats["bytes_in_use"] - weights - slots)
+
+
+def _memory_stats() -> dict[str, int] | None:
+    """Of an accelerator of this host, if it says them: those of others don't."""
+    device = local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats if stats and "bytes_limit" in stats else None
+
+
+def _memory() -> int:
+    """Bytes of a device's memory, or else of the machine's."""
+    stats = _memory_stats()
+    return int(psutil.virtual_memory().total if stats is None else stats["bytes_limit"])
 
 
 def _eos_token_ids(

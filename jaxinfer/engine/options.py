@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
+from jaxinfer.aliases.loading import LOADING, spelt
 from jaxinfer.quantization.schemes import Quantization, check_quantization
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "xla", "pallas"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
+NONE_IS_DEFAULT = ("seed", "enable_prefix_caching")  # as in vLLM
 KINDS: dict[str, tuple[Any, str]] = {
     "seed": (int, "an integer"),
     "page_size": (int | None, "an integer"),
@@ -24,7 +26,8 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 
 class LoadOptions(TypedDict, total=False):
-    """What `LLM` and `AsyncEngine` take besides the model.
+    """What `LLM` and `AsyncEngine` take besides the model. vLLM's names of the same are taken, too, and for others that
+    it has the error says what to do (see `jaxinfer.aliases`).
 
     dtype: of weights, activations and cache. "auto" is what the checkpoint says on TPU and GPU (float16 on GPUs
         without bfloat16). On CPU "bfloat16" is of matrices: activations and cache stay float32, and only products of
@@ -84,6 +87,13 @@ class LoadOptions(TypedDict, total=False):
     quantization: Quantization | None
 
 
+def in_our_words(options: Mapping[str, Any]) -> LoadOptions:
+    """Options that may have other programs' names and spellings. Raises one ValueError for all that are not known."""
+    found = LOADING.translated(options, LoadOptions.__annotations__)
+    found = {name: spelt(name, value) for name, value in found.items()}
+    return cast(LoadOptions, {n: value for n, value in found.items() if value is not None or n not in NONE_IS_DEFAULT})
+
+
 def check_options(options: Mapping[str, Any]) -> LoadOptions:
     """All options, where they are not given as they are by default. Raises ValueError that names one."""
     given: LoadOptions = {
@@ -107,10 +117,7 @@ def check_options(options: Mapping[str, Any]) -> LoadOptions:
         "architecture": None,
         "quantization": None,
     }
-    unknown = sorted(set(options) - set(given))
-    if unknown:
-        raise ValueError(f"option {unknown[0]!r} is not known; there are {', '.join(given)}")
-    given.update(options)  # type: ignore[typeddict-item]
+    given.update(in_our_words(options))
     chosen = {"dtype": DType, "attention": Attention, "kv_cache_dtype": KVCacheDType}
     for name, choices in ((name, get_args(kind)) for name, kind in chosen.items()):
         value = given[name]  # type: ignore[literal-required]

@@ -30,16 +30,39 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
 
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self.finish_reason is not None
+
 
 @dataclass(frozen=True)
 class RequestMetrics:
     """Seconds; time_to_first_token counts from when the request was added, waiting and compiling included.
-    cached_tokens: how many of the prompt's tokens the prefix cache had."""
+    cached_tokens: how many of the prompt's tokens the prefix cache had. arrival_time: when the request was added, in
+    seconds since the epoch."""
 
     time_to_first_token: float
     total: float
     preemptions: int
     cached_tokens: int = 0
+    arrival_time: float = 0.0
+
+    @property
+    def first_token_latency(self) -> float:
+        """vLLM's name for time_to_first_token."""
+        return self.time_to_first_token
+
+    @property
+    def first_token_time(self) -> float:
+        """When the first token came, in seconds since the epoch."""
+        return self.arrival_time + self.time_to_first_token
+
+    @property
+    def finished_time(self) -> float:
+        """When the last one came, or now, in seconds since the epoch."""
+        return self.arrival_time + self.total
+
+    last_token_time = finished_time
 
 
 NO_METRICS = RequestMetrics(0.0, 0.0, 0)
@@ -63,6 +86,11 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     index: int = 0
     error: str | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """vLLM's name for metrics.cached_tokens."""
+        return self.metrics.cached_tokens
 
 
 @dataclass(frozen=True)

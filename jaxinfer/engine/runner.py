@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import numpy as np
 
 from jaxinfer.attention import Batch
 from jaxinfer.distributed import blamed
+from jaxinfer.engine.background import in_background
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.leader import Leader
@@ -86,7 +86,9 @@ class Runner:
         self.compilations = 0
         self._compiled = compiled
         self._executables: dict[Key, Any] = {}
-        self._compile(ZEROS)
+        self._coming: dict[Key, Future[None]] = {}  # those that threads have begun to compile
+        self._abandoned: Future[None] = Future()
+        self._prepare([ZEROS], lambda *_: "making the cache")
         self.state = self._executables[ZEROS]()
         self.leader: Leader | None = None  # on process 0 of several
         # The page table by slot, kept up to date as sequences grow, and the last call's sampling arrays: decoding calls
@@ -98,8 +100,16 @@ class Runner:
 
     def launch(self, schedules: Sequence[Schedule]) -> Launched:
         """Gives a call to the device, one schedule for each shard of rows, and does not wait for it."""
-        mixed = any(schedule.chunks for schedule in schedules)
-        return self._launch_step(schedules) if mixed else self._launch_decode(schedules)
+        key = self.program_of(schedules)
+        return self._launch_step(key, schedules) if key[0] == "step" else self._launch_decode(key, schedules)
+
+    def program_of(self, schedules: Sequence[Schedule]) -> Key:
+        """The one that a call with these schedules needs."""
+        if any(schedule.chunks for schedule in schedules):
+            rows = Buckets.fit(self.buckets.mixed_rows, max(len(s.requests) for s in schedules))
+            return "step", Buckets.fit(self.buckets.tokens, max(sum(s.counts) for s in schedules)), rows
+        rows = Buckets.fit(self.buckets.decode, max(len(s.decode) for s in schedules))
+        return "decode", rows, rows
 
     def prepare(self, request: Request, masks: Masks, clear: bool) -> None:
         """Makes a sequence's slot ready for its penalties and masks; `clear` forgets the tokens of the one before."""
@@ -133,32 +143,30 @@ class Runner:
         gc.collect()
         _trim_memory()
 
-    def warm_up(self) -> None:
-        """Compiles every program that a schedule can need, several at a time, on all hosts."""
-        if self.leader is not None:
-            self.leader.warm_up()
-        missing = [key for key in self.programs.keys() if key not in self._executables]  # noqa: SIM118
-        start = time.perf_counter()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for done, future in enumerate([pool.submit(self._compile, key) for key in missing], 1):
-                future.result()
-                if self.on_compile is not None:
-                    self.on_compile(f"{'loaded' if self._compiled else 'compiled'} {done} of {len(missing)} programs")
-        self.compile_seconds += time.perf_counter() - start
+    def abandon(self) -> None:
+        """Nobody waits any more for a program that is being compiled: before `close`, from another thread."""
+        if not self._abandoned.done():
+            self._abandoned.set_result(None)
 
-    def _launch_step(self, schedules: Sequence[Schedule]) -> Launched:
-        size = Buckets.fit(self.buckets.mixed_rows, max(len(s.requests) for s in schedules))
-        length = Buckets.fit(self.buckets.tokens, max(sum(s.counts) for s in schedules))
+    def warm_up(self, keys: Sequence[Key] | None = None) -> None:
+        """Compiles every program that a schedule can need, or these, several at a time, on all hosts."""
+        keys = self.programs.keys() if keys is None else keys
+        if self.leader is not None:
+            self.leader.warm_up(keys)
+        what = "loaded" if self._compiled else "compiled"
+        self._prepare(keys, lambda done, count: f"{what} {done} of {count} programs")
+
+    def _launch_step(self, key: Key, schedules: Sequence[Schedule]) -> Launched:
+        _, length, size = key
         spans: dict[int, ScoredSpan] = {}
         arrays = [self._step_arrays(shard, s, length, size, spans) for shard, s in enumerate(schedules)]
-        sampled: Sampled = self.call(("step", length, size), _joined(arrays))
+        sampled: Sampled = self.call(key, _joined(arrays))
         return Launched(sampled, _want_logprobs(schedules), spans)
 
-    def _launch_decode(self, schedules: Sequence[Schedule]) -> Launched:
-        size = Buckets.fit(self.buckets.decode, max(len(s.decode) for s in schedules))
-        arrays = [self._decode_arrays(shard, s, size) for shard, s in enumerate(schedules)]
+    def _launch_decode(self, key: Key, schedules: Sequence[Schedule]) -> Launched:
+        arrays = [self._decode_arrays(shard, s, key[2]) for shard, s in enumerate(schedules)]
         steps = max(s.steps for s in schedules)
-        sampled: Sampled = self.call(("decode", size, size), (*_joined(arrays), np.int32(steps)))
+        sampled: Sampled = self.call(key, (*_joined(arrays), np.int32(steps)))
         return Launched(sampled, _want_logprobs(schedules), {})
 
     def _step_arrays(
@@ -227,14 +235,33 @@ class Runner:
     def _executable(self, key: Key) -> Any:
         """A program that was compiled ahead: a bucket compiles once, and never behind our back."""
         if key not in self._executables:
-            if self.on_compile is not None:
-                self.on_compile(f"{'loading' if self._compiled else 'compiling'} {key[0]} for {key[1]} tokens")
-            start = time.perf_counter()
-            self._compile(key)
-            self.compile_seconds += time.perf_counter() - start
-            if self.on_compile is not None:
-                self.on_compile("generating")
+            what = f"{'loading' if self._compiled else 'compiling'} {key[0]} for {key[1]} tokens"
+            self._prepare([key], lambda done, _: "generating" if done else what)
         return self._executables[key]
+
+    def _prepare(self, keys: Sequence[Key], words: Callable[[int, int], str]) -> None:
+        """Waits until these programs are there, which other threads compile: Ctrl-C is heard at once, and what had
+        begun by then is there later for whoever needs it. words: what is said when so many are done, of how many."""
+        missing = [key for key in keys if key not in self._executables]
+        anew = [key for key in missing if key not in self._coming or self._coming[key].done()]
+        start = time.perf_counter()
+        try:
+            with in_background(self._compile, anew) as futures:
+                self._coming |= dict(zip(anew, futures, strict=True))
+                for done, key in enumerate(missing):
+                    self._say(words(done, len(missing)))
+                    wait([self._coming[key], self._abandoned], return_when=FIRST_COMPLETED)
+                    if not self._coming[key].done():
+                        raise ValueError("the engine was closed while a program was compiled")
+                    self._coming[key].result()
+        finally:
+            self.compile_seconds += time.perf_counter() - start
+        if missing:
+            self._say(words(len(missing), len(missing)))
+
+    def _say(self, what: str) -> None:
+        if self.on_compile is not None:
+            self.on_compile(what)
 
     def _compile(self, key: Key) -> None:
         found = None if self._compiled is None else self._compiled.fetch(self.programs, key)

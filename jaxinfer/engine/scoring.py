@@ -25,7 +25,7 @@ class Scoring:
         self.text = text
         self._logprobs: list[float] = []
         self._greedy = True
-        self._added = time.perf_counter()
+        self._arrived, self._added = time.time(), time.perf_counter()
         self._finished = 0.0
 
     @property
@@ -65,7 +65,7 @@ class Scoring:
             logprobs=self._logprobs,
             is_greedy=self._greedy,
             num_prompt_tokens=request.scored_from,
-            metrics=RequestMetrics(seconds, seconds, request.preemptions, request.hits),
+            metrics=RequestMetrics(seconds, seconds, request.preemptions, request.hits, self._arrived),
         )
 
 

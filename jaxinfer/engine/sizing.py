@@ -75,6 +75,14 @@ def size_cache(
     return Sizes(length, pages, page_size, pages * page_bytes)
 
 
+def check_cache_memory(wanted: int | None, memory: int) -> None:
+    """Raises ValueError if the cache is to have more bytes than a device has, of which weights take some, too."""
+    if wanted is not None and wanted > memory:
+        raise ValueError(
+            f"kv_cache_memory is {wanted:,}: a device here has {memory:,} bytes; lower it, or leave it out"
+        )
+
+
 def device_bytes(tree: Any) -> int:
     """Bytes that abstract arrays take of each device."""
 

@@ -53,7 +53,7 @@ class EngineThread:
         self._name = name
         self._owner = Owner(engine)  # all that the thread holds: it must not keep this object alive
         self._lock = threading.Lock()
-        self._closed = False
+        self.closed = False
         self._freed = False
         self._thread = threading.Thread(target=self._owner.run, name="jaxinfer-engine", daemon=True)
         self._thread.start()
@@ -104,14 +104,15 @@ class EngineThread:
     def stop(self, timeout: float = 0.0) -> None:
         """Ends the thread after the step that it is in, and waits for that, `timeout` seconds at most."""
         with self._lock:
-            self._closed = True
+            self.closed = True
             self._owner.closed = self._error()
             self._owner.tasks.put(None)
+            self.engine.runner.abandon()
         self._thread.join(timeout)
 
     def check_open(self) -> None:
         """Raises EngineClosed after `close`."""
-        if self._closed:
+        if self.closed:
             raise self._error()
 
     def _error(self) -> EngineClosed:

@@ -24,9 +24,8 @@ from jaxinfer.layers.stack import RunLayer
 from jaxinfer.models.causal import CausalLM, Feeds
 from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig, rope_of
 
-# Old checkpoints carry the rotary frequencies; they follow from config.json. A tied head may be stored twice.
+# Old checkpoints carry the rotary frequencies; they follow from config.json.
 IGNORED = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
-IGNORED_WHEN_TIED = (r"lm_head\.weight",)
 
 
 @dataclass(frozen=True)

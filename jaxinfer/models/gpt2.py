@@ -155,8 +155,7 @@ def source(name: str) -> Source:
 
 def weights(config: ModelConfig) -> WeightMap:
     """Old checkpoints carry the causal mask as `attn.bias` and `attn.masked_bias`."""
-    ignored = (r"h\.\d+\.attn\.(masked_)?bias", *((r"lm_head\.weight",) if config.tie_word_embeddings else ()))
-    return WeightMap(source, "transformer.", ignored)
+    return WeightMap(source, "transformer.", (r"h\.\d+\.attn\.(masked_)?bias",), "transformer.wte.weight")
 
 
 ARCHITECTURE = Architecture(parse, GPT2ForCausalLM, weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxinfer.models.config import Fields, ModelConfig
-from jaxinfer.models.decoder import IGNORED, IGNORED_WHEN_TIED, DecoderConfig, DecoderForCausalLM, decoder_config
+from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, decoder_config
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.weights import WeightMap
 
@@ -15,8 +15,8 @@ def parse(fields: Fields) -> DecoderConfig:
 
 
 def weights(config: ModelConfig) -> WeightMap:
-    """Names are the module's own; a tied head may be stored a second time."""
-    return WeightMap(ignored=IGNORED + (IGNORED_WHEN_TIED if config.tie_word_embeddings else ()))
+    """Names are the module's own."""
+    return WeightMap(ignored=IGNORED)
 
 
 ARCHITECTURE = Architecture(parse, DecoderForCausalLM, weights)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,8 +22,10 @@ from jaxinfer.models.registry import parse_config
 from jaxinfer.models.weights import Source, WeightMap
 from jaxinfer.quantization.qarray import Axes, QArray, axes_of_scales
 from jaxinfer.quantization.schemes import NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
-from jaxinfer.quantization.stored import Format, Stored, converted_quantization, stored_quantization
+from jaxinfer.quantization.stored import Format, Stored, asked_for, converted_quantization, stored_quantization
 from jaxinfer.sharding import PADDED, counts, placed
+
+log = logging.getLogger("jaxinfer")
 
 Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.layers.0.mlp.up_proj.weight"
 
@@ -70,7 +74,8 @@ class Model:
         axes: dict[str, Axes] = {}
         quantized: dict[str, Scheme] = {}
         stored: dict[str, Format] = {}
-        converted = converted_quantization(data)
+        left: dict[str, list[str]] = {}  # those that the scheme can't have, by why
+        quantization, converted = asked_for(quantization, data), converted_quantization(data)
         if converted is not None and quantization not in (None, converted):
             raise ValueError(f"quantization is {quantization!r}: the checkpoint was converted, to {converted!r}")
         quantization = quantization if converted is None else converted
@@ -95,20 +100,23 @@ class Model:
                     )
                 if form is not None:
                     stored[name] = form
-            if scheme is not None:
-                quantized[name] = scheme
-                try:
-                    arrays = scheme.arrays(*shape.shape)
-                except ValueError as error:
-                    raise ValueError(
-                        f"quantization is {quantization!r}: {name} {list(shape.shape)}: {error}; give patterns of "
-                        f'names, with "{name}": "{NONE}"'
-                    ) from None
-                for suffix, (size, kind) in arrays.items():
-                    abstract[name + suffix] = jax.ShapeDtypeStruct(size, jnp.dtype(kind))
-                axes |= {name + suffix: axes_of_scales(axes[name], scheme) for suffix in scheme.beside}
+            if scheme is None:
+                continue
+            try:
+                arrays = scheme.arrays(*shape.shape)
+            except ValueError as error:
+                left.setdefault(str(error), []).append(name)
+                continue
+            quantized[name] = scheme
+            for suffix, (size, kind) in arrays.items():
+                abstract[name + suffix] = jax.ShapeDtypeStruct(size, jnp.dtype(kind))
+            axes |= {name + suffix: axes_of_scales(axes[name], scheme) for suffix in scheme.beside}
         if quantization is not None and not quantized:
-            raise ValueError(f"quantization is {quantization!r}: none of the model's weights is meant by it")
+            why = f"; {next(iter(left))}" if left else ""
+            raise ValueError(f"quantization is {quantization!r}: none of the model's weights is meant by it{why}")
+        for why, names in left.items() if converted is None else ():
+            which = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+            log.warning("quantization is %r: %s is left in %s: %s", quantization, which, kept, why)
         together = _together(quantized, axes)
         held = quantized, abstract, axes, frozenset(tables), together, stored
         return cls(config, weights, jnp.dtype(dtype), kept, quantization, *held, graph, flat)

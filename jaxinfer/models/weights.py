@@ -33,11 +33,18 @@ class WeightMap:
     source: the tensor of a weight (itself by default).
     prefix: what all names of a checkpoint saved without its head lack.
     ignored: patterns of tensors that checkpoints carry and the arithmetic does not need, matched in full.
+    embedding, head: the two weights that are one where the model is tied; a file may then have either, or both.
     """
 
     source: Callable[[str], Source] = Source
     prefix: str = "model."
     ignored: tuple[str, ...] = field(default=())
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """The names that a tensor may have in a file."""
+        return tuple(dict.fromkeys((name, name.removeprefix(self.prefix))))
 
     def is_ignored(self, name: str) -> bool:
         name = name.removeprefix(self.prefix)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Unpack
 
 import jax
 
 from jaxinfer.compile_cache import without_compile_cache
-from jaxinfer.engine.options import LoadOptions
+from jaxinfer.engine.background import in_background
+from jaxinfer.engine.options import LoadOptions, in_our_words
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.plan.collectives import Collectives, collectives
 from jaxinfer.plan.fit import DoesNotFit, Fit, fit, model_of
@@ -67,13 +68,15 @@ def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOpt
 
     dtype "auto": see model_of. Raises DoesNotFit, with what would fit.
     """
+    options = in_our_words(options)
     held = fit(model_of(config, options.get("dtype", "auto"), place, options.get("quantization")), place, **options)
     if not place.compiles:
         return Plan(held, ())
     rows, tokens = held.programs.max_rows, held.programs.buckets.tokens[-1]
     keys = [("decode", rows, rows), ("step", tokens, rows)]
-    with refusals(held), without_compile_cache(), ThreadPoolExecutor(len(keys)) as pool:
-        compiled = tuple(pool.map(lambda key: _compiled(held.programs, key), keys))
+    make = functools.partial(_compiled, held.programs)
+    with refusals(held), without_compile_cache(), in_background(make, keys, len(keys)) as futures:
+        compiled = tuple(future.result() for future in futures)
     plan = Plan(held, compiled)
     if plan.free < 0:
         raise _too_much(held, f"{plan.total / GIB:.2f} GiB")

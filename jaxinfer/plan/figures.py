@@ -5,12 +5,25 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jaxinfer.engine.options import LoadOptions
+from jaxinfer.models.config import ModelConfig
 from jaxinfer.plan.compile import Plan
 from jaxinfer.plan.fit import Fit
 from jaxinfer.plan.roofline import Bound, bound
 
+CONTEXT = 1024  # tokens of each sequence, where nobody says how many
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 UNKNOWN = ("padding", "temporaries", "code")  # without a compiler
+
+
+def context_of(shape: ModelConfig, wanted: int | None, options: LoadOptions) -> int:
+    """How many tokens each sequence has when it decodes: those that are wanted, of as many as the model takes with
+    these options. Raises ValueError for more."""
+    most = min(options.get("max_model_len") or shape.max_context, shape.max_context)
+    if wanted is not None and wanted > most:
+        limit = "max_model_len is" if most < shape.max_context else "config.json defines the model for at most"
+        raise ValueError(f"context is {wanted}: {limit} {most}")
+    return wanted or min(CONTEXT, most)
 
 
 def figures(plan: Plan, context: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from jaxinfer.engine.load import choose_dtype, limits, sized_programs
-from jaxinfer.engine.options import LoadOptions, check_options
+from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
 from jaxinfer.engine.programs import Programs, cache_layout, placed_params, placed_slots
 from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size
 from jaxinfer.models.model import Model
@@ -90,7 +90,7 @@ def model_of(
 
 def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
-    given = check_options(options)
+    options, given = in_our_words(options), check_options(options)
     shape = model.config
     heads = shape.num_heads, shape.num_kv_heads, shape.hidden_size
     where = make_mesh(given["mesh"], place.devices, *heads, len(place.devices)) or place.devices[0]
@@ -101,9 +101,14 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     length = given["max_model_len"] or shape.max_context
     size = page_size(given["page_size"], where, rows, length)
     per_token = cache_layout(model, where, given["attention"], given["kv_cache_dtype"]).bytes_per_token
+    wanted, beside = given["kv_cache_memory"], max(place.chip.memory - weights - slots, 0)
+    if wanted is not None and wanted > beside:
+        raise DoesNotFit(
+            f"{place.name}: kv_cache_memory is {wanted:,}, and beside weights a chip has {beside:,} bytes: lower it, "
+            "or leave it out"
+        )
     try:
-        room = max(min(given["kv_cache_memory"] or available, available), 0)
-        programs, sizes = sized_programs(model, where, given, room)
+        programs, sizes = sized_programs(model, where, given, max(wanted or available, 0))
     except ValueError as error:
         if (given["max_model_len"] or 0) > shape.max_context:
             raise

@@ -1,4 +1,4 @@
-"""Pictures; above all a plan's bounds: tokens a second a chip over the batch (pip install 'jaxinfer[plot]')."""
+"""Pictures; above all a plan's bounds: tokens a second a chip over the batch (pip install '.[plot]')."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_plot(path: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'jaxinfer[plot]'") from None
+        raise ValueError("--plot needs matplotlib: pip install '.[plot]'") from None
 
 
 def draw(content: Callable[[Any], None], path: str) -> None:

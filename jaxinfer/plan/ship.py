@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from jaxinfer.checkpoint.output import file_system, renamed
 from jaxinfer.compile_cache import without_compile_cache
+from jaxinfer.engine.background import in_background
 from jaxinfer.engine.compiled import (
     MANIFEST,
     Manifest,
@@ -48,23 +49,20 @@ def ship(programs: Programs, sizes: Sizes, output: str, on_program: Callable[[],
     start = time.perf_counter()
     keys = programs.keys()
     written: dict[str, dict[str, Any]] = {}
-    with _folder(output) as write, without_compile_cache(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            futures = {pool.submit(_compile, programs, key): key for key in keys}
-            for future in as_completed(futures):
-                key = futures.pop(future)
-                content = future.result()
-                write(file_of(name_of(key)), content)
-                digest = hashlib.sha256(content).hexdigest()
-                written[name_of(key)] = {
-                    "bytes": len(content),
-                    "sha256": digest,
-                    "signature": signature(programs, key),
-                }
-                on_program()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with (
+        _folder(output) as write,
+        without_compile_cache(),
+        in_background(functools.partial(_compile, programs), keys) as futures,
+    ):
+        of = dict(zip(futures, keys, strict=True))
+        futures.clear()  # a program that is written need not stay in memory
+        for future in as_completed(of):
+            key = of.pop(future)
+            content = future.result()
+            write(file_of(name_of(key)), content)
+            digest = hashlib.sha256(content).hexdigest()
+            written[name_of(key)] = {"bytes": len(content), "sha256": digest, "signature": signature(programs, key)}
+            on_program()
         write(MANIFEST, _manifest(programs, sizes, {name_of(key): written[name_of(key)] for key in keys}).dump())
     return Shipped(len(keys), sum(one["bytes"] for one in written.values()), time.perf_counter() - start)
 

@@ -122,7 +122,7 @@ def compiled_slice(name: str, generation: Generation, chips: int) -> Slice:
     try:
         import libtpu  # noqa: F401
     except ImportError:
-        raise ValueError("the TPU compiler is not installed: pip install 'jaxinfer[tpu]' (no TPU is needed)") from None
+        raise ValueError("the TPU compiler is not installed: pip install '.[tpu]' (no TPU is needed)") from None
     from jax.experimental import topologies
 
     shape = generation.shapes[chips]

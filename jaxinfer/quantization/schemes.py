@@ -33,7 +33,7 @@ class Scheme:
         """Shape and dtype of what a weight is kept as, by what is added to its name. Raises ValueError."""
         groups = -(-columns // self.columns) if self.columns else 1
         if columns % self.packed or (self.rows == 1 and columns % (self.columns or 1)):
-            raise ValueError(f"groups of {self.columns} don't divide its {columns} inputs, as {self.name} needs")
+            raise ValueError(f"groups of {self.columns} don't divide the {columns} inputs, as {self.name} needs")
         blocks = -(-rows // self.rows), groups
         found = {"": ((rows, columns // self.packed), self.values), SCALE: (blocks, "float32")}
         return found | ({ZERO: (blocks, "int8")} if self.zeros else {})
@@ -63,12 +63,22 @@ SCHEMES = {
     )
 }
 NONE = "none"
+# vLLM's names for what a checkpoint may be quantized by already, and what its config.json calls it.
+METHODS = {
+    "awq": "awq",
+    "awq_marlin": "awq",
+    "gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "fp8",
+}
 
 
 def check_quantization(quantization: object) -> None:
-    """Raises ValueError unless it is None, the name of a scheme, or names of schemes by pattern of weight names."""
+    """Raises ValueError unless it is None, the name of a scheme or of a checkpoint's method, or names of schemes by
+    pattern of weight names."""
     names = ", ".join(SCHEMES)
-    if quantization is None or (isinstance(quantization, str) and quantization in SCHEMES):
+    if quantization is None or (isinstance(quantization, str) and quantization in (*SCHEMES, *METHODS)):
         return
     if isinstance(quantization, Mapping) and quantization:
         for pattern, name in quantization.items():
@@ -78,6 +88,22 @@ def check_quantization(quantization: object) -> None:
     raise ValueError(
         f"quantization is {quantization!r}: it must be one of {names}, or patterns of weight names with one each"
     )
+
+
+def parse_quantization(text: str) -> Quantization:
+    """As the command line has it: the name of a scheme, or patterns of weight names, "*.mlp.*=int8,*=none". Raises
+    ValueError."""
+    if "=" not in text:
+        check_quantization(text)
+        return text
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        pattern, equals, name = (piece.strip() for piece in part.rpartition("="))
+        if not equals or not pattern or pattern in found:
+            raise ValueError(f"quantization is {text!r}: {part!r} must be PATTERN=SCHEME, each pattern once")
+        found[pattern] = name
+    check_quantization(found)
+    return found
 
 
 def scheme_of(quantization: Quantization | None, weight: str, looked_up: bool) -> Scheme | None:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfer.quantization.schemes import SCHEMES, Quantization, Scheme, check_quantization
+from jaxinfer.quantization.patterns import compile_pattern
+from jaxinfer.quantization.schemes import METHODS, SCHEMES, Quantization, Scheme, check_quantization
 
 Fields = Mapping[str, Any]
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 OURS = "jaxinfer"  # the method of converted checkpoints
+_LEFT_OUT = ("modules_to_not_convert", "ignored_layers")
+_ONLY = ("modules_in_block_to_quantize", "inside_layer_modules")
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,23 @@ def converted_quantization(config: Fields) -> Quantization | None:
     return found
 
 
+def asked_for(quantization: Quantization | None, config: Fields) -> Quantization | None:
+    """What weights are to be quantized by, of which vLLM also has the checkpoint's own method: that changes nothing.
+    Raises ValueError for the method of another checkpoint."""
+    if not isinstance(quantization, str) or quantization not in METHODS:
+        return quantization
+    said = next((config[n] for n in QUANTIZATION_FIELDS if isinstance(config.get(n), Mapping)), None)
+    method = said.get("quant_method") if said else None
+    if method == METHODS[quantization]:
+        return None
+    if quantization in SCHEMES:
+        return quantization
+    raise ValueError(
+        f"quantization is {quantization!r}: the checkpoint's own is {method!r}: leave it out, or take one of "
+        f"{', '.join(SCHEMES)} for weights that are in floats"
+    )
+
+
 def stored_quantization(config: Fields) -> Stored | None:
     """Of a config.json's content; None if the checkpoint is not quantized. Raises ValueError naming a field that is not
     supported, and its value."""
@@ -102,6 +122,18 @@ def stored_quantization(config: Fields) -> Stored | None:
         raise _unsupported("", said, "an object is needed")
     method = _one_of(said, "quant_method", *_READERS)
     return Stored(method, _READERS[method](said))
+
+
+def leaving(config: Fields, modules: Sequence[str]) -> dict[str, Any]:
+    """The config.json's content of a checkpoint that is quantized but for just these modules, whatever it said."""
+    field = next(n for n in QUANTIZATION_FIELDS if config.get(n) is not None)
+    said = dict(config[field])
+    if said["quant_method"] == "compressed-tensors":
+        said["ignore"] = [*_names(said, "ignore"), *modules]
+    else:
+        said = {name: value for name, value in said.items() if name not in (*_LEFT_OUT, *_ONLY)}
+        said[_LEFT_OUT[0]] = list(modules)
+    return {**config, field: said}
 
 
 def _compressed_tensors(said: Fields) -> Callable[[str, str], Format | None]:
@@ -187,7 +219,7 @@ def _gptq(said: Fields) -> Callable[[str, str], Format | None]:
     kind = _one_of(said, "checkpoint_format", None, "gptq", "gptq_v2")
     _one_of(said, "pack_dtype", None, "int32")
     _one_of(said, "dynamic", None, {})
-    blocks = said.get("modules_in_block_to_quantize") or said.get("inside_layer_modules")
+    blocks = next((said[name] for name in _ONLY if said.get(name)), None)
     only = [str(name) for block in blocks or () for name in ([block] if isinstance(block, str) else block)]
     # The first version stores zero points less one.
     found = Format(
@@ -198,7 +230,7 @@ def _gptq(said: Fields) -> Callable[[str, str], Format | None]:
         offset=0 if kind == "gptq_v2" else 1,
         ordered=not said.get("desc_act"),
     )
-    plain = [] if said.get("lm_head") else ["lm_head"]
+    plain = [*_left_out(said), *([] if said.get("lm_head") else ["lm_head"])]
     return _but(found, plain, lambda module: not only or any(f".{module}".endswith(f".{name}") for name in only))
 
 
@@ -206,7 +238,10 @@ def _awq(said: Fields) -> Callable[[str, str], Format | None]:
     bits = _one_of(said, "bits" if "bits" in said else "w_bit", 4)
     _one_of(said, "version", None, "gemm", "GEMM")
     size = _group_size(said, "group_size" if "group_size" in said else "q_group_size")
-    return _but(Format("awq", bits, columns=size, zeros=True), ["lm_head", *_names(said, "modules_to_not_convert")])
+    plain = ["lm_head", *_left_out(said)]
+    return _but(
+        Format("awq", bits, columns=size, zeros=True), plain, lambda module: not any(n in module for n in plain)
+    )
 
 
 def _fp8(said: Fields) -> Callable[[str, str], Format | None]:
@@ -217,7 +252,7 @@ def _fp8(said: Fields) -> Callable[[str, str], Format | None]:
     else:
         rows, columns = _block(said, "weight_block_size", "")
         found = Format("plain", 8, True, rows, columns, scale="weight_scale_inv", inputs=static)
-    return _but(found, ["lm_head", *_names(said, "modules_to_not_convert"), *_names(said, "ignored_layers")])
+    return _but(found, ["lm_head", *_left_out(said)])
 
 
 _READERS: dict[str, Callable[[Fields], Callable[[str, str], Format | None]]] = {
@@ -231,16 +266,42 @@ _READERS: dict[str, Callable[[Fields], Callable[[str, str], Format | None]]] = {
 def _but(
     found: Format, plain: list[str], wanted: Callable[[str], bool] = lambda _: True
 ) -> Callable[[str, str], Format | None]:
-    """All linears but those that have one of these names, or one of them in their path."""
-    return lambda module, _: None if any(f".{n}." in f".{module}." for n in plain) or not wanted(module) else found
+    """All linears but those that have one of these names, or one of them in their path, or as transformers has it at
+    the end of it, or as a regular expression that fits the beginning. vLLM's AWQ takes it anywhere."""
+    exact, patterns = frozenset(plain), [_pattern(name) for name in plain]
+
+    def left(module: str) -> bool:
+        return module in exact or any(
+            f".{name}." in f".{module}." or module.endswith(name) or (pattern and pattern.match(module))
+            for name, pattern in zip(plain, patterns, strict=True)
+        )
+
+    return lambda module, _: None if left(module) or not wanted(module) else found
+
+
+def _pattern(name: str) -> re.Pattern[str] | None:
+    try:
+        re.compile(name)
+    except (re.error, OverflowError, RecursionError):
+        return None
+    return _compiled(name)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return compile_pattern(pattern)
+    except ValueError as error:
+        raise _unsupported("targets, ignore or modules_to_not_convert", pattern, str(error)) from None
+
+
+def _left_out(said: Fields) -> list[str]:
+    """Names of modules that are not quantized."""
+    return [name for field in _LEFT_OUT for name in _names(said, field)]
 
 
 def _matches(target: str, module: str, kind: str) -> bool:
     if target.startswith("re:"):
-        try:
-            return re.match(target[3:], module) is not None
-        except re.error:
-            raise _unsupported("targets or ignore", target, "it is no regular expression") from None
+        return _compiled(target[3:]).match(module) is not None
     return target in (module, kind)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from jaxinfer.aliases import takes
+from jaxinfer.aliases.sampling import SAMPLING
 
 DEFAULT_MAX_TOKENS = 256  # of jaxinfer.generate and the command line: people want an answer, not vLLM's 16 tokens
 MAX_LOGPROBS = 20
@@ -37,7 +39,8 @@ class SamplingParams:
         those of the model, before penalties, temperature and filters. prompt_logprobs: the same for the prompt.
     skip_special_tokens: leave special tokens out of the text. detokenize=False: no text at all.
 
-    Raises ValueError naming the parameter, its value and what it may be.
+    What vLLM, transformers and mlx-lm call otherwise (max_new_tokens, do_sample, temp) is taken under that name, too.
+    Raises ValueError naming the parameter, its value and what it may be; for those that are not here, what to do.
     """
 
     n: int = 1
@@ -62,15 +65,6 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
-
-    def __new__(cls, /, **given: Any) -> SamplingParams:
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in given:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}? " if close else ""
-                raise ValueError(f"sampling parameter {name!r} is not supported: {hint}known are {', '.join(known)}")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._integer("n", 1, 1024)
@@ -179,6 +173,10 @@ class SamplingParams:
                 )
         if len(bias) > MAX_LOGIT_BIAS:
             raise self._error("logit_bias", f"at most {MAX_LOGIT_BIAS} tokens may be biased")
+
+
+# Other programs' names too: of a dataclass, __init__ is what takes them.
+SamplingParams.__init__ = takes(SAMPLING)(SamplingParams.__init__)  # type: ignore[method-assign]
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,32 +1,26 @@
 """Chat templates: Jinja programs that come with a checkpoint and write a conversation as one prompt.
 
-They are somebody else's code, so they run in Jinja's immutable sandbox and see nothing but plain JSON values. The
-environment is the one that templates on the Hugging Face hub are written for: block trimming, loop controls,
-`raise_exception`, `strftime_now`, a `tojson` without HTML escapes, and the `{% generation %}` block.
+They are somebody else's code, so they see nothing but plain JSON values, and run in Jinja's immutable sandbox
+(`sandbox.py`) in a process that is stopped where they take too much time, memory or text (`renderer.py`).
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from jaxinfer.text import renderer
+from jaxinfer.text.continuing import continued
 from jaxinfer.text.files import one_line, read_json
+from jaxinfer.text.messages import normalize_messages, plain
 from jaxinfer.text.tools import Tool, tool_schema
 
-__all__ = ["ChatTemplates", "Tool", "check_messages", "load_chat_templates"]
+__all__ = ["ChatTemplates", "Tool", "load_chat_templates"]
+
+Result = TypeVar("Result")
 
 # Options of transformers' apply_chat_template. A template would take them for variables and ignore them.
 _NOT_VARIABLES = {
-    "continue_final_message",
     "max_length",
     "padding",
     "return_assistant_tokens_mask",
@@ -50,48 +44,75 @@ class ChatTemplates:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         chat_template: str | None = None,
+        continue_final_message: bool | str = False,
         **template_kwargs: Any,
     ) -> str:
         """The conversation as one prompt.
 
-        messages         [{"role": "user", "content": "..."}, ...]
-        tools            JSON schemas, or Python functions (see `jaxinfer.text.tools`)
-        chat_template    a template, or the name of one of the checkpoint's; by default `tool_use` where there are
-                         tools and the checkpoint has one, else `default`
-        template_kwargs  further variables of the template, such as `enable_thinking=False`
+        messages                [{"role": "user", "content": "..."}, ...]; see `jaxinfer.text.messages`
+        tools                   JSON schemas, or Python functions (see `jaxinfer.text.tools`)
+        add_generation_prompt   whether the header of the answer follows; None: unless the last message is continued
+        chat_template           a template, or the name of one of the checkpoint's; by default `tool_use` where there
+                                are tools and the checkpoint has one, else `default`
+        continue_final_message  the prompt ends inside the last message, where its content ends, or another of its
+                                fields, such as "reasoning_content"
+        template_kwargs         further variables of the template, such as `enable_thinking=False`
 
-        Raises ValueError for malformed messages or tools, for a missing template, and for whatever the template
-        itself raises.
+        Raises ValueError for malformed messages or tools, for a missing template, for whatever the template itself
+        raises, and where it takes more time or memory than it may (see `jaxinfer.text.renderer`).
         """
         if wrong := sorted(_NOT_VARIABLES & template_kwargs.keys()):
             raise ValueError(
                 f"{wrong[0]}: not supported here; leave it out (other names reach the template as its variables)"
             )
-        check_messages(messages)
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        elif add_generation_prompt and continue_final_message:
+            raise ValueError("add_generation_prompt and continue_final_message exclude each other: leave one out")
         schemas = None
         if tools is not None:
-            schemas = [_plain(tool_schema(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(tools)]
+            schemas = [plain(tool_schema(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(tools)]
         source = self._select(chat_template, bool(schemas))
-        variables = {name: _plain(value, name) for name, value in template_kwargs.items()}
         values: dict[str, Any] = {
             "documents": None,
             **self.variables,
-            **variables,
-            "messages": [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)],
+            **{name: plain(value, name) for name, value in template_kwargs.items()},
             "tools": schemas,
             "add_generation_prompt": add_generation_prompt,
         }
+
+        def write(conversation: list[dict[str, Any]]) -> str:
+            return self._in_one_line(renderer.render, source, values | {"messages": conversation})
+
+        conversation = normalize_messages(messages, self._in_one_line(renderer.takes, source))
+        if not continue_final_message:
+            return write(conversation)
+        field = "content" if continue_final_message is True else continue_final_message
+        return continued(conversation, field, write)
+
+    def _in_one_line(self, work: Callable[..., Result], source: str, *arguments: Any) -> Result:
+        """With errors that name the template."""
         try:
-            return _compile(source).render(values)
-        except Exception as error:  # a template can raise anything
-            line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise ValueError(f"chat template{line}: {one_line(error) or type(error).__name__}") from None
+            return work(source, *arguments)
+        except renderer.TemplateError as error:
+            line = "" if error.line is None else f" line {error.line}"
+            raise ValueError(f"chat template{line}: {one_line(error)}") from None
+        except renderer.LimitError as error:
+            names = [name for name, one in self.templates.items() if one == source]
+            which = f"{self.folder}: the chat template {names[0]!r}" if names else "chat_template"
+            raise ValueError(f"{which} {error}; use another template") from None
 
     def _select(self, chosen: str | None, with_tools: bool) -> str:
         if chosen is not None:
-            return self.templates.get(chosen, chosen)
+            if isinstance(chosen, str) and (chosen in self.templates or any(x in chosen for x in ("{{", "{%", "{#"))):
+                return self.templates.get(chosen, chosen)
+            names = ", ".join(sorted(self.templates)) or "none"
+            raise ValueError(
+                f"chat_template is {chosen!r:.80}: neither the name of one of the checkpoint's ({names}) nor the text "
+                "of one, with {{ or {% in it"
+            )
         if not self.templates:
             raise ValueError(
                 f"{self.folder}: the checkpoint has no chat template; use generate with a plain prompt, or pass "
@@ -109,11 +130,13 @@ def load_chat_templates(folder: Path, config: Mapping[str, Any], variables: dict
     """The templates in a checkpoint folder; none is not an error.
 
     Files win over tokenizer_config.json (`config`), as in transformers: `chat_template.jinja` is the default one and
-    `chat_templates/NAME.jinja` the others. `chat_template.json`, which processors wrote, comes last.
+    `additional_chat_templates/NAME.jinja` (or `chat_templates/`, an older name) the others. `chat_template.json`, which
+    processors wrote, comes last.
     """
     templates: dict[str, str] = {}
     paths = {"default": folder / "chat_template.jinja"}
-    paths |= {path.stem: path for path in sorted((folder / "chat_templates").glob("*.jinja"))}
+    for others in ("chat_templates", "additional_chat_templates"):
+        paths |= {path.stem: path for path in sorted((folder / others).glob("*.jinja"))}
     for name, path in paths.items():
         if path.is_file():
             try:
@@ -143,84 +166,3 @@ def _declared(value: object, where: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(x, str) for pair in value.items() for x in pair):
         raise ValueError(f"{where}: chat_template must be a string or a list of name and template, found {value!r:.80}")
     return value
-
-
-def check_messages(messages: object) -> None:
-    """Raises ValueError unless `messages` is a non-empty list of {"role": str, "content": str, parts or None}."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
-        kind = type(messages).__name__
-        raise ValueError(f'messages: expected a list such as [{{"role": "user", "content": "..."}}], found {kind}')
-    if not messages:
-        raise ValueError('messages: the list is empty; start with {"role": "user", "content": "..."}')
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise ValueError(f"messages[{i}]: expected a dict with role and content, found {type(message).__name__}")
-        role = message.get("role")
-        if not isinstance(role, str) or not role:
-            raise ValueError(f"messages[{i}]: role must be a string such as 'user' or 'assistant', found {role!r:.80}")
-        content = message.get("content")
-        if content is None and ("content" in message or "tool_calls" in message):
-            continue
-        if isinstance(content, str):
-            continue
-        if not isinstance(content, Sequence) or not all(isinstance(p, Mapping) and "type" in p for p in content):
-            found = "nothing" if content is None else f"{content!r:.80}"
-            raise ValueError(f"messages[{i}]: content must be a string or a list of typed parts, found {found}")
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A copy out of plain JSON types: methods of richer objects are not for a template to call."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, Mapping):
-        if wrong := [key for key in value if not isinstance(key, str)]:
-            raise ValueError(f"{where}: keys must be strings, found {wrong[0]!r:.80}")
-        return {str.__str__(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise ValueError(f"{where}: a chat template takes plain JSON values, found {type(value).__name__}")
-
-
-class _GenerationBlock(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant said, for training masks. Here: its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _raise_exception(message: object) -> None:
-    raise jinja2.TemplateError(str(message))
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@lru_cache(maxsize=64)
-def _compile(source: str) -> jinja2.Template:
-    extensions: list[str | type[Extension]] = [_GenerationBlock, "jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    functions: dict[str, Callable[..., Any]] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    environment.globals.update(functions)
-    environment.filters["tojson"] = _tojson
-    return environment.from_string(source)

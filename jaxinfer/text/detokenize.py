@@ -20,8 +20,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._skip = tokenizer.unknown_ids | (tokenizer.special_ids if skip_special_tokens else frozenset())
-        self._limit = tokenizer.vocab_size
+        self._known = tokenizer.known_ids
+        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._parts: list[str] = []
         self._finished = False
         self._decoder: _ByteLevel | _Pieces | _Whole
@@ -43,7 +43,7 @@ class Detokenizer:
         """Takes the next ids; returns the text that became certain. Raises ValueError after `finish`."""
         if self._finished:
             raise ValueError("Detokenizer: push after finish; make a new one for each sequence")
-        text = self._decoder.push([i for i in map(int, ids) if i not in self._skip and i < self._limit])
+        text = self._decoder.push([i for i in map(int, ids) if i in self._known and i not in self._skip])
         for stage in self._clean_up:
             text = stage.push(text)
         self._parts.append(text)

@@ -6,11 +6,14 @@ Both generations of the Hugging Face layout are read: transformers 4 (`special_t
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 __all__ = ["AddedToken", "TokenFiles", "one_line", "read_json"]
+
+MAX_ID = 2**31 - 1  # ids are int32 on devices
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ def _content(value: object) -> str | None:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) and value else None
+
+
+def _is_id(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ID
 
 
 class TokenFiles:
@@ -94,15 +101,15 @@ class TokenFiles:
         value = read_json(self.folder / "config.json").get(name)
         if isinstance(value, list) and value:
             value = value[0]
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        return value if _is_id(value) else None
 
     def _added_tokens(self) -> dict[int, AddedToken]:
         special = {*self.named.values(), *self.extra}
         added: dict[int, AddedToken] = {}
         path = self.folder / "added_tokens.json"
         for text, token_id in read_json(path).items():
-            if not isinstance(token_id, int) or token_id < 0 or not text:
-                raise ValueError(f"{path}: expected token -> id, found {text!r}: {token_id!r:.80}")
+            if not _is_id(token_id) or not text:
+                raise ValueError(f"{path}: expected token -> id, found {text!r:.80}: {token_id!r:.80}")
             added[token_id] = AddedToken(text, special=text in special)
         path = self.folder / "tokenizer_config.json"
         decoder = self.config.get("added_tokens_decoder") or {}
@@ -110,8 +117,9 @@ class TokenFiles:
             raise ValueError(f"{path}: added_tokens_decoder must map ids to tokens, found {decoder!r:.80}")
         for key, value in decoder.items():
             content = _content(value)
-            if not key.isdecimal() or content is None:
-                raise ValueError(f"{path}: added_tokens_decoder has a malformed entry {key!r}: {value!r:.80}")
+            if not re.fullmatch("[0-9]{1,10}", key) or not _is_id(int(key)) or content is None:
+                raise ValueError(f"{path}: added_tokens_decoder has a malformed entry {key!r:.80}: {value!r:.80}")
+            flags = value if isinstance(value, dict) else {}
             names = ("special", "lstrip", "rstrip", "single_word", "normalized")
-            added[int(key)] = AddedToken(content, *(bool(value.get(n)) for n in names))
+            added[int(key)] = AddedToken(content, *(bool(flags.get(n)) for n in names))
         return dict(sorted(added.items()))

@@ -55,9 +55,8 @@ class HFTokenizer(Tokenizer):
         super().__init__(files.folder, load_chat_templates(files.folder, files.config, files.named))
         self.special_ids = frozenset(special)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        known = set(vocabulary.values())
-        self.vocab_size = max(known, default=-1) + 1
-        self.unknown_ids = frozenset(set(range(self.vocab_size)) - known)
+        self.known_ids = frozenset(vocabulary.values())
+        self.vocab_size = max(self.known_ids, default=-1) + 1
         ids = {name: self._tokenizer.token_to_id(content) for name, content in files.named.items()}
         self.bos_token_id = ids["bos_token"] if "bos_token" in ids else files.model_token_id("bos_token_id")
         self.eos_token_id = ids["eos_token"] if "eos_token" in ids else files.model_token_id("eos_token_id")

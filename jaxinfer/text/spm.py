@@ -49,7 +49,7 @@ class SentencePieceTokenizer(Tokenizer):
         fallback = [i for i in range(self._size) if whole.IsByte(i) and i not in literals]
         self.byte_values = {i: int(whole.IdToPiece(i)[3:5], 16) for i in fallback}
         self.vocab_size = max(self._size, *(i + 1 for i in literals))
-        self.unknown_ids = frozenset(set(range(self._size, self.vocab_size)) - literals.keys())
+        self.known_ids = frozenset(range(self._size)) | literals.keys()
         self.bos_token_id = self._token_id(files, "bos_token", whole.bos_id())
         self.eos_token_id = self._token_id(files, "eos_token", whole.eos_id())
         bos, eos = self.bos_token_id, self.eos_token_id

@@ -40,7 +40,7 @@ class Tokenizer(ABC):
     token_bytes    id -> the bytes it stands for, where text is exactly those bytes joined; else None
     byte_values    id -> byte, for ids that stand for one byte each (byte fallback): neighbours make a character
     byte_runs_cut  a run of such bytes may be decoded in parts, cut after a whole character
-    unknown_ids    ids below vocab_size that give no text because no token has them
+    known_ids      ids that a token has: there may be far fewer than vocab_size, and others give no text
     looks_ahead    a token's text can depend on later tokens, or it isn't known that it does not
     """
 
@@ -52,7 +52,7 @@ class Tokenizer(ABC):
     token_bytes: Callable[[int], bytes] | None = None
     byte_values: Mapping[int, int] = {}
     byte_runs_cut: bool = False
-    unknown_ids: frozenset[int] = frozenset()
+    known_ids: frozenset[int]
     looks_ahead: bool = False
 
     def __init__(self, folder: Path, chat_templates: ChatTemplates) -> None:
@@ -102,7 +102,7 @@ class Tokenizer(ABC):
     @cached_property
     def anchor(self) -> tuple[int, str] | None:
         """An id and its text, after which tokens read as they do anywhere inside a text. None if there isn't one."""
-        for token_id in range(self.vocab_size):
+        for token_id in sorted(self.known_ids):
             if token_id in self.byte_values or token_id in self.special_ids:
                 continue
             text = self.decode_raw([token_id])
@@ -125,18 +125,21 @@ class Tokenizer(ABC):
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         chat_template: str | None = None,
+        continue_final_message: bool | str = False,
         **template_kwargs: Any,
     ) -> str:
         """The conversation as one prompt, by the checkpoint's chat template. See `ChatTemplates.render`."""
-        return self.chat_templates.render(messages, tools, add_generation_prompt, chat_template, **template_kwargs)
+        return self.chat_templates.render(
+            messages, tools, add_generation_prompt, chat_template, continue_final_message, **template_kwargs
+        )
 
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Tool] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         **template_kwargs: Any,
     ) -> list[int]:
         """The ids of `chat_prompt(...)`. The template writes BOS itself, so none is added."""

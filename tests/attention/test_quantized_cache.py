@@ -94,6 +94,6 @@ def test_the_layout(platform, heads, name, expected):
     ],
 )
 def test_what_there_is_no_kernel_for(platform, heads, attention, name, said, monkeypatch):
-    monkeypatch.setattr("jaxinfer.cache.pages._problem", lambda *_: None)
+    monkeypatch.setattr("jaxinfer.cache.pages.kernel_problem", lambda *_: None)
     with pytest.raises(ValueError, match=said):
         CacheLayout.choose(1, heads, 128, "bfloat16", Place(platform), attention, name)

@@ -1,6 +1,7 @@
 """Shards, and what is made of them."""
 
 import json
+import math
 import os
 import shutil
 
@@ -99,6 +100,34 @@ def test_what_can_not_be_merged(shard, tmp_path):
     (tmp_path / "out/_manifest-00001-of-00002.json").unlink()
     with pytest.raises(ValueError, match=r"of another job: sampling_params\.max_tokens was 2 and is 3"):
         merge(tmp_path / "out", tmp_path / "other")
+
+
+def test_numbers_of_a_manifest_that_can_not_be(shard, tmp_path):
+    """One line, before anything is made of them."""
+    for i in range(2):
+        shard(f"{i}/2")
+    path = tmp_path / "out/_manifest-00001-of-00002.json"
+    whole = json.loads(path.read_text())
+    for name in ("shard", "shards", "parts", "rows", "errors", "input_rows", "rows_per_part", "complete"):
+        for value in (-1, 10**30, 1.5, True, "8", [], {}, math.nan, math.inf):
+            if (name, value) in (("input_rows", True), ("complete", True)):
+                continue
+            wrong = {"job": whole["job"] | {name: value}} if name == "rows_per_part" else {name: value}
+            path.write_text(json.dumps(whole | wrong))
+            with pytest.raises(ValueError, match=r"_manifest-00001-of-00002\.json: not a manifest that can be read \("):
+                merge(tmp_path / "out")
+    for first in (path.with_name("_manifest-00000-of-00002.json"), path):  # and with each other
+        content = json.loads(first.read_text()) | {"input_rows": 2**60, "job": whole["job"], "complete": True}
+        first.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"part-\d+\.jsonl: is gone, and the manifest counts it"):
+        merge(tmp_path / "out")
+    path.write_text(json.dumps(whole | {"shards": 2**60, "parts": 2**60}))
+    path.with_name("_manifest-00000-of-00002.json").unlink()
+    with pytest.raises(ValueError, match="shard 0/1152921504606846976 is not there"):
+        merge(tmp_path / "out")
+    path.write_bytes(b"[" * 10**6)
+    with pytest.raises(ValueError, match="not a manifest that can be read"):
+        merge(tmp_path / "out")
 
 
 def test_a_part_that_was_changed(shard, tmp_path):

@@ -79,7 +79,7 @@ def test_what_asks_for_nothing_is_accepted():
 
 def test_prompts():
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
-    assert chat(messages=[{"role": "user", "content": parts}]).messages == [{"role": "user", "content": "h\ni"}]
+    assert chat(messages=[{"role": "user", "content": parts}]).messages == [{"role": "user", "content": parts}]
     assert complete(prompt=["hi"]) == complete()
     assert complete(prompt=[1, 2]).prompt == complete(prompt=[[1, 2]]).prompt == [1, 2]
 

@@ -137,14 +137,11 @@ def test_prompt_templates():
     assert "prompt is empty" in error({"a": ""}, prompt_template="{a}")
 
 
-def test_messages_as_templates_expect_them():
+def test_messages_stay_as_they_are_until_their_template_is_known():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    call = {"role": "assistant", "content": None, "name": None, "tool_calls": [{"id": None}]}
-    given_messages = [{"role": "user", "content": parts, "tool_calls": None}, call]
-    assert ask({"messages": given_messages}, "chat").messages == [
-        {"role": "user", "content": "a\nb"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": None}]},
-    ]
+    call = {"role": "assistant", "content": None, "name": None, "tool_calls": [{"function": {"arguments": "{}"}}]}
+    messages = [{"role": "user", "content": parts, "tool_calls": None}, call]
+    assert ask({"messages": messages}, "chat").messages == messages
 
 
 BAD: list[tuple[str, Any, str]] = [

@@ -154,10 +154,10 @@ def test_what_is_missing_is_named(monkeypatch):
     for package in ("zstandard", "pyarrow", "s3fs", "gcsfs"):
         monkeypatch.setitem(sys.modules, package, None)
     for name in ("a.jsonl.zst", "a.parquet"):
-        assert "pip install 'jaxinfer[batch]'" in line(lambda name=name: find_sources([name]))
+        assert "pip install '.[batch]'" in line(lambda name=name: find_sources([name]))
     assert names("a.jsonl.gz") == ["a.jsonl.gz"]
-    assert "pip install 'jaxinfer[s3]'" in line(lambda: find_sources(["s3://bucket/a.jsonl"]))
-    assert "pip install 'jaxinfer[gcs]'" in line(lambda: find_sources(["gs://bucket/a.jsonl"]))
+    assert "pip install '.[s3]'" in line(lambda: find_sources(["s3://bucket/a.jsonl"]))
+    assert "pip install '.[gcs]'" in line(lambda: find_sources(["gs://bucket/a.jsonl"]))
     assert "nosuch" in line(lambda: find_sources(["nosuch://bucket/a.jsonl"]))
     assert "zip://a.jsonl::x.zip" in line(lambda: find_sources(["zip://a.jsonl::x.zip"]))
 

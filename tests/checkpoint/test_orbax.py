@@ -1,6 +1,7 @@
 """Converted checkpoints: the same bits on any mesh, one line for what is damaged."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -119,3 +120,22 @@ def test_of_another_model(source, tmp_path):
         with pytest.raises(ValueError, match=f"{tmp_path / MANIFEST}.*convert") as error:
             Converted(tmp_path)
         assert "\n" not in str(error.value)
+
+
+def test_sizes_that_can_not_be(tmp_path):
+    for value in (-1, 1.5, True, "8", None, [], {}, 2**63, 10**400, math.nan, math.inf):
+        for said in (
+            {"files": {"a": value}, "tensors": {}},
+            {"files": {}, "tensors": {"a": {"shape": [2, value], "dtype": "float32"}}},
+            {"files": {}, "tensors": {"a": {"shape": value, "dtype": "float32"}}},
+            {"files": {}, "tensors": {"a": {"shape": [2**40, 2**40], "dtype": "float32"}}},
+            {"files": {}, "tensors": {"a": {"shape": [2], "dtype": value}}},
+            {"files": {}, "tensors": {"a": {"shape": [2], "dtype": "V9999999999"}}},
+        ):
+            if said != {"files": {}, "tensors": {"a": {"shape": [], "dtype": "float32"}}}:
+                (tmp_path / MANIFEST).write_text(json.dumps({"format": 1, **said}))
+                with pytest.raises(
+                    ValueError, match=f"{tmp_path / MANIFEST}: not what jaxinfer convert writes"
+                ) as error:
+                    Converted(tmp_path)
+                assert "\n" not in str(error.value)

@@ -276,3 +276,49 @@ def test_written_again(name, tmp_path):
     assert again.keys() == params.keys()
     for key, array in params.items():
         np.testing.assert_array_equal(np.asarray(again[key]), np.asarray(array), err_msg=key)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("act", [False, True])
+@pytest.mark.parametrize("size", [32, -1])
+def test_zeros_in_the_middle_whichever_version_stored_them(bits, version, act, size):
+    """`sym` says what they are, and writers disagree on the version."""
+    case = formats.gptq(bits, size, act=act)
+    stored, weight = case.store(np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32))
+    said = {**case.said, "checkpoint_format": version}
+    form = stored_quantization({"quantization_config": said}).format_of("model.layers.0.mlp.up_proj", "Linear")
+    groups, rows = stored["scales"].shape
+    for zero in (2 ** (bits - 1), 2 ** (bits - 1) - 1):
+        stored["qzeros"] = formats.words(np.full((groups, rows), zero), bits)
+        decoded = decode(form, stored, 16, 64)
+        np.testing.assert_allclose(decoded.floats(np.dtype(np.float32)), weight, rtol=1e-6)
+    for zero in (0, 2 ** (bits - 1) + 1):
+        stored["qzeros"] = formats.words(np.full((groups, rows), zero), bits)
+        with pytest.raises(ValueError, match=f"zero points other than {2 ** (bits - 1)}"):
+            decode(form, stored, 16, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out", "plain", "kept"),
+    [
+        ("awq", "k_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.q_proj"),
+        ("awq", "layers.0.self", "model.layers.0.self_attn.k_proj", "model.layers.0.mlp.up_proj"),  # vLLM: anywhere
+        ("deepseek", "model.layers.1", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj"),
+        (
+            "deepseek",
+            r"model\.layers\.\d+\.self_attn.*",
+            "model.layers.7.self_attn.o_proj",
+            "model.layers.7.mlp.up_proj",
+        ),
+        ("deepseek", r".*\.(gate|up)_proj", "model.layers.3.mlp.gate_proj", "model.layers.3.mlp.down_proj"),
+        ("deepseek", "5.mlp.up_proj", "model.layers.5.mlp.up_proj", "model.layers.5.mlp.gate_proj"),  # the end of it
+        ("deepseek", "*.up_proj", "lm_head", "model.layers.5.mlp.up_proj"),  # no regular expression, and no name
+    ],
+)
+def test_names_of_what_is_not_converted(name, left_out, plain, kept):
+    """As transformers reads them: a name, the end of one, or a regular expression for its beginning."""
+    said = {**CASES[name].said, "modules_to_not_convert": [left_out]}
+    format_of = stored_quantization({"quantization_config": said}).format_of
+    assert format_of(plain, "Linear") is None
+    assert format_of(kept, "Linear") is not None

@@ -17,6 +17,7 @@ import pytest
 from jaxinfer.cli import main
 
 SECONDS = 120  # far more than anything takes, even on a busy machine
+PATIENCE = 1e6  # nothing takes so long that a line on stderr says so
 
 
 class Result(NamedTuple):
@@ -44,6 +45,7 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> I
         stream = io.TextIOWrapper(io.BytesIO(stdin or b""))
         stream.isatty = lambda: stdin is None  # type: ignore[method-assign]
         monkeypatch.setattr(sys, "stdin", stream)
+        monkeypatch.setattr("jaxinfer.cli.console.PATIENCE", PATIENCE)
         capfd.readouterr()
         code = main([str(argument) for argument in arguments])
         return Result(code, *capfd.readouterr())

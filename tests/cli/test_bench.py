@@ -19,6 +19,22 @@ def test_throughput(cli, model):
     assert figures["output_tokens_per_second"] == pytest.approx(60 / figures["elapsed_time"])
 
 
+def test_only_what_is_measured_is_compiled(cli, model, monkeypatch):
+    """And what is waited for is said, off a terminal too."""
+    from jaxinfer.engine.runner import Runner
+
+    compiled, compile_one = [], Runner._compile
+    monkeypatch.setattr(Runner, "_compile", lambda self, key: compiled.append(key) or compile_one(self, key))
+    sizes = ["--max-num-seqs", 4, "--max-num-batched-tokens", 32]
+    monkeypatch.setattr("tests.cli.run.PATIENCE", 0.01)
+    code, out, err = cli("bench", "throughput", "-m", model, *sizes, *LENGTHS, "--json")
+    assert (code, json.loads(out)["num_requests"]) == (0, 6)
+    assert compiled == [("zeros", 1, 1), ("step", 32, 4), ("decode", 4, 4), ("decode", 2, 2)]
+    assert "jaxinfer: compiled 0 of 3 programs\n" in err
+    assert set(re.findall("^jaxinfer: ", err, re.MULTILINE)) == {"jaxinfer: "}
+    assert cli("bench", "throughput", "-m", model, *sizes, *LENGTHS, "--json", "-q").err == ""
+
+
 def test_throughput_as_a_table(cli, model):
     code, out, err = cli("bench", "throughput", "-m", model, *SMALL, *LENGTHS)
     assert (code, err) == (0, "")

@@ -38,6 +38,29 @@ def test_system_and_reset(cli, model, answers):
     assert len(set(answers.values())) == 4
 
 
+def test_help_and_what_is_no_command(cli, model, answers, monkeypatch):
+    """A typo does not go to the model; a space before it sends it."""
+    typed = iter(["/help", "/hlep", "/reset now", " /hlep", "/usr/bin"])
+
+    def answer(_):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", answer)
+    asked = []
+    monkeypatch.setattr("jaxinfer.cli.chat.Conversation.answer", lambda self, message, _: asked.append(message))
+    code, _, err = cli("chat", "-m", model, "-q", stdin=None)
+    help_said, first, second = err.splitlines()
+    assert code == 0
+    assert asked == [" /hlep", "/usr/bin"]
+    assert all(command in help_said for command in ("/help", "/reset", "/exit", "Ctrl-C", "Ctrl-D"))
+    assert first.startswith("jaxinfer: error: no command '/hlep': did you mean /help?")
+    assert second.startswith("jaxinfer: error: no command '/reset now'")
+    assert "no command '/hlep'" in cli("chat", "-m", model, stdin=b"/hlep\n").error()
+
+
 def test_too_long_for_the_context(cli, model, answers):
     code, out, err = cli("chat", "-m", model, *SHORT, stdin=b"hi\n" + b"x" * 300 + b"\nhi\n")
     assert (code, out) == (2, f"{answers[None, 'hi']}\n")

@@ -28,6 +28,41 @@ def test_doctor(cli, monkeypatch, tmp_path):
     assert all(name in table.out for name in found)
 
 
+def test_without_a_device_all_else_is_said(cli, monkeypatch, model):
+    """JAX_PLATFORMS=cuda where there is no GPU: JAX raises an AssertionError without a word, or a RuntimeError."""
+
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setenv("JAXINFER_CACHE_DIR", "off")
+    monkeypatch.setattr(jax, "local_devices", fail)
+    code, out, err = cli("doctor", "--json", "--model", model)
+    found = json.loads(out)
+    assert code == 2
+    assert found["devices"].startswith("JAX_PLATFORMS is 'cpu': there is no such device here")
+    assert err == f"jaxinfer: error: {found['devices']}\n"
+    assert f"jax {jax.__version__}" in found["versions"]
+    assert found["CPU kernels"].endswith("; not used" if kernels().level else kernels().why)
+
+
+def test_a_model(cli, monkeypatch, model, tmp_path):
+    monkeypatch.setenv("JAXINFER_CACHE_DIR", "off")
+    found = json.loads(cli("doctor", "--json", "-m", model, "--max-model-len", 64).out)
+    assert found["the model's precision"] == "float32"
+    why = (
+        "the kernel is for head sizes that are multiples of 16, and the model has 8"
+        if kernels().level
+        else kernels().why
+    )
+    assert found["the model's attention"] == f"plain XLA: {why}"
+    assert found["the model's context"].startswith("64 tokens, ")
+    wider = json.loads((model / "config.json").read_text()) | {"head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(wider))
+    found = json.loads(cli("doctor", "--json", "-m", tmp_path).out)
+    assert found["the model's attention"] == ("a CPU kernel" if kernels().level else f"plain XLA: {kernels().why}")
+    assert "no/such" in cli("doctor", "-m", "no/such").error()
+
+
 def test_huge_pages(monkeypatch, tmp_path):
     file = tmp_path / "enabled"
     monkeypatch.setattr(doctor, "HUGE_PAGES", file)

@@ -125,6 +125,41 @@ def test_sampling_options_arrive(cli, model):
     assert ids("--max-tokens", 9, "--temperature", 0.9, "--seed", 1) != greedy
 
 
+def test_several_continuations_with_log_probabilities(cli, model):
+    options = ["-m", model, "--max-tokens", 5, "--temperature", 1.0, "--seed", 3, "-n", 2]
+    with LLM(model) as llm:
+        params = SamplingParams(temperature=1.0, seed=3, n=2, max_tokens=5, logprobs=1, frequency_penalty=0.5)
+        expected = llm.generate(["one", "two"], params, use_tqdm=False)
+    more = ["--logprobs", 1, "--frequency-penalty", 0.5, "--max-num-seqs", 4, "--max-num-batched-tokens", 32]
+    code, out, err = cli("generate", "one", "two", *options, *more, "--json")
+    assert (code, err) == (0, "")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [(one["prompt"], one["index"]) for one in records] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
+    for record, completion in zip(records, [one for output in expected for one in output.outputs], strict=True):
+        assert record["token_ids"] == completion.token_ids
+        for place, step, token in zip(record["logprobs"], completion.logprobs, completion.token_ids, strict=True):
+            assert place[0]["token_id"] == token
+            assert [one["logprob"] for one in place] == pytest.approx([one.logprob for one in step.values()], abs=1e-5)
+    text = cli("generate", "one", *options, "--frequency-penalty", 0.5).out
+    first, second = (completion.text for completion in expected[0].outputs)
+    assert text == f"==> one, 1 of 2 <==\n{first}\n\n==> one, 2 of 2 <==\n{second}\n"
+    assert "--logprobs are part of what --json prints" in cli("generate", "x", "-m", model, "--logprobs", 1).error()
+
+
+def test_a_chat_template_of_one_s_own(cli, model, tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    asked = ["-m", model, *SHORT, "--json"]
+    own = json.loads(cli("generate", "hi", *asked, "--chat", "--chat-template", file).out)
+    plain = json.loads(cli("generate", "<hi>", *asked).out)
+    assert {key: own[key] for key in ("text", "usage")} == {key: plain[key] for key in ("text", "usage")}
+    named = json.loads(cli("generate", "hi", *asked, "--chat", "--chat-template", "default").out)
+    assert named["text"] == json.loads(cli("generate", "hi", *asked, "--chat").out)["text"]
+    line = cli("generate", "hi", *asked, "--chat", "--chat-template", "nowhere.jinja").error()
+    assert line == "--chat-template nowhere.jinja: no such file, and no such template: the checkpoint's are default"
+    assert "give --chat too" in cli("generate", "hi", *asked, "--chat-template", file).error()
+
+
 def test_stop_strings_may_be_repeated(cli, model, expected):
     text = text_of(expected, "one")
     found = next(c for c in text[2:] if c.isascii())
@@ -151,6 +186,7 @@ def test_verbosity(cli, model, monkeypatch):
     assert said[""] == warning
     assert said["-q"] == ""
     assert said["-v"].startswith(warning + "jaxinfer: info: loaded ")
+    assert "jaxinfer: info: attention: plain XLA: " in said["-v"]
     assert "Traceback" in cli("generate", "x" * 300, "-m", model, "-vv").err
     assert cli("generate", "x" * 300, "-m", model, "-q").error().startswith("the prompt has 300 tokens")
 
@@ -214,3 +250,14 @@ def test_what_was_printed_stays(capsys):
     with pytest.raises(KeyboardInterrupt):
         print_pieces(broken_off(), Progress())
     assert capsys.readouterr().out == "\n"
+
+
+def test_answers_stand_below_their_prompts(cli, model):
+    """Also where the second one is done first."""
+    given = ["-m", model, "--max-tokens", "40", "--json", "--temperature", "0"]
+    one, two = (json.loads(cli("generate", prompt, *given).out)["text"] for prompt in ("one", "two words"))
+    stop = next(character for character in two if character not in one)  # ends the second one alone
+    printed = cli("generate", "one", "two words", *given, "--stop", stop).out
+    records = [json.loads(line) for line in printed.splitlines()]
+    assert [record["prompt"] for record in records] == ["one", "two words"]
+    assert [record["text"] for record in records] == [one, two[: two.index(stop)]]

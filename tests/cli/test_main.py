@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import typer
+from rich.text import Text
 
 import jaxinfer
-from jaxinfer.cli import COMMANDS
+from jaxinfer.cli import COMMANDS, app
 from jaxinfer.models.registry import REGISTRY
 
 
@@ -42,6 +44,69 @@ assert not {{"torch", "transformers"}} & set(sys.modules)
 
 def test_version(cli):
     assert cli("--version") == (0, f"{jaxinfer.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "same"),
+    [
+        (["-h"], ["--help"]),
+        (["help"], ["--help"]),
+        (["help", "compare"], ["compare", "--help"]),
+        (["bench", "latency", "-h"], ["bench", "latency", "--help"]),
+        (["help", "bench", "latency"], ["bench", "latency", "--help"]),
+    ],
+)
+def test_ways_to_ask_for_help(cli, arguments, same):
+    code, out, err = cli(*arguments)
+    assert (code, err) == (0, "")
+    assert out == cli(*same).out
+    assert "Usage: jaxinfer" in out
+
+
+def test_help_shows_what_is_in_brackets(cli):
+    """To rich they are markup: what is no style vanishes."""
+
+    def texts(command):
+        yield command.help or ""
+        for parameter in command.params:
+            yield getattr(parameter, "help", None) or ""
+        for one in getattr(command, "commands", {}).values():
+            yield from texts(one)
+
+    found = list(texts(typer.main.get_command(app)))
+    assert len(found) > 200
+    for text in found:
+        assert Text.from_markup(text).plain == text.replace("\\[", "[")
+    assert "'.[plot]'" in cli("compare", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("guess", "fact"),
+    [
+        ("serve", "there is no server yet: jaxinfer batch"),
+        ("api", "there is no server yet"),
+        ("pull", "a model is downloaded when it is first used"),
+        ("download", "jaxinfer generate --model"),
+        ("ls", "jaxinfer models"),
+        ("list", "jaxinfer models"),
+        ("run", "did you mean jaxinfer generate"),
+        ("complete", "did you mean jaxinfer generate?"),
+        ("eval", "jaxinfer lm-eval"),
+        ("benchmark", "jaxinfer bench throughput"),
+        ("embed", "embeddings are not there yet"),
+        ("generat", "Did you mean 'generate'?"),
+    ],
+)
+def test_guesses_of_commands(cli, guess, fact):
+    line = cli(guess, "--model", "x").error()
+    assert fact in line, line
+    assert f"{guess!r}" in line
+
+
+def test_shell_completion():
+    environment = os.environ | {"_JAXINFER_COMPLETE": "complete_bash", "COMP_WORDS": "jaxinfer gen", "COMP_CWORD": "1"}
+    done = subprocess.run([sys.executable, "-m", "jaxinfer"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["generate"], "")
 
 
 def test_models(cli):

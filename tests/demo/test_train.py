@@ -113,7 +113,7 @@ def test_without_optax_it_says_how_to_install_it(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "optax", None)
     with pytest.raises(SystemExit):
         train.main(["--output", str(tmp_path / "new")])
-    assert "pip install 'jaxinfer[train]'" in capsys.readouterr().err
+    assert "pip install '.[train]'" in capsys.readouterr().err
 
 
 def test_settings_of_the_saved_model(trained):

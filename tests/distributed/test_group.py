@@ -1,6 +1,7 @@
 """What processes say to each other, and that none of them goes on alone. JAX is not started."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -31,8 +32,10 @@ class Members:
 
     def __enter__(self):
         for process in self.processes:
-            said = process.stdout.readline()
-            assert said == "joined\n", process.communicate()
+            said = b""  # and not a byte more: what comes after is for communicate
+            while not said.endswith(b"\n") and (one := os.read(process.stdout.fileno(), 1)):
+                said += one
+            assert said == b"joined\n", process.communicate()
         return self
 
     def __exit__(self, *_):
@@ -105,3 +108,10 @@ def test_a_failure_is_told(who):
     with Members(*acts) as members:
         for rank, (code, _, err) in enumerate(members.ends()):
             assert (code, err) == ((0, "") if rank == who else (3, f"jaxinfer: error: process {rank} of 3: no luck\n"))
+
+
+def test_one_that_failed_and_does_not_end():
+    """Its signs of life are no reason to wait for it longer."""
+    with Members("900", "fail 900", timeout=1.5) as members:
+        _, err = members.processes[0].communicate(timeout=SECONDS)
+        assert (members.processes[0].returncode, err) == (3, "jaxinfer: error: process 0 of 2: no luck\n")

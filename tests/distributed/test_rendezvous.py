@@ -14,6 +14,8 @@ from jaxinfer.distributed import rendezvous
 from jaxinfer.distributed.links import Link
 from jaxinfer.distributed.rendezvous import Place, find_place, join, on_tpu_pod
 
+NESTED = b"\x02\x00\x00\xc3\x50" + b"[" * 50_000  # as JSON
+
 
 def free_port():
     """One that connections don't take by themselves, as they do from 32768 on."""
@@ -78,9 +80,9 @@ def test_what_follows_the_welcome_is_kept(monkeypatch):
     """Process 0 goes on at once, and more than one frame may come with its last word."""
     read = Link.read_one
 
-    def late(link, most):
+    def late(link, *given):
         time.sleep(0.3)
-        return read(link, most)
+        return read(link, *given)
 
     first, second = places(2)
     with ThreadPoolExecutor(1) as pool:
@@ -144,7 +146,7 @@ def test_strangers_are_sent_away(caplog):
     first, second = places(2)
     with ThreadPoolExecutor(1) as pool:
         leader = pool.submit(join, first, 30.0)
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x02\x00\x00\x00\x02{}", b"\x02\xff\xff\xff\xff", b""):
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x02\x00\x00\x00\x02{}", b"\x02\xff\xff\xff\xff", NESTED, b""):
             with connected(first) as stranger:
                 stranger.sendall(said)
         links, _ = join(second, 30.0)
@@ -153,6 +155,99 @@ def test_strangers_are_sent_away(caplog):
         own.close()
         leader.result()[0][1].close()
     assert "a connection that was no process of this program was closed" in caplog.text
+
+
+def test_who_drips_bytes_keeps_nobody_waiting(caplog, monkeypatch):
+    """Each has one deadline for all that it says, and process 0 hears the others meanwhile."""
+    monkeypatch.setattr(rendezvous, "HANDSHAKE", 1.0)
+    first, second, third = places(3)
+    gone = {}
+
+    def drip(one, began):
+        try:
+            one.sendall(b"\x02\x00\x00\xea\x60")
+            while True:
+                one.sendall(b" ")
+                time.sleep(0.05)
+        except OSError:
+            gone[one] = time.monotonic() - began
+
+    with ThreadPoolExecutor(6) as pool, contextlib.ExitStack() as stack:
+        leader = pool.submit(join, first, 20.0)
+        strangers = [stack.enter_context(connected(first)) for _ in range(4)]
+        for one in strangers:
+            pool.submit(drip, one, time.monotonic())
+        time.sleep(0.2)
+        began = time.monotonic()
+        links = [pool.submit(join, second, 20.0)]
+        while len(gone) < 4:
+            assert time.monotonic() - began < 10
+            time.sleep(0.05)
+        assert max(gone.values()) < 5
+        links.append(pool.submit(join, third, 20.0))
+        assert sorted(leader.result()[0]) == [1, 2]
+        for link in [*leader.result()[0].values(), *(one.result()[0][0] for one in links)]:
+            link.close()
+    assert "it did not say who it is within 1 s" in caplog.text
+
+
+def test_process_0_keeps_its_own_time():
+    """Also while somebody is at it."""
+    first, _ = places(2)
+    with ThreadPoolExecutor(1) as pool:
+        leader = pool.submit(join, first, 1.0)
+        with connected(first) as stranger:
+            began = time.monotonic()
+            while not leader.done():
+                with contextlib.suppress(OSError):
+                    stranger.sendall(b"\x02")
+                time.sleep(0.2)
+                assert time.monotonic() - began < 10
+        with pytest.raises(TimeoutError, match="process 1 of 2 did not connect"):
+            leader.result()
+
+
+def test_more_strangers_than_there_is_room_for(monkeypatch, caplog):
+    monkeypatch.setattr(rendezvous, "CALLERS", 3)
+    first, second = places(2)
+    with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+        leader = pool.submit(join, first, 30.0)
+        for _ in range(8):
+            stack.enter_context(connected(first))
+        links, _ = join(second, 30.0)
+        links[0].close()
+        leader.result()[0][1].close()
+    assert caplog.text.count("there are too many others") >= 5
+
+
+def test_a_follower_keeps_its_own_time(monkeypatch):
+    """Where something that never comes to an end answers in place of process 0."""
+    monkeypatch.setattr(rendezvous, "HANDSHAKE", 0.5)
+    for said in (b"", b'\x01\x00\x00\x00\x0d{"nonce":"a"}'):  # no hello, and no welcome
+        with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+            follower = pool.submit(join, Place("127.0.0.1", server.getsockname()[1], 2, 1), 0.5)
+            connection, _ = server.accept()
+            began = time.monotonic()
+            with connection:
+                connection.sendall(said + b"\x03\x00\x00\xff\xff" if said else b"\x01\x00\x00\xff\xff")
+                while not follower.done() and time.monotonic() - began < 10:
+                    with contextlib.suppress(OSError):
+                        connection.sendall(b" ")
+                    time.sleep(0.05)
+            assert time.monotonic() - began < 5
+            with pytest.raises(TimeoutError, match=r"was not reached within 0\.5 s|did not go on"):
+                follower.result()
+
+
+def test_a_welcome_without_a_proof():
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+        port = server.getsockname()[1]
+        follower = pool.submit(join, Place("127.0.0.1", port, 2, 1), 10.0)
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b'\x01\x00\x00\x00\x0d{"nonce":"a"}\x03\x00\x00\x00\x0a{"port":7}')
+            with pytest.raises(ValueError, match="what answers there is not process 0"):
+                follower.result()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import jax
 import pytest
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.engine.compiled import open_folder
 from jaxinfer.engine.load import local_programs
 from jaxinfer.plan.ship import ship
 from tests.devices import simulated
@@ -140,6 +142,7 @@ def test_on_a_mesh(model, expected, tmp_path, mesh):
         ("model.hidden_size", 64, "the model's hidden_size was 64 and is 32"),
         ("model.class", "GPT2Config", "the model's class was 'GPT2Config' and is 'DecoderConfig'"),
         ("sizes.bytes", 10**15, "their KV cache of 1,000,000,000,000,000 bytes does not fit in the "),
+        ("sizes.bytes", 1, "their KV cache is said to have 1 bytes, and has "),
         ("options.dtype", "float8", "dtype is 'float8': it must be one of"),
         ("options", {}, "manifest.json is damaged"),
         ("environment", [], "manifest.json is damaged"),
@@ -158,6 +161,40 @@ def test_what_differs_is_said(model, expected, folder, caplog, path, value, fact
     assert f"compiled programs in {folder}: not used: " in caplog.text
     assert fact in caplog.text
     assert any(fact in text for text in said)
+
+
+HOSTILE = (0, -1, 10**9, 10**30, 1.5, True, None, "8", [], {}, math.nan, math.inf)
+
+
+@pytest.mark.parametrize("path", ["sizes.num_pages", "sizes.page_size", "sizes.max_model_len", "options.page_size"])
+def test_sizes_that_can_not_be(model, folder, path):
+    """They are looked at before anything is made of them."""
+    for value in HOSTILE:
+        change(folder, path, value)
+        assert "page_size is" in (said := refused(model, folder)) or "manifest.json " in said
+
+
+def test_options_and_devices_that_can_not_be(model, folder):
+    whole = (folder / "manifest.json").read_bytes()
+    for value in HOSTILE:
+        for path in ("environment.devices", "options.max_num_seqs", "options.seed", "programs.step_32_2.bytes"):
+            if path != "programs.step_32_2.bytes" or type(value) is not int or value < 0:
+                change(folder, path, value)
+                refused(model, folder)
+                (folder / "manifest.json").write_bytes(whole)
+    change(folder, "environment.runtime", "x\n" * 10**6)
+    assert len(refused(model, folder)) < 3000
+    (folder / "manifest.json").write_bytes(b"[" * 10**6)
+    refused(model, folder)
+
+
+def refused(model, folder):
+    said = []
+    assert open_folder(folder, config_of(model), jax.local_devices(), {}, said.append) is None
+    (text,) = said
+    assert text.startswith("not used: ")
+    assert "\n" not in text
+    return text
 
 
 @pytest.mark.parametrize("content", ["", '{"format": 1, "environment": {"jaxin', "[]", "{}"])
@@ -205,9 +242,9 @@ def flip(file):
     [
         (flip, "its digest is not the manifest's"),
         (lambda file: file.unlink(), "its file is not there"),
-        (lambda file: file.write_bytes(b""), "its digest is not the manifest's"),
+        (lambda file: file.write_bytes(b""), "it has 0 bytes instead of "),
         (lambda file: change(file.parent, "programs.step_32_2.signature", "x"), "its arguments are not those"),
-        (lambda file: file.write_bytes(b"cos\nsystem\n"), "its digest is not the manifest's"),
+        (lambda file: file.write_bytes(b"cos\nsystem\n"), "it has 11 bytes instead of "),
     ],
 )
 def test_one_program_that_is_not_right_is_compiled(model, expected, folder, caplog, damage, fact):
@@ -220,6 +257,7 @@ def test_one_program_that_is_not_right_is_compiled(model, expected, folder, capl
 
 def test_what_jax_refuses_is_compiled(model, expected, folder, caplog):
     """A digest that agrees, of what is no program any more."""
+    change(folder, "programs.step_32_2.bytes", len(b"nothing"))
     change(folder, "programs.step_32_2.sha256", hashlib.sha256(b"nothing").hexdigest())
     (folder / "step_32_2.xla").write_bytes(b"nothing")
     with LLM(model, compiled=folder) as llm:

@@ -38,7 +38,7 @@ CONFIG = {
 @pytest.fixture
 def _allowed(monkeypatch):
     """On a CPU the kernel is refused."""
-    monkeypatch.setattr(pages, "_problem", lambda *_: None)
+    monkeypatch.setattr(pages, "kernel_problem", lambda *_: None)
 
 
 def lowered(attention: str) -> dict[str, str]:

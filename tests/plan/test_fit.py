@@ -13,6 +13,7 @@ from jaxinfer.plan.places import find_place
 from jaxinfer.plan.slices import GIB
 from jaxinfer.plan.sweep import meshes, sweep
 from jaxinfer.sharding import parse_mesh
+from tests.plan.test_roofline import CONFIG
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -128,3 +129,28 @@ def test_sweeping_from_the_command_line(cli, tmp_path):
     code, out, err = cli("plan", file, "--sweep", "--topology", "t4", "--max-model-len", "4096")
     assert (code, out) == (1, "")
     assert "none of 1 meshes fits" in err
+
+
+def test_a_cache_that_a_chip_has_no_room_for():
+    one = deployment("llama-3.1-8b_v6e-1")
+    place = find_place("v6e-1", compiles=False)
+    for size in (10**13, 20 * GIB):  # 15 GiB of weights on 31.25
+        with pytest.raises(DoesNotFit, match=f"kv_cache_memory is {size:,}, and beside weights a chip has "):
+            fit(model_of(one.architecture), place, **one.options | {"kv_cache_memory": size})
+
+
+def test_sequences_are_no_longer_than_the_model_takes(cli, tmp_path):
+    """With as many tokens as it takes where nobody says how many; a model of 256 has room on any chip."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"max_position_embeddings": 256}))
+    arguments = "plan", tmp_path, "--topology", "l4"
+    for options, length in (((), 256), (("--max-model-len", "100"), 100), (("--context", "99"), 99)):
+        figures = json.loads(cli(*arguments, *options, "--json").out)
+        assert figures["context"] == length
+        assert all(one["fits"] for one in figures["decode"])
+        assert f"{length:,} tokens of context" in cli(*arguments, *options, "--sweep").out
+    for more in ((), ("--sweep",)):
+        for wanted in ("1000000", "257"):
+            error = cli(*arguments, "--context", wanted, *more).error()
+            assert error == f"context is {wanted}: config.json defines the model for at most 256"
+        error = cli(*arguments, "--context", "101", "--max-model-len", "100", *more).error()
+        assert error == "context is 101: max_model_len is 100"

@@ -34,7 +34,7 @@ def test_other_names(name):
 
 def test_without_the_compiler(cli, model, monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    assert "pip install 'jaxinfer[tpu]'" in cli("plan", model, "--topology", "v5e-4").error()
+    assert "pip install '.[tpu]'" in cli("plan", model, "--topology", "v5e-4").error()
     assert cli("plan", model, "--topology", "v5e-4", "--sweep").code == 0  # from shapes
 
 

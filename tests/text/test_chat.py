@@ -79,7 +79,10 @@ def test_bos_is_not_doubled(sp_chat: Path) -> None:
     assert ids == [1, *hello, tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize("layout", ["string", "list", "dict", "jinja", "directory", "json", "jinja wins"])
+LAYOUTS = ["string", "list", "dict", "jinja", "additional_chat_templates", "chat_templates", "json", "jinja wins"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_where_templates_come_from(tmp_path: Path, layout: str) -> None:
     two = {"default": "plain", "tool_use": "with tools"}
     if layout == "string":
@@ -95,15 +98,45 @@ def test_where_templates_come_from(tmp_path: Path, layout: str) -> None:
         (tmp_path / "chat_template.jinja").write_text("plain")
         if layout == "jinja wins":
             write(tmp_path, tokenizer_config_json={"chat_template": "older"})
-        if layout == "directory":
-            (tmp_path / "chat_templates").mkdir()
-            (tmp_path / "chat_templates" / "tool_use.jinja").write_text("with tools")
+        if layout.endswith("chat_templates"):
+            (tmp_path / layout).mkdir()
+            (tmp_path / layout / "tool_use.jinja").write_text("with tools")
     templates = load_chat_templates(tmp_path, read_json(tmp_path / "tokenizer_config.json"), {})
     assert templates.render(MESSAGES) == "plain"
-    has_two = layout in ("list", "dict", "directory")
+    has_two = layout in ("list", "dict", "additional_chat_templates", "chat_templates")
     assert templates.render(MESSAGES, tools=[SCHEMA]) == ("with tools" if has_two else "plain")
     assert templates.render(MESSAGES, chat_template="default") == "plain"
     assert templates.render(MESSAGES, tools=[SCHEMA], chat_template="{{ messages | length }}") == "3"
+    if has_two:
+        assert templates.render(MESSAGES, chat_template="tool_use") == "with tools"
+
+
+def test_a_name_is_no_template() -> None:
+    templates = ChatTemplates(Path("checkpoint"), {"default": "plain", "tool_use": "with tools"})
+    for wrong in ("tool-use", "plain", "default.jinja", "", 3):
+        with pytest.raises(ValueError, match=r"neither the name of one of the checkpoint's \(default, tool_use\) nor"):
+            templates.render(MESSAGES, chat_template=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"checkpoint's \(none\)"):
+        ChatTemplates(Path("checkpoint")).render(MESSAGES, chat_template="chatml")
+
+
+def test_additional_templates_as_transformers_reads_them(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").write_text(config.pop("chat_template"))
+    write(folder, tokenizer_config_json=config)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools | length }} tools")
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ bos_token }}rag")
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.chat_templates.templates == theirs.chat_template
+    for options in (
+        {},
+        {"tools": [SCHEMA]},
+        {"chat_template": "rag"},
+        {"chat_template": "tool_use", "tools": [SCHEMA]},
+    ):
+        expected = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True, **options)
+        assert ours.chat_prompt(MESSAGES, **options) == expected
 
 
 def test_no_template(gpt2: Path, tmp_path: Path) -> None:
@@ -198,7 +231,7 @@ def test_messages_of_tool_calls() -> None:
 
 
 def test_options_of_transformers_are_refused() -> None:
-    with pytest.raises(ValueError, match="continue_final_message: not supported here"):
-        render("x", continue_final_message=True)
+    with pytest.raises(ValueError, match="tokenize: not supported here"):
+        render("x", tokenize=True)
     with pytest.raises(ValueError, match=r"tools\[0\]: expected a JSON schema"):
         render("x", tools=["f"])

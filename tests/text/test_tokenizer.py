@@ -1,5 +1,8 @@
+import contextlib
 import json
+import math
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import pytest
 import sentencepiece
 from tokenizers import processors
 
+from jaxinfer.text.detokenize import Detokenizer
 from jaxinfer.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 from .tiny import CORPUS, TEXTS, byte_level, sentencepiece_model, write
@@ -304,6 +308,53 @@ def test_corrupt_companions(llama3: Path, gpt2: Path, sp_bpe: Path, tmp_path: Pa
     write(folder, added_tokens_json={"<x>": "y"})
     (folder / "tokenizer.model").write_bytes(proto)
     assert "expected token -> id" in one_line_error(folder)
+
+
+HOSTILE = (-1, 2**31, 10**30, 1.5, True, None, "8", [], {}, math.nan, math.inf)
+
+
+def test_ids_that_can_not_be(llama3: Path, sp_bpe: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sp_bpe, tmp_path / "a")
+    for value in HOSTILE:
+        write(folder, added_tokens_json={"<x>": value})
+        assert "added_tokens.json: expected token -> id, found '<x>': " in one_line_error(folder)
+    (folder / "added_tokens.json").unlink()
+    for key in ("-1", "2147483648", "9" * 5000, "1.5", "NaN", "٣", ""):
+        write(folder, tokenizer_config_json={"added_tokens_decoder": {key: {"content": "<x>"}}})
+        assert "added_tokens_decoder has a malformed entry" in one_line_error(folder)
+    write(folder, tokenizer_config_json={"added_tokens_decoder": {"400": "<x>"}})
+    assert load_tokenizer(folder).decode([400], skip_special_tokens=False) == "<x>"
+    folder = shutil.copytree(llama3, tmp_path / "b")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for value in HOSTILE:
+        for changed in (
+            {"added_tokens": [content["added_tokens"][0] | {"id": value}]},
+            {"model": content["model"] | {"vocab": content["model"]["vocab"] | {"<x>": value}}},
+        ):
+            write(folder, tokenizer_json=content | changed)
+            with contextlib.suppress(ValueError):  # it may be a vocabulary all the same: ids are u32 there
+                load_tokenizer(folder)
+
+
+def test_a_giant_id_takes_no_memory(llama3: Path, sp_bpe: Path, tmp_path: Path) -> None:
+    """There is no set, list or array of all ids up to the largest."""
+    one, two, three = (shutil.copytree(f, tmp_path / n) for f, n in ((llama3, "a"), (sp_bpe, "b"), (sp_bpe, "c")))
+    content = json.loads((one / "tokenizer.json").read_text())
+    content["model"]["vocab"]["<x>"] = 2**31 - 1
+    write(one, tokenizer_json=content)
+    write(two, added_tokens_json={"<x>": 2**31 - 1})
+    write(three, tokenizer_config_json={"added_tokens_decoder": {str(2**31 - 1): {"content": "<x>"}}})
+    for folder in (one, two, three):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        tokenizer = load_tokenizer(folder)
+        assert tokenizer.encode("hello <x>")
+        ids = [1, 2**31 - 2, 2**31 - 1]
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+        assert detokenizer.push(ids) + detokenizer.finish() == tokenizer.decode(ids, skip_special_tokens=False)
+        assert tokenizer.token_text(2**31 - 1) == "<x>"
+        with pytest.raises(ValueError, match=r"ids up to 2147483647 but config.json says vocab_size 400;"):
+            check_vocabulary(tokenizer, 400)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB
 
 
 def test_mutated_tokenizer_json(json_unigram: Path, llama3: Path, tmp_path: Path, capfd: Any) -> None:

@@ -155,6 +155,20 @@ def take(table: jax.Array, ids: jax.Array, reference: Callable[[jax.Array, jax.A
     return jax.ffi.ffi_call(TAKE, out, vmap_method="sequential")(table, ids)
 
 
+def attention_problem(activations: str, head_dim: int, queries: int, cache: str) -> str | None:
+    """Why there is no kernel for attention of these dtypes here, `queries` of a token that have one key; or None."""
+    found = kernels()
+    if found.level is None:
+        return found.why
+    if activations != "float32":
+        return f"the kernel is for activations in float32, and these are in {activations}"
+    if head_dim % 16:
+        return f"the kernel is for head sizes that are multiples of 16, and the model has {head_dim}"
+    if queries > MOST_QUERIES:
+        return f"the kernel is for at most {MOST_QUERIES} query heads a key head, and the model has {queries}"
+    return None if cache in CACHES else f"the kernel reads a cache in {', '.join(CACHES)}, and this is kept as {cache}"
+
+
 def attend(
     q: jax.Array,
     pools: Sequence[jax.Array],
@@ -172,8 +186,7 @@ def attend(
     pools: keys and values `[P, K, page_size, d]`, in 8 bits their scales `[P, K, page_size]` too. pages: i32[R, ...].
     window: that many positions are seen; None is all. By a kernel where there is one, else what `reference` gives.
     """
-    fits = q.dtype == jnp.float32 and q.shape[3] % 16 == 0 and q.shape[2] <= MOST_QUERIES
-    if not (fits and pools[0].dtype.name in CACHES and kernels().level and alone()):
+    if attention_problem(q.dtype.name, q.shape[3], q.shape[2], pools[0].dtype.name) or not alone():
         return reference()
     call = functools.partial(
         jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential"),

@@ -1,0 +1,139 @@
+"""What options of vLLM, transformers and mlx-lm are here: data, and how what somebody gives is read by it.
+
+An option is ours under another name (`same`, `made`), or asks for what is done anyhow, or is refused with what to do
+instead. Signatures: vLLM's LLM, EngineArgs and SamplingParams (https://github.com/vllm-project/vllm), transformers'
+GenerationConfig and from_pretrained, mlx-lm's generate and stream_generate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Given = Mapping[str, Any]
+ANY = object()  # any value is fine
+PLAIN = (bool, int, float, str, list, tuple, dict, set)
+
+
+@dataclass(frozen=True)
+class Words:
+    """Other programs' names for the options of something.
+
+    same: ours of the same meaning. made: ours with their values, from a value and all that is given; ValueError for
+    what is none. instead: what to do in place of an option. fine: the values of it that ask for what is done anyhow;
+    where there are none, those that ask for nothing (None, False, 0, "auto", and what is empty). None always does.
+    what, refused: how the error begins.
+    """
+
+    what: str
+    refused: str = "is not supported"
+    same: Mapping[str, str] = field(default_factory=dict)
+    made: Mapping[str, Callable[[Any, Given], dict[str, Any]]] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)
+    fine: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.same or name in self.made or name in self.instead
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.same, **self.made, **self.instead})
+
+    def word(self, name: str) -> str:
+        """What an option is here."""
+        return self.instead.get(name) or f"here it is {self.same[name]}"
+
+    def meaning(self, names: Iterable[str], instead: str) -> Words:
+        """These, and further names, which are something else whatever their value."""
+        more = [name for name in names if name not in self]
+        return dataclasses.replace(
+            self,
+            instead={**self.instead, **dict.fromkeys(more, instead)},
+            fine={**self.fine, **dict.fromkeys(more, ())},
+        )
+
+    def translated(self, given: Given, known: Collection[str] | None) -> dict[str, Any]:
+        """The options in our words. known: ours, which come first; None: all that are nobody else's. Raises one
+        ValueError for all that is wrong."""
+        known = [name for name in given if name not in self] if known is None else known
+        found, problems = self.read(given, known)
+        if problems:
+            raise ValueError(self.refusal(problems, known))
+        return found
+
+    def read(self, given: Given, known: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """The options in our words, and what is wrong with the others, by name."""
+        found = {name: value for name, value in given.items() if name in known}
+        problems: dict[str, str] = {}
+        for name, value in given.items():
+            ours_too = name in self.same or name in self.made
+            if name in known or (value is None and name in self) or (not ours_too and self._is_fine(name, value)):
+                continue
+            if not ours_too:
+                close = difflib.get_close_matches(name, known, n=1)
+                guess = f"did you mean {close[0]}?" if close else ""
+                problems[name] = self.instead.get(name, guess)
+                continue
+            try:
+                ours = self.made[name](value, given) if name in self.made else {self.same[name]: value}
+            except ValueError as error:
+                problems[name] = str(error)
+                continue
+            for our, meant in ours.items():
+                if our in found and (our in given or name in self.same):
+                    problems[name] = f"it is {our}, which is given too"
+                else:
+                    found[our] = f"{found[our]},{meant}" if our in found else meant  # axes of one mesh
+        return found, problems
+
+    def refusal(self, problems: Mapping[str, str], known: Collection[str]) -> str:
+        """One line for all of them; what there is, where a name is nobody's."""
+        said = "; ".join(
+            f"{name}: {why}" if name in self else f"{name!r} {self.refused}{': ' * bool(why)}{why}"
+            for name, why in problems.items()
+        )
+        strange = any(name not in self for name in problems)
+        return f"{self.what} {said}" + (f"; known are {', '.join(known)}" if strange else "")
+
+    def _is_fine(self, name: str, value: Any) -> bool:
+        """Whether it asks for what is done anyhow."""
+        if name not in self.instead:
+            return False
+        fine = self.fine.get(name)
+        if fine is None:
+            return isinstance(value, PLAIN) and (not value or value == "auto")
+        said = getattr(value, "name", value)  # of an enum
+        return ANY in fine or (isinstance(said, PLAIN) and any(_same(said, one) for one in fine))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """1 is no True, but 4.0 is 4."""
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def takes(words: Words) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function's keyword arguments may have other programs' names."""
+
+    def wrap(call: Callable[P, R]) -> Callable[P, R]:
+        known = [name for name in inspect.signature(call).parameters if name != "self"]
+
+        @functools.wraps(call)
+        def named(*args: P.args, **given: P.kwargs) -> R:
+            ours: Any = given if given.keys() <= set(known) else words.translated(given, known)
+            return call(*args, **ours)
+
+        return named
+
+    return wrap
+
+
+def names(said: Mapping[str, str]) -> dict[str, str]:
+    """What is said of several names, each."""
+    return {name: why for names, why in said.items() for name in names.split()}

@@ -1,0 +1,80 @@
+"""Where a config.json says one thing and the tensors beside it are another: the tensors count.
+
+Decided before anything is planned or loaded, so that all who ask for the model get the same one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.load import FLOATS
+from jaxinfer.checkpoint.open import Weights
+from jaxinfer.models.registry import parse_config
+from jaxinfer.models.weights import WeightMap
+from jaxinfer.quantization.stored import leaving, stored_quantization
+
+BLOCK = 2**22  # elements that are compared at a time
+PACKED = ("qweight", "weight_packed")  # what a quantized linear has in place of `weight`
+
+log = logging.getLogger("jaxinfer")
+
+
+def as_stored(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """A config.json's content as it would be, had it been written for these weights.
+
+    `tie_word_embeddings` is false where there is a head with values of its own; what was saved twice, or as the head
+    alone, stays tied. Quantized linears are those that have such tensors, however config.json names the others. Raises
+    ValueError for a config.json that is none.
+    """
+    found = dict(config)
+    architecture, parsed = parse_config(config)
+    names = architecture.weights(parsed)
+    if parsed.tie_word_embeddings and _has_own_head(weights, names):
+        found["tie_word_embeddings"] = False
+        log.warning("%s: has a head of its own, which is used, although config.json ties it", weights.folder)
+    said = stored_quantization(config)
+    if said is not None and isinstance(weights, Checkpoint):
+        plain, packed = _linears(weights, names)
+        as_said = all(said.format_of(name, "Linear") is None for name in plain)
+        if not as_said or any(said.format_of(name, "Linear") is None for name in packed):
+            found = leaving(found, plain)
+    return found
+
+
+def _has_own_head(weights: Weights, names: WeightMap) -> bool:
+    if not isinstance(weights, Checkpoint):
+        return names.head in weights.tensors
+    if any(names.head.removesuffix("weight") + one in weights.tensors for one in PACKED):
+        return True
+    head = weights.tensors.get(names.head)
+    embedding = next((weights.tensors[n] for n in names.spellings(names.embedding) if n in weights.tensors), None)
+    if head is None or embedding is None:
+        return False
+    if head.shape != embedding.shape or not {head.dtype, embedding.dtype} <= set(FLOATS) or len(head.shape) != 2:
+        return True
+    count = max(BLOCK // max(head.shape[1], 1), 1)
+    for start in range(0, head.shape[0], count):
+        rows = slice(start, min(start + count, head.shape[0])), slice(0, head.shape[1])
+        one, other = (weights.read(info.name, rows).astype(np.float32) for info in (head, embedding))
+        if not np.array_equal(one, other, equal_nan=True):
+            return True
+    return False
+
+
+def _linears(weights: Checkpoint, names: WeightMap) -> tuple[list[str], list[str]]:
+    """The linears that are floats, and those that are quantized, by their names in the model."""
+    plain: list[str] = []
+    packed: list[str] = []
+    for name, info in weights.tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind not in ("weight", *PACKED) or len(info.shape) != 2 or name in names.spellings(names.embedding):
+            continue
+        if not name.startswith((names.prefix, names.head.removesuffix("weight"))):
+            module = names.prefix + module
+        (plain if kind == "weight" and info.dtype in FLOATS else packed).append(module)
+    return plain, packed

@@ -1,0 +1,49 @@
+"""Regular expressions that a checkpoint gives: those that can't take for ever."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import Any
+
+LENGTH = 32  # a module's name, about; its characters are shared by all repetitions
+MOST = LENGTH**5  # ways of matching: some tenths of a second, at worst
+
+
+@functools.lru_cache(maxsize=1024)
+def compile_pattern(text: str) -> re.Pattern[str]:
+    """Raises ValueError for what is none, and where there are so many ways in which it may match that trying them takes
+    for ever, which nothing stops."""
+    try:
+        pattern = re.compile(text)
+        ways = _ways(re._parser.parse(text))  # type: ignore[attr-defined]
+    except (re.error, OverflowError, RecursionError):
+        raise ValueError("it is no regular expression") from None
+    if ways > MOST:
+        raise ValueError("it repeats too much: it may take for ever to match")
+    return pattern
+
+
+def _ways(parsed: Any) -> float:
+    """In how many ways a name of LENGTH may match, at most."""
+    found = 1.0
+    for operator, given in parsed:
+        match str(operator):
+            case "BRANCH":
+                found *= sum(map(_ways, given[1]))
+            case "SUBPATTERN":
+                found *= _ways(given[3])
+            case "ASSERT" | "ASSERT_NOT":
+                found *= _ways(given[1])
+            case "ATOMIC_GROUP":
+                found *= _ways(given)
+            case "GROUPREF_EXISTS":
+                found *= sum(_ways(one) for one in given[1:] if one is not None)
+            case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
+                low, high, inner = given
+                most, ways = min(high, LENGTH), _ways(inner)
+                found *= (most + 1 - min(low, most)) * (math.inf if ways > MOST else ways**most)
+        if found > MOST:
+            return math.inf
+    return found
