@@ -26,8 +26,9 @@ from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.open import open_weights
+from jaxinfer.checkpoint.output import Format, check_destination
 from jaxinfer.checkpoint.settle import as_stored
-from jaxinfer.convert import Format, check_place, stored_dtype, writing
+from jaxinfer.convert import stored_dtype, writing
 from jaxinfer.engine.options import DType, check_options
 from jaxinfer.layers.linear import Linear
 from jaxinfer.models.causal import Feeds
@@ -85,7 +86,7 @@ def calibrate(
     output = os.fspath(output)
     wanted = check_method(scheme, method)
     dtype = check_options({"dtype": dtype, "revision": revision})["dtype"]
-    check_place(output, format)
+    check_destination(output, format)
     folder = resolve(model, revision)
     config = read_config(folder, REGISTRY)
     tokenizer = load_tokenizer(folder)

@@ -9,21 +9,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from jaxinfer.checkpoint.contents import beside
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.hf import HfWriter, config_of
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, converted_config, manifest, save
-from jaxinfer.checkpoint.output import check_output, put, put_beside, written
+from jaxinfer.checkpoint.output import Format, check_destination, put, put_beside, written
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.engine.load import place_for
 from jaxinfer.engine.options import DType, check_options
@@ -31,8 +31,6 @@ from jaxinfer.models.model import Model, Params
 from jaxinfer.models.registry import REGISTRY
 from jaxinfer.quantization.schemes import Quantization
 from jaxinfer.sharding import describe
-
-Format = Literal["orbax", "hf"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def convert(
         {"dtype": dtype, "quantization": quantization, "mesh": mesh, "revision": revision, "token": token}
     )
     output = os.fspath(output)
-    check_place(output, format)
+    check_destination(output, format)
     folder = resolve(model, given["revision"], given["token"])
     config = read_config(folder, REGISTRY)
     with open_weights(folder) as weights:
@@ -108,21 +106,13 @@ def convert(
     return Conversion(output, format, abstract.precision, where, size, load, write, back, back / load)
 
 
-def check_place(output: str, format: Format) -> None:
-    """Raises ValueError if something is there, or if it can't be written there."""
-    if format not in get_args(Format):
-        raise ValueError(f"format is {format!r}: it must be one of {', '.join(get_args(Format))}")
-    fs, _ = check_output(output)
-    if format == "hf" and not isinstance(fs, LocalFileSystem):
-        raise ValueError(f"output {output}: format hf is written into a folder here, and can then be copied")
-
-
 @contextlib.contextmanager
 def writing(
     output: str, format: Format, model: Model, config: Mapping[str, Any], folder: Path
 ) -> Iterator[Callable[[Params], None]]:
     """What takes a model's parameters, a few at a time or all at once, and writes them. config: config.json's content.
     folder: where all else is that belongs to the checkpoint. Raises ValueError for what the format can't have."""
+    beside(folder)  # what can't be copied shows now
     if format == "hf":
         with written(output) as path:
             with HfWriter(model, path) as writer:

@@ -301,7 +301,7 @@ def test_dtypes_however_they_are_spelt():
 
 def test_a_deployment_in_other_words(tmp_path):
     file = tmp_path / "one.yaml"
-    file.write_text("model: x\ndtype: half\nkv_cache_dtype: fp8_e4m3\nseed: null\n")
+    file.write_text("model: x\ndtype: half\nkv_cache_dtype: fp8_e4m3\n")
     assert check_options(read_deployment(file).options) == check_options({"dtype": "float16", "kv_cache_dtype": "fp8"})
     file.write_text("model: x\ntensor_parallel_size: 4\n")
     assert (

@@ -4,7 +4,10 @@ tests/models/test_config_fields.py."""
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -311,6 +314,25 @@ def test_a_cache_folder_that_cannot_be_written(checkpoints, cli, tmp_path, monke
     model = checkpoints("llama").folder
     refusal(model, tmp_path / "file" / "programs", "JAXINFER_CACHE_DIR")
     assert "JAXINFER_CACHE_DIR" in cli("generate", "x", "-m", model).error()
+
+
+@pytest.mark.parametrize("variable", ["JAXINFER_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR"])
+@pytest.mark.parametrize("url", ["gs://bucket/cache", "memory://cache"])
+def test_a_cache_in_a_bucket(tmp_path, variable, url):
+    """JAX is left to keep it there, or it is refused; it does not become a folder called gs: here."""
+    script = """
+import jax
+from jaxinfer.compile_cache import enable_compile_cache
+enable_compile_cache()
+print(jax.config.jax_compilation_cache_dir)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "JAXINFER_CACHE_DIR"} | {variable: url}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    if url.startswith("gs"):
+        assert done.stdout == f"{url}\n", done.stderr
+    else:
+        assert f"ValueError: cache folder {url}: JAX knows no such URLs: set JAXINFER_CACHE_DIR to" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 # Requests

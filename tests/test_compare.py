@@ -137,9 +137,9 @@ def test_a_scheme_that_is_not_to_be_had_leaves_the_others(cli, folder, tmp_path,
         return price
 
     monkeypatch.setattr(module, "_price", interrupted)
-    code, out, _ = cli(*asked, "--schemes", "int8")
+    code, out, _ = cli(*asked, "--schemes", "int8", "--json")
     assert code == 130
-    assert "as it is" in out
+    assert [one["scheme"] for one in json.loads(out)["prices"]] == [None]
     with pytest.raises(ValueError, match="it has no room"):
         list(compare(folder, ["*=int4"], TEXTS, **OPTIONS))
 

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.convert import convert
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.models.model import Model
+from jaxinfer.text.tokenizer import load_tokenizer
 
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}
 PROMPTS = [[5, 17, 200, 33], list(range(40, 100))]
@@ -108,11 +111,135 @@ def test_what_an_object_store_has(tmp_path, monkeypatch):
     fs.pipe_file("/bucket/one/weights/d/1", b"large")
     with pytest.raises(FileNotFoundError, match=r"memory://bucket/one: no jaxinfer\.json"):
         remote.fetch("memory://bucket/one/")
-    fs.pipe_file("/bucket/one/jaxinfer.json", b'{"format": 1}')
+    manifest = b'{"format": 1, "files": {}, "tensors": {}}'
+    fs.pipe_file("/bucket/one/jaxinfer.json", manifest)
+    fs.pipe_file("/bucket/one/chat_templates/tool_use.jinja", b"{{ tools }}")
+    fs.pipe_file("/bucket/one/other/x.json", b"{}")
+    fs.pipe_file("/bucket/one/movie.mp4", b"large")
     for _ in range(2):
         folder = remote.fetch("memory://bucket/one/")
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "jaxinfer.json"]
-    assert json.loads((folder / "jaxinfer.json").read_text())["weights"] == "memory://bucket/one/weights"
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+    assert files == ["chat_templates/tool_use.jinja", "config.json", "jaxinfer.json"]
+    assert (folder / "jaxinfer.json").read_bytes() == manifest
+    assert folder.name == "one"
+    with open_weights(folder) as weights:
+        assert weights.weights == "memory://bucket/one/weights"
+    shutil.copytree(folder, tmp_path / "copy")
+    with open_weights(tmp_path / "copy") as weights:  # which `fetch` has not made, whatever it contains
+        assert weights.weights == str(tmp_path / "copy" / "weights")
+    # What is there now is another folder, and who reads the old one goes on. What was damaged is made anew.
+    fs.pipe_file("/bucket/one/config.json", b"{ }")
+    changed = remote.fetch("memory://bucket/one")
+    assert (changed / "config.json").read_bytes() == b"{ }"
+    assert (folder / "config.json").read_bytes() == b"{}"
+    (changed / "config.json").write_bytes(b"")
+    assert remote.fetch("memory://bucket/one") == changed
+    assert (changed / "config.json").read_bytes() == b"{ }"
+    monkeypatch.setattr(remote, "MAX_JSON_BYTES", 20)
+    with pytest.raises(ValueError, match=r"memory://bucket/one/jaxinfer\.json: has 41 bytes, and 20 are read"):
+        remote.fetch("memory://bucket/one")
+
+
+def test_fetched_by_several_at_once(tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fsspec.filesystem("memory").pipe_file("/bucket/many/jaxinfer.json", b"{}")
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: remote.fetch("memory://bucket/many"), range(40)))
+    assert len({*folders}) == 1
+    assert len(list((tmp_path / "jaxinfer" / "checkpoints").iterdir())) == 1
+
+
+def test_two_to_one_output(tmp_path, monkeypatch):
+    """The second begins while the first is reading, and is slow: whose folder it is in the end is whole."""
+    import jaxinfer.convert
+
+    output, real = tmp_path / "new", jaxinfer.convert.load_weights
+    first = []
+
+    def load_weights(*arguments):
+        params = real(*arguments)
+        if not first:
+            first.append(True)
+            convert(MODEL_DIR, output, format="hf", show_progress=False)
+        return params
+
+    monkeypatch.setattr(jaxinfer.convert, "load_weights", load_weights)
+    with pytest.raises(OSError, match=r"new: another process has written it, .*: give another name"):
+        convert(MODEL_DIR, output, format="hf", quantization="int8", show_progress=False)
+    assert os.listdir(tmp_path) == ["new"]
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    with open_weights(output) as new, open_weights(MODEL_DIR) as old:
+        for name in old.tensors:
+            assert new.read(name).tobytes() == old.read(name).tobytes()
+
+
+def model_with(folder, *files):
+    """The packaged model, and more files in it."""
+    shutil.copytree(MODEL_DIR, folder)
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("tools {{ tools | tojson }}")
+    return folder
+
+
+@pytest.mark.parametrize("format", ["hf", "orbax"])
+def test_named_chat_templates_come_along(tmp_path, format):
+    names = ("chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja")
+    source = model_with(tmp_path / "model", *names, "assets/picture.json")
+    convert(source, tmp_path / "new", format=format, show_progress=False)
+    for name in names:
+        assert (tmp_path / "new" / name).read_text() == "tools {{ tools | tojson }}"
+    assert not (tmp_path / "new" / "assets").exists()
+    templates = load_tokenizer(tmp_path / "new").chat_templates.templates
+    assert templates.keys() >= {"default", "tool_use", "rag"}
+
+
+def test_links_are_not_copied_from_elsewhere(tmp_path, monkeypatch):
+    """What comes out may be published; what a downloaded folder links to was not meant."""
+    source = model_with(tmp_path / "model")
+    (tmp_path / "private").write_text("secret")
+    (source / "LICENSE").symlink_to(tmp_path / "private")
+    monkeypatch.setattr("jaxinfer.convert.load_weights", None)  # said before
+    with pytest.raises(ValueError, match="LICENSE is a link that leads out of its folder"):
+        convert(source, tmp_path / "new", format="hf", show_progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["run[1]", "n" * 250, "x/."])
+def test_odd_names(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    convert(MODEL_DIR, name, show_progress=False)
+    assert sorted(os.listdir(os.path.normpath(name))) == sorted(os.listdir(tmp_path / name))
+    assert len(os.listdir(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("memory://a/b", "Orbax writes folders and gs://, s3://"),
+        ("https://127.0.0.1:9/b", "output https://127.0.0.1:9/b"),
+        ("file://", "a name is missing"),
+        ("dangling", "is there already"),
+        ("a::b", "a URL within another"),
+        ("gs:/bucket/b", "a URL that has lost a slash"),
+        ("n" * 256, "File name too long"),
+        ("[1]/b", r"Orbax can't use a folder called '[1]'"),
+        ("a\\b", "Orbax can't use a folder called"),
+    ],
+)
+def test_names_that_can_not_be(cli, tmp_path, monkeypatch, name, problem):
+    """Said before a model is looked for, which may have to be downloaded."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises((ValueError, OSError), match=re.escape(problem)) as error:
+        convert("me/not-there", name)
+    assert "\n" not in str(error.value)
+    assert problem in cli("convert", "me/not-there", name).error()
+    command = ("quantize", "me/not-there", name, "--scheme", "int4", "--method", "gptq", "--data", "no.txt")
+    assert problem in cli(*command).error()
+    assert os.listdir(tmp_path) == ["dangling"]
 
 
 @pytest.mark.slow
@@ -121,7 +248,7 @@ def test_killed(tmp_path):
     output = tmp_path / "new"
     command = [sys.executable, "-m", "jaxinfer", "convert", MODEL_DIR, output]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while not list(tmp_path.glob(".new.tmp/weights*")):
+    while not list(tmp_path.glob(".new.*.tmp/weights*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)

@@ -9,7 +9,7 @@ import jaxinfer
 
 ROOT = Path(jaxinfer.__file__).parent
 LAYERS = [
-    {"__version__", "sharding", "compile_cache", "aliases"},
+    {"__version__", "sharding", "compile_cache", "aliases", "places"},
     {"kernels", "distributed"},
     {"quantization", "cache"},
     {"attention"},

@@ -353,6 +353,22 @@ def test_the_command(checkpoints, tasks, tmp_path):
     assert "jaxinfer (" in done.stdout
 
 
+def test_an_output_that_can_not_be_is_said_before(cli, tmp_path):
+    """lm-eval itself would make a folder gs: here, and the other at the end."""
+    (tmp_path / "file").touch()
+    arguments = ("--model_args", "pretrained=no-such-folder/x", "--tasks", "local_choice")
+    for name, problem in {
+        "gs:/bucket/x": "has lost a slash",
+        "memory://x": "is not on this machine",
+        tmp_path / "file": "can't be made",
+        tmp_path / "file" / "x.json": "can't be made",
+        tmp_path / ("n" * 256): "File name too long",
+    }.items():
+        for option in ("--output_path", "-o"):
+            assert problem in cli("lm-eval", *arguments, option, name).error()
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_options_that_are_not_there(checkpoints, tasks):
     from jaxinfer.lm_eval import JaxInferLM
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from pathlib import Path
 
-from jaxinfer.checkpoint.hub import ALLOW
+from jaxinfer.checkpoint.contents import files_of
 
 HEAD = 2**20
 BLOCK, BLOCKS = 2**16, 64
@@ -19,11 +18,10 @@ def model_fingerprint(folder: Path) -> str:
     Reading 140 GB at each start would take minutes, so weights that differ in a few places only may go unnoticed.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
-        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in ALLOW) or not path.is_file():
-            continue
+    for name in files_of(folder):
+        path = folder / name
         size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
+        digest.update(f"{name}\0{size}\0".encode())
         with open(path, "rb") as file:
             if path.suffix != ".safetensors":
                 digest.update(file.read())

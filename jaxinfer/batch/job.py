@@ -88,6 +88,8 @@ def run(
     checker = Parser(task, SamplingParams(), changes, prompt_template)  # mistakes show before a model is loaded
     seed = options.pop("seed", 0)
     group = distributed.group()
+    if group is None or group.leads:
+        out.check()  # before a model is downloaded
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(show_progress))
         folder = _folder(model, options)

@@ -8,8 +8,9 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from jaxinfer.batch.formats import Format
 from jaxinfer.batch.parts import Output
 
 FORMAT = 2
@@ -101,8 +102,10 @@ class Manifest:
 
     def check_file(self) -> None:
         """Raises ValueError for fields of a file that can't be, or not beside each other."""
-        if not isinstance(self.job, dict) or not isinstance(self.job["format"], str):
+        if not isinstance(self.job, dict):
             raise ValueError(f"job is {self.job!r:.80}")
+        if self.job["format"] not in get_args(Format):  # it ends the names of parts
+            raise ValueError(f"format is {self.job['format']!r:.80}")
         names = ("shard", "parts", "rows", "errors", "prompt_tokens", "generated_tokens")
         counts: dict[str, tuple[Any, int]] = {name: (getattr(self, name), 0) for name in names}
         counts |= {"shards": (self.shards, 1), "rows_per_part": (self.job["rows_per_part"], 1)}

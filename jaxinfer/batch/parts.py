@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import IO, get_args
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from jaxinfer.batch.formats import FILES, Format, file_format
+from jaxinfer.places import check_new, locate
 
 
 class Output:
@@ -27,10 +27,7 @@ class Output:
 
     def __init__(self, output: str, format: Format | None = None):
         self.name = output.rstrip("/") or output
-        try:
-            self.fs, path = fsspec.core.url_to_fs(self.name)
-        except (ValueError, ImportError) as error:
-            raise ValueError(f"output {output}: {error}") from None
+        self.fs, path = locate(self.name, "output")
         self.local = isinstance(self.fs, LocalFileSystem)
         folder = output.endswith("/") or (self.local and os.path.isdir(path))
         named = file_format(path, folder)
@@ -62,6 +59,15 @@ class Output:
         """The parts that are there."""
         found = (re.fullmatch(rf"part-(\d{{5,}})\.{re.escape(self.format)}", name) for name in self.names())
         return {int(one[1]) for one in found if one}
+
+    def check(self) -> None:
+        """Raises ValueError if it is not there and can't be made, which is tried."""
+        if self.local and not os.path.exists(self.folder):
+            check_new(self.folder, f"output {self.name}")
+            if self.file and not os.path.exists(self.file):
+                check_new(self.file, f"output {self.name}")
+                # The longest name of all is written at the end.
+                check_new(temporary_name(f"{self.file}.manifest.json"), f"output {self.name}")
 
     def make(self) -> None:
         with writing(self.folder):

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxinfer.checkpoint.files import check_folder, read_json, some
 from jaxinfer.checkpoint.safetensors import SafetensorsFile, TensorInfo
+from jaxinfer.places import inside
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -23,7 +24,7 @@ class Checkpoint:
 
     The files are, as in transformers, `model.safetensors`; else those that `model.safetensors.index.json` names;
     else the only `*.safetensors` there is, or a complete set `NAME-00001-of-0000N.safetensors` if it is the only one.
-    Files that an index names must lie directly in the folder (they may be links, as in the hub's cache).
+    Files that an index names must lie directly in the folder (they may be links within it, or as in the hub's cache).
 
     Attributes: `folder`; `tensors`, name -> TensorInfo, file by file in the order of the bytes; `nbytes`, the bytes of
     all tensors; `bytes_read`, the bytes that `read` has read so far. Threads may share one object.
@@ -79,6 +80,8 @@ class Checkpoint:
                 missing.append(name)
                 continue
             try:
+                if index is not None:
+                    inside(self.folder, name, f"{INDEX}: file")
                 file = self._closer.enter_context(SafetensorsFile(path))
             except (OSError, ValueError) as error:
                 damaged.append(str(error))

@@ -3,19 +3,18 @@
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from jaxinfer.checkpoint.contents import ALLOW, IGNORE, TEMPLATES, belonging
 from jaxinfer.checkpoint.files import check_folder
 from jaxinfer.checkpoint.remote import fetch
 
-# Nothing pickled is ever downloaded.
-ALLOW = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-# Other exports in folders of their own, and Mistral's second copy of the weights.
-IGNORE = ["*/*", "consolidated*.safetensors"]
 TIMEOUT = 8.0  # seconds until the hub must have answered the first question
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +56,17 @@ def _download(name: str, revision: str | None, token: str | bool | None) -> Path
 
     at = f"{name} (revision {revision})" if revision else name
 
-    def snapshot(**options: Any) -> Path:
-        folder = snapshot_download(
-            name, revision=revision, token=token, allow_patterns=ALLOW, ignore_patterns=IGNORE, **options
+    def snapshot(allow: Sequence[str] = ALLOW, ignore: Sequence[str] = ("*/*", *IGNORE), **options: Any) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                allow_patterns=list(allow),
+                ignore_patterns=list(ignore),
+                **options,
+            )
         )
-        return Path(folder)
 
     def explain(error: Exception) -> Exception:
         detail = " ".join(str(error).split())[:300] or type(error).__name__
@@ -93,7 +98,7 @@ def _download(name: str, revision: str | None, token: str | bool | None) -> Path
 
     # snapshot_download sets no limit to its first request, so without network it can hang for minutes. Ask first.
     try:
-        _within(TIMEOUT, lambda: HfApi(token=token).model_info(name, revision=revision, timeout=TIMEOUT))
+        info = _within(TIMEOUT, lambda: HfApi(token=token).model_info(name, revision=revision, timeout=TIMEOUT))
     except (errors.HFValidationError, errors.RevisionNotFoundError) as error:
         raise explain(error) from None
     except Exception as error:  # the HTTP client, whose errors these are, differs between versions of huggingface_hub
@@ -113,22 +118,23 @@ def _download(name: str, revision: str | None, token: str | bool | None) -> Path
             logger.warning("%s: using the cached copy, as the hub can't be asked: %s", at, explain(error))
         return folder
     try:
+        # Its patterns can't except folders. These come first, as what is cached counts as whole when the others are.
+        if belonging((file.rfilename for file in info.siblings or ()), allow=()):
+            snapshot(TEMPLATES, ())
         return snapshot()
     except Exception as error:
         raise explain(error) from None
 
 
-def _within(seconds: float, call: Callable[[], object]) -> None:
+def _within(seconds: float, call: Callable[[], T]) -> T:
     """Runs `call`, for at most `seconds`: its own timeout counts for each address of a host, and not for names."""
-    done: Future[None] = Future()
+    done: Future[T] = Future()
 
     def work() -> None:
         try:
-            call()
+            done.set_result(call())
         except BaseException as error:
             done.set_exception(error)
-        else:
-            done.set_result(None)
 
     threading.Thread(target=work, daemon=True, name="hub").start()
-    done.result(seconds)
+    return done.result(seconds)

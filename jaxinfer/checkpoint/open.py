@@ -12,6 +12,7 @@ from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.memory import HugePages
 from jaxinfer.checkpoint.orbax import Converted, is_converted, restore
+from jaxinfer.checkpoint.remote import origin
 from jaxinfer.models.model import Model, Params
 
 Weights = Checkpoint | Converted
@@ -19,7 +20,7 @@ Weights = Checkpoint | Converted
 
 def open_weights(folder: Path) -> Weights:
     """What `jaxinfer convert` has written, or else safetensors files. Raises what these raise."""
-    return Converted(folder) if is_converted(folder) else Checkpoint(folder)
+    return Converted(folder, origin(folder)) if is_converted(folder) else Checkpoint(folder)
 
 
 def load_weights(

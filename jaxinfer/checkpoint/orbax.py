@@ -15,18 +15,19 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import fsspec
 import jax
+from fsspec.implementations.local import LocalFileSystem
 from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.files import read_json, short, some
 from jaxinfer.checkpoint.safetensors import DTYPES
 from jaxinfer.checkpoint.write import Layout
 from jaxinfer.models.model import Model, Params
+from jaxinfer.places import file_system, inside, reached
 from jaxinfer.quantization.schemes import SCALE, Quantization
 from jaxinfer.quantization.stored import converted_quantization_config
 from jaxinfer.sharding import PADDED
@@ -40,12 +41,13 @@ CHUNK = 2**24  # bytes: another mesh reads whole ones, so they are smaller than 
 class Converted:
     """A converted checkpoint, of which the manifest has been read.
 
-    Attributes: `folder`; `weights`, where Orbax's files are; `files`, their sizes; `tensors`, name -> shape,
-    with the padding of the mesh that wrote it, and dtype; `nbytes`, their bytes. Raises ValueError for a manifest that
-    is none.
+    url: where the weights are if only the other files are in the folder; a manifest does not say where. Attributes:
+    `folder`; `weights`, where Orbax's files are; `files`, their sizes; `tensors`, name -> shape, with the padding of
+    the mesh that wrote it, and dtype; `nbytes`, their bytes. Raises ValueError for a manifest that is none, and for
+    weights that are a link to somewhere else.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, url: str | None = None) -> None:
         self.folder = folder
         path = folder / MANIFEST
         said = read_json(path)
@@ -53,9 +55,14 @@ class Converted:
             raise ValueError(
                 f"{path}: format is {short(said.get('format'))}, and {FORMAT} is read: convert the checkpoint again"
             )
+        if "weights" in said:
+            raise ValueError(
+                f"{path}: says that weights are {short(said['weights'])}; they are in {WEIGHTS}/ beside it and nowhere "
+                "else: remove the field"
+            )
+        self.weights = f"{url}/{WEIGHTS}" if url else str(inside(os.path.abspath(folder), WEIGHTS, f"{path}: weights"))
         try:
-            self.weights = str(said.get("weights", folder / WEIGHTS))
-            self.files = dict(zip(said["files"], _sizes_of(said["files"].values()), strict=True))
+            self.files = dict(zip(said["files"], _sizes_of([*said["files"].values()]), strict=True))
             self.tensors = {name: _layout(one["shape"], one["dtype"]) for name, one in said["tensors"].items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not what jaxinfer convert writes ({error!r:.200}): convert it again") from None
@@ -79,11 +86,12 @@ class Converted:
         self.close()
 
 
-def _sizes_of(said: Iterable[Any]) -> tuple[int, ...]:
-    found = tuple(said)
-    if wrong := [size for size in found if type(size) is not int or not 0 <= size < 2**63]:
+def _sizes_of(said: Any) -> tuple[int, ...]:
+    if not isinstance(said, list):
+        raise TypeError(f"{short(said)} is no list of sizes")
+    if wrong := [size for size in said if type(size) is not int or not 0 <= size < 2**63]:
         raise ValueError(f"{short(wrong[0])} is no size")
-    return found
+    return tuple(said)
 
 
 def _layout(shape: Any, dtype: Any) -> Layout:
@@ -132,7 +140,8 @@ def restore(model: Model, checkpoint: Converted, place: jax.Device | Mesh) -> Pa
 
     _check(model, checkpoint)
     # Orbax would notice most of it, but in the middle of reading, and with complaints that last after its error.
-    sizes = _sizes(checkpoint.weights)
+    with reached(checkpoint.weights):
+        sizes = _sizes(checkpoint.weights)
     wrong = [name for name, size in checkpoint.files.items() if sizes.get(name) != size]
     if wrong:
         raise _damaged(checkpoint.weights, f"files that are missing or have another size: {some(wrong)}")
@@ -154,10 +163,14 @@ def _damaged(path: str, problem: str) -> ValueError:
 
 
 def _sizes(path: str) -> dict[str, int]:
-    """The files below a folder or URL, and their bytes."""
-    fs, root = fsspec.core.url_to_fs(path)
+    """The files below a folder or URL, and their bytes. Raises ValueError for links that lead out of it."""
+    fs, root = file_system(path)
     found = fs.find(root, detail=True)
-    return {name.removeprefix(root).lstrip("/"): int(about["size"]) for name, about in found.items()}
+    sizes = {name.removeprefix(root).lstrip("/"): int(about["size"]) for name, about in found.items()}
+    if isinstance(fs, LocalFileSystem):
+        for name in sizes:
+            inside(root, name, f"{path}: file")
+    return sizes
 
 
 def _check(model: Model, checkpoint: Converted) -> None:

@@ -55,6 +55,9 @@ SAME |= {"pull": "download", "fetch": "download", "ls": "list", "show": "list"}
 SAME |= {"prompt": "run", "ask": "run", "completion": "complete", "evaluate": "eval", "perf": "benchmark"}
 
 
+INTERRUPTED = 130  # by Ctrl-C
+
+
 class Commands(TyperGroup):
     """Says of a command that is not there what there is instead."""
 
@@ -123,15 +126,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave(code: int) -> None:
-    """Ends the process now if programs are still being compiled, after Ctrl-C or an error: Python would wait."""
+    """Ends the process now, after Ctrl-C or an error, if programs are still being compiled: Python would wait. After
+    Ctrl-C not for a call of the device either."""
     from jaxinfer import distributed
     from jaxinfer.engine import background
 
-    if background.running():
-        if (group := distributed.group()) is not None:
+    group = distributed.group()
+    if background.running() or (code == INTERRUPTED and group is None):
+        if group is not None:
             group.end()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # None after a broken pipe
                 stream.flush()
         os._exit(code)
 

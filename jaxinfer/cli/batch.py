@@ -136,6 +136,8 @@ def batch(
     OpenAI batch lines; in .jsonl, .csv, .txt (also .gz, .zst) and .parquet. A JSON summary is printed at the end. Exit
     codes: 0 all is well, 1 rows have errors (see --max-errors), 2 nothing could be done, 143 stopped by SIGTERM.
     """
+    from jaxinfer.places import check_kept
+
     verbosity.apply().hide()
     if merge:
         if output.output is not None:
@@ -146,6 +148,7 @@ def batch(
         return
     if output.output is None:
         raise ValueError("--output is missing: a folder, or a file *.jsonl, *.csv or *.parquet")
+    check_kept(output.output, "output")
     changes = sampling.given
     model, options = load.loading(**dataclasses.asdict(batching), seed=changes.pop("seed", None))
     if logprobs is not None:

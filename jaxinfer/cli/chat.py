@@ -5,12 +5,10 @@ from __future__ import annotations
 import difflib
 import re
 import select
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +18,7 @@ from jaxinfer.cli.options import CHAT_TEMPLATE, LoadOptions, SamplingOptions, Ve
 from jaxinfer.cli.options import chat_template as read_chat_template
 
 if TYPE_CHECKING:
+    from jaxinfer.engine.outputs import RequestOutput
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
 
@@ -104,27 +103,26 @@ class Conversation:
         self._messages = list(self._beginning)
 
     def answer(self, message: str, progress: Progress) -> None:
-        """Prints the answer as it comes. Ctrl-C stops it; what was said by then is part of the conversation.
+        """Prints the answer as it comes. Ctrl-C stops it; what was said by then, if anything, is in the conversation.
 
         Raises ValueError, and forgets the message, when the conversation has become too long for the context.
         """
         messages = [*self._messages, {"role": "user", "content": message}]
         said: list[str] = []
 
-        def until_stopped() -> Iterator[str]:
+        def noted(outputs: Iterator[tuple[str, RequestOutput]]) -> Iterator[str]:
             for piece, _ in outputs:
                 said.append(piece)
                 yield piece
-                if noted:
-                    break
 
-        with _ctrl_c_noted() as noted:
-            try:
-                outputs = self._llm.stream_output(self._llm.chat_prompt(messages, **self._template), self._params)
-            except ValueError as error:
-                raise ValueError(f"{error}; or forget the conversation with /reset") from None
-            print_pieces(until_stopped(), progress)
-        self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+        try:
+            stream: Any = self._llm.stream_output(self._llm.chat_prompt(messages, **self._template), self._params)
+        except ValueError as error:
+            raise ValueError(f"{error}; or forget the conversation with /reset") from None
+        with closing(stream), suppress(KeyboardInterrupt):
+            print_pieces(noted(stream), progress)
+        if said:
+            self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
 
 
 def _messages(in_terminal: bool) -> Iterator[str]:
@@ -164,21 +162,3 @@ def _more_is_there() -> bool:
     with suppress(OSError, ValueError):
         return bool(select.select([sys.stdin], [], [], PASTED)[0])
     return False
-
-
-@contextmanager
-def _ctrl_c_noted() -> Iterator[list[int]]:
-    """Within it the first Ctrl-C only appends to the list, and is to be noticed between two pieces of text: the
-    second one interrupts, wherever that is."""
-    noted: list[int] = []
-
-    def note(number: int, _: FrameType | None) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -49,8 +49,11 @@ def compile(
     """
     from tqdm import tqdm
 
+    from jaxinfer.places import check_kept
+
     if load.compiled is not None:
         raise ValueError("--compiled is what other commands take; here it is --output")
+    check_kept(output, "output")
     load, deployment = named(what, load)
     topology = topology or (deployment.topology if deployment else None)
     if topology is not None:
@@ -63,8 +66,10 @@ def compile(
         config = architecture(model, deployment)
         follows = topology is None and hosts.join()
         from jaxinfer.plan.fit import DoesNotFit
-        from jaxinfer.plan.ship import ship
+        from jaxinfer.plan.ship import check_folder, ship
 
+        if not follows:
+            check_folder(output)
         try:
             programs, sizes, checked = _programs(config, topology, options)
             if follows and (group := distributed.group()):

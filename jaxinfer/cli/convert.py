@@ -44,8 +44,10 @@ def convert(
     """
     with verbosity.apply() as progress:
         from jaxinfer.checkpoint.hub import resolve
+        from jaxinfer.checkpoint.output import check_destination
 
         wanted = None if quantization is None else parse_quantization(quantization)
+        check_destination(output, format)
         folder = resolve(source, revision)
         progress("starting JAX")
         from jaxinfer.convert import convert as run

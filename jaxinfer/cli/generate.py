@@ -73,6 +73,9 @@ def generate(
         texts = _texts(prompts or [], file)
         sampling.params(**asked)
         if profile is not None:
+            from jaxinfer.places import local
+
+            profile = local(profile, "--profile")
             Path(profile).mkdir(parents=True, exist_ok=True)
         llm = batching.load(load, progress)
         params = sampling.params(llm.get_default_sampling_params(), **asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from typing import Any
 
@@ -28,6 +29,7 @@ def lm_eval(context: typer.Context) -> None:
     # Another command of lm-eval (`ls tasks`) comes first, where there is one.
     runs = arguments[0] == "run" or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"))
     if runs:
+        _check_output(arguments)
         arguments = _joined(arguments)
     import jaxinfer.lm_eval  # noqa: F401  this registers the model
 
@@ -38,6 +40,20 @@ def lm_eval(context: typer.Context) -> None:
         cli_evaluate()
     finally:
         sys.argv = before
+
+
+def _check_output(arguments: list[str]) -> None:
+    """lm-eval makes its output's folder when all is computed, also of a URL: see now whether it can."""
+    from jaxinfer.places import check_new, local
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output_path", "-o")
+    given = parser.parse_known_args(arguments)[0].output_path
+    if given is not None:
+        path = local(given, "--output_path")
+        if path.endswith(".json"):  # its name gets a date
+            path = os.path.dirname(path)
+        check_new(os.path.join(path, ".new") if os.path.lexists(path) else path, f"--output_path {given}")
 
 
 def _joined(arguments: list[str]) -> list[str]:

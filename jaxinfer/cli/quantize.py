@@ -49,7 +49,9 @@ def quantize(
     """
     with verbosity.apply() as progress:
         from jaxinfer.checkpoint.hub import resolve
+        from jaxinfer.checkpoint.output import check_destination
 
+        check_destination(output, format)
         folder = resolve(source, revision)
         texts = _texts(data)
         progress("starting JAX")

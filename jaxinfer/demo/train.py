@@ -32,6 +32,7 @@ from jaxinfer.demo.families import FAMILIES, Question
 from jaxinfer.demo.questions import training_questions
 from jaxinfer.demo.tokenizer import BOS_ID, EOS_ID, build_tokenizer, load_tokenizer
 from jaxinfer.models.model import Model, Params
+from jaxinfer.places import check_new, local
 
 T = TypeVar("T")
 
@@ -270,12 +271,15 @@ def make(folder: Path, steps: int, seed: int, architecture: Mapping[str, Any]) -
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m jaxinfer.demo.train", description="Trains the demo model.")
-    parser.add_argument("--output", type=Path, default=Path("demo-model"), help="new folder for the model")
+    parser.add_argument("--output", default="demo-model", help="new folder for the model")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        parser.error(f"--output: {options.output} exists already; name a new folder")
+    try:
+        options.output = Path(local(options.output, "--output"))
+        check_new(str(options.output), f"--output {options.output}")
+    except ValueError as error:
+        parser.error(str(error))
     if options.steps < 1:
         parser.error(f"--steps: {options.steps} is not a number of steps; give at least 1")
     try:

@@ -23,7 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import jax
 from jax.experimental import serialize_executable
 
@@ -35,6 +34,7 @@ from jaxinfer.engine.sizing import Sizes
 from jaxinfer.kernels.cpu import kernels
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
+from jaxinfer.places import locate
 from jaxinfer.sharding import parse_mesh
 
 log = logging.getLogger("jaxinfer")
@@ -177,7 +177,7 @@ class Folder:
                 raise ValueError("it is not there")
             if entry["signature"] != signature(programs, key):
                 raise ValueError("its arguments are not those that are needed")
-            fs, path = fsspec.core.url_to_fs(self.name)
+            fs, path = locate(self.name, "compiled")
             path = f"{path}/{file_of(name)}"
             if (size := fs.size(path)) != entry["bytes"]:
                 raise ValueError(f"it has {size} bytes instead of {entry['bytes']}")
@@ -205,10 +205,7 @@ def open_folder(
     Otherwise None, and a warning that says exactly what differs. Raises FileNotFoundError if there is no such folder.
     """
     name = os.fspath(name)
-    try:
-        fs, path = fsspec.core.url_to_fs(name)
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"compiled is {name!r}: {error}") from None
+    fs, path = locate(name, "compiled")
     try:
         content = fs.cat_file(f"{path}/{MANIFEST}")
     except (FileNotFoundError, NotADirectoryError):

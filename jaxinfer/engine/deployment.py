@@ -23,7 +23,7 @@ from typing import Any, cast
 import yaml
 
 from jaxinfer.aliases.loading import LOADING
-from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
+from jaxinfer.engine.options import NONE_IS_DEFAULT, LoadOptions, check_options, in_our_words
 from jaxinfer.models.registry import REGISTRY
 
 MAX_BYTES = 2**20
@@ -80,8 +80,10 @@ def read_deployment(path: str | os.PathLike[str]) -> Deployment:
             raise wrong(name, f"there is no field {name!r}{why}")
         if name not in PLACES:
             try:
+                if value is None and name in NONE_IS_DEFAULT:  # in a file it is a mistake
+                    raise ValueError(f"{name} is None: leave it out")
                 check_options({name: value})
-                fields[name] = in_our_words({name: value}).get(name)
+                fields[name] = in_our_words({name: value})[name]  # type: ignore[literal-required]
             except ValueError as error:
                 raise wrong(name, error) from None
         elif not isinstance(value, str) or not value:

@@ -56,6 +56,7 @@ class EngineThread:
         self.closed = False
         self._freed = False
         self._thread = threading.Thread(target=self._owner.run, name="jaxinfer-engine", daemon=True)
+        _running[self._thread] = self._owner
         self._thread.start()
         weakref.finalize(self, self._owner.tasks.put, None).atexit = False
         _threads.add(self)
@@ -132,10 +133,13 @@ class Owner:
 
     def run(self) -> None:
         """Until the end."""
-        while self._tasks():
-            if not self.engine.idle:
-                self._step()
-        self._fail(self.closed)
+        try:
+            while self._tasks():
+                if not self.engine.idle:
+                    self._step()
+            self._fail(self.closed)
+        finally:
+            _running.pop(threading.current_thread(), None)
 
     def begin(self, submissions: Sequence[Submission]) -> None:
         for submission in submissions:
@@ -202,9 +206,13 @@ class Owner:
 
 
 _threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+_running: dict[threading.Thread, Owner] = {}
 
 
 @atexit.register  # after JAX's own, so before them: a thread that is in JAX while JAX is taken down would crash
 def _stop_all() -> None:
-    for thread in list(_threads):
-        thread.stop(EXIT_SECONDS)
+    for engine_thread in list(_threads):
+        engine_thread.stop()
+    for thread, owner in list(_running.items()):  # also those that the garbage collector has ended, in their last step
+        owner.tasks.put(None)
+        thread.join(EXIT_SECONDS)

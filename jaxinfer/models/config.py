@@ -11,7 +11,8 @@ from jaxinfer.layers.rotary import Rope
 
 _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
 MAX_LAYERS = 1000  # each takes time to build, even without its weights
-_LARGEST_NUMBER = 1e15  # nor any other number; float32 must hold what is computed from it
+_LARGEST_NUMBER = 1e15  # nor any other number; float32 must hold what is computed from it, and from what is above 0
+_SMALLEST_NUMBER = 1e-15
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Fields:
         if value is None:
             raise ValueError(f"{self.where}: {name} is missing: it must be a number")
         fine = isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= _LARGEST_NUMBER
-        if not fine or (above and value == minimum):
-            least = f"{'above' if above else 'of at least'} {minimum:g}"
+        if not fine or (above and value == minimum) or 0 < value < _SMALLEST_NUMBER:
+            lowest = minimum or _SMALLEST_NUMBER if above else minimum
+            least = f"{'above' if above and minimum else 'of at least'} {lowest:g}"
             raise self.error(name, f"it must be a number {least} and at most {_LARGEST_NUMBER:g}")
         return float(value)
 
@@ -128,7 +130,7 @@ def rope_of(fields: Fields, head_dim: int) -> tuple[Rope, int]:
     else:
         factor = rope.number("factor")
     if kind == "linear":
-        return Rope(head_dim, theta, kind, factor), int(context * max(factor, 1.0))
+        return Rope(head_dim, theta, kind, factor), _stretched(rope, context * max(factor, 1.0))
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
@@ -145,7 +147,13 @@ def rope_of(fields: Fields, head_dim: int) -> tuple[Rope, int]:
         truncate=rope.boolean("truncate", True),
         attention_factor=_yarn_attention_factor(rope, factor),
     )
-    return yarn, max(context, int(original * factor))
+    return yarn, max(context, _stretched(rope, original * factor))
+
+
+def _stretched(rope: Fields, context: float) -> int:
+    if context > _LARGEST:
+        raise rope.error("factor", f"a context of {context:.0f} tokens is more than {_LARGEST}")
+    return int(context)
 
 
 def _yarn_attention_factor(rope: Fields, factor: float) -> float:

@@ -7,15 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.checkpoint.output import unused
+from jaxinfer.places import check_new, local
+
 BOUNDS = {"compute": "arithmetic", "memory": "memory", "links": "links between chips"}
 
 
 def check_plot(path: str) -> None:
-    """Raises ValueError if no picture could be written there."""
-    if Path(path).suffix.lower() != ".png":
+    """Raises ValueError if no picture could be written there, which is tried."""
+    place = Path(local(path, "--plot"))
+    if place.suffix.lower() != ".png" or place.is_dir():
         raise ValueError(f"--plot {path}: it must be the name of a .png file")
-    if not Path(path).absolute().parent.is_dir():
+    if not place.parent.is_dir():
         raise ValueError(f"--plot {path}: there is no folder {Path(path).parent}")
+    check_new(unused(str(place)) if os.path.lexists(place) else str(place), f"--plot {path}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -28,7 +33,8 @@ def draw(content: Callable[[Any], None], path: str) -> None:
 
     picture = Figure(figsize=(8, 5), layout="constrained")
     content(picture.subplots())
-    temporary = f"{path}.tmp"
+    path = local(path, "--plot")
+    temporary = unused(path)
     try:
         picture.savefig(temporary, format="png", dpi=120)
         os.replace(temporary, path)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from jaxinfer.checkpoint.output import file_system, renamed
+from jaxinfer.checkpoint.output import renamed, unused
 from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.compiled import (
@@ -28,6 +28,7 @@ from jaxinfer.engine.compiled import (
 )
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.engine.sizing import Sizes
+from jaxinfer.places import check_new, locate, reached
 from jaxinfer.sharding import describe
 
 
@@ -87,14 +88,28 @@ def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any
     return Manifest(environment(programs.devices), describe_model(programs.model), options, asdict(sizes), written)
 
 
+def check_folder(output: str) -> tuple[Any, str]:
+    """The file system of a folder or URL of programs, new or not, and the path in it. Raises ValueError if it is
+    something else already, or if it can't be made, which is tried."""
+    fs, path = locate(output, "output")
+    local, where = isinstance(fs, LocalFileSystem), f"output {output}"
+    with reached(where):
+        there = fs.exists(path)
+        strange = there and not fs.exists(f"{path}/{MANIFEST}") and (not fs.isdir(path) or (local and fs.ls(path)))
+    if strange:
+        raise ValueError(f"{where}: is there already, and is no folder of compiled programs: give another name")
+    if local:
+        check_new(unused(path) if there else path, where)
+    return fs, path
+
+
 @contextlib.contextmanager
 def _folder(output: str) -> Iterator[Callable[[str, bytes], None]]:
     """What writes a file into the folder. A local one gets its name when all is written; elsewhere, where nothing can
-    be renamed, an old manifest goes first, and the new one comes last."""
-    fs, path = file_system(output)
+    be renamed, an old manifest goes first, and the new one comes last. Of two that write there at once, one manifest
+    stays, and programs of the other's don't have its digests."""
+    fs, path = check_folder(output)
     local = isinstance(fs, LocalFileSystem)
-    if fs.exists(path) and not fs.exists(f"{path}/{MANIFEST}") and (not fs.isdir(path) or (local and fs.ls(path))):
-        raise ValueError(f"output {output}: is there already, and is no folder of compiled programs: give another name")
     if not local:
         with contextlib.suppress(FileNotFoundError):
             fs.rm_file(f"{path}/{MANIFEST}")

@@ -9,9 +9,9 @@ checkpoint/quantized.py.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from re import Pattern
 from typing import Any
 
 from jaxinfer.quantization.patterns import compile_pattern
@@ -279,19 +279,12 @@ def _but(
     return lambda module, _: None if left(module) or not wanted(module) else found
 
 
-def _pattern(name: str) -> re.Pattern[str] | None:
+def _pattern(name: str) -> Pattern[str] | None:
+    """None where it is only a name: what would take for ever to match counts as one, too."""
     try:
-        re.compile(name)
-    except (re.error, OverflowError, RecursionError):
+        return compile_pattern(name)
+    except ValueError:
         return None
-    return _compiled(name)
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return compile_pattern(pattern)
-    except ValueError as error:
-        raise _unsupported("targets, ignore or modules_to_not_convert", pattern, str(error)) from None
 
 
 def _left_out(said: Fields) -> list[str]:
@@ -301,7 +294,10 @@ def _left_out(said: Fields) -> list[str]:
 
 def _matches(target: str, module: str, kind: str) -> bool:
     if target.startswith("re:"):
-        return _compiled(target[3:]).match(module) is not None
+        try:
+            return compile_pattern(target[3:]).match(module) is not None
+        except ValueError as error:
+            raise _unsupported("targets or ignore", target, str(error)) from None
     return target in (module, kind)
 
 

@@ -278,3 +278,13 @@ def test_options_that_make_no_sense(job, rows_file, tmp_path, options, facts):
         job(rows_file(QUESTIONS), **options)
     assert all(fact in str(error.value) for fact in facts), error.value
     assert not (tmp_path / "out").exists()
+
+
+def test_odd_names(demo, rows_file, tmp_path, monkeypatch):
+    """Of outputs, which are inputs then."""
+    monkeypatch.chdir(tmp_path)
+    source = rows_file([{"prompt": "1 + 1"}] * 3)
+    for name in ("run[1]", "x/.", "y[2].jsonl"):
+        for _ in range(2):
+            assert run(source, name, model=demo, sampling_params={"max_tokens": 1}, output_prefix=name[0]).rows == 3
+        source = name

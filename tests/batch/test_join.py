@@ -130,6 +130,18 @@ def test_numbers_of_a_manifest_that_can_not_be(shard, tmp_path):
         merge(tmp_path / "out")
 
 
+def test_a_manifest_does_not_choose_which_files_are_read(shard, tmp_path):
+    """A job's format is the end of its parts' names."""
+    for i in range(2):
+        shard(f"{i}/2")
+    for path in (tmp_path / "out").glob("_manifest*"):
+        content = json.loads(path.read_text())
+        content["job"]["format"] = "/../../secret"
+        path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"not a manifest that can be read \(format is '/\.\./\.\./secret'\)"):
+        merge(tmp_path / "out")
+
+
 def test_a_part_that_was_changed(shard, tmp_path):
     for i in range(2):
         shard(f"{i}/2", "out.jsonl")

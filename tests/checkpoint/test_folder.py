@@ -71,12 +71,31 @@ def test_files_beside_those_of_the_index_are_not_read(sharded: Path) -> None:
     check(sharded)
 
 
-def test_links_as_in_the_cache_of_the_hub(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    blobs = tmp_path_factory.mktemp("blobs")
+def linked(sharded: Path, folder: Path, blobs: Path) -> Path:
+    for place in (folder, blobs):
+        place.mkdir(parents=True)
     for number, name in enumerate([ONE, TWO, INDEX]):
         (sharded / name).rename(blobs / str(number))
-        (sharded / name).symlink_to(Path(os.path.relpath(blobs, sharded)) / str(number))
+        (folder / name).symlink_to(Path(os.path.relpath(blobs, folder)) / str(number))
+    return folder
+
+
+def test_links_as_in_the_cache_of_the_hub(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("models--me--tiny")
+    check(linked(sharded, place / "snapshots" / "0123", place / "blobs"))
+
+
+def test_links_within_the_folder(sharded: Path) -> None:
+    (sharded / ONE).rename(sharded / "other")
+    (sharded / ONE).symlink_to("other")
     check(sharded)
+
+
+def test_links_that_lead_out_of_the_folder(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Who made an index and links does not choose which files of this machine are weights."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    text = problems(linked(sharded, place / "model", place / "blobs"))
+    assert text.count("is a link that leads out of its folder: put a copy of the file there") == 2
 
 
 def problems(folder: Path) -> str:

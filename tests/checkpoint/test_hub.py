@@ -28,8 +28,12 @@ FILES = {
     "onnx/config.json": b"{}",
     "original/model.safetensors": b"second copy",
     "consolidated.safetensors": b"third copy",
+    "chat_templates/tool_use.jinja": b"{{ tools }}",
+    "additional_chat_templates/rag.jinja": b"{{ documents }}",
+    "more_chat_templates/x.jinja": b"of something else",
 }
-WANTED = {"config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt"}
+TEMPLATES = {"chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"}
+WANTED = {"config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt"} | TEMPLATES
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -68,7 +72,9 @@ class Hub(BaseHTTPRequestHandler):
             name = path.split(f"/resolve/{SHA}/")[1]
             return self.answer(200, FILES[name], ETag=f'"{list(FILES).index(name):040}"', X_Repo_Commit=SHA)
         return self.answer(
-            200, json.dumps({"id": repository, "sha": SHA, "siblings": []}).encode(), Content_Type="application/json"
+            200,
+            json.dumps({"id": repository, "sha": SHA, "siblings": [{"rfilename": name} for name in FILES]}).encode(),
+            Content_Type="application/json",
         )
 
     do_HEAD = do_GET

@@ -73,6 +73,49 @@ def test_in_another_dtype(source, tmp_path):
         assert np.asarray(got[name]).tobytes() == np.asarray(array).tobytes(), name
 
 
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        "{other}",
+        "../other/weights",
+        "memory://other",
+        "http://127.0.0.1:9/x",
+        "reference::data:application/json,{}",
+        None,
+    ],
+)
+def test_a_manifest_does_not_say_where_weights_are(source, tmp_path, elsewhere):
+    """Or whoever made a checkpoint could have others opened."""
+    params = loaded(source, Model.from_config(CONFIG, "float32", "int8"), "one")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "other", params)
+    said = json.loads((tmp_path / "other" / MANIFEST).read_text())
+    if elsewhere is not None:
+        elsewhere = elsewhere.replace("{other}", str(tmp_path / "other" / WEIGHTS))
+    (tmp_path / "mine" / MANIFEST).write_text(json.dumps(said | {"weights": elsewhere}))
+    with pytest.raises(ValueError, match=r"jaxinfer\.json: says that weights are .*; they are in weights/ beside it"):
+        Converted(tmp_path / "mine")
+
+
+def test_weights_that_are_links(source, tmp_path):
+    """All of them to another checkpoint's, or one file."""
+    model = Model.from_config(CONFIG, "float32", "int8")
+    other, mine = tmp_path / "other", tmp_path / "mine"
+    other.mkdir()
+    write(other, loaded(source, model, "one"))
+    shutil.copytree(other, mine)
+    file = next(file for file in sorted((mine / WEIGHTS).rglob("*")) if file.is_file())
+    file.unlink()
+    file.symlink_to(other / WEIGHTS / file.relative_to(mine / WEIGHTS))
+    with pytest.raises(ValueError, match="is a link that leads out of its folder"):
+        restore(model, Converted(mine), place("one"))
+    shutil.rmtree(mine / WEIGHTS)
+    (mine / WEIGHTS).symlink_to(other / WEIGHTS)
+    with pytest.raises(ValueError, match="is a link that leads out of its folder"):
+        Converted(mine)
+
+
 def test_damaged(source, tmp_path):
     """Each file cut in half, and taken away."""
     model = Model.from_config(CONFIG, "float32", "int8")

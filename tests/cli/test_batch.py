@@ -144,6 +144,12 @@ def test_too_many_errors(cli, source, tmp_path):
         (["rows.jsonl", "-o", "out", "--prompt-template", "{promt}"], ["no column 'promt'", "'prompt', 'id'"]),
         (["rows.jsonl", "-o", "out", "--model", "./nowhere"], ["nowhere"]),
         (["rows.jsonl", "-o", "out", "--temperature", "-1"], ["temperature is -1"]),
+        (["rows.jsonl", "-o", "memory://out"], ["memory://out", "is gone when the command ends"]),
+        (["rows.jsonl", "-o", "a::b", "-m", "me/not-there"], ["a::b", "a URL within another"]),
+        (["rows.jsonl", "-o", "gs:/bucket/out", "-m", "me/not-there"], ["gs:/bucket/out", "has lost a slash"]),
+        (["rows.jsonl", "-o", "n" * 256, "-m", "me/not-there"], ["File name too long"]),
+        (["rows.jsonl", "-o", "n" * 240 + ".jsonl", "-m", "me/not-there"], ["File name too long"]),
+        (["rows.jsonl", "-o", "rows.jsonl/out", "-m", "me/not-there"], ["can't be made"]),
         (["--merge", "out"], ["no shards"]),
         (["--merge", "out", "-o", "all"], ["no --output"]),
     ],
@@ -153,6 +159,12 @@ def test_mistakes_are_one_line(cli, source, tmp_path, monkeypatch, arguments, fa
     line = cli("batch", *arguments).error()
     assert all(fact in line for fact in facts), line
     assert os.listdir(tmp_path) == ["rows.jsonl"]
+
+
+def test_an_output_that_leads_nowhere(cli, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert "is there already" in cli("batch", source, "-o", "dangling", "-m", "me/not-there").error()
 
 
 def test_help_imports_nothing_heavy():

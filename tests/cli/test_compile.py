@@ -132,4 +132,14 @@ def test_mistakes(cli, model, tmp_path):
     assert "max_model_len is 9999" in cli("compile", model, "-o", "x", "--max-model-len", 9999).error()
     taken = "is there already, and is no folder of compiled programs"
     assert taken in cli("compile", model, *FEW, "-o", model).err
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name, problem in {
+        tmp_path / "dangling": "is there already",
+        tmp_path / ("n" * 256): "File name too long",
+        "a::b": "a URL within another",
+        "gs:/bucket/x": "has lost a slash",
+        "memory://x": "is gone when the command ends",
+    }.items():
+        assert problem in cli("compile", model, *FEW, "-o", name).err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dangling", "model"]
     assert "no manifest.json" in cli("generate", "--compiled", tmp_path, "a").error()

@@ -197,6 +197,7 @@ def test_profile(cli, model, tmp_path):
     assert code == 0
     assert len(out) > 1
     assert list(folder.rglob("*.xplane.pb"))
+    assert "is not on this machine" in cli("generate", "one", "-m", model, "--profile", "memory://x").error()
 
 
 def test_prompts_that_are_none(cli, model, tmp_path):

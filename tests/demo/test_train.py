@@ -97,7 +97,7 @@ def test_nothing_is_left_of_a_model_that_can_not_be_saved(monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "{tmp}"], "exists already"),
+        (["--output", "{tmp}"], "is there already"),
         (["--steps", "0", "--output", "{tmp}/new"], "give at least 1"),
         (["--steps", "many"], "invalid int"),
     ],

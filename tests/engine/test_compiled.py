@@ -273,7 +273,7 @@ def test_what_is_no_such_folder(model, name):
 
 
 def test_an_unknown_protocol(model):
-    with pytest.raises(ValueError, match="compiled is 'abc://x/y': "):
+    with pytest.raises(ValueError, match="compiled abc://x/y: "):
         LLM(model, compiled="abc://x/y")
 
 

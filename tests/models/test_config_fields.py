@@ -9,7 +9,7 @@ from tests.checkpoints import BASE, GPT2, VARIANTS, rope
 from tests.refusals import HUGE, refusal
 
 COUNTS = [-1, 0, 1.5, True, math.nan, math.inf, "8", [8], 2**40, HUGE]
-NUMBERS = [-1.0, 0, True, math.nan, math.inf, "1", [1], 1e300, HUGE]
+NUMBERS = [-1.0, 0, True, math.nan, math.inf, "1", [1], 1e300, 5e-324, HUGE]
 FLAGS = [1, 0, "true", []]
 NAMES = ["swish9", 1, ["silu"], True]
 ROPE_FIELDS = {

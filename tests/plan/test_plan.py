@@ -1,6 +1,7 @@
 """Slices that are not there, and `jaxinfer plan` on them."""
 
 import json
+import os
 import re
 import sys
 
@@ -177,7 +178,15 @@ def test_a_picture(cli, model, tmp_path):
     file = tmp_path / "plan.png"
     assert cli("plan", model, "--topology", "h100", "--plot", file).code == 0
     assert file.read_bytes().startswith(b"\x89PNG")
-    assert len(list(tmp_path.glob("*.tmp"))) == 0
-    for name, said in [("plan.svg", "a .png file"), ("none/plan.png", "no folder")]:
+    assert cli("plan", model, "--topology", "h100", "--plot", file).code == 0  # it is replaced
+    (tmp_path / "folder.png").mkdir()
+    for name, said in [
+        ("plan.svg", "a .png file"),
+        ("none/plan.png", "no folder"),
+        ("folder.png", "a .png file"),
+        ("n" * 252 + ".png", "File name too long"),
+    ]:
         assert said in cli("plan", model, "--topology", "h100", "--plot", tmp_path / name).error()
+    assert "is not on this machine" in cli("plan", model, "--topology", "h100", "--plot", "memory://x.png").error()
+    assert sorted(os.listdir(tmp_path)) == ["folder.png", "plan.png"]
     assert "only one" in cli("plan", model, "--sweep", "--plot", file).error()

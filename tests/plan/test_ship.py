@@ -96,6 +96,21 @@ print(Folder(sys.argv[2], manifest, print).fetch(programs, ZEROS)().slots.token)
     assert list((tmp_path / "cache").iterdir())
 
 
+def test_two_to_one_folder(programs, tmp_path):
+    """Whoever is last, all in it is one's."""
+    output, begun = str(tmp_path / "x"), []
+
+    def meanwhile():
+        if not begun:
+            begun.append(True)
+            ship(*programs, output, lambda: None)
+            assert names(output) == NAMES
+
+    ship(*programs, output, meanwhile)
+    assert names(output) == NAMES
+    assert os.listdir(tmp_path) == ["x"]
+
+
 def test_other_folders_are_left_alone(programs, tmp_path):
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path, tmp_path / "file"):

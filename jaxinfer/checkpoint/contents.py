@@ -1,0 +1,59 @@
+"""Which files of a folder, a repository or an object store are a checkpoint's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+
+from jaxinfer.places import inside
+
+# Nothing pickled is ever downloaded, nor Mistral's second copy of the weights.
+ALLOW = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+IGNORE = ("consolidated*.safetensors",)
+# transformers' folders of named chat templates; other folders have other exports.
+TEMPLATES = ("chat_templates/*.jinja", "additional_chat_templates/*.jinja")
+# What goes along with weights: the tokenizer, how to generate, and what must not be separated from them.
+BESIDE = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
+NOT_BESIDE = ("config.json", "*.index.json", "quantize_config.json", "quant_config.json", "jaxinfer.json")
+
+
+def belonging(names: Iterable[str], allow: Iterable[str] = ALLOW, ignore: Iterable[str] = IGNORE) -> list[str]:
+    """Of relative names those that are a checkpoint's, sorted."""
+    return sorted(
+        name
+        for name in names
+        if (any(_fits(name, pattern) for pattern in (*allow, *TEMPLATES)) and not any(_fits(name, p) for p in ignore))
+    )
+
+
+def files_of(folder: Path) -> list[str]:
+    """The relative names of a local checkpoint's files, sorted, with other copies of the weights."""
+    return belonging(_names(folder), ignore=())
+
+
+def beside(folder: Path) -> list[str]:
+    """Those that are neither weights nor config.json, and what else goes along with them. Raises ValueError for a link
+    that leads out of the folder."""
+    found = belonging(_names(folder), BESIDE, NOT_BESIDE)
+    for name in found:
+        inside(folder, name, f"{folder}: file")
+    return found
+
+
+def _names(folder: Path) -> list[str]:
+    places = [folder, *(folder / pattern.split("/")[0] for pattern in TEMPLATES)]
+    return [
+        os.path.relpath(file, folder)
+        for place in places
+        if place.is_dir()
+        for file in place.iterdir()
+        if file.is_file()
+    ]
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """As in a shell: `*` is no slash."""
+    parts, wanted = PurePosixPath(name).parts, pattern.split("/")
+    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
