@@ -15,7 +15,7 @@
 #   --poll SECONDS             between two looks at the VM (30)
 #   --dry-run                  print the commands instead of running them
 #
-# Exit codes: those of `jaxinfer batch` (0 complete, 1 too many errors, 2 something is wrong); 3 where the VM could not be
+# Exit codes: those of `jaxinfer batch` (0 complete, 1 rows have errors, 2 something is wrong); 3 where the VM could not be
 # had or used. For several VMs, give each a NAME, `--shard I/N` and the same output; then `jaxinfer batch --merge OUT`.
 #
 # Not checked, for want of a TPU: that the states and exit codes of gcloud are what its documentation says, how long an

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 from jaxinfer import distributed
+from jaxinfer.batch.begin import begin_anew, check_apart, open_job, tidy
+from jaxinfer.batch.columns import check_columns
+from jaxinfer.batch.formats import Format, packing_of
 from jaxinfer.batch.identity import model_fingerprint
 from jaxinfer.batch.join import clean, finish
-from jaxinfer.batch.manifest import open_manifest
-from jaxinfer.batch.parquet import parquet_modules
+from jaxinfer.batch.manifest import AnotherJob, Manifest
+from jaxinfer.batch.parquet import common_schema, parquet_modules
 from jaxinfer.batch.parse import Parser
-from jaxinfer.batch.parts import Format, Output
+from jaxinfer.batch.parts import Output
 from jaxinfer.batch.progress import Progress
 from jaxinfer.batch.readers import count_rows, records
+from jaxinfer.batch.results import Results
 from jaxinfer.batch.row import Task
 from jaxinfer.batch.shards import parse_shard
-from jaxinfer.batch.sources import find_sources
+from jaxinfer.batch.sources import find_sources, need
 from jaxinfer.batch.summary import Summary
 from jaxinfer.batch.writer import Writer
 from jaxinfer.checkpoint.hub import resolve
@@ -43,7 +47,9 @@ def run(
     prompt_template: str | None = None,
     truncate: bool = False,
     token_ids: bool = False,
+    output_prefix: str = "",
     format: Format | None = None,
+    overwrite: bool = False,
     rows_per_part: int = 1000,
     shard: str | None = None,
     max_errors: int | None = None,
@@ -56,14 +62,16 @@ def run(
     Killed at any moment and called again with the same arguments, it goes on after the last part that it wrote; the
     output is then what it would have been. Rows that can't be served become rows with an `error`.
 
-    inputs: files, globs, folders, URLs, "-" for stdin: see `sources`. output: a folder, or a file *.jsonl, *.parquet;
-    format: of a folder's parts, jsonl by default. model: a folder or hub id (`options` as for LLM), or an LLM.
+    inputs: files, globs, folders, URLs, "-" for stdin: see `sources`. output: a folder, or a file *.jsonl, *.csv (each
+    also as .gz or .zst), *.parquet; format: of a folder's parts, jsonl by default. overwrite: what another job has
+    written there is removed; the same job goes on. model: a folder or hub id (`options` as for LLM), or an LLM.
     sampling_params: of rows that have none of their own; as a mapping, what differs from the checkpoint's (and from 256
     max_tokens; OpenAI's lines have OpenAI's defaults).
     prompt_template: makes prompts of columns, "Translate: {text}".
     option seed: rows that sample and have no seed of their own get one that is made of it and their number.
     truncate: of prompts that are too long, keep BOS and the last tokens, so that max_tokens (at most half of the
-    context) fit. token_ids: write them too; when scoring, also each one's log-probability.
+    context) fit. token_ids: write them too; when scoring, also each one's log-probability. output_prefix: of the names
+    of the result columns, where the input has such columns itself.
     rows_per_part: a part is in memory until it is complete. shard: "I/N", to do every N-th part (see `merge`).
     max_errors: raise TooManyErrors beyond so many rows with an error.
     stop: asked all the time; once it is true, the part that is the next one is finished, and no more.
@@ -74,8 +82,11 @@ def run(
     out = Output(os.fspath(output), format)
     if out.format == "parquet":
         parquet_modules()
+    elif packing_of(out.format) == ".zst":
+        need("zstandard", f"output {out.name}")
     changes = dataclasses.asdict(sampling_params) if isinstance(sampling_params, SamplingParams) else sampling_params
-    Parser(task, SamplingParams(), changes, prompt_template)  # mistakes show before a model is loaded
+    wanted = SamplingParams().with_changes(**changes or {})
+    checker = Parser(task, SamplingParams(), changes, prompt_template)  # mistakes show before a model is loaded
     seed = options.pop("seed", 0)
     group = distributed.group()
     if group is None or group.leads:
@@ -88,7 +99,10 @@ def run(
         if task != "score" and not token_ids and not _gives_text(model, folder, options):
             raise ValueError(f"model {folder}: without a tokenizer there is no text to write; ask for token_ids too")
         sources = find_sources([os.fspath(one) for one in _listed(inputs)])
-        manifest = open_manifest(out, *parse_shard(shard, {} if group is not None else os.environ))
+        check_apart(out, sources)
+        results = Results(task, wanted, token_ids, out.format, folder.name, output_prefix)
+        schema = common_schema(sources) if out.format == "parquet" else None
+        shard_of = parse_shard(shard, {} if group is not None else os.environ)
         job = {
             "inputs": [{"name": s.name, "size": s.size, "fingerprint": s.fingerprint()} for s in sources],
             "model": _fingerprint(model, folder, options),
@@ -98,40 +112,57 @@ def run(
             "seed": seed,
             "truncate": truncate,
             "token_ids": token_ids,
+            "output_prefix": output_prefix,
             "format": out.format,
             "rows_per_part": rows_per_part,
+            "schema": None if schema is None else {field.name: str(field.type) for field in schema},
         }
-        manifest.check(job, out)
-        manifest.check_parts(out)
+
+        def begin(locked: bool = False) -> Manifest:
+            try:
+                return open_job(out, *shard_of, job)
+            except AnotherJob:
+                if not overwrite:
+                    raise
+                return begin_anew(out, shard_of[1], job) if locked else Manifest(*shard_of)
+
+        manifest = begin()
+        if not manifest.complete:
+            check_columns(sources, checker, results)
+            stack.enter_context(out.lock(manifest.name))
+            manifest = begin(locked=True)  # another process may have gone on meanwhile
         if manifest.complete:
             clean(out, manifest)
             return Summary.of(out, manifest)
-        out.make()
-        stack.enter_context(out.lock(manifest.name))
+        tidy(out, manifest)
         manifest.save(out)  # before the model is loaded, which may take long: an output that can't be written shows now
         if manifest.finished:  # killed when there was only the end to do
             finish(out, manifest)
             return Summary.of(out, manifest)
 
         from jaxinfer.batch.loop import Loop  # JAX comes with it
-        from jaxinfer.batch.results import Results
         from jaxinfer.llm import LLM
 
         if not isinstance(model, LLM):
             options.setdefault("on_progress", progress.say)
             model = stack.enter_context(_load(folder, options))
-        manifest.check({"dtype": str(model.dtype), "max_model_len": model.sizes.max_model_len}, out)
+        loaded = {"dtype": str(model.dtype), "max_model_len": model.sizes.max_model_len}
+        try:
+            manifest.take(loaded, out)
+        except AnotherJob:
+            if not overwrite:
+                raise
+            manifest = begin_anew(out, shard_of[1], job | loaded)
         if stop():
             return Summary.of(out, manifest)
         defaults = model.get_default_sampling_params().with_changes(max_tokens=DEFAULT_MAX_TOKENS)
         parser = Parser(task, defaults, changes, prompt_template)
-        results = Results(task, (changes or {}).get("n", 1), token_ids, out.format == "parquet", folder.name)
-        writer = Writer(out, manifest, max_errors)
+        writer = Writer(out, manifest, max_errors, others=results.others, schema=schema)
         progress.begin(writer, count_rows(sources) if show_progress and manifest.shards == 1 else None)
         before, rows, tokens, start = model.stats, writer.rows, writer.tokens, time.perf_counter()
-        first = 0 if results.parquet and manifest.columns is None else manifest.next_part * rows_per_part
+        first = 0 if results.table and manifest.columns is None else manifest.next_part * rows_per_part
         loop = Loop(model, parser, results, writer, progress, seed=seed, truncate=truncate, stop=stop)
-        loop.run(records(sources, first))
+        loop.run(records(sources, first, empty_lines=True))
         if manifest.finished:
             finish(out, manifest)
         seconds, after = max(time.perf_counter() - start, 1e-9), model.stats

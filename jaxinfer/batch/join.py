@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import IO, Any
 
+from jaxinfer.batch.formats import csv_body, csv_rows, is_table, packing_of, to_csv
 from jaxinfer.batch.manifest import NAME, Manifest, differences, finished_path, read_manifest
+from jaxinfer.batch.packing import packed, unpacked
 from jaxinfer.batch.parquet import parquet_modules
 from jaxinfer.batch.parts import Output
 from jaxinfer.batch.summary import Summary
+from jaxinfer.text.files import one_line
 
 SUMS = ("parts", "rows", "errors", "prompt_tokens", "generated_tokens")
 PIECE = 2**20  # bytes that are copied at a time
+Joining = Generator[int, IO[bytes], None]  # takes parts that are open to read, gives how many rows each has
 
 
 def finish(output: Output, manifest: Manifest) -> None:
@@ -59,7 +64,8 @@ def merge(output: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Su
                 )
             places.append(place)
         sums: dict[str, Any] = {name: sum(getattr(one, name) for _, one in found) for name in SUMS}
-        merged = replace(found[0][1], shard=0, shards=1, **sums)
+        columns = [one.others for _, one in found if one.others]
+        merged = replace(found[0][1], shard=0, shards=1, others=columns[0] if columns else None, **sums)
         if target.file is not None:
             _join(places, target, merged)
             return Summary.of(target, merged)
@@ -110,32 +116,73 @@ def _join(places: Sequence[Output], target: Output, manifest: Manifest) -> None:
     """
     assert target.file is not None
     assert manifest.input_rows is not None
-    with target.whole(target.file) as file:
-        writer: Any = None
+    add = _parquet if target.format == "parquet" else _csv if is_table(target.format) else _lines
+    with target.whole(target.file) as file, contextlib.closing(add(file, target.format, manifest)) as joined:
+        next(joined)
         for part, place in enumerate(places):
-            rows = 0
-            with place.fs.open(place.part(part), "rb") as one:
-                if target.format == "parquet":
-                    parquet = parquet_modules()[1]
-                    table = parquet.read_table(one)
-                    rows = table.num_rows
-                    writer = writer or parquet.ParquetWriter(file, table.schema)
-                    writer.write_table(table)
-                while target.format == "jsonl" and (piece := one.read(PIECE)):
-                    file.write(piece)
-                    rows += piece.count(b"\n")
+            name = place.part(part)
+            try:
+                with place.fs.open(name, "rb") as one:
+                    rows = joined.send(one)
+            except OSError:
+                raise
+            except Exception as error:  # of the packages that unpack it
+                raise ValueError(f"{name}: is damaged ({one_line(error)}): run the job anew") from None
             expected = min(manifest.rows_per_part, manifest.input_rows - part * manifest.rows_per_part)
             if rows != expected:
-                raise ValueError(f"{place.part(part)}: has {rows} rows, and {expected} were written: run the job anew")
-        if writer is not None:
-            writer.close()
+                raise ValueError(f"{name}: has {rows} rows, and {expected} were written: run the job anew")
     manifest.write(target, finished_path(target))
     clean(target, manifest)
+
+
+def _lines(file: IO[bytes], format: str, manifest: Manifest) -> Joining:
+    rows = -1
+    while True:
+        part = yield rows
+        content = part.read()
+        rows = b"".join(unpacked(iter([content]), packing_of(format), "a part")).count(b"\n")
+        file.write(content)  # several packed files are one
+
+
+def _csv(file: IO[bytes], format: str, manifest: Manifest) -> Joining:
+    columns = [*(manifest.columns or {})]
+    wanted = [*columns, manifest.others] if manifest.others else columns
+    file.write(packed(to_csv([], wanted), packing_of(format)))
+    rows = -1
+    while True:
+        part = yield rows
+        content = b"".join(unpacked(iter([part.read()]), packing_of(format), "a part"))
+        rows = csv_rows(content)
+        own = wanted if content.startswith(to_csv([], wanted)) else columns
+        file.write(packed(csv_body(content, own, wanted), packing_of(format)))
+
+
+def _parquet(file: IO[bytes], format: str, manifest: Manifest) -> Joining:
+    pa, parquet = parquet_modules()
+    writer: Any = None
+    rows = -1
+    try:
+        while True:
+            part = yield rows
+            table = parquet.read_table(part)
+            rows = table.num_rows
+            if manifest.others and manifest.others not in table.column_names:
+                table = table.append_column(manifest.others, pa.nulls(rows, pa.string()))
+            writer = writer or parquet.ParquetWriter(file, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def clean(output: Output, manifest: Manifest) -> None:
     """Removes what is left beside a complete output by a process that was killed at the very end."""
     if output.file is None or manifest.shards > 1:
         output.remove([f".{manifest.name}.lock"])
-    elif output.names():
-        output.fs.rm(output.folder, recursive=True)
+    elif not output.names():
+        return
+    elif output.local:
+        shutil.rmtree(output.folder, ignore_errors=True)  # another process may be at it too
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            output.fs.rm(output.folder, recursive=True)

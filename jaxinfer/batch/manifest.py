@@ -10,11 +10,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
-from jaxinfer.batch.parts import Format, Output
+from jaxinfer.batch.formats import Format
+from jaxinfer.batch.parts import Output
 
-FORMAT = 1
+FORMAT = 2
 # Who reads a folder of Parquet files leaves out names that begin with an underscore.
 NAME = re.compile(r"_manifest(?:-(\d{5,})-of-(\d{5,}))?\.json")
+
+
+REMEDY = "give another output, or the old job, or --overwrite it"
+ANEW = "remove the output, or --overwrite it, to begin anew"
+
+
+class AnotherJob(ValueError):
+    """The output holds something that this job can't go on with."""
 
 
 @dataclass
@@ -24,8 +33,9 @@ class Manifest:
     It is the truth: it is written after each part, and a part that it does not count is written again.
 
     job: what the output depends on. parts: how many of this shard's are finished; rows, errors, tokens: what is in
-    them. columns: of Parquet parts. input_rows: how many rows the input has, as soon as that is known. complete: all
-    parts of this shard are there (and the file made of them, where the output is one that is not sharded).
+    them. columns: of a table's parts; others: of those parts that have one, the column of what fits nowhere else.
+    input_rows: how many rows the input has, as soon as that is known. complete: all parts of this shard are there (and
+    the file made of them, where the output is one that is not sharded).
     """
 
     shard: int = 0
@@ -37,6 +47,7 @@ class Manifest:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     columns: dict[str, Any] | None = None
+    others: str | None = None
     input_rows: int | None = None
     complete: bool = False
 
@@ -70,6 +81,25 @@ class Manifest:
     def write(self, output: Output, path: str) -> None:
         output.write(path, (json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n").encode())
 
+    def take(self, job: Mapping[str, Any], output: Output) -> None:
+        """Takes `job`, or fields of it, as what the output depends on. As long as no part is written that may be
+        another job than it was, and until the last part is written the input may have further files at the end.
+
+        Raises AnotherJob naming what differs."""
+        job = json.loads(json.dumps(job))
+        found = differences(self.job, job)
+        if not self.parts and not self.complete:
+            self.columns = self.input_rows = None
+        elif (
+            found
+            and not (self.finished or self.complete)
+            and not differences(self.job, {**job, **_shortened(self.job, job)})
+        ):
+            self.input_rows = None
+        elif found:
+            raise AnotherJob(f"{output.name}: holds another job: {'; '.join(found)}; {REMEDY}")
+        self.job |= job
+
     def check_file(self) -> None:
         """Raises ValueError for fields of a file that can't be, or not beside each other."""
         if not isinstance(self.job, dict):
@@ -85,37 +115,28 @@ class Manifest:
                 raise ValueError(f"{name} is {value!r:.80}")
         if not isinstance(self.complete, bool) or not isinstance(self.columns, dict | None):
             raise ValueError(f"complete is {self.complete!r:.80}, columns is {self.columns!r:.80}")
+        if not isinstance(self.others, str | None):
+            raise ValueError(f"others is {self.others!r:.80}")
         if self.shard >= self.shards or not self.errors <= self.rows <= self.parts * self.rows_per_part:
             raise ValueError(
                 f"shard {self.shard} of {self.shards}, with {self.errors} errors in {self.rows} rows of {self.parts} "
                 f"parts of {self.rows_per_part}"
             )
 
-    def check(self, job: Mapping[str, Any], output: Output) -> None:
-        """Raises ValueError naming what differs from `job`, which may have a part of the fields; those that were not
-        known so far are taken."""
-        found = differences(self.job, json.loads(json.dumps(job)))
-        if found:
-            raise ValueError(
-                f"{output.name}: holds another job: {'; '.join(found)}; give another output, or the old job"
-            )
-        self.job |= json.loads(json.dumps(job))
-
     def check_parts(self, output: Output) -> None:
-        """Raises ValueError naming a finished part that is not there any more."""
+        """Raises AnotherJob naming a finished part that is not there any more."""
         if self.complete and output.file is not None and self.shards == 1:
             if not output.fs.exists(output.file):
-                done = finished_path(output)
-                raise ValueError(f"{output.file}: is gone, and {done} counts it; remove that to begin anew")
+                raise AnotherJob(f"{output.file}: is gone, and {finished_path(output)} counts it; {ANEW}")
             return
         there = output.numbers()
         gone = next((part for part in range(self.shard, self.next_part, self.shards) if part not in there), None)
         if gone is not None:
-            raise ValueError(f"{output.part(gone)}: is gone, and the manifest counts it; remove the rest to begin anew")
+            raise AnotherJob(f"{output.part(gone)}: is gone, and the manifest counts it; {ANEW}")
 
 
 def read_manifest(output: Output, path: str) -> Manifest:
-    """Raises ValueError for a file that is not a manifest of this version."""
+    """Raises AnotherJob for a file that is not a manifest of this version."""
     try:
         content = json.loads(output.fs.cat_file(path))
         if content.pop("format") != FORMAT:
@@ -126,43 +147,7 @@ def read_manifest(output: Output, path: str) -> Manifest:
     except FileNotFoundError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: not a manifest that can be read ({error}); remove the output to begin anew"
-        ) from None
-
-
-def open_manifest(output: Output, shard: int, shards: int) -> Manifest:
-    """The shard's manifest, a new one if the job is new here. Looks at what is there, and removes stale temporaries.
-
-    Raises ValueError for an output that is somebody else's.
-    """
-    wanted = Manifest(shard, shards)
-    if output.file is not None and output.fs.exists(done := finished_path(output)):
-        return read_manifest(output, done)
-    names = output.names()
-    if wanted.shards > 1 and "_manifest.json" in names:
-        merged = read_manifest(output, output.path("_manifest.json"))
-        if merged.complete:
-            return merged
-    manifests = {name: NAME.fullmatch(name) for name in names if NAME.fullmatch(name)}
-    others = [name for name, found in manifests.items() if found and int(found[2] or 1) != shards]
-    if others:
-        raise ValueError(
-            f"{output.folder}: {others[0]} says that the job has other shards than --shard {shard}/{shards}"
-        )
-    if not manifests:
-        strange = [name for name in names if not re.fullmatch(r"\..*\.tmp|\.lock.*", name)]
-        if strange:
-            raise ValueError(f"{output.folder}: not empty, and not of a batch job ({strange[0]}): give a new folder")
-        if output.file is not None and output.fs.exists(output.file):
-            raise ValueError(f"{output.file}: is there already, and not of a batch job: give a new name, or remove it")
-    if wanted.name not in manifests:
-        return wanted
-    manifest = read_manifest(output, output.path(wanted.name))
-    mine = (re.fullmatch(r"\.part-(\d+)\..*\.tmp", name) for name in names)
-    stale = [found[0] for found in mine if found and int(found[1]) % shards == shard]
-    output.remove([*stale, f".{wanted.name}.tmp"])
-    return manifest
+        raise AnotherJob(f"{path}: not a manifest that can be read ({error}); {ANEW}") from None
 
 
 def finished_path(output: Output) -> str:
@@ -180,6 +165,11 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
         parts = [differences(old.get(n), new.get(n), f"{where}.{n}" if where else n) for n in sorted(names)]
         return [difference for part in parts for difference in part]
     return [] if old == new else [f"{where} was {json.dumps(old)} and is {json.dumps(new)}"]
+
+
+def _shortened(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The new job's input files without those that come after as many as the old job had."""
+    return {"inputs": new["inputs"][: len(old["inputs"])]} if "inputs" in old and "inputs" in new else {}
 
 
 def _input_differences(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+import time
+from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
+
+from jaxinfer.batch.ahead import LATER, Later
 
 ROWS = 1024  # of a window
 TOKENS = 2**20  # of a window, roughly: a bound of its memory where rows are long
+PATIENCE = 0.1  # seconds that a window may take to fill where rows are slow to come
 
 
 class Work(Protocol):
@@ -29,32 +32,50 @@ class _Window(Generic[W]):
         self.rows: list[W | None] = []
         self._tokens = 0
 
-    def read(self, rows: Iterator[W | None], count: int) -> bool:
-        """Reads up to `count` more, as many as there is room for; returns whether there are any."""
-        for one in islice(rows, min(count, ROWS - len(self.rows)) if self._tokens < TOKENS else 0):
+    def read(self, rows: Iterator[W | Later | None], count: int, wait: Callable[[float], bool] | None = None) -> bool:
+        """Reads up to `count` more, as many as there are and there is room for; returns whether there will be more.
+        wait: for rows that are not there yet, PATIENCE seconds in all."""
+        end = time.monotonic() + PATIENCE
+        while count > 0 and len(self.rows) < ROWS and self._tokens < TOKENS:
+            try:
+                one = next(rows)
+            except StopIteration:
+                return False
+            if one is LATER:
+                if wait is None or not wait(max(0.0, end - time.monotonic())):
+                    break
+                continue
             self.rows.append(one)
             self._tokens += len(one.prompt) if one is not None else 0
-            if self._tokens >= TOKENS:
-                break
-        return bool(self.rows)
+            count -= 1
+        return True
 
 
-def ordered(rows: Iterator[W | None]) -> Iterator[W | None]:
+def ordered(
+    rows: Iterator[W | Later | None], wait: Callable[[float], bool] = lambda _: False
+) -> Iterator[W | Later | None]:
     """All of `rows`, window by window, each in the order of `arranged`.
 
     None stands for a row with nothing to run. It takes a place in a window too, and a window of nothing else gives one
-    None: whoever asks can't be led thousands of rows on from those that are still running.
+    None: whoever asks can't be led thousands of rows on from those that are still running. LATER stands for a row that
+    is not there yet: a window is then what there is, and LATER comes where there is nothing at all.
     The next window is read while this one is given out, two rows for one: the device need not wait until a thousand
     prompts are tokenized.
     """
-    following = _Window[W]()
-    while following.rows or following.read(rows, ROWS):
+    following, more = _Window[W](), True
+    while following.rows or more:
+        if not following.rows:
+            more = following.read(rows, ROWS, wait)
+            if not following.rows:
+                if more:
+                    yield LATER
+                continue
         window, following = [one for one in following.rows if one is not None], _Window[W]()
         if not window:
             yield None
         for one in arranged(window):
             yield one
-            following.read(rows, 2)
+            more = more and following.read(rows, 2)
 
 
 def arranged(window: list[W]) -> list[W]:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import io
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
-Kind = Literal["bool", "int64", "float64", "string", "list<int32>", "list<float64>", "list<string>", "json"]
-PLAIN: dict[type, Kind] = {bool: "bool", int: "int64", float: "float64", str: "string"}
-OTHERS = "other_columns"  # JSON of what has no column of its own
-
-
-_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
+from jaxinfer.batch.row import Origin
+from jaxinfer.batch.sources import Source, reading
+from jaxinfer.batch.tables import Kind
+from jaxinfer.batch.values import to_json
 
 
 def parquet_modules() -> tuple[Any, Any]:
@@ -26,100 +23,79 @@ def parquet_modules() -> tuple[Any, Any]:
     return pyarrow, pyarrow.parquet
 
 
-def column_kinds(sample: Iterable[Mapping[str, Any]], results: Mapping[str, Kind]) -> dict[str, Kind]:
-    """The columns of all parts: those of the sample, `other_columns` and the results.
+def common_schema(sources: Sequence[Source]) -> Any:
+    """The pyarrow.Schema that columns keep which are carried from Parquet to Parquet: one that all of the files have,
+    but for columns that a file does not have and for integers and the like of other sizes. None where there is none, or
+    a file is no Parquet: then columns are as JSON has them."""
+    if any(source.format[0] != "parquet" for source in sources):
+        return None
+    pa, parquet = parquet_modules()
+    schemas = []
+    for source in sources:
+        with reading(source.name), source.open() as file:
+            schemas.append(parquet.read_schema(file).remove_metadata())
+    try:
+        common = pa.unify_schemas(schemas, promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None
+    of_whole = {field.name for schema in schemas for field in schema if pa.types.is_integer(field.type)}
+    rounded = any(pa.types.is_floating(field.type) and field.name in of_whole for field in common)
+    return None if rounded else common
 
-    sample: the carried columns of the first rows of the input (those of part 0, for every shard). A column of booleans,
-    integers, numbers or strings is one; anything else (lists, objects, a mixture, nulls only) is JSON.
-    """
-    seen: dict[str, set[Kind]] = {}
-    for row in sample:
-        for column, value in row.items():
-            kinds = seen.setdefault(column, set())
-            if value is not None:
-                plain = PLAIN.get(type(value))
-                kinds.add(plain if plain and _fits(value, plain) else "json")
-    return {c: _common(kinds) for c, kinds in seen.items() if c not in results} | {OTHERS: "json", **results}
 
-
-def encode(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, Kind]) -> bytes:
+def encode(
+    rows: Sequence[Mapping[str, Any]],
+    kinds: Mapping[str, Kind],
+    origins: Sequence[Origin | None] = (),
+    schema: Any = None,
+) -> bytes:
     """A file of these rows: their `table`."""
     file = io.BytesIO()
-    parquet_modules()[1].write_table(table(rows, kinds), file)
+    parquet_modules()[1].write_table(table(rows, kinds, origins, schema), file)
     return file.getvalue()
 
 
-def table(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, Kind]) -> Any:
-    """These rows as a pyarrow.Table with the columns that `kinds` has.
-
-    What does not fit, a value of another type or in a column that is not there, goes into the row's `other_columns`, an
-    object as JSON: nothing is lost and no row fails.
-    """
+def table(
+    rows: Sequence[Mapping[str, Any]],
+    kinds: Mapping[str, Kind],
+    origins: Sequence[Origin | None] = (),
+    schema: Any = None,
+) -> Any:
+    """These rows, which fit, as a pyarrow.Table with the columns that `kinds` has. origins, schema: of the columns that
+    are "as read", where each row was and which types they have."""
     pa = parquet_modules()[0]
-    columns: dict[str, list[Any]] = {column: [] for column in kinds}
-    for row in rows:
-        others = {c: v for c, v in row.items() if v is not None and not _fits(v, kinds.get(c))}
-        for column, kind in kinds.items():
-            value = None if column in others else row.get(column)
-            if column == OTHERS:
-                value = others | ({} if value is None else {OTHERS: value}) or None
-            columns[column].append(to_json(value) if kind == "json" and value is not None else value)
     types = {
         "bool": pa.bool_(),
         "int64": pa.int64(),
         "float64": pa.float64(),
         "string": pa.string(),
         "json": pa.string(),
+        "list<bool>": pa.list_(pa.bool_()),
         "list<int32>": pa.list_(pa.int32()),
+        "list<int64>": pa.list_(pa.int64()),
         "list<float64>": pa.list_(pa.float64()),
         "list<string>": pa.list_(pa.string()),
     }
-    arrays = [pa.array(columns[column], types[kind]) for column, kind in kinds.items()]
-    return pa.table(arrays, names=list(kinds))
+    arrays = []
+    for column, kind in kinds.items():
+        if kind == "as read":
+            type = schema.field(column).type
+            arrays.append(pa.chunked_array(_chunks(pa, column, type, origins), type))
+            continue
+        values = [row.get(column) for row in rows]
+        if kind == "json":
+            values = [None if value is None else to_json(value) for value in values]
+        arrays.append(pa.array(values, types[kind]))
+    return pa.table(arrays, names=list(kinds)).unify_dictionaries()
 
 
-def to_json(value: Any) -> str:
-    """JSON of anything on one line. What JSON has no form for is a string (times, bytes), or null (NaN, infinity)."""
-    try:
-        text = _ENCODE(value)
-    except ValueError:
-        text = json.dumps(_finite(value), ensure_ascii=False, default=str)
-    return (
-        text if _is_text(text) else json.dumps(json.loads(text))
-    )  # half of a surrogate pair has no UTF-8, but an escape
-
-
-def _common(kinds: set[Kind]) -> Kind:
-    if kinds == {"int64", "float64"}:
-        return "float64"
-    return next(iter(kinds)) if len(kinds) == 1 else "json"
-
-
-def _fits(value: Any, kind: Kind | None) -> bool:
-    """Whether a column of this kind can have exactly this value."""
-    match kind:
-        case "int64":
-            return type(value) is int and -(2**63) <= value < 2**63
-        case "float64":
-            return type(value) is float or (type(value) is int and abs(value) <= 2**53)
-        case "string":
-            return type(value) is str and _is_text(value)
-        case "bool":
-            return type(value) is bool
-    return kind is not None
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+def _chunks(pa: Any, column: str, type: Any, origins: Sequence[Origin | None]) -> Iterator[Any]:
+    """What the column had where the rows were read: a slice for rows that were one after the other."""
+    places = [(i, *(origin or (None, 0))) for i, origin in enumerate(origins)]
+    for _, group in groupby(places, lambda one: (id(one[1]), one[2] - one[0] if one[1] is not None else 0)):
+        run = list(group)
+        _, batch, start = run[0]
+        if batch is None or column not in batch.schema.names:
+            yield pa.nulls(len(run), type)
+        else:
+            yield batch.column(column).slice(start, len(run)).cast(type)

@@ -47,6 +47,11 @@ class Parser:
         self._params = defaults.with_changes(**self._options)
         self._template = None if prompt_template is None else PromptTemplate(prompt_template)
 
+    @property
+    def template_columns(self) -> set[str]:
+        """The columns that the prompt template takes."""
+        return set() if self._template is None else self._template.columns
+
     def parse(self, record: Record) -> Row:
         """The row. Nothing is raised: one that is no good has an `error`."""
         columns: dict[str, Any] = {}
@@ -61,10 +66,10 @@ class Parser:
             if problems:
                 raise ValueError(problems[0])
             ask = self._openai_ask(line) if batch_line else self._ask(columns)
-            return Row(record.index, record.where, columns, ask, None, batch_line, custom_id)
+            return Row(record.index, record.where, columns, ask, None, batch_line, custom_id, record.origin)
         except (ValueError, OverflowError) as error:  # integers in JSON have no limit
             problem = printable(f"{record.where}: {one_line(error)}")
-            return Row(record.index, record.where, columns, None, problem, batch_line, custom_id)
+            return Row(record.index, record.where, columns, None, problem, batch_line, custom_id, record.origin)
 
     def _columns(self, record: Record, problems: list[str]) -> dict[str, Any]:
         if record.error is not None:

@@ -10,17 +10,16 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import IO, Literal, get_args
+from typing import IO, get_args
 
 from fsspec.implementations.local import LocalFileSystem
 
+from jaxinfer.batch.formats import FILES, Format, file_format
 from jaxinfer.places import check_new, locate
-
-Format = Literal["jsonl", "parquet"]
 
 
 class Output:
-    """A folder, or a file (a name that ends in .jsonl or .parquet) with a folder `NAME.parts` beside it meanwhile.
+    """A folder, or a file (a name that ends in a format) with a folder `NAME.parts` beside it meanwhile.
 
     output: a path, or a URL that fsspec knows. format: of a folder's parts; a file's is its suffix.
     Raises ValueError for a format that is unknown or is not the file's.
@@ -29,15 +28,16 @@ class Output:
     def __init__(self, output: str, format: Format | None = None):
         self.name = output.rstrip("/") or output
         self.fs, path = locate(self.name, "output")
-        suffix = os.path.splitext(path)[1].removeprefix(".")
-        self.file: str | None = path if suffix in get_args(Format) else None
-        if self.file and format not in (None, suffix):
-            raise ValueError(f"output {output}: format is {format}, and the name says {suffix}; leave one of them out")
-        self.format = suffix if self.file else format or "jsonl"
+        self.local = isinstance(self.fs, LocalFileSystem)
+        folder = output.endswith("/") or (self.local and os.path.isdir(path))
+        named = file_format(path, folder)
+        self.file: str | None = path if named and not folder else None
+        if self.file and format not in (None, named):
+            raise ValueError(f"output {output}: format is {format}, and the name says {named}; leave one of them out")
+        self.format: Format = format or named or "jsonl"
         if self.format not in get_args(Format):
             raise ValueError(f"format is {format!r}: it must be one of {', '.join(get_args(Format))}")
         self.folder = f"{path}.parts" if self.file else path
-        self.local = isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
         return f"{self.folder}/{name}"
@@ -52,14 +52,12 @@ class Output:
         if not self.fs.exists(self.folder):
             return []
         if not self.fs.isdir(self.folder):
-            raise NotADirectoryError(
-                f"{self.folder}: not a folder; the output is a folder, or a file *.jsonl, *.parquet"
-            )
+            raise NotADirectoryError(f"{self.folder}: not a folder; the output is a folder, or a file {FILES}")
         return sorted(os.path.basename(path.rstrip("/")) for path in self.fs.ls(self.folder, detail=False))
 
     def numbers(self) -> set[int]:
         """The parts that are there."""
-        found = (re.fullmatch(rf"part-(\d{{5,}})\.{self.format}", name) for name in self.names())
+        found = (re.fullmatch(rf"part-(\d{{5,}})\.{re.escape(self.format)}", name) for name in self.names())
         return {int(one[1]) for one in found if one}
 
     def check(self) -> None:
@@ -77,23 +75,40 @@ class Output:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Keeps a second process from the same work, where the folder is local. Raises ValueError if there is one."""
+        """Keeps a second process from the same work, where the folder is local, which is made. Raises ValueError if
+        there is one."""
+        self.make()
         if not self.local:
             yield
             return
         path = self.path(f".{name}.lock")
-        with writing(path), open(path, "wb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"{self.name}: another process is writing it; wait for it, or end it") from None
-            except OSError:
-                pass  # a file system without locks
+        with writing(path):
+            file = self._locked(path)
+        with file:
             try:
                 yield
             finally:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+
+    def _locked(self, path: str) -> IO[bytes]:
+        while True:
+            try:
+                file = open(path, "wb")  # noqa: SIM115
+            except FileNotFoundError:  # who had it before has just made one file of the parts
+                self.make()
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise ValueError(f"{self.name}: another process is writing it; wait for it, or end it") from None
+            except OSError:  # a file system without locks
+                return file
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return file
+            file.close()  # it was removed by who had it before
 
     @contextlib.contextmanager
     def whole(self, path: str) -> Iterator[IO[bytes]]:

@@ -18,10 +18,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Unpack
 
 from jaxinfer.batch.order import arranged
-from jaxinfer.batch.parquet import parquet_modules, table, to_json
+from jaxinfer.batch.parquet import parquet_modules, table
 from jaxinfer.batch.parse import Parser
 from jaxinfer.batch.readers import table_rows
+from jaxinfer.batch.results import LOGPROBS, Results
 from jaxinfer.batch.row import Record, Row, Task
+from jaxinfer.batch.values import to_json
 from jaxinfer.batch.writer import Result
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
@@ -32,8 +34,9 @@ if TYPE_CHECKING:
 class Predictor:
     """What `Dataset.map_batches` makes an actor of: it loads the model once, and adds results to each batch.
 
-    Rows, result columns and errors are those of `jaxinfer.batch.run` writing Parquet, and so are the arguments. Columns
-    that are carried through keep their types. An error says which row by its `id_column`, if there is one.
+    Rows, result columns and errors are those of `jaxinfer.batch.run` writing Parquet, and so are the arguments. All
+    batches have the same columns: those of log-probabilities are there whoever asks for them, and a column that is
+    called like a result is replaced (`output_prefix`). An error says which row by its `id_column`, if there is one.
 
     A row's result depends on nothing but the row: an actor may die, and Ray does its batches again. A row that samples
     and has no seed of its own gets one that is made of the option `seed` and its id, or, without id_column, of
@@ -58,6 +61,7 @@ class Predictor:
         truncate: bool = False,
         token_ids: bool = False,
         id_column: str | None = None,
+        output_prefix: str = "",
         **options: Unpack[LoadOptions],
     ):
         changes = (
@@ -67,12 +71,12 @@ class Predictor:
         parquet_modules()
         seed = options.pop("seed", 0)
 
-        from jaxinfer.batch.results import Results  # JAX comes with it
-        from jaxinfer.batch.work import Worker
+        from jaxinfer.batch.work import Worker  # JAX comes with it
         from jaxinfer.llm import LLM
 
         llm = LLM(model, **options)
-        self.results = Results(task, (changes or {}).get("n", 1), token_ids, True, llm.folder.name)
+        params = SamplingParams().with_changes(**changes or {})
+        self.results = Results(task, params, token_ids, "parquet", llm.folder.name, output_prefix)
         if task != "score" and not token_ids:
             llm.tokenizer.require("text that is generated", "ask for token_ids")
         defaults = llm.get_default_sampling_params().with_changes(max_tokens=DEFAULT_MAX_TOKENS)
@@ -98,7 +102,7 @@ class Predictor:
                 works.append(work)
         for work, result in self.worker.run(iter(arranged(works))):
             done[work.row.index] = result
-        kinds = self.results.kinds
+        kinds = self.results.kinds(LOGPROBS)
         found = table([{name: done[i].columns.get(name) for name in kinds} for i in range(len(given))], kinds)
         kept = [name for name in given.column_names if name not in found.column_names]
         return parquet_modules()[0].table(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
-import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from jaxinfer.batch.arrays import elements
+from jaxinfer.batch.packing import unpacked
 from jaxinfer.batch.row import Record
 from jaxinfer.batch.sources import STDIN, Source, need
 from jaxinfer.text.files import one_line
@@ -18,24 +21,28 @@ from jaxinfer.text.files import one_line
 MAX_LINE = 64 * 2**20  # bytes: a longer one is no row, but a file of something else
 TOO_LONG = f"the line has over {MAX_LINE >> 20} MiB, and no row is that long"
 PIECE = 2**18
-PACKED_PIECE = 2**8  # small, as 4 bytes of zstd can be 2**17 when they are unpacked
 BATCH = 256  # rows of Parquet at a time
 BOM = b"\xef\xbb\xbf"
 
+Split = Callable[[Iterator[bytes]], Iterator[tuple[int, bytes]]]  # a file's pieces to numbered lines
 Records = Generator[Record, None, int]  # returns how many rows there were, those before `start` included
 
 
-def records(sources: Sequence[Source], start: int = 0) -> Records:
+def records(sources: Sequence[Source], start: int = 0, *, empty_lines: bool = False) -> Records:
     """The rows of all sources from number `start` on; those before are passed over without being looked at.
 
-    JSON Lines and text: a row a line, where lines that are empty (JSON: or blank) are none. CSV: the first row names
-    the columns. Parquet: whole row groups are passed over. What is wrong with one row is in its record. Raises
-    ValueError or OSError, naming file and place, where a file can't be read on: it is cut off, or damaged.
+    JSON Lines: a row a line, where blank ones are none; *.json may be an array of rows. Text: a row a line; with
+    empty_lines those too, so that the n-th row is of the n-th line. CSV: the first row names the columns. Parquet:
+    whole row groups are passed over. What is wrong with one row is in its record. Raises ValueError or OSError, naming
+    file and place, where a file can't be read on: it is cut off, or damaged.
     """
-    readers = {"json": _json, "text": _text, "csv": _csv, "parquet": _parquet}
     first = 0
     for source in sources:
-        first += yield from readers[source.format[0]](source, first, start)
+        kind = source.format[0]
+        if kind == "text":
+            first += yield from _text(source, first, start, empty_lines)
+        else:
+            first += yield from {"json": _json, "csv": _csv, "parquet": _parquet}[kind](source, first, start)
     return first
 
 
@@ -44,7 +51,7 @@ def count_rows(sources: Sequence[Source]) -> int | None:
     for source in sources:
         if source.url == STDIN or not isinstance(url_to_fs(source.url)[0], LocalFileSystem):
             return None
-    counting = records(sources, sys.maxsize)
+    counting = records(sources, sys.maxsize, empty_lines=True)
     while True:
         try:
             next(counting)
@@ -54,19 +61,18 @@ def count_rows(sources: Sequence[Source]) -> int | None:
 
 def _json(source: Source, first: int, start: int) -> Records:
     index = first
-    for number, line in _lines(source):
-        if line is not None and not line.strip():
-            continue
+    array = re.search(r"\.json(\.|$)", source.name.lower()) is not None
+    for number, line in _lines(source, _elements_or_lines if array else _filled_lines):
         if index >= start:
             yield Record(index, f"{source.name}:{number}", line, TOO_LONG if line is None else None)
         index += 1
     return index - first
 
 
-def _text(source: Source, first: int, start: int) -> Records:
+def _text(source: Source, first: int, start: int, empty_lines: bool) -> Records:
     index = first
     for number, line in _lines(source):
-        if line in (b"", b"\r"):
+        if line in (b"", b"\r") and not empty_lines:
             continue
         if index >= start:
             value = None if line is None else {"text": _str(line.removesuffix(b"\r"))}
@@ -116,20 +122,41 @@ def _str(line: bytes) -> str:
     return line.decode("utf-8", "surrogateescape")
 
 
-def _lines(source: Source) -> Iterator[tuple[int, bytes | None]]:
-    """The lines from 1 on, without LF; None for one that is too long."""
+def _lines(source: Source, split: Split | None = None) -> Iterator[tuple[int, bytes | None]]:
+    """The lines from 1 on, without LF, or what else `split` makes of the file; None for one that is too long."""
     number = 0
     with source.open() as file:
         try:
-            pieces: Iterator[bytes] = iter(lambda: file.read(PIECE), b"")
-            if packing := source.format[1]:
-                pieces = _unpacked(pieces, packing, source.name)
-            for number, line in enumerate(_split(pieces), 1):
-                if number == 1:
-                    line = line.removeprefix(BOM)
+            pieces = unpacked(iter(lambda: file.read(PIECE), b""), source.format[1], source.name)
+            for number, line in (split or _split)(_without_mark(pieces)):
                 yield number, line if len(line) <= MAX_LINE else None
         except Exception as error:  # of the file, of its store, of its packing
             raise _damaged(source, f"line {number}", error) from None
+
+
+def _without_mark(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Without a byte order mark."""
+    head = b""
+    for piece in pieces:
+        head += piece
+        if len(head) >= len(BOM) or not BOM.startswith(head):
+            break
+    return chain(filter(None, [head.removeprefix(BOM)]), pieces)
+
+
+def _filled_lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+    return ((number, line) for number, line in _split(pieces) if line.strip())
+
+
+def _elements_or_lines(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+    """What a *.json has: an array's elements, or else lines."""
+    head = b""
+    for piece in pieces:
+        head += piece
+        if head.strip():
+            break
+    pieces = chain([head], pieces)
+    return elements(pieces, MAX_LINE) if head.lstrip().startswith(b"[") else _filled_lines(pieces)
 
 
 def _damaged(source: Source, last: str, error: Exception) -> OSError:
@@ -137,33 +164,19 @@ def _damaged(source: Source, last: str, error: Exception) -> OSError:
     return OSError(f"{source.name}: can't be read on after {last}: is it cut off or damaged? ({problem})")
 
 
-def _split(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    rest = bytearray()
+def _split(pieces: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+    rest, number = bytearray(), 1
     for piece in pieces:
         head, *lines = piece.split(b"\n")
         if len(rest) <= MAX_LINE:  # what is too long is only known to be so, and not kept
             rest += head
         if lines:
-            yield bytes(rest)
+            yield number, bytes(rest)
             rest = bytearray(lines.pop())
-            yield from lines
+            yield from enumerate(lines, number + 1)
+            number += len(lines) + 1
     if rest:
-        yield bytes(rest)
-
-
-def _unpacked(pieces: Iterator[bytes], packing: str, name: str) -> Iterator[bytes]:
-    """The content of gzip members or zstd frames, of which a file may have several. Unlike the packages' own readers of
-    files, this raises EOFError where the last one is cut off."""
-    zstd = need("zstandard", name).ZstdDecompressor() if packing == ".zst" else None
-    unit: Any = None
-    for piece in (big[i : i + PACKED_PIECE] for big in pieces for i in range(0, len(big), PACKED_PIECE)):
-        while piece := piece if unit else piece.lstrip(b"\0"):  # zeros in between are padding
-            if unit is None:
-                unit = zstd.decompressobj() if zstd else zlib.decompressobj(wbits=31)
-            yield unit.decompress(piece)
-            piece, unit = (unit.unused_data, None) if unit.eof else (b"", unit)
-    if unit:
-        raise EOFError("it ends in the middle of its packed data")
+        yield number, bytes(rest)
 
 
 def _parquet(source: Source, first: int, start: int) -> Records:
@@ -183,9 +196,10 @@ def _parquet(source: Source, first: int, start: int) -> Records:
                 for batch in file.iter_batches(BATCH, row_groups=[group]):
                     skipped = min(max(0, start - first - row), len(batch))
                     row += skipped
-                    for value, error in table_rows(batch.slice(skipped)):
+                    for place, (value, error) in enumerate(table_rows(batch.slice(skipped)), skipped):
                         row += 1
-                        yield Record(first + row - 1, f"{source.name}:{row}", value, error)
+                        origin = (batch, place) if error is None else None
+                        yield Record(first + row - 1, f"{source.name}:{row}", value, error, origin)
                 if row != end:
                     raise ValueError("a row group has not as many rows as it says")
         except Exception as error:  # pyarrow's errors have no common class

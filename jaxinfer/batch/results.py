@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxinfer.batch.formats import Format, is_table
 from jaxinfer.batch.openai import response_line
-from jaxinfer.batch.parquet import Kind
 from jaxinfer.batch.row import Row, Task
+from jaxinfer.batch.tables import Kind
 from jaxinfer.batch.writer import Result
-from jaxinfer.engine.outputs import CompletionOutput, RequestOutput, ScoreOutput
+from jaxinfer.engine.outputs import Logprob, RequestOutput, ScoreOutput
+from jaxinfer.sampling.params import SamplingParams
 
 GENERATED: dict[str, Kind] = {
     "generated_text": "string",
@@ -27,51 +30,81 @@ SCORED: dict[str, Kind] = {
 }
 
 
+LOGPROBS: dict[str, Kind] = {"logprobs": "json", "prompt_logprobs": "json"}
+OTHERS = "other_columns"
+
+
 @dataclass(frozen=True)
 class Results:
-    """Makes them. n: SamplingParams.n of the job. token_ids: also the ids, and each one's log-probability when scoring.
-    parquet: columns have one type. model: its name."""
+    """Makes them. params: those of the job, or None. token_ids: also the ids, and each one's log-probability when
+    scoring. format: of the output; in a table (CSV, Parquet) all rows have the same columns. model: its name. prefix:
+    of the names of the result columns."""
 
     task: Task
-    n: int = 1
+    params: SamplingParams | None = None
     token_ids: bool = False
-    parquet: bool = False
+    format: Format = "jsonl"
     model: str = ""
+    prefix: str = ""
 
     @property
-    def kinds(self) -> dict[str, Kind]:
-        """The result columns. Parquet always has `logprobs`, which only rows of JSON that asked for them have."""
+    def n(self) -> int:
+        return 1 if self.params is None else self.params.n
+
+    @property
+    def table(self) -> bool:
+        return is_table(self.format)
+
+    @property
+    def others(self) -> str:
+        """The column of what has no column of its own."""
+        return self.prefix + OTHERS
+
+    def kinds(self, logprobs: Collection[str] = ()) -> dict[str, Kind]:
+        """The result columns, with those of LOGPROBS that some rows ask for."""
         if self.task == "score":
             ids: dict[str, Kind] = {"token_ids": "list<int32>", "token_logprobs": "list<float64>"}
-            return {**SCORED, **(ids if self.token_ids else {}), "error": "string"}
-        kinds = dict(GENERATED)
-        if self.n > 1:
-            kinds |= {"generated_text": "list<string>", "finish_reason": "list<string>"}
-        if self.token_ids:
-            kinds["token_ids"] = "list<int32>" if self.n == 1 else "json"
-        if self.parquet:
-            kinds["logprobs"] = "json"
-        return {**kinds, "error": "string"}
+            kinds = {**SCORED, **(ids if self.token_ids else {})}
+        else:
+            kinds = dict(GENERATED)
+            if self.n > 1:
+                kinds |= {"generated_text": "list<string>", "finish_reason": "list<string>"}
+            if self.token_ids:
+                kinds["token_ids"] = "list<int32>" if self.n == 1 else "json"
+            kinds |= {name: kind for name, kind in LOGPROBS.items() if name in logprobs}
+        return self._named({**kinds, "error": "string"})
+
+    def logprobs(self, rows: Iterable[Row]) -> set[str]:
+        """Which of LOGPROBS the job or one of these rows asks for."""
+        params = [self.params, *(row.ask.params for row in rows if row.ask is not None)]
+        return {name for name in LOGPROBS for one in params if one is not None and getattr(one, name) is not None}
+
+    def taken(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Columns of a row that the results have no place beside. A null, or the empty text that CSV has for it, says
+        nothing that would be lost: the `error` of rows that another job has served."""
+        names = {*self.kinds(LOGPROBS), self.others}
+        return {name: value for name, value in columns.items() if name in names and value not in (None, "")}
 
     def refuse(self, row: Row) -> str | None:
         """Why a row that was understood can't be written, or None."""
-        if row.openai and self.parquet:
-            return f"{row.where}: an OpenAI batch line comes back as a JSON line, not as Parquet; write JSONL"
-        # A null says nothing that is lost: the `error` of rows that another job has served.
-        names = {**self.kinds, "logprobs": None}
-        taken = next((column for column, value in row.columns.items() if column in names and value is not None), None)
-        if taken is not None:
-            return f"{row.where}: has a column {taken!r}, which is a result's name; rename it"
+        if row.openai and self.table:
+            kind = self.format.split(".")[0]
+            return f"{row.where}: an OpenAI batch line comes back as a JSON line, not as {kind}; write JSONL"
+        if taken := self.taken(row.columns):
+            return f"{row.where}: {clash(next(iter(taken)))}"
         n = row.ask.params.n if row.ask is not None and row.ask.params is not None else self.n
-        if self.parquet and (n > 1) != (self.n > 1):
+        if self.format == "parquet" and (n > 1) != (self.n > 1):
             return f"{row.where}: n is {n}, the job's {self.n}: a Parquet column is of texts or of lists; write JSONL"
         return None
 
     def failed(self, row: Row, error: str) -> Result:
-        """The result of a row that was not served."""
-        if row.openai and not self.parquet:
+        """The result of a row that was not served. Columns that are called like results are in `other_columns`."""
+        if row.openai and not self.table:
             return Result(response_line(replace(row, error=error), None, model=self.model), error)
-        return Result(row.columns | dict.fromkeys(self.kinds) | {"error": error}, error)
+        columns = row.columns | dict.fromkeys(self.kinds()) | self._named({"error": error})
+        if taken := self.taken(row.columns):
+            columns[self.others] = taken
+        return Result(columns, error, origin=row.origin)
 
     def scored(self, row: Row, output: ScoreOutput) -> Result:
         """The result of a row that was scored."""
@@ -80,8 +113,8 @@ class Results:
         results |= {"word_perplexity": output.word_perplexity, "byte_perplexity": output.byte_perplexity}
         if self.token_ids:
             results |= {"token_ids": output.token_ids, "token_logprobs": output.logprobs}
-        columns = row.columns | results | {"error": None}
-        return Result(columns, None, output.num_prompt_tokens + len(output.token_ids))
+        columns = row.columns | self._named(results | {"error": None})
+        return Result(columns, None, output.num_prompt_tokens + len(output.token_ids), origin=row.origin)
 
     def generated(self, row: Row, output: RequestOutput) -> Result:
         """The result of a row that was continued. Of several continuations, texts, reasons, ids and log-probabilities
@@ -97,21 +130,31 @@ class Results:
         if self.token_ids:
             results["token_ids"] = [one.token_ids for one in output.outputs]
         if first.logprobs is not None:
-            results["logprobs"] = [_logprobs(one) for one in output.outputs]
+            results["logprobs"] = [_logprobs(one.logprobs or ()) for one in output.outputs]
         if len(output.outputs) == 1:
             results = {name: values[0] for name, values in results.items()}
+        if output.prompt_logprobs is not None:
+            results["prompt_logprobs"] = _logprobs(output.prompt_logprobs)
         results |= {"prompt_tokens": prompt, "generated_tokens": generated, "error": None}
-        if "logprobs" not in results and self.parquet:
-            results["logprobs"] = None
-        return Result(row.columns | results, None, prompt, generated)
+        return Result(row.columns | self._named(results), None, prompt, generated, row.origin)
+
+    def _named(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        return {self.prefix + name: value for name, value in results.items()}
 
 
-def _logprobs(completion: CompletionOutput) -> list[list[dict[str, Any]]]:
-    """Of each token: the sampled one first, then the likeliest ones."""
+def clash(column: str) -> str:
+    """What to say of a column that is called like a result."""
+    return f"has a column {column!r}, which is a result's name; rename it, or give --output-prefix"
+
+
+def _logprobs(steps: Iterable[Mapping[int, Logprob] | None]) -> list[list[dict[str, Any]] | None]:
+    """Of each token: itself first, then the likeliest ones. None of the prompt's first token."""
     return [
-        [
+        None
+        if step is None
+        else [
             {"token_id": i, "token": one.decoded_token, "logprob": one.logprob, "rank": one.rank}
             for i, one in step.items()
         ]
-        for step in completion.logprobs or ()
+        for step in steps
     ]

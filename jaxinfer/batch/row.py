@@ -8,6 +8,7 @@ from typing import Any, Literal
 from jaxinfer.sampling.params import SamplingParams
 
 Task = Literal["generate", "chat", "score"]
+Origin = tuple[Any, int]  # a pyarrow.RecordBatch, and which of its rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +17,14 @@ class Record:
 
     index: its number among all rows of the job, from 0. where: for people, such as "rows.jsonl:17" (the line where
     it begins; of Parquet, the row, from 1). value: the bytes of a JSON line, or columns by name. error: why there is
-    no value.
+    no value. origin: of Parquet, where the row was, for columns that keep their types.
     """
 
     index: int
     where: str
     value: bytes | dict[str, Any] | None
     error: str | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Row:
 
     columns: all columns of the row, the prompt among them, as JSON values (text is valid Unicode; floats may be inf or
     nan). Where the row is broken, what of them could be read. openai: the row is an OpenAI batch line and comes back as
-    `openai.response_line` (columns is then empty); custom_id: its, or None if it has none that is valid.
+    `openai.response_line` (columns is then empty); custom_id: its, or None if it has none that is valid. origin: the
+    record's.
     """
 
     index: int
@@ -56,3 +59,4 @@ class Row:
     error: str | None = None
     openai: bool = False
     custom_id: str | None = None
+    origin: Origin | None = None

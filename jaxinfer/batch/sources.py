@@ -22,7 +22,7 @@ from jaxinfer.text.files import one_line
 STDIN = "-"
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".txt": "text", ".parquet": "parquet"}
 PACKED = (".gz", ".zst")  # all but Parquet, which packs by itself
-KNOWN = "*.jsonl, *.ndjson, *.json (JSON Lines), *.csv, *.txt, each also as .gz or .zst, and *.parquet"
+KNOWN = "*.jsonl, *.ndjson, *.json (JSON Lines, or an array), *.csv, *.txt, each also as .gz or .zst, and *.parquet"
 CHECKSUMS = ("md5Hash", "content_md5", "crc32c", "ETag", "etag")  # what stores call theirs, in fsspec's info
 DRIVERS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # the extras of this package
 PIECE = 2**20
@@ -48,8 +48,8 @@ class Source:
 
     def open(self) -> IO[bytes]:
         """The file, to read. Raises OSError."""
-        if self.url == STDIN:
-            return sys.stdin.buffer
+        if self.url == STDIN:  # unbuffered: what is there, without waiting for more of it
+            return getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
         with reading(self.name):
             fs, path = fsspec.core.url_to_fs(self.url)
             return fs.open(path, "rb")

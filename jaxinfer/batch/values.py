@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -11,7 +13,8 @@ MAX_DEPTH = 100  # of lists and objects: who writes the row must not run out of 
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON says. Unlike json.loads, this refuses NaN and keys that are there twice. Raises ValueError."""
+    """What JSON says. Unlike json.loads, this refuses NaN, numbers beyond floats, and keys
+    that are there twice. Raises ValueError."""
     try:
         return _DECODER.decode(text if isinstance(text, str) else text.decode())
     except UnicodeDecodeError as error:
@@ -38,7 +41,15 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"not JSON: {name} is no number there; write null")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+def _float(digits: str) -> float:
+    """Raises ValueError for what a float has no value near: it would be written down as null, or as 0."""
+    value = float(digits)
+    if math.isinf(value) or (value == 0 and re.match(r"-?[0.]*[1-9]", digits)):
+        raise ValueError(f"the number {digits:.40} is beyond what a float can be; write it as text")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
 
 
 def json_value(value: Any, problems: list[str], depth: int = 0) -> Any:
@@ -71,3 +82,33 @@ def json_value(value: Any, problems: list[str], depth: int = 0) -> Any:
 def printable(text: str) -> str:
     """Text with what is not Unicode in it replaced."""
     return text.encode(errors="replace").decode()
+
+
+_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode
+
+
+def to_json(value: Any) -> str:
+    """JSON of anything on one line. What JSON has no form for is a string (times, bytes), or null (NaN, infinity)."""
+    try:
+        text = _ENCODE(value)
+    except ValueError:
+        text = json.dumps(_finite(value), ensure_ascii=False, default=str)
+    # Half of a surrogate pair has no UTF-8, but an escape.
+    return text if is_text(text) else json.dumps(json.loads(text))
+
+
+def is_text(value: str) -> bool:
+    """Whether it is Unicode, without half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value

@@ -37,20 +37,40 @@ class OutputOptions:
             "-o",
             metavar="OUT",
             show_default=False,
-            help="A folder for parts, or a file *.jsonl or *.parquet; local, gs:// or s3://.",
+            help="A folder for parts, or a file *.jsonl, *.csv (also .gz, .zst), *.parquet; local, gs:// or s3://.",
             rich_help_panel=OUTPUT,
         ),
     ] = None
     format: Annotated[
-        Literal["jsonl", "parquet"] | None,
+        Literal["jsonl", "jsonl.gz", "jsonl.zst", "csv", "csv.gz", "csv.zst", "parquet"] | None,
         typer.Option(help="Of a folder's parts; without it, jsonl.", rich_help_panel=OUTPUT),
     ] = None
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Remove what another job has written to OUT; the same job goes on.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False
     rows_per_part: Annotated[
         int, typer.Option(metavar="N", min=1, help="A part is written when it is complete.", rich_help_panel=OUTPUT)
     ] = 1000
     token_ids: Annotated[
-        bool, typer.Option("--token-ids", help="Also write token ids (scoring: and their log-probabilities).")
+        bool,
+        typer.Option(
+            "--token-ids", help="Also write token ids (scoring: and their log-probabilities).", rich_help_panel=OUTPUT
+        ),
     ] = False
+    output_prefix: Annotated[
+        str,
+        typer.Option(
+            metavar="P",
+            show_default=False,
+            help="Before the names of result columns, where the input has such columns.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = ""
 
 
 @dataclass(frozen=True)
@@ -59,7 +79,13 @@ class StoppingOptions:
 
     max_errors: Annotated[
         int | None,
-        typer.Option(metavar="N", min=0, help="End when more rows have errors.", rich_help_panel=STOPPING),
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="End when more rows have errors; up to N, the exit code is 0. Without it the job ends with all rows "
+            "done, and with exit code 1 if any has an error.",
+            rich_help_panel=STOPPING,
+        ),
     ] = None
     grace: Annotated[
         float,
@@ -107,7 +133,8 @@ def batch(
     """Run all rows of files through a model, and write a result for each; killed, the same command goes on.
 
     Rows: {"prompt"}, {"messages"}, {"text"} or {"prompt", "continuation"}, each with "params" if it has its own, or
-    OpenAI batch lines; in .jsonl, .csv, .txt (also .gz, .zst) and .parquet. A JSON summary is printed at the end.
+    OpenAI batch lines; in .jsonl, .csv, .txt (also .gz, .zst) and .parquet. A JSON summary is printed at the end. Exit
+    codes: 0 all is well, 1 rows have errors (see --max-errors), 2 nothing could be done, 143 stopped by SIGTERM.
     """
     from jaxinfer.places import check_kept
 
@@ -120,7 +147,7 @@ def batch(
         _print(merge_shards(*inputs))
         return
     if output.output is None:
-        raise ValueError("--output is missing: a folder, or a file *.jsonl or *.parquet")
+        raise ValueError("--output is missing: a folder, or a file *.jsonl, *.csv or *.parquet")
     check_kept(output.output, "output")
     changes = sampling.given
     model, options = load.loading(**dataclasses.asdict(batching), seed=changes.pop("seed", None))
@@ -142,7 +169,9 @@ def batch(
                 prompt_template=prompt_template,
                 truncate=truncate,
                 token_ids=output.token_ids,
+                output_prefix=output.output_prefix,
                 format=output.format,
+                overwrite=output.overwrite,
                 rows_per_part=output.rows_per_part,
                 shard=stopping.shard,
                 max_errors=stopping.max_errors,
@@ -158,6 +187,10 @@ def batch(
     if not summary.seconds and not verbosity.quiet:
         print(f"jaxinfer: {summary.output} is complete already", file=sys.stderr)
     _print(summary)
+    if summary.errors > (stopping.max_errors or 0):
+        if not verbosity.quiet:
+            print(f"jaxinfer: {summary.errors} of {summary.rows} rows have errors", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 class Terminated(BaseException):

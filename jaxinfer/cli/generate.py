@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 @grouped
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", show_default=False, help="Without any: piped input.")
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT", show_default=False, help="- is all of stdin; without any: piped input, one a line."
+        ),
     ] = None,
     *,
     file: Annotated[
@@ -90,23 +93,32 @@ def _texts(arguments: list[str], file: str | None) -> list[str]:
     if arguments and file is not None:
         raise ValueError("prompts are given both as PROMPT and by --file: give only one of them")
     if file is not None:
-        arguments = [line for line in _read(file).splitlines() if line]
+        arguments = _lines(file)
         if not arguments:
             raise ValueError(f"--file {file}: there is no prompt in it; write one a line")
     elif not arguments:
         if sys.stdin.isatty():
             raise ValueError("no prompt: give PROMPT, --file F, or pipe one in")
-        arguments = [_read("-").removesuffix("\n")]
+        arguments = _lines("-") or [""]
+    else:
+        arguments = [_read("-").removesuffix("\n") if prompt == "-" else prompt for prompt in arguments]
     if "" in arguments:
         raise ValueError("the prompt is empty: give some text as PROMPT, by --file F, or pipe it in")
     return arguments
+
+
+def _lines(file: str) -> list[str]:
+    """Those that have something in them. Lines end with LF or CR LF and nothing else: a prompt may have any character
+    that str.splitlines takes for an end."""
+    lines = (line.removesuffix("\r") for line in _read(file).split("\n"))
+    return [line for line in lines if line]
 
 
 def _read(file: str) -> str:
     name = "stdin" if file == "-" else file
     content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
-        return content.decode()
+        return content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 at byte {error.start}; prompts must be UTF-8 text") from None
 

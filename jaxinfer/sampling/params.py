@@ -143,7 +143,7 @@ class SamplingParams:
         self._check_bad_words_ids()
         self._check_decay()
 
-    def with_changes(self, **given: Any) -> SamplingParams:
+    def with_changes(self, /, **given: Any) -> SamplingParams:
         """These parameters with others in place of some. Who asks for a filter of a greedy default asks for sampling:
         top_p without a temperature would do nothing. Who asks for less than min_tokens gets that."""
         if self.greedy and given.keys() & FILTERS:

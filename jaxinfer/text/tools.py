@@ -127,7 +127,7 @@ def _docstring(function: Callable[..., Any], where: str) -> tuple[str, dict[str,
     sections = dict(zip(pieces[1::2], pieces[2::2], strict=True))
     arguments: dict[str, str] = {}
     name, outer = "", None
-    for line in filter(str.strip, sections.get("Args", "").splitlines()):
+    for line in filter(str.strip, sections.get("Args", "").split("\n")):
         indent = len(line) - len(line.lstrip())
         found = re.match(r"\s*(\w+)(?:\s*\([^)]*\))?:\s*(.*)", line)
         if found and (outer is None or indent <= outer):

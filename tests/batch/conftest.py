@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from jaxinfer import LLM
+from jaxinfer.batch import run
 from jaxinfer.demo import MODEL_DIR
+
+QUESTIONS = [{"prompt": f"What is {i} + {i + 7}?", "id": i} for i in range(25)]
+SHORT = {"max_tokens": 6}
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +43,24 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 
         return [row for file in files for row in pq.read_table(file).to_pylist()]
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def job(demo, tmp_path):
+    """Runs a job of ten rows a part; returns what it says."""
+
+    def start(source, output="out", **options):
+        given = {"model": demo, "sampling_params": SHORT, "rows_per_part": 10} | options
+        return run(source, tmp_path / output, **given)
+
+    return start
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*"))}
+
+
+def after_a_part() -> Callable[[], bool]:
+    """For `stop`: ends a job when the part is written that is the next one."""
+    asked = iter([False])
+    return lambda: next(asked, True)

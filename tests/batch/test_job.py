@@ -1,36 +1,15 @@
 """Jobs on the packaged model, within this process."""
 
-import dataclasses
-import errno
-import gzip
 import json
-import os
-import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from jaxinfer import LLM, SamplingParams
-from jaxinfer.batch import TooManyErrors, loop, manifest, merge, run
+from jaxinfer import SamplingParams
+from jaxinfer.batch import TooManyErrors, loop, merge, run
 from jaxinfer.demo import MODEL_DIR
-from tests.batch.conftest import read_rows
-
-QUESTIONS = [{"prompt": f"What is {i} + {i + 7}?", "id": i} for i in range(25)]
-SHORT = {"max_tokens": 6}
-
-
-@pytest.fixture
-def job(demo, tmp_path):
-    """Runs a job of ten rows a part; returns what it says."""
-
-    def start(source, output="out", **options):
-        given = {"model": demo, "sampling_params": SHORT, "rows_per_part": 10} | options
-        return run(source, tmp_path / output, **given)
-
-    return start
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("part-*"))}
+from tests.batch.conftest import QUESTIONS, SHORT, files, read_rows
 
 
 def test_results_beside_the_columns(demo, job, rows_file, tmp_path):
@@ -146,117 +125,6 @@ def test_another_seed(rows_file, tmp_path):
     assert texts[0] != texts[1]
 
 
-def test_complete(job, rows_file, tmp_path, monkeypatch):
-    first = job(rows_file(QUESTIONS))
-    before = files(tmp_path / "out")
-    monkeypatch.setattr(loop.Loop, "run", lambda *_: 1 / 0)
-    again = job(rows_file(QUESTIONS))
-    assert again == dataclasses.replace(
-        first, rows_now=0, seconds=0.0, tokens_per_second=0.0, device_share=0.0, cache_hit_rate=0.0
-    )
-    assert files(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize(
-    ("changes", "facts"),
-    [
-        ({"sampling_params": {"max_tokens": 7}}, ["sampling_params.max_tokens was 6 and is 7"]),
-        ({"sampling_params": SHORT | {"top_k": 3}}, ["sampling_params.top_k was null and is 3"]),
-        ({"prompt_template": "{prompt}!"}, ['prompt_template was null and is "{prompt}!"']),
-        ({"rows_per_part": 5, "token_ids": True}, ["rows_per_part was 10 and is 5", "token_ids was false and is true"]),
-        ({"task": "chat"}, ['task was "generate" and is "chat"']),
-        ({"shard": "0/2"}, ["--shard 0/2", "_manifest.json"]),
-        ({"format": "parquet"}, ['format was "jsonl" and is "parquet"']),
-    ],
-)
-def test_another_job(job, rows_file, tmp_path, changes, facts):
-    stops = iter([False] * 40)
-    source = rows_file(QUESTIONS)
-    assert not job(source, stop=lambda: next(stops, True)).complete
-    before = files(tmp_path / "out")
-    with pytest.raises(ValueError) as error:
-        job(source, **changes)
-    assert all(fact in str(error.value) for fact in [*facts, str(tmp_path / "out")])
-    assert files(tmp_path / "out") == before
-
-
-def test_another_model(job, rows_file, tmp_path):
-    stops = iter([False] * 40)
-    source = rows_file(QUESTIONS)
-    assert not job(source, stop=lambda: next(stops, True)).complete
-    with (
-        LLM(MODEL_DIR, max_model_len=100) as shorter,
-        pytest.raises(ValueError, match="max_model_len was 256 and is 100"),
-    ):
-        job(source, model=shorter)
-    copied = tmp_path / "model"
-    shutil.copytree(MODEL_DIR, copied)
-    settings = json.loads((copied / "generation_config.json").read_text())
-    (copied / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.5}))
-    with pytest.raises(ValueError, match="model was "):
-        job(source, model=copied)
-
-
-def test_a_file_that_changed(job, rows_file, tmp_path):
-    stops = iter([False] * 40)
-    source = rows_file(QUESTIONS)
-    assert not job(source, stop=lambda: next(stops, True)).complete
-    before = files(tmp_path / "out")
-    content = source.read_bytes()
-    source.write_bytes(content.replace(b"What", b"Whit"))
-    with pytest.raises(ValueError, match=r"rows\.jsonl has changed since \(it had \d+ bytes, and has \d+\)"):
-        job(source)
-    with pytest.raises(ValueError, match=r"other\.jsonl is new"):
-        job([rows_file(QUESTIONS), rows_file(QUESTIONS, "other.jsonl")])
-    assert files(tmp_path / "out") == before
-    source.write_bytes(content)
-    assert job(source).complete
-    job(source, "uninterrupted")
-    assert files(tmp_path / "out") == files(tmp_path / "uninterrupted")
-
-
-def test_going_on_after_a_full_disk(job, rows_file, tmp_path, monkeypatch):
-    source = rows_file(QUESTIONS)
-    job(source, "expected")
-    fsync, calls = os.fsync, iter(range(100))
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def fails_later(fd):
-        if next(calls) == 6:  # of the manifest, a part, its manifest, the next part: file and folder each
-            raise full
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", fails_later)
-    with pytest.raises(OSError, match=r"part-00001\.jsonl: can't be written \(No space left on device\)"):
-        job(source)
-    assert sorted(os.listdir(tmp_path / "out")) == ["_manifest.json", "part-00000.jsonl"]
-    assert job(source).rows_now == 15
-    assert files(tmp_path / "out") == files(tmp_path / "expected")
-
-
-def test_a_damaged_file(job, rows_file, tmp_path):
-    source = tmp_path / "rows.jsonl.gz"
-    whole = gzip.compress(
-        b"".join(json.dumps(row).encode() + os.urandom(9).hex().encode() + b"\n" for row in QUESTIONS)
-    )
-    source.write_bytes(whole[:-200])
-    with pytest.raises(OSError, match=r"rows\.jsonl\.gz: can't be read on"):
-        job(source)
-    assert not (tmp_path / "out/part-00002.jsonl").exists()
-
-
-def test_stopping(job, rows_file, tmp_path):
-    source = rows_file(QUESTIONS)
-    job(source, "expected")
-    for asked in (0, 1, 30, 60):
-        stops = iter([False] * asked)
-        summary = job(source, f"out{asked}", stop=lambda stops=stops: next(stops, True))
-        if asked < 60:
-            assert (summary.rows, summary.complete) == (10 if asked else 0, False)  # the part that was the next one
-        assert job(source, f"out{asked}").complete
-        assert files(tmp_path / f"out{asked}") == files(tmp_path / "expected")
-
-
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_straggler_does_not_fill_the_memory(demo, job, rows_file, tmp_path, monkeypatch, broken):
     """While the first row runs, no more than so many others are begun, or found to be broken."""
@@ -342,89 +210,55 @@ def test_scores(demo, job, rows_file, tmp_path):
     assert summary.tokens_per_second > 0
 
 
-@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
-def test_one_file(job, rows_file, tmp_path, monkeypatch, name):
-    source = rows_file(QUESTIONS)
-    job(source, "parts", format=name.split(".")[1])
-    write = manifest.Manifest.write
-
-    def killed_before_the_end(self, output, path):
-        if path.endswith(f"{name}.manifest.json"):
-            raise KeyboardInterrupt
-        write(self, output, path)
-
-    monkeypatch.setattr(manifest.Manifest, "write", killed_before_the_end)
-    with pytest.raises(KeyboardInterrupt):
-        job(source, name)
-    monkeypatch.setattr(manifest.Manifest, "write", write)
-    assert job(source, name).complete
-    assert job(source, name).rows == 25
-    assert read_rows(tmp_path / name) == read_rows(tmp_path / "parts")
-    assert sorted(os.listdir(tmp_path)) == [name, f"{name}.manifest.json", "parts", "rows.jsonl"]
-    with pytest.raises(ValueError, match="max_tokens was 6"):
-        job(source, name, sampling_params={"max_tokens": 7})
-    (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match="is gone"):
-        job(source, name)
+def test_parameters_called_anything(job, rows_file, tmp_path):
+    """What a row says can't reach Python's own names."""
+    rows = [{"prompt": "x", "params": {name: 1}} for name in ("self", "cls", "given", "")]
+    assert job(rows_file([*rows, {"prompt": "x"}])).errors == 4
+    *wrong, right = read_rows(tmp_path / "out")
+    assert right["error"] is None
+    assert ["is not supported" in row["error"] for row in wrong] == [True] * 4
 
 
-def test_columns_of_parquet_that_drift(job, rows_file, tmp_path):
-    """Columns are those of the first part; what comes later is not lost and ends nothing."""
-    rows = [{"prompt": "x", "a": 1} for _ in range(10)] + [{"prompt": "x", "a": 1.5, "b": [2]}, {"prompt": "x"}]
-    stops = iter([False] * 14)
-    assert not job(rows_file(rows), format="parquet", stop=lambda: next(stops, True)).complete
-    job(rows_file(rows), format="parquet")
-    got = read_rows(tmp_path / "out")
-    assert [row["a"] for row in got] == [1] * 10 + [None] * 2
-    assert [row["other_columns"] for row in got] == [None] * 10 + ['{"a": 1.5, "b": [2]}', None]
+def test_log_probabilities_of_the_prompt(demo, job, rows_file, tmp_path):
+    row = {"prompt": "What is 1 + 2?", "params": {"max_tokens": 1, "prompt_logprobs": 1, "n": 2}}
+    job(rows_file([row]))
+    (got,) = read_rows(tmp_path / "out")
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+    first, *expected = demo.generate(row["prompt"], params)[0].prompt_logprobs
+    assert got["prompt_logprobs"][0] is first is None
+    for step, wanted in zip(got["prompt_logprobs"][1:], expected, strict=True):
+        assert [(one["token_id"], one["token"], one["rank"]) for one in step] == [
+            (i, one.decoded_token, one.rank) for i, one in wanted.items()
+        ]
+        assert [one["logprob"] for one in step] == pytest.approx([one.logprob for one in wanted.values()], abs=1e-5)
+    job(rows_file([row]), "out.parquet", sampling_params=SHORT | {"prompt_logprobs": 0, "n": 2})
+    assert json.loads(read_rows(tmp_path / "out.parquet")[0]["prompt_logprobs"]) == got["prompt_logprobs"]
 
 
-def test_no_rows(job, rows_file, tmp_path):
-    for name in ("out", "out.jsonl", "out.parquet"):
-        summary = job(rows_file([]), name)
-        assert (summary.complete, summary.rows) == (True, 0)
-    assert files(tmp_path / "out") == {"part-00000.jsonl": b""}
-    assert (tmp_path / "out.jsonl").read_bytes() == b""
-    assert read_rows(tmp_path / "out.parquet") == []
+def test_a_template_for_columns_that_are_not_there(job, rows_file, tmp_path):
+    (tmp_path / "rows.csv").write_text("question,id\nWhat?,1\n")
+    (tmp_path / "rows.txt").write_text("What?\n")
+    pq.write_table(pa.table({"question": ["What?"]}), tmp_path / "rows.parquet")
+    rows_file([b"broken\n", *QUESTIONS])
+    for name in ("rows.csv", "rows.txt", "rows.parquet", "rows.jsonl"):
+        with pytest.raises(ValueError, match=rf"{name}: no column 'qestion', which the prompt template takes; th"):
+            job([tmp_path / name], prompt_template="Q: {qestion}")
+    assert not (tmp_path / "out").exists()
+    rows = [{"prompt": "x"}] * 5 + [{"question": "What?"}]
+    assert job(rows_file(rows), prompt_template="{question}").errors == 5  # some have it
 
 
-def test_a_store_of_objects(job, rows_file, tmp_path, demo):
-    import fsspec
-
-    source = rows_file(QUESTIONS)
-    job(source)
-    stops = iter([False] * 40)
-    options = {"model": demo, "sampling_params": SHORT, "rows_per_part": 10}
-    assert not run(source, "memory://job-test/out", stop=lambda: next(stops, True), **options).complete
-    assert run(source, "memory://job-test/out", **options).complete
-    fs = fsspec.filesystem("memory")
-    assert {os.path.basename(p): fs.cat_file(p) for p in fs.glob("/job-test/out/part-*")} == files(tmp_path / "out")
-    assert run(source, "memory://job-test/out.jsonl", **options).complete
-    assert fs.cat_file("/job-test/out.jsonl") == b"".join(files(tmp_path / "out").values())
-    assert not fs.exists("/job-test/out.jsonl.parts")
-
-
-def test_outputs_of_somebody_else(job, rows_file, tmp_path):
-    source = rows_file(QUESTIONS)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/thesis.tex").write_text("mine")
-    (tmp_path / "out.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match=r"not of a batch job \(thesis\.tex\)"):
-        job(source)
-    with pytest.raises(ValueError, match="is there already"):
-        job(source, "out.jsonl")
-    assert os.listdir(tmp_path / "out") == ["thesis.tex"]
-    assert (tmp_path / "out.jsonl").read_text() == "mine"
-
-
-def test_a_part_that_is_gone(job, rows_file, tmp_path):
-    job(rows_file(QUESTIONS))
-    (tmp_path / "out/part-00001.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"part-00001\.jsonl: is gone"):
-        job(rows_file(QUESTIONS))
-    (tmp_path / "out/_manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"_manifest\.json: not a manifest"):
-        job(rows_file(QUESTIONS))
+def test_empty_lines_of_text_are_rows(job, tmp_path):
+    (tmp_path / "rows.txt").write_text("What is 1 + 2?\n\nWhat is 2 + 3?\n")
+    summary = job(tmp_path / "rows.txt")
+    rows = read_rows(tmp_path / "out")
+    assert [row["text"] for row in rows] == ["What is 1 + 2?", "", "What is 2 + 3?"]
+    assert [row["error"] and row["error"].removeprefix(f"{tmp_path}/") for row in rows] == [
+        None,
+        "rows.txt:2: text is empty",
+        None,
+    ]
+    assert summary.errors == 1
 
 
 @pytest.mark.parametrize(
@@ -446,21 +280,11 @@ def test_options_that_make_no_sense(job, rows_file, tmp_path, options, facts):
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_that_were_generated_can_be_scored(job, rows_file, tmp_path):
-    """The error of a row that was served is null, and no obstacle."""
-    rows = [{"prompt": "one", "continuation": " two", "error": e} for e in (None, "why")]
-    summary = job(rows_file(rows), task="score", sampling_params=None)
-    assert (summary.rows, summary.errors) == (2, 1)
-    right, wrong = read_rows(tmp_path / "out")
-    assert right["error"] is None
-    assert "has a column 'error'" in wrong["error"]
-
-
 def test_odd_names(demo, rows_file, tmp_path, monkeypatch):
     """Of outputs, which are inputs then."""
     monkeypatch.chdir(tmp_path)
     source = rows_file([{"prompt": "1 + 1"}] * 3)
     for name in ("run[1]", "x/.", "y[2].jsonl"):
         for _ in range(2):
-            assert run(source, name, model=demo, sampling_params={"max_tokens": 1}).rows == 3
+            assert run(source, name, model=demo, sampling_params={"max_tokens": 1}, output_prefix=name[0]).rows == 3
         source = name

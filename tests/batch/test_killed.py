@@ -41,7 +41,7 @@ class Case:
     """A job and what it writes when nothing happens to it."""
 
     def __init__(self, jobs, source, expected, rows_per_part):
-        options = ["--token-ids", "--rows-per-part", rows_per_part, "--max-tokens", 3, *FEW]
+        options = ["--token-ids", "--rows-per-part", rows_per_part, "--max-tokens", 3, "--max-errors", 100, *FEW]
         self.command = ["batch", source, *options]
         self.jobs, self.identical = jobs, 0
         self.seconds = jobs.run(*self.command, "--output", expected / "out")

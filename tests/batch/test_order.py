@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.batch import order
+from jaxinfer.batch.ahead import LATER
 from jaxinfer.batch.order import arranged, ordered
 
 
@@ -71,6 +72,19 @@ def test_rows_with_nothing_to_run_take_places_too():
         assert (one and one.prompt) == expected
         assert len(read) <= window * order.ROWS + 2
     assert [one for one in works if one] == [Work([9 * order.ROWS], 10)]
+
+
+def test_rows_that_are_slow_to_come_keep_nobody_waiting():
+    one, two = Work([1], 1), Work([2], 2)
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        return len(waits) < 3
+
+    assert [*ordered(iter([one, LATER, LATER, two]), wait)] == [two, one]  # within a window's patience
+    assert all(0 <= seconds <= order.PATIENCE for seconds in waits)
+    assert [*ordered(iter([one, LATER, LATER, LATER, two]), wait)] == [one, LATER, two]
 
 
 @given(st.lists(st.none() | st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=40), st.integers(1, 9))

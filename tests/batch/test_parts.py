@@ -1,7 +1,9 @@
 """Files that are there whole or not at all."""
 
 import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 
@@ -33,10 +35,30 @@ def test_a_folder_and_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "format"),
+    [("a.csv", "csv"), ("a.CSV.gz", "csv.gz"), ("a.ndjson", "jsonl"), ("a.ndjson.zst", "jsonl.zst"), ("a.b", None)],
+)
+def test_a_name_says_what_is_in_it(tmp_path, name, format):
+    output = Output(str(tmp_path / name))
+    assert (output.file, output.format) == (str(tmp_path / name) if format else None, format or "jsonl")
+
+
+def test_folders_may_be_called_anything(tmp_path):
+    (tmp_path / "a.csv").mkdir()
+    for name in ("a.csv", "b.csv/"):
+        output = Output(f"{tmp_path}/{name}")
+        assert (output.file, output.format) == (None, "csv")
+    assert Output(f"{tmp_path}/c.json/", "csv").part(0) == f"{tmp_path}/c.json/part-00000.csv"
+
+
+@pytest.mark.parametrize(
     ("output", "format", "facts"),
     [
         ("out.jsonl", "parquet", ["out.jsonl", "format is parquet"]),
-        ("out", "csv", ["'csv'", "jsonl, parquet"]),
+        ("out.csv", "csv.gz", ["format is csv.gz", "the name says csv;"]),
+        ("out", "avro", ["'avro'", "jsonl, jsonl.gz, jsonl.zst, csv,", "parquet"]),
+        ("out.json", None, ["no *.json is written", "*.csv"]),
+        ("out.tar.gz", "csv", ["no *.gz is written"]),
         ("nowhere://out", None, ["nowhere"]),
     ],
 )
@@ -122,6 +144,26 @@ def test_one_process_at_a_time(tmp_path):
     with output.lock("a"):
         pass
     assert names(tmp_path) == []
+
+
+def test_a_lock_that_was_removed_is_none(tmp_path, monkeypatch):
+    """Two that wait for one lock: who had it removes it, and the second must not have what is not there any more."""
+    output = Output(str(tmp_path / "out"))
+    flock, removals = (
+        fcntl.flock,
+        iter([lambda: os.unlink(output.path(".a.lock")), lambda: shutil.rmtree(output.folder)]),
+    )
+
+    def late(file, how):
+        next(removals, lambda: None)()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with output.lock("a"):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        assert names(output.folder) == [".a.lock"]
+        with pytest.raises(ValueError, match="another process"):
+            Output(output.folder).lock("a").__enter__()
 
 
 def test_a_store_of_objects():

@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import sys
 import tracemalloc
 from decimal import Decimal
@@ -17,7 +18,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinfer.batch import readers
+from jaxinfer.batch import packing, readers
+from jaxinfer.batch.arrays import elements
 from jaxinfer.batch.readers import count_rows, records
 from jaxinfer.batch.row import Record
 from jaxinfer.batch.sources import Source, find_sources
@@ -27,9 +29,9 @@ ROWS = b'{"prompt": "a"}\n\n \t\r\n{"prompt": "b"}\r\nbroken\n{"prompt": "c"}'
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
 
 
-def read(folder, name: str, content: bytes, start: int = 0) -> list[Record]:
+def read(folder, name: str, content: bytes, **options: bool) -> list[Record]:
     (folder / name).write_bytes(content)
-    return [*records(find_sources([str(folder / name)]), start)]
+    return [*records(find_sources([str(folder / name)]), **options)]
 
 
 def values(folder, name: str, content: bytes) -> list[object]:
@@ -59,6 +61,67 @@ def test_text_is_a_prompt_a_line(tmp_path):
     assert values(tmp_path, "a.txt", content) == [
         {"text": text} for text in ("one", " two ", "\x0b\x85\u2028", "last", "not \udcff UTF-8")
     ]
+
+
+def test_empty_lines_of_text_are_rows_where_lines_count(tmp_path):
+    found = read(tmp_path, "a.txt", b"one\n\n two \r\n\r\nlast\n\n", empty_lines=True)
+    assert [record.value["text"] for record in found] == ["one", "", " two ", "", "last", ""]
+    assert places(found) == [f"a.txt:{n}" for n in range(1, 7)]
+    assert [len(read(tmp_path, "a.jsonl", b"{}\n\n{}\n", empty_lines=flag)) for flag in (False, True)] == [2, 2]
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_arrays(tmp_path, suffix):
+    rows = [{"a": '}],[{"\\', "b": [[1, {"c": "\\"}], 2]}, {"é\n": "\\\\\\"}, 3, "x,]", {}]
+    for content in (json.dumps(rows), json.dumps(rows, indent=2), "\ufeff \r\n" + json.dumps(rows) + "\n\n"):
+        found = read(tmp_path, f"a.json{suffix}", PACK[suffix](content.encode()))
+        assert [json.loads(record.value) for record in found] == rows
+        assert [record.index for record in found] == list(range(5))
+    found = read(tmp_path, f"b.json{suffix}", PACK[suffix](json.dumps([{"a": 1}, {"b": 2}], indent=1).encode()))
+    assert places(found) == [f"b.json{suffix}:{n}" for n in (2, 5)]
+    for none in (b"[]", b" [\n] ", b"", b"\n"):
+        assert read(tmp_path, f"b.json{suffix}", PACK[suffix](none)) == []
+    assert values(tmp_path, f"b.json{suffix}", PACK[suffix](b'{"a": 1}\n{"a": [2]}\n')) == [b'{"a": 1}', b'{"a": [2]}']
+
+
+def test_broken_elements_of_arrays_leave_the_others_alone(tmp_path, monkeypatch):
+    content = b'[{"a": 1}, {"a" 2}, , {"a": [3}},\n{"a": 4}, %s, {"a": 5},]' % (b'"' + b"x" * 2000 + b'"')
+    monkeypatch.setattr(readers, "MAX_LINE", 1000)
+    found = values(tmp_path, "a.json", content)
+    assert found == [b'{"a": 1}', b'{"a" 2}', b"", b'{"a": [3}}', b'{"a": 4}', readers.TOO_LONG, b'{"a": 5}', b""]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"), [(b'[{"a": 1}', "no end"), (b"[1] [2]", "comes after"), (b"[", "no end")]
+)
+def test_arrays_that_are_cut_off_say_so(tmp_path, content, problem):
+    assert problem in line(lambda: read(tmp_path, "a.json", content), OSError)
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text(),
+    lambda of: st.lists(of, max_size=3) | st.dictionaries(st.text(), of, max_size=3),
+)
+
+
+@given(st.lists(JSON), st.integers(1, 5), st.booleans())
+@settings(deadline=None)
+def test_elements_do_not_depend_on_how_they_are_read(rows, size, escaped):
+    content = b"\n" + json.dumps(rows, ensure_ascii=escaped, indent=1).encode()
+    pieces = iter([content[i : i + size] for i in range(0, len(content), size)])
+    found = [*elements(pieces, 10**6)]
+    assert [json.loads(element) for _, element in found] == rows
+    assert all(content.split(b"\n")[number - 1].strip()[:1] == element[:1] for number, element in found)
+
+
+def test_a_slow_pipe_gives_what_is_there():
+    ends = os.pipe()
+    with open(ends[0]) as reading, open(ends[1], "wb", buffering=0) as writing, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", reading)
+        found = records(find_sources(["-"]))
+        for i in range(3):
+            writing.write(b"%d\n" % i)
+            assert next(found).value == b"%d" % i
 
 
 def test_csv(tmp_path):
@@ -146,11 +209,12 @@ def mixed(tmp_path):
 
 
 def test_any_row_can_be_the_first(mixed):
-    everything = [*records(mixed)]
-    assert [r.index for r in everything] == list(range(11))
-    for start in range(13):
-        assert [*records(mixed, start)] == everything[start:]
-    assert count_rows(mixed) == 11
+    assert [r.index for r in records(mixed)] == list(range(11))
+    everything = [*records(mixed, empty_lines=True)]
+    assert [r.index for r in everything] == list(range(12))
+    for start in range(14):
+        assert [*records(mixed, start, empty_lines=True)] == everything[start:]
+    assert count_rows(mixed) == 12
 
 
 def test_row_groups_that_are_not_wanted_are_not_read(mixed, monkeypatch):
@@ -190,7 +254,7 @@ def test_lines_do_not_depend_on_how_they_are_read(lines, size, suffix):
     fsspec.filesystem("memory").pipe(f"/a.jsonl{suffix}", packed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "PIECE", size)
-        patch.setattr(readers, "PACKED_PIECE", size)
+        patch.setattr(packing, "PACKED_PIECE", size)
         found = [(int(r.where.rsplit(":")[-1]), r.value) for r in records([source])]
     whole = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     assert found == [(i, one) for i, one in enumerate(whole, 1) if one.strip()]

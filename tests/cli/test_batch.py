@@ -70,6 +70,60 @@ def test_scores(cli, source, tmp_path):
     assert "--top-k: nothing is sampled" in cli(*command).error()
 
 
+def test_exit_codes_where_rows_have_errors(cli, source, tmp_path):
+    """1 where some have, unless --max-errors takes them; also of a job that is complete already."""
+    source.write_text('{"prompt": "x"}\n{"prompt": ""}\n{"prompt": ""}\n')
+    command = ["batch", source, "-o", tmp_path / "out", *OPTIONS]
+    for rows_now in (3, 0):
+        code, out, err = cli(*command)
+        assert (code, json.loads(out)["rows_now"], json.loads(out)["errors"]) == (1, rows_now, 2)
+        assert err.endswith("jaxinfer: 2 of 3 rows have errors\n")
+    assert [cli(*command, "--max-errors", n, "--quiet").code for n in (0, 1, 2, 3)] == [1, 1, 0, 0]
+    assert "exit code 1 if any has an error" in " ".join(cli("batch", "--help").out.replace("│", " ").split())
+
+
+def test_csv_prefix_overwrite(cli, source, tmp_path):
+    out = tmp_path / "out.csv"
+    assert cli("batch", source, "-o", out, *OPTIONS).code == 0
+    options = ["--output-prefix", "my_", "--prompt-template", "{prompt}!"]
+    assert "holds another job" in (line := cli("batch", source, "-o", out, *OPTIONS, *options).error())
+    assert "--overwrite" in line
+    assert cli("batch", source, "-o", out, *OPTIONS, *options, "--overwrite").code == 0
+    header = "prompt,id,my_generated_text,my_finish_reason,my_prompt_tokens,my_generated_tokens,my_error"
+    assert out.read_text().split("\n")[0] == header
+
+
+def test_a_slow_pipe(tmp_path):
+    """Each row is written before the next one comes."""
+    options = [*map(str, OPTIONS), "--rows-per-part", "1", "--quiet"]
+    command = [sys.executable, "-m", "jaxinfer", "batch", "-", "-o", tmp_path / "out", *options]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as job:
+        for i, row in enumerate(QUESTIONS[:3]):
+            job.stdin.write(json.dumps(row).encode() + b"\n")
+            end = time.monotonic() + 120
+            while not (tmp_path / f"out/part-0000{i}.jsonl").exists():
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        job.stdin.close()
+        assert json.loads(job.stdout.read())["rows"] == 3
+    assert job.returncode == 0
+
+
+def test_sigterm_while_a_pipe_is_waited_for(tmp_path):
+    """It ends, with a thread that can't be ended in the middle of reading."""
+    command = [sys.executable, "-m", "jaxinfer", "batch", "-", "-o", tmp_path / "out", *map(str, OPTIONS)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as job:
+        job.stdin.write(b"".join(json.dumps(row).encode() + b"\n" for row in QUESTIONS[:5]))
+        end = time.monotonic() + 120
+        while not (tmp_path / "out/part-00000.jsonl").exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(60) == 143
+        assert job.stderr.read().startswith(b"jaxinfer: stopped; to go on: ")
+        job.stdin.close()
+
+
 def test_too_many_errors(cli, source, tmp_path):
     source.write_text('{"prompt": 1}\n{"prompt": 2}\n')
     code, out, err = cli("batch", source, "-o", tmp_path / "out", *OPTIONS, "--max-errors", 1)
@@ -85,7 +139,9 @@ def test_too_many_errors(cli, source, tmp_path):
         (["nothing.jsonl", "-o", "out"], ["nothing.jsonl"]),
         (["rows.jsonl", "-o", "out", "--task", "embed"], ["embed"]),
         (["rows.jsonl", "-o", "out", "--shard", "3"], ["'3'", "I/N"]),
-        (["rows.jsonl", "-o", "rows.jsonl"], ["rows.jsonl", "is there already"]),
+        (["rows.jsonl", "-o", "rows.jsonl"], ["rows.jsonl", "is the output"]),
+        (["rows.jsonl", "-o", "out.json"], ["no *.json is written", "*.csv"]),
+        (["rows.jsonl", "-o", "out", "--prompt-template", "{promt}"], ["no column 'promt'", "'prompt', 'id'"]),
         (["rows.jsonl", "-o", "out", "--model", "./nowhere"], ["nowhere"]),
         (["rows.jsonl", "-o", "out", "--temperature", "-1"], ["temperature is -1"]),
         (["rows.jsonl", "-o", "memory://out"], ["memory://out", "is gone when the command ends"]),

@@ -1,5 +1,6 @@
 """`jaxinfer generate`: everything that needs no terminal."""
 
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.cli.console import Progress, print_pieces
+from jaxinfer.cli.generate import _texts
 
 SHORT = ["--max-tokens", "12"]
 
@@ -69,10 +71,30 @@ def test_prompts_from_files_and_pipes(cli, model, expected, tmp_path):
     file.write_text(f"\n{lines}\n\n")
     assert cli("generate", "--file", file, "-m", model, *SHORT).out == wanted
     assert cli("generate", "--file", "-", "-m", model, *SHORT, stdin=lines.encode()).out == wanted
-    # Without --file all that is piped in is one prompt, lines and all.
-    record = json.loads(cli("generate", "-m", model, *SHORT, "--json", stdin=lines.encode()).out)
-    assert record["prompt"] == lines.removesuffix("\n")
+    assert cli("generate", "-m", model, *SHORT, stdin=lines.encode()).out == wanted
     assert cli("generate", "-m", model, *SHORT, stdin=b"one\n").out == line_of(expected, "one")
+    # As PROMPT, - is all that is piped in, lines and all.
+    record = json.loads(cli("generate", "-", "-m", model, *SHORT, "--json", stdin=lines.encode()).out)
+    assert record["prompt"] == lines.removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        ("a\u2028b\u2029c\nd\n", ["a\u2028b\u2029c", "d"]),
+        ("a\x0cb\x0b\x1c\x1d\x1ec\x85d\n", ["a\x0cb\x0b\x1c\x1d\x1ec\x85d"]),
+        ("\ufeffa\r\n\r\nb\rc\r\n", ["a", "b\rc"]),
+    ],
+)
+def test_lines_are_what_files_call_lines(tmp_path, monkeypatch, content, prompts):
+    """And a byte order mark is no part of a prompt."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content.encode())
+    assert _texts([], str(file)) == prompts
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    assert _texts([], None) == prompts
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    assert _texts(["x", "-"], None) == ["x", content.removeprefix("\ufeff").removesuffix("\n")]
 
 
 def test_chat_template(cli, model):
