@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self, TypeVar, Unpack, cast
+from typing import Any, Self, Unpack, cast
 
 from jaxinfer.aliases import takes
 from jaxinfer.aliases.sampling import CALL, SAMPLING
+from jaxinfer.engine.asked import Asked, Encoded, Pair, Scorable, ScoreAsked, Text, checked, failed, refused
 from jaxinfer.engine.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine, EngineStats
@@ -17,7 +18,7 @@ from jaxinfer.engine.feed import Feed, OnError
 from jaxinfer.engine.generation import Group
 from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.options import LoadOptions
-from jaxinfer.engine.outputs import RequestOutput, ScoreOutput, error_output, score_error
+from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
 from jaxinfer.engine.prompts import Prompt, prompt_ids, prompt_list
 from jaxinfer.engine.scoring import (
     Scoring,
@@ -36,46 +37,8 @@ from jaxinfer.text.tokenizer import Tokenizer
 Message = Mapping[str, Any]
 
 
-class Encoded(NamedTuple):
-    """A prompt as tokens: its text, or None, and its ids."""
-
-    text: str | None
-    ids: list[int]
-
-
-class Asked(NamedTuple):
-    """A prompt, its place in the input, its parameters and its priority."""
-
-    place: int
-    prompt: Prompt | Encoded
-    params: SamplingParams
-    priority: int = 0
-
-
 # Arguments of calls that are other programs', or belong to SamplingParams.
 ARGUMENTS = CALL.meaning((*SamplingParams.__dataclass_fields__, *SAMPLING), "it belongs in SamplingParams")
-
-Text = str | Sequence[int]
-Scorable = Text | tuple[Text, Text]  # a text, or a prompt and its continuation
-
-
-class Pair(NamedTuple):
-    """A scorable as tokens: the text that is scored, or None, ids that are given, ids that are scored."""
-
-    text: str | None
-    given: list[int]
-    scored: list[int]
-
-
-class ScoreAsked(NamedTuple):
-    """What is to be scored, and its place in the input."""
-
-    place: int
-    scorable: Scorable | Pair
-
-
-AnyAsked = TypeVar("AnyAsked", Asked, ScoreAsked)
-Checked = TypeVar("Checked")
 
 
 class LLM:
@@ -362,7 +325,7 @@ class LLM:
 
     def _score(self, asked: list[ScoreAsked], use_tqdm: bool, on_error: OnError) -> list[ScoreOutput]:
         if on_error == "raise":
-            asked = [one._replace(scorable=pair) for one, pair in _checked(asked, self._check_pair)]
+            asked = [one._replace(scorable=pair) for one, pair in checked(asked, self._check_pair)]
         outputs = self._run(asked, on_error)
         return sorted(_progress(outputs, len(asked), use_tqdm, "Scored"), key=lambda output: output.index)
 
@@ -373,12 +336,12 @@ class LLM:
         if on_error not in ("raise", "return"):
             raise ValueError(f'on_error is {on_error!r}: it must be "raise" or "return"')
         self.engine_thread.check_open()
-        failed = _failed if on_error == "return" else _refused
+        on_failure = failed if on_error == "return" else refused
 
         def make(one: Asked | ScoreAsked) -> AnyGroup:
             return self._new_group(one) if isinstance(one, Asked) else self._new_scoring(one)
 
-        return Feed(self.engine_thread, asked, make, failed, in_order).outputs()
+        return Feed(self.engine_thread, asked, make, on_failure, in_order).outputs()
 
     def _encode(self, asked: Asked) -> Encoded:
         """The prompt's ids."""
@@ -390,7 +353,7 @@ class LLM:
 
     def _encoded(self, asked: list[Asked]) -> list[Asked]:
         """With prompts that the engine takes, as ids."""
-        return [one._replace(prompt=encoded) for one, encoded in _checked(asked, self._check)]
+        return [one._replace(prompt=encoded) for one, encoded in checked(asked, self._check)]
 
     def _check(self, asked: Asked) -> Encoded:
         """The prompt, once it is sure that the engine takes it."""
@@ -424,29 +387,6 @@ class LLM:
     def _new_scoring(self, asked: ScoreAsked) -> Scoring:
         text, given, scored = self._encode_pair(asked)
         return self.engine.new_scoring([*given, *scored], len(given), text)
-
-
-def _checked(asked: list[AnyAsked], check: Callable[[AnyAsked], Checked]) -> list[tuple[AnyAsked, Checked]]:
-    """All of them with what the check makes of them, before anything runs. Raises ValueError saying which one fails."""
-    checked = []
-    for one in asked:
-        try:
-            checked.append((one, check(one)))
-        except ValueError as error:
-            raise ValueError(f"{_kind(one)} {one.place}: {error}" if len(asked) > 1 else str(error)) from None
-    return checked
-
-
-def _failed(asked: Asked | ScoreAsked, error: ValueError) -> RequestOutput | ScoreOutput:
-    return (error_output if isinstance(asked, Asked) else score_error)(asked.place, str(error))
-
-
-def _refused(asked: Asked | ScoreAsked, error: ValueError) -> NoReturn:
-    raise ValueError(f"{_kind(asked)} {asked.place}: {error}") from None
-
-
-def _kind(asked: Asked | ScoreAsked) -> str:
-    return "prompt" if isinstance(asked, Asked) else "text"
 
 
 def _progress(outputs: Iterator[Any], total: int, shown: bool, done: str) -> Iterator[Any]:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from jaxinfer.batch.results import Results
 from jaxinfer.batch.row import Row
 from jaxinfer.batch.writer import Result
+from jaxinfer.engine.asked import Encoded, Pair
 from jaxinfer.engine.prompts import prompt_ids
 from jaxinfer.engine.scoring import encode_pair, encode_text
-from jaxinfer.llm import LLM, Encoded, Pair
+from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
 
 
