@@ -1,4 +1,4 @@
-"""README.md says what works: every block of code in it runs as written, and prints what it shows."""
+"""README.md and docs/ say what works: every block of code in them runs as written, and prints what it shows."""
 
 import doctest
 import os
@@ -13,10 +13,12 @@ import pytest
 from jaxinfer.demo import MODEL_DIR
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-PYTHON = [code for language, code in BLOCKS if language == "python"]
-SHELL = [code for language, code in BLOCKS if language in ("bash", "console")]
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+BLOCKS = {name: re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) for name, text in PAGES.items()}
+PYTHON = {name: [code for language, code in blocks if language == "python"] for name, blocks in BLOCKS.items()}
+SHELL = [code for blocks in BLOCKS.values() for language, code in blocks if language in ("bash", "console")]
 
 STAND_INS = ("my-model", "Qwen/Qwen3-0.6B")  # folders come before hub ids: here they are the packaged model
 SLOW = (
@@ -35,7 +37,7 @@ DRIVER = """
 import sys
 namespace = {"__name__": "__main__"}
 for number, code in enumerate(sys.argv[1:], 1):
-    exec(compile(code, f"README.md, Python block {number}", "exec"), namespace)
+    exec(compile(code, f"Python block {number}", "exec"), namespace)
     print("\\0", end="", flush=True)
 """
 
@@ -80,10 +82,11 @@ def run(command: list[str], folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_python_blocks(folder):
-    *printed, rest = run([sys.executable, "-c", DRIVER, *PYTHON], folder).split("\0")
+@pytest.mark.parametrize("page", [name for name, blocks in PYTHON.items() if blocks])
+def test_python_blocks(page, folder):
+    *printed, rest = run([sys.executable, "-c", DRIVER, *PYTHON[page]], folder).split("\0")
     assert not rest
-    for code, output in zip(PYTHON, printed, strict=True):
+    for code, output in zip(PYTHON[page], printed, strict=True):
         shown = re.findall(r"^ *print\(.*\)  # (.*)", code, re.MULTILINE)
         if shown:
             assert same("\n".join(shown), output)
@@ -118,8 +121,14 @@ def test_shell_commands(command, shown, folder):
 
 def test_what_is_shown_is_all_there():
     """Blocks of any other kind would not be run."""
-    assert {language for language, _ in BLOCKS} == {"python", "bash", "console"}
-    assert README.count("```") == 2 * len(BLOCKS)
+    for name, blocks in BLOCKS.items():
+        assert {language for language, _ in blocks} <= {"python", "bash", "console"}
+        assert PAGES[name].count("```") == 2 * len(blocks)
+
+
+def test_the_readme_is_short():
+    """The rest is in docs/."""
+    assert len(PAGES["README.md"].split()) <= 1200
 
 
 def test_links_lead_somewhere():

@@ -37,7 +37,7 @@ def as_stored(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     if parsed.tie_word_embeddings and _has_own_head(weights, names):
         found["tie_word_embeddings"] = False
         log.warning("%s: has a head of its own, which is used, although config.json ties it", weights.folder)
-    said = stored_quantization(config)
+    said = stored_quantization(config) if isinstance(weights, Checkpoint) else None
     if said is not None and isinstance(weights, Checkpoint):
         plain, packed = _linears(weights, names)
         as_said = all(said.format_of(name, "Linear") is None for name in plain)
