@@ -126,4 +126,6 @@ def _serve(connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # who started this may ignore it, as profilers leave it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     _serve(socket.socket(fileno=0))

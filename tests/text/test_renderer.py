@@ -53,6 +53,18 @@ def render(template: str, text: str = "x", **kwargs: Any) -> str:
     )
 
 
+def test_the_limit_holds_where_the_signal_is_ignored(short: None) -> None:
+    """As some profilers leave it, and new programs inherit it."""
+    renderer._pool.end()
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        with pytest.raises(ValueError, match="took more than 0.3 s of processor time"):
+            render(BURNS["loops"])
+    finally:
+        signal.signal(signal.SIGPROF, before)
+        renderer._pool.end()
+
+
 @pytest.mark.parametrize("template", BURNS.values(), ids=BURNS)
 def test_templates_that_take_too_much(short: None, template: str) -> None:
     begin = time.monotonic()
