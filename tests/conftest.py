@@ -33,3 +33,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory):
 
     kept = os.environ.get("JAXINFER_TEST_CHECKPOINTS")
     return Checkpoints(kept or tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def slowly(monkeypatch: pytest.MonkeyPatch):
+    """Makes a model's device take so many seconds a call."""
+    from tests.slow import Slow
+
+    return lambda llm, seconds=0.02: Slow(llm, monkeypatch, seconds)

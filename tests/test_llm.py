@@ -148,7 +148,8 @@ def test_twenty_prompts_of_all_kinds_come_back_in_their_order(llm):
     assert [o.prompt_token_ids for o in outputs] == [o.prompt_token_ids for o in alone]
 
 
-def test_each_output_comes_as_soon_as_it_and_those_before_are_done(llm, greedy):
+def test_each_output_comes_as_soon_as_it_and_those_before_are_done(llm, greedy, slowly):
+    slowly(llm, 0.02)
     params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (2, LONG)]
     outputs = llm.generate_iter(zip(PROMPTS[:2], params, strict=True), in_order=True)
     assert next(outputs).outputs[0].token_ids == greedy[0].token_ids[:2]
@@ -395,7 +396,7 @@ def test_metrics(llm):
         ({"do_sample": True, "temperature": 0.6, "top_k": None}, SamplingParams(temperature=0.6)),
         (
             {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "max_new_tokens": 7},
-            SamplingParams(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1),
+            SamplingParams(temperature=0.6, top_p=0.9, top_k=20, min_p=0.1, max_tokens=7),
         ),
     ],
 )

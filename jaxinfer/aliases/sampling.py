@@ -96,7 +96,6 @@ SAMPLING = Words(
         "num_beams": (1,),
         "num_beam_groups": (1,),
         "length_penalty": (1.0,),
-        "typical_p": (1.0,),
         "encoder_repetition_penalty": (1.0,),
         "guidance_scale": (1.0,),
         "min_tokens_to_keep": (1,),
@@ -109,7 +108,7 @@ SAMPLING = Words(
         "thinking_token_budget": (-1,),
         "guided_json": (),
         # 0 is a token, too
-        **dict.fromkeys(["eos_token_id", "bos_token_id", "forced_bos_token_id", "forced_eos_token_id"], ()),
+        **dict.fromkeys(["eos_token_id", "bos_token_id"], ()),
         "decoder_start_token_id": (),
         "stream_interval": (1,),
         "use_cache": (True,),

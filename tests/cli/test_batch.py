@@ -27,7 +27,7 @@ def source(tmp_path):
 
 
 def test_options_arrive(cli, source, tmp_path):
-    code, out, err = cli("batch", source, "-o", tmp_path / "out", *OPTIONS, "--token-ids", "--logprobs", 1)
+    code, out, err = cli("batch", source, "-o", tmp_path / "out", *OPTIONS, "--token-ids", "--logprobs", 1, "-q")
     assert (code, err) == (0, "")
     summary = json.loads(out)
     assert (summary["complete"], summary["rows"], summary["errors"]) == (True, 12, 0)

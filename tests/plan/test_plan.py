@@ -188,5 +188,5 @@ def test_a_picture(cli, model, tmp_path):
     ]:
         assert said in cli("plan", model, "--topology", "h100", "--plot", tmp_path / name).error()
     assert "is not on this machine" in cli("plan", model, "--topology", "h100", "--plot", "memory://x.png").error()
-    assert sorted(os.listdir(tmp_path)) == ["folder.png", "plan.png"]
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "folder.png", "plan.png"]
     assert "only one" in cli("plan", model, "--sweep", "--plot", file).error()

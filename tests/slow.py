@@ -3,8 +3,6 @@
 import threading
 import time
 
-import pytest
-
 
 class Slow:
     """Every call of an engine's device takes a while, one token a row; it can be counted, and made to fail."""
@@ -39,8 +37,3 @@ class Slow:
     def stop(self):
         """No longer."""
         self.seconds, self.error = 0.0, None
-
-
-@pytest.fixture
-def slowly(monkeypatch):
-    return lambda llm, seconds=0.02: Slow(llm, monkeypatch, seconds)
