@@ -205,8 +205,15 @@ def test_the_answers_of_hf(both):
     compare(*both, 32)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "demo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("llama", marks=pytest.mark.slow),
+        pytest.param("gpt2", marks=pytest.mark.long),
+        pytest.param("qwen3", marks=pytest.mark.long),
+        pytest.param("demo", marks=pytest.mark.long),
+    ],
+)
 def test_the_answers_of_hf_to_200_requests(checkpoints, name, capsys):
     from jaxinfer.lm_eval import JaxInferLM
 
