@@ -212,6 +212,7 @@ class Engine:
                 f"the prompt has {length} tokens: with max_model_len {self.max_model_len} it may have at most "
                 f"{self.max_model_len - 1}; shorten it or raise max_model_len"
             )
+        params.check_texts()
         if params.stop:
             self.tokenizer.require("sampling parameter stop", "give stop_token_ids")
         if params.bad_words:

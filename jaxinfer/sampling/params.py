@@ -209,9 +209,13 @@ class SamplingParams:
         strings = _listed(value)
         if not all(isinstance(s, str) and s for s in strings):
             raise self._error(name, "it must be a non-empty string or a list of them")
-        if any("\ud800" <= character <= "\udfff" for string in strings for character in string):
-            raise self._error(name, "it has half a surrogate pair, which no text has")
         return tuple(strings)
+
+    def check_texts(self) -> None:
+        """Raises ValueError for strings that no text can have in it: a tokenizer can't spell them."""
+        for name in ("stop", "bad_words"):
+            if any("\ud800" <= character <= "\udfff" for string in self._strings(name) for character in string):
+                raise self._error(name, "it has half a surrogate pair, which no text has")
 
     def _ids(self, name: str) -> tuple[int, ...] | None:
         value = getattr(self, name)

@@ -83,4 +83,6 @@ def test_fewer_tokens_than_the_least_are_what_is_asked_for():
 
 def test_half_of_a_surrogate_pair_is_no_text():
     for name in ("stop", "bad_words"):
-        assert f"sampling parameter {name} is " in line(lambda name=name: SamplingParams(**{name: ["a\ud800"]}))
+        assert f"sampling parameter {name} is " in line(
+            lambda name=name: SamplingParams(**{name: ["a\ud800"]}).check_texts()
+        )
