@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxinfer.engine.exclusions import check_some_left, exclusions
+from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import Generation, Group
 from jaxinfer.engine.request import FinishReason, Request
 from jaxinfer.engine.runner import Launched, Runner
@@ -123,11 +123,10 @@ class Engine:
 
         Any thread may call it: it reads what was loaded, and nothing that changes.
         """
-        stop_ids = self.check(prompt_token_ids, params)
+        stop_ids, excluded = self._checked(prompt_token_ids, params)
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise ValueError(f"priority is {priority!r:.100}: it must be an integer")
         length = len(prompt_token_ids)
-        excluded = exclusions(params, self.tokenizer, self.eos_token_ids, length)
         # The first one's log-probabilities of the prompt are everyone's.
         later = dataclasses.replace(params, prompt_logprobs=None) if params.n > 1 else params
         first_id = self._new_ids(params.n)
@@ -201,8 +200,14 @@ class Engine:
             )
         self.scheduler.check(len(token_ids) - 1)
 
-    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> tuple[int, ...]:
-        """Raises ValueError for what `new_group` would refuse; returns the ids that end the prompt's continuations."""
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises ValueError for what `new_group` would refuse."""
+        self._checked(prompt_token_ids, params)
+
+    def _checked(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams
+    ) -> tuple[tuple[int, ...], Exclusions | None]:
+        """The ids that end the prompt's continuations, and the tokens that may not come. Raises ValueError."""
         length = len(prompt_token_ids)
         self._check_ids("the prompt", prompt_token_ids)
         if not length:
@@ -229,7 +234,7 @@ class Engine:
         excluded = exclusions(params, self.tokenizer, self.eos_token_ids, length)
         check_some_left(params, excluded.always if excluded else (), stop_ids, length, self.vocab_size)
         self.scheduler.check(self._limit(length, params))
-        return stop_ids
+        return stop_ids, excluded
 
     def step(self, max_seconds: float | None = None) -> list[Generation | Scoring]:
         """Gives the device its next call and takes in the tokens of the one before; returns the generations that got

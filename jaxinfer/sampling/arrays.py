@@ -75,10 +75,11 @@ class SamplingArrays:
         seed = np.zeros((size, 2), np.uint32)
         stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
         flags = np.zeros((size, 3), bool)
+        if rows:  # at once: numpy takes its time for each assignment
+            floats[: len(rows)] = [_floats(row) for row in rows]
+            ints[: len(rows)] = [_ints(row) for row in rows]
         for i, row in enumerate(rows):
             params = row.params
-            floats[i] = _floats(row)
-            ints[i] = _ints(row)
             seed[i] = row.seed >> 32 & 0xFFFFFFFF, row.seed & 0xFFFFFFFF
             stop_ids[i, : len(row.stop_ids)] = row.stop_ids
             flags[i] = params.has_penalties, params.has_masks, params.logprobs is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 from jaxinfer.aliases import takes
@@ -171,12 +172,12 @@ class SamplingParams:
         """Whether the likeliest token is taken."""
         return self.temperature < GREEDY_BELOW
 
-    @property
+    @cached_property  # asked for each row at each step
     def has_penalties(self) -> bool:
         """Whether the tokens so far change the logits."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
-    @property
+    @cached_property  # asked for each row at each step
     def has_masks(self) -> bool:
         """Whether some tokens are excluded or biased."""
         never = self.allowed_token_ids or self.bad_words or self.suppress_tokens or self.bad_words_ids
