@@ -36,6 +36,8 @@ class StopStrings:
     def push(self, text: str, may_end: bool = True) -> str:
         """Takes the next piece; returns the text that is now certain to come before any stop string. Unless it
         `may_end`, no stop string that is complete in it counts."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         before = len(self._held)
