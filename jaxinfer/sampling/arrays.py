@@ -78,12 +78,16 @@ class SamplingArrays:
         if rows:  # at once: numpy takes its time for each assignment
             floats[: len(rows)] = [_floats(row) for row in rows]
             ints[: len(rows)] = [_ints(row) for row in rows]
+            seed[: len(rows)] = [(row.seed >> 32 & 0xFFFFFFFF, row.seed & 0xFFFFFFFF) for row in rows]
+            flags[: len(rows)] = [_flags(row.params) for row in rows]
         for i, row in enumerate(rows):
-            params = row.params
-            seed[i] = row.seed >> 32 & 0xFFFFFFFF, row.seed & 0xFFFFFFFF
-            stop_ids[i, : len(row.stop_ids)] = row.stop_ids
-            flags[i] = params.has_penalties, params.has_masks, params.logprobs is not None
+            if row.stop_ids:
+                stop_ids[i, : len(row.stop_ids)] = row.stop_ids
         return SamplingArrays(floats, ints, seed, stop_ids, flags)
+
+
+def _flags(params: SamplingParams) -> tuple[bool, ...]:
+    return params.has_penalties, params.has_masks, params.logprobs is not None
 
 
 def _floats(row: RowSampling) -> tuple[float, ...]:
