@@ -78,7 +78,7 @@ def test_what_needs_text_says_what_is_missing(llm, bare, cli):
         (lambda: llm.beam_search("hello", beam_width=2, max_tokens=2), ("text", "token ids")),
         (lambda: llm.chat(hello), ("chat", "token ids")),
         (lambda: llm.generate([PROMPTS[0]], SamplingParams(stop=["x"])), ("stop", "stop_token_ids")),
-        (lambda: llm.generate([PROMPTS[0]], SamplingParams(bad_words=["x"])), ("bad_words", "logit_bias")),
+        (lambda: llm.generate([PROMPTS[0]], SamplingParams(bad_words=["x"])), ("bad_words", "bad_words_ids")),
     ]:
         said = line(call)
         assert all(fact in said for fact in (*facts, str(bare), "has none", "tokenizer=PATH")), said

@@ -45,7 +45,7 @@ def test_batch(cli, config, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "ab"}) + "\n" + json.dumps({"prompt": "x" * 50}) + "\n")
     output = tmp_path / "out.jsonl"
     done = cli("batch", tmp_path / "rows.jsonl", "-o", output, "--config", config, "--max-tokens", "2", "--quiet")
-    assert done.code == 0
+    assert done.code == 1  # one row failed
     first, second = (json.loads(line) for line in output.read_text().splitlines())
     assert first["error"] is None
     assert "max_model_len" in second["error"]

@@ -53,6 +53,7 @@ def test_chat(endless):
         start = len(terminal.seen)
         terminal.type("half a li")
         terminal.wait_for("half a li", start)
+        time.sleep(1)  # Python forgets a signal between a key and its wait for the next one
         terminal.interrupt()  # clears the line
         terminal.wait_for(PROMPT, start)
         terminal.type("/hlep\n")
