@@ -1,6 +1,7 @@
 """Hostile defaults for all tests: 8 fake CPU devices, strict dtype promotion, warnings are errors (pyproject.toml)."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -16,14 +17,28 @@ if "JAXINFER_CACHE_DIR" not in os.environ:  # processes that run a part of the t
     os.environ["JAXINFER_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxinfer-test-programs-")
     atexit.register(shutil.rmtree, os.environ["JAXINFER_CACHE_DIR"], ignore_errors=True)
 
+import hypothesis
 import jax
 import pytest
 
 from tests.cli.run import cli  # noqa: F401  (a fixture for all)
+from tests.kept import keep
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # A shell that starts this in the background has Ctrl-C ignored, and what tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+keep()
+hypothesis.settings.register_profile("tests", deadline=None)  # the machine may be busy
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_stays() -> None:
+    """Closing an engine collects garbage, and need not go through what torch, JAX and others keep each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

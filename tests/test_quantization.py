@@ -77,7 +77,7 @@ def test_as_the_weights_that_it_stands_for(checkpoints, dequantized, name, schem
 @pytest.mark.parametrize(
     ("scheme", "mesh"),
     [
-        pytest.param("int8", "data=2,fsdp=2,tensor=2", marks=pytest.mark.slow),
+        pytest.param("int8", "data=2,fsdp=2,tensor=2", marks=pytest.mark.long),
         pytest.param("int8", "tensor=4", marks=pytest.mark.long),
         pytest.param("fp8", "fsdp=8", marks=pytest.mark.long),
         pytest.param("int8-w8a8", "fsdp=2,tensor=4", marks=pytest.mark.slow),

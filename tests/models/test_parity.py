@@ -10,6 +10,7 @@ from jaxinfer.models.registry import REGISTRY
 from tests.checkpoints import NEW_TOKENS, VARIANTS, same_tokens
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+TOGETHER = {*REGISTRY, *(name for name in VARIANTS if "window" in name or "layer_types" in name)}
 
 
 def test_every_architecture_has_a_variant():
@@ -32,9 +33,11 @@ def test_matches_transformers(checkpoints, name):
         expected = jax.nn.log_softmax(reference.logits)[np.arange(len(prompt) - 1), prompt[1:]]
         np.testing.assert_allclose(scored.logprobs, expected, atol=1e-4)
 
-        together = llm.generate([{"prompt_token_ids": p} for p in reference.prompts], GREEDY)
         (alone,) = llm.generate(reference.prompts[1], GREEDY)
+        assert same_tokens(alone.outputs[0].token_ids, reference.greedy[1], reference.gaps[1])
+        if name not in TOGETHER:
+            return  # what differs is in the logits, and compiling for several rows takes as long again
+        together = llm.generate([{"prompt_token_ids": p} for p in reference.prompts], GREEDY)
         for output, expected, gaps in zip(together, reference.greedy, reference.gaps, strict=True):
             assert same_tokens(output.outputs[0].token_ids, expected, gaps)
             assert output.outputs[0].finish_reason == "length"
-        assert same_tokens(alone.outputs[0].token_ids, reference.greedy[1], reference.gaps[1])

@@ -1,0 +1,46 @@
+"""Programs that were compiled in this process are kept for its other tests: tracing and lowering the same ones again
+takes a third of the tests' time. What else than the model and shapes changes a program must be in `identity`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+
+from jaxinfer.engine.programs import Key, Programs
+
+_lower = Programs.lower
+_kept: dict[Hashable, Any] = {}
+
+
+class Lowered:
+    """As `Programs.lower` gives it, when it is asked for anything but to be compiled."""
+
+    def __init__(self, programs: Programs, key: Key):
+        self._programs, self._key = programs, key
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_lower(self._programs, self._key), name)
+
+    def compile(self) -> Any:
+        which = identity(self._programs, self._key)
+        if which not in _kept:
+            _kept[which] = _lower(self._programs, self._key).compile()
+        return _kept[which]
+
+
+def identity(programs: Programs, key: Key) -> Hashable:
+    model = programs.model
+    leaves, tree = jax.tree.flatten((programs.arguments(key), programs.state))
+    arrays = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+    held = model._graph, repr(model.config), model.dtype, model.kept, tuple(sorted(model.quantized.items(), key=str))
+    options = programs.place, programs.max_steps, programs.attention, programs.kv_cache_dtype
+    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(("JAX_", "JAXINFER_"))))
+    return key, tree, arrays, held, options, environment
+
+
+def keep() -> None:
+    """From now on."""
+    Programs.lower = lambda programs, key: Lowered(programs, key)  # type: ignore[method-assign, assignment, return-value]
