@@ -58,7 +58,7 @@ def replace_programs(llm: LLM, dispatch: bool) -> None:
 
         if dispatch:
             jitted = jax.jit(program, donate_argnums=1, keep_unused=True)
-            runner._executables[key] = jitted.lower(*runner.programs.arguments(key)).compile()
+            runner._executables[key] = jitted.lower(*runner.programs[key].arguments).compile()
         else:
             runner._executables[key] = program
 

@@ -111,10 +111,10 @@ class _Rehearsal:
     def __init__(self, runner: Runner):
         self.model, self.max_steps, self.compile_seconds = runner.model, runner.max_steps, 0.0
         self.programs: dict[Key, None] = {}
-        self._program_of = runner.program_of
+        self._key = runner.batches.key
 
     def launch(self, schedules: Sequence[Schedule]) -> Any:
-        key = self._program_of(schedules)
+        key = self._key(schedules)
         self.programs[key] = None
         steps = max(schedule.steps for schedule in schedules)
         count = np.zeros((len(schedules), key[2]), np.int32)

@@ -9,38 +9,38 @@ from typing import Any
 
 import jax
 
-from jaxinfer.engine.programs import Key, Programs
+from jaxinfer.engine.programs import Program
 
-_lower = Programs.lower
+_lower = Program.lower
 _kept: dict[Hashable, Any] = {}
 
 
 class Lowered:
-    """As `Programs.lower` gives it, when it is asked for anything but to be compiled."""
+    """As `Program.lower` gives it, when it is asked for anything but to be compiled."""
 
-    def __init__(self, programs: Programs, key: Key):
-        self._programs, self._key = programs, key
+    def __init__(self, program: Program):
+        self._program = program
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(_lower(self._programs, self._key), name)
+        return getattr(_lower(self._program), name)
 
     def compile(self) -> Any:
-        which = identity(self._programs, self._key)
+        which = identity(self._program)
         if which not in _kept:
-            _kept[which] = _lower(self._programs, self._key).compile()
+            _kept[which] = _lower(self._program).compile()
         return _kept[which]
 
 
-def identity(programs: Programs, key: Key) -> Hashable:
-    model = programs.model
-    leaves, tree = jax.tree.flatten((programs.arguments(key), programs.state))
+def identity(program: Program) -> Hashable:
+    programs, model = program.programs, program.programs.model
+    leaves, tree = jax.tree.flatten((program.arguments, programs.state))
     arrays = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
     held = model._graph, repr(model.config), model.dtype, model.kept, tuple(sorted(model.quantized.items(), key=str))
     options = programs.place, programs.max_steps, programs.attention, programs.kv_cache_dtype
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(("JAX_", "JAXINFER_"))))
-    return key, tree, arrays, held, options, environment
+    return program.key, tree, arrays, held, options, environment
 
 
 def keep() -> None:
     """From now on."""
-    Programs.lower = lambda programs, key: Lowered(programs, key)  # type: ignore[method-assign, assignment, return-value]
+    Program.lower = lambda program: Lowered(program)  # type: ignore[method-assign, assignment, return-value]

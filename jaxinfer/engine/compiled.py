@@ -141,7 +141,7 @@ def _describe(config: ModelConfig) -> dict[str, Any]:
 
 def signature(programs: Programs, key: Key) -> str:
     """Of a program's arguments and results: names, shapes, types and how they are split."""
-    leaves = [(s.shape, str(s.dtype), _spec(s.sharding)) for s in jax.tree.leaves(programs.arguments(key))]
+    leaves = [(s.shape, str(s.dtype), _spec(s.sharding)) for s in jax.tree.leaves(programs[key].arguments)]
     text = f"{_trees(programs, key)} {leaves}"
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -299,7 +299,8 @@ def _deserialize(programs: Programs, key: Key, content: bytes) -> Any:
 
 def _trees(programs: Programs, key: Key) -> tuple[Any, Any]:
     """Of arguments and results. JAX would have them pickled."""
-    return jax.tree.structure((programs.arguments(key), {})), jax.tree.structure(programs.results(key))
+    program = programs[key]
+    return jax.tree.structure((program.arguments, {})), jax.tree.structure(program.results)
 
 
 def _place(device: jax.Device) -> str:

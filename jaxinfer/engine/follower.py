@@ -16,7 +16,7 @@ from jaxinfer.distributed import Group
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.leader import finished, unpack
 from jaxinfer.engine.options import LoadOptions
-from jaxinfer.engine.programs import PREPARE, Key
+from jaxinfer.engine.programs import Key
 from jaxinfer.engine.runner import Runner
 
 # Process 0 alone has to do with text and with people.
@@ -68,10 +68,8 @@ def follow(group: Group, runner: Runner) -> NoReturn:
                 program: Key = tuple(key)
                 if program not in keys:
                     raise ValueError(f"process 0 calls {key}: there is no such program here")
-                # The first of a program's arguments are on the devices.
-                given = runner.programs.arguments(program)[1 if program == PREPARE else 2 :]
                 with group.blamed():
-                    finished(runner.call(program, unpack(memoryview(data), given)))
+                    finished(runner.call(program, unpack(memoryview(data), runner.programs[program].given)))
             case "warm up":
                 wanted = [tuple(one) for one in key]
                 if not keys.issuperset(wanted):

@@ -6,6 +6,7 @@ Nothing here needs weights, or even devices: a mesh of an abstract topology will
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,15 +19,13 @@ from jaxinfer.attention import Batch
 from jaxinfer.cache import CacheLayout
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.step import DecodeRows, Rows, Sampled, Scored, State, make_decode, make_step
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import Model, Params
 from jaxinfer.sampling.arrays import SamplingArrays
-from jaxinfer.sampling.sample import no_logprobs
+from jaxinfer.sampling.sample import Logprobs, no_logprobs
 from jaxinfer.sampling.slots import Masks, Slots, prepare_slot
 from jaxinfer.sharding import ROWS, axis_size, devices_of, replicated
 
 Key = tuple[str, int, int]  # of a program: what it does, tokens, rows
-PREPARE: Key = ("prepare slot", 1, 1)
-ZEROS: Key = ("zeros", 1, 1)  # a new cache, and new slots: one zero-filled pool, no temporaries
 
 
 def cache_layout(
@@ -115,74 +114,217 @@ class Programs:
         held = self.whole if self.mesh is None else NamedSharding(self.mesh, layout.spec)
         return State(_structs(cache, held), placed_slots(self.model, self.place, self.max_rows))
 
+    @cached_property
+    def table(self) -> dict[Key, Program]:
+        """All that an engine can need."""
+        decode = [Decode(self, rows) for rows in self.buckets.decode]
+        step = [Step(self, tokens, rows) for rows in self.buckets.mixed_rows for tokens in self.buckets.tokens]
+        return {program.key: program for program in (*decode, *step, Prepare(self), Zeros(self))}
+
     def keys(self) -> list[Key]:
-        """All programs that an engine can need."""
-        steps = [("step", length, rows) for rows in self.buckets.mixed_rows for length in self.buckets.tokens]
-        return [*(("decode", rows, rows) for rows in self.buckets.decode), *steps, PREPARE, ZEROS]
+        """Of all of them."""
+        return list(self.table)
 
-    def arguments(self, key: Key) -> tuple[Any, ...]:
-        """A program's arguments, abstractly."""
-        kind, length, rows = key
-        if key == ZEROS:
-            return ()
-        if key == PREPARE:
-            masks = Masks.of(self.model.config.vocab_size, None, [], None)
-            return (self.state.slots, *self._structs((np.int32(0), masks, np.bool_(False))))
-        sampling = self._structs(SamplingArrays.of_rows([], self.shards * rows))
-        row, pages = self._ints(rows), self._ints(rows, self.table_width)
-        if kind == "decode":
-            return self.params, self.state, DecodeRows(row, row, row, pages), sampling, self._structs(np.int32(0))
-        token = self._ints(length)
-        batch = Batch(token, token, token, self._ints(rows + 1), row, pages, self._ints(3), row)
-        scored = Scored(token, token, self._ints(1), self._structs(np.zeros(self.shards, bool)))
-        return self.params, self.state, batch, Rows(row, row), sampling, scored
+    def __getitem__(self, key: Key) -> Program:
+        return self.table[key]
 
-    def results(self, key: Key) -> Any:
-        """The structure of what a program gives, with anything for leaves."""
-        if key == ZEROS:
-            return self.state
-        if key == PREPARE:
-            return self.state.slots
-        info = jax.eval_shape(lambda: no_logprobs(1, self.model.config.vocab_size))
-        return Sampled(info.rank, info.rank, info, info if key[0] == "step" else None), self.state
+    def jit(self, kind: type[Program]) -> Any:
+        """The function of all programs of a kind."""
+        if kind not in self._jits:
+            self._jits[kind] = kind.jit(self)
+        return self._jits[kind]
 
-    def lower(self, key: Key) -> jax.stages.Lowered:
-        """The program before it is compiled; cache and slots are donated."""
-        arguments = self.arguments(key)
-        place = self.place
-        on_tpu = self.devices[0].platform == "tpu"
-        if self.mesh is None and on_tpu:
-            place = Mesh(np.array(self.devices), ("all",))
+    @cached_property
+    def _jits(self) -> dict[type[Program], Any]:
+        return {}
+
+    def pinned(self, results: Any) -> dict[str, Any]:
+        """What `jax.jit` is told of a program's results on a mesh, or XLA may choose other shardings, and donation is
+        silently lost."""
+        return {} if self.mesh is None else {"out_shardings": results}
+
+    @property
+    def shardings(self) -> State:
+        """Of cache and slots."""
+        return jax.tree.map(lambda s: s.sharding, self.state)
+
+    def like(self, tree: Any) -> Any:
+        """Arguments that the host gives, abstractly."""
+        return _structs(tree, self.whole)
+
+    def ints(self, first: int, *shape: int) -> Any:
+        """An array of integers, `first` of each shard of rows, abstractly."""
+        return jax.ShapeDtypeStruct((self.shards * first, *shape), np.int32, sharding=self.whole)
+
+
+class Program(ABC):
+    """A function that runs on the devices, for batches of one size.
+
+    key: of the program, in manifests and between hosts.
+    """
+
+    def __init__(self, programs: Programs, key: Key):
+        self.programs, self.key = programs, key
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        """Its first arguments, abstractly: those that stay on the devices."""
+        return self.programs.params, self.programs.state
+
+    @property
+    @abstractmethod
+    def given(self) -> tuple[Any, ...]:
+        """The others, abstractly: those that the host gives it."""
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return *self.held, *self.given
+
+    @property
+    @abstractmethod
+    def results(self) -> Any:
+        """The structure of what it gives, with anything for leaves."""
+
+    @staticmethod
+    @abstractmethod
+    def jit(programs: Programs) -> Any:
+        """The function, jitted; what calls carry is donated."""
+
+    def run(self, executable: Any, params: Params, state: State, given: tuple[Any, ...]) -> tuple[Any, State]:
+        """Calls it, compiled: what it gives to the host, and the state after it."""
+        result: tuple[Any, State] = executable(params, state, *given)
+        return result
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program before it is compiled."""
+        place: jax.Device | Mesh = self.programs.place
+        on_tpu = self.programs.devices[0].platform == "tpu"
+        if not isinstance(place, Mesh) and on_tpu:
+            place = Mesh(np.array(self.programs.devices), ("all",))
         with contextlib.ExitStack() as stack:
             if isinstance(place, Mesh):  # kernels ask what kind of device they are for
                 stack.enter_context(jax.sharding.use_abstract_mesh(place.abstract_mesh))
             # JAX has a GPU's from the device, where "gpu" is a family that it knows only if one of it is there.
-            return self._jits[key[0]].trace(*arguments).lower(lowering_platforms=("tpu",) if on_tpu else None)
+            traced = self.programs.jit(type(self)).trace(*self.arguments)
+            return traced.lower(lowering_platforms=("tpu",) if on_tpu else None)
 
-    @cached_property
-    def _jits(self) -> dict[str, Any]:
-        # Without pinned shardings of its results XLA may choose others, and donation is silently lost.
-        pinned: dict[str, Any] = {} if self.mesh is None else {"out_shardings": (self.whole, self._shardings)}
-        slots: dict[str, Any] = {} if self.mesh is None else {"out_shardings": self._shardings.slots}
-        return {
-            "step": jax.jit(make_step(self.model, self.place), donate_argnums=1, **pinned),
-            "decode": jax.jit(make_decode(self.model, self.max_steps, self.place), donate_argnums=1, **pinned),
-            "prepare slot": jax.jit(prepare_slot, donate_argnums=0, **slots),
-            "zeros": jax.jit(self._zeros, out_shardings=self._shardings),
-        }
 
-    def _zeros(self) -> State:
-        return jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), self.state)
+class Decode(Program):
+    """Some tokens of each of `rows` sequences."""
+
+    kind = "decode"
+
+    def __init__(self, programs: Programs, rows: int):
+        super().__init__(programs, (self.kind, rows, rows))
+        self.rows = rows
 
     @property
-    def _shardings(self) -> State:
-        return jax.tree.map(lambda s: s.sharding, self.state)
+    def given(self) -> tuple[Any, ...]:
+        ints, like = self.programs.ints, self.programs.like
+        row, pages = ints(self.rows), ints(self.rows, self.programs.table_width)
+        return DecodeRows(row, row, row, pages), like(_sampling(self.programs, self.rows)), like(np.int32(0))
 
-    def _structs(self, tree: Any) -> Any:
-        return _structs(tree, self.whole)
+    @property
+    def results(self) -> Any:
+        info = _logprobs(self.programs)
+        return Sampled(info.rank, info.rank, info), self.programs.state
 
-    def _ints(self, first: int, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((self.shards * first, *shape), np.int32, sharding=self.whole)
+    @staticmethod
+    def jit(programs: Programs) -> Any:
+        return _jit(programs, make_decode(programs.model, programs.max_steps, programs.place))
+
+
+class Step(Program):
+    """A mixed call: `tokens` of prompts and of decoding sequences, of `rows` sequences."""
+
+    kind = "step"
+
+    def __init__(self, programs: Programs, tokens: int, rows: int):
+        super().__init__(programs, (self.kind, tokens, rows))
+        self.tokens, self.rows = tokens, rows
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        ints, like = self.programs.ints, self.programs.like
+        token, row, pages = ints(self.tokens), ints(self.rows), ints(self.rows, self.programs.table_width)
+        batch = Batch(token, token, token, ints(self.rows + 1), row, pages, ints(3), row)
+        scored = Scored(token, token, ints(1), like(np.zeros(self.programs.shards, bool)))
+        return batch, Rows(row, row), like(_sampling(self.programs, self.rows)), scored
+
+    @property
+    def results(self) -> Any:
+        info = _logprobs(self.programs)
+        return Sampled(info.rank, info.rank, info, info), self.programs.state
+
+    @staticmethod
+    def jit(programs: Programs) -> Any:
+        return _jit(programs, make_step(programs.model, programs.place))
+
+
+class Prepare(Program):
+    """Makes a slot ready for another sequence, or for other masks."""
+
+    key: Key = ("prepare slot", 1, 1)
+
+    def __init__(self, programs: Programs):
+        super().__init__(programs, Prepare.key)
+
+    @property
+    def held(self) -> tuple[Any, ...]:
+        return (self.programs.state.slots,)
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        masks = Masks.of(self.programs.model.config.vocab_size, None, [], None)
+        return tuple(self.programs.like((np.int32(0), masks, np.bool_(False))))
+
+    @property
+    def results(self) -> Any:
+        return self.programs.state.slots
+
+    @staticmethod
+    def jit(programs: Programs) -> Any:
+        return jax.jit(prepare_slot, donate_argnums=0, **programs.pinned(programs.shardings.slots))
+
+    def run(self, executable: Any, params: Params, state: State, given: tuple[Any, ...]) -> tuple[None, State]:
+        return None, State(state.cache, executable(state.slots, *given))
+
+
+class Zeros(Program):
+    """A new cache, and new slots: one zero-filled pool, no temporaries."""
+
+    key: Key = ("zeros", 1, 1)
+    held = given = ()
+
+    def __init__(self, programs: Programs):
+        super().__init__(programs, Zeros.key)
+
+    @property
+    def results(self) -> Any:
+        return self.programs.state
+
+    @staticmethod
+    def jit(programs: Programs) -> Any:
+        def zeros() -> State:
+            return jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), programs.state)
+
+        return jax.jit(zeros, out_shardings=programs.shardings)
+
+    def run(self, executable: Any, params: Params, state: State | None, given: tuple[Any, ...]) -> tuple[None, State]:
+        return None, executable()
+
+
+def _jit(programs: Programs, call: Any) -> Any:
+    """Of what takes parameters and state, and gives results and the state after it."""
+    return jax.jit(call, donate_argnums=1, **programs.pinned((programs.whole, programs.shardings)))
+
+
+def _sampling(programs: Programs, rows: int) -> SamplingArrays:
+    return SamplingArrays.of_rows([], programs.shards * rows)
+
+
+def _logprobs(programs: Programs) -> Logprobs:
+    return jax.eval_shape(lambda: no_logprobs(1, programs.model.config.vocab_size))
 
 
 def _structs(tree: Any, sharding: Sharding) -> Any:

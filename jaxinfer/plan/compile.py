@@ -105,7 +105,7 @@ def _too_much(held: Fit, needed: str) -> DoesNotFit:
 
 def _compiled(programs: Programs, key: Key) -> Program:
     start = time.perf_counter()
-    compiled = programs.lower(key).compile()
+    compiled = programs[key].lower().compile()
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None

@@ -69,7 +69,7 @@ def ship(programs: Programs, sizes: Sizes, output: str, on_program: Callable[[],
 
 
 def _compile(programs: Programs, key: Key) -> bytes:
-    return serialize(programs, key, programs.lower(key).compile())
+    return serialize(programs, key, programs[key].lower().compile())
 
 
 def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any]]) -> Manifest:

@@ -62,7 +62,7 @@ def lowered(attention: str) -> dict[str, str]:
     found = {}
     for key in (("decode", 8, 8), ("step", 64, 8)):
         with jax.sharding.use_abstract_mesh(mesh):
-            traced = jax.jit(made[key[0]], donate_argnums=1).trace(*programs.arguments(key))
+            traced = jax.jit(made[key[0]], donate_argnums=1).trace(*programs[key].arguments)
         found[key[0]] = traced.lower(lowering_platforms=("cuda",)).as_text()
     return found
 
@@ -106,7 +106,7 @@ for config in json.loads(sys.argv[1]):
         max_model_len=1024, max_rows=8, max_steps=4, attention="pallas",
     )
     for key in (("decode", 8, 8), ("step", 256, 8)):
-        compiled = programs.lower(key).compile()
+        compiled = programs[key].lower().compile()
         text, cache = compiled.as_text(), programs.state.cache
         print(json.dumps({
             "kernels": len(re.findall('custom_call_target="__gpu.xla.gpu.triton"', text)),

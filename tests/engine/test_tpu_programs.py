@@ -54,7 +54,7 @@ for case in json.loads(sys.argv[1]):
     )
     for key in (("decode", rows, rows), ("step", case["tokens"], rows)):
         asked.clear()
-        compiled = programs.lower(key).compile()
+        compiled = programs[key].lower().compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
         found = {kind: re.findall(rf"= \\w+\\[([\\d,]*)\\]\\S* {kind}(?:-start)?\\(", text)
                  for kind in ("all-reduce", "all-gather")}

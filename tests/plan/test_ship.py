@@ -77,16 +77,16 @@ import sys, jax, json
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 from jaxinfer.engine.compiled import Folder, Manifest
 from jaxinfer.engine.load import local_programs
-from jaxinfer.engine.programs import ZEROS, Programs
+from jaxinfer.engine.programs import Programs, Zeros
 from jaxinfer.plan.ship import ship
-Programs.keys = lambda self: [ZEROS]
+Programs.keys = lambda self: [Zeros.key]
 programs, sizes = local_programs(*json.loads(sys.argv[1]))
-local_programs(*json.loads(sys.argv[1]))[0].lower(ZEROS).compile()
+local_programs(*json.loads(sys.argv[1]))[0][Zeros.key].lower().compile()
 before = jax.config.jax_enable_compilation_cache
 ship(programs, sizes, sys.argv[2], lambda: None)
 assert jax.config.jax_enable_compilation_cache is before
 manifest = Manifest.parse(open(sys.argv[2] + "/manifest.json", "rb").read())
-print(Folder(sys.argv[2], manifest, print).fetch(programs, ZEROS)().slots.token)
+print(Folder(sys.argv[2], manifest, print).fetch(programs, Zeros.key)().slots.token)
 """
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     for _ in range(2):
