@@ -2,6 +2,7 @@
 docs/architecture.md."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -40,6 +41,24 @@ def test_imports_come_from_below(file):
             1
         ]  # `from jaxinfer import LLM` imports jaxinfer.llm
         assert LAYER[other] < LAYER[own], f"{file}:{line}: {own} (layer {LAYER[own]}) imports {other}, not below it"
+
+
+def test_no_cycle_of_files():
+    """Not even by an import inside a function."""
+    names = {
+        ".".join(file.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): file for file in FILES
+    }
+    graph = {name: {first_of(module, names) for module, _ in imported(file)} for name, file in names.items()}
+    for name, below in graph.items():
+        below -= {name, "jaxinfer", None}  # the package looks its names up when they are used
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def first_of(module, names):
+    """The file of ours that a module is, or that a name of one is in."""
+    while module and module not in names:
+        module = module.rpartition(".")[0]
+    return module or None
 
 
 def test_every_folder_has_a_layer_and_every_layer_a_folder():

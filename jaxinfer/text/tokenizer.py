@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.text.chat import ChatTemplates, Tool
-from jaxinfer.text.files import TokenFiles, model_token_id
+from jaxinfer.text.files import model_token_id
 
-__all__ = ["CLEAN_UP", "NoTokenizer", "Tokenizer", "check_vocabulary", "has_tokenizer", "load_tokenizer"]
+__all__ = ["CLEAN_UP", "NoTokenizer", "Tokenizer", "check_vocabulary"]
 
-LOOKED_FOR = "tokenizer.json, tokenizer.model, and vocab.json with merges.txt"
 
 # `clean_up_tokenization_spaces` of Hugging Face tokenizers: these replacements, in this order, over the whole text.
 CLEAN_UP = (
@@ -178,34 +177,6 @@ class NoTokenizer(Tokenizer):
     def chat_prompt(self, *args: Any, **kwargs: Any) -> str:
         self.require("chat", "give a prompt's token ids")
         return ""
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether there are files that `load_tokenizer` takes."""
-    whole = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return whole or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a checkpoint folder.
-
-    `tokenizer.json` wins over `tokenizer.model`, and that over `vocab.json` with `merges.txt`. Raises
-    FileNotFoundError when none is there, ValueError when what is there can't be read.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the tokenizer's files")
-    if not has_tokenizer(folder):
-        raise FileNotFoundError(
-            f"{folder}: no tokenizer; looked for {LOOKED_FOR}; copy the checkpoint's tokenizer files there"
-        )
-    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
-        from jaxinfer.text.spm import SentencePieceTokenizer
-
-        return SentencePieceTokenizer(TokenFiles(folder))
-    from jaxinfer.text.hf import HFTokenizer
-
-    return HFTokenizer(TokenFiles(folder))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

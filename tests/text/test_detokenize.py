@@ -14,7 +14,8 @@ from tokenizers.decoders import DecodeStream
 
 from jaxinfer.text.detokenize import Detokenizer
 from jaxinfer.text.hf import HFTokenizer
-from jaxinfer.text.tokenizer import Tokenizer, load_tokenizer
+from jaxinfer.text.load import load_tokenizer
+from jaxinfer.text.tokenizer import Tokenizer
 
 from .tiny import write
 

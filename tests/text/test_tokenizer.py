@@ -15,7 +15,8 @@ import sentencepiece
 from tokenizers import AddedToken, processors
 
 from jaxinfer.text.detokenize import Detokenizer
-from jaxinfer.text.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from jaxinfer.text.load import load_tokenizer
+from jaxinfer.text.tokenizer import Tokenizer, check_vocabulary
 
 from .tiny import CORPUS, TEXTS, byte_level, sentencepiece_model, write
 
@@ -376,7 +377,7 @@ def test_mutated_tokenizer_json(json_unigram: Path, llama3: Path, tmp_path: Path
 def test_no_heavy_import(gpt2: Path, sp_chat: Path) -> None:
     code = f"""
 import sys
-from jaxinfer.text.tokenizer import load_tokenizer
+from jaxinfer.text.load import load_tokenizer
 from jaxinfer.text.detokenize import Detokenizer
 for folder in {[str(gpt2), str(sp_chat)]}:
     tokenizer = load_tokenizer(folder)
