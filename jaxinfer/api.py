@@ -14,7 +14,7 @@ from jaxinfer.aliases.sampling import SAMPLING
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput
-from jaxinfer.engine.prompts import Prompt, is_single_prompt
+from jaxinfer.engine.prompts import Prompt, is_single_conversation, is_single_prompt
 from jaxinfer.llm import LLM, Message
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
@@ -54,15 +54,23 @@ def stream(prompt: Prompt, model: str | os.PathLike[str] | None = None, **option
         return llm.stream(prompt, params)
 
 
-def chat(messages: Sequence[Message], model: str | os.PathLike[str] | None = None, **options: Any) -> str:
-    """The answer to a conversation, a list of `{"role": ..., "content": ...}`, through the checkpoint's chat template.
+@overload
+def chat(messages: Sequence[Message], model: str | os.PathLike[str] | None = None, **options: Any) -> str: ...
+@overload
+def chat(
+    messages: Sequence[Sequence[Message]], model: str | os.PathLike[str] | None = None, **options: Any
+) -> list[str]: ...
+def chat(messages: Any, model: str | os.PathLike[str] | None = None, **options: Any) -> str | list[str]:
+    """The answer to a conversation, a list of `{"role": ..., "content": ...}`, or to each of a list of them, through
+    the checkpoint's chat template.
 
     Options as for `generate`, and what `LLM.chat` takes for the template: `tools`, a list of functions or JSON schemas,
     `chat_template`, `add_generation_prompt`, `chat_template_kwargs`.
     """
     template = {name: options.pop(name) for name in _TEMPLATE if name in options}
     with _prepared(model, options) as (llm, params):
-        return _text(llm.chat(messages, params, use_tqdm=False, **template)[0])
+        texts = [_text(output) for output in llm.chat(messages, params, use_tqdm=False, **template)]
+    return texts[0] if is_single_conversation(messages) else texts
 
 
 def unload() -> None:
@@ -83,10 +91,12 @@ def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> 
     """The model, which no other thread replaces meanwhile, and parameters. Checks all options before anything is
     loaded."""
     global _users
+    if isinstance(model, SamplingParams) or not {"sampling_params", "params"}.isdisjoint(options):
+        raise ValueError("sampling parameters are given by name, as max_tokens=16; LLM.generate takes them as they are")
     load, sampling = _split(options)
-    SamplingParams(**sampling)
+    checked = SamplingParams(**sampling)
     for name, default in _UNSEEN.items():
-        if sampling.get(name, default) != default:
+        if getattr(checked, name) != default:
             raise ValueError(f"{name} does not show in the text that is returned: use jaxinfer.LLM(...).generate")
     with _changed:
         llm = _load(MODEL_DIR if model is None else model, load)
@@ -101,14 +111,14 @@ def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> 
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of loading and those of sampling, in our words. Raises one ValueError for all that are not known."""
+    """Those of loading, in our words, and those of sampling. Raises one ValueError for all that are not known."""
     given = {name: value for name, value in options.items() if name not in _LOADING and not _loads(name)}
     sampling, problems = SAMPLING.read(given, _SAMPLING)
     load, more = LOADING.read({name: value for name, value in options.items() if name not in given}, _LOADING)
     if problems or more:
         both = (SAMPLING.refusal(problems, _SAMPLING) if problems else "", LOADING.refusal(more, ()) if more else "")
         raise ValueError("; ".join(filter(None, both)))
-    return load, {"max_tokens": DEFAULT_MAX_TOKENS} | sampling
+    return load, given if "max_tokens" in sampling else {"max_tokens": DEFAULT_MAX_TOKENS} | given
 
 
 def _loads(name: str) -> bool:

@@ -19,7 +19,7 @@ from jaxinfer.engine.generation import Group
 from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
-from jaxinfer.engine.prompts import Prompt, prompt_ids, prompt_list
+from jaxinfer.engine.prompts import Prompt, is_single_conversation, prompt_ids, prompt_list
 from jaxinfer.engine.scoring import (
     Scoring,
     encode_pair,
@@ -221,8 +221,7 @@ class LLM:
         `chat_template`, another one or the name of one of the checkpoint's, and `add_generation_prompt` are not for it.
         """
         template_kwargs = {**(chat_template_kwargs or {}), **ARGUMENTS.translated(template_kwargs, None)}
-        one = not messages or isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if one else messages
+        conversations: Any = [messages] if is_single_conversation(messages) else messages
         prompts = [self.chat_prompt(c, tools, **template_kwargs) for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 

@@ -11,8 +11,10 @@ import jax
 
 from jaxinfer.engine.programs import Program
 
+MOST = 64  # each has a hundred pieces of memory of its own, and Linux has no more than 65,530 for a process
+
 _lower = Program.lower
-_kept: dict[Hashable, Any] = {}
+_kept: dict[Hashable, Any] = {}  # the last used at the end
 
 
 class Lowered:
@@ -26,9 +28,13 @@ class Lowered:
 
     def compile(self) -> Any:
         which = identity(self._program)
-        if which not in _kept:
-            _kept[which] = _lower(self._program).compile()
-        return _kept[which]
+        kept = _kept.pop(which, None)
+        if kept is None:
+            kept = _lower(self._program).compile()
+        _kept[which] = kept
+        if len(_kept) > MOST:
+            del _kept[next(iter(_kept))]
+        return kept
 
 
 def identity(program: Program) -> Hashable:

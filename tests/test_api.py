@@ -11,6 +11,7 @@ import pytest
 
 import jaxinfer
 from jaxinfer import SamplingParams, api
+from tests.refusals import line
 from tests.settled import settled
 
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64}  # those of test_llm.py: the same programs
@@ -60,6 +61,18 @@ def test_what_comes_back_is_the_llms(folder):
     messages = [{"role": "user", "content": "Hello"}]
     expected = text("user: Hello\nassistant:", temperature=0.0, max_tokens=20)
     assert jaxinfer.chat(messages, folder, max_tokens=20, **OPTIONS) == expected
+    other = [{"role": "user", "content": "Bye"}]
+    answers = jaxinfer.chat([messages, other], folder, max_new_tokens=20, **OPTIONS)
+    assert answers == [expected, jaxinfer.chat(other, folder, max_tokens=20, **OPTIONS)]
+    assert jaxinfer.chat([other], folder, max_tokens=20, **OPTIONS) == answers[1:]
+
+
+def test_sampling_params_are_no_model(folder):
+    for call in (
+        lambda: jaxinfer.generate("a", SamplingParams(max_tokens=3)),
+        lambda: jaxinfer.generate("a", folder, sampling_params=SamplingParams(max_tokens=3)),
+    ):
+        assert "by name" in line(call)
 
 
 def test_the_model_stays_for_the_next_call_with_the_same_arguments(folder):

@@ -33,6 +33,9 @@ def model(checkpoints, tmp_path) -> Path:
 def test_no_such_folder(tmp_path, cli):
     for name in (f"{tmp_path}/none", "./none", "~/none/of/it", "a/b/c"):
         refusal(name, "none" if "none" in name else name, "no such folder", kind=FileNotFoundError)
+    refusal("gs:/bucket/model", "model gs:/bucket/model", "lost a slash")
+    for strange in (None, 5):
+        refusal(strange, f"model is {strange}", "folder")
     (tmp_path / "file").touch()
     refusal(tmp_path / "file", "not a folder", kind=NotADirectoryError)
     assert cli("generate", "x", "--model", tmp_path / "none").error() == f"{tmp_path}/none: no such folder"

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from jaxinfer.checkpoint.contents import ALLOW, IGNORE, SMALL, TEMPLATES, belonging
 from jaxinfer.checkpoint.files import check_folder
 from jaxinfer.checkpoint.remote import fetch
+from jaxinfer.places import locate
 
 TIMEOUT = 8.0  # seconds until the hub must have answered the first question
 
@@ -34,6 +35,8 @@ def resolve(
     a hub id, no such revision, a revision of a folder), PermissionError (access must be asked for), ConnectionError
     (no network, or offline, and not cached), OSError (a download that failed).
     """
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(f"model is {model!r:.100}: it must be a folder, or a hub id such as owner/name")
     name = os.fspath(model)
     if not name:
         raise ValueError("model: empty; give a folder or a hub id such as owner/name")
@@ -46,6 +49,7 @@ def resolve(
         if revision is not None:
             raise ValueError(f"revision {revision!r}: {name} is a local folder; revisions are for hub ids")
         return check_folder(path)
+    locate(name, "model")  # a URL that has lost a slash, as a Path takes it, is none
     if not isinstance(model, str) or name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
         raise FileNotFoundError(f"{name}: no such folder")
     owner = name.split("/")[0]

@@ -157,6 +157,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 1
     except (ValueError, OSError) as error:
         logging.getLogger("jaxinfer").debug("where it happened:", exc_info=True)
-        say_error(error)
+        file = getattr(error, "filename", None)  # what the system refuses, without "[Errno 2]"
+        say_error(f"{file}: {getattr(error, 'strerror', error)}" if file else error)
         return 2
     return code or 0

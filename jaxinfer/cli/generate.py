@@ -103,7 +103,8 @@ def _texts(arguments: list[str], file: str | None) -> list[str]:
     else:
         arguments = [_read("-").removesuffix("\n") if prompt == "-" else prompt for prompt in arguments]
     if "" in arguments:
-        raise ValueError("the prompt is empty: give some text as PROMPT, by --file F, or pipe it in")
+        which = f"prompt {arguments.index('')}" if len(arguments) > 1 else "the prompt"
+        raise ValueError(f"{which} is empty: give some text as PROMPT, by --file F, or pipe it in")
     return arguments
 
 

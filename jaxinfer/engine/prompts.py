@@ -35,6 +35,11 @@ def is_single_prompt(prompts: Any) -> bool:
     return isinstance(prompts, str | Mapping) or (are_ids(prompts) and len(prompts) > 0)
 
 
+def is_single_conversation(messages: Any) -> bool:
+    """Whether this is one conversation, a list of messages, and not a list of conversations."""
+    return not messages or isinstance(messages[0], Mapping)
+
+
 def prompt_list(prompts: Any) -> list[Prompt]:
     """One prompt or a list of them, as a list."""
     if not isinstance(prompts, str | Mapping | Sequence | np.ndarray) or isinstance(prompts, BYTES):

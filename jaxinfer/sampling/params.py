@@ -147,6 +147,9 @@ class SamplingParams:
     def with_changes(self, /, **given: Any) -> SamplingParams:
         """These parameters with others in place of some. Who asks for a filter of a greedy default asks for sampling:
         top_p without a temperature would do nothing. Who asks for less than min_tokens gets that."""
+        if given.get("do_sample") and not self.greedy and not given.keys() & {"temperature", "temp"}:
+            given["temperature"] = self.temperature  # it is sampled already
+        given = SAMPLING.translated(given, [field.name for field in dataclasses.fields(self)])
         if self.greedy and given.keys() & FILTERS:
             given = {"temperature": 1.0} | given
         most = given.get("max_tokens")

@@ -106,6 +106,8 @@ def test_own_parameters():
             assert ask({"prompt": "hi", name: value}).params == params
     for value in ({}, "", " ", None, {"max_tokens": None}):
         assert ask({"prompt": "hi", "params": value}).params == GREEDY
+    theirs = {"max_new_tokens": 9, "stop_strings": ["a"], "temp": 0, "logit_bias": {"17": 2.5}}
+    assert ask({"prompt": "hi", "params": theirs}).params == params
     # Who asks for a filter asks for sampling, as on the command line.
     assert ask({"prompt": "hi", "params": {"top_p": 0.5}}).params.temperature == 1
 

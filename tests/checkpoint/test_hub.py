@@ -168,9 +168,13 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         refused(FileNotFoundError, "no such folder", path)
 
 
-@pytest.mark.parametrize("name", ["a b", "a--b", "me/mo:del", "-x/y", "x" * 5000, "a\0b", "me/a\nb", "http:/x"])
+@pytest.mark.parametrize("name", ["a b", "a--b", "me/mo:del", "-x/y", "x" * 5000, "a\0b", "me/a\nb"])
 def test_what_is_neither(name: str) -> None:
     refused(ValueError, "neither a folder nor a hub id", name)
+
+
+def test_a_url_that_has_lost_a_slash() -> None:
+    refused(ValueError, "lost a slash; give it as text, http://", "http:/x")
 
 
 def test_no_network() -> None:

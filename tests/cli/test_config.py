@@ -55,4 +55,4 @@ def test_what_is_wrong_is_said_with_its_line(cli, config):
     config.write_text(config.read_text() + "page_sise: 3\n")
     for command in (["generate", "x"], ["chat"], ["score", "-"], ["bench", "latency"], ["plan"]):
         assert f"{config}:5: there is no field 'page_sise'" in cli(*command, "--config", config).error()
-    assert "No such file" in cli("generate", "x", "--config", "none.yaml").error()
+    assert cli("generate", "x", "--config", "none.yaml").error() == "none.yaml: No such file or directory"

@@ -208,7 +208,7 @@ def test_prompts_that_are_none(cli, model, tmp_path):
     m = ["-m", model]
     assert "no prompt: give PROMPT" in cli("generate", *m, stdin=None).error()
     assert "the prompt is empty" in cli("generate", *m, stdin=b"").error()
-    assert "the prompt is empty" in cli("generate", "a", "", *m).error()
+    assert "prompt 1 is empty" in cli("generate", "a", "", *m).error()
     assert "give only one of them" in cli("generate", "a", "--file", empty, *m).error()
     assert f"{empty}: there is no prompt in it" in cli("generate", "--file", empty, *m).error()
     assert "no-file" in cli("generate", "--file", tmp_path / "no-file", *m).error()

@@ -81,6 +81,18 @@ def test_fewer_tokens_than_the_least_are_what_is_asked_for():
     assert "min_tokens is 10" in line(lambda: params.with_changes(min_tokens=10, max_tokens=4))
 
 
+def test_changes_may_have_other_programs_names():
+    params = SamplingParams(temperature=0.5, max_tokens=7, stop=["x"])
+    changed = params.with_changes(max_new_tokens=3, stop_strings=["y"], num_return_sequences=2)
+    assert changed == SamplingParams(temperature=0.5, max_tokens=3, stop=["y"], n=2)
+    assert params.with_changes(do_sample=False).temperature == 0
+    assert params.with_changes(do_sample=True).temperature == 0.5  # it is sampled already
+    assert params.with_changes(do_sample=True, temp=0.7).temperature == 0.7
+    assert SamplingParams(temperature=0.0).with_changes(do_sample=True).temperature == 1
+    assert "max_tokens, which is given too" in line(lambda: params.with_changes(max_tokens=3, max_new_tokens=3))
+    assert "did you mean max_tokens" in line(lambda: params.with_changes(max_token=3))
+
+
 def test_half_of_a_surrogate_pair_is_no_text():
     for name in ("stop", "bad_words"):
         assert f"sampling parameter {name} is " in line(
