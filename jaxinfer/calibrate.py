@@ -38,7 +38,7 @@ from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors,
 from jaxinfer.quantization.qarray import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
 from jaxinfer.sharding import local_devices
-from jaxinfer.text.load import load_tokenizer
+from jaxinfer.text.tokenizer import load_tokenizer
 
 Host = np.ndarray[Any, Any]
 Text = str | Sequence[Mapping[str, Any]]  # a plain one, or a conversation

@@ -32,7 +32,7 @@ from jaxinfer.engine.scoring import (
 from jaxinfer.engine.thread import AnyGroup, EngineThread, Submission
 from jaxinfer.sampling.ids import are_ids
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.text.base import Tokenizer
 
 Message = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.demo.questions import held_out_questions, training_questions
 from jaxinfer.models.model import Model
-from jaxinfer.text.load import load_tokenizer
+from jaxinfer.text.tokenizer import load_tokenizer
 
 
 def logits(folder, sequences, quantization=None):

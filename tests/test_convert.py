@@ -22,7 +22,7 @@ from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.convert import convert
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.models.model import Model
-from jaxinfer.text.load import load_tokenizer
+from jaxinfer.text.tokenizer import load_tokenizer
 
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}
 PROMPTS = [[5, 17, 200, 33], list(range(40, 100))]

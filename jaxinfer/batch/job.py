@@ -30,7 +30,7 @@ from jaxinfer.batch.summary import Summary
 from jaxinfer.batch.writer import Writer
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
-from jaxinfer.text.load import has_tokenizer
+from jaxinfer.text.tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
     from jaxinfer.engine.options import LoadOptions

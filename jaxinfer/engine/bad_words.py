@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.text.base import Tokenizer
 
 
 class BadWords:

@@ -20,7 +20,7 @@ from jaxinfer.engine.scoring import SCORING, Scoring
 from jaxinfer.engine.shards import Shards
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
 from jaxinfer.sampling.slots import Masks
-from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.text.base import Tokenizer
 
 STOP_STRING_STEPS = 8  # rows with stop strings are looked at on the host this often: what comes after one is wasted
 

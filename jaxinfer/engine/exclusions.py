@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 from jaxinfer.engine.bad_words import BadWords
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.text.base import Tokenizer
 
 
 class Exclusions:

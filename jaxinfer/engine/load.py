@@ -47,8 +47,8 @@ from jaxinfer.models.registry import REGISTRY, parse_config
 from jaxinfer.quantization.stored import asked_for
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, local_devices, make_mesh
-from jaxinfer.text.load import LOOKED_FOR, has_tokenizer, load_tokenizer
-from jaxinfer.text.tokenizer import NoTokenizer, Tokenizer, check_vocabulary
+from jaxinfer.text.base import NoTokenizer, Tokenizer
+from jaxinfer.text.tokenizer import LOOKED_FOR, check_vocabulary, has_tokenizer, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.sampling.ids import are_ids, token_ids
-from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.text.base import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 BYTES = bytes | bytearray | memoryview  # sequences of integers, which are no token ids

@@ -13,7 +13,7 @@ from jaxinfer.engine.request import FinishReason, Request
 from jaxinfer.sampling.ids import token_ids
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.sample import Logprobs
-from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.text.base import Tokenizer
 
 SCORING = SamplingParams(temperature=0.0, prompt_logprobs=0, detokenize=False)
 

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Iterable, Sequence
 
-from jaxinfer.text.tokenizer import CLEAN_UP, Tokenizer
+from jaxinfer.text.base import CLEAN_UP, Tokenizer
 
 __all__ = ["Detokenizer"]
 

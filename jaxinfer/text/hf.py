@@ -8,9 +8,9 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.chat import load_chat_templates
 from jaxinfer.text.files import TokenFiles, one_line
-from jaxinfer.text.tokenizer import Tokenizer
 
 __all__ = ["HFTokenizer"]
 

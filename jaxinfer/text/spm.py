@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import sentencepiece
 
+from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.chat import load_chat_templates
 from jaxinfer.text.files import AddedToken, TokenFiles, one_line
-from jaxinfer.text.tokenizer import Tokenizer
 
 __all__ = ["SentencePieceTokenizer"]
 

@@ -5,8 +5,8 @@ import pytest
 from jaxinfer import SamplingParams
 from jaxinfer.engine.generation import Generation
 from jaxinfer.engine.request import Request
-from jaxinfer.text.load import load_tokenizer
-from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.text.base import Tokenizer
+from jaxinfer.text.tokenizer import load_tokenizer
 from tests.text.tiny import json_bpe_tokenizer
 
 EOS, WORD, LETTER = 2, "▁hello", "s"

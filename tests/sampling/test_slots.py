@@ -12,7 +12,7 @@ from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.params import MOST_COPIES
 from jaxinfer.sampling.sample import _decay, _mask, _mask_stop_ids, _penalize, draw, sample
 from jaxinfer.sampling.slots import Masks, Slots, copies, count, prepare_slot
-from jaxinfer.text.load import load_tokenizer
+from jaxinfer.text.tokenizer import load_tokenizer
 from tests.sampling.reference import adjusted
 
 VOCAB, ROWS = 77, 12  # no multiple of 32

@@ -9,7 +9,7 @@ import pytest
 
 from jaxinfer.text.chat import ChatTemplates, load_chat_templates
 from jaxinfer.text.files import read_json
-from jaxinfer.text.load import load_tokenizer
+from jaxinfer.text.tokenizer import load_tokenizer
 
 from .tiny import byte_level, write
 

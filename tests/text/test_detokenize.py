@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers.decoders import DecodeStream
 
+from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.detokenize import Detokenizer
 from jaxinfer.text.hf import HFTokenizer
-from jaxinfer.text.load import load_tokenizer
-from jaxinfer.text.tokenizer import Tokenizer
+from jaxinfer.text.tokenizer import load_tokenizer
 
 from .tiny import write
 

@@ -14,9 +14,9 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, processors
 
+from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.detokenize import Detokenizer
-from jaxinfer.text.load import load_tokenizer
-from jaxinfer.text.tokenizer import Tokenizer, check_vocabulary
+from jaxinfer.text.tokenizer import check_vocabulary, load_tokenizer
 
 from .tiny import CORPUS, TEXTS, byte_level, sentencepiece_model, write
 
@@ -377,7 +377,7 @@ def test_mutated_tokenizer_json(json_unigram: Path, llama3: Path, tmp_path: Path
 def test_no_heavy_import(gpt2: Path, sp_chat: Path) -> None:
     code = f"""
 import sys
-from jaxinfer.text.load import load_tokenizer
+from jaxinfer.text.tokenizer import load_tokenizer
 from jaxinfer.text.detokenize import Detokenizer
 for folder in {[str(gpt2), str(sp_chat)]}:
     tokenizer = load_tokenizer(folder)

@@ -1,0 +1,179 @@
+"""What a tokenizer does: text to token ids and back, whatever files it comes in.
+
+`tokenizer.json` goes through `tokenizers`, `tokenizer.model` through `sentencepiece`, and GPT-2's `vocab.json` with
+`merges.txt` is built as byte-level BPE. transformers is not needed (it takes seconds to import), torch never.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.text.chat import ChatTemplates, Tool
+from jaxinfer.text.files import model_token_id
+
+__all__ = ["CLEAN_UP", "NoTokenizer", "Tokenizer"]
+
+
+# `clean_up_tokenization_spaces` of Hugging Face tokenizers: these replacements, in this order, over the whole text.
+CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
+class Tokenizer(ABC):
+    """One interface over all backends. `load_tokenizer` makes one.
+
+    vocab_size     the largest id that the tokenizer can produce or knows, plus one
+    special_ids    ids that `decode` leaves out by default (BOS, EOS, chat markers, ...)
+
+    How the detokenizer may work piece by piece (`jaxinfer.text.detokenize`):
+    token_bytes    id -> the bytes it stands for, where text is exactly those bytes joined; else None
+    byte_values    id -> byte, for ids that stand for one byte each (byte fallback): neighbours make a character
+    known_ids      ids that a token has: there may be far fewer than vocab_size, and others give no text
+    looks_ahead    a token's text can depend on others in further ways, or it isn't known that it does not
+    """
+
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    special_ids: frozenset[int]
+    cleans_up: bool = False
+    token_bytes: Callable[[int], bytes] | None = None
+    byte_values: Mapping[int, int] = {}
+    known_ids: frozenset[int]
+    looks_ahead: bool = False
+    missing: str | None = None  # why there is none: see NoTokenizer
+
+    def __init__(self, folder: Path, chat_templates: ChatTemplates) -> None:
+        self.folder = folder
+        self.chat_templates = chat_templates
+        self.middle_text: dict[int, str] = {}  # what `token_text` has said
+
+    @abstractmethod
+    def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
+        """`encode` for text known to be valid Unicode."""
+
+    @abstractmethod
+    def decode_raw(self, ids: list[int]) -> str:
+        """All of `ids` as text, special tokens included, without the clean-up. Unknown ids give no text."""
+
+    def require(self, what: str, instead: str) -> None:
+        """Raises ValueError where there is no tokenizer for `what`; `instead` is what to do then."""
+        if self.missing is not None:
+            raise ValueError(f"{what}: needs a tokenizer, and {self.missing}; {instead}, or load with tokenizer=PATH")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`; special tokens written in it are recognized.
+
+        `add_special_tokens` puts BOS (and whatever else the checkpoint asks for) around it. Raises ValueError for
+        what is not text.
+        """
+        if not isinstance(text, str):
+            raise ValueError(f"prompt: expected a string, found {type(text).__name__}; pass ids as prompt_token_ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"U+{ord(text[error.start]):04X} at character {error.start}"
+            raise ValueError(f"prompt: not valid Unicode ({where} is half of a surrogate pair); fix the text") from None
+        return self.encode_text(text, add_special_tokens)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`. Ids that the tokenizer doesn't know (a padded vocabulary) give no text.
+
+        Raises ValueError for a negative id.
+        """
+        kept = [int(i) for i in ids]
+        if kept and min(kept) < 0:
+            raise ValueError(f"token ids: {min(kept)} is negative; ids are 0 to {self.vocab_size - 1}")
+        if skip_special_tokens:
+            kept = [i for i in kept if i not in self.special_ids]
+        text = self.decode_raw(kept)
+        if self.cleans_up:
+            for old, new in CLEAN_UP:
+                text = text.replace(old, new)
+        return text
+
+    @cached_property
+    def anchor(self) -> tuple[int, str] | None:
+        """An id and its text, after which tokens read as they do anywhere inside a text. None if there isn't one."""
+        for token_id in sorted(self.known_ids):
+            if token_id in self.byte_values or token_id in self.special_ids:
+                continue
+            text = self.decode_raw([token_id])
+            if text.strip() == text != "" and self.decode_raw([token_id, token_id]).startswith(text):
+                return token_id, text
+        return None
+
+    def token_text(self, token_id: int) -> str:
+        """What one token adds inside a text, the space before it too; special tokens as they are written."""
+        text = self.middle_text.get(token_id)
+        if text is None:
+            before, shown = ([], "") if self.anchor is None else ([self.anchor[0]], self.anchor[1])
+            text = self.middle_text[token_id] = self.decode_raw([*before, token_id])[len(shown) :]
+        return text
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.chat_templates.templates)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool | None = None,
+        chat_template: str | None = None,
+        continue_final_message: bool | str = False,
+        **template_kwargs: Any,
+    ) -> str:
+        """The conversation as one prompt, by the checkpoint's chat template. See `ChatTemplates.render`."""
+        return self.chat_templates.render(
+            messages, tools, add_generation_prompt, chat_template, continue_final_message, **template_kwargs
+        )
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Tool] | None = None,
+        add_generation_prompt: bool | None = None,
+        **template_kwargs: Any,
+    ) -> list[int]:
+        """The ids of `chat_prompt(...)`. The template writes BOS itself, so none is added."""
+        prompt = self.chat_prompt(messages, tools, add_generation_prompt, **template_kwargs)
+        return self.encode(prompt, add_special_tokens=False)
+
+
+class NoTokenizer(Tokenizer):
+    """In place of one: token ids give no text, and what needs a tokenizer raises ValueError that says why it is
+    `missing`."""
+
+    vocab_size = 0
+    special_ids = frozenset()
+    known_ids = frozenset()
+
+    def __init__(self, folder: Path, missing: str) -> None:
+        super().__init__(folder, ChatTemplates(folder))
+        self.missing = missing
+        self.bos_token_id = model_token_id(folder, "bos_token_id")
+        self.eos_token_id = model_token_id(folder, "eos_token_id")
+
+    def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
+        self.require("text", "give token ids")
+        return []
+
+    def decode_raw(self, ids: list[int]) -> str:
+        return ""
+
+    def chat_prompt(self, *args: Any, **kwargs: Any) -> str:
+        self.require("chat", "give a prompt's token ids")
+        return ""
