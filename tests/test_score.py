@@ -81,11 +81,12 @@ def test_greedy_is_what_generate_would_have_said(llm):
     assert not any(output.is_greedy for output in llm.score(prompts, other))
 
 
-def test_beside_generation_and_preempted(checkpoints):
+def test_beside_generation_and_preempted(checkpoints, slowly):
     """In a cache with room for little more than one: what is computed once more is not scored twice."""
     with LLM(
         checkpoints("llama").folder, max_num_seqs=4, page_size=4, kv_cache_memory=45 * 4 * 256, max_num_batched_tokens=8
     ) as llm:
+        slowly(llm)  # or the stream may be at its end before the texts are there
         texts = [ids(120) for _ in range(3)]
         stream = llm.stream_output(ids(40), SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True))
         next(stream)

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.engine.batch_builder import BatchBuilder
 from jaxinfer.engine.generation import Generation
 from jaxinfer.engine.runner import Launched, Runner
 from jaxinfer.engine.scheduler import Scheduler
@@ -31,8 +32,8 @@ def expected(llm):
 @pytest.mark.parametrize(
     ("owner", "method"),
     [
-        (Runner, "_launch_step"),
-        (Runner, "_launch_decode"),
+        (BatchBuilder, "build"),
+        (Runner, "call"),
         (Runner, "_executable"),  # the program runs, and its results, the cache among them, never arrive
         (Launched, "wait"),
         (Shards, "add"),
