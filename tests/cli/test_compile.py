@@ -56,7 +56,7 @@ def test_killed(model, tmp_path):
     out = tmp_path / "programs"
     command = [*COMMAND, "compile", model, *FEW, "-o", out]
     process = subprocess.Popen(command, env=os.environ | FRESH, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    while not list(tmp_path.glob(".programs.tmp/*.xla")):
+    while not list(tmp_path.glob("*.tmp/*.xla")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
