@@ -10,7 +10,7 @@ from typing import Any, Self, Unpack, cast
 
 from jaxinfer.aliases import takes
 from jaxinfer.aliases.sampling import CALL, SAMPLING
-from jaxinfer.engine.asked import Asked, Encoded, Pair, Scorable, ScoreAsked, Text, checked, failed, refused
+from jaxinfer.engine.asked import Asked, Pair, Scorable, ScoreAsked, Text, checked, failed, refused
 from jaxinfer.engine.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine, EngineStats
@@ -19,7 +19,7 @@ from jaxinfer.engine.generation import Group
 from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
-from jaxinfer.engine.prompts import Prompt, is_single_conversation, prompt_ids, prompt_list
+from jaxinfer.engine.prompts import Encoded, Prompt, encode_prompt, is_single_conversation, prompt_list
 from jaxinfer.engine.scoring import (
     Scoring,
     encode_pair,
@@ -293,7 +293,7 @@ class LLM:
         ignore_eos: bool = False,
     ) -> list[BeamSearchOutput]:
         """The `beam_width` best continuations of each prompt, best first: see `jaxinfer.engine.beam_search`."""
-        encoded = [prompt_ids(prompt, self.tokenizer) for prompt in prompt_list(prompts)]
+        encoded = [encode_prompt(prompt, self.tokenizer) for prompt in prompt_list(prompts)]
         return beam_search(self.engine_thread, encoded, beam_width, max_tokens, length_penalty, ignore_eos)
 
     def close(self) -> None:
@@ -348,7 +348,7 @@ class LLM:
             return asked.prompt
         if not isinstance(asked.params, SamplingParams):
             raise ValueError(f"sampling_params is a {type(asked.params).__name__}: it must be SamplingParams")
-        return Encoded(*prompt_ids(asked.prompt, self.tokenizer))
+        return encode_prompt(asked.prompt, self.tokenizer)
 
     def _encoded(self, asked: list[Asked]) -> list[Asked]:
         """With prompts that the engine takes, as ids."""
@@ -381,7 +381,7 @@ class LLM:
 
     def _new_group(self, asked: Asked) -> Group:
         encoded = self._encode(asked)
-        return self.engine.new_group(encoded.ids, asked.params, encoded.text, asked.priority)
+        return self.engine.new_group(encoded.ids, asked.params, encoded.text, asked.priority, encoded.cache_salt)
 
     def _new_scoring(self, asked: ScoreAsked) -> Scoring:
         text, given, scored = self._encode_pair(asked)

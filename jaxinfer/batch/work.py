@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from jaxinfer.batch.results import Results
 from jaxinfer.batch.row import Row
 from jaxinfer.batch.writer import Result
-from jaxinfer.engine.asked import Encoded, Pair
-from jaxinfer.engine.prompts import prompt_ids
+from jaxinfer.engine.asked import Pair
+from jaxinfer.engine.prompts import Encoded, encode_prompt
 from jaxinfer.engine.scoring import encode_pair, encode_text
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
@@ -91,7 +91,7 @@ class Worker:
             ids = self.llm.chat_prompt(ask.messages, ask.tools)["prompt_token_ids"]
         else:
             assert ask.prompt is not None
-            ids = prompt_ids(ask.prompt, self.llm.tokenizer)[1]
+            ids = encode_prompt(ask.prompt, self.llm.tokenizer).ids
         wanted = min(params.max_tokens or 1, context // 2)
         ids = self._fitting(ids, context - wanted)
         if params.seed is None and not params.greedy:

@@ -6,15 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn, TypeVar
 
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput, error_output, score_error
-from jaxinfer.engine.prompts import Prompt
+from jaxinfer.engine.prompts import Encoded, Prompt
 from jaxinfer.sampling.params import SamplingParams
-
-
-class Encoded(NamedTuple):
-    """A prompt as tokens: its text, or None, and its ids."""
-
-    text: str | None
-    ids: list[int]
 
 
 class Asked(NamedTuple):

@@ -15,7 +15,7 @@ from jaxinfer.engine.generation import Group
 from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput
-from jaxinfer.engine.prompts import Prompt, prompt_ids
+from jaxinfer.engine.prompts import Prompt, encode_prompt
 from jaxinfer.engine.thread import EngineClosed, EngineThread, Submission
 from jaxinfer.sampling.params import SamplingParams
 
@@ -69,8 +69,8 @@ class AsyncEngine:
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params is a {type(params).__name__}: it must be SamplingParams")
         self.engine_thread.check_open()
-        text, ids = prompt_ids(prompt, self.tokenizer)
-        group = self.engine_thread.engine.new_group(ids, params, text, priority)
+        text, ids, salt = encode_prompt(prompt, self.tokenizer)
+        group = self.engine_thread.engine.new_group(ids, params, text, priority, salt)
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()

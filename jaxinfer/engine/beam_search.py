@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.generation import Group
+from jaxinfer.engine.prompts import Encoded
 from jaxinfer.engine.request import FinishReason
 from jaxinfer.engine.thread import EngineThread
 from jaxinfer.sampling.ids import is_id
@@ -51,7 +53,7 @@ class Beam(NamedTuple):
 class Search:
     """The state of one prompt's search: beams that go on, finished ones with their scores, best first."""
 
-    prompt: list[int]
+    prompt: Encoded
     beams: list[Beam] = field(default_factory=lambda: [Beam([], 0.0)])
     finished: list[tuple[float, Beam]] = field(default_factory=list)
     done: bool = False
@@ -60,13 +62,13 @@ class Search:
 
 def beam_search(
     thread: EngineThread,
-    prompts: Sequence[tuple[str | None, list[int]]],
+    prompts: Sequence[Encoded],
     beam_width: int,
     max_tokens: int,
     length_penalty: float = 1.0,
     ignore_eos: bool = False,
 ) -> list[BeamSearchOutput]:
-    """The `beam_width` best continuations of each prompt (text or None, and ids), of at most `max_tokens` tokens.
+    """The `beam_width` best continuations of each prompt, of at most `max_tokens` tokens.
 
     length_penalty: from -32 to 32; above 0 prefers longer ones. Raises ValueError for widths that need more candidates
     than there are log-probabilities, and for what `Engine.add` refuses.
@@ -87,13 +89,13 @@ def beam_search(
         raise ValueError(f"length_penalty is {length_penalty!r:.60}: {most}")
     if not isinstance(ignore_eos, bool):
         raise ValueError(f"ignore_eos is {ignore_eos!r:.60}: it must be True or False")
-    longest = max((len(ids) for _, ids in prompts), default=0)
+    longest = max((len(prompt.ids) for prompt in prompts), default=0)
     if longest + max_tokens > engine.max_model_len:
         raise ValueError(
             f"max_tokens is {max_tokens}: with a prompt of {longest} tokens it may be at most "
             f"{engine.max_model_len - longest} (max_model_len {engine.max_model_len})"
         )
-    searches = [Search(ids) for _, ids in prompts]
+    searches = [Search(prompt) for prompt in prompts]
     params = SamplingParams(
         temperature=0.0, max_tokens=1, logprobs=min(candidates, engine.vocab_size), ignore_eos=True, detokenize=False
     )
@@ -109,17 +111,23 @@ def beam_search(
             _advance(search, options[:candidates], beam_width, eos, step == max_tokens, length_penalty)
     return [
         BeamSearchOutput(
-            text, ids, [_sequence(engine, ids, score, beam, eos) for score, beam in search.finished], search.error
+            prompt.text,
+            prompt.ids,
+            [_sequence(engine, prompt.ids, score, beam, eos) for score, beam in search.finished],
+            search.error,
         )
-        for (text, ids), search in zip(prompts, searches, strict=True)
+        for prompt, search in zip(prompts, searches, strict=True)
     ]
+
+
+def _continued(engine: Engine, prompt: Encoded, beam: Beam, params: SamplingParams) -> Group:
+    return engine.new_group(prompt.ids + beam.token_ids, params, cache_salt=prompt.cache_salt)
 
 
 def _next_tokens(thread: EngineThread, searches: Sequence[Search], params: SamplingParams) -> list[list[Beam]]:
     """Every beam of every search with each of its likeliest next tokens. What fails is noted in its search."""
     asked = [
-        [(beam, thread.engine.new_group(search.prompt + beam.token_ids, params)) for beam in search.beams]
-        for search in searches
+        [(beam, _continued(thread.engine, search.prompt, beam, params)) for beam in search.beams] for search in searches
     ]
     thread.complete([group for beams in asked for _, group in beams])
     for search, beams in zip(searches, asked, strict=True):

@@ -117,9 +117,15 @@ class Engine:
         return not self._generations
 
     def new_group(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None, priority: int = 0
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> Group:
-        """A request for `queue`. Raises ValueError for ids, a length or parameters that can't be served.
+        """A request for `queue`. cache_salt: see Encoded. Raises ValueError for ids, a length or parameters that can't
+        be served.
 
         Any thread may call it: it reads what was loaded, and nothing that changes.
         """
@@ -142,6 +148,7 @@ class Engine:
                 stop_ids=stop_ids,
                 limit=self._limit(length, params),
                 priority=priority,
+                cache_salt=cache_salt,
                 scored_from=1 if params.prompt_logprobs is not None and not index else None,
                 exclusions=excluded.anew() if excluded is not None else None,
             )

@@ -44,14 +44,18 @@ class PageAllocator:
         """How many pages hold this many tokens."""
         return -(-tokens // self.page_size)
 
-    def extend_keys(self, keys: list[bytes], tokens: Sequence[int]) -> None:
-        """Brings the keys of a sequence up to date: one for each full page of `tokens`, which may only have grown."""
+    def extend_keys(self, keys: list[bytes], tokens: Sequence[int], cache_salt: str = "") -> None:
+        """Brings the keys of a sequence up to date: one for each full page of `tokens`, which may only have grown.
+        cache_salt: all that keys and values depend on, or are kept apart by, besides tokens."""
         if not self.prefix_caching:
             return
+        start = self._digest(cache_salt.encode(errors="surrogatepass")) if cache_salt else b""
         for page in range(len(keys), len(tokens) // self.page_size):
             content = np.asarray(tokens[page * self.page_size : (page + 1) * self.page_size], np.int32).tobytes()
-            before = keys[-1] if keys else b""
-            keys.append(hashlib.blake2b(before + content, digest_size=16, key=self._secret).digest())
+            keys.append(self._digest((keys[-1] if keys else start) + content))
+
+    def _digest(self, content: bytes) -> bytes:
+        return hashlib.blake2b(content, digest_size=16, key=self._secret).digest()
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Takes the pages that hold the longest known beginning of `keys`."""

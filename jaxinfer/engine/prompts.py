@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,20 +14,36 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 BYTES = bytes | bytearray | memoryview  # sequences of integers, which are no token ids
 
 
-def prompt_ids(prompt: Prompt, tokenizer: Tokenizer) -> tuple[str | None, list[int]]:
-    """The text (None where ids were given) and token ids of a prompt: text, ids, {"prompt": text} or
-    {"prompt_token_ids": ids}. Raises ValueError."""
+class Encoded(NamedTuple):
+    """A prompt as tokens.
+
+    text: None where ids were given. cache_salt: prompts share what they begin with only with those of the same salt, so
+    that nobody learns from times what others asked; "" is everybody's.
+    """
+
+    text: str | None
+    ids: list[int]
+    cache_salt: str = ""
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Encoded:
+    """A prompt: text, ids, {"prompt": text} or {"prompt_token_ids": ids}, of which the latter two may have a
+    cache_salt. Raises ValueError."""
+    salt = ""
     if isinstance(prompt, Mapping):
-        if set(prompt) not in ({"prompt"}, {"prompt_token_ids"}):
+        if set(prompt) - {"cache_salt"} not in ({"prompt"}, {"prompt_token_ids"}):
             raise ValueError(f"a prompt as a dict has either prompt or prompt_token_ids, not {list(prompt)}")
-        (prompt,) = prompt.values()
+        salt = "" if prompt.get("cache_salt") is None else prompt["cache_salt"]
+        if not isinstance(salt, str) or prompt.get("cache_salt") == "":
+            raise ValueError(f"cache_salt is {salt!r:.100}: it must be a text that is not empty")
+        prompt = prompt["prompt" if "prompt" in prompt else "prompt_token_ids"]
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError("the prompt is empty: give some text")
-        return prompt, tokenizer.encode(prompt)
+        return Encoded(prompt, tokenizer.encode(prompt), salt)
     if isinstance(prompt, BYTES):
         raise ValueError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}: decode it")
-    return None, token_ids(prompt, "a prompt must be a string or")
+    return Encoded(None, token_ids(prompt, "a prompt must be a string or"), salt)
 
 
 def is_single_prompt(prompts: Any) -> bool:

@@ -31,6 +31,7 @@ class Request:
     stop_ids: tuple[int, ...]
     limit: int
     priority: int = 0  # lower runs earlier
+    cache_salt: str = ""  # pages are shared by those of one salt
     scored_from: int | None = None
     target: int | None = None
     exclusions: Exclusions | None = None

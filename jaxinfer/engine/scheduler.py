@@ -120,7 +120,7 @@ class Scheduler:
 
     def publish(self, request: Request, computed: int) -> None:
         """Lets others find the full pages among the first `computed` tokens of a running request."""
-        self.pages.extend_keys(request.keys, request.tokens)
+        self.pages.extend_keys(request.keys, request.tokens, request.cache_salt)
         for page in range(request.published, min(computed // self.pages.page_size, len(request.keys))):
             self.pages.publish(request.pages[page], request.keys[page])
             request.published = page + 1
@@ -163,7 +163,7 @@ class Scheduler:
         pages that others need to finish."""
         request.pages = []  # a new list each time: the runner tells by it that its copy is of an earlier placing
         if request.reads_prefix:
-            self.pages.extend_keys(request.keys, request.tokens)
+            self.pages.extend_keys(request.keys, request.tokens, request.cache_salt)
             request.pages = self.pages.match(request.keys[: request.first_logits // self.pages.page_size])
         matched = len(request.pages)
         # Who was preempted leaves a page for each row that runs, or it would be preempted again at once, and again.

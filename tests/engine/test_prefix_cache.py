@@ -90,3 +90,27 @@ def test_with_hardly_any_room(folder, without):
         again = llm.generate(others, SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True))
         assert llm.stats.hit_tokens == hits  # evicted
         assert [o.outputs[0].token_ids for o in again] == [o.outputs[0].token_ids for o in kept]
+
+
+def test_prompts_of_another_salt_share_nothing(checkpoints):
+    prompt = np.random.default_rng(3).integers(0, 250, 40).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+
+    def hits(salt):
+        before = llm.stats.hit_tokens
+        given = {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})
+        (output,) = llm.generate([given], params, use_tqdm=False)
+        tokens.add(tuple(output.outputs[0].token_ids))
+        return llm.stats.hit_tokens - before
+
+    tokens = set()
+    with LLM(checkpoints("llama").folder, max_num_seqs=4, max_num_batched_tokens=32, page_size=8) as llm:
+        assert [hits(salt) for salt in ("", "", "a", "a", "b", "")] == [0, 32, 0, 32, 0, 32]
+        (beams,) = llm.beam_search([{"prompt_token_ids": prompt, "cache_salt": "c"}], beam_width=2, max_tokens=2)
+        assert llm.stats.hit_tokens == 4 * 32 - 32 + 2 * 40  # both beams of the second step, of that salt alone
+        for salt in ("", 5, ["a"]):
+            with pytest.raises(ValueError, match=r"cache_salt is .*: it must be a text"):
+                llm.generate([{"prompt": "x", "cache_salt": salt}], params, use_tqdm=False)
+        llm.generate([{"prompt": "x", "cache_salt": None}], params, use_tqdm=False)
+    assert len(tokens) == 1
+    assert beams.sequences[0].token_ids

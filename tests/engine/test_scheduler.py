@@ -226,12 +226,18 @@ def test_what_was_used_least_recently_is_evicted_first():
 def test_keys_are_secret_and_depend_on_all_tokens_before():
     one, other = PageAllocator(9, 2), PageAllocator(9, 2)
     keys = []
-    for pages, tokens in ((one, [1, 2, 3, 4, 5]), (one, [2, 1, 3, 4]), (other, [1, 2, 3, 4])):
+    for pages, tokens, salt in (
+        (one, [1, 2, 3, 4, 5], ""),
+        (one, [2, 1, 3, 4], ""),
+        (other, [1, 2, 3, 4], ""),
+        (one, [1, 2, 3, 4], "a"),
+        (one, [1, 2, 3, 4], "\ud800"),
+    ):
         of: list[bytes] = []
-        pages.extend_keys(of, tokens)
+        pages.extend_keys(of, tokens, salt)
         assert len(of) == 2
         keys += of
-    assert len(set(keys)) == 6
+    assert len(set(keys)) == 10
 
 
 def test_prompts_go_in_chunks_beside_rows_that_decode():
