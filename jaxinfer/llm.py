@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import os
-import queue
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, Unpack, cast
+from typing import Any, Self, Unpack
 
 from jaxinfer.aliases import takes
 from jaxinfer.aliases.sampling import CALL, SAMPLING
-from jaxinfer.engine.asked import Asked, Pair, Scorable, ScoreAsked, Text, checked, failed, refused
-from jaxinfer.engine.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine, EngineStats
-from jaxinfer.engine.feed import Feed, OnError
-from jaxinfer.engine.generation import Group
+from jaxinfer.engine.feed import OnError
 from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
-from jaxinfer.engine.prompts import Encoded, Prompt, encode_prompt, is_single_conversation, prompt_list
-from jaxinfer.engine.scoring import (
-    Scoring,
-    encode_pair,
-    encode_text,
-    join_windows,
-    prefix_token_id,
-    rolling_windows,
-    text_ids,
-)
-from jaxinfer.engine.thread import AnyGroup, EngineThread, Submission
-from jaxinfer.sampling.ids import are_ids
+from jaxinfer.engine.prompts import Prompt, encode_prompt, is_single_conversation, prompt_list
+from jaxinfer.engine.thread import EngineThread
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.tasks.beam_search import BeamSearchOutput, beam_search
+from jaxinfer.tasks.generate import GenerateTask, prompts_as_they_come, prompts_asked
+from jaxinfer.tasks.score import Scorable, ScoreTask, Text, TextAsked, texts_asked
 from jaxinfer.text.base import Tokenizer
 
 Message = Mapping[str, Any]
@@ -60,6 +49,8 @@ class LLM:
         self.tokenizer = loaded.engine.tokenizer
         self._default_sampling_params = loaded.default_sampling_params
         self.engine_thread = EngineThread(loaded.engine, "LLM")
+        self._generate = GenerateTask(self.engine_thread)
+        self._score = ScoreTask(self.engine_thread)
 
     @classmethod
     def from_config(
@@ -118,12 +109,10 @@ class LLM:
         use_tqdm: a progress bar on stderr. A prompt that can't be served raises ValueError before anything runs, or
         with on_error="return" has its own output say why (`error`).
         """
-        asked = self._asked(prompts, sampling_params, priority)
-        if on_error == "raise":
-            asked = self._encoded(asked)
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        asked = prompts_asked(prompts, params, priority)
         asked.sort(key=lambda one: one.priority)  # not all of them are given to the engine at once
-        outputs = self._run(asked, on_error)
-        return sorted(_progress(outputs, len(asked), use_tqdm, "Generated"), key=lambda output: output.index)
+        return self._generate.run_all(asked, on_error, use_tqdm)
 
     def generate_iter(
         self,
@@ -145,14 +134,10 @@ class LLM:
             raise ValueError("prompts is one prompt: generate_iter takes an iterable of them")
         default = sampling_params or self.get_default_sampling_params()
 
-        def asked() -> Iterator[Asked]:
-            for i, prompt in enumerate(prompts):
-                own = isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[1], SamplingParams)
-                yield Asked(i, *prompt) if own else Asked(i, prompt, default)  # type: ignore[arg-type]
-
+        asked = prompts_as_they_come(prompts, default)
         if isinstance(prompts, Sequence) and on_error == "raise":  # all are there: nothing runs before all are right
-            return self._run(self._encoded(list(asked())), on_error, in_order)
-        return self._run(asked(), on_error, in_order)
+            return self._generate.run(self._generate.checked_all(list(asked)), on_error, in_order)
+        return self._generate.run(asked, on_error, in_order)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The text of one prompt in pieces, as it comes: whole characters, in all exactly `generate`'s text. Raises
@@ -172,32 +157,7 @@ class LLM:
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Iterator[tuple[str, RequestOutput]]:
         """Pairs of new text and the output so far; the last one is finished."""
-        params = sampling_params or self.get_default_sampling_params()
-        group = self._new_group(Asked(0, prompt, params))
-        if len(group.members) != 1:
-            raise ValueError(f"sampling parameter n is {params.n}: a stream has one continuation; use generate")
-        outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
-
-        def listener(group: Group, error: BaseException | None) -> None:
-            outputs.put(error or group.output())
-
-        def pieces() -> Iterator[tuple[str, RequestOutput]]:
-            try:
-                yield "", group.output()  # taken here, below: a generator that has not begun would not clean up
-                finished, text = False, ""
-                while not finished:
-                    output = outputs.get()
-                    if isinstance(output, BaseException):
-                        raise output
-                    finished, seen, text = output.finished, len(text), output.outputs[0].text
-                    yield text[seen:], output
-            finally:
-                self.engine_thread.abort(group)
-
-        stream = pieces()
-        next(stream)
-        self.engine_thread.submit([Submission(group, listener, streams=True)])
-        return stream
+        return self._generate.stream(prompt, sampling_params or self.get_default_sampling_params())
 
     def chat_prompt(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **template_kwargs: Any
@@ -240,15 +200,7 @@ class LLM:
         once. A text's first token is given, not scored, unless the tokenizer puts a BOS before it. Spaces at a prompt's
         end count as the continuation's, as in lm-eval. use_tqdm, on_error: as for `generate`.
         """
-        scorables: list[Scorable] = prompt_list(texts)  # type: ignore[assignment]
-        if continuations is not None:
-            following: list[Any] = prompt_list(continuations)
-            if len(scorables) == 1:
-                scorables *= len(following)
-            if len(scorables) != len(following):
-                raise ValueError(f"continuations: {len(following)} for {len(scorables)} prompts; give one each")
-            scorables = list(zip(scorables, following, strict=True))  # type: ignore[arg-type]
-        return self._score([ScoreAsked(i, one) for i, one in enumerate(scorables)], use_tqdm, on_error)
+        return self._score.run_all(texts_asked(texts, continuations), on_error, use_tqdm)
 
     def score_iter(
         self, scorables: Iterable[Scorable], *, in_order: bool = False, on_error: OnError = "raise"
@@ -257,31 +209,12 @@ class LLM:
         `generate_iter`."""
         if isinstance(scorables, str | tuple):
             raise ValueError("scorables is one text or pair: score_iter takes an iterable of them")
-        return self._run((ScoreAsked(i, one) for i, one in enumerate(scorables)), on_error, in_order)
+        return self._score.run((TextAsked(i, one) for i, one in enumerate(scorables)), on_error, in_order)
 
     def loglikelihood_rolling(self, texts: Text | Sequence[Text], *, use_tqdm: bool = True) -> list[ScoreOutput]:
         """How likely each text is, however long: its first token is scored after BOS (or EOS), and what is longer than
         max_model_len is cut in windows, as lm-eval does. Raises ValueError for an empty text."""
-        asked: list[ScoreAsked] = []
-        windows: list[range] = []
-        listed: list[Any] = prompt_list(texts)
-        first = prefix_token_id(self.tokenizer)
-        for i, text in enumerate(listed):
-            try:
-                ids = text_ids(text, self.tokenizer, add_special_tokens=False)
-            except ValueError as error:
-                raise ValueError(f"text {i}: {error}") from None
-            if not ids:
-                raise ValueError(f"text {i} is empty: there is nothing to score")
-            start = len(asked)
-            pairs = rolling_windows(ids, first, self.sizes.max_model_len)
-            asked += [ScoreAsked(start + n, pair) for n, pair in enumerate(pairs)]
-            windows.append(range(start, len(asked)))
-        parts = self._score(asked, use_tqdm, "raise")
-        return [
-            join_windows(i, text if isinstance(text, str) else None, parts[places.start : places.stop])
-            for i, (text, places) in enumerate(zip(listed, windows, strict=True))
-        ]
+        return self._score.rolling(texts, use_tqdm)
 
     def beam_search(
         self,
@@ -292,7 +225,7 @@ class LLM:
         length_penalty: float = 1.0,
         ignore_eos: bool = False,
     ) -> list[BeamSearchOutput]:
-        """The `beam_width` best continuations of each prompt, best first: see `jaxinfer.engine.beam_search`."""
+        """The `beam_width` best continuations of each prompt, best first: see `jaxinfer.tasks.beam_search`."""
         encoded = [encode_prompt(prompt, self.tokenizer) for prompt in prompt_list(prompts)]
         return beam_search(self.engine_thread, encoded, beam_width, max_tokens, length_penalty, ignore_eos)
 
@@ -308,97 +241,3 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _asked(self, prompts: Any, sampling_params: Any, priority: Sequence[int] | None) -> list[Asked]:
-        listed = prompt_list(prompts)
-        if sampling_params is None:
-            sampling_params = self.get_default_sampling_params()
-        params = sampling_params if isinstance(sampling_params, list | tuple) else [sampling_params] * len(listed)
-        for name, values in (("sampling_params", params), ("priority", priority)):
-            if values is not None and len(values) != len(listed):
-                raise ValueError(f"{name}: {len(values)} for {len(listed)} prompts; give one for all, or one each")
-        priorities = [0] * len(listed) if priority is None else priority
-        if not all(isinstance(p, int) for p in priorities):
-            raise ValueError(f"priority is {list(priorities)}: it must be integers")
-        return [Asked(i, *one) for i, one in enumerate(zip(listed, params, priorities, strict=True))]
-
-    def _score(self, asked: list[ScoreAsked], use_tqdm: bool, on_error: OnError) -> list[ScoreOutput]:
-        if on_error == "raise":
-            asked = [one._replace(scorable=pair) for one, pair in checked(asked, self._check_pair)]
-        outputs = self._run(asked, on_error)
-        return sorted(_progress(outputs, len(asked), use_tqdm, "Scored"), key=lambda output: output.index)
-
-    def _run(
-        self, asked: Iterable[Asked] | Iterable[ScoreAsked], on_error: OnError, in_order: bool = False
-    ) -> Iterator[Any]:
-        """Outputs as they are done, or in order, with their places in the input."""
-        if on_error not in ("raise", "return"):
-            raise ValueError(f'on_error is {on_error!r}: it must be "raise" or "return"')
-        self.engine_thread.check_open()
-        on_failure = failed if on_error == "return" else refused
-
-        def make(one: Asked | ScoreAsked) -> AnyGroup:
-            return self._new_group(one) if isinstance(one, Asked) else self._new_scoring(one)
-
-        return Feed(self.engine_thread, asked, make, on_failure, in_order).outputs()
-
-    def _encode(self, asked: Asked) -> Encoded:
-        """The prompt's ids."""
-        if isinstance(asked.prompt, Encoded):
-            return asked.prompt
-        if not isinstance(asked.params, SamplingParams):
-            raise ValueError(f"sampling_params is a {type(asked.params).__name__}: it must be SamplingParams")
-        return encode_prompt(asked.prompt, self.tokenizer)
-
-    def _encoded(self, asked: list[Asked]) -> list[Asked]:
-        """With prompts that the engine takes, as ids."""
-        return [one._replace(prompt=encoded) for one, encoded in checked(asked, self._check)]
-
-    def _check(self, asked: Asked) -> Encoded:
-        """The prompt, once it is sure that the engine takes it."""
-        encoded = self._encode(asked)
-        self.engine.check(encoded.ids, asked.params)
-        return encoded
-
-    def _encode_pair(self, asked: ScoreAsked) -> Pair:
-        """The ids of what is to be scored."""
-        scorable = asked.scorable
-        if isinstance(scorable, Pair):
-            return scorable
-        if isinstance(scorable, tuple) and len(scorable) == 2 and not are_ids(scorable):
-            prompt, scored = cast(tuple[Text, Text], scorable)
-            ids = encode_pair(prompt, scored, self.tokenizer)
-        else:
-            scored = cast(Text, scorable)
-            ids = encode_text(scored, self.tokenizer)
-        return Pair(scored if isinstance(scored, str) else None, *ids)
-
-    def _check_pair(self, asked: ScoreAsked) -> Pair:
-        """What is to be scored, once it is sure that the engine takes it."""
-        pair = self._encode_pair(asked)
-        self.engine.check_scoring([*pair.given, *pair.scored], len(pair.given))
-        return pair
-
-    def _new_group(self, asked: Asked) -> Group:
-        encoded = self._encode(asked)
-        return self.engine.new_group(encoded.ids, asked.params, encoded.text, asked.priority, encoded.cache_salt)
-
-    def _new_scoring(self, asked: ScoreAsked) -> Scoring:
-        text, given, scored = self._encode_pair(asked)
-        return self.engine.new_scoring([*given, *scored], len(given), text)
-
-
-def _progress(outputs: Iterator[Any], total: int, shown: bool, done: str) -> Iterator[Any]:
-    """A bar on stderr with the tokens a second that were `done`."""
-    if not shown:
-        yield from outputs
-        return
-    from tqdm import tqdm
-
-    tokens = 0
-    with tqdm(outputs, total=total, desc=done) as bar:
-        for output in bar:
-            parts = output.outputs if isinstance(output, RequestOutput) else [output]
-            tokens += sum(len(part.token_ids) for part in parts)
-            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tokens/s")
-            yield output

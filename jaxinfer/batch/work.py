@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from jaxinfer.batch.results import Results
 from jaxinfer.batch.row import Row
 from jaxinfer.batch.writer import Result
-from jaxinfer.engine.asked import Pair
 from jaxinfer.engine.prompts import Encoded, encode_prompt
 from jaxinfer.engine.scoring import encode_pair, encode_text
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.tasks.score import Pair
 
 
 class Work(NamedTuple):

@@ -1,0 +1,101 @@
+"""Continuing prompts."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jaxinfer.engine.generation import Group
+from jaxinfer.engine.outputs import RequestOutput, error_output
+from jaxinfer.engine.prompts import Encoded, Prompt, encode_prompt, prompt_list
+from jaxinfer.engine.thread import Submission
+from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.tasks.task import Task
+
+
+class PromptAsked(NamedTuple):
+    """A prompt, its place in the input, its parameters and its priority."""
+
+    place: int
+    prompt: Prompt | Encoded
+    params: SamplingParams
+    priority: int = 0
+
+
+class GenerateTask(Task[PromptAsked, RequestOutput]):
+    """Prompts to continuations."""
+
+    noun = "prompt"
+    done = "Generated"
+
+    def checked(self, asked: PromptAsked) -> PromptAsked:
+        encoded = self._encoded(asked)
+        self.engine.check(encoded.ids, asked.params)
+        return asked._replace(prompt=encoded)
+
+    def request(self, asked: PromptAsked) -> Group:
+        text, ids, salt = self._encoded(asked)
+        return self.engine.new_group(ids, asked.params, text, asked.priority, salt)
+
+    def failure(self, asked: PromptAsked, error: ValueError) -> RequestOutput:
+        return error_output(asked.place, str(error))
+
+    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[str, RequestOutput]]:
+        """Pairs of new text and the output so far; the last one is finished. Raises ValueError at once."""
+        group = self.request(PromptAsked(0, prompt, params))
+        if len(group.members) != 1:
+            raise ValueError(f"sampling parameter n is {params.n}: a stream has one continuation; use generate")
+        outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
+
+        def listener(group: Group, error: BaseException | None) -> None:
+            outputs.put(error or group.output())
+
+        def pieces() -> Iterator[tuple[str, RequestOutput]]:
+            try:
+                yield "", group.output()  # taken here, below: a generator that has not begun would not clean up
+                finished, text = False, ""
+                while not finished:
+                    output = outputs.get()
+                    if isinstance(output, BaseException):
+                        raise output
+                    finished, seen, text = output.finished, len(text), output.outputs[0].text
+                    yield text[seen:], output
+            finally:
+                self.thread.abort(group)
+
+        stream = pieces()
+        next(stream)
+        self.thread.submit([Submission(group, listener, streams=True)])
+        return stream
+
+    def _encoded(self, asked: PromptAsked) -> Encoded:
+        if isinstance(asked.prompt, Encoded):
+            return asked.prompt
+        if not isinstance(asked.params, SamplingParams):
+            raise ValueError(f"sampling_params is a {type(asked.params).__name__}: it must be SamplingParams")
+        return encode_prompt(asked.prompt, self.tokenizer)
+
+
+def prompts_asked(
+    prompts: Any, params: SamplingParams | Sequence[SamplingParams], priority: Sequence[int] | None
+) -> list[PromptAsked]:
+    """One prompt or a list of them, with parameters for all or one each. Raises ValueError."""
+    listed = prompt_list(prompts)
+    each = params if isinstance(params, list | tuple) else [params] * len(listed)
+    for name, values in (("sampling_params", each), ("priority", priority)):
+        if values is not None and len(values) != len(listed):
+            raise ValueError(f"{name}: {len(values)} for {len(listed)} prompts; give one for all, or one each")
+    priorities = [0] * len(listed) if priority is None else priority
+    if not all(isinstance(p, int) for p in priorities):
+        raise ValueError(f"priority is {list(priorities)}: it must be integers")
+    return [PromptAsked(i, *one) for i, one in enumerate(zip(listed, each, priorities, strict=True))]
+
+
+def prompts_as_they_come(
+    prompts: Iterable[Prompt | tuple[Prompt, SamplingParams]], default: SamplingParams
+) -> Iterator[PromptAsked]:
+    """Prompts, and pairs of a prompt and its parameters."""
+    for i, prompt in enumerate(prompts):
+        own = isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[1], SamplingParams)
+        yield PromptAsked(i, *prompt) if own else PromptAsked(i, prompt, default)  # type: ignore[arg-type]

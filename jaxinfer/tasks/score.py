@@ -1,0 +1,106 @@
+"""How likely given texts are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+from jaxinfer.engine.outputs import ScoreOutput, score_error
+from jaxinfer.engine.prompts import prompt_list
+from jaxinfer.engine.scoring import (
+    Scoring,
+    encode_pair,
+    encode_text,
+    join_windows,
+    prefix_token_id,
+    rolling_windows,
+    text_ids,
+)
+from jaxinfer.sampling.ids import are_ids
+from jaxinfer.tasks.task import Task
+
+Text = str | Sequence[int]
+Scorable = Text | tuple[Text, Text]  # a text, or a prompt and its continuation
+
+
+class Pair(NamedTuple):
+    """A scorable as tokens: the text that is scored, or None, ids that are given, ids that are scored."""
+
+    text: str | None
+    given: list[int]
+    scored: list[int]
+
+
+class TextAsked(NamedTuple):
+    """What is to be scored, and its place in the input."""
+
+    place: int
+    scorable: Scorable | Pair
+
+
+class ScoreTask(Task[TextAsked, ScoreOutput]):
+    """Texts, and pairs of a prompt and a continuation, to log-probabilities."""
+
+    noun = "text"
+    done = "Scored"
+
+    def checked(self, asked: TextAsked) -> TextAsked:
+        pair = self._pair(asked)
+        self.engine.check_scoring([*pair.given, *pair.scored], len(pair.given))
+        return asked._replace(scorable=pair)
+
+    def request(self, asked: TextAsked) -> Scoring:
+        text, given, scored = self._pair(asked)
+        return self.engine.new_scoring([*given, *scored], len(given), text)
+
+    def failure(self, asked: TextAsked, error: ValueError) -> ScoreOutput:
+        return score_error(asked.place, str(error))
+
+    def rolling(self, texts: Any, shown: bool) -> list[ScoreOutput]:
+        """Texts of any length, in windows of the longest context, as lm-eval cuts them; each token is scored once, the
+        first one after BOS (or EOS). Raises ValueError for an empty text."""
+        asked: list[TextAsked] = []
+        windows: list[range] = []
+        listed: list[Any] = prompt_list(texts)
+        first = prefix_token_id(self.tokenizer)
+        for i, text in enumerate(listed):
+            try:
+                ids = text_ids(text, self.tokenizer, add_special_tokens=False)
+            except ValueError as error:
+                raise ValueError(f"text {i}: {error}") from None
+            if not ids:
+                raise ValueError(f"text {i} is empty: there is nothing to score")
+            start = len(asked)
+            pairs = rolling_windows(ids, first, self.engine.max_model_len)
+            asked += [TextAsked(start + n, pair) for n, pair in enumerate(pairs)]
+            windows.append(range(start, len(asked)))
+        parts = self.run_all(asked, "raise", shown)
+        return [
+            join_windows(i, text if isinstance(text, str) else None, parts[places.start : places.stop])
+            for i, (text, places) in enumerate(zip(listed, windows, strict=True))
+        ]
+
+    def _pair(self, asked: TextAsked) -> Pair:
+        scorable = asked.scorable
+        if isinstance(scorable, Pair):
+            return scorable
+        if isinstance(scorable, tuple) and len(scorable) == 2 and not are_ids(scorable):
+            prompt, scored = cast(tuple[Text, Text], scorable)
+            ids = encode_pair(prompt, scored, self.tokenizer)
+        else:
+            scored = cast(Text, scorable)
+            ids = encode_text(scored, self.tokenizer)
+        return Pair(scored if isinstance(scored, str) else None, *ids)
+
+
+def texts_asked(texts: Any, continuations: Any = None) -> list[TextAsked]:
+    """Texts, or with continuations, each of them after its prompt, or all after one. Raises ValueError."""
+    scorables: list[Any] = prompt_list(texts)
+    if continuations is not None:
+        following: list[Any] = prompt_list(continuations)
+        if len(scorables) == 1:
+            scorables *= len(following)
+        if len(scorables) != len(following):
+            raise ValueError(f"continuations: {len(following)} for {len(scorables)} prompts; give one each")
+        scorables = list(zip(scorables, following, strict=True))
+    return [TextAsked(i, one) for i, one in enumerate(scorables)]
