@@ -28,7 +28,7 @@ from rich.table import Table
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.generation import Group
-from jaxinfer.engine.step import Sampled
+from jaxinfer.engine.programs import Forward, Key, Sampled
 from jaxinfer.sampling.sample import Logprobs
 
 PROMPTS = range(128, 144)  # tokens: sequences fill their pages at different times
@@ -46,15 +46,16 @@ def replace_programs(llm: LLM, dispatch: bool) -> None:
     runner.max_steps = 1
     rng = np.random.default_rng(0)
 
-    def compile_nothing(key: tuple[str, int, int]) -> None:
-        rows = key[2]
+    def compile_nothing(key: Key) -> None:
+        kind, rows = key
         tokens = rng.integers(0, llm.tokenizer.vocab_size, (1, rows)).astype(np.int32)
         column = np.zeros((1, rows), np.float32)
         info = Logprobs(column, column.astype(np.int32), column[..., None].astype(np.int32), column[..., None])
 
-        def program(params: Any, state: Any, batch: Any, *rest: Any) -> Any:
-            samples = (batch if key[0] == "decode" else rest[0]).samples
-            return Sampled(tokens, samples if dispatch else samples.copy(), info), state
+        def program(params: Any, state: Any, read: Any, rows: Any, *_: Any) -> Any:
+            if kind == Forward.kind:
+                return None, state
+            return Sampled(tokens, rows.samples if dispatch else rows.samples.copy(), info), state
 
         if dispatch:
             jitted = jax.jit(program, donate_argnums=1, keep_unused=True)

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxinfer.engine.batch_builder import BatchBuilder
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.load import make_scheduler
-from jaxinfer.engine.programs import Key
+from jaxinfer.engine.programs import Decode, Forward, Key, Sample
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.scheduler import Schedule
 from jaxinfer.engine.thread import AnyGroup, Submission
@@ -106,18 +107,17 @@ def check_lengths(llm: LLM, input_len: int, output_len: int) -> None:
 
 
 class _Rehearsal:
-    """In place of a Runner: every call is done at once, of token 0, and what is kept is which program it needs."""
+    """In place of a Runner: every call is done at once, of token 0, and what is kept is which programs it needs."""
 
     def __init__(self, runner: Runner):
         self.model, self.max_steps, self.compile_seconds = runner.model, runner.max_steps, 0.0
         self.programs: dict[Key, None] = {}
-        self._key = runner.batches.key
+        self._batches = BatchBuilder(runner.programs)
 
     def launch(self, schedules: Sequence[Schedule]) -> Any:
-        key = self._key(schedules)
-        self.programs[key] = None
+        self.programs |= dict.fromkeys(key for key, _ in self._batches.build(schedules).calls)
         steps = max(schedule.steps for schedule in schedules)
-        count = np.zeros((len(schedules), key[2]), np.int32)
+        count = np.zeros((len(schedules), max(len(schedule.requests) for schedule in schedules)), np.int32)
         for row, schedule in zip(count, schedules, strict=True):
             row[: len(schedule.samples)] = np.minimum(schedule.samples, steps)
         result = Result(np.zeros((steps, count.size), np.int32), count.reshape(-1), None, None, {})
@@ -148,10 +148,12 @@ def programs_in_any_order(llm: LLM, work: Sequence[Work]) -> list[Key]:
     runner = llm.engine.runner
     buckets, most = runner.buckets, min(len(work), runner.max_rows)
     tokens = min(sum(len(one.prompt) for one in work), buckets.tokens[-1])
-    rows = {"decode": Buckets.fit(buckets.decode, most), "step": Buckets.fit(buckets.mixed_rows, most)}
-    length = {"decode": rows["decode"], "step": Buckets.fit(buckets.tokens, tokens)}
-    every = [key for key in runner.programs.keys() if key[0] in rows]  # noqa: SIM118
-    return [(kind, tokens, count) for kind, tokens, count in every if tokens <= length[kind] and count <= rows[kind]]
+    largest = {
+        Decode.kind: Buckets.fit(buckets.decode, most),
+        Forward.kind: Buckets.fit(buckets.tokens, tokens),
+        Sample.kind: Buckets.fit(buckets.sample, most),
+    }
+    return [(kind, size) for kind, size in runner.programs.keys() if size <= largest.get(kind, 0)]  # noqa: SIM118
 
 
 def generate(llm: LLM, work: Sequence[Work]) -> tuple[float, list[list[int]]]:

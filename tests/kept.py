@@ -38,7 +38,7 @@ class Lowered:
 
 
 def identity(program: Program) -> Hashable:
-    programs, model = program.programs, program.programs.model
+    programs, model = program.shapes, program.shapes.model
     leaves, tree = jax.tree.flatten((program.arguments, programs.state))
     arrays = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
     held = model._graph, repr(model.config), model.dtype, model.kept, tuple(sorted(model.quantized.items(), key=str))

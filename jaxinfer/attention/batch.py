@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class Batch:
-    """One step's tokens. T tokens, R rows, P pages a row, N wanted logits; decode rows first, padding last.
+    """One step's tokens. T tokens, R rows, P pages a row; decode rows first, padding last.
 
     tokens     i32[T]      packed
     positions  i32[T]      position of each token in its own sequence
@@ -23,7 +23,6 @@ class Batch:
     kv_len     i32[R]      tokens of row r in the cache after this step has written its own; 0: the row is unused
     pages      i32[R, P]   page table
     rows       i32[3]      cumulative counts: decode rows, decode + prefill rows, all rows
-    logits_at  i32[N]      the tokens whose logits are wanted
     decode_only            static: every row has exactly one token (T == R), so nothing is compiled for prefill
     mesh                   static: what heads and weights are split over, if there is more than one device; the batch is
                            then what one shard of its rows sees, inside of a shard_map over them
@@ -37,7 +36,6 @@ class Batch:
     kv_len: jax.Array
     pages: jax.Array
     rows: jax.Array
-    logits_at: jax.Array
     decode_only: bool = field(default=False, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
     device_kind: str = field(default="", metadata={"static": True})
@@ -52,7 +50,7 @@ class Batch:
     def of_sequences(sequences: list[list[int]], length: int | None = None) -> Batch:
         """Whole sequences packed one after the other, for a forward without a cache (training, scoring, tests).
 
-        `length` pads the stream with unused tokens; logits are wanted everywhere.
+        `length` pads the stream with unused tokens.
         """
         total = sum(len(s) for s in sequences)
         length = total if length is None else length
@@ -71,5 +69,4 @@ class Batch:
             kv_len=jnp.asarray(np.diff(ends).astype(np.int32)),
             pages=jnp.zeros((count, 1), jnp.int32),
             rows=jnp.asarray(np.array([0, count, count], np.int32)),
-            logits_at=jnp.arange(length, dtype=jnp.int32),
         )

@@ -4,7 +4,7 @@ Three paths share one online softmax (Milakov and Gimelshein, arXiv:1805.02867):
 no cache (one masked product over the stream), decode rows, and prefill rows.
 Both paged paths loop over blocks of keys with a run-time trip count, so that the width of the page table costs
 nothing, and both do work in proportion to the keys that are there: decode flattens (row, block of keys) pairs
-into one list that is worked off R pairs at a time (as flash-decoding splits keys), so that one long row
+into one list that is worked off so many pairs at a time (as flash-decoding splits keys), so that one long row
 among short ones does not make all of them long.
 """
 
@@ -25,6 +25,7 @@ from jaxinfer.quantization.activations import quantize_last
 
 KEY_BLOCK = 128  # keys a loop step; larger blocks fall out of the CPU's second-level cache
 QUERY_TILE = 128  # most query tokens of one row that a prefill tile holds
+DECODE_PAIRS = 32  # (row, block of keys) at a time beside prefill rows, where there may be few decoding ones
 P = TypeVar("P", bound=SplitPages | QuantizedPages)
 NEGATIVE = -1e30  # masks a score; finite, so that a fully masked block gives zeros and not NaN
 
@@ -145,6 +146,7 @@ def _decode(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Ar
     """One query token a row, q `[R, K, G, d]` -> `[R, K, G, d]`; rows from `batch.rows[0]` on give zeros."""
     rows, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
+    pairs = rows if batch.decode_only else min(rows, DECODE_PAIRS)
     index = jnp.arange(rows, dtype=jnp.int32)
     last = batch.kv_len[:rows] - 1  # the query's own position
     first = _first_block(last, spec, size)
@@ -155,21 +157,21 @@ def _decode(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Ar
 
     def body(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, out = state
-        item = i * rows + index
+        item = i * pairs + jnp.arange(pairs, dtype=jnp.int32)
         row = jnp.minimum(jnp.sum(item[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), rows - 1)
         live = item < ends[-1]
         block = jnp.where(live, item - (ends - blocks)[row] + first[row], 0)
         keys, values = _key_blocks(cache, batch, row, block, q.dtype)
-        queries = flat[row].reshape(rows * kv_heads, group, head_dim)
+        queries = flat[row].reshape(pairs * kv_heads, group, head_dim)
         scores = _dot(queries, keys, (2, 2)) * spec.scale
         position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
         seen = sees(last[row][:, None], position, spec) & live[:, None]
         scores = jnp.where(jnp.repeat(seen, kv_heads, axis=0)[:, None, :], scores, NEGATIVE)
         item_top = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - item_top[..., None])
-        item_total = jnp.sum(weights, axis=-1).reshape(rows, heads)
-        item_out = _dot(weights.astype(values.dtype), values, (2, 1)).reshape(rows, heads, head_dim)
-        item_top = item_top.reshape(rows, heads)
+        item_total = jnp.sum(weights, axis=-1).reshape(pairs, heads)
+        item_out = _dot(weights.astype(values.dtype), values, (2, 1)).reshape(pairs, heads, head_dim)
+        item_top = item_top.reshape(pairs, heads)
         # Several items can belong to one row: combine them by a small product instead of a scatter.
         own = (row[None, :] == index[:, None]) & live[None, :]
         new_top = jnp.maximum(top, jnp.max(jnp.where(own[..., None], item_top[None], NEGATIVE), axis=1))
@@ -179,7 +181,7 @@ def _decode(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Ar
         item_out = item_out * weight[..., None]
         finite = jnp.isfinite(item_out)
         item_total = jnp.where(jnp.all(finite, axis=-1), item_total * weight, jnp.nan)
-        item_out = jnp.where(finite, item_out, 0).reshape(rows, -1)
+        item_out = jnp.where(finite, item_out, 0).reshape(pairs, -1)
         total = total * keep + jnp.sum(jnp.where(own[..., None], item_total[None], 0), axis=1)
         added = jnp.dot(own.astype(jnp.float32), item_out, precision=lax.Precision.HIGHEST).reshape(out.shape)
         return new_top, total, out * keep[..., None] + added
@@ -189,7 +191,7 @@ def _decode(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Ar
         jnp.zeros((rows, heads), jnp.float32),
         jnp.zeros((rows, heads, head_dim), jnp.float32),
     )
-    _, total, out = lax.fori_loop(0, (ends[-1] + rows - 1) // rows, body, state)
+    _, total, out = lax.fori_loop(0, (ends[-1] + pairs - 1) // pairs, body, state)
     return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
 
 

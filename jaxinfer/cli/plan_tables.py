@@ -41,6 +41,7 @@ def _memory(figures: dict[str, Any]) -> Table:
     table = _table(f"{figures['topology']}, {figures['mesh']}, {figures['precision']}", of, "GiB")
     names = {
         "cache": f"KV cache, {figures['cache_tokens']:,} tokens of context",
+        "hidden_states": "hidden states",
         "padding": "padding by the compiler",
         "total": "all",
         "memory": "there is",

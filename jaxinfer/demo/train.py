@@ -134,7 +134,6 @@ def batches(tokenizer: SentencePieceProcessor, seed: int) -> Iterator[TrainingBa
         "kv_len": np.full((ROWS, 1), ROW_LENGTH, np.int32),
         "pages": np.zeros((ROWS, 1, 1), np.int32),
         "rows": np.full((ROWS, 3), (0, 1, 1), np.int32),
-        "logits_at": np.tile(np.arange(ROW_LENGTH, dtype=np.int32), (ROWS, 1)),
     }
     while True:
         if len(waiting) < 8 * ROWS:

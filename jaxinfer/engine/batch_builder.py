@@ -10,25 +10,37 @@ import numpy as np
 
 from jaxinfer.attention import Batch
 from jaxinfer.engine.buckets import Buckets
-from jaxinfer.engine.programs import Decode, Key, Programs, Step
+from jaxinfer.engine.programs import (
+    Decode,
+    DecodeRows,
+    Forward,
+    ForwardRows,
+    Key,
+    Programs,
+    Sample,
+    SampleRows,
+    Score,
+    Scored,
+)
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import Schedule
-from jaxinfer.engine.step import DecodeRows, Rows, Scored
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 
 
 class ScoredSpan(NamedTuple):
-    """Log-probabilities of one row: of its tokens from `position` on, in which part of `Result.scored`."""
+    """Log-probabilities of one request: of its tokens from `position` on, in which part of `Result.scored`."""
 
     position: int
     at: slice
 
 
-class Built(NamedTuple):
-    """A call: the program's key, what the host gives it, and by row, where scored tokens' log-probabilities will be."""
+Call = tuple[Key, tuple[Any, ...]]  # a program's key, and what the host gives it
 
-    key: Key
-    given: tuple[Any, ...]
+
+class Built(NamedTuple):
+    """Programs to be called one after the other, and by request, where its scored tokens' log-probabilities will be."""
+
+    calls: list[Call]
     spans: dict[int, ScoredSpan]
 
 
@@ -38,44 +50,43 @@ class BatchBuilder:
     all the rest."""
 
     def __init__(self, programs: Programs):
-        self._buckets, self._max_rows = programs.buckets, programs.max_rows
+        self._buckets, self._max_rows, self._max_tokens = programs.buckets, programs.max_rows, programs.max_tokens
         slots = programs.shards * (self._max_rows + 1)
         self._tables = np.zeros((slots, programs.table_width), np.int32)
         self._filled: list[tuple[list[int] | None, int]] = [(None, 0)] * slots
         self._last_sampling: dict[int, tuple[tuple[int, ...], SamplingArrays]] = {}  # by shard
 
-    def key(self, schedules: Sequence[Schedule]) -> Key:
-        """Of the program that a call with these schedules, one for each shard of rows, needs."""
-        if any(schedule.chunks for schedule in schedules):
-            rows = Buckets.fit(self._buckets.mixed_rows, max(len(s.requests) for s in schedules))
-            return Step.kind, Buckets.fit(self._buckets.tokens, max(sum(s.counts) for s in schedules)), rows
-        rows = Buckets.fit(self._buckets.decode, max(len(s.decode) for s in schedules))
-        return Decode.kind, rows, rows
-
     def build(self, schedules: Sequence[Schedule]) -> Built:
-        """The call."""
-        key = kind, length, size = self.key(schedules)
+        """What is called for these schedules, one for each shard of rows."""
+        if not any(schedule.chunks for schedule in schedules):
+            rows = Buckets.fit(self._buckets.decode, max(len(s.decode) for s in schedules))
+            arrays = [self._decode_arrays(shard, s, rows) for shard, s in enumerate(schedules)]
+            return Built([((Decode.kind, rows), (*_joined(arrays), np.int32(max(s.steps for s in schedules))))], {})
+        length = Buckets.fit(self._buckets.tokens, max(sum(s.counts) for s in schedules))
+        arrays = [self._forward_arrays(shard, s, length) for shard, s in enumerate(schedules)]
+        calls: list[Call] = [((Forward.kind, length), _joined(arrays))]
         spans: dict[int, ScoredSpan] = {}
-        if kind == Step.kind:
-            arrays = [self._step_arrays(shard, s, length, size, spans) for shard, s in enumerate(schedules)]
-            return Built(key, _joined(arrays), spans)
-        arrays = [self._decode_arrays(shard, s, size) for shard, s in enumerate(schedules)]
-        return Built(key, (*_joined(arrays), np.int32(max(s.steps for s in schedules))), spans)
+        if any(request.scored_from is not None for schedule in schedules for request, _ in schedule.chunks):
+            scored = [self._scored_arrays(shard, s, spans) for shard, s in enumerate(schedules)]
+            calls.append(((Score.kind, self._max_tokens), _joined(scored)))
+        if not spans or any(any(schedule.samples) for schedule in schedules):  # something is there to be waited for
+            size = Buckets.fit(self._buckets.sample, max(len(s.requests) for s in schedules))
+            arrays = [self._sample_arrays(shard, s, size) for shard, s in enumerate(schedules)]
+            calls.append(((Sample.kind, size), _joined(arrays)))
+        return Built(calls, spans)
 
     def slot(self, request: Request) -> int:
         """A request's among those of all shards."""
         return request.shard * (self._max_rows + 1) + request.slot
 
-    def _step_arrays(
-        self, shard: int, schedule: Schedule, length: int, size: int, spans: dict[int, ScoredSpan]
-    ) -> tuple[Any, ...]:
-        """What one shard gives to a mixed call; where its rows' scored tokens will be goes into `spans`."""
-        requests, total = schedule.requests, sum(schedule.counts)
-        tokens, positions, row, scored, after = (np.zeros(length, np.int32) for _ in range(5))
-        likeliest, end_scored = False, 0
+    def _forward_arrays(self, shard: int, schedule: Schedule, length: int) -> tuple[Any, ...]:
+        """What one shard gives to a forward."""
+        requests, total, size = schedule.requests, sum(schedule.counts), self._max_rows
+        tokens, positions, row = (np.zeros(length, np.int32) for _ in range(3))
         q_start = np.full(size + 1, total, np.int32)
         q_start[0] = 0
-        kv_len = np.zeros(size, np.int32)
+        kv_len, slot, prompt_length = np.zeros(size, np.int32), np.full(size, size, np.int32), np.zeros(size, np.int32)
+        slot[: len(requests)] = [request.slot for request in requests]
         end = len(schedule.decode)  # decoding rows find their token in their slot
         positions[:end] = schedule.start[:end]
         row[:end] = q_start[:end] = np.arange(end)
@@ -89,28 +100,38 @@ class BatchBuilder:
             row[start:end] = i
             q_start[i + 1] = end
             kv_len[i] = past + count
+            prompt_length[i] = request.prompt_length if request.params.has_penalties else 0
+        row[total:] = size - 1
+        rows = np.array([len(schedule.decode), len(requests), len(requests)], np.int32)
+        pages = self._pages(shard, requests, slot)
+        arrays: tuple[Any, ...] = tokens, positions, row, q_start, kv_len, pages, rows
+        return Batch(*arrays), ForwardRows(slot, prompt_length)
+
+    def _sample_arrays(self, shard: int, schedule: Schedule, size: int) -> tuple[Any, ...]:
+        """What one shard gives to a sample."""
+        slot, samples = self._slots(schedule, size)
+        logits_at, length = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        counts = np.array(schedule.counts, np.int32)
+        logits_at[: len(counts)] = np.cumsum(counts, dtype=np.int32) - 1
+        length[: len(counts)] = counts + schedule.start
+        return SampleRows(slot, samples, logits_at, length), self._sampling(shard, schedule.requests, size)
+
+    def _scored_arrays(self, shard: int, schedule: Schedule, spans: dict[int, ScoredSpan]) -> tuple[Any, ...]:
+        """What one shard gives to a score; where its requests' log-probabilities will be goes into `spans`."""
+        tokens, after = np.zeros(self._max_tokens, np.int32), np.zeros(self._max_tokens, np.int32)
+        likeliest, end, start = False, 0, len(schedule.decode)
+        for (request, count), past in zip(schedule.chunks, schedule.start[start:], strict=True):
             if request.scored_from is not None:
                 first = max(past + 1, request.scored_from)
-                given = request.scored_tokens(first, past + count + 1)
-                begin, end_scored = end_scored, end_scored + len(given)
-                scored[begin:end_scored] = given
-                after[begin:end_scored] = np.arange(start + first - past - 1, start + first - past - 1 + len(given))
-                spans[shard * size + i] = ScoredSpan(first, slice(shard * length + begin, shard * length + end_scored))
+                wanted = request.scored_tokens(first, past + count + 1)
+                begin, end = end, end + len(wanted)
+                tokens[begin:end] = wanted
+                after[begin:end] = np.arange(start + first - past - 1, start + first - past - 1 + len(wanted))
+                offset = shard * self._max_tokens
+                spans[request.id] = ScoredSpan(first, slice(offset + begin, offset + end))
                 likeliest |= bool(request.params.prompt_logprobs)
-        row[total:] = size - 1
-        slot, samples = self._slots(schedule, size)
-        arrays: dict[str, Any] = {
-            "tokens": tokens,
-            "positions": positions,
-            "row": row,
-            "q_start": q_start,
-            "kv_len": kv_len,
-            "pages": self._pages(shard, requests, slot),
-            "rows": np.array([len(schedule.decode), len(requests), len(requests)], np.int32),
-            "logits_at": np.maximum(q_start[1:] - 1, 0),
-        }
-        wanted = Scored(scored, after, np.array([end_scored], np.int32), np.array([likeliest]))
-        return Batch(**arrays), Rows(slot, samples), self._sampling(shard, requests, size), wanted
+            start += count
+        return (Scored(tokens, after, np.array([end], np.int32), np.array([likeliest])),)
 
     def _decode_arrays(self, shard: int, schedule: Schedule, size: int) -> tuple[Any, ...]:
         """What one shard gives to a decoding call."""

@@ -342,7 +342,7 @@ class Engine:
             generation = self._generations.get(request.id)
             if generation is None:
                 continue  # ended while the call was on its way
-            span = result.spans.get(row)
+            span = result.spans.get(request.id)
             if span is not None and result.scored is not None:
                 generation.accept_scored(result.scored, *span)
             count = int(result.count[row])

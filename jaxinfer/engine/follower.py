@@ -62,18 +62,16 @@ def follow(group: Group, runner: Runner) -> NoReturn:
     keys = set(runner.programs.keys())
     while True:
         said, _, data = group.receive().partition(b"\n")
-        what, *key = json.loads(said)
+        what, *named = json.loads(said)
+        wanted: list[Key] = [tuple(key) for key in named]
+        if not keys.issuperset(wanted):
+            raise ValueError(f"process 0 says {what!r} of programs {wanted}: they are not all there here")
         match what:
             case "call":
-                program: Key = tuple(key)
-                if program not in keys:
-                    raise ValueError(f"process 0 calls {key}: there is no such program here")
+                given = unpack(memoryview(data), [runner.programs[key].given for key in wanted])
                 with group.blamed():
-                    finished(runner.call(program, unpack(memoryview(data), runner.programs[program].given)))
+                    finished(runner.call(list(zip(wanted, given, strict=True))))
             case "warm up":
-                wanted = [tuple(one) for one in key]
-                if not keys.issuperset(wanted):
-                    raise ValueError(f"process 0 compiles {wanted}: some of these programs are not there here")
                 runner.warm_up(wanted)
             case "close":
                 runner.close()

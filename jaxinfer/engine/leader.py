@@ -11,21 +11,22 @@ import jax
 import numpy as np
 
 from jaxinfer.distributed import Group, Kind
+from jaxinfer.engine.batch_builder import Call
 from jaxinfer.engine.programs import Key
 
 
 class Leader:
-    """Sends each call to the other processes before it is made here. A call that has begun on one must begin on all, so
-    both happen in a thread of their own, which Ctrl-C does not reach."""
+    """Sends calls to the other processes before they are made here. What has begun on one must begin on all, so both
+    happen in a thread of their own, which Ctrl-C does not reach."""
 
     def __init__(self, group: Group):
         self._group = group
         self._thread = ThreadPoolExecutor(1, "jaxinfer-leader")
         self.wait()  # Ctrl-C while it starts could leave two of them
 
-    def call(self, key: Key, given: tuple[Any, ...], call: Callable[[Key, tuple[Any, ...]], Any]) -> Any:
-        """The result of `call`, which calls the program here."""
-        return self._thread.submit(self._call, key, given, call).result()
+    def call(self, calls: Sequence[Call], call: Callable[[Sequence[Call]], list[Any]]) -> list[Any]:
+        """The results of `call`, which calls the programs here."""
+        return self._thread.submit(self._call, calls, call).result()
 
     def wait(self) -> None:
         """Until nothing is being called."""
@@ -43,16 +44,16 @@ class Leader:
     def _say(self, *what: Any) -> None:
         self._thread.submit(self._group.send, Kind.COMMAND, json.dumps(what).encode() + b"\n").result()
 
-    def _call(self, key: Key, given: tuple[Any, ...], call: Callable[[Key, tuple[Any, ...]], Any]) -> Any:
-        self._group.send(Kind.COMMAND, pack(key, given))
+    def _call(self, calls: Sequence[Call], call: Callable[[Sequence[Call]], list[Any]]) -> list[Any]:
+        self._group.send(Kind.COMMAND, pack(calls))
         with self._group.blamed():
-            return finished(call(key, given))
+            return finished(call(calls))
 
 
-def pack(key: Key, given: Any) -> bytes:
-    """A call as bytes: its key, as JSON, a newline, and the arrays one after the other; `unpack` knows their shapes."""
-    arrays = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(given)]
-    return b"".join([json.dumps(["call", *key]).encode(), b"\n", *arrays])
+def pack(calls: Sequence[Call]) -> bytes:
+    """Calls as bytes: their keys, as JSON, a newline, and one array after the other; `unpack` knows their shapes."""
+    arrays = [np.asarray(leaf).tobytes() for _, given in calls for leaf in jax.tree.leaves(given)]
+    return b"".join([json.dumps(["call", *(key for key, _ in calls)]).encode(), b"\n", *arrays])
 
 
 def unpack(data: memoryview, abstract: Any) -> Any:

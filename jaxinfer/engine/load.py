@@ -35,7 +35,7 @@ from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.leader import Leader
 from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
 from jaxinfer.engine.pages import PageAllocator
-from jaxinfer.engine.programs import Programs, cache_layout, placed_params, placed_slots
+from jaxinfer.engine.programs import Programs, cache_layout, placed_hidden, placed_params, placed_slots
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
@@ -258,7 +258,7 @@ def make_scheduler(programs: Programs, prefix_caching: bool = True) -> Shards:
 
     def one() -> Scheduler:
         pages = PageAllocator(programs.num_pages, programs.page_size, prefix_caching)
-        return Scheduler(pages, programs.max_rows, programs.buckets.tokens[-1])
+        return Scheduler(pages, programs.max_rows, programs.max_tokens)
 
     return Shards([one() for _ in range(programs.shards)])
 
@@ -335,9 +335,8 @@ def limits(given: LoadOptions, place: jax.Device | Mesh) -> tuple[int, int]:
 
 
 def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float = 0.0, weights: int = 0) -> int:
-    """Bytes that the KV cache may take of each device beside the slots, now that the weights are there, or `weights`
-    bytes of them are to come; on the host with the least. slack: share of the memory that it may have beyond what is
-    planned."""
+    """Bytes that the KV cache may take of each device, now that the weights are there, or `weights` bytes of them are
+    to come; on the host with the least. slack: share of the memory that it may have beyond what is planned."""
     group, here = distributed.group(), _available_here(model, place, given, slack, weights)
     return here if group is None else int(min(group.gather(here)))
 
@@ -345,12 +344,13 @@ def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack
 def _available_here(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float, weights: int) -> int:
     if given["kv_cache_memory"] is not None:
         return given["kv_cache_memory"]
-    slots = device_bytes(placed_slots(model, place, limits(given, place)[0]))
+    max_rows, max_tokens = limits(given, place)
+    rest = device_bytes((placed_slots(model, place, max_rows), placed_hidden(model, place, max_tokens)))
     stats = _memory_stats()
     if stats is None:
-        return max(0, int(_memory() * CPU_SHARE) - slots)
+        return max(0, int(_memory() * CPU_SHARE) - rest)
     share = given["memory_utilization"] - RESERVE + slack
-    return max(0, int(stats["bytes_limit"] * share) - stats["bytes_in_use"] - weights - slots)
+    return max(0, int(stats["bytes_limit"] * share) - stats["bytes_in_use"] - weights - rest)
 
 
 def _memory_stats() -> dict[str, int] | None:

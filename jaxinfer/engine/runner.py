@@ -16,13 +16,12 @@ import numpy as np
 
 from jaxinfer.distributed import blamed
 from jaxinfer.engine.background import in_background
-from jaxinfer.engine.batch_builder import BatchBuilder, ScoredSpan
+from jaxinfer.engine.batch_builder import BatchBuilder, Call, ScoredSpan
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.programs import Key, Prepare, Programs, Zeros
+from jaxinfer.engine.programs import Decode, Key, Prepare, Programs, Sample, Sampled, Score, State, Zeros
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import Schedule
-from jaxinfer.engine.step import Sampled, State
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.sample import Logprobs
 from jaxinfer.sampling.slots import Masks
@@ -30,8 +29,8 @@ from jaxinfer.sampling.slots import Masks
 
 @dataclass
 class Result:
-    """What one call sampled, on the host: row r's tokens are tokens[:count[r], r]. Log-probabilities where asked for:
-    `scored` of given tokens, all rows' one after the other; `spans` says whose."""
+    """What one call sampled, on the host: row r's tokens are tokens[:count[r], r], and each shard of rows has as many.
+    Log-probabilities where asked for: `scored` of given tokens, one request's after the other; `spans` says whose."""
 
     tokens: np.ndarray
     count: np.ndarray
@@ -42,19 +41,23 @@ class Result:
 
 @dataclass
 class Launched:
-    """A call that the device has been given."""
+    """A call that the device has been given. rows: of all shards."""
 
-    sampled: Sampled
+    sampled: Sampled | None
+    scored: Logprobs | None
     wants_logprobs: bool
     spans: dict[int, ScoredSpan]
+    rows: int
 
     def wait(self) -> Result:
         """The call's result, when it is there."""
         sampled = self.sampled
+        if sampled is None:
+            nothing = np.zeros(self.rows, np.int32)
+            sampled = Sampled(nothing[None], nothing, None)
         info = sampled.logprobs if self.wants_logprobs else None
-        scored = sampled.scored if self.spans else None
         with blamed():
-            tokens, count, info, scored = jax.device_get((sampled.tokens, sampled.count, info, scored))
+            tokens, count, info, scored = jax.device_get((sampled.tokens, sampled.count, info, self.scored))
         return Result(tokens, count, info, scored, self.spans)
 
 
@@ -80,24 +83,28 @@ class Runner:
         self._coming: dict[Key, Future[None]] = {}  # those that threads have begun to compile
         self._abandoned: Future[None] = Future()
         self.batches = BatchBuilder(programs)
+        self.state = State()
         self._prepare([Zeros.key], lambda *_: "making the cache")
-        self.state: State = self._executables[Zeros.key]()
+        self._call([(Zeros.key, ())])
         self.leader: Leader | None = None  # on process 0 of several
 
     def launch(self, schedules: Sequence[Schedule]) -> Launched:
         """Gives a call to the device, one schedule for each shard of rows, and does not wait for it."""
         built = self.batches.build(schedules)
-        return Launched(self.call(built.key, built.given), _want_logprobs(schedules), built.spans)
+        results = {key[0]: result for (key, _), result in zip(built.calls, self.call(built.calls), strict=True)}
+        sampled = results.get(Sample.kind, results.get(Decode.kind))
+        rows = len(schedules) * max(len(schedule.requests) for schedule in schedules)
+        return Launched(sampled, results.get(Score.kind), _want_logprobs(schedules), built.spans, rows)
 
     def prepare(self, request: Request, masks: Masks, clear: bool) -> None:
         """Makes a sequence's slot ready for its penalties and masks; `clear` forgets the tokens of the one before."""
-        self.call(Prepare.key, (np.int32(self.batches.slot(request)), masks, np.bool_(clear)))
+        self.call([(Prepare.key, (np.int32(self.batches.slot(request)), masks, np.bool_(clear)))])
 
-    def call(self, key: Key, given: tuple[Any, ...]) -> Any:
-        """Calls a program, on all hosts, with what the host gives it besides parameters and state, which it changes."""
+    def call(self, calls: Sequence[Call]) -> list[Any]:
+        """Calls programs one after the other, on all hosts: all of them or none. What each of them gives the host."""
         if self.leader is not None:
-            return self.leader.call(key, given, self._call)
-        return self._call(key, given)
+            return self.leader.call(calls, self._call)
+        return self._call(calls)
 
     def recover(self) -> None:
         """After a broken-off call (Ctrl-C): the state was donated to it, and its result may never have arrived."""
@@ -106,7 +113,7 @@ class Runner:
         if any(array.is_deleted() for array in jax.tree.leaves(self.state)):
             if self.leader is not None:
                 raise ValueError("a call on several hosts was broken off: start the program again on each of them")
-            self.state = self._executables[Zeros.key]()
+            self._call([(Zeros.key, ())])
 
     def close(self) -> None:
         """Frees the device's memory now instead of when the last reference goes."""
@@ -139,17 +146,21 @@ class Runner:
         what = "loaded" if self._compiled else "compiled"
         self._prepare(keys, lambda done, count: f"{what} {done} of {count} programs")
 
-    def _call(self, key: Key, given: tuple[Any, ...]) -> Any:
-        executable = self._executable(key)
-        result, self.state = self.programs[key].run(executable, self.params, self.state, given)
-        return result
+    def _call(self, calls: Sequence[Call]) -> list[Any]:
+        executables = self._ready([key for key, _ in calls])
+        results = []
+        for executable, (key, given) in zip(executables, calls, strict=True):
+            result, self.state = self.programs[key].run(executable, self.params, self.state, given)
+            results.append(result)
+        return results
 
-    def _executable(self, key: Key) -> Any:
-        """A program that was compiled ahead: a bucket compiles once, and never behind our back."""
-        if key not in self._executables:
-            what = f"{'loading' if self._compiled else 'compiling'} {key[0]} for {key[1]} tokens"
-            self._prepare([key], lambda done, _: "generating" if done else what)
-        return self._executables[key]
+    def _ready(self, keys: Sequence[Key]) -> list[Any]:
+        """Programs that were compiled ahead: a bucket compiles once, and never behind our back."""
+        if missing := [key for key in keys if key not in self._executables]:
+            words = " and ".join(f"{kind} for {size} tokens" for kind, size in missing)
+            what = f"{'loading' if self._compiled else 'compiling'} {words}"
+            self._prepare(missing, lambda done, count: "generating" if done == count else what)
+        return [self._executables[key] for key in keys]
 
     def _prepare(self, keys: Sequence[Key], words: Callable[[int, int], str]) -> None:
         """Waits until these programs are there, which other threads compile: Ctrl-C is heard at once, and what had

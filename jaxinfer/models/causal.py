@@ -42,6 +42,6 @@ class CausalLM(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """Logits float32 `[N, V]` of the tokens in `batch.logits_at`, and the new cache."""
+        """Logits float32 `[T, V]` of all tokens, and the new cache."""
         x, cache = self.hidden(batch, cache)
-        return self.logits(x[batch.logits_at]), cache
+        return self.logits(x), cache

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import jax
@@ -151,17 +152,28 @@ class Model:
         return ", ".join([*sorted({scheme.name for scheme in self.quantized.values()}), str(self.kept)])
 
     def bind(self, params: Mapping[str, Any]) -> CausalLM:
-        """The module on these parameters; cheap enough only for tracing, so call it inside a jitted function."""
+        """The module on these parameters, which may be those alone that are used; cheap enough only for tracing, so
+        call it inside a jitted function."""
 
         def weight(name: str) -> Any:
             scheme = self.quantized.get(name)
-            if scheme is None:
-                return params[name]
+            if name not in params or scheme is None:
+                return params.get(name)
             zeros = params[name + ZERO] if scheme.zeros else None
             return QArray(params[name], params[scales(name)], scheme, self.axes[name], self.kept == jnp.bfloat16, zeros)
 
         flat = [(path, variable.replace(weight(_name(path)))) for path, variable in self._state]
         return cast(CausalLM, nnx.merge(self._graph, nnx.from_flat_state(flat)))
+
+    @cached_property
+    def head(self) -> frozenset[str]:
+        """The parameters that logits are made with."""
+        x = jax.ShapeDtypeStruct((1, self.config.hidden_size), self.dtype)
+        traced = jax.make_jaxpr(lambda params, x: self.bind(params).logits(x))(dict(self.abstract), x).jaxpr
+        used = {id(value) for equation in traced.eqns for value in equation.invars}
+        return frozenset(
+            name for name, value in zip(sorted(self.abstract), traced.invars[:-1], strict=True) if id(value) in used
+        )
 
     def random_params(self, seed: int = 0) -> Params:
         """Weights as the modules initialize them: matrices normal with deviation 0.02, norms one, biases zero; not for

@@ -1,4 +1,4 @@
-"""The engine's two largest programs, compiled for a slice: what they need of each chip's memory."""
+"""The engine's largest programs, compiled for a slice: what they need of each chip's memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.options import LoadOptions, in_our_words
 from jaxinfer.engine.programs import Key, Programs
+from jaxinfer.engine.sizing import device_bytes
 from jaxinfer.plan.collectives import Collectives, collectives
 from jaxinfer.plan.fit import DoesNotFit, Fit, fit, model_of
 from jaxinfer.plan.slices import GIB, Slice
@@ -23,10 +24,12 @@ from jaxinfer.plan.slices import GIB, Slice
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program. Bytes are each chip's; arguments: all that it is given, as the compiler lays it out."""
+    """A compiled program. Bytes are each chip's; arguments: all that it is given, as the compiler lays it out; padding:
+    what that adds to their shapes."""
 
     key: Key
     arguments: int
+    padding: int
     temporaries: int
     code: int
     collectives: Mapping[str, Collectives]
@@ -43,7 +46,7 @@ class Plan:
     @property
     def padding(self) -> int:
         """What the compiler adds to the shapes of what is held."""
-        return max((program.arguments - self.fit.held for program in self.programs), default=0)
+        return max((program.padding for program in self.programs), default=0)
 
     @property
     def temporaries(self) -> int:
@@ -72,8 +75,7 @@ def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOpt
     held = fit(model_of(config, options.get("dtype", "auto"), place, options.get("quantization")), place, **options)
     if not place.compiles:
         return Plan(held, ())
-    rows, tokens = held.programs.max_rows, held.programs.buckets.tokens[-1]
-    keys = [("decode", rows, rows), ("step", tokens, rows)]
+    keys = held.programs.largest
     make = functools.partial(_compiled, held.programs)
     with refusals(held), without_compile_cache(), in_background(make, keys, len(keys)) as futures:
         compiled = tuple(future.result() for future in futures)
@@ -113,6 +115,7 @@ def _compiled(programs: Programs, key: Key) -> Program:
     return Program(
         key,
         memory.argument_size_in_bytes,
+        memory.argument_size_in_bytes - device_bytes(programs[key].arguments),
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
         collectives(text),

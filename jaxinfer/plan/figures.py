@@ -34,6 +34,7 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
         "weights": fit.weights,
         "cache": fit.sizes.bytes,
         "slots": fit.slots,
+        "hidden_states": fit.hidden,
         "padding": plan.padding,
         "temporaries": plan.temporaries,
         "code": plan.code,

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 
 from jaxinfer.engine.load import choose_dtype, limits, sized_programs
 from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
-from jaxinfer.engine.programs import Programs, cache_layout, placed_params, placed_slots
+from jaxinfer.engine.programs import Programs, cache_layout, placed_hidden, placed_params, placed_slots
 from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import GIB, Device, Slice
@@ -29,6 +29,7 @@ class Fit:
     sizes: Sizes
     weights: int
     slots: int
+    hidden: int
 
     @property
     def model(self) -> Model:
@@ -63,7 +64,7 @@ class Fit:
 
     @property
     def max_num_batched_tokens(self) -> int:
-        return self.programs.buckets.tokens[-1] * self.shards
+        return self.programs.max_tokens * self.shards
 
     @property
     def cache_tokens(self) -> int:
@@ -73,7 +74,7 @@ class Fit:
     @property
     def held(self) -> int:
         """What is there all the time."""
-        return self.weights + self.slots + self.sizes.bytes
+        return self.weights + self.slots + self.hidden + self.sizes.bytes
 
 
 def model_of(
@@ -94,14 +95,16 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     shape = model.config
     heads = shape.num_heads, shape.num_kv_heads, shape.hidden_size
     where = make_mesh(given["mesh"], place.devices, *heads, len(place.devices)) or place.devices[0]
-    rows, _ = limits(given, where)
+    rows, tokens = limits(given, where)
     weights = device_bytes(placed_params(model, where))
     slots = device_bytes(placed_slots(model, where, rows))
-    available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - weights - slots
+    hidden = device_bytes(placed_hidden(model, where, tokens))
+    held = weights + slots + hidden
+    available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - held
     length = given["max_model_len"] or shape.max_context
     size = page_size(given["page_size"], where, rows, length)
     per_token = cache_layout(model, where, given["attention"], given["kv_cache_dtype"]).bytes_per_token
-    wanted, beside = given["kv_cache_memory"], max(place.chip.memory - weights - slots, 0)
+    wanted, beside = given["kv_cache_memory"], max(place.chip.memory - held, 0)
     if wanted is not None and wanted > beside:
         raise DoesNotFit(
             f"{place.name}: kv_cache_memory is {wanted:,}, and beside weights a chip has {beside:,} bytes: lower it, "
@@ -113,16 +116,16 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
         if (given["max_model_len"] or 0) > shape.max_context:
             raise
         length = given["max_model_len"] or size
-        needed = weights + slots + per_token * size * (-(-length // size) + 1)
+        needed = held + per_token * size * (-(-length // size) + 1)
         raise DoesNotFit(
             f"{place.name}: needs {needed / GIB:.2f} GiB of a chip's {place.chip.memory / GIB:.2f}, of which "
-            f"{(available + weights + slots) / GIB:.2f} are for weights and cache: "
+            f"{(available + held) / GIB:.2f} are for weights and cache: "
             + (
                 _remedies(model, place, axis_size(where, TENSOR), (available // (per_token * size) - 1) * size, options)
                 or str(error)
             )
         ) from None
-    return Fit(place, programs, sizes, weights, slots)
+    return Fit(place, programs, sizes, weights, slots, hidden)
 
 
 def _remedies(model: Model, place: Slice, tensor: int, room: int, options: LoadOptions) -> str:

@@ -79,7 +79,7 @@ def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any
         "mesh": "tensor=1" if mesh is None else describe(mesh),
         "max_model_len": programs.max_model_len,
         "max_num_seqs": programs.max_rows * programs.shards,
-        "max_num_batched_tokens": programs.buckets.tokens[-1] * programs.shards,
+        "max_num_batched_tokens": programs.max_tokens * programs.shards,
         "page_size": programs.page_size,
         "attention": programs.attention,
         "kv_cache_dtype": programs.kv_cache_dtype,

@@ -116,7 +116,6 @@ def ragged(
         kv_len=np.array([h + n for h, n in rows], np.int32),
         pages=pages,
         rows=np.array([shape.rows] * 3 if decode_only else [len(decode), count, count], np.int32),
-        logits_at=np.zeros(1, np.int32),
         decode_only=decode_only,
     )
     return Ragged(*map(jnp.asarray, (q, k, v)), SplitPages(*map(jnp.asarray, pools)), batch, out, SplitPages(*after))

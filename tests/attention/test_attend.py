@@ -127,7 +127,6 @@ def test_in_pieces_as_in_one_go(window):
             kv_len=np.array([start + count], np.int32),
             pages=pages,
             rows=np.array([decode_only, 1, 1], np.int32),
-            logits_at=np.zeros(1, np.int32),
             decode_only=decode_only,
         )
         padding = ((0, width - count), (0, 0), (0, 0))

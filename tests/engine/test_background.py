@@ -51,7 +51,7 @@ def test_ctrl_c_is_heard_and_what_has_begun_runs_out():
 def test_an_interrupted_warm_up_is_taken_up_again(monkeypatch):
     """Programs whose compilation had begun are not compiled twice; the others are compiled when they are needed."""
     go_on, compiled = threading.Event(), []
-    keys = [("decode", rows, rows) for rows in range(1, 40)]
+    keys = [("decode", rows) for rows in range(1, 40)]
 
     def compile_slowly(self, key):
         compiled.append(key)
@@ -71,10 +71,10 @@ def test_an_interrupted_warm_up_is_taken_up_again(monkeypatch):
     assert runner.compile_seconds > 0
     interrupt_soon()
     with pytest.raises(KeyboardInterrupt):
-        runner._executable(keys[0])
+        runner._ready(keys[:1])
     assert compiled == begun
     go_on.set()
-    assert runner._executable(keys[0]) == keys[0]
+    assert runner._ready(keys[:1]) == keys[:1]
     runner.warm_up([*keys, Prepare.key])
     assert sorted(compiled) == sorted([*keys, Prepare.key])
     assert set(runner._executables) == {*keys, Prepare.key}
@@ -93,9 +93,9 @@ def test_a_program_that_did_not_compile_is_compiled_again(monkeypatch):
     runner.leader = runner._compiled = runner.on_compile = None
     runner._executables, runner._coming, runner._abandoned, runner.compile_seconds = {}, {}, Future(), 0.0
     with pytest.raises(RuntimeError, match="no room"):
-        runner._executable(Prepare.key)
+        runner._ready([Prepare.key])
     failing.clear()
-    assert runner._executable(Prepare.key) == Prepare.key
+    assert runner._ready([Prepare.key]) == [Prepare.key]
 
 
 def test_closing_waits_for_no_compiler(checkpoints, monkeypatch):
@@ -103,7 +103,7 @@ def test_closing_waits_for_no_compiler(checkpoints, monkeypatch):
     begun, go_on, compile_one = threading.Event(), threading.Event(), Runner._compile
 
     def compile_slowly(self, key):
-        if key[0] == "step":
+        if key[0] == "forward":
             begun.set()
             go_on.wait(60)
         compile_one(self, key)

@@ -9,7 +9,7 @@ from jaxinfer.engine.buckets import Buckets
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 512, 2048, 3000])
 def test_every_count_fits_and_the_limits_are_the_largest(rows, tokens):
     buckets = Buckets.make(rows, tokens)
-    for table, limit in ((buckets.decode, rows), (buckets.mixed_rows, rows), (buckets.tokens, tokens)):
+    for table, limit in ((buckets.decode, rows), (buckets.sample, rows), (buckets.tokens, tokens)):
         assert list(table) == sorted(set(table))
         assert table[-1] == limit
         for count in range(1, limit + 1):
@@ -18,21 +18,21 @@ def test_every_count_fits_and_the_limits_are_the_largest(rows, tokens):
             assert not any(count <= smaller < size for smaller in table)
     assert len(buckets.decode) <= 9
     assert len(buckets.tokens) <= 8
-    assert len(buckets.mixed_rows) <= 2
+    assert len(buckets.sample) <= 2
 
 
 def test_the_table():
     buckets = Buckets.make(64, 512)
     assert buckets.decode == (1, 2, 4, 8, 16, 32, 64)
     assert buckets.tokens == (32, 64, 128, 256, 512)
-    assert buckets.mixed_rows == (16, 64)
+    assert buckets.sample == (16, 64)
 
 
 @pytest.mark.parametrize("rows", [64, 128, 256, 512])
 def test_there_are_not_many(rows):
-    """On TPU each is an executable of 60 MB, beside the two that make and prepare slots."""
+    """On TPU each is an executable of 60 MB, beside the three that score and that make and prepare slots."""
     buckets = Buckets.make(rows, 2048)
-    assert len(buckets.decode) + len(buckets.mixed_rows) * len(buckets.tokens) + 2 <= 24
+    assert len(buckets.decode) + len(buckets.tokens) + len(buckets.sample) + 3 <= 20
 
 
 def test_beyond_the_largest():

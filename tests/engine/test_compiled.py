@@ -177,8 +177,8 @@ def test_sizes_that_can_not_be(model, folder, path):
 def test_options_and_devices_that_can_not_be(model, folder):
     whole = (folder / "manifest.json").read_bytes()
     for value in HOSTILE:
-        for path in ("environment.devices", "options.max_num_seqs", "options.seed", "programs.step_32_2.bytes"):
-            if path != "programs.step_32_2.bytes" or type(value) is not int or value < 0:
+        for path in ("environment.devices", "options.max_num_seqs", "options.seed", "programs.forward_32.bytes"):
+            if path != "programs.forward_32.bytes" or type(value) is not int or value < 0:
                 change(folder, path, value)
                 refused(model, folder)
                 (folder / "manifest.json").write_bytes(whole)
@@ -243,27 +243,27 @@ def flip(file):
         (flip, "its digest is not the manifest's"),
         (lambda file: file.unlink(), "its file is not there"),
         (lambda file: file.write_bytes(b""), "it has 0 bytes instead of "),
-        (lambda file: change(file.parent, "programs.step_32_2.signature", "x"), "its arguments are not those"),
+        (lambda file: change(file.parent, "programs.forward_32.signature", "x"), "its arguments are not those"),
         (lambda file: file.write_bytes(b"cos\nsystem\n"), "it has 11 bytes instead of "),
     ],
 )
 def test_one_program_that_is_not_right_is_compiled(model, expected, folder, caplog, damage, fact):
-    damage(folder / "step_32_2.xla")
+    damage(folder / "forward_32.xla")
     with LLM(model, compiled=folder) as llm:
         assert tokens(llm) == expected
         assert llm.engine.runner.compilations == 1
-    assert f"compiled programs in {folder}: program step_32_2: {fact}" in caplog.text
+    assert f"compiled programs in {folder}: program forward_32: {fact}" in caplog.text
 
 
 def test_what_jax_refuses_is_compiled(model, expected, folder, caplog):
     """A digest that agrees, of what is no program any more."""
-    change(folder, "programs.step_32_2.bytes", len(b"nothing"))
-    change(folder, "programs.step_32_2.sha256", hashlib.sha256(b"nothing").hexdigest())
-    (folder / "step_32_2.xla").write_bytes(b"nothing")
+    change(folder, "programs.forward_32.bytes", len(b"nothing"))
+    change(folder, "programs.forward_32.sha256", hashlib.sha256(b"nothing").hexdigest())
+    (folder / "forward_32.xla").write_bytes(b"nothing")
     with LLM(model, compiled=folder) as llm:
         assert tokens(llm) == expected
         assert llm.engine.runner.compilations == 1
-    assert "program step_32_2: JAX can't read it" in caplog.text
+    assert "program forward_32: JAX can't read it" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["nothing", "model.safetensors", "."])

@@ -18,7 +18,6 @@ from jaxinfer.cache import pages
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
-from jaxinfer.engine.step import make_decode, make_step
 from jaxinfer.models.model import Model
 
 CONFIG = {
@@ -55,14 +54,13 @@ def lowered(attention: str) -> dict[str, str]:
         max_steps=4,
         attention=attention,
     )
-    made = {"decode": make_decode(model, 4), "step": make_step(model)}
     # Newer JAX asks which GPU it is for; older takes a Hopper where there is none.
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
     mesh = AbstractMesh((1,), ("all",), axis_types=(AxisType.Auto,), abstract_device=device)
     found = {}
-    for key in (("decode", 8, 8), ("step", 64, 8)):
+    for key in (("decode", 8), ("forward", 64)):
         with jax.sharding.use_abstract_mesh(mesh):
-            traced = jax.jit(made[key[0]], donate_argnums=1).trace(*programs[key].arguments)
+            traced = jax.jit(programs[key].function(), donate_argnums=1).trace(*programs[key].arguments)
         found[key[0]] = traced.lower(lowering_platforms=("cuda",)).as_text()
     return found
 
@@ -105,7 +103,7 @@ for config in json.loads(sys.argv[1]):
         Model.from_config(config, "bfloat16"), device, Buckets.make(8, 256), num_pages=1025, page_size=16,
         max_model_len=1024, max_rows=8, max_steps=4, attention="pallas",
     )
-    for key in (("decode", 8, 8), ("step", 256, 8)):
+    for key in (("decode", 8), ("forward", 256)):
         compiled = programs[key].lower().compile()
         text, cache = compiled.as_text(), programs.state.cache
         print(json.dumps({

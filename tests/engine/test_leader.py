@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from jaxinfer.engine.leader import Leader, pack, unpack
-from jaxinfer.engine.step import DecodeRows
+from jaxinfer.engine.programs import DecodeRows
 from jaxinfer.sampling.arrays import SamplingArrays
 
-KEY = ("decode", 3, 3)
+KEY = ("decode", 3)
 
 
 def call():
@@ -27,8 +27,9 @@ def call():
 
 def test_a_call_as_bytes():
     given, abstract = call()
-    said, _, data = pack(KEY, given).partition(b"\n")
-    assert json.loads(said) == ["call", *KEY]
+    other, given, abstract = ("sample", 3), (given, given), (abstract, abstract)
+    said, _, data = pack([(KEY, given[0]), (other, given[1])]).partition(b"\n")
+    assert json.loads(said) == ["call", [*KEY], [*other]]
     same = unpack(memoryview(data), abstract)
     assert jax.tree.structure(same) == jax.tree.structure(given)
     for one, other in zip(jax.tree.leaves(same), jax.tree.leaves(given), strict=True):
@@ -52,6 +53,6 @@ def test_ctrl_c_does_not_come_between_telling_and_doing():
 
     leader = Leader(Group())
     with pytest.raises(KeyboardInterrupt):
-        leader.call(KEY, (), lambda *_: done.append("done"))
+        leader.call([(KEY, ()), (KEY, ())], lambda calls: done.extend("done" for _ in calls))
     leader.wait()
-    assert done == ["told", "done"]
+    assert done == ["told", "done", "done"]

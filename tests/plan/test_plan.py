@@ -62,7 +62,7 @@ def test_a_plan(cli, model):
     figures = json.loads(out)
     assert figures["tensor"] == 4
     sizes = figures["bytes"]
-    parts = ("weights", "cache", "slots", "padding", "temporaries", "code")
+    parts = ("weights", "cache", "slots", "hidden_states", "padding", "temporaries", "code")
     assert sizes["total"] == sum(sizes[name] for name in parts)
     assert sizes["free"] == sizes["memory"] - sizes["total"] > 0
     assert figures["cache_tokens"] == 8 * 256  # eight sequences of the longest kind
@@ -70,7 +70,7 @@ def test_a_plan(cli, model):
         assert one["collectives"]["all-reduce"]["count"] > 5
         assert all(found["bytes"] < 2**17 for kind, found in one["collectives"].items() if kind != "all-reduce")
     # What of it is predicted from shapes, and what the compiler reports.
-    held = sizes["weights"] + sizes["cache"] + sizes["slots"]
+    held = sizes["weights"] + sizes["cache"] + sizes["slots"] + sizes["hidden_states"]
     assert held == pytest.approx(max(one["arguments"] for one in figures["programs"]), rel=0.03)
     assert [one["rows"] for one in figures["decode"]] == [1, 2, 4, 8]
     assert all(one["flops"] > 0 and one["bytes_moved"] > 0 for one in [*figures["decode"], figures["prefill"]])
@@ -155,7 +155,7 @@ def test_gpus_are_planned_from_shapes(cli, model):
     assert (figures["compiled"], figures["programs"], figures["mesh"]) == (False, [], "tensor=2")
     sizes = figures["bytes"]
     assert sizes["memory"] == int(23_034 * 2**20 * 0.75)
-    assert sizes["total"] == sizes["weights"] + sizes["cache"] + sizes["slots"]
+    assert sizes["total"] == sizes["weights"] + sizes["cache"] + sizes["slots"] + sizes["hidden_states"]
     assert "temporaries" not in sizes
     assert "l4-2: from shapes alone" in cli("plan", model, "--topology", "l4-2").out
 

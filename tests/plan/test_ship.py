@@ -13,7 +13,15 @@ from jaxinfer.plan.ship import ship
 from tests.plan.test_roofline import CONFIG
 
 OPTIONS = {"max_num_seqs": 1, "max_num_batched_tokens": 4, "max_model_len": 16}
-NAMES = ["decode_1_1.xla", "manifest.json", "prepare_slot_1_1.xla", "step_4_1.xla", "zeros_1_1.xla"]
+NAMES = [
+    "decode_1.xla",
+    "forward_4.xla",
+    "manifest.json",
+    "prepare_slot_1.xla",
+    "sample_1.xla",
+    "score_4.xla",
+    "zeros_1.xla",
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +64,14 @@ def test_all_or_nothing(programs, output):
     assert names(output) == NAMES
     fs, path = fsspec.core.url_to_fs(output)
     files = {name: fs.cat_file(f"{path}/{name}") for name in NAMES}
-    assert (done.programs, done.bytes) == (4, sum(len(files[name]) for name in NAMES if name != "manifest.json"))
+    assert (done.programs, done.bytes) == (6, sum(len(files[name]) for name in NAMES if name != "manifest.json"))
     # Once more: until it is done, what was there stays, or does not count.
     with pytest.raises(Stopped):
         ship(*programs, output, stop_after(4))
     assert ("manifest.json" in names(output)) == (not output.startswith("memory"))
     counted = []
     ship(*programs, output, lambda: counted.append(1))
-    assert len(counted) == 4
+    assert len(counted) == 6
     assert names(output) == NAMES
     assert fs.cat_file(f"{path}/manifest.json") == files["manifest.json"]
     if not output.startswith("memory"):
@@ -77,7 +85,7 @@ import sys, jax, json
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 from jaxinfer.engine.compiled import Folder, Manifest
 from jaxinfer.engine.load import local_programs
-from jaxinfer.engine.programs import Programs, Zeros
+from jaxinfer.engine.programs import Programs, State, Zeros
 from jaxinfer.plan.ship import ship
 Programs.keys = lambda self: [Zeros.key]
 programs, sizes = local_programs(*json.loads(sys.argv[1]))
@@ -86,7 +94,7 @@ before = jax.config.jax_enable_compilation_cache
 ship(programs, sizes, sys.argv[2], lambda: None)
 assert jax.config.jax_enable_compilation_cache is before
 manifest = Manifest.parse(open(sys.argv[2] + "/manifest.json", "rb").read())
-print(Folder(sys.argv[2], manifest, print).fetch(programs, Zeros.key)().slots.token)
+print(Folder(sys.argv[2], manifest, print).fetch(programs, Zeros.key)({}, State(), State())[1].slots.token)
 """
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     for _ in range(2):

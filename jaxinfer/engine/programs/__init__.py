@@ -1,0 +1,33 @@
+"""The programs of an engine: what runs on the devices. A file for each kind: the arrays that it takes, the function."""
+
+from jaxinfer.engine.programs.base import Key, Program, cache_layout, placed_hidden, placed_params, placed_slots
+from jaxinfer.engine.programs.decode import Decode, DecodeRows
+from jaxinfer.engine.programs.forward import Forward, ForwardRows
+from jaxinfer.engine.programs.logits import Sampled
+from jaxinfer.engine.programs.sample import Sample, SampleRows
+from jaxinfer.engine.programs.score import Score, Scored
+from jaxinfer.engine.programs.slots import Prepare, Zeros
+from jaxinfer.engine.programs.state import State
+from jaxinfer.engine.programs.table import Programs
+
+__all__ = [
+    "Decode",
+    "DecodeRows",
+    "Forward",
+    "ForwardRows",
+    "Key",
+    "Prepare",
+    "Program",
+    "Programs",
+    "Sample",
+    "SampleRows",
+    "Sampled",
+    "Score",
+    "Scored",
+    "State",
+    "Zeros",
+    "cache_layout",
+    "placed_hidden",
+    "placed_params",
+    "placed_slots",
+]

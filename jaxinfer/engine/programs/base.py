@@ -1,0 +1,230 @@
+"""What a program is, and what all of an engine's have in common: model, place, sizes.
+
+Nothing here needs weights, or even devices: a mesh of an abstract topology will do for lowering and compiling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxinfer.cache import CacheLayout
+from jaxinfer.engine.buckets import Buckets
+from jaxinfer.engine.programs.state import State
+from jaxinfer.models.model import Model, Params
+from jaxinfer.sampling.slots import Slots
+from jaxinfer.sharding import ROWS, axis_size, devices_of, on_axes, replicated
+
+Key = tuple[str, int]  # of a program: what it does, and for how many tokens or rows
+
+
+def cache_layout(
+    model: Model, place: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
+) -> CacheLayout:
+    """How the model's keys and values are kept there. Raises ValueError if that attention is not to be had."""
+    config = model.config
+    heads = config.num_layers, config.num_kv_heads, config.head_dim
+    return CacheLayout.choose(*heads, model.dtype, place, attention, kv_cache_dtype)
+
+
+def placed_params(model: Model, place: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The weights, each with how it is split there."""
+    return {name: model.placed(name, place) for name in model.abstract}
+
+
+def placed_slots(model: Model, place: jax.Device | Mesh, max_rows: int) -> Slots:
+    """Slots for `max_rows` sequences on each shard of rows."""
+    vocab = model.config.vocab_size
+    if not isinstance(place, Mesh):
+        return structs(Slots.shapes(max_rows, vocab), SingleDeviceSharding(place))
+    slots = Slots.shapes(axis_size(place, ROWS) * (max_rows + 1) - 1, vocab)
+    specs = Slots.specs(vocab, place)
+    return Slots(**{name: structs(getattr(slots, name), NamedSharding(place, spec)) for name, spec in specs.items()})
+
+
+def placed_hidden(model: Model, place: jax.Device | Mesh, max_tokens: int) -> Any:
+    """Hidden states of `max_tokens` tokens on each shard of rows."""
+    mesh = place if isinstance(place, Mesh) else None
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS)) if mesh is not None else SingleDeviceSharding(place)
+    shape = axis_size(mesh, ROWS) * max_tokens, model.config.hidden_size
+    return jax.ShapeDtypeStruct(shape, model.dtype, sharding=sharding)
+
+
+@dataclass(frozen=True)
+class EngineShapes:
+    """What programs are made for: a model on one device or a mesh, with a cache of `num_pages` pages.
+
+    max_rows: sequences that run at once. max_steps: tokens a row that one decoding call may produce. attention,
+    kv_cache_dtype: see LoadOptions. Where the mesh splits rows, `shards` of them, all sizes (buckets' too) are of one
+    shard; arrays hold them one after the other.
+    """
+
+    model: Model
+    place: jax.Device | Mesh
+    buckets: Buckets
+    num_pages: int
+    page_size: int
+    max_model_len: int
+    max_rows: int
+    max_steps: int
+    attention: str = "auto"
+    kv_cache_dtype: str = "auto"
+
+    @property
+    def mesh(self) -> Mesh | None:
+        return self.place if isinstance(self.place, Mesh) else None
+
+    @property
+    def layout(self) -> CacheLayout:
+        """Of the cache."""
+        return cache_layout(self.model, self.place, self.attention, self.kv_cache_dtype)
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Those of the mesh, in its order."""
+        return devices_of(self.place)
+
+    @property
+    def shards(self) -> int:
+        """Of rows; each has its own slots and pages."""
+        return axis_size(self.mesh, ROWS)
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a mixed call."""
+        return self.buckets.tokens[-1]
+
+    @property
+    def table_width(self) -> int:
+        """Pages of the longest sequence."""
+        return -(-self.max_model_len // self.page_size)
+
+    @cached_property
+    def whole(self) -> Sharding:
+        """Of what every device has the same of."""
+        return replicated(self.place) if isinstance(self.place, Mesh) else SingleDeviceSharding(self.place)
+
+    @cached_property
+    def params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The weights."""
+        return placed_params(self.model, self.place)
+
+    @cached_property
+    def state(self) -> State:
+        """All of it."""
+        layout = self.layout
+        cache = layout.shapes(self.shards * self.num_pages, self.page_size)
+        held = self.whole if self.mesh is None else NamedSharding(self.mesh, layout.spec)
+        slots = placed_slots(self.model, self.place, self.max_rows)
+        return State(structs(cache, held), slots, placed_hidden(self.model, self.place, self.max_tokens))
+
+    def like(self, tree: Any) -> Any:
+        """Arguments that the host gives, abstractly."""
+        return structs(tree, self.whole)
+
+    def ints(self, first: int, *shape: int) -> Any:
+        """An array of integers, `first` of each shard of rows, abstractly."""
+        return jax.ShapeDtypeStruct((self.shards * first, *shape), np.int32, sharding=self.whole)
+
+
+# A program's function: parameters by name, state that it changes (donated), state that it reads, what the host gives
+# it -> what the host gets, the changed state.
+Function = Callable[..., tuple[Any, State]]
+
+
+class Program(ABC):
+    """A pure function that runs on the devices, for batches of one size.
+
+    kind: what it does. size: tokens or rows (of each shard); key: both, its name in manifests and between hosts.
+    changes, reads: the parts of the state that it takes.
+    """
+
+    kind: ClassVar[str]
+    changes: ClassVar[Collection[str]] = ()
+    reads: ClassVar[Collection[str]] = ()
+
+    def __init__(self, shapes: EngineShapes, size: int = 1):
+        self.shapes, self.size = shapes, size
+        self.key: Key = (self.kind, size)
+
+    @property
+    @abstractmethod
+    def weights(self) -> Collection[str]:
+        """Names of the parameters that it takes."""
+
+    @property
+    @abstractmethod
+    def given(self) -> tuple[Any, ...]:
+        """What the host gives it, abstractly."""
+
+    @property
+    @abstractmethod
+    def result(self) -> Any:
+        """The structure of what the host gets, with anything for leaves."""
+
+    @abstractmethod
+    def function(self) -> Function:
+        """What it computes."""
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """All that it takes, abstractly."""
+        params, state = {name: self.shapes.params[name] for name in self.weights}, self.shapes.state
+        return params, state.only(self.changes), state.only(self.reads), *self.given
+
+    @property
+    def results(self) -> tuple[Any, State]:
+        """The structure of all that it gives."""
+        return self.result, self.shapes.state.only(self.changes)
+
+    def run(self, executable: Any, params: Params, state: State, given: tuple[Any, ...]) -> tuple[Any, State]:
+        """Calls it, compiled: what the host gets, and the state after it."""
+        taken = params if len(self.weights) == len(params) else {name: params[name] for name in self.weights}
+        result, changed = executable(taken, state.only(self.changes), state.only(self.reads), *given)
+        return result, state.updated(changed)
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program before it is compiled."""
+        shapes = self.shapes
+        place: jax.Device | Mesh = shapes.place
+        on_tpu = shapes.devices[0].platform == "tpu"
+        if not isinstance(place, Mesh) and on_tpu:
+            place = Mesh(np.array(shapes.devices), ("all",))
+        # Results' shardings are pinned, or XLA may choose others, and donation is silently lost.
+        held = jax.tree.map(lambda s: s.sharding, self.results[1])
+        jitted = jax.jit(self.function(), donate_argnums=1, out_shardings=(shapes.whole, held))
+        with contextlib.ExitStack() as stack:
+            if isinstance(place, Mesh):  # kernels ask what kind of device they are for
+                stack.enter_context(jax.sharding.use_abstract_mesh(place.abstract_mesh))
+            # JAX has a GPU's from the device, where "gpu" is a family that it knows only if one of it is there.
+            return jitted.trace(*self.arguments).lower(lowering_platforms=("tpu",) if on_tpu else None)
+
+    def over_rows(self, function: Function, given: tuple[Any, ...], result: Any) -> Function:
+        """A function that is written for one shard of rows, for all of them: each runs its own. What tensor devices do
+        within a shard is left to XLA. given, result: how what the host gives and gets is split."""
+        mesh, axes = self.shapes.mesh, self.shapes.model.axes
+        if mesh is None:
+            return function
+        params = {name: on_axes(axes[name], ROWS) for name in self.weights}
+        state = PartitionSpec(ROWS)
+        return jax.shard_map(
+            function,
+            mesh=mesh,
+            axis_names=set(ROWS),
+            in_specs=(params, state, state, *given),
+            out_specs=(result, state),
+            check_vma=False,
+        )
+
+
+def structs(tree: Any, sharding: Sharding) -> Any:
+    """Arrays, abstractly."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -1,0 +1,123 @@
+"""Decode: some tokens of each row, in a loop on the device."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxinfer.attention import Batch
+from jaxinfer.engine.programs.base import Function, Program
+from jaxinfer.engine.programs.logits import (
+    SAMPLED,
+    Sampled,
+    anywhere,
+    logits_of,
+    logprobs,
+    parts_of_logits,
+    sampling_arrays,
+    take,
+)
+from jaxinfer.engine.programs.state import State
+from jaxinfer.models.model import Params
+from jaxinfer.sampling.arrays import SamplingArrays
+from jaxinfer.sampling.sample import Logprobs, draw
+from jaxinfer.sharding import ROWS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeRows:
+    """slot i32[R]; samples i32[R]: most tokens to sample, 0 for an unused row; positions i32[R], of the token that is
+    fed first; pages i32[R, P]."""
+
+    slot: jax.Array | np.ndarray
+    samples: jax.Array | np.ndarray
+    positions: jax.Array | np.ndarray
+    pages: jax.Array | np.ndarray
+
+
+class Decode(Program):
+    """Up to `max_steps` tokens of each of up to `size` rows; `steps`, i32[], says how many this time. A row ends at one
+    of its stop ids or after `samples` tokens; the call ends when all rows have."""
+
+    kind = "decode"
+    changes = ("cache", "slots")
+
+    @property
+    def weights(self) -> Any:
+        return self.shapes.model.abstract
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        shapes = self.shapes
+        row, pages = shapes.ints(self.size), shapes.ints(self.size, shapes.table_width)
+        return DecodeRows(row, row, row, pages), sampling_arrays(shapes, self.size), shapes.like(np.int32(0))
+
+    @property
+    def result(self) -> Sampled:
+        info = logprobs(self.shapes)
+        return Sampled(info.rank, info.rank, info)
+
+    def function(self) -> Function:
+        model, mesh, max_steps = self.shapes.model, self.shapes.mesh, self.shapes.max_steps
+        kind, parts = self.shapes.devices[0].device_kind, parts_of_logits(model, mesh)
+
+        def decode(
+            params: Params, state: State, read: State, rows: DecodeRows, sampling: SamplingArrays, steps: jax.Array
+        ) -> tuple[Sampled, State]:
+            module = model.bind(params)
+            logits = logits_of(module, model, mesh)
+            slot = jnp.asarray(rows.slot)
+            size = slot.shape[0]
+            index = jnp.arange(size, dtype=jnp.int32)
+
+            def advance(i: jax.Array, active: jax.Array, state: State) -> tuple[jax.Array, Logprobs, State]:
+                positions = jnp.asarray(rows.positions) + i
+                batch = Batch(
+                    tokens=state.slots.token[slot],
+                    positions=positions,
+                    row=index,
+                    q_start=jnp.arange(size + 1, dtype=jnp.int32),
+                    kv_len=jnp.where(active, positions + 1, 0),
+                    pages=jnp.asarray(rows.pages),
+                    rows=jnp.full(3, size, jnp.int32),
+                    decode_only=True,
+                    mesh=mesh,
+                    device_kind=kind,
+                )
+                hidden, cache = module.hidden(batch, state.cache)
+                assert cache is not None
+                tokens, info = draw(logits(hidden), sampling, positions + 1, state.slots, slot, parts)
+                slots = take(state.slots, slot, tokens, active, sampling, positions + 1)
+                return tokens, info, State(cache, slots)
+
+            active = (jnp.asarray(rows.samples) > 0) & state.slots.alive[slot]
+            tokens, info, _ = jax.eval_shape(functools.partial(advance, jnp.int32(0)), active, state)
+            out = jax.tree.map(lambda s: jnp.zeros((max_steps, *s.shape), s.dtype), (tokens, info))
+
+            def going(carry: Any) -> jax.Array:
+                i, active, *_ = carry
+                return (i < steps) & anywhere(jnp.any(active), mesh)
+
+            def body(carry: Any) -> Any:
+                i, active, count, before, out = carry
+                tokens, info, after = advance(i, active, before)
+                put = functools.partial(lax.dynamic_update_index_in_dim, index=i, axis=0)
+                out = jax.tree.map(put, out, (tokens, info))
+                count = count + active.astype(jnp.int32)
+                active = active & after.slots.alive[slot] & (i + 1 < rows.samples)
+                return i + 1, active, count, after, out
+
+            start = (jnp.int32(0), active, jnp.zeros(size, jnp.int32), state, out)
+            _, _, count, after, (all_tokens, all_info) = lax.while_loop(going, body, start)
+            return Sampled(all_tokens, count, all_info), after
+
+        given = PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec()
+        return self.over_rows(decode, given, SAMPLED)

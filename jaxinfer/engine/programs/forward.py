@@ -1,0 +1,95 @@
+"""Forward: tokens of prompts and of decoding sequences, through all layers but the head."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxinfer.attention import Batch
+from jaxinfer.engine.programs.base import Function, Program
+from jaxinfer.engine.programs.state import State
+from jaxinfer.models.model import Params
+from jaxinfer.sampling.slots import Slots, count
+from jaxinfer.sharding import ROWS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ForwardRows:
+    """slot i32[R], each row's own; prompt_length i32[R], of rows with penalties: 0 for the others."""
+
+    slot: jax.Array | np.ndarray
+    prompt_length: jax.Array | np.ndarray
+
+
+class Forward(Program):
+    """Decoding rows, one token each (taken from their slots), then chunks of prompts: up to `size` tokens of as many
+    rows as there are slots.
+
+    On a mesh every array of rows, tokens, slots or pages is several shards' one after the other, with indices that
+    count from the shard's own beginning.
+    """
+
+    kind = "forward"
+    changes = ("cache", "slots", "hidden")
+
+    @property
+    def weights(self) -> Any:
+        return self.shapes.model.abstract
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        ints, rows = self.shapes.ints, self.shapes.max_rows
+        token, row, pages = ints(self.size), ints(rows), ints(rows, self.shapes.table_width)
+        return Batch(token, token, token, ints(rows + 1), row, pages, ints(3)), ForwardRows(row, row)
+
+    @property
+    def result(self) -> None:
+        return None
+
+    def function(self) -> Function:
+        model, mesh, kind = self.shapes.model, self.shapes.mesh, self.shapes.devices[0].device_kind
+
+        def forward(params: Params, state: State, read: State, batch: Batch, rows: ForwardRows) -> tuple[None, State]:
+            slots = state.slots
+            slot = jnp.asarray(rows.slot)
+            token_slot = slot[batch.row]
+            decoding = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.rows[0]
+            tokens = jnp.where(decoding, slots.token[token_slot], batch.tokens)
+            # A decoding row that has stopped in a call whose tokens the host has not seen yet: it must write nothing.
+            decodes = jnp.arange(slot.shape[0], dtype=jnp.int32) < batch.rows[0]
+            kv_len = jnp.where(decodes & ~slots.alive[slot], 0, batch.kv_len)
+            batch = dataclasses.replace(batch, tokens=tokens, kv_len=kv_len, mesh=mesh, device_kind=kind)
+            stream, cache = model.bind(params).hidden(batch, state.cache)
+            assert cache is not None
+            slots = _begin(slots, jnp.where(decodes, slots.alive.shape[0], slot))
+            slots = _count_prompt(slots, batch, token_slot, decoding, jnp.asarray(rows.prompt_length))
+            return None, State(cache, slots, lax.dynamic_update_slice_in_dim(state.hidden, stream, 0, 0))
+
+        return self.over_rows(forward, (PartitionSpec(ROWS),) * 2, PartitionSpec())
+
+
+def _begin(slots: Slots, slot: jax.Array) -> Slots:
+    """Sequences whose prompts are computed are alive, whatever the slots' last ones were."""
+    return dataclasses.replace(slots, alive=slots.alive.at[slot].set(True, mode="drop"))
+
+
+def _count_prompt(
+    slots: Slots, batch: Batch, token_slot: jax.Array, decoding: jax.Array, prompt_length: jax.Array
+) -> Slots:
+    """Notes the chunk's tokens of rows with penalties (those after the prompt are output, computed once more)."""
+    nobody = slots.token.shape[0]
+    live = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.q_start[-1]
+    length = prompt_length[batch.row]
+    counted = (length > 0) & ~decoding & live
+    of_prompt = batch.positions < length
+    seen = slots.in_prompt.at[jnp.where(counted & of_prompt, token_slot, nobody), batch.tokens].set(True, mode="drop")
+    output = count(slots.in_output, token_slot, batch.tokens, counted & ~of_prompt)
+    return dataclasses.replace(slots, in_prompt=seen, in_output=output)

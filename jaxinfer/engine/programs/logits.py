@@ -1,0 +1,97 @@
+"""Hidden states to logits and tokens, as programs have them: over a mesh, in parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxinfer.engine.programs.base import EngineShapes
+from jaxinfer.models.causal import CausalLM
+from jaxinfer.models.model import Model
+from jaxinfer.sampling.arrays import SamplingArrays
+from jaxinfer.sampling.sample import Logprobs, no_logprobs, stops
+from jaxinfer.sampling.slots import Slots, count
+from jaxinfer.sharding import ROWS, TENSOR, axis_size
+
+LogitsOf = Callable[[jax.Array], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sampled:
+    """tokens i32[S, R], as `sample` has them; count i32[R], how many of the S are real; logprobs with the same leading
+    axes."""
+
+    tokens: jax.Array | np.ndarray
+    count: jax.Array | np.ndarray
+    logprobs: Logprobs | None
+
+
+_BY_ROW: Any = PartitionSpec(None, ROWS)
+SAMPLED: Any = Sampled(_BY_ROW, PartitionSpec(ROWS), _BY_ROW)  # type: ignore[arg-type] # how it is split over shards
+
+
+def logits_of(module: CausalLM, model: Model, mesh: Mesh | None) -> LogitsOf:
+    """Logits of the vocabulary, and no more of it. Each tensor device has its part of them, and sampling is done in
+    parts; all have all of them where the vocabulary had to be padded."""
+    vocab = model.config.vocab_size
+
+    def logits(x: jax.Array) -> jax.Array:
+        logits = module.logits(x, mesh)
+        if mesh is not None:  # also where they are put together next, or XLA would gather the head's weights
+            logits = lax.with_sharding_constraint(logits, PartitionSpec(None, TENSOR))
+            if logits.shape[1] != vocab:
+                logits = lax.with_sharding_constraint(logits, PartitionSpec())
+        return logits[:, :vocab]
+
+    return logits
+
+
+def parts_of_logits(model: Model, mesh: Mesh | None) -> int:
+    """Over how many devices they are split, where the vocabulary can be: see `logits_of`."""
+    parts = axis_size(mesh, TENSOR)
+    return 1 if model.config.vocab_size % parts else parts
+
+
+def anywhere(condition: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Whether it is so on any shard of rows: what has collectives in it must be run by all or by none."""
+    return most(condition.astype(jnp.int32), mesh) > 0
+
+
+def most(count: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The largest that it is on any shard of rows."""
+    return count if axis_size(mesh, ROWS) == 1 else lax.pmax(count, ROWS)
+
+
+def take(
+    slots: Slots, slot: jax.Array, tokens: jax.Array, taken: jax.Array, sampling: SamplingArrays, length: jax.Array
+) -> Slots:
+    """The slots after rows of `length` tokens have sampled `tokens`, where `taken`."""
+    nobody = slots.token.shape[0]
+    at = jnp.where(taken, slot, nobody)
+    alive = ~stops(tokens, sampling, length)
+    tokens = jnp.maximum(tokens, 0)  # there may be none
+    return dataclasses.replace(
+        slots,
+        token=slots.token.at[at].set(tokens, mode="drop"),
+        alive=slots.alive.at[at].set(alive, mode="drop"),
+        in_output=count(slots.in_output, slot, tokens, taken & jnp.asarray(sampling.penalized)),
+    )
+
+
+def sampling_arrays(shapes: EngineShapes, rows: int) -> Any:
+    """Abstractly."""
+    return shapes.like(SamplingArrays.of_rows([], shapes.shards * rows))
+
+
+def logprobs(shapes: EngineShapes) -> Logprobs:
+    """Their structure."""
+    return jax.eval_shape(lambda: no_logprobs(1, shapes.model.config.vocab_size))

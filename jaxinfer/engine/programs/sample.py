@@ -1,0 +1,87 @@
+"""Sample: the hidden states of a forward to the next token of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxinfer.engine.programs.base import Function, Program
+from jaxinfer.engine.programs.logits import (
+    SAMPLED,
+    Sampled,
+    anywhere,
+    logits_of,
+    logprobs,
+    parts_of_logits,
+    sampling_arrays,
+    take,
+)
+from jaxinfer.engine.programs.state import State
+from jaxinfer.models.model import Params
+from jaxinfer.sampling.arrays import SamplingArrays
+from jaxinfer.sampling.sample import Logprobs, draw, no_logprobs
+from jaxinfer.sharding import ROWS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SampleRows:
+    """slot i32[R]; samples i32[R]: 1, or 0 where a chunk does not end its prompt; logits_at i32[R]: where each row's
+    last token is among the hidden states; length i32[R]: tokens before the one that is sampled."""
+
+    slot: jax.Array | np.ndarray
+    samples: jax.Array | np.ndarray
+    logits_at: jax.Array | np.ndarray
+    length: jax.Array | np.ndarray
+
+
+class Sample(Program):
+    """A token of each of up to `size` rows, after a forward."""
+
+    kind = "sample"
+    changes = ("slots",)
+    reads = ("hidden",)
+
+    @property
+    def weights(self) -> Collection[str]:
+        return self.shapes.model.head
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        row = self.shapes.ints(self.size)
+        return SampleRows(row, row, row, row), sampling_arrays(self.shapes, self.size)
+
+    @property
+    def result(self) -> Sampled:
+        info = logprobs(self.shapes)
+        return Sampled(info.rank, info.rank, info)
+
+    def function(self) -> Function:
+        model, mesh = self.shapes.model, self.shapes.mesh
+        parts = parts_of_logits(model, mesh)
+
+        def sample(
+            params: Params, state: State, read: State, rows: SampleRows, sampling: SamplingArrays
+        ) -> tuple[Sampled, State]:
+            logits = logits_of(model.bind(params), model, mesh)
+            slots, hidden = state.slots, read.hidden
+            slot, length = jnp.asarray(rows.slot), jnp.asarray(rows.length)
+            # A row may have stopped in a call whose tokens the host has not seen yet.
+            count = jnp.where(slots.alive[slot], jnp.asarray(rows.samples), 0)
+
+            def chosen() -> tuple[jax.Array, Logprobs]:
+                return draw(logits(hidden[rows.logits_at]), sampling, length, slots, slot, parts)
+
+            nothing = jnp.zeros_like(slot), no_logprobs(slot.shape[0], model.config.vocab_size)
+            tokens, info = lax.cond(anywhere(jnp.any(count > 0), mesh), chosen, lambda: nothing)
+            slots = take(slots, slot, tokens, count > 0, sampling, length)
+            return Sampled(tokens[None], count, jax.tree.map(lambda x: x[None], info)), State(slots=slots)
+
+        return self.over_rows(sample, (PartitionSpec(ROWS),) * 2, SAMPLED)

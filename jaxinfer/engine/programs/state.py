@@ -1,0 +1,31 @@
+"""What stays on the devices from one call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import jax
+
+from jaxinfer.cache import Cache
+from jaxinfer.sampling.slots import Slots
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """The cache; the slots; hidden `[T, D]`, the hidden states of the last forward. A program has None for those that
+    it does not take."""
+
+    cache: Cache = None  # type: ignore[assignment]
+    slots: Slots = None  # type: ignore[assignment]
+    hidden: jax.Array = None  # type: ignore[assignment]
+
+    def only(self, parts: Collection[str]) -> State:
+        """These parts of it, by name."""
+        return State(**{part: getattr(self, part) for part in parts})
+
+    def updated(self, parts: State) -> State:
+        """With the parts that are there in place of its own."""
+        there = {part: value for part, value in vars(parts).items() if value is not None}
+        return replace(self, **there)

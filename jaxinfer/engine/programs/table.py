@@ -1,0 +1,43 @@
+"""All programs that an engine can need: a finite table, known before the first request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxinfer.engine.programs.base import EngineShapes, Key, Program
+from jaxinfer.engine.programs.decode import Decode
+from jaxinfer.engine.programs.forward import Forward
+from jaxinfer.engine.programs.sample import Sample
+from jaxinfer.engine.programs.score import Score
+from jaxinfer.engine.programs.slots import Prepare, Zeros
+
+
+@dataclass(frozen=True)
+class Programs(EngineShapes):
+    """By key. A mixed call is a forward, and sample or score or both after it; where all rows decode it is a decode."""
+
+    @cached_property
+    def table(self) -> dict[Key, Program]:
+        programs = [
+            *(Decode(self, rows) for rows in self.buckets.decode),
+            *(Forward(self, tokens) for tokens in self.buckets.tokens),
+            *(Sample(self, rows) for rows in self.buckets.sample),
+            Score(self, self.max_tokens),
+            Prepare(self),
+            Zeros(self),
+        ]
+        return {program.key: program for program in programs}
+
+    def keys(self) -> list[Key]:
+        """Of all of them."""
+        return list(self.table)
+
+    def __getitem__(self, key: Key) -> Program:
+        return self.table[key]
+
+    @property
+    def largest(self) -> list[Key]:
+        """Of those that need most memory."""
+        tokens, rows = self.max_tokens, self.max_rows
+        return [(Decode.kind, rows), (Forward.kind, tokens), (Sample.kind, rows), (Score.kind, tokens)]
