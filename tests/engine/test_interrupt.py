@@ -10,6 +10,7 @@ import pytest
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.batch_builder import BatchBuilder
 from jaxinfer.engine.generation import Generation
+from jaxinfer.engine.programs import Program
 from jaxinfer.engine.runner import Launched, Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
@@ -34,7 +35,7 @@ def expected(llm):
     [
         (BatchBuilder, "build"),
         (Runner, "call"),
-        (Runner, "_executable"),  # the program runs, and its results, the cache among them, never arrive
+        (Program, "run"),  # it runs, and its results, the cache among them, never arrive
         (Launched, "wait"),
         (Shards, "add"),
         (Scheduler, "schedule"),

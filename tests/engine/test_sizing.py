@@ -102,5 +102,6 @@ def test_memory_is_asked_of_a_device_of_this_host(monkeypatch):
     place = jax.devices()[0]
     monkeypatch.setattr(jax, "local_devices", lambda: [Chip()])
     monkeypatch.setattr(load, "placed_slots", lambda *_: ())
+    monkeypatch.setattr(load, "placed_hidden", lambda *_: ())
     given = check_options({"memory_utilization": 0.95})
     assert load._available(Model.from_config(CONFIG, "float32"), place, given) == pytest.approx(600, abs=1)
