@@ -12,7 +12,7 @@ from typing import Any, overload
 from jaxinfer.aliases.loading import LOADING
 from jaxinfer.aliases.sampling import SAMPLING
 from jaxinfer.demo import MODEL_DIR
-from jaxinfer.engine.options import LoadOptions
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.outputs import RequestOutput
 from jaxinfer.engine.prompts import Prompt, is_single_conversation, is_single_prompt
 from jaxinfer.llm import LLM, Message
@@ -20,7 +20,7 @@ from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 _SAMPLING = [field.name for field in dataclasses.fields(SamplingParams)]
 # Sampling and LLM both have a seed: here it is the request's.
-_LOADING = set(LoadOptions.__annotations__) - set(_SAMPLING)
+_LOADING = set(EngineConfig.__annotations__) - set(_SAMPLING)
 
 _TEMPLATE = ("tools", "chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 _UNSEEN = {"n": 1, "logprobs": None, "prompt_logprobs": None, "detokenize": True}

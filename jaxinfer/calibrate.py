@@ -29,7 +29,7 @@ from jaxinfer.checkpoint.open import open_weights
 from jaxinfer.checkpoint.output import Format, check_destination
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.convert import stored_dtype, writing
-from jaxinfer.engine.options import DType, check_options
+from jaxinfer.engine.config import DType, check_options
 from jaxinfer.layers.linear import Linear
 from jaxinfer.models.causal import Feeds
 from jaxinfer.models.model import Model, Params, scales

@@ -25,8 +25,8 @@ from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, converted_config, manifest, save
 from jaxinfer.checkpoint.output import Format, check_destination, put, put_beside, written
 from jaxinfer.checkpoint.settle import as_stored
+from jaxinfer.engine.config import DType, check_options
 from jaxinfer.engine.load import place_for
-from jaxinfer.engine.options import DType, check_options
 from jaxinfer.models.model import Model, Params
 from jaxinfer.models.registry import REGISTRY
 from jaxinfer.quantization.schemes import Quantization

@@ -9,11 +9,11 @@ from typing import Any, Self, Unpack
 
 from jaxinfer.aliases import takes
 from jaxinfer.aliases.sampling import CALL, SAMPLING
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine, EngineStats
 from jaxinfer.engine.feed import OnError
 from jaxinfer.engine.load import load_engine
-from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
 from jaxinfer.engine.prompts import Prompt, encode_prompt, is_single_conversation, prompt_list
 from jaxinfer.engine.thread import EngineThread
@@ -31,14 +31,14 @@ ARGUMENTS = CALL.meaning((*SamplingParams.__dataclass_fields__, *SAMPLING), "it 
 
 
 class LLM:
-    """A model in memory: a folder in Hugging Face's format, or a hub id. Options: see LoadOptions.
+    """A model in memory: a folder in Hugging Face's format, or a hub id. Options: see EngineConfig.
 
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
     Usable as a context manager; `close()` frees the memory. Any number of threads may use it at once: what they ask for
     runs in one batch.
     """
 
-    def __init__(self, model: str | os.PathLike[str], **options: Unpack[LoadOptions]):
+    def __init__(self, model: str | os.PathLike[str], **options: Unpack[EngineConfig]):
         loaded = load_engine(model, **options)
         self.folder = loaded.folder
         self.dtype = loaded.dtype
@@ -58,7 +58,7 @@ class LLM:
         path: str | os.PathLike[str],
         *,
         model: str | os.PathLike[str] | None = None,
-        **options: Unpack[LoadOptions],
+        **options: Unpack[EngineConfig],
     ) -> Self:
         """A deployment, as a YAML file says it (see configs/ and engine/deployment.py); `model` and `options` come
         before what it says. Raises what LLM() raises, and ValueError naming the line of the file that is wrong."""

@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self, Unpack
 
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.engine import EngineStats
 from jaxinfer.engine.generation import Group
 from jaxinfer.engine.load import load_engine
-from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput
 from jaxinfer.engine.prompts import Prompt, encode_prompt
 from jaxinfer.engine.thread import EngineClosed, EngineThread, Submission
@@ -34,7 +34,7 @@ class AsyncEngine:
             print(output.outputs[0].text)  # all the text so far
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, max_queued: int = 1024, **options: Unpack[LoadOptions]):
+    def __init__(self, model: str | os.PathLike[str], *, max_queued: int = 1024, **options: Unpack[EngineConfig]):
         if not isinstance(max_queued, int) or isinstance(max_queued, bool) or max_queued < 1:
             raise ValueError(f"max_queued is {max_queued!r}: it must be an integer of at least 1")
         loaded = load_engine(model, **options)
