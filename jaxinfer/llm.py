@@ -17,6 +17,7 @@ from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
 from jaxinfer.engine.prompts import Prompt, encode_prompt, is_single_conversation, prompt_list
 from jaxinfer.engine.thread import EngineThread
+from jaxinfer.errors import RequestError
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.tasks.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.tasks.generate import GenerateTask, prompts_as_they_come, prompts_asked
@@ -131,7 +132,7 @@ class LLM:
         waits for an answer, keeps nobody waiting.
         """
         if isinstance(prompts, str | Mapping):
-            raise ValueError("prompts is one prompt: generate_iter takes an iterable of them")
+            raise RequestError("prompts is one prompt: generate_iter takes an iterable of them", "prompts")
         default = sampling_params or self.get_default_sampling_params()
 
         asked = prompts_as_they_come(prompts, default)
@@ -208,7 +209,7 @@ class LLM:
         """`score` of texts, and of (prompt, continuation) pairs, as they come out of an iterable, like
         `generate_iter`."""
         if isinstance(scorables, str | tuple):
-            raise ValueError("scorables is one text or pair: score_iter takes an iterable of them")
+            raise RequestError("scorables is one text or pair: score_iter takes an iterable of them", "scorables")
         return self._score.run((TextAsked(i, one) for i, one in enumerate(scorables)), on_error, in_order)
 
     def loglikelihood_rolling(self, texts: Text | Sequence[Text], *, use_tqdm: bool = True) -> list[ScoreOutput]:

@@ -40,6 +40,7 @@ from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
 from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, device_bytes, page_size, size_cache
+from jaxinfer.errors import CheckpointError
 from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
@@ -71,7 +72,8 @@ class Loaded:
         try:
             return SamplingParams(**self.asked)
         except ValueError as error:
-            raise ValueError(f"{self.folder / 'generation_config.json'}: {error}; or give sampling_params") from None
+            path = self.folder / "generation_config.json"
+            raise CheckpointError(f"{path}: {error}; or give sampling_params") from None
 
     def describe(self) -> str:
         """Weights and cache in one line."""
