@@ -3,11 +3,12 @@
 import json
 import os
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxinfer.errors import CheckpointError
+from jaxinfer.models.registry import model_types
 
 MAX_JSON_BYTES = 100_000_000  # the largest tokenizers have about 35 MB
 
@@ -67,8 +68,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: str | os.PathLike[str], known: Collection[str]) -> dict[str, Any]:
-    """config.json of `folder`, whose `model_type` must be one of `known`.
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of `folder`, whose `model_type` must be one of the registry's.
 
     Code that comes with a checkpoint (`auto_map`) is never run: where `model_type` is known, our own model is used.
     Raises what `check_folder` and `read_json` raise, and CheckpointError for a missing or unknown `model_type`.
@@ -77,8 +78,8 @@ def read_config(folder: str | os.PathLike[str], known: Collection[str]) -> dict[
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file; give the folder of a checkpoint in Hugging Face's format")
     config = read_json(path)
-    model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in known:
+    model_type, known = config.get("model_type"), model_types()
+    if model_type in known:
         return config
     if model_type is None:
         problem = "has no model_type"

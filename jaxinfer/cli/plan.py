@@ -160,7 +160,7 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
     from jaxinfer.checkpoint.open import open_weights
     from jaxinfer.checkpoint.settle import as_stored
     from jaxinfer.engine.load import check_architecture
-    from jaxinfer.models.registry import REGISTRY, parse_config
+    from jaxinfer.models.registry import parse_config
 
     said = deployment.architecture if deployment else None
     path = Path(model).expanduser()
@@ -168,7 +168,7 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
     if said is None or folder.is_dir():
         if deployment is not None and not folder.exists():
             raise ValueError(f"{deployment.path}: architecture is missing, and {model} is no folder with a config.json")
-        config = read_config(folder, REGISTRY)
+        config = read_config(folder)
         if said is not None:
             check_architecture(said, config, folder / "config.json")
         try:

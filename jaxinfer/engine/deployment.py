@@ -24,7 +24,7 @@ import yaml
 
 from jaxinfer.aliases.loading import LOADING
 from jaxinfer.engine.config import NONE_IS_DEFAULT, EngineConfig, check_options, in_our_words, which
-from jaxinfer.models.registry import REGISTRY
+from jaxinfer.models.registry import model_types
 
 MAX_BYTES = 2**20
 PLACES = ("model", "topology")
@@ -91,9 +91,9 @@ def read_deployment(path: str | os.PathLike[str]) -> Deployment:
     if "model" not in fields:
         raise ValueError(f"{path}: model is missing: a folder or a hub id")
     architecture = fields.get("architecture")
-    if architecture is not None and architecture.get("model_type") not in REGISTRY:
+    if architecture is not None and architecture.get("model_type") not in model_types():
         said = architecture.get("model_type")
-        raise wrong("architecture", f"model_type is {said!r:.100}: it must be one of {', '.join(REGISTRY)}")
+        raise wrong("architecture", f"model_type is {said!r:.100}: it must be one of {', '.join(model_types())}")
     options = {name: value for name, value in fields.items() if name not in PLACES}
     return Deployment(path, fields["model"], fields.get("topology"), options, lines)
 

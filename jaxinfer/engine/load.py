@@ -44,7 +44,7 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
-from jaxinfer.models.registry import REGISTRY, parse_config
+from jaxinfer.models.registry import parse_config
 from jaxinfer.quantization.stored import asked_for
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, local_devices, make_mesh
@@ -104,7 +104,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         raise ValueError("there was an LLM in this program already: on several hosts it can have one")
     devices = _devices()
     check_cache_memory(given["kv_cache_memory"], _memory())
-    config = read_config(folder, REGISTRY)
+    config = read_config(folder)
     if given["architecture"] is not None:
         check_architecture(given["architecture"], config, folder / "config.json")
     # The cheap files first: what is wrong with them shows before gigabytes are read.
