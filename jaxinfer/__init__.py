@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxinfer.api import chat, generate, stream, unload
-    from jaxinfer.engine.async_engine import AsyncEngine, QueueFullError
+    from jaxinfer.engine.async_engine import AsyncEngine
     from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ScoreOutput
+    from jaxinfer.errors import (
+        CheckpointError,
+        ContextLengthError,
+        EngineClosed,
+        QueueFullError,
+        RequestError,
+        UnsupportedError,
+    )
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
 
@@ -23,13 +31,18 @@ __version__ = "0.1.0"
 _HOME = {
     "LLM": "jaxinfer.llm",
     "AsyncEngine": "jaxinfer.engine.async_engine",
-    "QueueFullError": "jaxinfer.engine.async_engine",
     "SamplingParams": "jaxinfer.sampling.params",
     "RequestOutput": "jaxinfer.engine.outputs",
     "ScoreOutput": "jaxinfer.engine.outputs",
     "RequestMetrics": "jaxinfer.engine.outputs",
     "CompletionOutput": "jaxinfer.engine.outputs",
     "Logprob": "jaxinfer.engine.outputs",
+    "RequestError": "jaxinfer.errors",
+    "ContextLengthError": "jaxinfer.errors",
+    "UnsupportedError": "jaxinfer.errors",
+    "CheckpointError": "jaxinfer.errors",
+    "EngineClosed": "jaxinfer.errors",
+    "QueueFullError": "jaxinfer.errors",
     "generate": "jaxinfer.api",
     "stream": "jaxinfer.api",
     "chat": "jaxinfer.api",
@@ -39,13 +52,18 @@ _HOME = {
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "CheckpointError",
     "CompletionOutput",
+    "ContextLengthError",
+    "EngineClosed",
     "Logprob",
     "QueueFullError",
+    "RequestError",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "UnsupportedError",
     "chat",
     "generate",
     "stream",

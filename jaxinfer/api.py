@@ -12,15 +12,16 @@ from typing import Any, overload
 from jaxinfer.aliases.loading import LOADING
 from jaxinfer.aliases.sampling import SAMPLING
 from jaxinfer.demo import MODEL_DIR
-from jaxinfer.engine.options import LoadOptions
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.outputs import RequestOutput
 from jaxinfer.engine.prompts import Prompt, is_single_conversation, is_single_prompt
+from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.llm import LLM, Message
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 _SAMPLING = [field.name for field in dataclasses.fields(SamplingParams)]
 # Sampling and LLM both have a seed: here it is the request's.
-_LOADING = set(LoadOptions.__annotations__) - set(_SAMPLING)
+_LOADING = set(EngineConfig.__annotations__) - set(_SAMPLING)
 
 _TEMPLATE = ("tools", "chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
 _UNSEEN = {"n": 1, "logprobs": None, "prompt_logprobs": None, "detokenize": True}
@@ -92,12 +93,17 @@ def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> 
     loaded."""
     global _users
     if isinstance(model, SamplingParams) or not {"sampling_params", "params"}.isdisjoint(options):
-        raise ValueError("sampling parameters are given by name, as max_tokens=16; LLM.generate takes them as they are")
+        raise RequestError(
+            "sampling parameters are given by name, as max_tokens=16; LLM.generate takes them as they are",
+            "sampling_params",
+        )
     load, sampling = _split(options)
     checked = SamplingParams(**sampling)
     for name, default in _UNSEEN.items():
         if getattr(checked, name) != default:
-            raise ValueError(f"{name} does not show in the text that is returned: use jaxinfer.LLM(...).generate")
+            raise UnsupportedError(
+                f"{name} does not show in the text that is returned: use jaxinfer.LLM(...).generate", name
+            )
     with _changed:
         llm = _load(MODEL_DIR if model is None else model, load)
         _users += 1
@@ -115,9 +121,11 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     given = {name: value for name, value in options.items() if name not in _LOADING and not _loads(name)}
     sampling, problems = SAMPLING.read(given, _SAMPLING)
     load, more = LOADING.read({name: value for name, value in options.items() if name not in given}, _LOADING)
-    if problems or more:
-        both = (SAMPLING.refusal(problems, _SAMPLING) if problems else "", LOADING.refusal(more, ()) if more else "")
-        raise ValueError("; ".join(filter(None, both)))
+    if more:
+        both = (SAMPLING.refusal(problems, _SAMPLING) if problems else "", LOADING.refusal(more, ()))
+        raise RequestError("; ".join(filter(None, both)), next(iter({**problems, **more})))
+    if problems:
+        raise SAMPLING.error(problems, _SAMPLING)
     return load, given if "max_tokens" in sampling else {"max_tokens": DEFAULT_MAX_TOKENS} | given
 
 

@@ -29,11 +29,10 @@ from jaxinfer.checkpoint.open import open_weights
 from jaxinfer.checkpoint.output import Format, check_destination
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.convert import stored_dtype, writing
-from jaxinfer.engine.options import DType, check_options
+from jaxinfer.engine.config import DType, check_options
 from jaxinfer.layers.linear import Linear
 from jaxinfer.models.causal import Feeds
 from jaxinfer.models.model import Model, Params, scales
-from jaxinfer.models.registry import REGISTRY
 from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors, gptq, round_to_nearest, times
 from jaxinfer.quantization.qarray import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
@@ -88,7 +87,7 @@ def calibrate(
     dtype = check_options({"dtype": dtype, "revision": revision})["dtype"]
     check_destination(output, format)
     folder = resolve(model, revision)
-    config = read_config(folder, REGISTRY)
+    config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     encoded = (
         tokenizer.encode(text)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxinfer.attention import Batch
 from jaxinfer.benchmark import generate, random_work
 from jaxinfer.engine.background import in_background
-from jaxinfer.engine.options import DType
+from jaxinfer.engine.config import DType
 from jaxinfer.llm import LLM
 from jaxinfer.quantization.schemes import parse_quantization
 

@@ -25,10 +25,9 @@ from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, converted_config, manifest, save
 from jaxinfer.checkpoint.output import Format, check_destination, put, put_beside, written
 from jaxinfer.checkpoint.settle import as_stored
+from jaxinfer.engine.config import DType, check_options
 from jaxinfer.engine.load import place_for
-from jaxinfer.engine.options import DType, check_options
 from jaxinfer.models.model import Model, Params
-from jaxinfer.models.registry import REGISTRY
 from jaxinfer.quantization.schemes import Quantization
 from jaxinfer.sharding import describe
 
@@ -76,7 +75,7 @@ def convert(
     output = os.fspath(output)
     check_destination(output, format)
     folder = resolve(model, given["revision"], given["token"])
-    config = read_config(folder, REGISTRY)
+    config = read_config(folder)
     with open_weights(folder) as weights:
         config = as_stored(config, weights)
         if isinstance(weights, Converted):
@@ -100,7 +99,7 @@ def convert(
     start = time.perf_counter()
     new = resolve(output)
     with open_weights(new) as weights:
-        again = Model.from_config(read_config(new, REGISTRY), kept)
+        again = Model.from_config(read_config(new), kept)
         jax.block_until_ready(load_weights(again, weights, place))
     back = time.perf_counter() - start
     return Conversion(output, format, abstract.precision, where, size, load, write, back, back / load)

@@ -9,14 +9,15 @@ from typing import Any, Self, Unpack
 
 from jaxinfer.aliases import takes
 from jaxinfer.aliases.sampling import CALL, SAMPLING
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine, EngineStats
 from jaxinfer.engine.feed import OnError
 from jaxinfer.engine.load import load_engine
-from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
 from jaxinfer.engine.prompts import Prompt, encode_prompt, is_single_conversation, prompt_list
 from jaxinfer.engine.thread import EngineThread
+from jaxinfer.errors import RequestError
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.tasks.beam_search import BeamSearchOutput, beam_search
 from jaxinfer.tasks.generate import GenerateTask, prompts_as_they_come, prompts_asked
@@ -31,14 +32,14 @@ ARGUMENTS = CALL.meaning((*SamplingParams.__dataclass_fields__, *SAMPLING), "it 
 
 
 class LLM:
-    """A model in memory: a folder in Hugging Face's format, or a hub id. Options: see LoadOptions.
+    """A model in memory: a folder in Hugging Face's format, or a hub id. Options: see EngineConfig.
 
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
     Usable as a context manager; `close()` frees the memory. Any number of threads may use it at once: what they ask for
     runs in one batch.
     """
 
-    def __init__(self, model: str | os.PathLike[str], **options: Unpack[LoadOptions]):
+    def __init__(self, model: str | os.PathLike[str], **options: Unpack[EngineConfig]):
         loaded = load_engine(model, **options)
         self.folder = loaded.folder
         self.dtype = loaded.dtype
@@ -58,7 +59,7 @@ class LLM:
         path: str | os.PathLike[str],
         *,
         model: str | os.PathLike[str] | None = None,
-        **options: Unpack[LoadOptions],
+        **options: Unpack[EngineConfig],
     ) -> Self:
         """A deployment, as a YAML file says it (see configs/ and engine/deployment.py); `model` and `options` come
         before what it says. Raises what LLM() raises, and ValueError naming the line of the file that is wrong."""
@@ -131,7 +132,7 @@ class LLM:
         waits for an answer, keeps nobody waiting.
         """
         if isinstance(prompts, str | Mapping):
-            raise ValueError("prompts is one prompt: generate_iter takes an iterable of them")
+            raise RequestError("prompts is one prompt: generate_iter takes an iterable of them", "prompts")
         default = sampling_params or self.get_default_sampling_params()
 
         asked = prompts_as_they_come(prompts, default)
@@ -208,7 +209,7 @@ class LLM:
         """`score` of texts, and of (prompt, continuation) pairs, as they come out of an iterable, like
         `generate_iter`."""
         if isinstance(scorables, str | tuple):
-            raise ValueError("scorables is one text or pair: score_iter takes an iterable of them")
+            raise RequestError("scorables is one text or pair: score_iter takes an iterable of them", "scorables")
         return self._score.run((TextAsked(i, one) for i, one in enumerate(scorables)), on_error, in_order)
 
     def loglikelihood_rolling(self, texts: Text | Sequence[Text], *, use_tqdm: bool = True) -> list[ScoreOutput]:

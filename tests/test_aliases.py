@@ -14,8 +14,8 @@ from jaxinfer import LLM, SamplingParams
 from jaxinfer.aliases import takes
 from jaxinfer.aliases.loading import LOADING
 from jaxinfer.aliases.sampling import CALL, SAMPLING
+from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.deployment import read_deployment
-from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
 from jaxinfer.models.model import Model
 from tests.checkpoint.formats import CASES
 from tests.plain import CONFIG
@@ -181,7 +181,7 @@ def test_every_option_of_loading_as_it_is_by_default(given):
 
 def test_every_other_option_of_loading_is_ours_or_says_what_to_do():
     for name in {**VLLM_LOADING, **TRANSFORMERS_LOADING}:
-        if name in LoadOptions.__annotations__:
+        if name in EngineConfig.__annotations__:
             continue
         if name in OURS:
             value, expected = OURS[name]
@@ -261,7 +261,7 @@ def test_all_that_is_wrong_is_in_one_line():
     text = line(lambda: check_options({"enforce_eager": True, "swap_space": 16, "dtyp": "x", "seed": 0}))
     for fact in ("enforce_eager: not needed here", "swap_space: ", "'dtyp' is not known: did you mean dtype?"):
         assert fact in text
-    assert text.endswith(f"; known are {', '.join(LoadOptions.__annotations__)}")
+    assert text.endswith(f"; known are {', '.join(EngineConfig.__annotations__)}")
     text = line(lambda: jaxinfer.generate("x", model="/none", enforce_eager=True, best_of=2, guided_json="{}"))
     for fact in ("option enforce_eager: ", "sampling parameter best_of: ", "guided_json: "):
         assert fact in text
@@ -382,7 +382,7 @@ def test_no_name_is_two_things():
         assert not words.same.keys() & (words.instead.keys() | words.made.keys())
         assert words.fine.keys() <= words.instead.keys()
         assert all(words.word(name) for name in words)
-    assert not LOADING.same.keys() & LoadOptions.__annotations__.keys()
+    assert not LOADING.same.keys() & EngineConfig.__annotations__.keys()
 
 
 def test_a_function_keeps_its_signature():

@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
+from jaxinfer.errors import RequestError, UnsupportedError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -30,7 +32,7 @@ class Words:
     same: ours of the same meaning. made: ours with their values, from a value and all that is given; ValueError for
     what is none. instead: what to do in place of an option. fine: the values of it that ask for what is done anyhow;
     where there are none, those that ask for nothing (None, False, 0, "auto", and what is empty). None always does.
-    what, refused: how the error begins.
+    what, refused: how the error begins. is_request: what is wrong is wrong with a request.
     """
 
     what: str
@@ -39,6 +41,7 @@ class Words:
     made: Mapping[str, Callable[[Any, Given], dict[str, Any]]] = field(default_factory=dict)
     instead: Mapping[str, str] = field(default_factory=dict)
     fine: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    is_request: bool = False
 
     def __contains__(self, name: str) -> bool:
         return name in self.same or name in self.made or name in self.instead
@@ -65,7 +68,7 @@ class Words:
         known = [name for name in given if name not in self] if known is None else known
         found, problems = self.read(given, known)
         if problems:
-            raise ValueError(self.refusal(problems, known))
+            raise self.error(problems, known)
         return found
 
     def read(self, given: Given, known: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -92,6 +95,14 @@ class Words:
                 else:
                     found[our] = f"{found[our]},{meant}" if our in found else meant  # axes of one mesh
         return found, problems
+
+    def error(self, problems: Mapping[str, str], known: Collection[str]) -> ValueError:
+        """One for all of them; its param is the first."""
+        text = self.refusal(problems, known)
+        if not self.is_request:
+            return ValueError(text)
+        undone = all(name in self and name not in self.same and name not in self.made for name in problems)
+        return (UnsupportedError if undone else RequestError)(text, next(iter(problems)))
 
     def refusal(self, problems: Mapping[str, str], known: Collection[str]) -> str:
         """One line for all of them; what there is, where a name is nobody's."""

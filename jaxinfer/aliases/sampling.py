@@ -24,6 +24,7 @@ STREAM = "LLM.stream gives text as it comes"
 
 SAMPLING = Words(
     "sampling parameter",
+    is_request=True,
     same={
         "max_new_tokens": "max_tokens",
         "max_completion_tokens": "max_tokens",
@@ -124,6 +125,7 @@ SAMPLING = Words(
 
 CALL = Words(
     "argument",
+    is_request=True,
     instead=names(
         {
             "prompt_token_ids": 'a prompt may be {"prompt_token_ids": ids}',

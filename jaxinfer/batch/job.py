@@ -33,7 +33,7 @@ from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 from jaxinfer.text.tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
-    from jaxinfer.engine.options import LoadOptions
+    from jaxinfer.engine.config import EngineConfig
     from jaxinfer.llm import LLM
 
 
@@ -55,7 +55,7 @@ def run(
     max_errors: int | None = None,
     show_progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
-    **options: Unpack[LoadOptions],
+    **options: Unpack[EngineConfig],
 ) -> Summary:
     """Runs all rows of some files through a model, and writes a result for each, in their order.
 
@@ -191,14 +191,14 @@ def _listed(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -
     return [inputs] if isinstance(inputs, str | os.PathLike) else inputs
 
 
-def _load(folder: Path, options: LoadOptions) -> LLM:
+def _load(folder: Path, options: EngineConfig) -> LLM:
     from jaxinfer.llm import LLM
 
     options.pop("revision", None)  # of the folder
     return LLM(folder, **options)
 
 
-def _gives_text(model: str | os.PathLike[str] | LLM, folder: Path, options: LoadOptions) -> bool:
+def _gives_text(model: str | os.PathLike[str] | LLM, folder: Path, options: EngineConfig) -> bool:
     """Whether there will be a tokenizer."""
     if not isinstance(model, str | os.PathLike):
         return model.tokenizer.missing is None
@@ -206,7 +206,7 @@ def _gives_text(model: str | os.PathLike[str] | LLM, folder: Path, options: Load
     return own or options.get("tokenizer") is not None
 
 
-def _fingerprint(model: str | os.PathLike[str] | LLM, folder: Path, options: LoadOptions) -> str:
+def _fingerprint(model: str | os.PathLike[str] | LLM, folder: Path, options: EngineConfig) -> str:
     """Of weights and tokenizer."""
     other = None
     if not isinstance(model, str | os.PathLike):
@@ -219,7 +219,7 @@ def _fingerprint(model: str | os.PathLike[str] | LLM, folder: Path, options: Loa
     return digest if other in (None, folder) else f"{digest} {model_fingerprint(other, weights=False)}"
 
 
-def _folder(model: str | os.PathLike[str] | LLM, options: LoadOptions) -> Path:
+def _folder(model: str | os.PathLike[str] | LLM, options: EngineConfig) -> Path:
     if isinstance(model, str | os.PathLike):
         return resolve(model, options.get("revision"), options.get("token"))
     if options:

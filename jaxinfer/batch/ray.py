@@ -28,7 +28,7 @@ from jaxinfer.batch.writer import Result
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
-    from jaxinfer.engine.options import LoadOptions
+    from jaxinfer.engine.config import EngineConfig
 
 
 class Predictor:
@@ -62,7 +62,7 @@ class Predictor:
         token_ids: bool = False,
         id_column: str | None = None,
         output_prefix: str = "",
-        **options: Unpack[LoadOptions],
+        **options: Unpack[EngineConfig],
     ):
         changes = (
             dataclasses.asdict(sampling_params) if isinstance(sampling_params, SamplingParams) else sampling_params

@@ -112,7 +112,7 @@ class CacheLayout:
         attention: str = "auto",
         kv_cache_dtype: str = "auto",
     ) -> CacheLayout:
-        """What suits the device and the attention that there is for it: see LoadOptions; dtype: of activations. Raises
+        """What suits the device and the attention that there is for it: see EngineConfig; dtype: of activations. Raises
         ValueError if "pallas", or a quantized cache, is asked for where it can't be."""
         parts, compute, device = axis_size(place, (KV,)), jnp.dtype(dtype), devices_of(place)[0]
         kind = KV_DTYPES.get(kv_cache_dtype, compute)

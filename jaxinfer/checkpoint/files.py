@@ -3,9 +3,12 @@
 import json
 import os
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from jaxinfer.errors import CheckpointError
+from jaxinfer.models.registry import model_types
 
 MAX_JSON_BYTES = 100_000_000  # the largest tokenizers have about 35 MB
 
@@ -36,52 +39,54 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in the file `path`, of at most 100 MB.
 
-    Raises FileNotFoundError, and ValueError for a file that is not UTF-8, not JSON or not an object.
+    Raises FileNotFoundError, and CheckpointError for a file that is not UTF-8, not JSON or not an object.
     """
     path = Path(path)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: not a regular file")
+            raise CheckpointError(f"{path}: not a regular file")
         if status.st_size > MAX_JSON_BYTES:
-            raise ValueError(f"{path}: {status.st_size} bytes are more than the {MAX_JSON_BYTES} that are read as JSON")
+            raise CheckpointError(
+                f"{path}: {status.st_size} bytes are more than the {MAX_JSON_BYTES} that are read as JSON"
+            )
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such file") from None
     try:
         content = json.loads(text.decode())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+        raise CheckpointError(f"{path}: not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
     except RecursionError:
-        raise ValueError(f"{path}: not usable as JSON: nested too deeply") from None
+        raise CheckpointError(f"{path}: not usable as JSON: nested too deeply") from None
     except ValueError:  # Python reads no integer of more than 4,300 digits
-        raise ValueError(f"{path}: not usable as JSON: it has an integer of thousands of digits") from None
+        raise CheckpointError(f"{path}: not usable as JSON: it has an integer of thousands of digits") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a JSON object {{...}}, not a {type(content).__name__}")
+        raise CheckpointError(f"{path}: must be a JSON object {{...}}, not a {type(content).__name__}")
     return content
 
 
-def read_config(folder: str | os.PathLike[str], known: Collection[str]) -> dict[str, Any]:
-    """config.json of `folder`, whose `model_type` must be one of `known`.
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """config.json of `folder`, whose `model_type` must be one of the registry's.
 
     Code that comes with a checkpoint (`auto_map`) is never run: where `model_type` is known, our own model is used.
-    Raises what `check_folder` and `read_json` raise, and ValueError for a missing or unknown `model_type`.
+    Raises what `check_folder` and `read_json` raise, and CheckpointError for a missing or unknown `model_type`.
     """
     path = check_folder(folder) / "config.json"
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file; give the folder of a checkpoint in Hugging Face's format")
     config = read_json(path)
-    model_type = config.get("model_type")
-    if isinstance(model_type, str) and model_type in known:
+    model_type, known = config.get("model_type"), model_types()
+    if model_type in known:
         return config
     if model_type is None:
         problem = "has no model_type"
     else:
         problem = f"model_type {short(model_type)} is not supported"
     remote = "; it needs code of its own (auto_map), which is never run" if "auto_map" in config else ""
-    raise ValueError(f"{path}: {problem}{remote}; supported are {', '.join(sorted(known))}")
+    raise CheckpointError(f"{path}: {problem}{remote}; supported are {', '.join(sorted(known))}")
 
 
 def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -105,5 +110,5 @@ def eos_token_ids(config: Mapping[str, Any], path: Path) -> list[int] | None:
         return None
     ids = eos if isinstance(eos, list) else [eos]
     if not all(type(item) is int and 0 <= item < 2**31 for item in ids):
-        raise ValueError(f"{path}: eos_token_id is {short(eos)}; it must be a token id or a list of token ids")
+        raise CheckpointError(f"{path}: eos_token_id is {short(eos)}; it must be a token id or a list of token ids")
     return ids

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxinfer.checkpoint.files import check_folder, read_json, some
 from jaxinfer.checkpoint.safetensors import SafetensorsFile, TensorInfo
+from jaxinfer.errors import CheckpointError
 from jaxinfer.places import inside
 
 SINGLE = "model.safetensors"
@@ -43,7 +44,7 @@ class Checkpoint:
         try:
             problems = self._open(names, index)
             if problems:
-                raise ValueError(f"{self.folder}: {'; '.join(problems)}")
+                raise CheckpointError(f"{self.folder}: {'; '.join(problems)}")
         except BaseException:
             self.close()
             raise

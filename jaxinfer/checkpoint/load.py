@@ -16,6 +16,7 @@ from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.memory import Host, HugePages
 from jaxinfer.checkpoint.quantized import Wanted, check_range, decode, wanted_tensors
 from jaxinfer.checkpoint.safetensors import aligned
+from jaxinfer.errors import CheckpointError
 from jaxinfer.models.model import Model, Params, scales
 from jaxinfer.models.weights import Source
 from jaxinfer.quantization.qarray import quantize
@@ -203,7 +204,7 @@ def _locate(model: Model, checkpoint: Checkpoint, sources: Mapping[str, Source])
         if names
     ]
     if problems:
-        raise ValueError(f"{checkpoint.folder}: does not fit its config.json: {'; '.join(problems)}")
+        raise CheckpointError(f"{checkpoint.folder}: does not fit its config.json: {'; '.join(problems)}")
     return located
 
 

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from jaxinfer.checkpoint.files import read_json, short, some
 from jaxinfer.checkpoint.safetensors import DTYPES
 from jaxinfer.checkpoint.write import Layout
+from jaxinfer.errors import CheckpointError
 from jaxinfer.models.model import Model, Params
 from jaxinfer.places import file_system, inside, reached
 from jaxinfer.quantization.schemes import SCALE, Quantization
@@ -158,8 +159,8 @@ def restore(model: Model, checkpoint: Converted, place: jax.Device | Mesh) -> Pa
             raise _damaged(checkpoint.weights, short(str(error))) from None
 
 
-def _damaged(path: str, problem: str) -> ValueError:
-    return ValueError(f"{path}: damaged or cut off: {problem}; convert the checkpoint again")
+def _damaged(path: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged or cut off: {problem}; convert the checkpoint again")
 
 
 def _sizes(path: str) -> dict[str, int]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxinfer.checkpoint.files import short
 from jaxinfer.checkpoint.memory import ALIGNMENT
+from jaxinfer.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's limit
 _PIECE = 64 * 2**20  # bytes a system call: Ctrl-C is heard between two
@@ -116,8 +117,8 @@ class SafetensorsFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _bad(self, problem: str) -> ValueError:
-        return ValueError(f"{self.path}: not a valid safetensors file: {problem}; download or write it again")
+    def _bad(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: not a valid safetensors file: {problem}; download or write it again")
 
     def _fill(self, view: memoryview, offset: int) -> None:
         while view:

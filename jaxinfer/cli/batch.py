@@ -18,7 +18,7 @@ import typer
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import say_error
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import LoadOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.options import ModelOptions, SamplingOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.batch import Summary
@@ -125,7 +125,7 @@ def batch(
     output: OutputOptions,
     stopping: StoppingOptions,
     batching: BatchingOptions,
-    load: LoadOptions,
+    load: ModelOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
     verbosity: Verbosity,
@@ -150,7 +150,7 @@ def batch(
         raise ValueError("--output is missing: a folder, or a file *.jsonl, *.csv or *.parquet")
     check_kept(output.output, "output")
     changes = sampling.given
-    model, options = load.loading(**dataclasses.asdict(batching), seed=changes.pop("seed", None))
+    model, options = load.loading(**batching.options, seed=changes.pop("seed", None))
     if logprobs is not None:
         changes["logprobs"] = logprobs
     if task == "score" and changes:

@@ -13,7 +13,8 @@ import typer
 
 from jaxinfer.cli.console import Progress
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
+from jaxinfer.cli.options import JSON, EngineOptions, ModelOptions, Verbosity, grouped
+from jaxinfer.engine.config import EngineConfig
 
 if TYPE_CHECKING:
     from jaxinfer.benchmark import Trace, Work
@@ -34,18 +35,13 @@ LATENCIES = {
 class BatchingOptions:
     """How the engine batches, as in `LLM`."""
 
-    max_num_seqs: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Most sequences that run at once.", rich_help_panel=BATCHING),
-    ] = None
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Most tokens of one device call.", rich_help_panel=BATCHING),
-    ] = None
+    options: Annotated[EngineConfig, EngineOptions(BATCHING, "max_num_seqs", "max_num_batched_tokens")] = (
+        dataclasses.field(default_factory=EngineConfig)
+    )
 
-    def load(self, options: LoadOptions, progress: Progress) -> LLM:
+    def load(self, model: ModelOptions, progress: Progress) -> LLM:
         """The model in memory."""
-        return options.load(progress, **dataclasses.asdict(self))
+        return model.load(progress, **self.options)
 
 
 NumPrompts = Annotated[int, typer.Option(metavar="N", min=1, help="How many.", rich_help_panel=REQUESTS)]
@@ -73,7 +69,7 @@ def throughput(
     as_json: JSON = False,
     *,
     batching: BatchingOptions,
-    load: LoadOptions,
+    load: ModelOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
@@ -124,7 +120,7 @@ def latency(
     as_json: JSON = False,
     *,
     batching: BatchingOptions,
-    load: LoadOptions,
+    load: ModelOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:

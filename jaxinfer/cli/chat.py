@@ -14,7 +14,7 @@ import typer
 
 from jaxinfer.cli.console import Progress, print_pieces, say_error, title
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import CHAT_TEMPLATE, LoadOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.options import CHAT_TEMPLATE, ModelOptions, SamplingOptions, Verbosity, grouped
 from jaxinfer.cli.options import chat_template as read_chat_template
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def chat(
         str | None, typer.Option(metavar="S", help="What the model is told before the conversation.")
     ] = None,
     chat_template: CHAT_TEMPLATE = None,
-    load: LoadOptions,
+    load: ModelOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
     verbosity: Verbosity,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from jaxinfer.cli.console import say_error
-from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
+from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.compare import Price
@@ -43,7 +43,7 @@ def compare(
     plot: Annotated[
         str | None, typer.Option(metavar="FILE.png", help="Draw quality over bytes (pip install '.\\[plot]').")
     ] = None,
-    load: LoadOptions,
+    load: ModelOptions,
     verbosity: Verbosity,
 ) -> None:
     """What quantization costs and saves: each scheme beside the model as it is, on texts of yours.
@@ -57,7 +57,7 @@ def compare(
     from jaxinfer.batch.sources import find_sources
     from jaxinfer.checkpoint.hub import resolve
     from jaxinfer.demo import MODEL_DIR
-    from jaxinfer.engine.options import KVCacheDType
+    from jaxinfer.engine.config import KVCacheDType
     from jaxinfer.plan.plot import check_plot, draw
     from jaxinfer.quantization.schemes import SCHEMES, parse_quantization
     from jaxinfer.sampling.params import SamplingParams

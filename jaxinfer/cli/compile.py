@@ -14,7 +14,7 @@ import typer
 from jaxinfer import distributed
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
+from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
 from jaxinfer.cli.plan import architecture, named
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def compile(
     ] = None,
     as_json: JSON = False,
     batching: BatchingOptions,
-    load: LoadOptions,
+    load: ModelOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
@@ -51,7 +51,7 @@ def compile(
 
     from jaxinfer.places import check_kept
 
-    if load.compiled is not None:
+    if "compiled" in load.options:
         raise ValueError("--compiled is what other commands take; here it is --output")
     check_kept(output, "output")
     load, deployment = named(what, load)
@@ -60,7 +60,7 @@ def compile(
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
     if topology is not None and hosts != HostOptions():
         raise ValueError(f"topology is {topology!r}: that is compiled for by one process, without --coordinator")
-    model, options = load.loading(**dataclasses.asdict(batching))
+    model, options = load.loading(**batching.options)
     with verbosity.apply() as progress:
         progress("starting JAX")
         config = architecture(model, deployment)

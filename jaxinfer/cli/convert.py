@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from jaxinfer.cli.options import JSON, REVISION, SOURCE, WRITTEN_DTYPE, Verbosity, grouped
-from jaxinfer.quantization.schemes import SCHEMES, parse_quantization
+from jaxinfer.cli.options import JSON, REVISION, SOURCE, WRITTEN_DTYPE, Verbosity, engine_option, grouped
+from jaxinfer.quantization.schemes import parse_quantization
 
 if TYPE_CHECKING:
     from jaxinfer.convert import Conversion
@@ -23,12 +23,7 @@ def convert(
     format: Annotated[
         Literal["orbax", "hf"], typer.Option(help="Orbax, restored straight into shards; or safetensors as on the hub.")
     ] = "orbax",
-    quantization: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SCHEME", help=f"Of weights: {', '.join(SCHEMES)}; or by patterns of names: '*.mlp.*=int4,*=none'."
-        ),
-    ] = None,
+    quantization: Annotated[str | None, engine_option("quantization")] = None,
     dtype: WRITTEN_DTYPE = "auto",
     mesh: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Devices that share the work; any can restore what was written.")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
+from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
 
 
 @grouped
-def doctor(as_json: JSON = False, *, load: LoadOptions, verbosity: Verbosity) -> None:
+def doctor(as_json: JSON = False, *, load: ModelOptions, verbosity: Verbosity) -> None:
     """Say what is here: devices, kernels and why they are used or not, versions, the compilation cache, memory.
 
     With --model FOLDER or --config FILE also what that model would have here, with the options that are given: which
@@ -18,7 +18,7 @@ def doctor(as_json: JSON = False, *, load: LoadOptions, verbosity: Verbosity) ->
 
     verbosity.apply()
     config = None
-    if load != LoadOptions():
+    if load != ModelOptions():
         from jaxinfer.cli.plan import architecture, named
 
         load, deployment = named(None, load)

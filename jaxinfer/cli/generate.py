@@ -14,7 +14,7 @@ import typer
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import Progress, print_pieces, say_error, title
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import CHAT_TEMPLATE, JSON, LoadOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.options import CHAT_TEMPLATE, JSON, ModelOptions, SamplingOptions, Verbosity, grouped
 from jaxinfer.cli.options import chat_template as read_chat_template
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def generate(
         str | None, typer.Option(metavar="DIR", help="Write a trace of the generation for JAX's profiler tools.")
     ] = None,
     batching: BatchingOptions,
-    load: LoadOptions,
+    load: ModelOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
     verbosity: Verbosity,

@@ -8,36 +8,53 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 
 from jaxinfer.cli.console import LogHandler, Progress
-from jaxinfer.quantization.schemes import SCHEMES, parse_quantization
+from jaxinfer.engine.config import OPTIONS, DType, EngineConfig, check_options
+from jaxinfer.quantization.schemes import parse_quantization
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 
 if TYPE_CHECKING:
-    from jaxinfer.engine.options import LoadOptions as EngineOptions
     from jaxinfer.llm import LLM
 
 MODEL, SAMPLING = "Model", "Sampling (what is not given is as the checkpoint says)"
+
+
+def engine_option(name: str, panel: str | None = None) -> Any:
+    """What the command line says of an option of EngineConfig."""
+    said = OPTIONS[name].option
+    return typer.Option(metavar=said.metavar, help=said.help, rich_help_panel=panel)
+
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and all else on stderr.")]
 
 # Of commands that write a model in another form.
 SOURCE = Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hugging Face hub id.")]
-REVISION = Annotated[str | None, typer.Option(metavar="R", help="Branch, tag or commit of a model on the hub.")]
-WRITTEN_DTYPE = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option("--dtype", help="Of what is not quantized; auto: what the checkpoint has."),
-]
+REVISION = Annotated[str | None, engine_option("revision")]
+WRITTEN_DTYPE = Annotated[DType, typer.Option(help="Of what is not quantized; auto: what the checkpoint has.")]
+
+
+class EngineOptions:
+    """Marks a field of a group that holds these options of EngineConfig, as far as they are given."""
+
+    def __init__(self, panel: str, *names: str):
+        self.annotations = {name: Annotated[self._kind(name) | None, engine_option(name, panel)] for name in names}
+
+    @staticmethod
+    def _kind(name: str) -> Any:
+        """What the command line makes of it."""
+        one = OPTIONS[name]
+        return one.kind if one.choices else next((kind for kind in (int, float) if kind in one.kinds), str)
 
 
 @dataclass(frozen=True)
-class LoadOptions:
+class ModelOptions:
     """Which model, and how it is held."""
 
     model: Annotated[
@@ -58,82 +75,37 @@ class LoadOptions:
             rich_help_panel=MODEL,
         ),
     ] = None
-    revision: Annotated[
-        str | None,
-        typer.Option(metavar="R", help="Branch, tag or commit of a model on the hub.", rich_help_panel=MODEL),
-    ] = None
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="T", help="Folder or hub id of another tokenizer; without it, the model's.", rich_help_panel=MODEL
+    options: Annotated[
+        EngineConfig,
+        EngineOptions(
+            MODEL,
+            "revision",
+            "tokenizer",
+            "dtype",
+            "quantization",
+            "max_model_len",
+            "mesh",
+            "attention",
+            "kv_cache_dtype",
+            "compiled",
         ),
-    ] = None
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"] | None,
-        typer.Option(
-            help="Of weights and cache; auto, as without it: the checkpoint's, if it is fast here.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None
-    quantization: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SCHEME",
-            help=f"Of weights: {', '.join(SCHEMES)}; or by patterns of names: '*.mlp.*=int4,*=none'.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Most tokens of prompt and answer together.", rich_help_panel=MODEL),
-    ] = None
+    ] = dataclasses.field(default_factory=EngineConfig)
 
-    mesh: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="Devices that share the model: tensor=4; without it, all that can on TPU and GPU, one on CPU.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None
-
-    attention: Annotated[
-        Literal["auto", "xla", "pallas"] | None,
-        typer.Option(
-            help="What reads the cache; auto, as without it: a Pallas kernel on TPU, plain XLA elsewhere.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None
-
-    kv_cache_dtype: Annotated[
-        Literal["auto", "int8", "fp8"] | None,
-        typer.Option(
-            help="Of keys and values; auto, as without it: that of activations; on TPU fp8.", rich_help_panel=MODEL
-        ),
-    ] = None
-
-    compiled: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Programs that jaxinfer compile has made, so that nothing compiles; as trusted as code.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None
-
-    def loading(self, **more: Any) -> tuple[str | os.PathLike[str], EngineOptions]:
-        """Model and options for LLM, these and `more` of them: what is given, before what --config says."""
-        given = {name: value for name, value in (dataclasses.asdict(self) | more).items() if value is not None}
-        config, model = given.pop("config", None), given.pop("model", None)
-        if self.quantization is not None:
-            given["quantization"] = parse_quantization(self.quantization)
-        if config is not None:
+    def loading(self, **more: Any) -> tuple[str | os.PathLike[str], EngineConfig]:
+        """Model and options for LLM, these and `more` of them: what is given, before what --config says. Raises
+        ValueError for what can't be given."""
+        given = {name: value for name, value in {**self.options, **more}.items() if value is not None}
+        if "quantization" in given:
+            given["quantization"] = parse_quantization(given["quantization"])
+        check_options(given)
+        options = cast(EngineConfig, given)
+        if self.config is not None:
             from jaxinfer.engine.deployment import read_deployment
 
-            return read_deployment(config).loading(model, cast("EngineOptions", given))
+            return read_deployment(self.config).loading(self.model, options)
         from jaxinfer.demo import MODEL_DIR
 
-        return MODEL_DIR if model is None else model, cast("EngineOptions", given)
+        return MODEL_DIR if self.model is None else self.model, options
 
     def load(self, progress: Progress, **more: Any) -> LLM:
         """The model in memory, with `more` options of `LLM`. Raises what that raises; a wrong name shows before JAX is
@@ -255,15 +227,16 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     groups: dict[str, Any] = {p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)}
     shown = [p for p in parameters if p.name not in groups]
     for group in groups.values():
-        hints = get_type_hints(group, include_extras=True)
-        for field in dataclasses.fields(group):
+        for field, hint in _fields(group):
+            options = hint.annotations if isinstance(hint, EngineOptions) else {field.name: hint}
+            default = None if isinstance(hint, EngineOptions) else field.default
             kind = inspect.Parameter.KEYWORD_ONLY
-            shown.append(inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name]))
+            shown += [inspect.Parameter(n, kind, default=default, annotation=hint) for n, hint in options.items()]
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
         built = {
-            name: group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            name: group(**{field.name: _value(field.name, hint, given) for field, hint in _fields(group)})
             for name, group in groups.items()
         }
         command(**given, **built)
@@ -271,3 +244,18 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in shown}
     return run
+
+
+def _fields(group: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """Each, with its annotation, or the options of EngineConfig that it stands for."""
+    hints = get_type_hints(group, include_extras=True)
+    for field in dataclasses.fields(group):
+        (said,) = hints[field.name].__metadata__
+        yield field, said if isinstance(said, EngineOptions) else hints[field.name]
+
+
+def _value(name: str, hint: Any, given: dict[str, Any]) -> Any:
+    """Of a field, out of what is given."""
+    if not isinstance(hint, EngineOptions):
+        return given.pop(name)
+    return {n: value for n in hint.annotations if (value := given.pop(n)) is not None}

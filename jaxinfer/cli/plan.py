@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxinfer.cli.bench import BatchingOptions
-from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
+from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.cli.console import Progress
+    from jaxinfer.engine.config import EngineConfig
     from jaxinfer.engine.deployment import Deployment
-    from jaxinfer.engine.options import LoadOptions as EngineOptions
 
 
 @grouped
@@ -47,7 +47,7 @@ def plan(
     ] = None,
     as_json: JSON = False,
     batching: BatchingOptions,
-    load: LoadOptions,
+    load: ModelOptions,
     verbosity: Verbosity,
 ) -> None:
     """Say whether a model fits a TPU slice, and how fast it can be at best. No TPU and no weights are needed.
@@ -58,11 +58,11 @@ def plan(
     bfloat16, and float16 on a T4.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
-    if load.compiled is not None:
+    if "compiled" in load.options:
         raise ValueError("--compiled is for commands that run a model: a plan compiles anew")
     load, deployment = named(what, load)
-    model, options = load.loading(**dataclasses.asdict(batching))
-    if sweep and load.mesh is not None:
+    model, options = load.loading(**batching.options)
+    if sweep and "mesh" in load.options:
         raise ValueError("--sweep tries all meshes: leave --mesh out")
     if plot is not None:
         from jaxinfer.plan.plot import check_plot
@@ -102,7 +102,7 @@ def plan(
 
 
 def _plan(
-    config: Mapping[str, Any], topology: str, context: int | None, options: EngineOptions, progress: Progress
+    config: Mapping[str, Any], topology: str, context: int | None, options: EngineConfig, progress: Progress
 ) -> dict[str, Any]:
     from jaxinfer.models.registry import parse_config
     from jaxinfer.plan.compile import make_plan
@@ -115,7 +115,7 @@ def _plan(
 
 
 def _sweep(
-    config: Mapping[str, Any], topology: str | None, context: int | None, as_json: bool, options: EngineOptions
+    config: Mapping[str, Any], topology: str | None, context: int | None, as_json: bool, options: EngineConfig
 ) -> None:
     from jaxinfer.cli.plan_tables import print_sweep
     from jaxinfer.plan.figures import context_of
@@ -134,9 +134,9 @@ def _sweep(
         print_sweep(found, refused, context)
 
 
-def named(what: str | None, load: LoadOptions) -> tuple[LoadOptions, Deployment | None]:
+def named(what: str | None, load: ModelOptions) -> tuple[ModelOptions, Deployment | None]:
     """The argument as the option that it stands for; and the deployment, if it is one."""
-    if load.revision is not None:
+    if "revision" in load.options:
         raise ValueError("--revision is of a model on the hub, and nothing is downloaded here: give a model's folder")
     if what is not None:
         is_config = Path(what).suffix in (".yaml", ".yml")
@@ -160,7 +160,7 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
     from jaxinfer.checkpoint.open import open_weights
     from jaxinfer.checkpoint.settle import as_stored
     from jaxinfer.engine.load import check_architecture
-    from jaxinfer.models.registry import REGISTRY, parse_config
+    from jaxinfer.models.registry import parse_config
 
     said = deployment.architecture if deployment else None
     path = Path(model).expanduser()
@@ -168,7 +168,7 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
     if said is None or folder.is_dir():
         if deployment is not None and not folder.exists():
             raise ValueError(f"{deployment.path}: architecture is missing, and {model} is no folder with a config.json")
-        config = read_config(folder, REGISTRY)
+        config = read_config(folder)
         if said is not None:
             check_architecture(said, config, folder / "config.json")
         try:

@@ -14,7 +14,7 @@ import typer
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import title
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import JSON, LoadOptions, Verbosity, grouped
+from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.batch.row import Row
@@ -36,7 +36,7 @@ def score(
     ] = False,
     as_json: JSON = False,
     batching: BatchingOptions,
-    load: LoadOptions,
+    load: ModelOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:

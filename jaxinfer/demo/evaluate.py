@@ -11,7 +11,7 @@ from typing import Any, get_args
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.demo.families import Question
 from jaxinfer.demo.questions import held_out_questions
-from jaxinfer.engine.options import KVCacheDType
+from jaxinfer.engine.config import KVCacheDType
 from jaxinfer.quantization.schemes import SCHEMES, check_quantization
 
 MAX_ANSWER_TOKENS = 48

@@ -10,18 +10,15 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Self, Unpack
 
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.engine import EngineStats
 from jaxinfer.engine.generation import Group
 from jaxinfer.engine.load import load_engine
-from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.outputs import RequestOutput
 from jaxinfer.engine.prompts import Prompt, encode_prompt
-from jaxinfer.engine.thread import EngineClosed, EngineThread, Submission
+from jaxinfer.engine.thread import EngineThread, Submission
+from jaxinfer.errors import EngineClosed, QueueFullError, RequestError
 from jaxinfer.sampling.params import SamplingParams
-
-
-class QueueFullError(RuntimeError):
-    """More requests wait than `max_queued` allows: try again later."""
 
 
 class AsyncEngine:
@@ -34,7 +31,7 @@ class AsyncEngine:
             print(output.outputs[0].text)  # all the text so far
     """
 
-    def __init__(self, model: str | os.PathLike[str], *, max_queued: int = 1024, **options: Unpack[LoadOptions]):
+    def __init__(self, model: str | os.PathLike[str], *, max_queued: int = 1024, **options: Unpack[EngineConfig]):
         if not isinstance(max_queued, int) or isinstance(max_queued, bool) or max_queued < 1:
             raise ValueError(f"max_queued is {max_queued!r}: it must be an integer of at least 1")
         loaded = load_engine(model, **options)
@@ -61,13 +58,14 @@ class AsyncEngine:
     ) -> AsyncIterator[RequestOutput]:
         """The output so far, whenever there is more; the last one is finished.
 
-        Leaving the loop early, or cancelling the task, aborts the request. Raises ValueError for what can't be served
+        Leaving the loop early, or cancelling the task, aborts the request. Raises RequestError for what can't be served
         or an id that is in use, and QueueFullError. An error of the device ends all requests with it; the next one
         finds the engine in order.
         """
         params = sampling_params or self._default_sampling_params()
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params is a {type(params).__name__}: it must be SamplingParams")
+            kind = type(params).__name__
+            raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
         self.engine_thread.check_open()
         text, ids, salt = encode_prompt(prompt, self.tokenizer)
         group = self.engine_thread.engine.new_group(ids, params, text, priority, salt)
@@ -119,7 +117,7 @@ class AsyncEngine:
     def _remember(self, name: str, group: Group) -> None:
         with self._lock:
             if name in self._open:
-                raise ValueError(f"request_id {name!r} is in use by a request that has not ended")
+                raise RequestError(f"request_id {name!r} is in use by a request that has not ended", "request_id")
             waiting = sum(group.waiting for group in self._open.values())
             if waiting >= self.max_queued:
                 raise QueueFullError(f"{waiting} requests are waiting, and max_queued is {self.max_queued}; try later")

@@ -28,7 +28,7 @@ from jax.experimental import serialize_executable
 
 from jaxinfer import __version__
 from jaxinfer.cache import tokamax_version
-from jaxinfer.engine.options import check_options
+from jaxinfer.engine.config import check_options, which
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.engine.sizing import Sizes
 from jaxinfer.kernels.cpu import kernels
@@ -46,17 +46,7 @@ SETTINGS = ("enable_x64", "default_matmul_precision", "default_prng_impl", "thre
 FEATURES = re.compile(r"s?sse|avx|amx|fma|f16c|bmi|v?aes|v?pclmul|sha|gfni|popcnt|abm|movbe|adx|asimd|sve|fp(hp)?$")
 
 
-OPTIONS = {
-    "dtype",
-    "mesh",
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "page_size",
-    "attention",
-    "kv_cache_dtype",
-    "quantization",
-}
+OPTIONS = set(which(shapes_programs=True))
 ENTRY = {"bytes": int, "sha256": str, "signature": str}
 
 

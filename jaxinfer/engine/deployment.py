@@ -23,13 +23,12 @@ from typing import Any, cast
 import yaml
 
 from jaxinfer.aliases.loading import LOADING
-from jaxinfer.engine.options import NONE_IS_DEFAULT, LoadOptions, check_options, in_our_words
-from jaxinfer.models.registry import REGISTRY
+from jaxinfer.engine.config import NONE_IS_DEFAULT, EngineConfig, check_options, in_our_words, which
+from jaxinfer.models.registry import model_types
 
 MAX_BYTES = 2**20
 PLACES = ("model", "topology")
-# A token is a secret, and who is told of the progress is not data.
-FIELDS = (*PLACES, *(name for name in LoadOptions.__annotations__ if name not in ("token", "on_progress")))
+FIELDS = (*PLACES, *which(is_data=True))
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,11 @@ class Deployment:
         return ValueError(f"{self.path}:{line}: {text}")
 
     def loading(
-        self, model: str | os.PathLike[str] | None, options: LoadOptions
-    ) -> tuple[str | os.PathLike[str], LoadOptions]:
+        self, model: str | os.PathLike[str] | None, options: EngineConfig
+    ) -> tuple[str | os.PathLike[str], EngineConfig]:
         """What LLM is to be given, if these come before what the file says. A revision is its model's."""
         said = {n: v for n, v in self.options.items() if model is None or n != "revision"}
-        return self.model if model is None else model, cast(LoadOptions, said | options)
+        return self.model if model is None else model, cast(EngineConfig, said | options)
 
 
 def read_deployment(path: str | os.PathLike[str]) -> Deployment:
@@ -92,9 +91,9 @@ def read_deployment(path: str | os.PathLike[str]) -> Deployment:
     if "model" not in fields:
         raise ValueError(f"{path}: model is missing: a folder or a hub id")
     architecture = fields.get("architecture")
-    if architecture is not None and architecture.get("model_type") not in REGISTRY:
+    if architecture is not None and architecture.get("model_type") not in model_types():
         said = architecture.get("model_type")
-        raise wrong("architecture", f"model_type is {said!r:.100}: it must be one of {', '.join(REGISTRY)}")
+        raise wrong("architecture", f"model_type is {said!r:.100}: it must be one of {', '.join(model_types())}")
     options = {name: value for name, value in fields.items() if name not in PLACES}
     return Deployment(path, fields["model"], fields.get("topology"), options, lines)
 

@@ -18,6 +18,7 @@ from jaxinfer.engine.runner import Launched, Runner
 from jaxinfer.engine.scheduler import Schedule
 from jaxinfer.engine.scoring import SCORING, Scoring
 from jaxinfer.engine.shards import Shards
+from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
 from jaxinfer.sampling.slots import Masks
 from jaxinfer.text.base import Tokenizer
@@ -124,14 +125,14 @@ class Engine:
         priority: int = 0,
         cache_salt: str = "",
     ) -> Group:
-        """A request for `queue`. cache_salt: see Encoded. Raises ValueError for ids, a length or parameters that can't
-        be served.
+        """A request for `queue`. cache_salt: see Encoded. Raises RequestError for ids, a length or parameters that
+        can't be served.
 
         Any thread may call it: it reads what was loaded, and nothing that changes.
         """
-        stop_ids, excluded = self._checked(prompt_token_ids, params)
+        stop_ids, excluded = self.check(prompt_token_ids, params)
         if not isinstance(priority, int) or isinstance(priority, bool):
-            raise ValueError(f"priority is {priority!r:.100}: it must be an integer")
+            raise RequestError(f"priority is {priority!r:.100}: it must be an integer", "priority")
         length = len(prompt_token_ids)
         # The first one's log-probabilities of the prompt are everyone's.
         later = dataclasses.replace(params, prompt_logprobs=None) if params.n > 1 else params
@@ -156,8 +157,8 @@ class Engine:
         return Group(prompt, members)
 
     def new_scoring(self, token_ids: Sequence[int], scored_from: int, text: str | None = None) -> Scoring:
-        """A text for `queue`, whose tokens from `scored_from` on are scored. Raises ValueError for ids or a length that
-        can't be served. Any thread may call it."""
+        """A text for `queue`, whose tokens from `scored_from` on are scored. Raises RequestError for ids or a length
+        that can't be served. Any thread may call it."""
         self.check_scoring(token_ids, scored_from)
         *tokens, target = token_ids
         request = Request(
@@ -193,50 +194,49 @@ class Engine:
         return group
 
     def check_scoring(self, token_ids: Sequence[int], scored_from: int) -> None:
-        """Raises ValueError for what `new_scoring` would refuse."""
-        self._check_ids("the text", token_ids)
+        """Raises RequestError for what `new_scoring` would refuse."""
+        self._check_ids("the text", token_ids, "text")
         if not 1 <= scored_from < len(token_ids):
-            raise ValueError(
+            raise RequestError(
                 f"{len(token_ids)} tokens are given and those from place {scored_from} on are to be scored: at least "
-                "one must be, and one must come before it"
+                "one must be, and one must come before it",
+                "text",
             )
         if len(token_ids) - 1 > self.max_model_len:
-            raise ValueError(
+            raise ContextLengthError(
                 f"the text has {len(token_ids)} tokens: with max_model_len {self.max_model_len} it may have at most "
-                f"{self.max_model_len + 1}; shorten it, raise max_model_len, or use loglikelihood_rolling"
+                f"{self.max_model_len + 1}; shorten it, raise max_model_len, or use loglikelihood_rolling",
+                "text",
             )
         self.scheduler.check(len(token_ids) - 1)
 
-    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raises ValueError for what `new_group` would refuse."""
-        self._checked(prompt_token_ids, params)
-
-    def _checked(
+    def check(
         self, prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> tuple[tuple[int, ...], Exclusions | None]:
-        """The ids that end the prompt's continuations, and the tokens that may not come. Raises ValueError."""
+        """What ends the prompt's continuations, and the tokens that may not come. Raises what `new_group` does."""
         length = len(prompt_token_ids)
-        self._check_ids("the prompt", prompt_token_ids)
+        self._check_ids("the prompt", prompt_token_ids, "prompt")
         if not length:
-            raise ValueError("the prompt is empty: give at least one token")
+            raise RequestError("the prompt is empty: give at least one token", "prompt")
         if length >= self.max_model_len:
-            raise ValueError(
+            raise ContextLengthError(
                 f"the prompt has {length} tokens: with max_model_len {self.max_model_len} it may have at most "
-                f"{self.max_model_len - 1}; shorten it or raise max_model_len"
+                f"{self.max_model_len - 1}; shorten it or raise max_model_len",
+                "prompt",
             )
         params.check_texts()
-        if params.stop:
-            self.tokenizer.require("sampling parameter stop", "give stop_token_ids")
-        if params.bad_words:
-            self.tokenizer.require("sampling parameter bad_words", "give bad_words_ids")
+        for name, instead in (("stop", "stop_token_ids"), ("bad_words", "bad_words_ids")):
+            if getattr(params, name):
+                self.tokenizer.require(f"sampling parameter {name}", f"give {instead}", name)
         for name, ids in params.named_ids():
-            self._check_ids(f"sampling parameter {name}", ids)
+            self._check_ids(f"sampling parameter {name}", ids, name)
         eos = () if params.ignore_eos else self.eos_token_ids
         stop_ids = tuple(dict.fromkeys([*eos, *(params.stop_token_ids or ())]))
         if len(stop_ids) > MAX_STOP_IDS:
-            raise ValueError(
+            raise RequestError(
                 f"stop_token_ids {list(params.stop_token_ids or ())} and the checkpoint's EOS ids are {len(stop_ids)} "
-                f"ids: at most {MAX_STOP_IDS} are supported; use stop strings for the rest"
+                f"ids: at most {MAX_STOP_IDS} are supported; use stop strings for the rest",
+                "stop_token_ids",
             )
         excluded = exclusions(params, self.tokenizer, self.eos_token_ids, length)
         check_some_left(params, excluded.always if excluded else (), stop_ids, length, self.vocab_size)
@@ -390,12 +390,11 @@ class Engine:
 
     def _limit(self, prompt_length: int, params: SamplingParams) -> int:
         """The most tokens that a sequence may reach."""
-        if params.max_tokens is None:
-            return self.max_model_len
-        return min(prompt_length + params.max_tokens, self.max_model_len)
+        most = self.max_model_len if params.max_tokens is None else prompt_length + params.max_tokens
+        return min(most, self.max_model_len)
 
-    def _check_ids(self, where: str, ids: Iterable[int]) -> None:
+    def _check_ids(self, where: str, ids: Iterable[int], param: str) -> None:
         vocab = self.vocab_size
         for i in ids:
             if not 0 <= i < vocab:
-                raise ValueError(f"{where} has token id {i}: the model's ids go from 0 to {vocab - 1}")
+                raise RequestError(f"{where} has token id {i}: the model's ids go from 0 to {vocab - 1}", param)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 from jaxinfer.engine.bad_words import BadWords
+from jaxinfer.errors import RequestError
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.text.base import Tokenizer
 
@@ -59,7 +60,7 @@ def exclusions(
 def check_some_left(
     params: SamplingParams, always: Collection[int], stop_ids: Sequence[int], prompt_length: int, vocab_size: int
 ) -> None:
-    """Raises ValueError if parameters that exclude tokens leave none: `always` are excluded beside what is not
+    """Raises RequestError if parameters that exclude tokens leave none: `always` are excluded beside what is not
     allowed."""
     if not params.has_masks and not params.least(prompt_length):
         return
@@ -71,4 +72,4 @@ def check_some_left(
     allowed = range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
     if all(token in excluded for token in allowed):
         given = [name for name in names if getattr(params, name)]
-        raise ValueError(f"sampling parameters {', '.join(given)} leave no token to sample: exclude fewer")
+        raise RequestError(f"sampling parameters {', '.join(given)} leave no token to sample: exclude fewer", given[0])

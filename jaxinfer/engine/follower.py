@@ -14,18 +14,17 @@ from jax.sharding import Mesh
 from jaxinfer.checkpoint.open import Weights
 from jaxinfer.distributed import Group
 from jaxinfer.engine.compiled import Folder
+from jaxinfer.engine.config import EngineConfig, which
 from jaxinfer.engine.leader import finished, unpack
-from jaxinfer.engine.options import LoadOptions
 from jaxinfer.engine.programs import Key
 from jaxinfer.engine.runner import Runner
 
-# Process 0 alone has to do with text and with people.
-HERE = ("token", "on_progress", "tokenizer", "skip_tokenizer_init")
+HERE = which(of_process_0=True)
 
 
 def agree(
     group: Group,
-    given: LoadOptions,
+    given: EngineConfig,
     config: Mapping[str, Any],
     dtype: np.dtype[Any],
     checkpoint: Weights,

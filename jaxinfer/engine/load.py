@@ -29,21 +29,22 @@ from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.distributed import reported
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.compiled import Folder, open_folder
+from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.defaults import checkpoint_params
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.programs import Programs, cache_layout, placed_hidden, placed_params, placed_slots
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import Shards
 from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, device_bytes, page_size, size_cache
+from jaxinfer.errors import CheckpointError
 from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
-from jaxinfer.models.registry import REGISTRY, parse_config
+from jaxinfer.models.registry import parse_config
 from jaxinfer.quantization.stored import asked_for
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, local_devices, make_mesh
@@ -71,7 +72,8 @@ class Loaded:
         try:
             return SamplingParams(**self.asked)
         except ValueError as error:
-            raise ValueError(f"{self.folder / 'generation_config.json'}: {error}; or give sampling_params") from None
+            path = self.folder / "generation_config.json"
+            raise CheckpointError(f"{path}: {error}; or give sampling_params") from None
 
     def describe(self) -> str:
         """Weights and cache in one line."""
@@ -88,7 +90,7 @@ class Loaded:
 
 @reported
 def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
-    """Loads a folder in Hugging Face's format, or a hub id. Options: see LoadOptions.
+    """Loads a folder in Hugging Face's format, or a hub id. Options: see EngineConfig.
 
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
     """
@@ -102,7 +104,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         raise ValueError("there was an LLM in this program already: on several hosts it can have one")
     devices = _devices()
     check_cache_memory(given["kv_cache_memory"], _memory())
-    config = read_config(folder, REGISTRY)
+    config = read_config(folder)
     if given["architecture"] is not None:
         check_architecture(given["architecture"], config, folder / "config.json")
     # The cheap files first: what is wrong with them shows before gigabytes are read.
@@ -168,7 +170,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     return loaded
 
 
-def _tokenizer(folder: Path, given: LoadOptions) -> Tokenizer:
+def _tokenizer(folder: Path, given: EngineConfig) -> Tokenizer:
     """The one that is asked for, the checkpoint's own, or a stand-in that says that there is none."""
     if given["skip_tokenizer_init"]:
         return NoTokenizer(folder, "skip_tokenizer_init loads none")
@@ -232,7 +234,7 @@ def _devices() -> list[jax.Device]:
 
 
 def place_for(model: Model, mesh: str | None) -> jax.Device | Mesh:
-    """What would hold the model here: see LoadOptions."""
+    """What would hold the model here: see EngineConfig."""
     return _place(model.config, _devices(), mesh)
 
 
@@ -243,7 +245,7 @@ def _place(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | None) 
     return make_mesh(mesh, devices, shape.num_heads, shape.num_kv_heads, shape.hidden_size, wanted) or devices[0]
 
 
-def _misfit(sizes: Sizes, model: Model, place: jax.Device | Mesh, given: LoadOptions) -> str | None:
+def _misfit(sizes: Sizes, model: Model, place: jax.Device | Mesh, given: EngineConfig) -> str | None:
     """What is wrong with the sizes of programs that were compiled ahead."""
     if sizes.bytes > (room := _available(model, place, given, RESERVE)):
         return f"their KV cache of {sizes.bytes:,} bytes does not fit in the {room:,} that are free"
@@ -264,7 +266,7 @@ def make_scheduler(programs: Programs, prefix_caching: bool = True) -> Shards:
 
 
 def sized_programs(
-    model: Model, place: jax.Device | Mesh, given: LoadOptions, available: int, compiled: Folder | None = None
+    model: Model, place: jax.Device | Mesh, given: EngineConfig, available: int, compiled: Folder | None = None
 ) -> tuple[Programs, Sizes]:
     """With a cache of the size that was compiled for, or of as many pages as there is room for in `available` bytes of
     each device. Raises ValueError if that is not enough."""
@@ -299,7 +301,7 @@ def sized_programs(
 def choose_dtype(
     wanted: str, config: Mapping[str, Any], checkpoint: Weights | None, place: jax.Device | Mesh
 ) -> np.dtype[Any]:
-    """The dtype of weights: see LoadOptions. Without a checkpoint, what it stores is taken for bfloat16."""
+    """The dtype of weights: see EngineConfig. Without a checkpoint, what it stores is taken for bfloat16."""
     names = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
     if wanted != "auto":
         return np.dtype(names[wanted])
@@ -324,7 +326,7 @@ def computes_in(dtype: np.dtype[Any], place: jax.Device | Mesh) -> np.dtype[Any]
     return np.dtype(np.float32) if wide else dtype
 
 
-def limits(given: LoadOptions, place: jax.Device | Mesh) -> tuple[int, int]:
+def limits(given: EngineConfig, place: jax.Device | Mesh) -> tuple[int, int]:
     """Most sequences that run at once, and most tokens of a call, on each shard of rows."""
     shards, on_cpu = axis_size(place, ROWS), devices_of(place)[0].platform == "cpu"
     max_rows = given["max_num_seqs"] or (64 if on_cpu else 256)
@@ -334,14 +336,16 @@ def limits(given: LoadOptions, place: jax.Device | Mesh) -> tuple[int, int]:
     return -(-max_rows // shards), -(-max_tokens // shards)
 
 
-def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float = 0.0, weights: int = 0) -> int:
+def _available(
+    model: Model, place: jax.Device | Mesh, given: EngineConfig, slack: float = 0.0, weights: int = 0
+) -> int:
     """Bytes that the KV cache may take of each device, now that the weights are there, or `weights` bytes of them are
     to come; on the host with the least. slack: share of the memory that it may have beyond what is planned."""
     group, here = distributed.group(), _available_here(model, place, given, slack, weights)
     return here if group is None else int(min(group.gather(here)))
 
 
-def _available_here(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float, weights: int) -> int:
+def _available_here(model: Model, place: jax.Device | Mesh, given: EngineConfig, slack: float, weights: int) -> int:
     if given["kv_cache_memory"] is not None:
         return given["kv_cache_memory"]
     max_rows, max_tokens = limits(given, place)

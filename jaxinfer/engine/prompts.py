@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxinfer.errors import RequestError
 from jaxinfer.sampling.ids import are_ids, token_ids
 from jaxinfer.text.base import Tokenizer
 
@@ -28,21 +29,24 @@ class Encoded(NamedTuple):
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Encoded:
     """A prompt: text, ids, {"prompt": text} or {"prompt_token_ids": ids}, of which the latter two may have a
-    cache_salt. Raises ValueError."""
+    cache_salt. Raises RequestError."""
     salt = ""
     if isinstance(prompt, Mapping):
         if set(prompt) - {"cache_salt"} not in ({"prompt"}, {"prompt_token_ids"}):
-            raise ValueError(f"a prompt as a dict has either prompt or prompt_token_ids, not {list(prompt)}")
+            raise RequestError(
+                f"a prompt as a dict has either prompt or prompt_token_ids, not {list(prompt)}", "prompt"
+            )
         salt = "" if prompt.get("cache_salt") is None else prompt["cache_salt"]
         if not isinstance(salt, str) or prompt.get("cache_salt") == "":
-            raise ValueError(f"cache_salt is {salt!r:.100}: it must be a text that is not empty")
+            raise RequestError(f"cache_salt is {salt!r:.100}: it must be a text that is not empty", "cache_salt")
         prompt = prompt["prompt" if "prompt" in prompt else "prompt_token_ids"]
     if isinstance(prompt, str):
         if not prompt:
-            raise ValueError("the prompt is empty: give some text")
+            raise RequestError("the prompt is empty: give some text", "prompt")
         return Encoded(prompt, tokenizer.encode(prompt), salt)
     if isinstance(prompt, BYTES):
-        raise ValueError(f"a prompt must be a string or a list of token ids, not {type(prompt).__name__}: decode it")
+        kind = type(prompt).__name__
+        raise RequestError(f"a prompt must be a string or a list of token ids, not {kind}: decode it", "prompt")
     return Encoded(None, token_ids(prompt, "a prompt must be a string or"), salt)
 
 
@@ -59,6 +63,6 @@ def is_single_conversation(messages: Any) -> bool:
 def prompt_list(prompts: Any) -> list[Prompt]:
     """One prompt or a list of them, as a list."""
     if not isinstance(prompts, str | Mapping | Sequence | np.ndarray) or isinstance(prompts, BYTES):
-        raise ValueError(f"prompts: a prompt or a list of them is needed, not {type(prompts).__name__}")
+        raise RequestError.at("prompts", f"a prompt or a list of them is needed, not {type(prompts).__name__}")
     listed: Any = [prompts] if is_single_prompt(prompts) else prompts
     return list(listed)

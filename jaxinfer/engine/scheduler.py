@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.request import Request
+from jaxinfer.errors import ContextLengthError
 
 
 @dataclass
@@ -80,9 +81,10 @@ class Scheduler:
         """Raises ValueError if a sequence of up to `limit` tokens could never run, even alone."""
         needed = self.pages.pages_for(limit)
         if needed > self.pages.num_pages - 1:
-            raise ValueError(
+            raise ContextLengthError(
                 f"a sequence of up to {limit} tokens needs {needed} pages of the cache, which has "
-                f"{self.pages.num_pages - 1}; lower max_tokens or raise kv_cache_memory"
+                f"{self.pages.num_pages - 1}; lower max_tokens or raise kv_cache_memory",
+                "max_tokens",
             )
 
     def schedule(self, max_steps: int, may_preempt: bool = True) -> Schedule:

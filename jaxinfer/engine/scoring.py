@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from jaxinfer.engine.generation import not_finite
 from jaxinfer.engine.outputs import RequestMetrics, ScoreOutput
 from jaxinfer.engine.request import FinishReason, Request
+from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.sampling.ids import token_ids
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.sample import Logprobs
@@ -82,10 +83,10 @@ def encode_pair(prompt: str | Sequence[int], continuation: str | Sequence[int], 
     """The ids of a prompt and of what follows it, cut as lm-eval does: both are encoded as one text, and spaces at the
     prompt's end belong to the continuation. An empty prompt is BOS, or EOS where there is none. Raises ValueError."""
     if isinstance(prompt, str) != isinstance(continuation, str):
-        raise ValueError("prompt and continuation must both be text, or both be token ids")
+        raise RequestError("prompt and continuation must both be text, or both be token ids", "continuation")
     if not isinstance(prompt, str) or not isinstance(continuation, str):
         given = token_ids(prompt, "a prompt must be a string or")
-        scored = token_ids(continuation, "a continuation must be a string or")
+        scored = token_ids(continuation, "a continuation must be a string or", "continuation")
     else:
         kept = prompt.rstrip()
         given = tokenizer.encode(kept) if kept else []
@@ -94,8 +95,9 @@ def encode_pair(prompt: str | Sequence[int], continuation: str | Sequence[int], 
         first = prefix_token_id(tokenizer)
         given, scored = ([first], scored) if scored[:1] != [first] else (scored[:1], scored[1:])
     if not scored:
-        raise ValueError(
-            f"the continuation {continuation!r:.60} adds no token to the prompt: there is nothing to score"
+        raise RequestError(
+            f"the continuation {continuation!r:.60} adds no token to the prompt: there is nothing to score",
+            "continuation",
         )
     return given, scored
 
@@ -105,9 +107,10 @@ def encode_text(text: str | Sequence[int], tokenizer: Tokenizer) -> Pair:
     tokenizer puts one, so that all of the text is scored). Raises ValueError."""
     ids = text_ids(text, tokenizer)
     if len(ids) < 2:
-        raise ValueError(
+        raise RequestError(
             f"the text has {len(ids)} tokens: a token is scored given those before it, so there must be 2; "
-            "loglikelihood_rolling scores the first one too"
+            "loglikelihood_rolling scores the first one too",
+            "text",
         )
     return ids[:1], ids[1:]
 
@@ -116,7 +119,7 @@ def text_ids(text: str | Sequence[int], tokenizer: Tokenizer, add_special_tokens
     """The ids of a text that is given as such or as ids. Raises ValueError."""
     if isinstance(text, str):
         return tokenizer.encode(text, add_special_tokens)
-    return token_ids(text, "a text must be a string or")
+    return token_ids(text, "a text must be a string or", "text")
 
 
 def rolling_windows(ids: Sequence[int], first: int, length: int) -> Iterator[Pair]:
@@ -151,5 +154,7 @@ def prefix_token_id(tokenizer: Tokenizer) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    tokenizer.require("an empty prompt", "begin it with a token id")
-    raise ValueError(f"{tokenizer.folder}: the tokenizer has neither BOS nor EOS to put before an empty prompt")
+    tokenizer.require("an empty prompt", "begin it with a token id", "prompt")
+    raise UnsupportedError(
+        f"{tokenizer.folder}: the tokenizer has neither BOS nor EOS to put before an empty prompt", "prompt"
+    )

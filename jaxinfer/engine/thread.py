@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.generation import Group
 from jaxinfer.engine.scoring import Scoring
+from jaxinfer.errors import EngineClosed
 
 log = logging.getLogger("jaxinfer")
 
@@ -22,10 +23,6 @@ EXIT_SECONDS = 60.0  # the program's end waits so long for a call of the device 
 
 AnyGroup = Group | Scoring
 Listener = Callable[[Any, BaseException | None], None]  # Any: the group that was submitted
-
-
-class EngineClosed(ValueError):
-    """The engine was closed: nothing can be asked of it any more."""
 
 
 class Submission(NamedTuple):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.rotary import Rope
 
 _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
@@ -39,14 +40,14 @@ class Fields:
         self.data = data
         self.where = where
 
-    def error(self, name: str, problem: str) -> ValueError:
-        return ValueError(f"{self.where}: {name} is {self.data.get(name)!r:.100}: {problem}")
+    def error(self, name: str, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}: {name} is {self.data.get(name)!r:.100}: {problem}")
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = _LARGEST) -> int:
         value = self.data.get(name)
         value = default if value is None else value
         if value is None:
-            raise ValueError(f"{self.where}: {name} is missing: it must be an integer from {minimum} to {maximum}")
+            raise CheckpointError(f"{self.where}: {name} is missing: it must be an integer from {minimum} to {maximum}")
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
@@ -58,7 +59,7 @@ class Fields:
         value = self.data.get(name)
         value = default if value is None else value
         if value is None:
-            raise ValueError(f"{self.where}: {name} is missing: it must be a number")
+            raise CheckpointError(f"{self.where}: {name} is missing: it must be a number")
         fine = isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= _LARGEST_NUMBER
         if not fine or (above and value == minimum) or 0 < value < _SMALLEST_NUMBER:
             lowest = minimum or _SMALLEST_NUMBER if above else minimum

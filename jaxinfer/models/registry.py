@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from jaxinfer.errors import CheckpointError
+
 if TYPE_CHECKING:
     from flax import nnx
     from jax.typing import DTypeLike
@@ -32,28 +34,62 @@ class Architecture:
 
 
 class Entry(NamedTuple):
-    """A line of the registry: the module that has ARCHITECTURE, the class name on the hub, models of the kind."""
+    """A line of the registry. model_type: config.json's. source: the Architecture, or the module that has it as
+    ARCHITECTURE, imported when it is needed. known_as: models of the kind."""
 
-    module: str
-    hf_class: str
+    model_type: str
+    source: str | Architecture
     known_as: str
 
 
+# By the class that config.json names in `architectures`.
 REGISTRY: dict[str, Entry] = {
-    "gpt2": Entry("jaxinfer.models.gpt2", "GPT2LMHeadModel", "GPT-2, DistilGPT-2"),
-    "llama": Entry("jaxinfer.models.llama", "LlamaForCausalLM", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
-    "mistral": Entry("jaxinfer.models.mistral", "MistralForCausalLM", "Mistral 7B, Mistral Nemo"),
-    "qwen2": Entry("jaxinfer.models.qwen2", "Qwen2ForCausalLM", "Qwen2, Qwen2.5"),
-    "qwen3": Entry("jaxinfer.models.qwen3", "Qwen3ForCausalLM", "Qwen3 (dense)"),
+    "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
+    "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
+    "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
+    "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
+    "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
 }
 
 
-def architecture(model_type: str) -> Architecture:
-    """The architecture of a `model_type`. Raises ValueError that lists the known ones."""
-    entry = REGISTRY.get(model_type)
-    if entry is None:
-        raise ValueError(f"model_type {model_type!r} is not supported; known are {', '.join(REGISTRY)}")
-    found = importlib.import_module(entry.module).ARCHITECTURE
+def register(name: str, model_type: str, source: str | Architecture, known_as: str = "") -> None:
+    """Lets models load whose config.json has the class `name` in `architectures`, and this `model_type`; from outside
+    of the package, too. source: see Entry. Takes the place of what was registered under the same name."""
+    if not isinstance(source, str | Architecture):
+        raise TypeError(f"source is a {type(source).__name__}: it must be an Architecture, or a module that has one")
+    REGISTRY[name] = Entry(model_type, source, known_as)
+
+
+def model_types() -> list[str]:
+    """All that are known."""
+    return list(dict.fromkeys(entry.model_type for entry in REGISTRY.values()))
+
+
+def architecture(data: Mapping[str, Any]) -> Architecture:
+    """The architecture of a config.json's content: that of the class which comes first in `architectures`, which has to
+    be one of its `model_type`. Raises CheckpointError that lists what is known.
+
+    Where no class is named, or the body without a head (LlamaModel), it is the first one of the `model_type`: whether
+    there is a head after all is for the loader to see. A class with another head, or with one more, is refused: what is
+    its own would be missing in silence.
+    """
+    model_type, named = data.get("model_type"), data.get("architectures")
+    known = {name: entry for name, entry in REGISTRY.items() if entry.model_type == model_type}
+    if not known:
+        raise CheckpointError(f"model_type {model_type!r:.100} is not supported; known are {', '.join(model_types())}")
+    if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
+        raise CheckpointError(f"config.json: architectures is {named!r:.100}: it must be a list of names of classes")
+    name = named[0] if named else None
+    bodies = {one.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model" for one in known}
+    if name is None or name in bodies:
+        name = next(iter(known))
+    if name not in known:
+        raise CheckpointError(
+            f"config.json: architectures is {named!r:.100}: supported with model_type {model_type} are "
+            f"{', '.join(known)}"
+        )
+    source = known[name].source
+    found = importlib.import_module(source).ARCHITECTURE if isinstance(source, str) else source
     assert isinstance(found, Architecture)
     return found
 
@@ -62,7 +98,7 @@ def parse_config(data: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     """The architecture and checked configuration of a config.json's content. Raises ValueError naming the field."""
     from jaxinfer.models.config import Fields
 
-    found = architecture(str(data.get("model_type")))
+    found = architecture(data)
     fields = Fields(data)
     for name in ("is_encoder_decoder", "add_cross_attention"):
         fields.refuse(name, False)

@@ -14,7 +14,7 @@ import jax
 
 from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
-from jaxinfer.engine.options import LoadOptions, in_our_words
+from jaxinfer.engine.config import EngineConfig, in_our_words
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.engine.sizing import device_bytes
 from jaxinfer.plan.collectives import Collectives, collectives
@@ -66,7 +66,7 @@ class Plan:
         return self.fit.place.chip.memory - self.total
 
 
-def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[LoadOptions]) -> Plan:
+def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[EngineConfig]) -> Plan:
     """Compiles for a slice what an LLM with these options would run there. config: a config.json's content.
 
     dtype "auto": see model_of. Raises DoesNotFit, with what would fit.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from jaxinfer.engine.options import LoadOptions
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.plan.compile import Plan
 from jaxinfer.plan.fit import Fit
@@ -16,7 +16,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 UNKNOWN = ("padding", "temporaries", "code")  # without a compiler
 
 
-def context_of(shape: ModelConfig, wanted: int | None, options: LoadOptions) -> int:
+def context_of(shape: ModelConfig, wanted: int | None, options: EngineConfig) -> int:
     """How many tokens each sequence has when it decodes: those that are wanted, of as many as the model takes with
     these options. Raises ValueError for more."""
     most = min(options.get("max_model_len") or shape.max_context, shape.max_context)

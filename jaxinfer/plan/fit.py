@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack
 
+from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.load import choose_dtype, limits, sized_programs
-from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
 from jaxinfer.engine.programs import Programs, cache_layout, placed_hidden, placed_params, placed_slots
 from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size
 from jaxinfer.models.model import Model
@@ -89,7 +89,7 @@ def model_of(
     return Model.from_config(config, choose_dtype(dtype, config, None, device), quantization)
 
 
-def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
+def fit(model: Model, place: Slice, **options: Unpack[EngineConfig]) -> Fit:
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
     options, given = in_our_words(options), check_options(options)
     shape = model.config
@@ -128,7 +128,7 @@ def fit(model: Model, place: Slice, **options: Unpack[LoadOptions]) -> Fit:
     return Fit(place, programs, sizes, weights, slots, hidden)
 
 
-def _remedies(model: Model, place: Slice, tensor: int, room: int, options: LoadOptions) -> str:
+def _remedies(model: Model, place: Slice, tensor: int, room: int, options: EngineConfig) -> str:
     """What would fit: more chips, half the bytes, shorter sequences."""
     found = []
     shape, dtype = model.config, model.dtype

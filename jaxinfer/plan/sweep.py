@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Unpack
 
-from jaxinfer.engine.options import LoadOptions
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.models.model import Model
 from jaxinfer.plan.figures import decoding
 from jaxinfer.plan.fit import DoesNotFit, Fit, fit
@@ -56,7 +56,7 @@ def meshes(model: Model, place: Slice) -> Iterator[str]:
 
 
 def sweep(
-    model: Model, topologies: list[str], context: int, **options: Unpack[LoadOptions]
+    model: Model, topologies: list[str], context: int, **options: Unpack[EngineConfig]
 ) -> tuple[list[Candidate], int]:
     """What fits, the fastest first, and how many meshes do not. As many sequences run at once as there is room for, and
     max_num_seqs allows."""

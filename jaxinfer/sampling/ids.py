@@ -6,6 +6,8 @@ from collections.abc import Sequence, Set
 from numbers import Integral
 from typing import Any
 
+from jaxinfer.errors import RequestError
+
 
 def is_id(value: Any) -> bool:
     """Whether it is an integer. True, 3.0 and "3" are none."""
@@ -17,13 +19,13 @@ def are_ids(value: Any) -> bool:
     return _is_list(value) and all(map(is_id, _items(value)))
 
 
-def token_ids(value: Any, what: str) -> list[int]:
-    """The ids as a list. Raises ValueError if they are none; `what`: what is said of the value."""
+def token_ids(value: Any, what: str, param: str = "prompt") -> list[int]:
+    """The ids as a list. Raises RequestError if they are none; `what`: what is said of the value."""
     if not are_ids(value):
         odd = (
             next((f"one with {item!r:.60}" for item in _items(value) if not is_id(item)), "") if _is_list(value) else ""
         )
-        raise ValueError(f"{what} a list of token ids, not {odd or type(value).__name__}")
+        raise RequestError(f"{what} a list of token ids, not {odd or type(value).__name__}", param)
     return [int(item) for item in _items(value)]
 
 

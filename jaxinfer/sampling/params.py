@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from jaxinfer.aliases import takes
 from jaxinfer.aliases.sampling import SAMPLING
+from jaxinfer.errors import RequestError
 from jaxinfer.sampling.ids import are_ids, is_id
 
 DEFAULT_MAX_TOKENS = 256  # of jaxinfer.generate and the command line: people want an answer, not vLLM's 16 tokens
@@ -190,8 +191,8 @@ class SamplingParams:
         """How many tokens come before anything may end the output."""
         return max(self.min_tokens, self.min_length - prompt_length)
 
-    def _error(self, name: str, problem: str) -> ValueError:
-        return ValueError(f"sampling parameter {name} is {getattr(self, name)!r:.100}: {problem}")
+    def _error(self, name: str, problem: str) -> RequestError:
+        return RequestError(f"sampling parameter {name} is {getattr(self, name)!r:.100}: {problem}", name)
 
     def _number(self, name: str, low: float, high: float, above: bool = False, below: bool = False) -> None:
         value = getattr(self, name)

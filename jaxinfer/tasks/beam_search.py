@@ -14,6 +14,7 @@ from jaxinfer.engine.generation import Group
 from jaxinfer.engine.prompts import Encoded
 from jaxinfer.engine.request import FinishReason
 from jaxinfer.engine.thread import EngineThread
+from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.sampling.ids import is_id
 from jaxinfer.sampling.params import MAX_LOGPROBS, SamplingParams
 from jaxinfer.text.detokenize import Detokenizer
@@ -70,8 +71,8 @@ def beam_search(
 ) -> list[BeamSearchOutput]:
     """The `beam_width` best continuations of each prompt, of at most `max_tokens` tokens.
 
-    length_penalty: from -32 to 32; above 0 prefers longer ones. Raises ValueError for widths that need more candidates
-    than there are log-probabilities, and for what `Engine.add` refuses.
+    length_penalty: from -32 to 32; above 0 prefers longer ones. Raises RequestError for widths that need more
+    candidates than there are log-probabilities, and for what `Engine.add` refuses.
     """
     engine = thread.engine
     eos = frozenset(() if ignore_eos else engine.eos_token_ids)
@@ -79,21 +80,24 @@ def beam_search(
     each = max(2, 1 + len(eos))
     widest = MAX_LOGPROBS // each
     if not is_id(beam_width) or not 1 <= beam_width <= widest:
-        raise ValueError(f"beam_width is {beam_width!r:.60}: it must be from 1 to {widest} with {len(eos)} EOS ids")
+        raise RequestError(
+            f"beam_width is {beam_width!r:.60}: it must be from 1 to {widest} with {len(eos)} EOS ids", "beam_width"
+        )
     candidates = each * beam_width
     if not is_id(max_tokens) or max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens!r:.60}: it must be an integer of at least 1")
+        raise RequestError(f"max_tokens is {max_tokens!r:.60}: it must be an integer of at least 1", "max_tokens")
     number = isinstance(length_penalty, int | float) and not isinstance(length_penalty, bool)
     if not number or not abs(length_penalty) <= MAX_LENGTH_PENALTY:
         most = f"it must be a number from -{MAX_LENGTH_PENALTY} to {MAX_LENGTH_PENALTY}"
-        raise ValueError(f"length_penalty is {length_penalty!r:.60}: {most}")
+        raise RequestError(f"length_penalty is {length_penalty!r:.60}: {most}", "length_penalty")
     if not isinstance(ignore_eos, bool):
-        raise ValueError(f"ignore_eos is {ignore_eos!r:.60}: it must be True or False")
+        raise RequestError(f"ignore_eos is {ignore_eos!r:.60}: it must be True or False", "ignore_eos")
     longest = max((len(prompt.ids) for prompt in prompts), default=0)
     if longest + max_tokens > engine.max_model_len:
-        raise ValueError(
+        raise ContextLengthError(
             f"max_tokens is {max_tokens}: with a prompt of {longest} tokens it may be at most "
-            f"{engine.max_model_len - longest} (max_model_len {engine.max_model_len})"
+            f"{engine.max_model_len - longest} (max_model_len {engine.max_model_len})",
+            "max_tokens",
         )
     searches = [Search(prompt) for prompt in prompts]
     params = SamplingParams(

@@ -10,6 +10,7 @@ from jaxinfer.engine.generation import Group
 from jaxinfer.engine.outputs import RequestOutput, error_output
 from jaxinfer.engine.prompts import Encoded, Prompt, encode_prompt, prompt_list
 from jaxinfer.engine.thread import Submission
+from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.tasks.task import Task
 
@@ -45,7 +46,9 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
         """Pairs of new text and the output so far; the last one is finished. Raises ValueError at once."""
         group = self.request(PromptAsked(0, prompt, params))
         if len(group.members) != 1:
-            raise ValueError(f"sampling parameter n is {params.n}: a stream has one continuation; use generate")
+            raise UnsupportedError(
+                f"sampling parameter n is {params.n}: a stream has one continuation; use generate", "n"
+            )
         outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
 
         def listener(group: Group, error: BaseException | None) -> None:
@@ -73,7 +76,8 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
         if isinstance(asked.prompt, Encoded):
             return asked.prompt
         if not isinstance(asked.params, SamplingParams):
-            raise ValueError(f"sampling_params is a {type(asked.params).__name__}: it must be SamplingParams")
+            kind = type(asked.params).__name__
+            raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
         return encode_prompt(asked.prompt, self.tokenizer)
 
 
@@ -85,10 +89,10 @@ def prompts_asked(
     each = params if isinstance(params, list | tuple) else [params] * len(listed)
     for name, values in (("sampling_params", each), ("priority", priority)):
         if values is not None and len(values) != len(listed):
-            raise ValueError(f"{name}: {len(values)} for {len(listed)} prompts; give one for all, or one each")
+            raise RequestError.at(name, f"{len(values)} for {len(listed)} prompts; give one for all, or one each")
     priorities = [0] * len(listed) if priority is None else priority
     if not all(isinstance(p, int) for p in priorities):
-        raise ValueError(f"priority is {list(priorities)}: it must be integers")
+        raise RequestError(f"priority is {list(priorities)}: it must be integers", "priority")
     return [PromptAsked(i, *one) for i, one in enumerate(zip(listed, each, priorities, strict=True))]
 
 

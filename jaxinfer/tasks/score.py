@@ -16,6 +16,7 @@ from jaxinfer.engine.scoring import (
     rolling_windows,
     text_ids,
 )
+from jaxinfer.errors import RequestError, placed
 from jaxinfer.sampling.ids import are_ids
 from jaxinfer.tasks.task import Task
 
@@ -67,9 +68,9 @@ class ScoreTask(Task[TextAsked, ScoreOutput]):
             try:
                 ids = text_ids(text, self.tokenizer, add_special_tokens=False)
             except ValueError as error:
-                raise ValueError(f"text {i}: {error}") from None
+                raise placed(f"text {i}", error) from None
             if not ids:
-                raise ValueError(f"text {i} is empty: there is nothing to score")
+                raise RequestError(f"text {i} is empty: there is nothing to score", "text")
             start = len(asked)
             pairs = rolling_windows(ids, first, self.engine.max_model_len)
             asked += [TextAsked(start + n, pair) for n, pair in enumerate(pairs)]
@@ -101,6 +102,6 @@ def texts_asked(texts: Any, continuations: Any = None) -> list[TextAsked]:
         if len(scorables) == 1:
             scorables *= len(following)
         if len(scorables) != len(following):
-            raise ValueError(f"continuations: {len(following)} for {len(scorables)} prompts; give one each")
+            raise RequestError.at("continuations", f"{len(following)} for {len(scorables)} prompts; give one each")
         scorables = list(zip(scorables, following, strict=True))
     return [TextAsked(i, one) for i, one in enumerate(scorables)]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, NoReturn, Protocol, TypeVar
 from jaxinfer.engine.feed import Feed, OnError
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
 from jaxinfer.engine.thread import AnyGroup, EngineThread
+from jaxinfer.errors import RequestError, placed
 
 
 class Asked(Protocol):
@@ -52,7 +53,7 @@ class Task(ABC, Generic[A, Out]):
         """Outputs as they are done, or in order. What is read and can't be served ends the reading, or with
         on_error="return" has an output that says why."""
         if on_error not in ("raise", "return"):
-            raise ValueError(f'on_error is {on_error!r}: it must be "raise" or "return"')
+            raise RequestError(f'on_error is {on_error!r}: it must be "raise" or "return"', "on_error")
         self.thread.check_open()
         failure: Any = self.failure if on_error == "return" else self._refused
         return Feed(self.thread, asked, self.request, failure, in_order).outputs()
@@ -78,7 +79,7 @@ class Task(ABC, Generic[A, Out]):
         return checked
 
     def _refused(self, asked: A, error: ValueError) -> NoReturn:
-        raise ValueError(f"{self.noun} {asked.place}: {error}") from None
+        raise placed(f"{self.noun} {asked.place}", error) from None
 
 
 def progress(outputs: Iterator[Out], total: int, shown: bool, done: str) -> Iterator[Out]:

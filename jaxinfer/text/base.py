@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.text.chat import ChatTemplates, Tool
 from jaxinfer.text.files import model_token_id
 
@@ -68,24 +69,29 @@ class Tokenizer(ABC):
     def decode_raw(self, ids: list[int]) -> str:
         """All of `ids` as text, special tokens included, without the clean-up. Unknown ids give no text."""
 
-    def require(self, what: str, instead: str) -> None:
-        """Raises ValueError where there is no tokenizer for `what`; `instead` is what to do then."""
+    def require(self, what: str, instead: str, param: str | None = None) -> None:
+        """Raises UnsupportedError where there is no tokenizer for `what`; `instead` is what to do then."""
         if self.missing is not None:
-            raise ValueError(f"{what}: needs a tokenizer, and {self.missing}; {instead}, or load with tokenizer=PATH")
+            raise UnsupportedError(
+                f"{what}: needs a tokenizer, and {self.missing}; {instead}, or load with tokenizer=PATH", param
+            )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; special tokens written in it are recognized.
 
-        `add_special_tokens` puts BOS (and whatever else the checkpoint asks for) around it. Raises ValueError for
+        `add_special_tokens` puts BOS (and whatever else the checkpoint asks for) around it. Raises RequestError for
         what is not text.
         """
         if not isinstance(text, str):
-            raise ValueError(f"prompt: expected a string, found {type(text).__name__}; pass ids as prompt_token_ids")
+            raise RequestError.at(
+                "prompt", f"expected a string, found {type(text).__name__}; pass ids as prompt_token_ids"
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:
             where = f"U+{ord(text[error.start]):04X} at character {error.start}"
-            raise ValueError(f"prompt: not valid Unicode ({where} is half of a surrogate pair); fix the text") from None
+            problem = f"not valid Unicode ({where} is half of a surrogate pair); fix the text"
+            raise RequestError.at("prompt", problem) from None
         return self.encode_text(text, add_special_tokens)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -154,7 +160,7 @@ class Tokenizer(ABC):
 
 
 class NoTokenizer(Tokenizer):
-    """In place of one: token ids give no text, and what needs a tokenizer raises ValueError that says why it is
+    """In place of one: token ids give no text, and what needs a tokenizer raises UnsupportedError that says why it is
     `missing`."""
 
     vocab_size = 0
@@ -168,12 +174,12 @@ class NoTokenizer(Tokenizer):
         self.eos_token_id = model_token_id(folder, "eos_token_id")
 
     def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
-        self.require("text", "give token ids")
+        self.require("text", "give token ids", "prompt")
         return []
 
     def decode_raw(self, ids: list[int]) -> str:
         return ""
 
     def chat_prompt(self, *args: Any, **kwargs: Any) -> str:
-        self.require("chat", "give a prompt's token ids")
+        self.require("chat", "give a prompt's token ids", "messages")
         return ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.text import renderer
 from jaxinfer.text.continuing import continued
 from jaxinfer.text.files import one_line, read_json
@@ -60,17 +61,20 @@ class ChatTemplates:
                                 fields, such as "reasoning_content"
         template_kwargs         further variables of the template, such as `enable_thinking=False`
 
-        Raises ValueError for malformed messages or tools, for a missing template, for whatever the template itself
+        Raises RequestError for malformed messages or tools, for a missing template, for whatever the template itself
         raises, and where it takes more time or memory than it may (see `jaxinfer.text.renderer`).
         """
         if wrong := sorted(_NOT_VARIABLES & template_kwargs.keys()):
-            raise ValueError(
-                f"{wrong[0]}: not supported here; leave it out (other names reach the template as its variables)"
+            raise UnsupportedError.at(
+                wrong[0], "not supported here; leave it out (other names reach the template as its variables)"
             )
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         elif add_generation_prompt and continue_final_message:
-            raise ValueError("add_generation_prompt and continue_final_message exclude each other: leave one out")
+            raise RequestError(
+                "add_generation_prompt and continue_final_message exclude each other: leave one out",
+                "continue_final_message",
+            )
         schemas = None
         if tools is not None:
             schemas = [plain(tool_schema(tool, f"tools[{i}]"), f"tools[{i}]") for i, tool in enumerate(tools)]
@@ -94,35 +98,40 @@ class ChatTemplates:
 
     def _in_one_line(self, work: Callable[..., Result], source: str, *arguments: Any) -> Result:
         """With errors that name the template."""
+        names = [name for name, one in self.templates.items() if one == source]
+        param = "messages" if names else "chat_template"
         try:
             return work(source, *arguments)
         except renderer.TemplateError as error:
             line = "" if error.line is None else f" line {error.line}"
-            raise ValueError(f"chat template{line}: {one_line(error)}") from None
+            raise RequestError(f"chat template{line}: {one_line(error)}", param) from None
         except renderer.LimitError as error:
-            names = [name for name, one in self.templates.items() if one == source]
             which = f"{self.folder}: the chat template {names[0]!r}" if names else "chat_template"
-            raise ValueError(f"{which} {error}; use another template") from None
+            raise RequestError(f"{which} {error}; use another template", param) from None
 
     def _select(self, chosen: str | None, with_tools: bool) -> str:
         if chosen is not None:
             if isinstance(chosen, str) and (chosen in self.templates or any(x in chosen for x in ("{{", "{%", "{#"))):
                 return self.templates.get(chosen, chosen)
             names = ", ".join(sorted(self.templates)) or "none"
-            raise ValueError(
+            raise RequestError(
                 f"chat_template is {chosen!r:.80}: neither the name of one of the checkpoint's ({names}) nor the text "
-                "of one, with {{ or {% in it"
+                "of one, with {{ or {% in it",
+                "chat_template",
             )
         if not self.templates:
-            raise ValueError(
+            raise UnsupportedError(
                 f"{self.folder}: the checkpoint has no chat template; use generate with a plain prompt, or pass "
-                "chat_template="
+                "chat_template=",
+                "chat_template",
             )
         if with_tools and "tool_use" in self.templates:
             return self.templates["tool_use"]
         if "default" not in self.templates:
             names = ", ".join(sorted(self.templates))
-            raise ValueError(f"{self.folder}: no default chat template; choose one of {names} with chat_template=")
+            raise UnsupportedError(
+                f"{self.folder}: no default chat template; choose one of {names} with chat_template=", "chat_template"
+            )
         return self.templates["default"]
 
 

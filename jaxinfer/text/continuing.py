@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jaxinfer.errors import RequestError
 from jaxinfer.text.messages import REASONING
 
 __all__ = ["continued"]
@@ -15,21 +16,23 @@ def continued(messages: list[dict[str, Any]], field: str, write: Callable[[list[
 
     As in transformers, the end is marked before the template writes the message: searching for its text afterwards
     would find it where it happens to be said too. Spaces at its end stay if the template keeps them, which is seen by
-    comparing with what it writes without a mark. Raises ValueError if the message has no such text, or the template
+    comparing with what it writes without a mark. Raises RequestError if the message has no such text, or the template
     doesn't write it.
     """
     text = messages[-1].get(field)
     if isinstance(text, list):
         text = next((part[part["type"]] for part in reversed(text)), None)
     if not isinstance(text, str):
-        raise ValueError(f"continue_final_message: the last message has no text in {field!r:.80} to continue")
+        raise RequestError.at("continue_final_message", f"the last message has no text in {field!r:.80} to continue")
     unmarked = write(messages)
     mark = "9081726354"  # upper and lower case of it are the same, and no end of it is a beginning of it
     while mark in unmarked:
         mark += "0"
     marked = write([*messages[:-1], _marked(messages[-1], field, mark)])
     if mark not in marked:
-        raise ValueError(f"continue_final_message: the chat template doesn't write the end of the last {field!r:.80}")
+        raise RequestError.at(
+            "continue_final_message", f"the chat template doesn't write the end of the last {field!r:.80}"
+        )
     head, _, tail = marked.rpartition(mark)
     head = head.replace(mark, "")  # of a template that writes the message twice
     dropped = len(head) + len(tail) - len(unmarked)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from jaxinfer.errors import CheckpointError
+
 __all__ = ["AddedToken", "TokenFiles", "model_token_id", "one_line", "read_json"]
 
 MAX_ID = 2**31 - 1  # ids are int32 on devices
@@ -35,15 +37,15 @@ def one_line(error: object) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; empty when there is no such file. Raises ValueError when it is anything else."""
+    """The JSON object in `path`; empty when there is no such file. Raises CheckpointError when it is anything else."""
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({one_line(error)}); download the file again") from None
+        raise CheckpointError(f"{path}: not valid JSON ({one_line(error)}); download the file again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}; download the file again")
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; download the file again")
     return value
 
 
@@ -93,7 +95,7 @@ class TokenFiles:
             elif isinstance(values, list):
                 self.extra += [content for value in values if (content := _content(value))]
             else:
-                raise ValueError(f"{folder / 'tokenizer_config.json'}: {key} must be a list, found {values!r:.80}")
+                raise CheckpointError(f"{folder / 'tokenizer_config.json'}: {key} must be a list, found {values!r:.80}")
         self.added = self._added_tokens()
 
     def flag(self, name: str, default: bool) -> bool:
@@ -101,7 +103,9 @@ class TokenFiles:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: {name} must be true or false, found {value!r}")
+            raise CheckpointError(
+                f"{self.folder / 'tokenizer_config.json'}: {name} must be true or false, found {value!r}"
+            )
         return value
 
     def model_token_id(self, name: str) -> int | None:
@@ -114,16 +118,16 @@ class TokenFiles:
         path = self.folder / "added_tokens.json"
         for text, token_id in read_json(path).items():
             if not _is_id(token_id) or not text:
-                raise ValueError(f"{path}: expected token -> id, found {text!r:.80}: {token_id!r:.80}")
+                raise CheckpointError(f"{path}: expected token -> id, found {text!r:.80}: {token_id!r:.80}")
             added[token_id] = AddedToken(text, special=text in special)
         path = self.folder / "tokenizer_config.json"
         decoder = self.config.get("added_tokens_decoder") or {}
         if not isinstance(decoder, dict):
-            raise ValueError(f"{path}: added_tokens_decoder must map ids to tokens, found {decoder!r:.80}")
+            raise CheckpointError(f"{path}: added_tokens_decoder must map ids to tokens, found {decoder!r:.80}")
         for key, value in decoder.items():
             content = _content(value)
             if not re.fullmatch("[0-9]{1,10}", key) or not _is_id(int(key)) or content is None:
-                raise ValueError(f"{path}: added_tokens_decoder has a malformed entry {key!r:.80}: {value!r:.80}")
+                raise CheckpointError(f"{path}: added_tokens_decoder has a malformed entry {key!r:.80}: {value!r:.80}")
             flags = value if isinstance(value, dict) else {}
             # What has a role is special whatever its flag says, as in transformers.
             flagged = bool(flags.get("special")) or content in self.named.values()

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.text.template_takes import Takes
 
 __all__ = ["REASONING", "normalize_messages", "plain"]
@@ -25,23 +26,25 @@ def normalize_messages(messages: object, takes: Takes = TEXT) -> list[dict[str, 
     """A copy of `messages`, a list of {"role": ..., "content": text or typed parts, ...}, for a template that `takes`
     these forms. Messages may also be dataclasses or pydantic models. Given its own result it returns the same.
 
-    Raises ValueError for what is no such list, for values that are not plain JSON, and for parts other than text.
+    Raises RequestError for what is no such list, for values that are not plain JSON, and for parts other than text.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         kind = type(messages).__name__
-        raise ValueError(f'messages: expected a list such as [{{"role": "user", "content": "..."}}], found {kind}')
+        raise RequestError.at(
+            "messages", f'expected a list such as [{{"role": "user", "content": "..."}}], found {kind}'
+        )
     if not messages:
-        raise ValueError('messages: the list is empty; start with {"role": "user", "content": "..."}')
+        raise RequestError.at("messages", 'the list is empty; start with {"role": "user", "content": "..."}')
     return [_message(plain(message, f"messages[{i}]"), f"messages[{i}]", takes) for i, message in enumerate(messages)]
 
 
 def _message(given: Any, where: str, takes: Takes) -> dict[str, Any]:
     if not isinstance(given, dict):
-        raise ValueError(f"{where}: expected a dict with role and content, found {type(given).__name__}")
+        raise RequestError.at(where, f"expected a dict with role and content, found {type(given).__name__}")
     message = _without_nulls(given)
     role = message.get("role")
     if not isinstance(role, str) or not role:
-        raise ValueError(f"{where}: role must be a string such as 'user' or 'assistant', found {role!r:.80}")
+        raise RequestError.at(where, f"role must be a string such as 'user' or 'assistant', found {role!r:.80}")
     reasoning = next((message[name] for name in REASONING if name in message), None)
     if reasoning is not None:
         message |= {name: reasoning for name in REASONING if name not in message} | {REASONING[0]: reasoning}
@@ -53,7 +56,7 @@ def _message(given: Any, where: str, takes: Takes) -> dict[str, Any]:
     if "content" in message:
         message["content"] = _content(message["content"], where, takes, role)
     elif not given.keys() & {"content", "tool_calls", *REASONING}:
-        raise ValueError(f"{where}: content must be a string or a list of typed parts, found nothing")
+        raise RequestError.at(where, "content must be a string or a list of typed parts, found nothing")
     elif takes.null:
         message["content"] = None
     return message
@@ -63,7 +66,7 @@ def _content(content: Any, where: str, takes: Takes, role: str) -> str | list[di
     if isinstance(content, str):
         return content if takes.text else [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
-        raise ValueError(f"{where}: content must be a string or a list of typed parts, found {content!r:.80}")
+        raise RequestError.at(where, f"content must be a string or a list of typed parts, found {content!r:.80}")
     parts = [_part(part, where) for part in content]
     # What a tool said is printed as text even where the other roles' parts are looped over.
     if takes.parts and not (takes.text and role == "tool"):
@@ -76,9 +79,9 @@ def _part(given: dict[str, Any], where: str) -> dict[str, Any]:
     kind = given["type"]
     name = _TEXTS.get(kind) if isinstance(kind, str) else None
     if name is None:
-        raise ValueError(f"{where}: content has a part of type {kind!r:.40}; only text is supported")
+        raise UnsupportedError.at(where, f"content has a part of type {kind!r:.40}; only text is supported")
     if not isinstance(given.get(name), str):
-        raise ValueError(f"{where}: text of a part must be text, found {given.get(name)!r:.80}")
+        raise RequestError.at(where, f"text of a part must be text, found {given.get(name)!r:.80}")
     known = "thinking" if kind == "thinking" else "text"
     rest = {key: value for key, value in _without_nulls(given).items() if key not in ("type", name)}
     return {"type": known, known: given[name]} | rest
@@ -111,7 +114,7 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any, where: str) -> Any:
-    """A copy out of plain JSON types: methods of richer objects are not for a template to call. Raises ValueError."""
+    """A copy out of plain JSON types: methods of richer objects are not for a template to call. Raises RequestError."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -122,7 +125,7 @@ def plain(value: Any, where: str) -> Any:
         return float.__float__(value)
     if isinstance(value, Mapping):
         if wrong := [key for key in value if not isinstance(key, str)]:
-            raise ValueError(f"{where}: keys must be strings, found {wrong[0]!r:.80}")
+            raise RequestError.at(where, f"keys must be strings, found {wrong[0]!r:.80}")
         return {str.__str__(key): plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
@@ -131,4 +134,4 @@ def plain(value: Any, where: str) -> Any:
             return plain({each.name: getattr(value, each.name) for each in dataclasses.fields(value)}, where)
         if callable(dump := getattr(value, "model_dump", None)):  # pydantic's, which SDKs return
             return plain(dump(), where)
-    raise ValueError(f"{where}: a chat template takes plain JSON values, found {type(value).__name__}")
+    raise RequestError.at(where, f"a chat template takes plain JSON values, found {type(value).__name__}")

@@ -12,6 +12,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from jaxinfer.errors import RequestError
+
 __all__ = ["Tool", "function_schema", "tool_schema"]
 
 Tool = Mapping[str, Any] | Callable[..., Any]
@@ -31,37 +33,37 @@ _CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)
 
 
 def tool_schema(tool: Tool, where: str = "tool") -> Mapping[str, Any]:
-    """`tool` itself when it is a schema, else the schema of the function. Raises ValueError for anything else."""
+    """`tool` itself when it is a schema, else the schema of the function. Raises RequestError for anything else."""
     if isinstance(tool, Mapping):
         return tool
     if inspect.isfunction(tool) or inspect.ismethod(tool):
         return function_schema(tool, where)
-    raise ValueError(f"{where}: expected a JSON schema (a dict) or a Python function, found {type(tool).__name__}")
+    raise RequestError.at(where, f"expected a JSON schema (a dict) or a Python function, found {type(tool).__name__}")
 
 
 def function_schema(function: Callable[..., Any], where: str = "tool") -> dict[str, Any]:
-    """The schema of a function. Raises ValueError when an annotation or a description is missing or unusable."""
+    """The schema of a function. Raises RequestError when an annotation or a description is missing or unusable."""
     where = f"{where} {getattr(function, '__name__', 'function')}()"
     description, arguments, returns = _docstring(function, where)
     try:
         hints = get_type_hints(function)
     except (NameError, TypeError) as error:
-        raise ValueError(f"{where}: annotations can't be read ({error}); pass a JSON schema instead") from None
+        raise RequestError.at(where, f"annotations can't be read ({error}); pass a JSON schema instead") from None
     properties: dict[str, Any] = {}
     required = []
     for i, (name, parameter) in enumerate(inspect.signature(function).parameters.items()):
         if i == 0 and name in ("self", "cls") and name not in hints:
             continue
         if name not in hints:
-            raise ValueError(f"{where}: argument {name} has no type annotation; add one, or pass a JSON schema")
+            raise RequestError.at(where, f"argument {name} has no type annotation; add one, or pass a JSON schema")
         if name not in arguments:
-            raise ValueError(f"{where}: argument {name} is not described under Args: in the docstring; describe it")
+            raise RequestError.at(where, f"argument {name} is not described under Args: in the docstring; describe it")
         schema, text = _type_schema(hints[name], f"{where} argument {name}"), arguments[name]
         if choices := _CHOICES.search(text):
             try:
                 schema["enum"] = json.loads(choices[1])
             except ValueError:
-                raise ValueError(f"{where}: argument {name} has choices that are not JSON: {choices[1]!r}") from None
+                raise RequestError.at(where, f"argument {name} has choices that are not JSON: {choices[1]!r}") from None
             text = text[: choices.start()].strip()
         properties[name] = {**schema, "description": text}
         if parameter.default is inspect.Parameter.empty:
@@ -107,13 +109,13 @@ def _type_schema(hint: Any, where: str) -> dict[str, Any]:
         return {"type": "array", "prefixItems": [_type_schema(arg, where) for arg in args]}
     if origin is dict:
         return {"type": "object", "additionalProperties": _type_schema(args[1], where)}
-    raise ValueError(f"{where}: type {hint!r} has no JSON schema; use basic types, or pass a JSON schema")
+    raise RequestError.at(where, f"type {hint!r} has no JSON schema; use basic types, or pass a JSON schema")
 
 
 def _choice(values: list[Any], where: str) -> dict[str, Any]:
     scalars = (int, float, str, bool, type(None))
     if not values or any(type(value) not in scalars for value in values):
-        raise ValueError(f"{where}: choices must be JSON scalars, found {values!r:.80}")
+        raise RequestError.at(where, f"choices must be JSON scalars, found {values!r:.80}")
     names = list(dict.fromkeys(_TYPE_NAMES[type(value)] for value in values))
     return {"type": names[0] if len(names) == 1 else names, "enum": values}
 
@@ -122,7 +124,7 @@ def _docstring(function: Callable[..., Any], where: str) -> tuple[str, dict[str,
     """(what the function does, argument -> description, what it returns) from a Google-style docstring."""
     doc = inspect.getdoc(function)
     if not doc:
-        raise ValueError(f"{where}: no docstring to describe it to the model; add one, or pass a JSON schema")
+        raise RequestError.at(where, "no docstring to describe it to the model; add one, or pass a JSON schema")
     pieces = _SECTION.split(doc)
     sections = dict(zip(pieces[1::2], pieces[2::2], strict=True))
     arguments: dict[str, str] = {}

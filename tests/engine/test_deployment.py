@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.deployment import FIELDS, read_deployment
-from jaxinfer.engine.options import LoadOptions
 from jaxinfer.models.model import Model
 from jaxinfer.sharding import parse_mesh
 from tests.refusals import line
@@ -100,7 +100,7 @@ def test_numbers_as_json_writes_them(tmp_path):
 
 
 def test_every_option_of_loading_is_a_field():
-    assert set(LoadOptions.__annotations__) - set(FIELDS) == {"token", "on_progress"}
+    assert set(EngineConfig.__annotations__) - set(FIELDS) == {"token", "on_progress"}
 
 
 def test_reading_one_needs_no_jax():

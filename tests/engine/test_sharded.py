@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.models.model import Model
-from jaxinfer.models.registry import REGISTRY
+from jaxinfer.models.registry import model_types
 from jaxinfer.sharding import AXES
 from tests.checkpoints import same_tokens
 
@@ -58,7 +58,7 @@ def marks(name, mesh):
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [pytest.param(name, mesh, marks=marks(name, mesh)) for name in REGISTRY for mesh in meshes()],
+    [pytest.param(name, mesh, marks=marks(name, mesh)) for name in model_types() for mesh in meshes()],
 )
 def test_the_same_logits_and_tokens(checkpoints, alone, name, mesh):
     """4 heads, and 2 key/value heads: on 4 devices each of these is there twice. 300 tokens and an MLP of 48 divide."""

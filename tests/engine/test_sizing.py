@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxinfer.engine import load
-from jaxinfer.engine.options import check_options
+from jaxinfer.engine.config import check_options
 from jaxinfer.engine.sizing import Sizes, page_size, size_cache
 from jaxinfer.models.model import Model
 from tests.plan.test_roofline import CONFIG

@@ -63,7 +63,7 @@ class EngineShapes:
     """What programs are made for: a model on one device or a mesh, with a cache of `num_pages` pages.
 
     max_rows: sequences that run at once. max_steps: tokens a row that one decoding call may produce. attention,
-    kv_cache_dtype: see LoadOptions. Where the mesh splits rows, `shards` of them, all sizes (buckets' too) are of one
+    kv_cache_dtype: see EngineConfig. Where the mesh splits rows, `shards` of them, all sizes (buckets' too) are of one
     shard; arrays hold them one after the other.
     """
 

@@ -1,0 +1,310 @@
+"""What can be said of how a model is loaded, and whether it is right: one declaration of it, from which the command
+line, deployments in YAML, the documentation and all checks derive. No JAX here: it is checked before JAX starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, TypedDict, Union, cast, get_args, get_origin, get_type_hints
+
+from jaxinfer.aliases.loading import LOADING, spelt
+from jaxinfer.quantization.schemes import SCHEMES, Quantization, check_quantization
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["auto", "xla", "pallas"]
+KVCacheDType = Literal["auto", "int8", "fp8"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What there is to know of one option besides its type.
+
+    default: None also where the machine or the model decides. help: a line for the command line. details: what the
+    documentation says in its place. metavar: as in `--help`. low, high: an integer is in between or one of the two, a
+    float is above low and at most high. must_be: what else a value is, in an error. check: of the value, in place of
+    one by its type; raises ValueError. none_is_default: None may be given for the default, as in vLLM. is_data: a
+    deployment may have it. shapes_programs: compiled programs are for one value of it. of_process_0: of several hosts
+    only the first has to do with it, as it is about text or people.
+    """
+
+    default: Any = None
+    help: str = ""
+    details: str = ""
+    metavar: str | None = None
+    low: int = 1
+    high: int = 2**63
+    must_be: str = ""
+    check: Callable[[object], None] | None = None
+    none_is_default: bool = False
+    is_data: bool = True
+    shapes_programs: bool = False
+    of_process_0: bool = False
+
+
+class EngineConfig(TypedDict, total=False):
+    """What `LLM` and `AsyncEngine` take besides the model; docs/options.md says what each means. vLLM's names of the
+    same are taken, too, and for others that it has the error says what to do (see `jaxinfer.aliases`)."""
+
+    dtype: Annotated[
+        DType,
+        Option(
+            "auto",
+            help="Of weights and cache; auto, as without it: the checkpoint's, if it is fast here.",
+            details="of weights, activations and cache: `float32`, `bfloat16`, `float16`; `auto` is what the "
+            "checkpoint says (float16 on GPUs without bfloat16). On CPU `bfloat16` is of matrices, activations and "
+            "cache stay float32 (from 16 tokens a call on, kernels round activations to bfloat16 on the way, so that "
+            "log-probabilities depend a little on how many there are: in `float32` they do not), and `auto` is float32 "
+            "for checkpoints in float16, for meshes that split weights, and where the [CPU "
+            "kernels](architecture.md#kernels-for-cpus) are not (`jaxinfer doctor` says it)",
+            shapes_programs=True,
+        ),
+    ]
+    quantization: Annotated[
+        Quantization | None,
+        Option(
+            help=f"Of weights: {', '.join(SCHEMES)}; or by patterns of names: '*.mlp.*=int4,*=none'.",
+            details="of weights, while they are loaded: `int8` (one scale for each output channel), `int8-w8a8` "
+            "(activations too, one for each token), `int4` and `int4-g128` (one scale for 32 or 128 inputs of a "
+            "channel), `fp8` (e4m3) and `fp8-block` (one scale for 128x128 weights); for all matrices but embeddings. "
+            "Or patterns of weight names with one of these or `none` each, of which the first that fits decides: "
+            '`{"*.mlp.*": "int8"}`. A checkpoint that is quantized already stays as it is, and takes nothing else. It '
+            "saves memory everywhere, and time where decoding is bound by it; on CPU `fp8-block` is slower, as there "
+            "is no such product there",
+            metavar="SCHEME",
+            check=check_quantization,
+            shapes_programs=True,
+        ),
+    ]
+    kv_cache_dtype: Annotated[
+        KVCacheDType,
+        Option(
+            "auto",
+            help="Of keys and values; auto, as without it: that of activations; on TPU fp8.",
+            details="of keys and values: `int8` or `fp8` (e4m3), with a scale for each token and head; `auto` is the "
+            "dtype of activations. On TPUs `fp8` alone, without scales and clipped to 448, as the kernel has it, where "
+            "a device has more than one key/value head",
+            shapes_programs=True,
+        ),
+    ]
+    max_model_len: Annotated[
+        int | None,
+        Option(
+            help="Most tokens of prompt and answer together.",
+            details="most tokens of prompt and output together; default: what the checkpoint is made for, or what fits "
+            "in the cache",
+            metavar="N",
+            low=2,
+            shapes_programs=True,
+        ),
+    ]
+    kv_cache_memory: Annotated[
+        int | None,
+        Option(
+            details="bytes of the KV cache on each device; default: what `max_num_seqs` sequences need, at most 10% of "
+            "a CPU machine's memory or what is free below 85% of an accelerator's"
+        ),
+    ]
+    max_num_seqs: Annotated[
+        int | None,
+        Option(
+            help="Most sequences that run at once.",
+            details="most sequences that run at once, on all devices together (256; 64 on CPU); more wait",
+            metavar="N",
+            high=4096,
+            shapes_programs=True,
+        ),
+    ]
+    max_num_batched_tokens: Annotated[
+        int | None,
+        Option(
+            help="Most tokens of one device call.",
+            details="most tokens of one call of the devices, all together (2,048; 512 on CPU); longer prompts go in "
+            "pieces",
+            metavar="N",
+            high=2**20,
+            shapes_programs=True,
+        ),
+    ]
+    page_size: Annotated[
+        int | None,
+        Option(
+            details="tokens a page of the cache (16; on TPU 64, or what long sequences need)",
+            high=2**20,
+            shapes_programs=True,
+        ),
+    ]
+    memory_utilization: Annotated[
+        float,
+        Option(0.9, details="share of an accelerator's memory that is used in all (0.9)", low=0, high=1),
+    ]
+    enable_prefix_caching: Annotated[
+        bool,
+        Option(
+            True,
+            details="prompts with the same beginning share its pages and its work (on); those with a `cache_salt`, "
+            '`{"prompt": …, "cache_salt": …}`, only with the same one',
+            none_is_default=True,
+        ),
+    ]
+    warmup: Annotated[
+        bool,
+        Option(
+            False,
+            details="compile every program that can be needed while loading, so that nothing compiles later (off)",
+        ),
+    ]
+    mesh: Annotated[
+        str | None,
+        Option(
+            help="Devices that share the model: tensor=4; without it, all that can on TPU and GPU, one on CPU.",
+            details="how devices share the work: `tensor=4`, `data=2,tensor=4`, `fsdp=8`. `tensor` splits every "
+            "weight's product, `data` the sequences, `fsdp` sequences and weights, which are gathered layer by layer; "
+            "default: on TPU and GPU all of this host's, as many of them in `tensor` as the model's heads allow, the "
+            "rest in `data`; on CPU one",
+            metavar="SPEC",
+            must_be="a string such as tensor=4",
+            shapes_programs=True,
+        ),
+    ]
+    attention: Annotated[
+        Attention,
+        Option(
+            "auto",
+            help="What reads the cache; auto, as without it: a Pallas kernel on TPU, plain XLA elsewhere.",
+            details="`xla`: plain XLA; `pallas`: a kernel that reads pages in place, on TPUs and on NVIDIA GPUs from "
+            "A100 on, where nobody has run it yet; `auto` (default): `pallas` on TPU where it can be used, else `xla`",
+            shapes_programs=True,
+        ),
+    ]
+    compiled: Annotated[
+        str | os.PathLike[str] | None,
+        Option(
+            help="Programs that jaxinfer compile has made, so that nothing compiles; as trusted as code.",
+            details="a folder or URL of programs that `jaxinfer compile` has made. Options that are not given are then "
+            "those that it was made with, and nothing compiles; where it is for something else, a warning says what "
+            "differs",
+            metavar="DIR",
+            must_be="a folder or a URL",
+        ),
+    ]
+    revision: Annotated[
+        str | None,
+        Option(
+            help="Branch, tag or commit of a model on the hub.",
+            details="of a model on the hub: a branch, tag or commit",
+            metavar="R",
+            must_be="a string",
+        ),
+    ]
+    token: Annotated[
+        str | bool | None,
+        Option(
+            details="of the hub, as huggingface_hub has it",
+            must_be="a string, true or false",
+            is_data=False,  # it is a secret
+            of_process_0=True,
+        ),
+    ]
+    tokenizer: Annotated[
+        str | os.PathLike[str] | None,
+        Option(
+            help="Folder or hub id of another tokenizer; without it, the model's.",
+            details="a folder or hub id of tokenizer and chat template, in place of the model's own. Without any, "
+            "prompts and outputs are token ids",
+            metavar="T",
+            must_be="a folder or a hub id",
+            of_process_0=True,
+        ),
+    ]
+    skip_tokenizer_init: Annotated[bool, Option(False, details="load no tokenizer (off)", of_process_0=True)]
+    architecture: Annotated[
+        Mapping[str, Any] | None,
+        Option(
+            details="fields of a `config.json`; a model that says otherwise is refused",
+            must_be="fields of a config.json",
+        ),
+    ]
+    seed: Annotated[
+        int,
+        Option(0, details="for requests without a seed of their own", low=0, high=2**31 - 1, none_is_default=True),
+    ]
+    on_progress: Annotated[
+        Callable[[str], None] | None,
+        Option(
+            details="a function that is told, in a few words, what loading waits for",
+            must_be="a function of a string",
+            is_data=False,
+            of_process_0=True,
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One option as EngineConfig declares it: its type, and the rest."""
+
+    kind: Any
+    option: Option
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Of a Literal; else none."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The classes that values may be of."""
+        union = get_origin(self.kind) in (Union, UnionType)
+        return tuple(get_origin(kind) or kind for kind in (get_args(self.kind) if union else (self.kind,)))
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ValueError that says what it must be."""
+        option, kinds = self.option, self.kinds
+        low, high = option.low, option.high
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if option.check is not None:
+            option.check(value)
+            return
+        if self.choices:
+            fits, wanted = value in self.choices, f"one of {', '.join(self.choices)}"
+        elif int in kinds:
+            fits = isinstance(value, kinds) and (value is None or (is_number and low <= value <= high))
+            wanted = f"an integer from {low} to {high}"
+        elif float in kinds:
+            fits, wanted = is_number and low < value <= high, f"a number above {low} and at most {high}"
+        else:
+            fits, wanted = isinstance(value, kinds), option.must_be or "true or false"
+        if not fits:
+            raise ValueError(f"{name} is {value!r:.100}: it must be {wanted}")
+
+
+OPTIONS = {name: Declared(*get_args(hint)) for name, hint in get_type_hints(EngineConfig, include_extras=True).items()}
+
+
+def which(**wanted: bool) -> tuple[str, ...]:
+    """The names of the options of which this is said, as is_data=True."""
+    return tuple(
+        name for name, one in OPTIONS.items() if all(getattr(one.option, what) == said for what, said in wanted.items())
+    )
+
+
+NONE_IS_DEFAULT = which(none_is_default=True)
+
+
+def in_our_words(options: Mapping[str, Any]) -> EngineConfig:
+    """Options that may have other programs' names and spellings. Raises one ValueError for all that are not known."""
+    found = LOADING.translated(options, OPTIONS)
+    found = {name: spelt(name, value) for name, value in found.items()}
+    return cast(EngineConfig, {n: value for n, value in found.items() if value is not None or n not in NONE_IS_DEFAULT})
+
+
+def check_options(options: Mapping[str, Any]) -> EngineConfig:
+    """All options, where they are not given as they are by default. Raises ValueError that names one."""
+    given = {name: one.option.default for name, one in OPTIONS.items()} | in_our_words(options)
+    for name, value in given.items():
+        OPTIONS[name].check(name, value)
+    if given["skip_tokenizer_init"] and given["tokenizer"] is not None:
+        raise ValueError(f"tokenizer is {given['tokenizer']!r:.100}, and skip_tokenizer_init says to load none")
+    return cast(EngineConfig, given)

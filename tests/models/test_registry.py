@@ -1,0 +1,174 @@
+"""Which architecture a config.json is of, and families from outside of the package."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+
+from jaxinfer import LLM, CheckpointError, SamplingParams
+from jaxinfer.engine.deployment import read_deployment
+from jaxinfer.models import gpt2, llama, mistral, qwen3, registry
+from jaxinfer.models.decoder import DecoderForCausalLM
+from jaxinfer.models.registry import Architecture, architecture, model_types, register
+from tests.plain import CONFIG, random_tensors, write_checkpoint
+from tests.refusals import change, line, refusal
+
+OPTIONS = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 64}
+CLASSES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@pytest.fixture
+def known():
+    """The registry, put back afterwards."""
+    before = dict(registry.REGISTRY)
+    yield
+    registry.REGISTRY.clear()
+    registry.REGISTRY.update(before)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named", "module"),
+    [
+        ("llama", ["LlamaForCausalLM"], llama),
+        ("llama", ["LlamaForCausalLM", "Another"], llama),
+        ("llama", ["LlamaModel"], llama),
+        ("llama", [], llama),
+        ("llama", None, llama),
+        ("mistral", ["MistralModel"], mistral),
+        ("qwen3", ["Qwen3ForCausalLM"], qwen3),
+        ("gpt2", ["GPT2LMHeadModel"], gpt2),
+        ("gpt2", ["GPT2Model"], gpt2),
+    ],
+)
+def test_what_is_chosen(model_type, named, module):
+    assert architecture({"model_type": model_type, "architectures": named}) is module.ARCHITECTURE
+
+
+def test_without_architectures():
+    for model_type in model_types():
+        entry = registry.REGISTRY[CLASSES[model_type]]
+        assert entry.model_type == model_type
+        assert architecture({"model_type": model_type}) is sys.modules[entry.source].ARCHITECTURE
+    assert list(CLASSES.values()) == list(registry.REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named"),
+    [
+        ("llama", ["LlamaForSequenceClassification"]),
+        ("llama", ["LlamaForSequenceClassification", "LlamaForCausalLM"]),
+        ("llama", ["MistralForCausalLM"]),
+        ("llama", ["MistralModel"]),
+        ("llama", ["LlamaLMHeadModel"]),
+        ("llama", ["llamaforcausallm"]),
+        ("llama", [""]),
+        ("mistral", ["LlamaForCausalLM"]),
+        ("gpt2", ["GPT2DoubleHeadsModel"]),
+        ("qwen2", ["Qwen2ForRewardModel"]),
+    ],
+)
+def test_another_class(model_type, named):
+    text = line(lambda: architecture({"model_type": model_type, "architectures": named}), CheckpointError)
+    supported = CLASSES[model_type]
+    assert text == f"config.json: architectures is {named!r}: supported with model_type {model_type} are {supported}"
+
+
+@pytest.mark.parametrize("named", ["LlamaForCausalLM", 5, {}, [5], [None], [["LlamaForCausalLM"]], [{}]])
+def test_what_names_no_class(named):
+    text = line(lambda: architecture({"model_type": "llama", "architectures": named}), CheckpointError)
+    assert "it must be a list of names of classes" in text
+
+
+@pytest.mark.parametrize("model_type", ["bert", None, 5, ["llama"], {}])
+def test_an_unknown_type(model_type):
+    text = line(lambda: architecture({"model_type": model_type, "architectures": ["LlamaForCausalLM"]}))
+    assert f"model_type {model_type!r} is not supported; known are gpt2, llama, mistral, qwen2, qwen3" == text
+
+
+def test_a_classifier_is_no_language_model(tmp_path, cli):
+    """Its body is Llama's, and it may even have a head that is tied: nothing of it is loaded."""
+    config = CONFIG | {"tie_word_embeddings": True}
+    folder = write_checkpoint(tmp_path / "model", config, random_tensors(config))
+    change(folder, architectures=["LlamaForSequenceClassification"])
+    refusal(folder, "architectures is ['LlamaForSequenceClassification']", "LlamaForCausalLM")
+    assert "LlamaForSequenceClassification" in cli("generate", "x", "-m", folder).error()
+    assert "LlamaForSequenceClassification" in cli("plan", folder, "--topology", "h100-1").error()
+
+
+def test_a_deployment_of_a_classifier(tmp_path, cli):
+    file = tmp_path / "deployment.yaml"
+    fields = "".join(f"  {name}: {json.dumps(value)}\n" for name, value in CONFIG.items())
+    file.write_text(f"model: x/y\narchitecture:\n{fields}  architectures: [LlamaForSequenceClassification]\n")
+    assert read_deployment(file).architecture["architectures"]
+    error = cli("plan", file, "--topology", "h100-1").error()
+    assert error.startswith(f"{file}:{len(CONFIG) + 3}: architecture: architectures is ")
+
+
+def test_a_body_without_a_head(tmp_path):
+    """Tied it is whole; otherwise the loader says what is missing."""
+    tied = CONFIG | {"tie_word_embeddings": True, "architectures": ["LlamaModel"]}
+    tensors = random_tensors(tied)
+    with LLM(write_checkpoint(tmp_path / "tied", tied, tensors), **OPTIONS) as llm:
+        assert llm.generate([[5, 6]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+    folder = write_checkpoint(tmp_path / "apart", tied | {"tie_word_embeddings": False}, tensors)
+    refusal(folder, "missing tensors: lm_head.weight")
+
+
+def scaled(fields):
+    """A family of its own in one field: another epsilon."""
+    fields.refuse("mine", 1)
+    return llama.parse(fields)
+
+
+MINE = Architecture(scaled, DecoderForCausalLM, llama.weights)
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_family_from_outside(known, tmp_path, cli, monkeypatch, as_module):
+    source = MINE
+    if as_module:
+        source = "mine_for_jaxinfer"
+        monkeypatch.setitem(sys.modules, source, module := ModuleType(source))
+        module.ARCHITECTURE = MINE
+    config = CONFIG | {"model_type": "mine", "architectures": ["MineForCausalLM"]}
+    refused = config | {"model_type": "llama"}
+    plain = write_checkpoint(tmp_path / "plain", CONFIG, tensors := random_tensors(CONFIG))
+    folder = write_checkpoint(tmp_path / "model", config, tensors)
+    refusal(folder, "'mine' is not supported")
+    register("MineForCausalLM", "mine", source, "mine alone")
+    assert architecture(config) is architecture({"model_type": "mine"}) is MINE
+    assert "MineForCausalLM" in line(lambda: architecture(refused))
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    found = []
+    for one in (plain, folder):
+        with LLM(one, **OPTIONS) as llm:
+            found.append(llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids)
+    assert found[0] == found[1]
+    change(folder, mine=2)
+    refusal(folder, "config.json: mine is 2")
+    rows = json.loads(cli("models", "--json").out)
+    assert rows[-1] == {"model_type": "mine", "hf_class": "MineForCausalLM", "known_as": "mine alone"}
+
+
+def test_another_class_of_a_known_type(known):
+    """The first one stays what its type means where no class is named."""
+    register("LlamaForMine", "llama", MINE)
+    assert architecture({"model_type": "llama", "architectures": ["LlamaForMine"]}) is MINE
+    for named in (None, ["LlamaForCausalLM"], ["LlamaModel"]):
+        assert architecture({"model_type": "llama", "architectures": named}) is llama.ARCHITECTURE
+    text = line(lambda: architecture({"model_type": "llama", "architectures": ["LlamaForNothing"]}))
+    assert text.endswith("are LlamaForCausalLM, LlamaForMine")
+    register("LlamaForMine", "llama", llama.ARCHITECTURE)  # instead
+    assert architecture({"model_type": "llama", "architectures": ["LlamaForMine"]}) is llama.ARCHITECTURE
+
+
+def test_what_is_no_architecture(known):
+    with pytest.raises(TypeError, match="source is a ModuleMeta"):
+        register("MineForCausalLM", "mine", DecoderForCausalLM)
