@@ -35,7 +35,7 @@ from jaxinfer.models.causal import Feeds
 from jaxinfer.models.model import Model, Params, scales
 from jaxinfer.models.registry import REGISTRY
 from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors, gptq, round_to_nearest, times
-from jaxinfer.quantization.qarray import pack
+from jaxinfer.quantization.quantize import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
 from jaxinfer.sharding import local_devices
 from jaxinfer.text.tokenizer import load_tokenizer
