@@ -44,6 +44,6 @@ def _quantize(weight: Host, scheme: Scheme, values: Host, scales: Host) -> None:
 
 
 def pack(values: Host) -> Host:
-    """Integers from -8 to 7, `[out, in]`, as uint8 `[out, in / 2]`: that of the even column in the low four bits."""
+    """Integers from -8 to 7, `[..., in]`, as uint8 `[..., in / 2]`: that of the even column in the low four bits."""
     low = values.astype(np.int8).view(np.uint8) & 15
-    return low[:, ::2] | low[:, 1::2] << 4
+    return low[..., ::2] | low[..., 1::2] << 4

@@ -10,7 +10,7 @@ import pytest
 from jaxinfer.quantization import quantize as quantizing
 from jaxinfer.quantization.quantize import quantize
 from jaxinfer.quantization.schemes import SCHEMES, check_quantization, scheme_of
-from jaxinfer.weights import Dense, QArray, dot, quantized, take
+from jaxinfer.weights import Dense, QArray, dot, dots, quantized, take
 
 RNG = np.random.default_rng(0)
 
@@ -169,3 +169,34 @@ def test_no_copy_is_made_of_a_table_of_16_bits(dtype):
     call = jax.jit(lambda table, ids: take(table, ids, "float32"))
     np.testing.assert_array_equal(call(held, ids), table.astype(np.float32)[[3, 23, 0]])
     assert "f32[24,40]" not in call.lower(held, ids).compile().as_text()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_of_more_axes(name):
+    """Each matrix as if it were alone, and one of them taken out is a weight."""
+    scheme, shape = SCHEMES[name], SHAPES.get(name, (24, 40))
+    given = np.stack([weight(*shape) for _ in range(3)])
+    values, scales = quantize(given, scheme)
+    held = QArray(jnp.asarray(values), jnp.asarray(scales), scheme, ("experts", "mlp", "embed"))
+    assert held.shape == given.shape
+    assert held.array_axes[0] == held.axes
+    x = jnp.asarray(RNG.normal(size=(5, shape[1])), jnp.float32)
+    for i, matrix in enumerate(given):
+        alone = QArray(*map(jnp.asarray, quantize(matrix, scheme)), scheme, ("mlp", "embed"))
+        assert (held[i].axes, held[i].shape) == (alone.axes, alone.shape)
+        np.testing.assert_array_equal(dot(x, held[i]), dot(x, alone))
+    dense = Dense(jnp.asarray(given), ("experts", "mlp", "embed"))
+    assert (dense[1].axes, dense[1:].axes, dense[1:].shape) == (dense.axes[1:], dense.axes, (2, *shape))
+
+
+def test_kinds_are_multiplied_in_groups():
+    """Of weights with one input, those of one kind at once, and all where they were asked for."""
+    x = jnp.asarray(RNG.normal(size=(5, 96)), jnp.float32)
+    plain = [Dense(jnp.asarray(weight(n, 96))) for n in (8, 24)]
+    fewer = [
+        QArray(*map(jnp.asarray, quantize(weight(n, 96), SCHEMES[k])), SCHEMES[k])
+        for n, k in ((4, "int4"), (16, "int8"))
+    ]
+    mixed = [plain[0], fewer[0], plain[1], fewer[1]]
+    for got, one in zip(dots(x, mixed), mixed, strict=True):
+        np.testing.assert_array_equal(got, dot(x, one))
