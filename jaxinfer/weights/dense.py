@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Dense(Weight):
             return lax.platform_dependent(self.array, ids, cpu=_taken_on_cpu, default=_taken).astype(dtype)
         return _taken(self.array, ids).astype(dtype)
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: int | slice) -> Self:
         array = self.array[index]
         return replace(self, array=array, axes=self.axes and self.axes[len(self.axes) - array.ndim :])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ class QArray(Weight):
         parts = _dequantized(values, scales, zeros, self.scheme, dtype)
         return jnp.stack(parts, axis=-1).reshape(len(ids), -1)
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: int | slice) -> Self:
         values, zeros = self.values[index], None if self.zeros is None else self.zeros[index]
         axes = self.axes and self.axes[len(self.axes) - values.ndim :]
         return replace(self, values=values, scales=self.scales[index], zeros=zeros, axes=axes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from typing import Any, Self
+from typing import Self
 
 import jax
 from jax.typing import DTypeLike
@@ -45,7 +45,7 @@ class Weight(ABC):
         """See `take`."""
 
     @abstractmethod
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self, index: int | slice) -> Self:
         """One of those along the first axis, or some."""
 
 
