@@ -30,11 +30,10 @@ from jaxinfer.checkpoint.output import Format, check_destination
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.convert import stored_dtype, writing
 from jaxinfer.engine.config import DType, check_options
-from jaxinfer.layers.linear import Linear
 from jaxinfer.models.causal import Feeds
 from jaxinfer.models.model import Model, Params, scales
 from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors, gptq, round_to_nearest, times
-from jaxinfer.quantization.qarray import pack
+from jaxinfer.quantization.quantize import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
 from jaxinfer.sharding import local_devices
 from jaxinfer.text.tokenizer import load_tokenizer
@@ -158,11 +157,12 @@ class Layers:
         self.rest = [name for name, part in found.items() if not part]
         self._program = jax.jit(self._run, static_argnums=(0, 1))
         self._firsts: dict[Any, dict[str, str]] = {}  # linears of a layer, and the first of those with the same input
-        self.feeds: Feeds = getattr(type(model.bind(model.abstract).blocks()[0]), "FEEDS", ())
+        kinds = [type(block) for block in model.bind(model.abstract).blocks()]
+        self.feeds: list[Feeds] = [getattr(kind, "FEEDS", ()) for kind in kinds]  # of each
 
     def check_feeds(self, model_type: str) -> None:
         """Raises ValueError for an architecture whose layers don't say what feeds their linears."""
-        if not self.feeds:
+        if not all(self.feeds):
             raise ValueError(f"model_type {model_type!r} does not say which norms feed which linears: use method gptq")
 
     def embed(self, params: Params) -> list[Host]:
@@ -214,9 +214,8 @@ class Layers:
 
 def _record(block: Any, taken: dict[str, jax.Array]) -> None:
     for path, module in nnx.iter_modules(block):
-        if isinstance(module, Linear):
-            tell = functools.partial(taken.__setitem__, ".".join(map(str, path)))
-            module.meet = tell  # type: ignore[method-assign]
+        if hasattr(module, "meet"):
+            module.meet = functools.partial(taken.__setitem__, ".".join(map(str, path)))
 
 
 def _quantize(
@@ -233,7 +232,7 @@ def _quantize(
     weights = {name: np.array(value, np.float32) for name, value in params.items()}
     factors: dict[str, Host] = {}
     if method != "gptq":
-        for source, taking in layers.feeds:
+        for source, taking in layers.feeds[layer]:
             found = [path for path in taking if f"{prefix}.{path}.weight" in target.quantized]
             if found:
                 read = [weights[f"{prefix}.{path}.weight"] for path in found]
@@ -245,8 +244,8 @@ def _quantize(
     carried: dict[int, Carrying] = {}  # of each input, which several linears may have
     for name, weight in weights.items():
         path = name.removeprefix(f"{prefix}.").removesuffix(".weight")
-        if name not in target.quantized:
-            made[name] = weight.astype(target.abstract[name].dtype)
+        if name not in target.quantized or path not in inputs:
+            made[name] = _rounded(target, name, weight)
         elif method == "gptq":
             hessian = inputs[path]
             if id(hessian) not in carried:
@@ -279,12 +278,12 @@ def fold(
             weights[name] /= divisor.reshape(-1, *(1,) * (weights[name].ndim - 1))
 
 
-def _rounded(target: Model, name: str, value: jax.Array) -> Made:
-    """Of a weight that no layer has."""
+def _rounded(target: Model, name: str, value: jax.Array | Host) -> Made:
+    """Of a weight that no layer has, or of which nobody tells what goes into it."""
     host = np.asarray(value)
     if name not in target.quantized:
         return host.astype(target.abstract[name].dtype)
-    return round_to_nearest(host, np.ones(host.shape[1], np.float32), target.quantized[name])
+    return round_to_nearest(host, np.ones(host.shape[-1], np.float32), target.quantized[name])
 
 
 def _finished(target: Model, made: Mapping[str, Made]) -> dict[str, Any]:

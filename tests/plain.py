@@ -32,11 +32,11 @@ def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     model = Model.from_config(config, "float32")
     made: dict[str, np.ndarray] = {}
-    for name, shape in model.abstract.items():
-        source = model.weights.source(name)
-        if source.name not in made:
-            values = rng.standard_normal(source.shape(shape.shape)).astype(np.float32)
-            made[source.name] = values * np.float32(0.1) + (name.endswith("norm.weight"))
+    for name, spec in model.params.items():
+        for tensor, shape in spec.source.tensors(spec.shape).items():
+            if tensor not in made:
+                values = rng.standard_normal(shape).astype(np.float32)
+                made[tensor] = values * np.float32(0.1) + (name.endswith("norm.weight"))
     return made
 
 

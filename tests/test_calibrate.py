@@ -62,8 +62,8 @@ def test_folding_changes_nothing(checkpoints, name):
     changed = {key: np.array(value) for key, value in params.items()}
     rng, config = np.random.default_rng(0), model.config
     layers = Layers(model, jax.devices()[0], [[1, 2, 3]])
-    for prefix in layers.prefixes:
-        for source, taking in layers.feeds:
+    for prefix, feeds in zip(layers.prefixes, layers.feeds, strict=True):
+        for source, taking in feeds:
             channels = params[f"{prefix}.{taking[0]}.weight"].shape[1]
             shared = None
             factors = rng.uniform(0.3, 3, channels).astype(np.float32)

@@ -7,15 +7,17 @@ each plus half its range, and `X.weight_shape` (pack-quantized); and `X.weight_s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxinfer.checkpoint.write import Layout, SafetensorsWriter
-from jaxinfer.models.model import Model, scales
-from jaxinfer.models.weights import Source
-from jaxinfer.quantization.schemes import ZERO, Scheme
+from jaxinfer.models.model import Model
+from jaxinfer.models.params import ParamSpec
+from jaxinfer.models.sources import Index, shape_of, slices, whole
+from jaxinfer.quantization.schemes import SCALE, ZERO, Scheme
 
 Host = np.ndarray[Any, Any]
 FLOAT, INT, PACKED = "float-quantized", "int-quantized", "pack-quantized"
@@ -24,13 +26,16 @@ FLOAT, INT, PACKED = "float-quantized", "int-quantized", "pack-quantized"
 def check_hf(model: Model) -> None:
     """Raises ValueError if the model's quantization has no form in compressed-tensors."""
     for name in model.quantized:
-        source = model.weights.source(name)
-        if source != Source(name):
+        spec = model.params[name]
+        shapes = spec.source.tensors(spec.shape)
+        regions = spec.source.regions(whole(spec.shape))
+        cut = next((r for r in regions if r.transposed or r.stored != whole(shapes[r.tensor])), None)
+        if cut is not None:
             raise ValueError(
-                f"format hf: {name} is a part of {source.name}, or lies the other way round in it, which "
+                f"format hf: {name} is a part of {cut.tensor}, or lies the other way round in it, which "
                 "compressed-tensors has no form for: use format orbax, or no quantization"
             )
-        if name in model.tables:
+        if spec.looked_up:
             raise ValueError(
                 f"format hf: {name} is a table, and compressed-tensors quantizes linears: use format orbax, or "
                 "leave it out of the quantization"
@@ -49,26 +54,24 @@ class HfWriter:
     def __init__(self, model: Model, folder: str) -> None:
         check_hf(model)
         self.model = model
-        self._waiting: dict[str, dict[int, Host]] = {}  # parts of tensors that are not complete
-        layouts: dict[str, Layout] = {}
-        for name, abstract in model.abstract.items():
-            if name in model.beside:
-                continue
-            if name in model.quantized:
-                layouts |= self._layouts(name)
-                continue
-            source = model.weights.source(name)
-            layouts[source.name] = Layout(source.shape(abstract.shape), np.dtype(abstract.dtype))
-        self.file = SafetensorsWriter(folder, layouts)
+        self._waiting: dict[str, tuple[Host, int]] = {}  # tensors that are not complete, and what of them is missing
+        self._layouts: dict[str, Layout] = {}
+        for spec in model.params.values():
+            if spec.scheme is not None:
+                for tensor, shape in spec.source.tensors(spec.shape).items():
+                    self._layouts |= _layouts(tensor, shape, spec.scheme)
+            else:
+                shapes = spec.source.tensors(spec.shape).items()
+                self._layouts |= {tensor: Layout(shape, np.dtype(spec.dtype)) for tensor, shape in shapes}
+        self.file = SafetensorsWriter(folder, self._layouts)
 
     def add(self, params: Mapping[str, Any]) -> None:
         """Writes these, without padding; a quantized weight's scales come with it."""
         for name in params:
-            if name in self.model.quantized:
-                for key, tensor in self._quantized(name, params).items():
-                    self.file.write(key, tensor)
-            elif name not in self.model.beside:
-                self._plain(name, _host(self.model, name, params))
+            spec = self.model.params.get(name)
+            if spec is not None:
+                arrays = {suffix: _host(array.shape, params[name + suffix]) for suffix, array in spec.arrays.items()}
+                self._add(spec, arrays)
 
     def __enter__(self) -> HfWriter:
         return self
@@ -76,60 +79,73 @@ class HfWriter:
     def __exit__(self, *error: Any) -> None:
         self.file.__exit__(*error)
 
-    def _plain(self, name: str, value: Host) -> None:
-        source = self.model.weights.source(name)
-        parts = self._waiting.setdefault(source.name, {})
-        parts[source.part] = value
-        if len(parts) == source.parts:
-            del self._waiting[source.name]
-            whole = np.concatenate([parts[i] for i in range(source.parts)]) if source.parts > 1 else value
-            self.file.write(source.name, whole.T if source.transpose else whole)
+    def _add(self, spec: ParamSpec, arrays: dict[str, Host]) -> None:
+        for region in spec.source.regions(whole(spec.shape)):
+            if spec.scheme is None:
+                self._piece(region.tensor, region.stored, region.turned(arrays[""][region.place]))
+            else:  # whole tensors alone: see check_hf
+                one = {suffix: array[region.place[:-2]] for suffix, array in arrays.items()}
+                for tensor, value in _tensors(region.tensor, one, spec.scheme).items():
+                    self.file.write(tensor, value)
 
-    def _layouts(self, name: str) -> dict[str, Layout]:
-        """The tensors of a quantized weight."""
-        values, scale = self.model.abstract[name], self.model.abstract[scales(name)]
-        found = {f"{name}_scale": Layout(scale.shape, np.dtype(scale.dtype))}
-        scheme = self.model.quantized[name]
-        if scheme.zeros:  # packed along out, also where the values are not
-            size = -(-scale.shape[0] * (8 // scheme.packed) // 32), scale.shape[1]
-            found[f"{name}_zero_point"] = Layout(size, np.dtype(np.int32))
-        if _format(self.model.quantized[name]) != PACKED:
-            return found | {name: Layout(values.shape, np.dtype(values.dtype))}
-        shape = (values.shape[0], -(-values.shape[1] // 4))
-        return found | {
-            f"{name}_packed": Layout(shape, np.dtype(np.int32)),
-            f"{name}_shape": Layout((2,), np.dtype(np.int64)),
-        }
+    def _piece(self, tensor: str, index: Index, value: Host) -> None:
+        """Tensors are written when they are complete."""
+        layout = self._layouts[tensor]
+        if shape_of(index) == layout.shape:
+            self.file.write(tensor, value)
+            return
+        held, missing = self._waiting.pop(tensor, (np.empty(0), math.prod(layout.shape)))
+        held = held if held.shape == layout.shape else np.empty(layout.shape, layout.dtype)
+        held[slices(index)] = value
+        if missing > value.size:
+            self._waiting[tensor] = held, missing - value.size
+        else:
+            self.file.write(tensor, held)
 
-    def _quantized(self, name: str, params: Mapping[str, Any]) -> dict[str, Host]:
-        """What is in them."""
-        values = _host(self.model, name, params)
-        found = {f"{name}_scale": _host(self.model, scales(name), params)}
-        scheme = self.model.quantized[name]
-        if scheme.zeros:
-            zeros = _host(self.model, name + ZERO, params)
-            found[f"{name}_zero_point"] = np.ascontiguousarray(packed(zeros.T, 8 // scheme.packed).T)
-        if _format(self.model.quantized[name]) != PACKED:
-            return found | {name: values}
-        # Our bytes of two four-bit values are in that order, too, and differ only in the values' highest bits.
-        words = (values ^ 0x88).view(np.int32) if self.model.quantized[name].packed == 2 else packed(values, 8)
-        return found | {f"{name}_packed": words, f"{name}_shape": np.array(self.model.shape(name))}
+
+def _layouts(tensor: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, Layout]:
+    """The tensors of a quantized weight."""
+    arrays = scheme.arrays(*shape)
+    (values, kind), (blocks, of_scales) = arrays[""], arrays[SCALE]
+    found = {f"{tensor}_scale": Layout(blocks, np.dtype(of_scales))}
+    if scheme.zeros:  # packed along out, also where the values are not
+        size = -(-blocks[0] * (8 // scheme.packed) // 32), blocks[1]
+        found[f"{tensor}_zero_point"] = Layout(size, np.dtype(np.int32))
+    if _format(scheme) != PACKED:
+        return found | {tensor: Layout(values, np.dtype(kind))}
+    return found | {
+        f"{tensor}_packed": Layout((values[0], -(-values[1] // 4)), np.dtype(np.int32)),
+        f"{tensor}_shape": Layout((2,), np.dtype(np.int64)),
+    }
+
+
+def _tensors(tensor: str, arrays: Mapping[str, Host], scheme: Scheme) -> dict[str, Host]:
+    """What is in them."""
+    values = arrays[""]
+    found = {f"{tensor}_scale": arrays[SCALE]}
+    if scheme.zeros:
+        found[f"{tensor}_zero_point"] = np.ascontiguousarray(packed(arrays[ZERO].T, 8 // scheme.packed).T)
+    if _format(scheme) != PACKED:
+        return found | {tensor: values}
+    # Our bytes of two four-bit values are in that order, too, and differ only in the values' highest bits.
+    words = (values ^ 0x88).view(np.int32) if scheme.packed == 2 else packed(values, 8)
+    columns = values.shape[1] * scheme.packed
+    return found | {f"{tensor}_packed": words, f"{tensor}_shape": np.array([values.shape[0], columns], np.int64)}
 
 
 def packed(values: Host, bits: int) -> Host:
     """Integers `[out, in]` as int32 `[out, in * bits / 32]`, rounded up: see above."""
     fit = 32 // bits
-    whole = np.zeros((values.shape[0], -(-values.shape[1] // fit) * fit), np.uint32)
-    whole[:, : values.shape[1]] = (values.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint32)
-    words = np.zeros((whole.shape[0], whole.shape[1] // fit), np.uint32)
+    filled = np.zeros((values.shape[0], -(-values.shape[1] // fit) * fit), np.uint32)
+    filled[:, : values.shape[1]] = (values.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint32)
+    words = np.zeros((filled.shape[0], filled.shape[1] // fit), np.uint32)
     for i in range(fit):
-        words |= whole[:, i::fit] << np.uint32(i * bits)
+        words |= filled[:, i::fit] << np.uint32(i * bits)
     return words.view(np.int32)
 
 
-def _host(model: Model, name: str, params: Mapping[str, Any]) -> Host:
-    shape = model.abstract[name].shape
-    return np.asarray(params[name])[tuple(slice(size) for size in shape)]
+def _host(shape: tuple[int, ...], array: Any) -> Host:
+    return np.asarray(array)[tuple(slice(size) for size in shape)]
 
 
 def _format(scheme: Scheme) -> str:
@@ -140,10 +156,13 @@ def _format(scheme: Scheme) -> str:
 
 def _quantization_config(model: Model) -> dict[str, Any]:
     by_scheme: dict[str, list[str]] = {}
-    for name, scheme in model.quantized.items():
-        by_scheme.setdefault(scheme.name, []).append(name.removesuffix(".weight"))
-    linears = [n for n, a in model.abstract.items() if len(a.shape) == 2 and n not in model.beside]
-    plain = [n.removesuffix(".weight") for n in linears if n not in model.quantized and n not in model.tables]
+    plain: list[str] = []
+    for spec in model.params.values():
+        linears = [tensor.removesuffix(".weight") for tensor in spec.source.tensors(spec.shape)]
+        if spec.scheme is not None:
+            by_scheme.setdefault(spec.scheme.name, []).extend(linears)
+        elif spec.looked_up is False:
+            plain += [linear for linear in linears if linear not in plain[-1:]]  # several may be parts of one
     if model.config.tie_word_embeddings:
         plain.append("lm_head")  # which others have as a linear, too
     schemes = {scheme.name: scheme for scheme in model.quantized.values()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,10 +17,13 @@ from jaxinfer.checkpoint.memory import Host, HugePages
 from jaxinfer.checkpoint.quantized import Wanted, check_range, decode, wanted_tensors
 from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.errors import CheckpointError
-from jaxinfer.models.model import Model, Params, scales
-from jaxinfer.models.weights import Source
-from jaxinfer.quantization.qarray import quantize
-from jaxinfer.sharding import Index, parts
+from jaxinfer.models.model import Model, Params
+from jaxinfer.models.params import ParamSpec
+from jaxinfer.models.sources import Index, Region, shape_of, whole
+from jaxinfer.quantization.quantize import quantize
+from jaxinfer.quantization.schemes import SCALE, Scheme
+from jaxinfer.quantization.stored import Format
+from jaxinfer.sharding import parts
 
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
@@ -40,34 +43,139 @@ def load_params(
     `on_tensor` is told the bytes of each tensor read. Raises one ValueError with every missing, unknown, duplicate,
     misshaped and wrongly typed tensor.
     """
-    sources = {name: model.weights.source(name) for name in model.abstract if name not in model.beside}
-    located = _locate(model, checkpoint, sources)
+    tensors = _Tensors(checkpoint, _locate(model, checkpoint), on_tensor)
     params: Params = {}
     memory = HugePages()
-    for name, source in sources.items():
-        if only is not None and name not in only:
+    for spec in model.params.values():
+        if only is not None and spec.name not in only:
             continue
-        if name in model.stored:
-            params |= _stored(model, name, source, place, checkpoint, located, on_tensor, memory)
-            continue
-        shape, stored = model.shape(name), located[source.name]
-
-        def read(index: Index, shape: tuple[int, ...] = shape, source: Source = source, stored: str = stored) -> Host:
-            """The part of the weight that is not padding."""
-            real = tuple((min(start, n), min(stop, n)) for (start, stop), n in zip(index, shape, strict=True))
-            value = checkpoint.read(stored, _stored_index(real, shape, source))
-            if on_tensor is not None:
-                on_tensor(value.nbytes)
-            return value.T if source.transpose else value
-
-        where = f"{checkpoint.folder}: {stored}"
-        if name in model.quantized:
-            params |= _quantized(model, name, place, read, where, memory)
-        else:
-            whole = model.placed(name, place)
-            held = ((i, d, read(i)) for i, d in parts(whole.sharding, whole.shape).items())
-            params[name] = _put(whole, held, where, memory)
+        part_of = _part_of(spec, tensors)
+        for suffix in spec.arrays:
+            array = spec.placed(suffix, place)
+            held = parts(array.sharding, array.shape).items()
+            each = ((index, devices, part_of(suffix, index)) for index, devices in held)
+            params[spec.name + suffix] = _put(array, each, tensors.where(spec), memory)
     return params
+
+
+class _Tensors:
+    """Those of a checkpoint, by the names that they should have."""
+
+    def __init__(self, checkpoint: Checkpoint, located: dict[str, str], on_tensor: Callable[[int], None] | None):
+        self._checkpoint, self.located, self._on_tensor = checkpoint, located, on_tensor
+
+    def where(self, spec: ParamSpec) -> str:
+        """A weight's first tensor, for messages."""
+        name = next(iter(spec.source.tensors(spec.shape)))
+        name = self.located[name] if spec.stored is None else name.removesuffix(".weight")
+        return f"{self._checkpoint.folder}: {name}"
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Host:
+        value = self._checkpoint.read(self.located[name], index)
+        if self._on_tensor is not None:
+            self._on_tensor(value.nbytes)
+        return value
+
+
+def _part_of(spec: ParamSpec, tensors: _Tensors) -> Callable[[str, Index], Host]:
+    """What gives a part of one of the weight's arrays."""
+    if spec.stored is not None:
+        return _Stored(spec, tensors, spec.stored)
+    return _Plain(spec, tensors) if spec.scheme is None else _Quantizing(spec, tensors, spec.scheme)
+
+
+class _Plain:
+    """Parts of a weight as the checkpoint has it, without padding."""
+
+    def __init__(self, spec: ParamSpec, tensors: _Tensors):
+        self._spec, self._tensors = spec, tensors
+
+    def __call__(self, suffix: str, index: Index) -> Host:
+        pairs = zip(index, self._spec.shape, strict=True)
+        real = tuple((min(start, size), min(stop, size)) for (start, stop), size in pairs)
+        return self._spec.source.read(real, self._tensors.read)
+
+
+class _Quantizing:
+    """Parts of a weight that is quantized here, from whole rows: they have one scale, also where columns are split."""
+
+    def __init__(self, spec: ParamSpec, tensors: _Tensors, scheme: Scheme):
+        self._spec, self._tensors, self._scheme = spec, tensors, scheme
+        self._found: dict[Index, dict[str, Host]] = {}
+
+    def __call__(self, suffix: str, index: Index) -> Host:
+        *first, (start, stop), columns = index
+        unit, count = self._scheme.rows if suffix else 1, self._spec.shape[-2]
+        key = (*first, (min(start * unit, count), min(stop * unit, count)))
+        if key not in self._found:
+            self._found[key] = self._quantized((*key, (0, self._spec.shape[-1])))
+        return self._found[key][suffix][..., slice(*columns)]
+
+    def _quantized(self, index: Index) -> dict[str, Host]:
+        """One matrix at a time."""
+        try:
+            if len(index) == 2:
+                return dict(zip(("", SCALE), quantize(self._read(index), self._scheme), strict=True))
+            arrays = self._scheme.arrays(*shape_of(index))
+            found = {suffix: np.empty(shape, np.dtype(kind)) for suffix, (shape, kind) in arrays.items()}
+            for at in np.ndindex(*shape_of(index[:-2])):
+                one = tuple((start + i, start + i + 1) for (start, _), i in zip(index[:-2], at, strict=True))
+                matrix = self._read((*one, *index[-2:])).reshape(shape_of(index[-2:]))
+                found[""][at], found[SCALE][at] = quantize(matrix, self._scheme)
+        except ValueError as error:
+            raise ValueError(f"{self._tensors.where(self._spec)}: {error}") from None
+        return found
+
+    def _read(self, index: Index) -> Host:
+        return self._spec.source.read(index, self._tensors.read)
+
+
+class _Stored:
+    """Parts of a weight that the checkpoint has quantized: as it is, or converted."""
+
+    def __init__(self, spec: ParamSpec, tensors: _Tensors, form: Format):
+        self._spec, self._tensors, self._form = spec, tensors, form
+        self._found: dict[str, Host] = {}
+
+    def __call__(self, suffix: str, index: Index) -> Host:
+        if not self._found:
+            self._found = self._arrays()
+        return self._found[suffix][tuple(slice(*part) for part in index)]
+
+    def _arrays(self) -> dict[str, Host]:
+        found: dict[str, Host] = {}
+        for region, size, rows in _linears(self._spec):
+            made = self._decoded(region, size, rows)
+            if size == self._spec.shape:
+                return made
+            for suffix, array in made.items():
+                shape, _, *_ = self._spec.arrays[suffix]
+                out = found.setdefault(suffix, np.empty(shape, array.dtype))
+                *first, of_rows, _ = region.place
+                assert isinstance(of_rows, slice)
+                unit = self._spec.scheme.rows if suffix and self._spec.scheme is not None else 1
+                out[(*first, slice(of_rows.start // unit, -(-of_rows.stop // unit)))] = array
+        return found
+
+    def _decoded(self, region: Region, size: tuple[int, ...], rows: tuple[int, int]) -> dict[str, Host]:
+        base, tensors, form = region.tensor.removesuffix("weight"), self._tensors, self._form
+        wanted = [suffix for suffix in wanted_tensors(form, *size) if base + suffix in tensors.located]
+        try:
+            decoded = decode(form, {suffix: tensors.read(base + suffix) for suffix in wanted}, *size)
+            decoded = decoded if rows == (0, size[0]) else decoded.rows(slice(*rows))
+            scheme = self._spec.scheme
+            return {"": decoded.floats(self._spec.dtype)} if scheme is None else decoded.kept(scheme)
+        except ValueError as error:
+            raise ValueError(f"{tensors.where(self._spec)}: {error}") from None
+
+
+def _linears(spec: ParamSpec) -> Iterator[tuple[Region, tuple[int, int], tuple[int, int]]]:
+    """The quantized linears that a weight is made of: `[out, in]` of each, and which rows of it are wanted."""
+    shapes = spec.source.tensors(spec.shape)
+    for region in spec.source.regions(whole(spec.shape)):
+        turn = -1 if region.transposed else 1
+        rows, columns = shapes[region.tensor][::turn]
+        yield region, (rows, columns), region.stored[::turn][0]
 
 
 def _put(whole: Any, held: Iterable[tuple[Index, list[Any], Host]], where: str, memory: HugePages) -> jax.Array:
@@ -85,92 +193,27 @@ def _put(whole: Any, held: Iterable[tuple[Index, list[Any], Host]], where: str, 
     return jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, arrays)
 
 
-def _quantized(
-    model: Model, name: str, place: jax.Device | Mesh, read: Callable[[Index], Host], where: str, memory: HugePages
-) -> dict[str, jax.Array]:
-    """A weight's values and scales, from rows in full: they have one scale, also where columns are split."""
-    scheme, count = model.quantized[name], model.abstract[name].shape[0]
-    columns = (0, model.abstract[name].shape[1] * scheme.packed)
-    found: dict[tuple[int, int], tuple[Host, Host]] = {}
-
-    def held(whole: Any, which: int) -> Iterator[tuple[Index, list[Any], Host]]:
-        for index, devices in parts(whole.sharding, whole.shape).items():
-            (first, last), (start, stop) = index
-            rows = scheme.rows if which else 1
-            key = min(first * rows, count), min(last * rows, count)
-            if key not in found:
-                try:
-                    found[key] = quantize(read((key, columns)), scheme)
-                except ValueError as error:
-                    raise ValueError(f"{where}: {error}") from None
-            yield index, devices, found[key][which][:, start:stop]
-
-    result = {}
-    for which, one in enumerate((name, scales(name))):
-        whole = model.placed(one, place)
-        result[one] = _put(whole, held(whole, which), where, memory)
-    return result
-
-
-def _stored(
-    model: Model,
-    name: str,
-    source: Source,
-    place: jax.Device | Mesh,
-    checkpoint: Checkpoint,
-    located: Mapping[str, str],
-    on_tensor: Callable[[int], None] | None,
-    memory: HugePages,
-) -> dict[str, jax.Array]:
-    """The parameters of a weight that the checkpoint has quantized: as it is, or converted."""
-    form, (rows, columns) = model.stored[name], model.shape(name)
-    base = source.name.removesuffix("weight")
-    found = {
-        suffix: checkpoint.read(located[base + suffix])
-        for suffix in wanted_tensors(form, rows * source.parts, columns)
-        if base + suffix in located
-    }
-    if on_tensor is not None:
-        on_tensor(sum(array.nbytes for array in found.values()))
-    where = f"{checkpoint.folder}: {base.removesuffix('.')}"
-    try:
-        decoded = decode(form, found, rows * source.parts, columns)
-        if source.parts > 1:
-            decoded = decoded.rows(slice(rows * source.part, rows * (source.part + 1)))
-        scheme = model.quantized.get(name)
-        arrays = {"": decoded.floats(model.abstract[name].dtype)} if scheme is None else decoded.kept(scheme)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    result = {}
-    for suffix, array in arrays.items():
-        whole = model.placed(name + suffix, place)
-        held = parts(whole.sharding, whole.shape).items()
-        of = ((index, devices, array[tuple(slice(*part) for part in index)]) for index, devices in held)
-        result[name + suffix] = _put(whole, of, where, memory)
-    return result
-
-
-def _wanted(model: Model, sources: Mapping[str, Source]) -> dict[str, Wanted]:
+def _wanted(model: Model) -> dict[str, Wanted]:
     """The tensors that there should be."""
     found: dict[str, Wanted] = {}
-    for name, source in sources.items():
-        shape = model.shape(name)
-        if name in model.stored:
-            tensors = wanted_tensors(model.stored[name], shape[0] * source.parts, shape[1])
-            found |= {source.name.removesuffix("weight") + suffix: one for suffix, one in tensors.items()}
-        else:
-            found[source.name] = Wanted((source.shape(shape),), FLOATS)
+    for spec in model.params.values():
+        if spec.stored is None:
+            found |= {name: Wanted((shape,), FLOATS) for name, shape in spec.source.tensors(spec.shape).items()}
+            continue
+        for region, size, _ in _linears(spec):
+            base = region.tensor.removesuffix("weight")
+            found |= {base + suffix: one for suffix, one in wanted_tensors(spec.stored, *size).items()}
     return found
 
 
-def _locate(model: Model, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> dict[str, str]:
+def _locate(model: Model, checkpoint: Checkpoint) -> dict[str, str]:
     """The name in the checkpoint of each tensor, with or without the model's prefix; or one ValueError."""
     weights, tied = model.weights, model.config.tie_word_embeddings
     stored = checkpoint.tensors
     located: dict[str, str] = {}
     known: set[str] = set()
     missing, duplicate, shapes, types = [], [], [], []
-    for name, wanted in _wanted(model, sources).items():
+    for name, wanted in _wanted(model).items():
         names = [n for n in weights.spellings(name) if n in stored]
         if not names and tied and name == weights.embedding and weights.head in stored:
             names = [weights.head]  # saved with the head alone
@@ -206,13 +249,6 @@ def _locate(model: Model, checkpoint: Checkpoint, sources: Mapping[str, Source])
     if problems:
         raise CheckpointError(f"{checkpoint.folder}: does not fit its config.json: {'; '.join(problems)}")
     return located
-
-
-def _stored_index(index: Index, shape: tuple[int, ...], source: Source) -> tuple[slice, ...]:
-    """Where a part of a weight lies in the stored tensor, which may have others before it on the out axis."""
-    first = source.part * shape[0] if shape else 0
-    slices = tuple(slice(start + first * (i == 0), stop + first * (i == 0)) for i, (start, stop) in enumerate(index))
-    return slices[::-1] if source.transpose else slices
 
 
 def _converted(

@@ -109,7 +109,14 @@ def is_converted(folder: Path) -> bool:
 
 def converted_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json: what was quantized before stays said as it was, what is now is said in our way."""
-    return {**config, **({} if model.stored else converted_quantization_config(model.quantization))}
+    return {
+        **config,
+        **(
+            {}
+            if any(spec.stored for spec in model.params.values())
+            else converted_quantization_config(model.quantization)
+        ),
+    }
 
 
 def manifest(params: Mapping[str, jax.Array], weights: str) -> bytes:

@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxinfer.quantization.qarray import BLOCK
+from jaxinfer.quantization.quantize import BLOCK
 from jaxinfer.quantization.schemes import SCALE, ZERO, Scheme
 from jaxinfer.quantization.stored import Format
 

@@ -34,6 +34,7 @@ from jaxinfer.engine.sizing import Sizes
 from jaxinfer.kernels.cpu import kernels
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Model
+from jaxinfer.models.registry import parse_config
 from jaxinfer.places import locate
 from jaxinfer.sharding import parse_mesh
 
@@ -245,7 +246,7 @@ def _differences(
     if lacking := [one for one in old.get("features", []) if one not in here.get("features", [])]:
         found.append(f"compiled for a CPU with {', '.join(lacking)}")
     found += _compare("setting", old["settings"], here["settings"])
-    model = Model.from_config(config, manifest.options["dtype"]).config
+    model = parse_config(config)[1]
     found += _compare("the model's", manifest.model, _describe(model))
     found += _contradictions(manifest, model)
     asked = {name: value for name, value in given.items() if name in manifest.options and value not in (None, "auto")}

@@ -109,7 +109,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         check_architecture(given["architecture"], config, folder / "config.json")
     # The cheap files first: what is wrong with them shows before gigabytes are read.
     generation_config = read_generation_config(folder)
-    shape = Model.from_config(config, "float32").config
+    shape = parse_config(config)[1]
     tokenizer = _tokenizer(folder, given)
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
@@ -214,7 +214,7 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     given = check_options(options)
     devices = _devices()
     check_cache_memory(given["kv_cache_memory"], _memory())
-    place = _place(Model.from_config(config, "float32").config, devices, given["mesh"])
+    place = _place(parse_config(config)[1], devices, given["mesh"])
     dtype = choose_dtype(given["dtype"], config, None, place)
     model = Model.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
     weights = device_bytes(placed_params(model, place))

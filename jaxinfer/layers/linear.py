@@ -9,17 +9,17 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxinfer.quantization.qarray import Axes, Weight, dot, dots, take
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, on_tensor
+from jaxinfer.weights import Axes, Dense, Weight, dot, dots, take
 
 
 def parameter(
     shape: tuple[int, ...], axes: Axes, dtype: DTypeLike, rngs: nnx.Rngs, looked_up: bool = False
 ) -> nnx.Param[Weight]:
-    """A matrix, declared once: shape, dtype, logical axes, initializer (normal with deviation 0.02, as in GPT-2).
-    looked_up: rows of it are taken, which quantization leaves alone unless it is told to."""
+    """A weight, declared once: shape `[..., out, in]`, dtype, logical axes, initializer (normal with deviation 0.02, as
+    in GPT-2). looked_up: rows of it are taken, which quantization leaves alone unless it is told to."""
     values = jax.random.normal(rngs.params(), shape, jnp.dtype(dtype)) * jnp.asarray(0.02, dtype)
-    return nnx.Param(values, axes=axes, looked_up=looked_up)
+    return nnx.Param(Dense(values, axes), axes=axes, looked_up=looked_up)
 
 
 class Linear(nnx.Module):
@@ -29,7 +29,6 @@ class Linear(nnx.Module):
         self, in_features: int, out_features: int, *, axes: Axes, bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         self.weight = parameter((out_features, in_features), axes, dtype, rngs)
-        self.axes = axes
         self.bias = nnx.Param(jnp.zeros(out_features, dtype), axes=axes[:1]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,7 +42,7 @@ def linears(x: jax.Array, *layers: Linear) -> list[jax.Array]:
     """What each of the layers makes of x, at once where that is faster."""
     for layer in layers:
         layer.meet(x)
-    outs = dots(x, [layer.weight.get_value() for layer in layers], axes=[layer.axes for layer in layers])
+    outs = dots(x, [layer.weight.get_value() for layer in layers])
     biases = [None if layer.bias is None else layer.bias.get_value() for layer in layers]
     return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
 
@@ -53,7 +52,6 @@ class Embedding(nnx.Module):
 
     def __init__(self, rows: int, features: int, *, axes: Axes = ("vocab", "embed"), dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = parameter((rows, features), axes, dtype, rngs, looked_up=True)
-        self.axes = axes
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, ids: jax.Array, mesh: Mesh | None = None) -> jax.Array:
@@ -70,7 +68,7 @@ def head_logits(x: jax.Array, head: Linear | Embedding, mesh: Mesh | None) -> ja
     device multiplies its columns with those of all, and the products are summed."""
     weight = head.weight.get_value()
     if axis_size(mesh, (FSDP,)) == 1:
-        return dot(x, weight, "float32", axes=head.axes)
+        return dot(x, weight, "float32")
     columns = lax.all_to_all(x, FSDP, 1, 0, tiled=True)
 
     def logits(columns: jax.Array, weight: Weight) -> jax.Array:

@@ -13,7 +13,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.attention import Batch
 from jaxinfer.cache import Cache, LayerCache
-from jaxinfer.quantization.qarray import QArray, axes_of_scales
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, fsdp_axis, on_axes, on_tensor
 
 M = TypeVar("M", bound=nnx.Module)
@@ -67,8 +66,5 @@ def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:
 
 def _axes(variable: Any) -> list[tuple[str | None, ...]]:
     """The logical axes of a weight's arrays."""
-    axes = variable.get_metadata()["axes"]
-    weight = variable.get_value()
-    if not isinstance(weight, QArray):
-        return [axes]
-    return [axes, *(axes_of_scales(axes, weight.scheme) for _ in weight.scheme.beside)]
+    about = variable.get_metadata()
+    return variable.get_value().array_axes if "looked_up" in about else [about["axes"]]  # a weight, or one array

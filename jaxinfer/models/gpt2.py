@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from flax import nnx
@@ -20,7 +21,8 @@ from jaxinfer.layers.stack import RunLayer
 from jaxinfer.models.causal import CausalLM, Feeds
 from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig
 from jaxinfer.models.registry import Architecture
-from jaxinfer.models.weights import Source, WeightMap
+from jaxinfer.models.sources import Part, Source, Tensor, Transposed
+from jaxinfer.models.weights import WeightMap
 
 
 @dataclass(frozen=True)
@@ -145,17 +147,19 @@ class GPT2ForCausalLM(CausalLM):
         return head_logits(self.transformer.ln_f(x), self.transformer.wte if self.tied else self.lm_head, mesh)
 
 
-def source(name: str) -> Source:
+def source(name: str, width: int) -> Source:
     """Linear weights are stored `[in, out]`, and q, k and v fused in `c_attn`."""
     if fused := re.fullmatch(r"(.*\.attn)\.([qkv])_proj\.(weight|bias)", name):
         parent, which, kind = fused.groups()
-        return Source(f"{parent}.c_attn.{kind}", transpose=kind == "weight", part="qkv".index(which), parts=3)
-    return Source(name, transpose=bool(re.fullmatch(r".*\.(c_proj|c_fc)\.weight", name)))
+        tensor = Tensor(f"{parent}.c_attn.{kind}")
+        return Part(Transposed(tensor) if kind == "weight" else tensor, width * "qkv".index(which), 3 * width)
+    return Transposed(Tensor(name)) if re.fullmatch(r".*\.(c_proj|c_fc)\.weight", name) else Tensor(name)
 
 
 def weights(config: ModelConfig) -> WeightMap:
     """Old checkpoints carry the causal mask as `attn.bias` and `attn.masked_bias`."""
-    return WeightMap(source, "transformer.", (r"h\.\d+\.attn\.(masked_)?bias",), "transformer.wte.weight")
+    of = partial(source, width=config.hidden_size)
+    return WeightMap(of, "transformer.", (r"h\.\d+\.attn\.(masked_)?bias",), "transformer.wte.weight")
 
 
 ARCHITECTURE = Architecture(parse, GPT2ForCausalLM, weights)

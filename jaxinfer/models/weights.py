@@ -6,37 +6,20 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint tensor that a weight comes from.
-
-    transpose: the tensor is stored `[in, out]`.
-    part, parts: the weight is the part-th of `parts` equal pieces along the tensor's out axis.
-    """
-
-    name: str
-    transpose: bool = False
-    part: int = 0
-    parts: int = 1
-
-    def shape(self, weight: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the tensor, by that of the weight."""
-        whole = (weight[0] * self.parts, *weight[1:])
-        return whole[::-1] if self.transpose else whole
+from jaxinfer.models.sources import Source, Tensor
 
 
 @dataclass(frozen=True)
 class WeightMap:
     """How an architecture's checkpoints differ from its module tree.
 
-    source: the tensor of a weight (itself by default).
+    source: the tensors of a weight (one of its own name by default).
     prefix: what all names of a checkpoint saved without its head lack.
     ignored: patterns of tensors that checkpoints carry and the arithmetic does not need, matched in full.
     embedding, head: the two weights that are one where the model is tied; a file may then have either, or both.
     """
 
-    source: Callable[[str], Source] = Source
+    source: Callable[[str], Source] = Tensor
     prefix: str = "model."
     ignored: tuple[str, ...] = field(default=())
     embedding: str = "model.embed_tokens.weight"

@@ -64,7 +64,7 @@ def bound(
     config = model.config
     head = config.vocab_size * config.hidden_size
     vocab = {name for name, axes in model.axes.items() if axes[0] == "vocab"}  # the embedding, the head
-    body = sum(math.prod(model.shape(name)) for name in model.abstract if name not in vocab | model.beside)
+    body = sum(math.prod(spec.shape) for spec in model.params.values() if spec.name not in vocab)
     held = {name: math.prod(s.shape) * s.dtype.itemsize for name, s in model.abstract.items()}
     body_bytes = sum(count for name, count in held.items() if name not in vocab)
     # An embedding is looked up, not multiplied.

@@ -46,12 +46,15 @@ def nearest(scaled: Host, scheme: Scheme) -> Host:
 
 
 def times(values: Host, scales: Host) -> Host:
-    """The weight that values `[out, in]` and scales `[out, groups]` stand for."""
-    return values * np.repeat(scales, values.shape[1] // scales.shape[1], axis=1)
+    """The weight that values `[..., out, in]` and scales `[..., out, groups]` stand for."""
+    return values * np.repeat(scales, values.shape[-1] // scales.shape[-1], axis=-1)
 
 
 def round_to_nearest(weight: Host, importance: Host, scheme: Scheme, shrinks: Host = SHRINKS) -> tuple[Host, Host]:
-    """Values `[out, in]`, as float32, and scales `[out, groups]`."""
+    """Values `[..., out, in]`, as float32, and scales `[..., out, groups]`."""
+    if weight.ndim > 2:
+        pairs = [round_to_nearest(matrix, importance, scheme, shrinks) for matrix in weight]
+        return np.stack([values for values, _ in pairs]), np.stack([scales for _, scales in pairs])
     scales = best_scales(weight, importance, scheme, shrinks)
     return nearest(weight / np.repeat(scales, weight.shape[1] // scales.shape[1], axis=1), scheme), scales
 

@@ -29,13 +29,16 @@ class Scheme:
     zeros: bool = False
     activations: bool = False
 
-    def arrays(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], str]]:
-        """Shape and dtype of what a weight is kept as, by what is added to its name. Raises ValueError."""
+    def arrays(self, *shape: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of what a weight `[..., out, in]` is kept as, by what is added to its name. Raises
+        ValueError."""
+        *first, rows, columns = shape
         groups = -(-columns // self.columns) if self.columns else 1
         if columns % self.packed or (self.rows == 1 and columns % (self.columns or 1)):
             raise ValueError(f"groups of {self.columns} don't divide the {columns} inputs, as {self.name} needs")
-        blocks = -(-rows // self.rows), groups
-        found = {"": ((rows, columns // self.packed), self.values), SCALE: (blocks, "float32")}
+        blocks = *first, -(-rows // self.rows), groups
+        values = *first, rows, columns // self.packed
+        found: dict[str, tuple[tuple[int, ...], str]] = {"": (values, self.values), SCALE: (blocks, "float32")}
         return found | ({ZERO: (blocks, "int8")} if self.zeros else {})
 
     @property

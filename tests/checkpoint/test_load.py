@@ -35,9 +35,9 @@ def tensors(config: dict[str, Any], dtype: Any = np.float32) -> dict[str, np.nda
     rng = np.random.default_rng(0)
     model = Model.from_config(config, "float32")
     made: dict[str, np.ndarray] = {}
-    for name, shape in model.abstract.items():
-        source = model.weights.source(name)
-        made[source.name] = rng.standard_normal(source.shape(shape.shape)).astype(dtype)
+    for spec in model.params.values():
+        for name, shape in spec.source.tensors(spec.shape).items():
+            made[name] = rng.standard_normal(shape).astype(dtype)
     return made
 
 

@@ -59,8 +59,8 @@ def test_what_they_stand_for(name, tmp_path):
     case, config = CASES[name], SMALL | {"intermediate_size": 128, "hidden_size": 128, "head_dim": 64}
     model = check(config, case, tmp_path)
     linear = "model.layers.0.mlp.up_proj.weight"
-    assert linear in model.stored
-    assert "lm_head.weight" not in model.stored
+    assert model.params[linear].stored is not None
+    assert model.params["lm_head.weight"].stored is None
     kept = model.quantized.get(linear)
     assert (kept and kept.name) == case.scheme
 

@@ -17,9 +17,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.kernels import cpu
-from jaxinfer.quantization import qarray
+from jaxinfer.quantization.quantize import quantize
 from jaxinfer.quantization.schemes import SCHEMES
 from jaxinfer.sharding import TENSOR, on_axes
+from jaxinfer.weights import Dense, QArray, dot, dots, products, take
 
 FOLDER = Path(cpu.__file__).parent
 LIBRARY = next((f for s in importlib.machinery.EXTENSION_SUFFIXES if (f := FOLDER / f"_kernels{s}").exists()), None)
@@ -150,11 +151,11 @@ def test_not_finite_stays_in_its_row():
 
 
 def by_xla(x, w):
-    return qarray._by_xla(x, [w])[0]
+    return products.by_xla(x, [w])[0]
 
 
 def by_them(x, w, axes=None):
-    return qarray._products(x, (w,), None if axes is None else [axes])[0]
+    return products.products(x, (w,), [axes])[0]
 
 
 def used(*shapes):
@@ -195,14 +196,14 @@ def test_at_once(kind):
     x = random((5, 64), "float32")
     if kind in SCHEMES:
         scheme = SCHEMES[kind]
-        made = (qarray.quantize(random((n, 64), "float32"), scheme) for n in (24, 7, 40))
-        weights = [qarray.QArray(*map(jnp.asarray, one), scheme) for one in made]
+        made = (quantize(random((n, 64), "float32"), scheme) for n in (24, 7, 40))
+        weights = [QArray(*map(jnp.asarray, one), scheme) for one in made]
     else:
-        weights = [jnp.asarray(random((n, 64), kind)) for n in (24, 7, 40)]
-    together = jax.jit(lambda x, w: qarray.dots(x, w))
+        weights = [Dense(jnp.asarray(random((n, 64), kind))) for n in (24, 7, 40)]
+    together = jax.jit(lambda x, w: dots(x, w))
     assert together.lower(x, weights).as_text().count(f"@{cpu.INT4 if kind == 'int4' else cpu.DOT}(") == 1
     for got, weight in zip(together(x, weights), weights, strict=True):
-        np.testing.assert_array_equal(got, jax.jit(qarray.dot)(x, weight))
+        np.testing.assert_array_equal(got, jax.jit(dot)(x, weight))
 
 
 @needs_them
@@ -228,10 +229,10 @@ def test_on_a_mesh():
 
 @needs_them
 def test_rows_of_a_table():
-    table, ids = jnp.asarray(random((50, 24), "bfloat16")), np.array([3, 0, 49, 50, 2**30, 3], np.int32)
-    got = jax.jit(qarray.take, static_argnums=2)(table, ids, "float32")
-    np.testing.assert_array_equal(got, np.asarray(table, np.float32)[np.minimum(ids, 49)])
-    assert cpu.TAKE in jax.jit(qarray.take, static_argnums=2).lower(table, ids, "float32").as_text()
+    table, ids = Dense(jnp.asarray(random((50, 24), "bfloat16"))), np.array([3, 0, 49, 50, 2**30, 3], np.int32)
+    got = jax.jit(take, static_argnums=2)(table, ids, "float32")
+    np.testing.assert_array_equal(got, np.asarray(table.array, np.float32)[np.minimum(ids, 49)])
+    assert cpu.TAKE in jax.jit(take, static_argnums=2).lower(table, ids, "float32").as_text()
 
 
 def test_without_them(monkeypatch, tmp_path):

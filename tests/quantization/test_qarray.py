@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.quantization import qarray
-from jaxinfer.quantization.qarray import QArray, dot, quantize, take
+from jaxinfer.quantization import quantize as quantizing
+from jaxinfer.quantization.quantize import quantize
 from jaxinfer.quantization.schemes import SCHEMES, check_quantization, scheme_of
+from jaxinfer.weights import Dense, QArray, dot, dots, quantized, take
 
 RNG = np.random.default_rng(0)
 
@@ -42,7 +43,7 @@ SHAPES = {"int4": (24, 96), "int4-g128": (24, 384), "fp8-block": (300, 200)}
 def test_the_nearest_values(name, dtype, monkeypatch):
     shape = SHAPES.get(name, (24, 40))
     scheme, given = SCHEMES[name], weight(*shape, dtype=dtype)
-    monkeypatch.setattr(qarray, "BLOCK", 100)  # few rows at a time
+    monkeypatch.setattr(quantizing, "BLOCK", 100)  # few rows at a time
     values, scales = quantize(given, scheme)
     of_scales = {"int4": (24, 3), "int4-g128": (24, 3), "fp8-block": (3, 2)}.get(name, (24, 1))
     assert (values.dtype, scales.dtype, scales.shape) == (jnp.dtype(scheme.values), np.float32, of_scales)
@@ -101,7 +102,7 @@ def test_products_of_quantized_activations(dtype):
 def test_products_with_blocks(name, dtype, error, rows, monkeypatch):
     """All rows of the weight at once, and some at a time, of which 44 remain."""
     scheme, columns = SCHEMES[name], {"fp8-block": 200}.get(name, 384)
-    monkeypatch.setattr(qarray, "PRODUCT", rows * columns)
+    monkeypatch.setattr(quantized, "PRODUCT", rows * columns)
     values, scales = quantize(RNG.normal(size=(300, columns)).astype(np.float32), scheme)
     x = jnp.asarray(RNG.normal(size=(7, columns)), dtype)
     expected = np.asarray(x, np.float64) @ real(values, scales, scheme).T
@@ -164,6 +165,38 @@ def test_what_is_not_a_scheme(wrong):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_no_copy_is_made_of_a_table_of_16_bits(dtype):
     table, ids = weight(dtype=dtype), jnp.asarray([3, 70, 0])
+    held = Dense(jnp.asarray(table))
     call = jax.jit(lambda table, ids: take(table, ids, "float32"))
-    np.testing.assert_array_equal(call(table, ids), table.astype(np.float32)[[3, 23, 0]])
-    assert "f32[24,40]" not in call.lower(table, ids).compile().as_text()
+    np.testing.assert_array_equal(call(held, ids), table.astype(np.float32)[[3, 23, 0]])
+    assert "f32[24,40]" not in call.lower(held, ids).compile().as_text()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_of_more_axes(name):
+    """Each matrix as if it were alone, and one of them taken out is a weight."""
+    scheme, shape = SCHEMES[name], SHAPES.get(name, (24, 40))
+    given = np.stack([weight(*shape) for _ in range(3)])
+    values, scales = quantize(given, scheme)
+    held = QArray(jnp.asarray(values), jnp.asarray(scales), scheme, ("experts", "mlp", "embed"))
+    assert held.shape == given.shape
+    assert held.array_axes[0] == held.axes
+    x = jnp.asarray(RNG.normal(size=(5, shape[1])), jnp.float32)
+    for i, matrix in enumerate(given):
+        alone = QArray(*map(jnp.asarray, quantize(matrix, scheme)), scheme, ("mlp", "embed"))
+        assert (held[i].axes, held[i].shape) == (alone.axes, alone.shape)
+        np.testing.assert_array_equal(dot(x, held[i]), dot(x, alone))
+    dense = Dense(jnp.asarray(given), ("experts", "mlp", "embed"))
+    assert (dense[1].axes, dense[1:].axes, dense[1:].shape) == (dense.axes[1:], dense.axes, (2, *shape))
+
+
+def test_kinds_are_multiplied_in_groups():
+    """Of weights with one input, those of one kind at once, and all where they were asked for."""
+    x = jnp.asarray(RNG.normal(size=(5, 96)), jnp.float32)
+    plain = [Dense(jnp.asarray(weight(n, 96))) for n in (8, 24)]
+    fewer = [
+        QArray(*map(jnp.asarray, quantize(weight(n, 96), SCHEMES[k])), SCHEMES[k])
+        for n, k in ((4, "int4"), (16, "int8"))
+    ]
+    mixed = [plain[0], fewer[0], plain[1], fewer[1]]
+    for got, one in zip(dots(x, mixed), mixed, strict=True):
+        np.testing.assert_array_equal(got, dot(x, one))

@@ -1,0 +1,185 @@
+"""One record for each weight of a model: what it is, how it is kept, and where a checkpoint has it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxinfer.models.sources import Source, whole
+from jaxinfer.quantization.schemes import NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
+from jaxinfer.quantization.stored import Format, Stored
+from jaxinfer.sharding import PADDED, counts, placed
+from jaxinfer.weights import Axes, Dense, QArray
+from jaxinfer.weights.quantized import axes_of_scales
+
+log = logging.getLogger("jaxinfer")
+
+
+class ArraySpec(NamedTuple):
+    """One of the arrays of a weight. multiples: how many places of each axis a mesh must not split."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    axes: Axes
+    multiples: tuple[int, ...]
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(self.shape, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """A weight `[..., out, in]`, or another parameter.
+
+    name: its path in the module, and where nothing else is said in a checkpoint. shape: in full, however it is packed.
+    dtype: of floats. axes: logical, one for each of the shape. looked_up: whether rows of it are taken; None of what is
+    no weight that products take. source: the checkpoint's tensors. scheme: of one that is quantized. stored: how the
+    checkpoint has it, where that is quantized already; what no scheme holds exactly is converted to floats. multiples:
+    how many places of each axis a mesh must not split.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    axes: Axes
+    looked_up: bool | None
+    source: Source
+    scheme: Scheme | None = None
+    stored: Format | None = None
+    multiples: tuple[int, ...] = ()
+
+    @cached_property
+    def arrays(self) -> dict[str, ArraySpec]:
+        """What it is kept as, by what is added to its name."""
+        multiples = self.multiples or (1,) * len(self.shape)
+        if self.scheme is None:
+            return {"": ArraySpec(self.shape, self.dtype, self.axes, multiples)}
+        *first, rows, columns = multiples
+        values = *first, rows, columns // self.scheme.packed
+        blocks = *first, rows // self.scheme.rows, columns // self.scheme.block[1]
+        return {
+            suffix: ArraySpec(
+                shape,
+                jnp.dtype(kind),
+                axes_of_scales(self.axes, self.scheme) if suffix else self.axes,
+                blocks if suffix else values,
+            )
+            for suffix, (shape, kind) in self.scheme.arrays(*self.shape).items()
+        }
+
+    def placed(self, suffix: str, place: jax.Device | Mesh) -> Any:
+        """One of its arrays abstractly, with its sharding, as `sharding.placed`. Raises ValueError if the mesh would
+        split weights that have one scale."""
+        if self.scheme is not None and not suffix:
+            self._check_split(self.scheme, place)
+        array = self.arrays[suffix]
+        return placed(array.abstract, array.axes, place, array.multiples)
+
+    def bind(self, params: Mapping[str, Any], rounds: bool) -> Any:
+        """What the module is given in its place; None if it is not among the parameters. rounds: see QArray."""
+        if self.name not in params or self.looked_up is None:
+            return params.get(self.name)
+        if self.scheme is None:
+            return Dense(params[self.name], self.axes)
+        zeros = params[self.name + ZERO] if self.scheme.zeros else None
+        return QArray(params[self.name], params[self.name + SCALE], self.scheme, self.axes, rounds, zeros)
+
+    def _check_split(self, scheme: Scheme, place: jax.Device | Mesh) -> None:
+        block = (*(1,) * (len(self.shape) - 2), *scheme.block)
+        parts = zip(self.axes, self.shape, counts(self.axes, place), block, strict=True)
+        for i, (axis, size, count, unit) in enumerate(parts, 2 - len(self.shape)):
+            if axis not in PADDED and count > 1 and size % (count * unit):
+                fitting = ", ".join(str(n) for n in range(1, count) if size % (n * unit) == 0)
+                what = ("outputs", "inputs")[i] if i >= 0 else "experts"
+                raise ValueError(
+                    f"{self.name}: its {size} {what} would be split into {count} parts by the mesh, and {unit} have "
+                    f"one scale; {scheme.name if scheme else NONE} allows {fitting or 'no'} parts"
+                )
+
+
+def quantized(
+    specs: Iterable[ParamSpec], quantization: Quantization | None, stored: Stored | None, said: str
+) -> list[ParamSpec]:
+    """The specs with their schemes: as the user wants it, or as the checkpoint has it. said: in which floats what
+    its scheme can't have is left, for a warning; nothing for none. Raises ValueError."""
+    found = []
+    left: dict[str, list[str]] = {}  # those that the scheme can't have, by why
+    for spec in specs:
+        if spec.looked_up is not None:
+            scheme = scheme_of(quantization, spec.name, spec.looked_up)
+            if stored is not None:
+                spec = _as_stored(spec, stored)
+                wanted, scheme = scheme, spec.stored.scheme(*spec.shape[-2:]) if spec.stored else None
+                if quantization is not None and wanted != scheme:
+                    raise ValueError(
+                        f"quantization is {quantization!r}: the checkpoint is quantized already ({stored.method}), and "
+                        f"{spec.name} is in {scheme.name if scheme else 'floats'}: leave it out, or take the original "
+                        "checkpoint"
+                    )
+            try:
+                if scheme is not None:
+                    scheme.arrays(*spec.shape)
+                    spec = replace(spec, scheme=scheme)
+            except ValueError as error:
+                left.setdefault(str(error), []).append(spec.name)
+        found.append(spec)
+    if quantization is not None and not any(spec.scheme for spec in found):
+        why = f"; {next(iter(left))}" if left else ""
+        raise ValueError(f"quantization is {quantization!r}: none of the model's weights is meant by it{why}")
+    for why, names in left.items() if said else ():
+        which = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+        log.warning("quantization is %r: %s is left in %s: %s", quantization, which, said, why)
+    return _with_multiples(found)
+
+
+def _as_stored(spec: ParamSpec, stored: Stored) -> ParamSpec:
+    """With the checkpoint's own format. Raises ValueError where a weight is cut out of what can't be cut."""
+    if spec.looked_up:
+        return spec
+    regions = list(spec.source.regions(whole(spec.shape)))
+    shapes = spec.source.tensors(spec.shape)
+    kinds = {(region.tensor.removesuffix(".weight"), "Conv1D" if region.transposed else "Linear") for region in regions}
+    form, *others = (stored.format_of(*kind) for kind in sorted(kinds))
+    if any(other != form for other in others):
+        raise ValueError(f"config.json: quantization_config: {spec.name} is of tensors that are not quantized alike")
+    if form is None:
+        return spec
+    for region in regions:
+        if region.transposed and form.layout != "gptq":
+            raise ValueError(
+                f"config.json: quantization_config.quant_method is {stored.method!r}: {region.tensor} is stored [in, "
+                "out], which is read with 'gptq' alone; take the original checkpoint"
+            )
+        rows, columns = region.stored[::-1] if region.transposed else region.stored
+        size = shapes[region.tensor][::-1] if region.transposed else shapes[region.tensor]
+        if columns != (0, size[1]) or (form.rows != 1 and rows != (0, size[0])):
+            raise ValueError(
+                f"config.json: quantization_config.quant_method is {stored.method!r}: {spec.name} is a part of "
+                f"{region.tensor}, which has scales that can't be cut there; take the original checkpoint"
+            )
+    return replace(spec, stored=form)
+
+
+def _with_multiples(specs: list[ParamSpec]) -> list[ParamSpec]:
+    """How many places of each axis belong together: what pads one weight pads those that it meets."""
+    units: dict[str | None, int] = {}
+    for spec in specs:
+        if spec.scheme is not None:
+            for axis, unit in zip(spec.axes[-2:], spec.scheme.block, strict=True):
+                units[axis] = math.lcm(units.get(axis, 1), unit)
+    return [replace(spec, multiples=tuple(units.get(axis, 1) for axis in spec.axes)) for spec in specs]

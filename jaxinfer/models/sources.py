@@ -1,0 +1,173 @@
+"""Where a weight is found in a checkpoint: an expression over its tensors, good for reading and for writing.
+
+Tensor("model.norm.weight")                            itself
+Transposed(Tensor("h.0.mlp.c_fc.weight"))              stored [in, out]
+Part(Tensor("attn.qkv.weight"), start=8, total=24)     rows from 8 on, of 24
+Stack((Tensor("experts.0.up.weight"), ...))            its first axis is over tensors
+Concat((Tensor("gate.weight"), Tensor("up.weight")), (8, 16))     one after the other, 8 and 16 rows
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Host = np.ndarray[Any, Any]
+Shape = tuple[int, ...]
+Index = tuple[tuple[int, int], ...]  # start and stop along each axis
+
+
+class Region(NamedTuple):
+    """A piece of a tensor, and its place in a piece of a weight; transposed: its last two axes are the other way."""
+
+    tensor: str
+    stored: Index
+    place: tuple[slice | int, ...]
+    transposed: bool = False
+
+    def turned(self, piece: Host) -> Host:
+        """From the one to the other, either way."""
+        return np.swapaxes(piece, -1, -2) if self.transposed else piece
+
+
+class Source(ABC):
+    """The expression."""
+
+    @abstractmethod
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        """The tensors that a weight of this shape takes, and theirs."""
+
+    @abstractmethod
+    def regions(self, index: Index) -> Iterator[Region]:
+        """The pieces that a part of the weight consists of."""
+
+    def read(self, index: Index, read: Callable[[str, tuple[slice, ...]], Host]) -> Host:
+        """A part of the weight. `read` gives a part of a tensor; where one is all of it, it is not copied."""
+        regions, out = list(self.regions(index)), None
+        for region in regions:
+            piece = region.turned(read(region.tensor, slices(region.stored)))
+            if len(regions) == 1 and piece.ndim == len(index):
+                return piece
+            if out is None:
+                out = np.empty(shape_of(index), piece.dtype)
+            elif piece.dtype != out.dtype:  # both are floats, of 16 bits or more
+                out = out.astype(np.float32)
+            out[region.place] = piece
+        assert out is not None, "a weight of nothing"
+        return out
+
+
+@dataclass(frozen=True)
+class Tensor(Source):
+    """A tensor as it is."""
+
+    name: str
+
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        return {self.name: shape}
+
+    def regions(self, index: Index) -> Iterator[Region]:
+        yield Region(self.name, index, slices(whole(shape_of(index))))
+
+
+@dataclass(frozen=True)
+class Transposed(Source):
+    """The last two axes change places."""
+
+    source: Source
+
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        return self.source.tensors(_swapped(shape))
+
+    def regions(self, index: Index) -> Iterator[Region]:
+        for name, stored, place, transposed in self.source.regions(_swapped(index)):
+            yield Region(name, stored, _swapped(place), not transposed)
+
+
+@dataclass(frozen=True)
+class Part(Source):
+    """Of what has `total` places along an axis (out, as a rule), those from `start` on."""
+
+    source: Source
+    start: int
+    total: int
+    axis: int = 0
+
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        return self.source.tensors(_replaced(shape, self.axis, self.total))
+
+    def regions(self, index: Index) -> Iterator[Region]:
+        start, stop = index[self.axis]
+        yield from self.source.regions(_replaced(index, self.axis, (start + self.start, stop + self.start)))
+
+
+@dataclass(frozen=True)
+class Stack(Source):
+    """The weight's first axis is over these."""
+
+    sources: tuple[Source, ...]
+
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        return {name: size for source in self.sources for name, size in source.tensors(shape[1:]).items()}
+
+    def regions(self, index: Index) -> Iterator[Region]:
+        start, stop = index[0]
+        for i in range(start, stop):
+            for name, stored, place, transposed in self.sources[i].regions(index[1:]):
+                yield Region(name, stored, (i - start, *place), transposed)
+
+
+@dataclass(frozen=True)
+class Concat(Source):
+    """One after the other along an axis; sizes: of each."""
+
+    sources: tuple[Source, ...]
+    sizes: tuple[int, ...]
+    axis: int = 0
+
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        pairs = zip(self.sources, self.sizes, strict=True)
+        each = (source.tensors(_replaced(shape, self.axis, size)) for source, size in pairs)
+        return {name: stored for tensors in each for name, stored in tensors.items()}
+
+    def regions(self, index: Index) -> Iterator[Region]:
+        (start, stop), before = index[self.axis], 0
+        for source, size in zip(self.sources, self.sizes, strict=True):
+            first, last = max(start, before), min(stop, before + size)
+            if first < last:
+                shift = first - start
+                for name, stored, place, transposed in source.regions(
+                    _replaced(index, self.axis, (first - before, last - before))
+                ):
+                    own = place[self.axis]
+                    assert isinstance(own, slice)
+                    moved = slice(own.start + shift, own.stop + shift)
+                    yield Region(name, stored, _replaced(place, self.axis, moved), transposed)
+            before += size
+
+
+def slices(index: Index) -> tuple[slice, ...]:
+    """For arrays."""
+    return tuple(slice(*part) for part in index)
+
+
+def whole(shape: Shape) -> Index:
+    """All of a weight."""
+    return tuple((0, size) for size in shape)
+
+
+def shape_of(index: Index) -> Shape:
+    """Of a part of a weight."""
+    return tuple(stop - start for start, stop in index)
+
+
+def _swapped(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*values[:-2], values[-1], values[-2])
+
+
+def _replaced(values: tuple[Any, ...], axis: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:axis], value, *values[axis + 1 :])

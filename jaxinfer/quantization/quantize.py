@@ -1,0 +1,49 @@
+"""Weights to values and scales, on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes  # noqa: F401  numpy's names of fewer bits
+import numpy as np
+
+from jaxinfer.quantization.schemes import SCALE, Scheme
+
+BLOCK = 2**20  # weights that are quantized at a time: what is needed for that are a few times 4 MB
+Host = np.ndarray[Any, Any]
+
+
+def quantize(weight: Host, scheme: Scheme) -> tuple[Host, Host]:
+    """Values and scales of `weight [..., out, in]`: the nearest multiples of each block's scale. A few rows at a time,
+    so that this takes little memory besides. Raises ValueError for weights that are not finite."""
+    found = {suffix: np.empty(shape, np.dtype(kind)) for suffix, (shape, kind) in scheme.arrays(*weight.shape).items()}
+    values, scales = found[""], found[SCALE]
+    for index in np.ndindex(weight.shape[:-2]):
+        _quantize(weight[index], scheme, values[index], scales[index])
+    return values, scales
+
+
+def _quantize(weight: Host, scheme: Scheme, values: Host, scales: Host) -> None:
+    count, columns = weight.shape
+    high, wide = scheme.rows, scheme.columns or columns
+    size = max(1, BLOCK // max(columns * high, 1)) * high
+    for start in range(0, count, size):
+        some = weight[start : start + size].astype(np.float32, order="C")
+        rows = len(some)
+        some = np.pad(some, [(0, -rows % high), (0, -columns % wide)]) if rows % high or columns % wide else some
+        blocks = some.reshape(-1, high, some.shape[1] // wide, wide)
+        largest = np.max(np.abs(blocks), axis=(1, 3), keepdims=True, initial=0)
+        if not np.isfinite(largest).all():
+            raise ValueError(f"has values that are not finite, which can't be quantized to {scheme.name}")
+        scale = np.maximum(largest / np.float32(scheme.largest), np.finfo(np.float32).tiny)
+        blocks /= scale
+        if scheme.values != "float8_e4m3fn":
+            np.rint(some, out=some)
+        scales[start // high : -(-(start + rows) // high)] = scale[:, 0, :, 0]
+        values[start : start + rows] = pack(some) if scheme.packed == 2 else some[:rows, :columns]
+
+
+def pack(values: Host) -> Host:
+    """Integers from -8 to 7, `[..., in]`, as uint8 `[..., in / 2]`: that of the even column in the low four bits."""
+    low = values.astype(np.int8).view(np.uint8) & 15
+    return low[..., ::2] | low[..., 1::2] << 4

@@ -1,0 +1,7 @@
+"""The kinds of weights, and the products that take any of them."""
+
+from jaxinfer.weights.dense import Dense
+from jaxinfer.weights.quantized import QArray
+from jaxinfer.weights.weight import Axes, Weight, dot, dots, take
+
+__all__ = ["Axes", "Dense", "QArray", "Weight", "dot", "dots", "take"]

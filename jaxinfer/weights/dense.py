@@ -1,0 +1,65 @@
+"""A weight in floats."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxinfer.kernels.cpu import take as take_by_kernel
+from jaxinfer.weights.products import products
+from jaxinfer.weights.weight import Axes, Weight
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class Dense(Weight):
+    """One array, `[..., out, in]`."""
+
+    array: jax.Array
+    axes: Axes | None = field(default=None, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def group(self) -> Hashable:
+        return self.array.dtype
+
+    @property
+    def array_axes(self) -> list[Axes]:
+        return [self.axes or (None,) * self.array.ndim]
+
+    @classmethod
+    def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: str | None) -> list[jax.Array]:
+        arrays = tuple(weight.array for weight in weights)
+        return products(x, arrays, [weight.axes for weight in weights], rounds=arrays[0].dtype == jnp.bfloat16)
+
+    def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+        # XLA:CPU gathers no 16-bit floats: it would make a float32 copy of the table each time. Integers it does.
+        if self.array.dtype.itemsize == 2:
+            return lax.platform_dependent(self.array, ids, cpu=_taken_on_cpu, default=_taken).astype(dtype)
+        return _taken(self.array, ids).astype(dtype)
+
+    def __getitem__(self, index: int | slice) -> Self:
+        array = self.array[index]
+        return replace(self, array=array, axes=self.axes and self.axes[len(self.axes) - array.ndim :])
+
+
+def _taken(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return table.at[ids].get(mode="clip")
+
+
+def _taken_on_cpu(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return take_by_kernel(table, ids, _taken_by_bits)
+
+
+def _taken_by_bits(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(_taken(lax.bitcast_convert_type(table, jnp.uint16), ids), table.dtype)

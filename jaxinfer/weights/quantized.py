@@ -1,0 +1,161 @@
+"""A weight in fewer bits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
+
+from jaxinfer.kernels.cpu import products_int4
+from jaxinfer.quantization.activations import quantize_last
+from jaxinfer.quantization.schemes import Scheme
+from jaxinfer.weights.products import on_each, on_each_already, products
+from jaxinfer.weights.weight import Axes, Weight
+
+PRODUCT = 2**22  # weights that are dequantized at a time, where they have to be
+
+
+@functools.partial(jax.tree_util.register_dataclass)
+@dataclass(frozen=True)
+class QArray(Weight):
+    """A weight `[..., out, in]`, as `values * scales`, which are arrays as `Scheme.arrays` says. rounds: activations in
+    float32 that it is multiplied with may be rounded to bfloat16 where that is faster. zeros: of a scheme that has
+    them, and then it is `(values - zeros) * scales`.
+
+    Scales of whole channels are applied to the product, and weights with others dequantized to x's dtype some rows at a
+    time, so that no weight is ever there in full."""
+
+    values: jax.Array
+    scales: jax.Array
+    scheme: Scheme = field(metadata={"static": True})
+    axes: Axes | None = field(default=None, metadata={"static": True})
+    rounds: bool = field(default=False, metadata={"static": True})
+    zeros: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *rows, columns = self.values.shape
+        return *rows, columns * self.scheme.packed
+
+    @property
+    def group(self) -> Hashable:
+        return self.scheme
+
+    @property
+    def array_axes(self) -> list[Axes]:
+        axes = self.axes or (None,) * self.values.ndim
+        return [axes, *(axes_of_scales(axes, self.scheme) for _ in self.scheme.beside)]
+
+    @classmethod
+    def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: str | None) -> list[jax.Array]:
+        if weights[0].scheme.columns:
+            return _of_blocks(x, weights)
+        axes, values = [weight.axes for weight in weights], tuple(weight.values for weight in weights)
+        if weights[0].scheme.activations:
+            x, factors = quantize_last(x, jnp.int8, split_over)
+            outs = [out.astype(jnp.float32) * factors for out in products(x, values, axes)]
+        else:
+            outs = products(x, values, axes, weights[0].rounds)
+        return [out * weight.scales[:, 0] for out, weight in zip(outs, weights, strict=True)]
+
+    def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+        values = self.values.at[ids].get(mode="clip")
+        block = ids // self.scheme.rows
+        scales = self.scales.at[block].get(mode="clip")
+        zeros = None if self.zeros is None else self.zeros.at[block].get(mode="clip")
+        parts = _dequantized(values, scales, zeros, self.scheme, dtype)
+        return jnp.stack(parts, axis=-1).reshape(len(ids), -1)
+
+    def __getitem__(self, index: int | slice) -> Self:
+        values, zeros = self.values[index], None if self.zeros is None else self.zeros[index]
+        axes = self.axes and self.axes[len(self.axes) - values.ndim :]
+        return replace(self, values=values, scales=self.scales[index], zeros=zeros, axes=axes)
+
+
+def axes_of_scales(axes: Axes, scheme: Scheme) -> Axes:
+    """The logical axes of a quantized weight's scales."""
+    return (*axes[:-1], axes[-1] if scheme.columns else None)
+
+
+def _of_blocks(x: jax.Array, weights: Sequence[QArray]) -> list[jax.Array]:
+    """Products with weights whose scales are of blocks. Each device of `tensor` loops over its own rows: XLA can't cut
+    a loop in parts."""
+    known = [weight.axes for weight in weights if weight.axes is not None]
+    if on_each_already() or len(known) < len(weights):
+        return _rows_in_turn(x, weights)
+    outs: list[jax.Array] = on_each(_rows_in_turn, known)(x, tuple(weights))
+    return outs
+
+
+def _rows_in_turn(x: jax.Array, weights: Sequence[QArray]) -> list[jax.Array]:
+    def by_loop() -> list[jax.Array]:
+        return [_by_loop(x, weight) for weight in weights]
+
+    if weights[0].scheme.packed == 1 or weights[0].scheme.rows > 1:
+        return by_loop()
+    zeros = ((weight.zeros,) if weight.zeros is not None else () for weight in weights)
+    given = [(weight.values, weight.scales, *own) for weight, own in zip(weights, zeros, strict=True)]
+    return products_int4(x, given, by_loop, weights[0].rounds)
+
+
+def _by_loop(x: jax.Array, weight: QArray) -> jax.Array:
+    scheme, count = weight.scheme, weight.values.shape[0]
+    most = max(PRODUCT // x.shape[1] // 128, 1) * 128  # whole blocks
+    size = next((n for n in range(most, most // 2, -128) if count % n == 0), min(most, count))
+    columns = [x[:, i :: scheme.packed] for i in range(scheme.packed)]
+
+    def product(start: jax.Array | int, size: int) -> jax.Array:
+        values = _rows(weight.values, start, size)
+
+        def of_rows(array: jax.Array) -> jax.Array:
+            blocks = _rows(array, start // scheme.rows, -(-size // scheme.rows))
+            return jnp.repeat(blocks, scheme.rows, axis=0)[:size]
+
+        zeros = None if weight.zeros is None else of_rows(weight.zeros)
+        parts = _dequantized(values, of_rows(weight.scales), zeros, scheme, x.dtype)
+        outs = (products(x, (part,), [None])[0] for x, part in zip(columns, parts, strict=True))
+        return sum(outs, start=jnp.float32(0))
+
+    def step(i: jax.Array, out: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(out, product(i * size, size), i * size, axis=1)
+
+    if size == count:
+        return product(0, size)
+    whole = count // size
+    out = lax.fori_loop(0, whole, step, jnp.zeros((x.shape[0], count), jnp.float32))
+    rest = count - whole * size
+    return out.at[:, whole * size :].set(product(whole * size, rest)) if rest else out
+
+
+def _rows(array: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
+    """Some rows, which the TPU compiler has to lay out as the array is: it would make a copy of the array otherwise. It
+    has those transposed whose rows are no whole tiles, as it would have the slices."""
+    rows = lax.dynamic_slice_in_dim(array, start, size)
+    return rows if array.shape[1] % 128 else with_layout_constraint(rows, Layout((0, 1)))
+
+
+def _dequantized(
+    values: jax.Array, scales: jax.Array, zeros: jax.Array | None, scheme: Scheme, dtype: DTypeLike
+) -> list[jax.Array]:
+    """Rows of a weight in this dtype: all columns, or where bytes have two values the even and the odd ones, as putting
+    them together costs more on TPU than the rest. scales, zeros: of each row."""
+    if scheme.packed == 2:
+        high = lax.bitcast_convert_type(values, jnp.int8)
+        parts = [lax.shift_right_arithmetic(half, jnp.int8(4)) for half in (high << 4, high)]
+    else:
+        parts = [values]
+    columns = values.shape[1]
+
+    def of_columns(blocks: jax.Array) -> jax.Array:  # the last one may be cut
+        return jnp.repeat(blocks.astype(jnp.float32), (scheme.columns or columns) // scheme.packed, axis=1)[:, :columns]
+
+    parts = [part.astype(jnp.float32) for part in parts]
+    parts = parts if zeros is None else [part - of_columns(zeros) for part in parts]
+    return [(part * of_columns(scales)).astype(dtype) for part in parts]
