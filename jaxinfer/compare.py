@@ -163,7 +163,7 @@ def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.
     for ids in sequences:
         length = 1 << (len(ids) - 1).bit_length()
         batch = Batch.of_sequences([list(ids)], length)
-        batch = dataclasses.replace(batch, pages=jnp.ones((1, 1), jnp.int32))
+        batch = dataclasses.replace(batch, pages=jnp.ones((1, 1), jnp.int32), backend=layout.backend)
         if length not in compiled:
             with in_background(lambda given: run.lower(*given).compile(), [(params, batch)]) as (future,):
                 compiled[length] = future.result()

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxinfer.attention.backend import AttentionBackend
+
 
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Batch:
     mesh                   static: what heads and weights are split over, if there is more than one device; the batch is
                            then what one shard of its rows sees, inside of a shard_map over them
     device_kind            static: what kind of device it is for (JAX's name of it): kernels are tuned for each
+    backend                static: what attends to the cache, if there is one
     """
 
     tokens: jax.Array
@@ -39,6 +42,7 @@ class Batch:
     decode_only: bool = field(default=False, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
     device_kind: str = field(default="", metadata={"static": True})
+    backend: AttentionBackend | None = field(default=None, metadata={"static": True})
 
     def places(self, page_size: int) -> tuple[jax.Array, jax.Array]:
         """Where each token's key and value go: page, i32[T], and place in it; page 0 for padding and finished rows."""

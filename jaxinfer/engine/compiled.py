@@ -27,7 +27,7 @@ import jax
 from jax.experimental import serialize_executable
 
 from jaxinfer import __version__
-from jaxinfer.cache import tokamax_version
+from jaxinfer.attention.fused import tokamax_version
 from jaxinfer.engine.options import check_options
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.engine.sizing import Sizes
@@ -71,6 +71,7 @@ class Manifest:
     environment: dict[str, Any]
     model: dict[str, Any]
     options: dict[str, Any]
+    attention: list[str]
     sizes: dict[str, int]
     programs: dict[str, dict[str, Any]]
     format: int = field(default=FORMAT)

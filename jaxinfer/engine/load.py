@@ -18,7 +18,6 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
-from jaxinfer.attention import attention_in_words
 from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
@@ -137,7 +136,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
 
         params = load_weights(abstract, checkpoint, place, on_tensor)
 
-    if compiled is not None and (problem := _misfit(compiled.sizes, abstract, place, given)):
+    if compiled is not None and (problem := _misfit(compiled, abstract, place, given)):
         compiled.complain(problem)
         compiled, given["max_model_len"] = None, options.get("max_model_len")
     programs, sizes = sized_programs(abstract, place, given, _available(abstract, place, given), compiled)
@@ -164,7 +163,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         runner.warm_up()
     loaded = Loaded(engine, folder, dtype, sizes, asked, time.perf_counter() - start)
     log.info("loaded %s in %.1f s: %s", folder, loaded.load_seconds, loaded.describe())
-    log.info("attention: %s", attention_of(programs))
+    log.info("attention: %s", programs.layout.in_words)
     return loaded
 
 
@@ -219,13 +218,6 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     return sized_programs(model, place, given, _available(model, place, given, weights=weights))
 
 
-def attention_of(programs: Programs) -> str:
-    """What attends to the cache, in words, and where that is plain XLA, why."""
-    config, model = programs.model.config, programs.model
-    group = config.num_heads // config.num_kv_heads
-    return attention_in_words(programs.layout, model.dtype, config.head_dim, group, programs.devices[0])
-
-
 def _devices() -> list[jax.Device]:
     """Of this machine; where several hosts have one model, of all of them."""
     return local_devices() if distributed.group() is None else jax.devices()
@@ -243,13 +235,16 @@ def _place(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | None) 
     return make_mesh(mesh, devices, shape.num_heads, shape.num_kv_heads, shape.hidden_size, wanted) or devices[0]
 
 
-def _misfit(sizes: Sizes, model: Model, place: jax.Device | Mesh, given: LoadOptions) -> str | None:
-    """What is wrong with the sizes of programs that were compiled ahead."""
+def _misfit(compiled: Folder, model: Model, place: jax.Device | Mesh, given: LoadOptions) -> str | None:
+    """What is wrong with the cache of programs that were compiled ahead."""
+    sizes, attention = compiled.sizes, compiled.manifest.attention
     if sizes.bytes > (room := _available(model, place, given, RESERVE)):
         return f"their KV cache of {sizes.bytes:,} bytes does not fit in the {room:,} that are free"
     layout = cache_layout(model, place, given["attention"], given["kv_cache_dtype"])
     if (size := sizes.num_pages * sizes.page_size * layout.bytes_per_token) != sizes.bytes:
         return f"their KV cache is said to have {sizes.bytes:,} bytes, and has {size:,}"
+    if attention != layout.backends:
+        return f"what attends was {attention!r:.200} and is {layout.backends!r}"
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def stack(
         before = x
         x, layer_cache = run(whole, x, None if cache is None else cache[i])
         new.append(layer_cache)
-    return x, None if cache is None else cast(Cache, tuple(new))
+    return x, None if cache is None else tuple(new)
 
 
 def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxinfer.cache import CacheLayout
+from jaxinfer.attention import CacheLayout
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import Chip
 
@@ -69,8 +69,9 @@ def bound(
     body_bytes = sum(count for name, count in held.items() if name not in vocab)
     # An embedding is looked up, not multiplied.
     head_bytes = sum(held[n] for n in vocab if config.tie_word_embeddings or n.startswith("lm_head."))
-    heads = config.num_heads // config.num_kv_heads * layout.num_kv_heads
-    attention = 2 * config.num_layers * heads * layout.head_dim  # products of a token and a key
+    kv_heads, head_dim = layout.kept_heads
+    heads = config.num_heads // config.num_kv_heads * kv_heads
+    attention = 2 * config.num_layers * heads * head_dim  # products of a token and a key
     seen = context if tokens == rows else (context + 1) / 2
     flops = 2 * (body * tokens + head * rows + attention * tokens * seen)
     moved = (body_bytes + head_bytes) / tensor + rows * context * layout.bytes_per_token

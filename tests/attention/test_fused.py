@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-import jaxinfer.cache.pages as pages_module
-from jaxinfer.attention import AttentionSpec
+import jaxinfer.attention.fused as fused_module
+from jaxinfer.attention import AttentionSpec, CacheLayout, attention_case
 from jaxinfer.attention.fused import attend_fused
-from jaxinfer.cache import CacheLayout, FusedPages, PackedPages
+from jaxinfer.cache import FusedPages, PackedPages
 from tests.attention.reference import Shape, attend_row, live, ragged
 from tests.attention.test_packed import Place, packed
 
@@ -96,12 +96,14 @@ def test_a_row_that_has_stopped(kernel, decode_only):
 def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
     def installed(name):
         if version is None:
-            raise pages_module.PackageNotFoundError(name)
+            raise fused_module.PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr(pages_module, "version", installed)
-    assert CacheLayout.choose(2, 12, 64, dtype, Place("tpu", kind)).pages is PackedPages  # heads are padded
-    layout = CacheLayout.choose(2, 8, 64, dtype, Place("tpu", kind))
+    monkeypatch.setattr(fused_module, "version", installed)
+    place = Place("tpu", kind)
+    first, _ = CacheLayout.of(2, attention_case(12, 64, 1, dtype, place)).shapes(5, 16)
+    assert type(first) is PackedPages  # heads are padded
+    layout = CacheLayout.of(2, attention_case(8, 64, 1, dtype, place))
     first, _ = layout.shapes(5, 16)
     assert type(first) is expected
     assert layout.spec == PartitionSpec(("data", "fsdp"), None, "kv")

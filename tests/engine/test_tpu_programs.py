@@ -15,7 +15,7 @@ SCRIPT = """
 import json, re, sys
 import jax, numpy as np
 import jaxinfer.attention.tpu as attention
-import jaxinfer.cache.pages as pages
+import jaxinfer.attention.fused as fused
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
 from jaxinfer.models.model import Model
@@ -35,13 +35,13 @@ def noted(kind, *rest):
     return block_sizes(kind, *rest)
 
 attention.block_sizes = noted
-tokamax_version = pages.tokamax_version
+tokamax_version = fused.tokamax_version
 
 def size(tree):
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 for case in json.loads(sys.argv[1]):
-    pages.tokamax_version = tokamax_version if case.get("tokamax") else lambda: None
+    fused.tokamax_version = tokamax_version if case.get("tokamax") else lambda: None
     devices = find_place(case["topology"]).devices
     config = LLAMA_8B | case["config"]
     heads = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jaxinfer.cache import CacheLayout
+from jaxinfer.attention import CacheLayout, attention_case
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Model, Params
@@ -31,8 +31,9 @@ def cache_layout(
 ) -> CacheLayout:
     """How the model's keys and values are kept there. Raises ValueError if that attention is not to be had."""
     config = model.config
-    heads = config.num_layers, config.num_kv_heads, config.head_dim
-    return CacheLayout.choose(*heads, model.dtype, place, attention, kv_cache_dtype)
+    queries = config.num_heads // config.num_kv_heads
+    case = attention_case(config.num_kv_heads, config.head_dim, queries, model.dtype, place, kv_cache_dtype)
+    return CacheLayout.of(config.num_layers, case, attention, kv_cache_dtype)
 
 
 def placed_params(model: Model, place: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -82,7 +83,7 @@ class EngineShapes:
     def mesh(self) -> Mesh | None:
         return self.place if isinstance(self.place, Mesh) else None
 
-    @property
+    @cached_property
     def layout(self) -> CacheLayout:
         """Of the cache."""
         return cache_layout(self.model, self.place, self.attention, self.kv_cache_dtype)

@@ -68,6 +68,7 @@ class Decode(Program):
     def function(self) -> Function:
         model, mesh, max_steps = self.shapes.model, self.shapes.mesh, self.shapes.max_steps
         kind, parts = self.shapes.devices[0].device_kind, parts_of_logits(model, mesh)
+        backend = self.shapes.layout.backend
 
         def decode(
             params: Params, state: State, read: State, rows: DecodeRows, sampling: SamplingArrays, steps: jax.Array
@@ -91,6 +92,7 @@ class Decode(Program):
                     decode_only=True,
                     mesh=mesh,
                     device_kind=kind,
+                    backend=backend,
                 )
                 hidden, cache = module.hidden(batch, state.cache)
                 assert cache is not None
