@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import psutil
 
-from jaxinfer.attention import CacheLayout, attention_case, reasons
+from jaxinfer.attention import LayerLayout, reasons
+from jaxinfer.cache import FullAttentionSpec
 from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.engine.compiled import cpu_features
 from jaxinfer.engine.load import local_programs
@@ -64,9 +65,9 @@ def _described(device: jax.Device) -> str:
 
 def _attention(device: jax.Device) -> tuple[str, list[str]]:
     """What attends for a model of the usual shape, and of each backend whether that is it, or why not."""
-    case = attention_case(8, 128, 1, "float32" if device.platform == "cpu" else "bfloat16", device)
-    each = [f"{backend.name}: {why or 'used'}" for backend, why in reasons(case)]
-    return CacheLayout.of(1, case).in_words, each
+    layer = LayerLayout.of(FullAttentionSpec(8, 128), "float32" if device.platform == "cpu" else "bfloat16", device)
+    assert layer.case is not None
+    return layer.in_words, [f"{backend.name}: {why or 'used'}" for backend, why in reasons(layer.case)]
 
 
 def examine_model(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, str | list[str]]:
@@ -75,7 +76,7 @@ def examine_model(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict
     return {
         "the model's precision": programs.model.precision,
         "the model's attention": programs.layout.in_words,
-        "the model's context": f"{sizes.max_model_len} tokens, and a cache of {sizes.num_pages * sizes.page_size}",
+        "the model's context": f"{sizes.max_model_len} tokens, and a cache of {programs.cache_tokens}",
     }
 
 

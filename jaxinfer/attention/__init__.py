@@ -6,8 +6,8 @@
 from jaxinfer.attention.attend import attend
 from jaxinfer.attention.backend import AttentionBackend, AttentionCase
 from jaxinfer.attention.backends import BACKENDS, reasons
-from jaxinfer.attention.batch import Batch
-from jaxinfer.attention.layout import CacheLayout, attention_case
+from jaxinfer.attention.batch import Batch, LayerMap, Table
+from jaxinfer.attention.layout import CacheLayout, LayerLayout
 from jaxinfer.attention.spec import AttentionSpec
 
 __all__ = [
@@ -17,7 +17,9 @@ __all__ = [
     "AttentionSpec",
     "Batch",
     "CacheLayout",
+    "LayerLayout",
+    "LayerMap",
+    "Table",
     "attend",
-    "attention_case",
     "reasons",
 ]

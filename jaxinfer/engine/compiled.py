@@ -266,15 +266,15 @@ def _differences(
 
 
 def _contradictions(manifest: Manifest, model: ModelConfig) -> list[str]:
-    """Sizes that are not those of the options. That there is memory for them is seen once it is known how much a token
-    takes."""
+    """Sizes that are not those of the options. That there is memory for them, and one of them for a sequence, is seen
+    once it is known what layers keep."""
     sizes, options = Sizes(**manifest.sizes), manifest.options
     longest = -(-sizes.max_model_len // sizes.page_size)
     fits = (
         sizes.page_size == options["page_size"]
         and sizes.max_model_len == options["max_model_len"]
         and sizes.max_model_len <= model.max_context
-        and longest < sizes.num_pages <= longest * options["max_num_seqs"] + 1
+        and sizes.num_pages <= longest * model.num_layers * options["max_num_seqs"] + 1
     )
     return [] if fits else [f"{MANIFEST} contradicts itself: its sizes are not those of its options"]
 

@@ -31,9 +31,9 @@ from jaxinfer.engine.compiled import Folder, open_folder
 from jaxinfer.engine.defaults import checkpoint_params
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.follower import agree, follow
+from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.leader import Leader
 from jaxinfer.engine.options import LoadOptions, check_options, in_our_words
-from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.programs import Programs, cache_layout, placed_hidden, placed_params, placed_slots
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
@@ -80,7 +80,7 @@ class Loaded:
         return (
             f"weights {weights / 2**30:.2f} GiB in {model.precision}, KV cache {sizes.bytes / 2**30:.2f} GiB in "
             f"{self.engine.runner.programs.layout.dtype} for "
-            f"{self.engine.scheduler.pages_total * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
+            f"{self.engine.runner.programs.cache_tokens} tokens, max_model_len {sizes.max_model_len}"
             + (f", {describe(mesh)}" if (mesh := self.engine.runner.programs.mesh) else "")
         )
 
@@ -241,19 +241,27 @@ def _misfit(compiled: Folder, model: Model, place: jax.Device | Mesh, given: Loa
     if sizes.bytes > (room := _available(model, place, given, RESERVE)):
         return f"their KV cache of {sizes.bytes:,} bytes does not fit in the {room:,} that are free"
     layout = cache_layout(model, place, given["attention"], given["kv_cache_dtype"])
-    if (size := sizes.num_pages * sizes.page_size * layout.bytes_per_token) != sizes.bytes:
+    rows, tokens = limits(given, place)
+    pages = sizes.num_pages, sizes.page_size, reach_of(tokens), sizes.max_model_len
+    if (size := layout.nbytes(*pages, rows)) != sizes.bytes:
         return f"their KV cache is said to have {sizes.bytes:,} bytes, and has {size:,}"
-    if attention != layout.backends:
-        return f"what attends was {attention!r:.200} and is {layout.backends!r}"
+    if layout.least(sizes.max_model_len, *pages[1:3], rows) > size:
+        return f"their KV cache of {size:,} bytes is too small for a sequence of {sizes.max_model_len} tokens"
+    if attention != layout.names:
+        return f"what attends was {attention!r:.200} and is {layout.names!r}"
     return None
 
 
 def make_scheduler(programs: Programs, prefix_caching: bool = True) -> Shards:
     """For calls of these programs."""
 
+    groups = programs.layout.groups
+    paged = [group for group in groups if group.pool is not None]
+
     def one() -> Scheduler:
-        pages = PageAllocator(programs.num_pages, programs.page_size, prefix_caching)
-        return Scheduler(pages, programs.max_rows, programs.max_tokens)
+        sizes = programs.page_counts, programs.page_size, programs.reach
+        cache = KVCacheManager(paged, *sizes, prefix_caching, whole=len(paged) == len(groups))
+        return Scheduler(cache, programs.max_rows, programs.max_tokens)
 
     return Shards([one() for _ in range(programs.shards)])
 
@@ -269,7 +277,8 @@ def sized_programs(
     else:
         length = given["max_model_len"] or model.config.max_context
         sizes = size_cache(
-            bytes_per_token=cache_layout(model, place, given["attention"], given["kv_cache_dtype"]).bytes_per_token,
+            cache_layout(model, place, given["attention"], given["kv_cache_dtype"]),
+            reach=reach_of(max_tokens),
             page_size=page_size(given["page_size"], place, max_rows, length),
             max_num_seqs=max_rows,
             max_model_len=given["max_model_len"],
@@ -327,6 +336,11 @@ def limits(given: LoadOptions, place: jax.Device | Mesh) -> tuple[int, int]:
     if max_tokens < max_rows:
         raise ValueError(f"max_num_batched_tokens is {max_tokens}: it must be at least max_num_seqs, {max_rows}")
     return -(-max_rows // shards), -(-max_tokens // shards)
+
+
+def reach_of(max_tokens: int) -> int:
+    """Most tokens of one sequence that a call writes."""
+    return max(max_tokens, MAX_STEPS)
 
 
 def _available(model: Model, place: jax.Device | Mesh, given: LoadOptions, slack: float = 0.0, weights: int = 0) -> int:

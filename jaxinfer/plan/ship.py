@@ -85,7 +85,7 @@ def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any
         "kv_cache_dtype": programs.kv_cache_dtype,
         "quantization": programs.model.quantization,
     }
-    model, attention = describe_model(programs.model), programs.layout.backends
+    model, attention = describe_model(programs.model), programs.layout.names
     return Manifest(environment(programs.devices), model, options, attention, asdict(sizes), written)
 
 

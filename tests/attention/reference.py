@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.attention import AttentionBackend, AttentionSpec, Batch
+from jaxinfer.attention import AttentionBackend, AttentionSpec, Batch, Table
 from jaxinfer.attention.xla import XLA
 from jaxinfer.cache import SplitPages
 
@@ -116,7 +116,7 @@ def ragged(
         row=row_of,
         q_start=q_start,
         kv_len=np.array([h + n for h, n in rows], np.int32),
-        pages=pages,
+        tables=(Table(pages),),
         rows=np.array([shape.rows] * 3 if decode_only else [len(decode), count, count], np.int32),
         decode_only=decode_only,
         backend=backend,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.attention import AttentionSpec, Batch, attend
+from jaxinfer.attention import AttentionSpec, Batch, Table, attend
 from jaxinfer.attention.xla import XLA
 from jaxinfer.cache import BITS, SplitPages
 from tests.attention.reference import Ragged, Shape, attend_row, check_overflow, filled_outside, live, ragged
@@ -125,7 +125,7 @@ def test_in_pieces_as_in_one_go(window):
             row=np.zeros(width, np.int32),
             q_start=np.array([0, count], np.int32),
             kv_len=np.array([start + count], np.int32),
-            pages=pages,
+            tables=(Table(pages),),
             rows=np.array([decode_only, 1, 1], np.int32),
             decode_only=decode_only,
             backend=XLA,

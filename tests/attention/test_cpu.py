@@ -6,11 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfer.attention import AttentionSpec, attend, attention_case
-from jaxinfer.attention.backends import choose
+from jaxinfer.attention import AttentionSpec, LayerLayout, attend
 from jaxinfer.attention.cpu import CPU
 from jaxinfer.attention.xla import XLA
-from jaxinfer.cache import QuantizedPages, SplitPages
+from jaxinfer.cache import FullAttentionSpec, QuantizedPages, SplitPages
 from jaxinfer.kernels import cpu
 from tests.attention.reference import Shape, live, ragged
 from tests.attention.test_quantized_cache import rounded
@@ -77,9 +76,10 @@ def test_as_by_xla(shape, cache, set_level):  # noqa: F811
     ],
 )
 def test_where_it_is_used(attention, head_dim, queries, dtype, kept, expected):
-    case = attention_case(2, head_dim, queries, dtype, jax.devices()[0], kept)
+    spec = FullAttentionSpec(2, head_dim, queries=queries)
+    layout = LayerLayout.of(spec, dtype, jax.devices()[0], attention, kept)
     if isinstance(expected, str):
-        assert choose(case, attention, kept) is XLA
-        assert expected in CPU.supports(case)
+        assert layout.backend is XLA
+        assert expected in CPU.supports(layout.case)
     else:
-        assert choose(case, attention, kept) is expected
+        assert layout.backend is expected

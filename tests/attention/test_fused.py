@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import jaxinfer.attention.fused as fused_module
-from jaxinfer.attention import AttentionSpec, CacheLayout, attention_case
+from jaxinfer.attention import AttentionSpec, LayerLayout
 from jaxinfer.attention.fused import attend_fused
-from jaxinfer.cache import FusedPages, PackedPages
+from jaxinfer.cache import FullAttentionSpec, FusedPages, PackedPages
 from tests.attention.reference import Shape, attend_row, live, ragged
 from tests.attention.test_packed import Place, packed
 
@@ -101,12 +101,12 @@ def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
 
     monkeypatch.setattr(fused_module, "version", installed)
     place = Place("tpu", kind)
-    first, _ = CacheLayout.of(2, attention_case(12, 64, 1, dtype, place)).shapes(5, 16)
+    first = LayerLayout.of(FullAttentionSpec(12, 64), dtype, place).arrays(5, 16)
     assert type(first) is PackedPages  # heads are padded
-    layout = CacheLayout.of(2, attention_case(8, 64, 1, dtype, place))
-    first, _ = layout.shapes(5, 16)
+    layout = LayerLayout.of(FullAttentionSpec(8, 64), dtype, place)
+    first = layout.arrays(5, 16)
     assert type(first) is expected
-    assert layout.spec == PartitionSpec(("data", "fsdp"), None, "kv")
+    assert layout.backend.partition_spec == PartitionSpec(("data", "fsdp"), None, "kv")
     assert first.kv.shape == ((5, 16, 8, 2, 128) if expected is FusedPages else (5, 16, 16, 128))
     nbytes = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(first))
-    assert layout.bytes_per_token == 2 * nbytes / (5 * 16)
+    assert layout.nbytes(1) == nbytes / (5 * 16)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jaxinfer.attention import AttentionSpec, attend, attention_case
-from jaxinfer.attention.backends import choose
+from jaxinfer.attention import AttentionSpec, LayerLayout, attend
 from jaxinfer.attention.gpu import GPU
 from jaxinfer.attention.tpu import TPU
 from jaxinfer.attention.xla import XLA
+from jaxinfer.cache import FullAttentionSpec
 from tests.attention.reference import Ragged, Shape, check_overflow, filled_outside, live
 from tests.attention.reference import ragged as _ragged
 
@@ -129,6 +129,6 @@ class Place:
 def test_what_is_asked_for_is_taken_or_refused(attention, place, heads, head_dim, dtype, expected):
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=f"attention is 'pallas': .*{expected}"):
-            choose(attention_case(heads, head_dim, 1, dtype, place), attention)
+            LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, place, attention)
     else:
-        assert choose(attention_case(heads, head_dim, 1, dtype, place), attention) is expected
+        assert LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, place, attention).backend is expected

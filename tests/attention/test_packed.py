@@ -10,9 +10,9 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
     ref_ragged_paged_attention,
 )
 
-from jaxinfer.attention import AttentionSpec, CacheLayout, attention_case
+from jaxinfer.attention import AttentionSpec, LayerLayout
 from jaxinfer.attention.tpu import TPU, attend_packed
-from jaxinfer.cache import PackedPages, SplitPages
+from jaxinfer.cache import FullAttentionSpec, PackedPages, SplitPages
 from tests.attention.reference import Ragged, Shape, live, ragged, slots
 
 
@@ -102,11 +102,11 @@ class Place:
     ],
 )
 def test_the_layout_suits_the_device(platform, heads, head_dim, dtype, expected):
-    layout = CacheLayout.of(2, attention_case(heads, head_dim, 1, dtype, Place(platform)))
+    layout = LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, Place(platform))
     assert (layout.backend is TPU, *layout.kept_heads) == expected
-    (first, _) = layout.shapes(5, 16)
+    first = layout.arrays(5, 16)
     nbytes = sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in first)
-    assert layout.bytes_per_token == 2 * nbytes / (5 * 16)
+    assert layout.nbytes(1) == nbytes / (5 * 16)
 
 
 def test_a_row_that_has_stopped():

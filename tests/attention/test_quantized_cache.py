@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxinfer.attention import AttentionSpec, CacheLayout, attend, attention_case
+from jaxinfer.attention import AttentionSpec, LayerLayout, attend
 from jaxinfer.attention.gpu import GPU
-from jaxinfer.cache import QuantizedPages, SplitPages
+from jaxinfer.cache import FullAttentionSpec, QuantizedPages, SplitPages
 from tests.attention.reference import Shape, live, ragged
 from tests.attention.test_packed import Place
 
@@ -78,11 +78,10 @@ def test_what_others_left_has_no_influence(name):
     ],
 )
 def test_the_layout(platform, heads, name, expected):
-    case = attention_case(heads, 64, 1, "bfloat16", Place(platform), name)
-    layout = CacheLayout.of(1, case, kv_cache_dtype=name)
+    layout = LayerLayout.of(FullAttentionSpec(heads, 64), "bfloat16", Place(platform), kv_cache_dtype=name)
     pages, kept, nbytes = expected
-    assert (layout.kept_heads[0], layout.dtype, layout.bytes_per_token) == (kept, DTYPES[name][0], nbytes)
-    (layer,) = layout.shapes(5, 16)
+    assert (layout.kept_heads[0], layout.dtype, layout.nbytes(1)) == (kept, DTYPES[name][0], nbytes)
+    layer = layout.arrays(5, 16)
     assert pages in (None, type(layer))
     assert sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in layer) == 5 * 16 * nbytes
 
@@ -98,4 +97,4 @@ def test_the_layout(platform, heads, name, expected):
 def test_what_there_is_no_kernel_for(platform, heads, attention, name, said, monkeypatch):
     monkeypatch.setattr(type(GPU), "supports", lambda *_: None)
     with pytest.raises(ValueError, match=said):
-        CacheLayout.of(1, attention_case(heads, 128, 1, "bfloat16", Place(platform), name), attention, name)
+        LayerLayout.of(FullAttentionSpec(heads, 128), "bfloat16", Place(platform), attention, name)

@@ -153,7 +153,7 @@ def test_the_same_tokens(checkpoints, monkeypatch):
         with LLM(checkpoints("llama").folder, attention=attention, **options) as llm:
             outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
             found.append([output.outputs[0].token_ids for output in outputs])
-            assert isinstance(llm.engine.runner.programs.layout.backend, kind)
+            assert isinstance(llm.engine.runner.programs.layer_map.backends[0], kind)
     assert found[0] == found[1]
 
 
