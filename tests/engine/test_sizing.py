@@ -109,6 +109,7 @@ def test_memory_is_asked_of_a_device_of_this_host(monkeypatch):
     """On several hosts the first device of the mesh is another one's for most of them, and JAX refuses to say."""
     place = jax.devices()[0]
     monkeypatch.setattr(jax, "local_devices", lambda: [Chip()])
-    monkeypatch.setattr(load, "placed_slots", lambda *_: ())
+    for placed in ("placed_slots", "placed_hidden"):
+        monkeypatch.setattr(load, placed, lambda *_: ())
     given = check_options({"memory_utilization": 0.95})
     assert load._available(Model.from_config(CONFIG, "float32"), place, given) == pytest.approx(600, abs=1)
