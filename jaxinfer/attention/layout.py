@@ -206,6 +206,4 @@ class CacheLayout:
         """Tokens of context that there is room for, in sequences that decode and have so many each."""
         pages = -(-context // page_size)
         needed = self.needed(context, page_size, steps)
-        return min(
-            ((count - 1) * pages * page_size // most for count, most in zip(counts, needed, strict=True)), default=0
-        )
+        return min((count - 1) * pages * page_size // most for count, most in zip(counts, needed, strict=True))

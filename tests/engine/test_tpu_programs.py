@@ -183,6 +183,22 @@ def test_the_kernel_compiles(topology):
 
 
 @pytest.mark.slow
+def test_layers_with_windows_share_arrays_with_those_that_see_everything():
+    """One array, which four layers use one after the other, each by a page table of its own: aliased, nowhere copied."""
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    widths = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "head_dim": 128}
+    mixed = {"model_type": "qwen3", "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
+    windows = {"use_sliding_window": True, "sliding_window": 1024, "layer_types": kinds}
+    case = {"topology": "v5e-1", "mesh": "data=1", "rows": 16, "tokens": 128}
+    for figures in compiled(case | {"config": widths | mixed | windows}):
+        assert figures["cache"] == 1025 * 64 * 2 * 8 * 128 * 2, "of one layer"
+        assert figures["kernels"] == (4 if figures["key"][0] != "sample" else 0)
+        assert figures["aliased"] >= figures["changed"]
+        assert not figures["copied"]
+        assert figures["temporaries"] < figures["cache"] / 4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e-8", "v6e-8", "v5p-16"])
 def test_the_kernel_of_tokamax_compiles(topology):
     """Where it is installed: keys and values are written by it, and the pool is aliased and nowhere copied."""

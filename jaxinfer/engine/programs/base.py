@@ -114,6 +114,8 @@ class EngineShapes:
 
     def capacity(self, context: int) -> int:
         """Tokens that the cache has room for, in sequences that decode and have `context` each; of all shards."""
+        if not self.layout.pools:
+            return self.shards * self.max_rows * context
         return self.shards * self.layout.capacity(self.page_counts, context, self.page_size, self.max_steps)
 
     @property
