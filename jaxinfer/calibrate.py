@@ -198,7 +198,7 @@ class Layers:
         taken: dict[str, jax.Array] = {}
         if kept:
             _record(block, taken)
-        out, _ = self._bound({}).runner(batch)(block, x, None)
+        out, _ = self._bound({}).runner(batch)(block, x, None, batch)
         firsts: dict[int, str] = {}
         for path, value in taken.items():
             self._firsts.setdefault(graph, {})[path] = firsts.setdefault(id(value), path)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.attention import Batch
+from jaxinfer.attention import Batch, Table
 from jaxinfer.benchmark import generate, random_work
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.config import DType
@@ -105,7 +105,6 @@ def _price(
         same += int(np.sum(np.argmax(theirs, axis=1) == np.argmax(ours, axis=1)))
         likelihood += float(np.sum(ours[np.arange(len(ours)), ids[1:]]))
         done += len(ours)
-    sizes = llm.sizes
     return Price(
         scheme,
         count,
@@ -114,7 +113,7 @@ def _price(
         same / count,
         math.exp(min(-likelihood / count, 700)),
         sum(array.nbytes for array in llm.engine.runner.params.values()),
-        sizes.bytes // (sizes.num_pages * sizes.page_size),
+        llm.engine.runner.programs.layout.bytes_per_token,
         _decode_rate(llm),
         None if right is None else right(llm),
     )
@@ -154,7 +153,9 @@ def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.
     def run(params: Any, batch: Batch) -> jax.Array:
         cache = None
         if layout.dtype != model.dtype:  # what is seen is what was written: page 1 holds a whole sequence
-            shapes = layout.shapes(2, batch.tokens.shape[0])
+            length = batch.tokens.shape[0]
+            batch = dataclasses.replace(batch, layers=layout.layer_map(length))
+            shapes = layout.arrays([1 + len(layout.groups)] * len(layout.pools), length, 1)
             cache = jax.tree.map(lambda pool: jnp.zeros(pool.shape, pool.dtype), shapes)
         logits, _ = model.bind(params)(batch, cache)
         return jax.nn.log_softmax(logits[:, :vocab].astype(jnp.float32), axis=-1)
@@ -163,7 +164,11 @@ def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.
     for ids in sequences:
         length = 1 << (len(ids) - 1).bit_length()
         batch = Batch.of_sequences([list(ids)], length)
-        batch = dataclasses.replace(batch, pages=jnp.ones((1, 1), jnp.int32))
+        tables = tuple(
+            None if group.pool is None else Table(jnp.full((1, 1), 1 + i, jnp.int32))
+            for i, group in enumerate(layout.groups)
+        )
+        batch = dataclasses.replace(batch, tables=tables, slots=jnp.zeros(1, jnp.int32))
         if length not in compiled:
             with in_background(lambda given: run.lower(*given).compile(), [(params, batch)]) as (future,):
                 compiled[length] = future.result()

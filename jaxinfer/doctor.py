@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import psutil
 
-from jaxinfer.attention import attention_in_words
-from jaxinfer.cache import CacheLayout, tokamax_version
+from jaxinfer.attention import LayerLayout, reasons
+from jaxinfer.cache import FullAttentionSpec
 from jaxinfer.compile_cache import enable_compile_cache
 from jaxinfer.engine.compiled import cpu_features
-from jaxinfer.engine.load import attention_of, local_programs
+from jaxinfer.engine.load import local_programs
 from jaxinfer.kernels.cpu import LEVELS, kernels
 from jaxinfer.sharding import local_devices
 
@@ -34,11 +34,13 @@ def examine() -> dict[str, str | list[str]]:
     except ValueError as error:
         found = str(error)
     device = None if isinstance(found, str) else found[0]
+    attention, backends = _attention(device) if device else ("nothing: there is no device", [])
     return {
         "jaxinfer": f"{version('jaxinfer')}, Python {platform.python_version()} on {platform.platform()}",
         "versions": [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu", "flax", "tokamax")],
         "devices": found if isinstance(found, str) else [_described(one) for one in found],
-        "attention": _attention(device) if device else "nothing: there is no device",
+        "attention": attention,
+        "attention backends": backends,
         "CPU kernels": _kernels(device),
         "CPU features": " ".join(cpu_features()),
         "CPU cores": f"{_cores()} usable of {os.cpu_count()}",
@@ -61,15 +63,11 @@ def _described(device: jax.Device) -> str:
     return f"{device.platform}:{device.id} {device.device_kind}{memory}"
 
 
-def _attention(device: jax.Device) -> str:
-    """For a model of the usual shape."""
-    if device.platform == "cpu" and kernels().level:
-        return "a CPU kernel"
-    layout = CacheLayout.choose(1, 8, 128, "bfloat16", device)
-    said = attention_in_words(layout, "bfloat16", 128, 1, device)
-    if layout.packed and tokamax_version() is None:
-        return f"{said}; pip install '.[tokamax]' (Python 3.12) has one that writes the cache, too"
-    return said
+def _attention(device: jax.Device) -> tuple[str, list[str]]:
+    """What attends for a model of the usual shape, and of each backend whether that is it, or why not."""
+    layer = LayerLayout.of(FullAttentionSpec(8, 128), "float32" if device.platform == "cpu" else "bfloat16", device)
+    assert layer.case is not None
+    return layer.in_words, [f"{backend.name}: {why or 'used'}" for backend, why in reasons(layer.case)]
 
 
 def examine_model(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, str | list[str]]:
@@ -77,8 +75,8 @@ def examine_model(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict
     programs, sizes = local_programs(config, options)
     return {
         "the model's precision": programs.model.precision,
-        "the model's attention": attention_of(programs),
-        "the model's context": f"{sizes.max_model_len} tokens, and a cache of {sizes.num_pages * sizes.page_size}",
+        "the model's attention": programs.layout.in_words,
+        "the model's context": f"{sizes.max_model_len} tokens, and a cache of {programs.cache_tokens}",
     }
 
 

@@ -1,10 +1,25 @@
 """Attention over a flat stream of tokens: writes new keys and values into the pages, then attends.
 
-`attend` is the one function that models call. The XLA implementation is the oracle for every other one.
+`attend` is the one function that models call. Plain XLA is the oracle for every other backend.
 """
 
-from jaxinfer.attention.attend import attend, attention_in_words
-from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.attend import attend
+from jaxinfer.attention.backend import AttentionBackend, AttentionCase
+from jaxinfer.attention.backends import BACKENDS, reasons
+from jaxinfer.attention.batch import Batch, LayerMap, Table
+from jaxinfer.attention.layout import CacheLayout, LayerLayout
 from jaxinfer.attention.spec import AttentionSpec
 
-__all__ = ["AttentionSpec", "Batch", "attend", "attention_in_words"]
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "AttentionCase",
+    "AttentionSpec",
+    "Batch",
+    "CacheLayout",
+    "LayerLayout",
+    "LayerMap",
+    "Table",
+    "attend",
+    "reasons",
+]

@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxinfer.attention.backend import AttentionBackend
 
-@functools.partial(jax.tree_util.register_dataclass)
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Table:
+    """Pages of a cache group. pages i32[R, P]; first i32[R]: which of its sequence's pages is in a row's first column,
+    None where that is always the first."""
+
+    pages: Any
+    first: Any = None
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """places: of each layer, which of the cache's arrays is its own, and which group it is in; None: it keeps nothing.
+    backends: what attends to each group."""
+
+    places: tuple[tuple[int, int] | None, ...]
+    backends: tuple[AttentionBackend | None, ...]
+    page_size: int
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """One step's tokens. T tokens, R rows, P pages a row; decode rows first, padding last.
+    """One step's tokens. T tokens, R rows; decode rows first, padding last.
 
     tokens     i32[T]      packed
     positions  i32[T]      position of each token in its own sequence
     row        i32[T]      the row of each token
     q_start    i32[R+1]    row r owns tokens q_start[r]:q_start[r+1]; padding starts at q_start[R]
     kv_len     i32[R]      tokens of row r in the cache after this step has written its own; 0: the row is unused
-    pages      i32[R, P]   page table
+    tables                 of each cache group its pages; None of those that have slots
     rows       i32[3]      cumulative counts: decode rows, decode + prefill rows, all rows
+    slots      i32[R]      each row's own, where there are groups that have them; the last is nobody's
     decode_only            static: every row has exactly one token (T == R), so nothing is compiled for prefill
     mesh                   static: what heads and weights are split over, if there is more than one device; the batch is
                            then what one shard of its rows sees, inside of a shard_map over them
     device_kind            static: what kind of device it is for (JAX's name of it): kernels are tuned for each
+    layers                 static: which layer has which part of the cache, if there is one
+    backend                static: what attends, in a group's view
+
+    A layer's attention has a view of it: what its cache group sees. That is a batch with one table, whose positions and
+    lengths count from where the table begins (masks go by differences, and rotary embeddings are not its concern).
     """
 
     tokens: jax.Array
@@ -34,11 +62,41 @@ class Batch:
     row: jax.Array
     q_start: jax.Array
     kv_len: jax.Array
-    pages: jax.Array
+    tables: tuple[Table | None, ...]
     rows: jax.Array
+    slots: jax.Array | None = None
     decode_only: bool = field(default=False, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
     device_kind: str = field(default="", metadata={"static": True})
+    layers: LayerMap | None = field(default=None, metadata={"static": True})
+    backend: AttentionBackend | None = field(default=None, metadata={"static": True})
+
+    @property
+    def pages(self) -> jax.Array:
+        """The page table i32[R, P] of a view."""
+        (table,) = self.tables
+        assert table is not None
+        assert table.first is None
+        return table.pages
+
+    def views(self) -> list[Batch]:
+        """What each cache group sees."""
+        if self.layers is None:
+            return []
+        return [
+            self._view(table, backend, self.layers.page_size)
+            for table, backend in zip(self.tables, self.layers.backends, strict=True)
+        ]
+
+    def _view(self, table: Table | None, backend: AttentionBackend | None, page_size: int) -> Batch:
+        if table is None:
+            return self
+        view = replace(self, tables=(Table(table.pages),), backend=backend)
+        if table.first is None:
+            return view
+        begin = table.first * page_size
+        kv_len = jnp.where(self.kv_len > 0, self.kv_len - begin, 0)
+        return replace(view, positions=self.positions - begin[self.row], kv_len=kv_len)
 
     def places(self, page_size: int) -> tuple[jax.Array, jax.Array]:
         """Where each token's key and value go: page, i32[T], and place in it; page 0 for padding and finished rows."""
@@ -67,6 +125,6 @@ class Batch:
             ),
             q_start=jnp.asarray(ends.astype(np.int32)),
             kv_len=jnp.asarray(np.diff(ends).astype(np.int32)),
-            pages=jnp.zeros((count, 1), jnp.int32),
+            tables=(),
             rows=jnp.asarray(np.array([0, count, count], np.int32)),
         )

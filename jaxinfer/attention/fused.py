@@ -7,15 +7,62 @@ what it is called with, by its own reference.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.attention.backend import AttentionCase
 from jaxinfer.attention.batch import Batch
 from jaxinfer.attention.spec import AttentionSpec
+from jaxinfer.attention.tpu import TPUAttention
 from jaxinfer.cache import FusedPages
+from jaxinfer.sharding import tpu_generation
+
+LEAST = 0, 0, 17  # the first version of tokamax that has it so
+
+
+class FusedAttention(TPUAttention):
+    """Pages are the same bytes."""
+
+    name = "tokamax's ragged paged attention kernel"
+
+    def supports(self, case: AttentionCase) -> str | None:
+        if (problem := super().supports(case)) is not None:
+            return problem
+        if case.kept != jnp.bfloat16:
+            return f"it is for a cache in bfloat16, and this is kept as {case.kept}"
+        if (tpu_generation(case.device.device_kind) or 0) < 5:
+            return f"it is for v5 and later, and this is {case.device.device_kind}"
+        if self.kept_heads(case)[0] != case.num_kv_heads:
+            return f"it pads no heads, and {case.num_kv_heads // case.parts} on each device would have to be"
+        if tokamax_version() is None:
+            return "it is not installed: pip install '.[tokamax]' (Python 3.12)"
+        return None
+
+    def init_cache(self, case: AttentionCase, num_pages: int, page_size: int) -> FusedPages:
+        heads, width = self.kept_heads(case)
+        return FusedPages(jax.ShapeDtypeStruct((num_pages, page_size, heads, 2, width), case.kept))  # type: ignore[arg-type]
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: Batch, spec: AttentionSpec
+    ) -> tuple[jax.Array, Any]:
+        return attend_fused(q, k, v, pools, batch, spec)
+
+
+FUSED = FusedAttention()
+
+
+def tokamax_version() -> str | None:
+    """None where it isn't installed, or is too old."""
+    try:
+        found = version("tokamax")
+    except PackageNotFoundError:
+        return None
+    return found if tuple(map(int, re.findall(r"\d+", found)[:3])) >= LEAST else None
 
 
 def attend_fused(

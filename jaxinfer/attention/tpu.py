@@ -12,11 +12,72 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
+from jaxinfer.attention.backend import AttentionBackend, AttentionCase
 from jaxinfer.attention.batch import Batch
 from jaxinfer.attention.blocks import block_sizes
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.cache import PackedPages
+from jaxinfer.cache import LayerCache, PackedPages
+from jaxinfer.sharding import KV, ROWS
+
+LANES = 128  # the last axis of an array comes in multiples of this
+SUBLANES = 8
+
+
+class TPUAttention(AttentionBackend):
+    """Head sizes are padded to 128, and heads to what fills tiles."""
+
+    name = "JAX's ragged paged attention kernel"
+    platform = "tpu"
+    asked = frozenset({"auto", "pallas"})
+    partition_spec = PartitionSpec(ROWS, None, KV)
+
+    def supports(self, case: AttentionCase) -> str | None:
+        if case.device.platform != "tpu":
+            return f"it is for TPUs, and this is {case.device.platform}"
+        if case.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"the kernel for TPUs is for bfloat16 and float32, and dtype is {case.dtype}"
+        return None
+
+    def refusal(self, case: AttentionCase) -> str | None:
+        if case.kept == case.dtype:
+            return None
+        if case.kept == jnp.int8:
+            return "no kernel for TPUs reads such a cache; take fp8 or attention='xla'"
+        heads = case.num_kv_heads // case.parts
+        kept, unquantized = (_padded_heads(heads, dtype) for dtype in (case.kept, case.dtype))
+        if kept * case.kept.itemsize < unquantized * case.dtype.itemsize:
+            return None
+        return (
+            f"the kernel for TPUs keeps {kept} heads of it on each device for the {heads} that are there, which saves "
+            "nothing; leave it out, or take less `tensor`"
+        )
+
+    def kept_heads(self, case: AttentionCase) -> tuple[int, int]:
+        heads = _padded_heads(case.num_kv_heads // case.parts, case.kept)
+        return heads * case.parts, -(-case.head_dim // LANES) * LANES
+
+    def init_cache(self, case: AttentionCase, num_pages: int, page_size: int) -> LayerCache:
+        heads, width = self.kept_heads(case)
+        return PackedPages(jax.ShapeDtypeStruct((num_pages, page_size, 2 * heads, width), case.kept))  # type: ignore[arg-type]
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: Batch, spec: AttentionSpec
+    ) -> tuple[jax.Array, Any]:
+        return attend_packed(q, k, v, pools, batch, spec)
+
+
+TPU = TPUAttention()
+
+
+def _padded_heads(heads: int, dtype: np.dtype[Any]) -> int:
+    """The keys and values of a device have to fill whole tiles, which may have 1, 2, 4 or 8 rows of 4 bytes a lane."""
+    packing = 4 // dtype.itemsize
+    rows = -(-2 * heads // packing)
+    rows = 1 << (rows - 1).bit_length() if rows < SUBLANES else -(-rows // SUBLANES) * SUBLANES
+    return rows * packing // 2
 
 
 def attend_packed(

@@ -16,12 +16,14 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from jaxinfer.attention.backend import AttentionBackend, AttentionCase
 from jaxinfer.attention.batch import Batch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.cache import QuantizedPages, SplitPages, values_dtype
-from jaxinfer.kernels import cpu
+from jaxinfer.cache import BITS, SCALE, LayerCache, QuantizedPages, SplitPages, values_dtype
 from jaxinfer.quantization.activations import quantize_last
+from jaxinfer.sharding import KV, ROWS
 
 KEY_BLOCK = 128  # keys a loop step; larger blocks fall out of the CPU's second-level cache
 QUERY_TILE = 128  # most query tokens of one row that a prefill tile holds
@@ -30,27 +32,45 @@ P = TypeVar("P", bound=SplitPages | QuantizedPages)
 NEGATIVE = -1e30  # masks a score; finite, so that a fully masked block gives zeros and not NaN
 
 
-def attend_split(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: P, batch: Batch, spec: AttentionSpec
-) -> tuple[jax.Array, P]:
-    """See `attend`; over pages."""
-    cache = write_split(k, v, cache, batch)
-    tokens, heads, head_dim = q.shape
-    rows = batch.kv_len.shape[0]
-    q = q.reshape(tokens, k.shape[1], heads // k.shape[1], head_dim)
+class XLAAttention(AttentionBackend):
+    """Plain XLA. Pools of BITS are kept as integers."""
 
-    def by_xla() -> jax.Array:
-        if batch.decode_only:
-            return _decode(q, cache, batch, spec)
-        decode_rows = min(tokens, rows)
-        out = jnp.zeros((tokens + QUERY_TILE, *q.shape[1:]), q.dtype)
-        decoded = _decode(q[:decode_rows], cache, batch, spec)
-        out = lax.dynamic_update_slice_in_dim(out, decoded, 0, 0)
-        return _prefill(q, out, cache, batch, spec)[:tokens]
+    name = "plain XLA"
+    asked = frozenset({"auto", "xla"})
+    partition_spec = PartitionSpec(ROWS, KV)
 
-    kv_len = jnp.where(jnp.arange(rows, dtype=jnp.int32) < batch.rows[1], batch.kv_len, 0)
-    out = cpu.attend(q, cache, batch.q_start, kv_len, batch.pages, spec.scale, spec.window, by_xla)
-    return out.reshape(tokens, heads, head_dim), cache
+    def supports(self, case: AttentionCase) -> str | None:
+        return None
+
+    def init_cache(self, case: AttentionCase, num_pages: int, page_size: int) -> LayerCache:
+        shape = num_pages, case.num_kv_heads, page_size, case.head_dim
+        pool = jax.ShapeDtypeStruct(shape, BITS.get(case.kept, case.kept))
+        if case.kept == case.dtype:
+            return SplitPages(pool, pool)  # type: ignore[arg-type]
+        scales = jax.ShapeDtypeStruct(shape[:3], SCALE)
+        return QuantizedPages(pool, pool, scales, scales)  # type: ignore[arg-type]
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: P, batch: Batch, spec: AttentionSpec
+    ) -> tuple[jax.Array, P]:
+        pools = write_split(k, v, pools, batch)
+        tokens, heads, head_dim = q.shape
+        q = q.reshape(tokens, k.shape[1], heads // k.shape[1], head_dim)
+        return _attend(q, pools, batch, spec).reshape(tokens, heads, head_dim), pools
+
+
+XLA = XLAAttention()
+
+
+def _attend(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Array:
+    """q `[T, K, G, d]` -> `[T, K, G, d]`."""
+    if batch.decode_only:
+        return _decode(q, cache, batch, spec)
+    decode_rows = min(q.shape[0], batch.kv_len.shape[0])
+    out = jnp.zeros((q.shape[0] + QUERY_TILE, *q.shape[1:]), q.dtype)
+    decoded = _decode(q[:decode_rows], cache, batch, spec)
+    out = lax.dynamic_update_slice_in_dim(out, decoded, 0, 0)
+    return _prefill(q, out, cache, batch, spec)[: q.shape[0]]
 
 
 def write_split(k: jax.Array, v: jax.Array, cache: P, batch: Batch) -> P:
@@ -58,7 +78,7 @@ def write_split(k: jax.Array, v: jax.Array, cache: P, batch: Batch) -> P:
     page, slot = batch.places(cache.k.shape[2])
     dtype = values_dtype(cache.k)
     new: Iterable[jax.Array] = (k.astype(dtype), v.astype(dtype))
-    if isinstance(cache, QuantizedPages):
+    if cache[2:]:  # scales
         (k, k_scales), (v, v_scales) = (quantize_last(x, dtype) for x in (k, v))
         new = (k, v, k_scales[..., 0], v_scales[..., 0])
 
@@ -118,10 +138,10 @@ def _key_blocks(
         return lax.bitcast_convert_type(found, values_dtype(pool))
 
     keys, values = gather(cache.k), gather(cache.v)
-    if isinstance(cache, QuantizedPages):
+    if all_scales := cache[2:]:
         keys, values = (
             (x.astype(jnp.float32) * gather(scales)).astype(dtype)
-            for x, scales in ((keys, cache.k_scales), (values, cache.v_scales))
+            for x, scales in zip((keys, values), all_scales, strict=True)
         )
 
     position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)

@@ -1,29 +1,54 @@
-"""The preallocated key/value pages as device pytrees. No policy lives here: who owns which page is `engine/`."""
+"""What layers keep of sequences: pages and slots as device pytrees, declared by specs, in groups. No policy lives here:
+who owns which page is `engine/`."""
 
+from jaxinfer.cache.groups import CacheGroup, Pool, group_layers
 from jaxinfer.cache.pages import (
+    BITS,
+    KV_DTYPES,
+    SCALE,
     Cache,
-    CacheLayout,
     FusedPages,
-    GpuPages,
     LayerCache,
     PackedPages,
     QuantizedPages,
     SplitPages,
-    kernel_problem,
-    tokamax_version,
     values_dtype,
+)
+from jaxinfer.cache.spec import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    LatentSpec,
+    RecurrentSpec,
+    SlidingWindowSpec,
+    attention_spec,
+    gather_latents,
+    read_state,
+    write_latents,
+    write_state,
 )
 
 __all__ = [
+    "BITS",
+    "KV_DTYPES",
+    "SCALE",
     "Cache",
-    "CacheLayout",
+    "CacheGroup",
+    "FullAttentionSpec",
     "FusedPages",
-    "GpuPages",
+    "KVCacheSpec",
+    "LatentSpec",
     "LayerCache",
     "PackedPages",
+    "Pool",
     "QuantizedPages",
+    "RecurrentSpec",
+    "SlidingWindowSpec",
     "SplitPages",
-    "kernel_problem",
-    "tokamax_version",
+    "attention_spec",
+    "gather_latents",
+    "group_layers",
+    "read_state",
     "values_dtype",
+    "write_latents",
+    "write_state",
 ]

@@ -132,7 +132,7 @@ def batches(tokenizer: SentencePieceProcessor, seed: int) -> Iterator[TrainingBa
     constant: dict[str, Any] = {
         "q_start": np.full((ROWS, 2), (0, ROW_LENGTH), np.int32),
         "kv_len": np.full((ROWS, 1), ROW_LENGTH, np.int32),
-        "pages": np.zeros((ROWS, 1, 1), np.int32),
+        "tables": (),
         "rows": np.full((ROWS, 3), (0, 1, 1), np.int32),
     }
     while True:

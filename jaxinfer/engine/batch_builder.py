@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxinfer.attention import Batch
+from jaxinfer.attention import Batch, Table
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import (
     Decode,
@@ -22,7 +22,7 @@ from jaxinfer.engine.programs import (
     Score,
     Scored,
 )
-from jaxinfer.engine.request import Request
+from jaxinfer.engine.request import Held, Request
 from jaxinfer.engine.scheduler import Schedule
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 
@@ -51,9 +51,12 @@ class BatchBuilder:
 
     def __init__(self, programs: Programs):
         self._buckets, self._max_rows, self._max_tokens = programs.buckets, programs.max_rows, programs.max_tokens
-        slots = programs.shards * (self._max_rows + 1)
-        self._tables = np.zeros((slots, programs.table_width), np.int32)
-        self._filled: list[tuple[list[int] | None, int]] = [(None, 0)] * slots
+        slots, widths = programs.shards * (self._max_rows + 1), programs.table_widths
+        windows = [group.window is not None for group in programs.layout.groups]
+        self._tables = [
+            _SlotTable(slots, width, windowed) if width else None
+            for width, windowed in zip(widths, windows, strict=True)
+        ]
         self._last_sampling: dict[int, tuple[tuple[int, ...], SamplingArrays]] = {}  # by shard
 
     def build(self, schedules: Sequence[Schedule]) -> Built:
@@ -103,8 +106,8 @@ class BatchBuilder:
             prompt_length[i] = request.prompt_length if request.params.has_penalties else 0
         row[total:] = size - 1
         rows = np.array([len(schedule.decode), len(requests), len(requests)], np.int32)
-        pages = self._pages(shard, requests, slot)
-        arrays: tuple[Any, ...] = tokens, positions, row, q_start, kv_len, pages, rows
+        tables = self._tables_of(shard, requests, slot)
+        arrays: tuple[Any, ...] = tokens, positions, row, q_start, kv_len, tables, rows
         return Batch(*arrays), ForwardRows(slot, prompt_length)
 
     def _sample_arrays(self, shard: int, schedule: Schedule, size: int) -> tuple[Any, ...]:
@@ -139,7 +142,7 @@ class BatchBuilder:
         positions = np.zeros(size, np.int32)
         positions[: len(requests)] = schedule.start
         slot, samples = self._slots(schedule, size)
-        rows = DecodeRows(slot, samples, positions, self._pages(shard, requests, slot))
+        rows = DecodeRows(slot, samples, positions, self._tables_of(shard, requests, slot))
         return rows, self._sampling(shard, requests, size)
 
     def _slots(self, schedule: Schedule, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,18 +153,14 @@ class BatchBuilder:
         samples[: len(schedule.samples)] = schedule.samples
         return slot, samples
 
-    def _pages(self, shard: int, requests: Sequence[Request], slot: np.ndarray) -> np.ndarray:
+    def _tables_of(self, shard: int, requests: Sequence[Request], slot: np.ndarray) -> tuple[Table | None, ...]:
+        paged = [table for table in self._tables if table is not None]
         for request in requests:
             own = self.slot(request)
-            pages, filled = self._filled[own]
-            count = len(request.pages)
-            if pages is not request.pages:  # another request, or the same one after a preemption
-                self._tables[own] = 0
-                filled = 0
-            if filled < count:
-                self._tables[own, filled:count] = request.pages[filled:]
-                self._filled[own] = (request.pages, count)
-        return self._tables[slot + shard * (self._max_rows + 1)]
+            for table, held in zip(paged, request.pages, strict=True):
+                table.fill(own, held)
+        slots = slot + shard * (self._max_rows + 1)
+        return tuple(None if table is None else table.of(slots) for table in self._tables)
 
     def _sampling(self, shard: int, requests: Sequence[Request], size: int) -> SamplingArrays:
         key = (size, *(request.id for request in requests))
@@ -170,6 +169,30 @@ class BatchBuilder:
             rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length, r.limit) for r in requests]
             last = self._last_sampling[shard] = (key, SamplingArrays.of_rows(rows, size))
         return last[1]
+
+
+class _SlotTable:
+    """A group's page table by slot."""
+
+    def __init__(self, slots: int, width: int, windowed: bool):
+        self._pages = np.zeros((slots, width), np.int32)
+        self._first = np.zeros(slots, np.int32)
+        self._filled: list[tuple[Held | None, int]] = [(None, 0)] * slots  # whose pages a row has, and how many
+        self._windowed = windowed
+
+    def fill(self, slot: int, held: Held) -> None:
+        """Brings a sequence's row up to date."""
+        before, filled = self._filled[slot]
+        row, count = self._pages[slot], min(len(held.pages), self._pages.shape[1])
+        # Of another request, of the same one before a preemption, or with pages that have fallen out of the window.
+        if before is not held or self._first[slot] != held.first:
+            row[:], filled = 0, 0
+        if filled < count:
+            row[filled:count] = held.pages[filled:count]
+        self._filled[slot], self._first[slot] = (held, count), held.first
+
+    def of(self, slots: np.ndarray) -> Table:
+        return Table(self._pages[slots], self._first[slots] if self._windowed else None)
 
 
 def _joined(shards: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:

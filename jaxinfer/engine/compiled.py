@@ -27,7 +27,7 @@ import jax
 from jax.experimental import serialize_executable
 
 from jaxinfer import __version__
-from jaxinfer.cache import tokamax_version
+from jaxinfer.attention.fused import tokamax_version
 from jaxinfer.engine.config import check_options, which
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.engine.sizing import Sizes
@@ -62,6 +62,7 @@ class Manifest:
     environment: dict[str, Any]
     model: dict[str, Any]
     options: dict[str, Any]
+    attention: list[str]
     sizes: dict[str, int]
     programs: dict[str, dict[str, Any]]
     format: int = field(default=FORMAT)
@@ -256,15 +257,15 @@ def _differences(
 
 
 def _contradictions(manifest: Manifest, model: ModelConfig) -> list[str]:
-    """Sizes that are not those of the options. That there is memory for them is seen once it is known how much a token
-    takes."""
+    """Sizes that are not those of the options. That there is memory for them, and one of them for a sequence, is seen
+    once it is known what layers keep."""
     sizes, options = Sizes(**manifest.sizes), manifest.options
     longest = -(-sizes.max_model_len // sizes.page_size)
     fits = (
         sizes.page_size == options["page_size"]
         and sizes.max_model_len == options["max_model_len"]
         and sizes.max_model_len <= model.max_context
-        and longest < sizes.num_pages <= longest * options["max_num_seqs"] + 1
+        and sizes.num_pages <= longest * model.num_layers * options["max_num_seqs"] + 1
     )
     return [] if fits else [f"{MANIFEST} contradicts itself: its sizes are not those of its options"]
 

@@ -18,7 +18,6 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
-from jaxinfer.attention import attention_in_words
 from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
@@ -33,8 +32,8 @@ from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.defaults import checkpoint_params
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.follower import agree, follow
+from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.programs import Programs, cache_layout, placed_hidden, placed_params, placed_slots
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
@@ -83,7 +82,7 @@ class Loaded:
         return (
             f"weights {weights / 2**30:.2f} GiB in {model.precision}, KV cache {sizes.bytes / 2**30:.2f} GiB in "
             f"{self.engine.runner.programs.layout.dtype} for "
-            f"{self.engine.scheduler.pages_total * sizes.page_size} tokens, max_model_len {sizes.max_model_len}"
+            f"{self.engine.runner.programs.cache_tokens} tokens, max_model_len {sizes.max_model_len}"
             + (f", {describe(mesh)}" if (mesh := self.engine.runner.programs.mesh) else "")
         )
 
@@ -139,7 +138,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
 
         params = load_weights(abstract, checkpoint, place, on_tensor)
 
-    if compiled is not None and (problem := _misfit(compiled.sizes, abstract, place, given)):
+    if compiled is not None and (problem := _misfit(compiled, abstract, place, given)):
         compiled.complain(problem)
         compiled, given["max_model_len"] = None, options.get("max_model_len")
     programs, sizes = sized_programs(abstract, place, given, _available(abstract, place, given), compiled)
@@ -166,7 +165,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         runner.warm_up()
     loaded = Loaded(engine, folder, dtype, sizes, asked, time.perf_counter() - start)
     log.info("loaded %s in %.1f s: %s", folder, loaded.load_seconds, loaded.describe())
-    log.info("attention: %s", attention_of(programs))
+    log.info("attention: %s", programs.layout.in_words)
     return loaded
 
 
@@ -221,13 +220,6 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     return sized_programs(model, place, given, _available(model, place, given, weights=weights))
 
 
-def attention_of(programs: Programs) -> str:
-    """What attends to the cache, in words, and where that is plain XLA, why."""
-    config, model = programs.model.config, programs.model
-    group = config.num_heads // config.num_kv_heads
-    return attention_in_words(programs.layout, model.dtype, config.head_dim, group, programs.devices[0])
-
-
 def _devices() -> list[jax.Device]:
     """Of this machine; where several hosts have one model, of all of them."""
     return local_devices() if distributed.group() is None else jax.devices()
@@ -245,22 +237,33 @@ def _place(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | None) 
     return make_mesh(mesh, devices, shape.num_heads, shape.num_kv_heads, shape.hidden_size, wanted) or devices[0]
 
 
-def _misfit(sizes: Sizes, model: Model, place: jax.Device | Mesh, given: EngineConfig) -> str | None:
-    """What is wrong with the sizes of programs that were compiled ahead."""
+def _misfit(compiled: Folder, model: Model, place: jax.Device | Mesh, given: EngineConfig) -> str | None:
+    """What is wrong with the cache of programs that were compiled ahead."""
+    sizes, attention = compiled.sizes, compiled.manifest.attention
     if sizes.bytes > (room := _available(model, place, given, RESERVE)):
         return f"their KV cache of {sizes.bytes:,} bytes does not fit in the {room:,} that are free"
     layout = cache_layout(model, place, given["attention"], given["kv_cache_dtype"])
-    if (size := sizes.num_pages * sizes.page_size * layout.bytes_per_token) != sizes.bytes:
+    rows, tokens = limits(given, place)
+    pages = sizes.num_pages, sizes.page_size, reach_of(tokens), sizes.max_model_len
+    if (size := layout.nbytes(*pages, rows)) != sizes.bytes:
         return f"their KV cache is said to have {sizes.bytes:,} bytes, and has {size:,}"
+    if layout.least(sizes.max_model_len, *pages[1:3], rows) > size:
+        return f"their KV cache of {size:,} bytes is too small for a sequence of {sizes.max_model_len} tokens"
+    if attention != layout.names:
+        return f"what attends was {attention!r:.200} and is {layout.names!r}"
     return None
 
 
 def make_scheduler(programs: Programs, prefix_caching: bool = True) -> Shards:
     """For calls of these programs."""
 
+    groups = programs.layout.groups
+    paged = [group for group in groups if group.pool is not None]
+
     def one() -> Scheduler:
-        pages = PageAllocator(programs.num_pages, programs.page_size, prefix_caching)
-        return Scheduler(pages, programs.max_rows, programs.max_tokens)
+        sizes = programs.page_counts, programs.page_size, programs.reach
+        cache = KVCacheManager(paged, *sizes, prefix_caching, whole=len(paged) == len(groups))
+        return Scheduler(cache, programs.max_rows, programs.max_tokens)
 
     return Shards([one() for _ in range(programs.shards)])
 
@@ -276,7 +279,8 @@ def sized_programs(
     else:
         length = given["max_model_len"] or model.config.max_context
         sizes = size_cache(
-            bytes_per_token=cache_layout(model, place, given["attention"], given["kv_cache_dtype"]).bytes_per_token,
+            cache_layout(model, place, given["attention"], given["kv_cache_dtype"]),
+            reach=reach_of(max_tokens),
             page_size=page_size(given["page_size"], place, max_rows, length),
             max_num_seqs=max_rows,
             max_model_len=given["max_model_len"],
@@ -334,6 +338,11 @@ def limits(given: EngineConfig, place: jax.Device | Mesh) -> tuple[int, int]:
     if max_tokens < max_rows:
         raise ValueError(f"max_num_batched_tokens is {max_tokens}: it must be at least max_num_seqs, {max_rows}")
     return -(-max_rows // shards), -(-max_tokens // shards)
+
+
+def reach_of(max_tokens: int) -> int:
+    """Most tokens of one sequence that a call writes."""
+    return max(max_tokens, MAX_STEPS)
 
 
 def _available(

@@ -11,6 +11,19 @@ from jaxinfer.sampling.params import SamplingParams
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+@dataclass
+class Held:
+    """A sequence's pages in one group. first: which of its pages, counted from its beginning, the first of them is;
+    those before have fallen out of the group's window."""
+
+    pages: list[int] = field(default_factory=list)
+    first: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.pages)
+
+
 @dataclass(eq=False)
 class Request:
     """The state of one sequence, in integers: nothing here knows of a device.
@@ -42,7 +55,7 @@ class Request:
     slot: int = -1  # its place in the device's arrays; -1 while it waits
     prepared: bool = False  # its slot has been made ready for its penalties and masks
     forbidden: frozenset[int] = frozenset()  # what is excluded in its slot
-    pages: list[int] = field(default_factory=list)
+    pages: list[Held] = field(default_factory=list)  # of each group that has pages, while it runs
     keys: list[bytes] = field(default_factory=list)  # of its full pages
     published: int = 0  # how many of its pages others can find
     hits: int = 0  # tokens that the prefix cache had

@@ -73,7 +73,7 @@ class Runner:
     ):
         self.programs = programs
         self.model, self.buckets = programs.model, programs.buckets
-        self.max_rows, self.max_steps, self.table_width = programs.max_rows, programs.max_steps, programs.table_width
+        self.max_rows, self.max_steps = programs.max_rows, programs.max_steps
         self.params = params
         self.on_compile = on_compile
         self.compile_seconds = 0.0

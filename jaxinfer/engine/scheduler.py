@@ -15,9 +15,8 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from jaxinfer.engine.pages import PageAllocator
+from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.request import Request
-from jaxinfer.errors import ContextLengthError
 
 
 @dataclass
@@ -52,10 +51,10 @@ class Schedule:
 class Scheduler:
     """Holds waiting and running requests. `max_tokens` is the token budget of a call, `max_rows` its rows."""
 
-    def __init__(self, pages: PageAllocator, max_rows: int, max_tokens: int):
+    def __init__(self, cache: KVCacheManager, max_rows: int, max_tokens: int):
         if max_tokens < max_rows:
             raise ValueError(f"max_num_batched_tokens is {max_tokens}: it must be at least max_num_seqs, {max_rows}")
-        self.pages = pages
+        self.cache = cache
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.running: list[Request] = []  # oldest first
@@ -79,13 +78,7 @@ class Scheduler:
 
     def check(self, limit: int) -> None:
         """Raises ValueError if a sequence of up to `limit` tokens could never run, even alone."""
-        needed = self.pages.pages_for(limit)
-        if needed > self.pages.num_pages - 1:
-            raise ContextLengthError(
-                f"a sequence of up to {limit} tokens needs {needed} pages of the cache, which has "
-                f"{self.pages.num_pages - 1}; lower max_tokens or raise kv_cache_memory",
-                "max_tokens",
-            )
+        self.cache.check(limit)
 
     def schedule(self, max_steps: int, may_preempt: bool = True) -> Schedule:
         """The next call; at most `max_steps` tokens a decoding row. Empty if there is nothing to do."""
@@ -96,14 +89,16 @@ class Scheduler:
         return schedule
 
     def decoding(self, may_preempt: bool) -> Schedule:
-        """The rows that decode, with pages for a token each."""
+        """The rows that decode, with pages for a token each; those whose prompts are not computed yet have theirs for a
+        chunk, for as many as fell out of windows."""
         schedule = Schedule()
         for request in list(self.running):
-            if request.decoding and request.room > 0 and request.slot >= 0:
-                if self._reserve(request, request.length, may_preempt):
-                    schedule.decode.append(request)
-                elif not may_preempt:
-                    schedule.short = True
+            if request.slot < 0 or (request.decoding and not request.room):
+                continue
+            if not self._reserve(request, request.length, may_preempt):
+                schedule.short |= not may_preempt
+            elif request.decoding:
+                schedule.decode.append(request)
         schedule.decode = [r for r in schedule.decode if r.slot >= 0]  # a later one may have preempted it
         return Schedule(short=True) if schedule.short else schedule
 
@@ -122,10 +117,7 @@ class Scheduler:
 
     def publish(self, request: Request, computed: int) -> None:
         """Lets others find the full pages among the first `computed` tokens of a running request."""
-        self.pages.extend_keys(request.keys, request.tokens, request.cache_salt)
-        for page in range(request.published, min(computed // self.pages.page_size, len(request.keys))):
-            self.pages.publish(request.pages[page], request.keys[page])
-            request.published = page + 1
+        self.cache.publish(request, computed)
 
     def finish(self, request: Request) -> None:
         """Removes a request, running or waiting, and takes its pages back."""
@@ -152,30 +144,20 @@ class Scheduler:
 
         Their tokens so far are kept, so their outputs are the same.
         """
-        self.pages.reset()
+        self.cache.reset()
         self.running, self._waiting = [], []
         self._free_slots = list(range(self.max_rows - 1, -1, -1))
         for request in requests:
-            request.pages.clear()
+            request.pages = []
             request.slot = -1
             self.queue(request)
 
     def _admit(self, request: Request) -> bool:
         """Gives a waiting request a slot and pages for all of its tokens, or nothing: a half-placed prompt would hold
         pages that others need to finish."""
-        request.pages = []  # a new list each time: the runner tells by it that its copy is of an earlier placing
-        if request.reads_prefix:
-            self.pages.extend_keys(request.keys, request.tokens, request.cache_salt)
-            request.pages = self.pages.match(request.keys[: request.first_logits // self.pages.page_size])
-        matched = len(request.pages)
         # Who was preempted leaves a page for each row that runs, or it would be preempted again at once, and again.
-        reserve = len(self.running) if request.preemptions else 0
-        if self.pages.pages_for(request.length) - matched + reserve > self.pages.free_count:
-            self.pages.release(request.pages)
+        if not self.cache.place(request, spare=len(self.running) if request.preemptions else 0):
             return False
-        self.pages.grow(request.pages, request.length)
-        request.published = matched
-        request.computed = matched * self.pages.page_size
         if not request.preemptions:
             request.hits = request.computed
         request.slot = self._free_slots.pop()
@@ -209,7 +191,7 @@ class Scheduler:
 
     def _reserve(self, request: Request, tokens: int, may_preempt: bool) -> bool:
         """Pages for a running request, at the cost of the youngest if need be; False if that was itself."""
-        while not self.pages.grow(request.pages, tokens):
+        while not self.cache.reserve([(request, tokens)]):
             if not may_preempt:
                 return False
             youngest = max(self.running, key=lambda r: (r.priority, r.id))
@@ -222,7 +204,7 @@ class Scheduler:
         return True
 
     def _leave(self, request: Request) -> None:
-        self.pages.release(request.pages)
+        self.cache.release(request)
         self._free_slots.append(request.slot)
         request.slot = -1
 
@@ -235,10 +217,7 @@ class Scheduler:
         steps = max(1, min(max_steps, min(rooms) if self._waiting else max(rooms)))
         while steps > 1:
             wanted = [(r, r.length + min(steps, r.room) - 1) for r in decode]
-            missing = sum(max(0, self.pages.pages_for(n) - len(r.pages)) for r, n in wanted)
-            if missing <= self.pages.free_count:
-                for request, tokens in wanted:
-                    self.pages.grow(request.pages, tokens)
+            if self.cache.reserve(wanted):
                 return steps
             steps //= 2
         return 1

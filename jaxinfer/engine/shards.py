@@ -34,11 +34,11 @@ class Shards:
 
     @property
     def pages_total(self) -> int:
-        return sum(shard.pages.num_pages - 1 for shard in self.shards)
+        return sum(shard.cache.pages_total for shard in self.shards)
 
     @property
     def pages_used(self) -> int:
-        return self.pages_total - sum(shard.pages.free_count for shard in self.shards)
+        return sum(shard.cache.pages_used for shard in self.shards)
 
     @property
     def idle(self) -> bool:
@@ -90,7 +90,7 @@ class Shards:
         for shard in self.shards:
             shard.restart([])
         for request in requests:
-            request.pages.clear()
+            request.pages = []
             request.slot = -1
             self._queue(request)
 

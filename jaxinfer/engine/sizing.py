@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from jaxinfer.attention import CacheLayout
 from jaxinfer.sharding import devices_of
 
 CPU_SHARE = 0.1  # of the machine's memory goes to the cache on CPU, at most
@@ -18,7 +21,8 @@ RESERVE = 0.05  # of an accelerator's memory stays free of weights and cache, fo
 
 @dataclass(frozen=True)
 class Sizes:
-    """num_pages counts the reserved page 0; max_model_len is in tokens, prompt and output together."""
+    """num_pages counts the reserved page 0, and is the first pool's of several; max_model_len is in tokens, prompt and
+    output together."""
 
     max_model_len: int
     num_pages: int
@@ -43,36 +47,51 @@ def page_size(wanted: int | None, place: jax.Device | Mesh, max_num_seqs: int, m
 
 
 def size_cache(
+    layout: CacheLayout,
     *,
-    bytes_per_token: int,
     page_size: int,
+    reach: int,
     max_num_seqs: int,
     max_model_len: int | None,
     max_context: int,
     available: int,
 ) -> Sizes:
-    """The pool that fits in `available` bytes, at most what `max_num_seqs` sequences of full length need.
+    """The cache that fits in `available` bytes, at most what `max_num_seqs` sequences of full length need. reach: as in
+    CacheLayout.
 
     `max_model_len=None` takes the model's `max_context`, or as much of it as one sequence has room for.
     Raises ValueError with the numbers and the remedy when what is asked for does not fit.
     """
     if max_model_len is not None and max_model_len > max_context:
         raise ValueError(f"max_model_len is {max_model_len}: config.json defines the model for at most {max_context}")
-    page_bytes = bytes_per_token * page_size
-    most = available // page_bytes - 1  # page 0 is reserved
     length = max_context if max_model_len is None else max_model_len
-    needed = -(-length // page_size)
-    if needed > most:
-        if max_model_len is not None or most < 1:
-            lower = f"lower max_model_len to at most {most * page_size} or " if most >= 1 else ""
+    if (least := layout.least(length, page_size, reach, max_num_seqs)) > available:
+        fitting = longest(layout, page_size, reach, max_num_seqs, length, available)
+        if max_model_len is not None or not fitting:
+            lower = f"lower max_model_len to at most {fitting} or " if fitting else ""
             raise ValueError(
-                f"max_model_len {length} needs {(needed + 1) * page_bytes:,} bytes of KV cache, and there are "
+                f"max_model_len {length} needs {least:,} bytes of KV cache, and there are "
                 f"{available:,}: {lower}raise kv_cache_memory or take a device with more memory"
             )
-        length = most * page_size
-        needed = most
-    pages = min(most, needed * max_num_seqs) + 1
-    return Sizes(length, pages, page_size, pages * page_bytes)
+        length = fitting
+
+    def nbytes(pages: int) -> int:
+        return layout.nbytes(pages + 1, page_size, reach, length, max_num_seqs)
+
+    needed = layout.needed(length, page_size, reach)[:1]
+    pages = _most(lambda n: nbytes(n) <= available, sum(needed) * max_num_seqs)
+    return Sizes(length, pages + 1, page_size, nbytes(pages))
+
+
+def longest(layout: CacheLayout, page_size: int, reach: int, rows: int, most: int, available: int) -> int:
+    """Tokens, in whole pages and fewer than `most`, of the longest sequence that can run alone; 0 if none can."""
+    pages = -(-most // page_size) - 1
+    return page_size * _most(lambda n: layout.least(n * page_size, page_size, reach, rows) <= available, pages)
+
+
+def _most(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that fits, of those that do up to some point."""
+    return bisect.bisect_left(range(1, most + 1), True, key=lambda n: not fits(n))
 
 
 def check_cache_memory(wanted: int | None, memory: int) -> None:

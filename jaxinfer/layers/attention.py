@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, Batch, attend
-from jaxinfer.cache import LayerCache
+from jaxinfer.cache import LayerCache, attention_spec
 from jaxinfer.layers.linear import Linear, linears
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rotary import rotate
@@ -41,6 +41,7 @@ class SelfAttention(nnx.Module):
         self.qk_norm = qk_norm_eps is not None
         self.head_dim = head_dim
         self.spec = spec
+        self.cache_spec = attention_spec(num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads)
 
     def __call__(
         self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], cache: LayerCache | None, batch: Batch

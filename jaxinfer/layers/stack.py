@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,27 @@ from jaxinfer.cache import Cache, LayerCache
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, fsdp_axis, on_axes, on_tensor
 
 M = TypeVar("M", bound=nnx.Module)
-RunLayer = Callable[[M, jax.Array, LayerCache | None], tuple[jax.Array, LayerCache | None]]
+# Of a layer on the stream, with its own cache and its group's view of the batch.
+RunLayer = Callable[[M, jax.Array, LayerCache | None, Batch], tuple[jax.Array, LayerCache | None]]
 
 
 def stack(
     layers: Iterable[M], x: jax.Array, cache: Cache | None, batch: Batch, run: RunLayer[M]
 ) -> tuple[jax.Array, Cache | None]:
     """The stream `[T, D]` after all layers, and the cache with their new keys and values."""
-    new = []
+    assert cache is None or batch.layers is not None, "a batch over a cache says which layer has which part of it"
+    arrays, views = list(cache or ()), batch.views()
+    places = batch.layers.places if batch.layers is not None and cache is not None else ()
     before = x
     for i, layer in enumerate(layers):
         whole = gathered(layer, before, batch.mesh)
         before = x
-        x, layer_cache = run(whole, x, None if cache is None else cache[i])
-        new.append(layer_cache)
-    return x, None if cache is None else cast(Cache, tuple(new))
+        if not places or (place := places[i]) is None:
+            x, _ = run(whole, x, None, batch)
+        else:
+            own, group = place
+            x, arrays[own] = run(whole, x, arrays[own], views[group])
+    return x, None if cache is None else tuple(arrays)
 
 
 def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxinfer.attention import Batch
-from jaxinfer.cache import Cache
+from jaxinfer.cache import Cache, KVCacheSpec
 from jaxinfer.layers.stack import RunLayer, stack
 
 # Of a layer: what is multiplied channel by channel with what it feeds (norms; linears, whose outputs reach others with
@@ -32,6 +32,15 @@ class CausalLM(nnx.Module):
     def runner(self, batch: Batch) -> RunLayer[Any]:
         """What runs one of the layers on the stream."""
         raise NotImplementedError
+
+    def cache_specs(self) -> tuple[KVCacheSpec | None, ...]:
+        """What each layer keeps of a sequence: the `cache_spec` of one of its modules; None: nothing."""
+
+        def specs(block: Any) -> Iterator[KVCacheSpec]:
+            modules = (module for _, module in nnx.iter_modules(block))
+            return (module.cache_spec for module in modules if hasattr(module, "cache_spec"))
+
+        return tuple(next(specs(block), None) for block in self.blocks())
 
     def hidden(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """The stream after the last layer, `[T, D]`, and the cache with the new keys and values."""

@@ -163,7 +163,7 @@ class DecoderForCausalLM(CausalLM):
 
     def runner(self, batch: Batch) -> RunLayer[DecoderLayer]:
         cos_sin = self.model.rope.cos_sin(batch.positions)
-        return lambda layer, x, cache: layer(x, cos_sin, cache, batch)
+        return lambda layer, x, cache, view: layer(x, cos_sin, cache, view)
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         return head_logits(self.model.norm(x), self.model.embed_tokens if self.tied else self.lm_head, mesh)

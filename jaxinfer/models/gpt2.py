@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, Batch, attend
-from jaxinfer.cache import LayerCache
+from jaxinfer.cache import FullAttentionSpec, LayerCache
 from jaxinfer.layers.linear import Embedding, Linear, head_logits, linears
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.norm import LayerNorm
@@ -71,6 +71,7 @@ class GPT2Attention(nnx.Module):
         self.c_proj = linear("embed", "heads")
         self.head_dim = config.head_dim
         self.spec = AttentionSpec(scale=config.scales[layer])
+        self.cache_spec = FullAttentionSpec(config.num_kv_heads, config.head_dim)
 
     def __call__(self, x: jax.Array, cache: LayerCache | None, batch: Batch) -> tuple[jax.Array, LayerCache | None]:
         projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
@@ -141,7 +142,7 @@ class GPT2ForCausalLM(CausalLM):
         return list(self.transformer.h)
 
     def runner(self, batch: Batch) -> RunLayer[GPT2Block]:
-        return lambda block, x, cache: block(x, cache, batch)
+        return lambda block, x, cache, view: block(x, cache, view)
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         return head_logits(self.transformer.ln_f(x), self.transformer.wte if self.tied else self.lm_head, mesh)

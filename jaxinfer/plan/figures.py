@@ -72,6 +72,7 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
         "cache_tokens": fit.cache_tokens,
         "programs": compiled,
         "context": context,
+        "rows_of_context": fit.rows_of(context),
         "decode": [{"rows": rows, **decoding(fit, rows, context)} for rows in _batches(fit.max_num_seqs)],
         "prefill": {"tokens": longest, **_bound(fit, prompt, longest)},
     }
@@ -81,7 +82,7 @@ def decoding(fit: Fit, rows: int, context: int) -> dict[str, Any]:
     """The bound of a step of `rows` sequences, and whether there is room in the cache for them."""
     each = -(-rows // fit.shards)
     one = bound(fit.model, fit.place.chip, fit.programs.layout, fit.tensor, each, context, each, fit.fsdp)
-    return {"fits": rows * context <= fit.cache_tokens, **_bound(fit, one, rows)}
+    return {"fits": rows <= fit.rows_of(context), **_bound(fit, one, rows)}
 
 
 def _batches(most: int) -> list[int]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
-from jaxinfer.engine.load import choose_dtype, limits, sized_programs
+from jaxinfer.engine.load import choose_dtype, limits, reach_of, sized_programs
 from jaxinfer.engine.programs import Programs, cache_layout, placed_hidden, placed_params, placed_slots
-from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, page_size
+from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, longest, page_size
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import GIB, Device, Slice
 from jaxinfer.quantization.schemes import Quantization
@@ -68,8 +68,12 @@ class Fit:
 
     @property
     def cache_tokens(self) -> int:
-        """Of context, for which there is room."""
-        return (self.sizes.num_pages - 1) * self.sizes.page_size * self.shards
+        """Of context, for which there is room in sequences of the longest kind."""
+        return self.programs.cache_tokens
+
+    def rows_of(self, context: int) -> int:
+        """How many sequences of `context` tokens there is room for in the cache."""
+        return self.programs.capacity(context) // context
 
     @property
     def held(self) -> int:
@@ -103,7 +107,7 @@ def fit(model: Model, place: Slice, **options: Unpack[EngineConfig]) -> Fit:
     available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - held
     length = given["max_model_len"] or shape.max_context
     size = page_size(given["page_size"], where, rows, length)
-    per_token = cache_layout(model, where, given["attention"], given["kv_cache_dtype"]).bytes_per_token
+    cache = cache_layout(model, where, given["attention"], given["kv_cache_dtype"]), size, reach_of(tokens), rows
     wanted, beside = given["kv_cache_memory"], max(place.chip.memory - held, 0)
     if wanted is not None and wanted > beside:
         raise DoesNotFit(
@@ -116,14 +120,11 @@ def fit(model: Model, place: Slice, **options: Unpack[EngineConfig]) -> Fit:
         if (given["max_model_len"] or 0) > shape.max_context:
             raise
         length = given["max_model_len"] or size
-        needed = held + per_token * size * (-(-length // size) + 1)
+        needed, room = held + cache[0].least(length, *cache[1:]), longest(*cache, length, available)
         raise DoesNotFit(
             f"{place.name}: needs {needed / GIB:.2f} GiB of a chip's {place.chip.memory / GIB:.2f}, of which "
             f"{(available + held) / GIB:.2f} are for weights and cache: "
-            + (
-                _remedies(model, place, axis_size(where, TENSOR), (available // (per_token * size) - 1) * size, options)
-                or str(error)
-            )
+            + (_remedies(model, place, axis_size(where, TENSOR), room, options) or str(error))
         ) from None
     return Fit(place, programs, sizes, weights, slots, hidden)
 

@@ -56,7 +56,7 @@ def _bounds(figures: dict[str, Any], axes: Any) -> None:
             rates = [count / s * share for count, s in zip(rows, seconds, strict=True)]
             axes.plot(rows, rates, "--", label=f"if {label} were all")
     axes.plot(rows, [one["tokens_per_second_per_chip"] for one in figures["decode"]], "k-", lw=2, label="at best")
-    room = figures["cache_tokens"] // figures["context"]
+    room = figures["rows_of_context"]
     if room < rows[-1]:
         axes.axvline(max(room, 1), color="grey", ls=":", label=f"the cache holds {room} sequences")
     axes.set(

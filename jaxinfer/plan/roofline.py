@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from jaxinfer.cache import CacheLayout
+from jaxinfer.attention import CacheLayout
 from jaxinfer.models.model import Model
 from jaxinfer.plan.slices import Chip
 
@@ -69,13 +69,26 @@ def bound(
     body_bytes = sum(count for name, count in held.items() if name not in vocab)
     # An embedding is looked up, not multiplied.
     head_bytes = sum(held[n] for n in vocab if config.tie_word_embeddings or n.startswith("lm_head."))
-    heads = config.num_heads // config.num_kv_heads * layout.num_kv_heads
-    attention = 2 * config.num_layers * heads * layout.head_dim  # products of a token and a key
-    seen = context if tokens == rows else (context + 1) / 2
-    flops = 2 * (body * tokens + head * rows + attention * tokens * seen)
-    moved = (body_bytes + head_bytes) / tensor + rows * context * layout.bytes_per_token
+    attention, keys = 0.0, 0.0  # products of queries and keys, and of weights and values; bytes of keys and values
+    for group in layout.groups:
+        layer, count = layout.of_group(group), len(group.layers)
+        if group.pool is None:
+            keys += rows * count * layer.nbytes(1)
+            continue
+        kv_heads, head_dim = layer.kept_heads
+        heads = config.num_heads // config.num_kv_heads * kv_heads
+        attention += 2 * count * heads * head_dim * tokens * _seen(context, group.window, decodes=tokens == rows)
+        keys += rows * count * min(context, (group.window or context) + tokens // rows - 1) * layer.nbytes(1)
+    flops = 2 * (body * tokens + head * rows + attention)
+    moved = (body_bytes + head_bytes) / tensor + keys
     # Two reductions a layer, each of which sends and receives the stream twice, but for the own part.
     stream = tokens * config.hidden_size * model.dtype.itemsize
     sent = (2 * config.num_layers + 1) * 2 * stream * (tensor - 1) / tensor
     sent += body_bytes / tensor * (fsdp - 1) / fsdp
     return Bound(tokens, chip, flops / tensor, moved, sent)
+
+
+def _seen(context: int, window: int | None, decodes: bool) -> float:
+    """Keys that a token sees: the last one of `context`, or on average of all."""
+    seen = min(context, window or context)
+    return seen if decodes else (seen * (seen + 1) / 2 + (context - seen) * seen) / context

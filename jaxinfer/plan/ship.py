@@ -85,7 +85,8 @@ def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any
         "kv_cache_dtype": programs.kv_cache_dtype,
         "quantization": programs.model.quantization,
     }
-    return Manifest(environment(programs.devices), describe_model(programs.model), options, asdict(sizes), written)
+    model, attention = describe_model(programs.model), programs.layout.names
+    return Manifest(environment(programs.devices), model, options, attention, asdict(sizes), written)
 
 
 def check_folder(output: str) -> tuple[Any, str]:

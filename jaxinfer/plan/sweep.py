@@ -69,7 +69,7 @@ def sweep(
             except DoesNotFit:
                 refused += 1
                 continue
-            rows = min(one.max_num_seqs, one.cache_tokens // context)
+            rows = min(one.max_num_seqs, one.rows_of(context))
             if rows:
                 found.append(Candidate(one, rows, decoding(one, rows, context)))
             else:

@@ -1,1 +1,1 @@
-"""Weights in fewer bits: the schemes that there are (schemes), and what layers take in place of arrays (qarray)."""
+"""Weights in fewer bits: the schemes that there are, formats of checkpoints, quantizing and calibrating on the host."""

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.attention import AttentionSpec, Batch
+from jaxinfer.attention import AttentionBackend, AttentionSpec, Batch, Table
+from jaxinfer.attention.xla import XLA
 from jaxinfer.cache import SplitPages
 
 
@@ -60,6 +61,7 @@ def ragged(
     seed: int = 0,
     fill: float | None = None,
     decode_only: bool = False,
+    backend: AttentionBackend = XLA,
 ) -> Ragged:
     """decode: histories of the decode rows (-1: an unused row); prefill: (history, new tokens)."""
     rng = np.random.default_rng(seed)
@@ -114,9 +116,10 @@ def ragged(
         row=row_of,
         q_start=q_start,
         kv_len=np.array([h + n for h, n in rows], np.int32),
-        pages=pages,
+        tables=(Table(pages),),
         rows=np.array([shape.rows] * 3 if decode_only else [len(decode), count, count], np.int32),
         decode_only=decode_only,
+        backend=backend,
     )
     return Ragged(*map(jnp.asarray, (q, k, v)), SplitPages(*map(jnp.asarray, pools)), batch, out, SplitPages(*after))
 
@@ -144,12 +147,12 @@ def slots(pages: np.ndarray | list[int], start: int, stop: int, size: int) -> tu
     return np.asarray(pages, int)[tokens // size], slice(None), tokens % size
 
 
-def check_overflow(run, pages, decode_only, part):
-    """`run`, over pages of that kind: what is not finite in a query, a key or a value stays in its own row."""
+def check_overflow(run, backend, decode_only, part):
+    """`run`, with that backend: what is not finite in a query, a key or a value stays in its own row."""
     shape, spec = Shape(), AttentionSpec(0.25)
     rows = ([40, 15, -1, 699, 200], []) if decode_only else ([40, 200], [(0, 300), (100, 7)])
-    case = ragged(shape, spec, *rows, decode_only=decode_only)
-    expected, _ = run(case.q, case.k, case.v, pages(*case.cache), case.batch, spec)
+    case = ragged(shape, spec, *rows, decode_only=decode_only, backend=backend)
+    expected, _ = run(case.q, case.k, case.v, case.cache, case.batch, spec)
     q, (k, v), page = case.q, case.cache, case.batch.pages[0, 0]
     if part == "query":
         q = q.at[0].set(jnp.nan)
@@ -157,7 +160,7 @@ def check_overflow(run, pages, decode_only, part):
         k = k.at[page].set(jnp.inf)
     else:
         v = v.at[page].set(jnp.nan)
-    out, _ = run(q, case.k, case.v, pages(k, v), case.batch, spec)
+    out, _ = run(q, case.k, case.v, SplitPages(k, v), case.batch, spec)
     others = live(case.batch) & (case.batch.row != 0)
     assert np.isnan(np.asarray(out)[0]).any()  # and it isn't hidden either
     np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(expected)[others])

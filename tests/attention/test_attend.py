@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.attention import AttentionSpec, Batch, attend
-from jaxinfer.cache import SplitPages
-from jaxinfer.cache.pages import BITS
+from jaxinfer.attention import AttentionSpec, Batch, Table, attend
+from jaxinfer.attention.xla import XLA
+from jaxinfer.cache import BITS, SplitPages
 from tests.attention.reference import Ragged, Shape, attend_row, check_overflow, filled_outside, live, ragged
 
 run = jax.jit(attend, static_argnums=5)
@@ -86,7 +86,7 @@ def test_what_others_left_in_the_pool_has_no_influence(decode_only):
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 @pytest.mark.parametrize("decode_only", [True, False])
 def test_a_row_that_overflows_harms_no_other(decode_only, part):
-    check_overflow(run, SplitPages, decode_only, part)
+    check_overflow(run, XLA, decode_only, part)
 
 
 @pytest.mark.parametrize("window", [None, 1, 40])
@@ -125,9 +125,10 @@ def test_in_pieces_as_in_one_go(window):
             row=np.zeros(width, np.int32),
             q_start=np.array([0, count], np.int32),
             kv_len=np.array([start + count], np.int32),
-            pages=pages,
+            tables=(Table(pages),),
             rows=np.array([decode_only, 1, 1], np.int32),
             decode_only=decode_only,
+            backend=XLA,
         )
         padding = ((0, width - count), (0, 0), (0, 0))
         piece = (jnp.pad(a[start : start + count], padding, constant_values=jnp.nan) for a in (q, k, v))

@@ -1,11 +1,15 @@
 """The kernel that reads pages in place on CPUs, against XLA's attention."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from jaxinfer.attention import AttentionSpec, attend
-from jaxinfer.cache import QuantizedPages, SplitPages
+from jaxinfer.attention import AttentionSpec, LayerLayout, attend
+from jaxinfer.attention.cpu import CPU
+from jaxinfer.attention.xla import XLA
+from jaxinfer.cache import FullAttentionSpec, QuantizedPages, SplitPages
 from jaxinfer.kernels import cpu
 from tests.attention.reference import Shape, live, ragged
 from tests.attention.test_quantized_cache import rounded
@@ -27,7 +31,7 @@ SHAPES = [
         for j, cache in enumerate(["float32", "bfloat16", "int8"])
     ],
 )
-def test_as_by_xla(shape, cache, set_level, monkeypatch):  # noqa: F811
+def test_as_by_xla(shape, cache, set_level):  # noqa: F811
     for decode, prefill in (([0, 15, 16, -1, 699, 127], []), ([3, 300], [(100, 28), (0, 3), (530, 200)])):
         for window in (None, 20):
             spec = AttentionSpec(shape.head_dim**-0.5, window=window)
@@ -37,11 +41,10 @@ def test_as_by_xla(shape, cache, set_level, monkeypatch):  # noqa: F811
                 (k, k_scales), (v, v_scales) = (rounded(pool, "int8") for pool in pools)
                 pools = QuantizedPages(k, v, k_scales, v_scales)
             arguments = case.q, case.k, case.v, pools, case.batch
-            with monkeypatch.context() as patch:
-                patch.setattr(cpu, "CACHES", ())
-                by_xla = jax.jit(lambda *a, spec=spec: attend(*a, spec)[0])
-                assert cpu.ATTEND not in by_xla.lower(*arguments).as_text()
-                expected = np.asarray(by_xla(*arguments))
+            by_xla = jax.jit(lambda *a, spec=spec: attend(*a, spec)[0])
+            assert cpu.ATTEND not in by_xla.lower(*arguments).as_text()
+            expected = np.asarray(by_xla(*arguments))
+            arguments = *arguments[:-1], dataclasses.replace(case.batch, backend=CPU)
             by_kernel = jax.jit(lambda *a, spec=spec: attend(*a, spec)[0])
             assert cpu.ATTEND in by_kernel.lower(*arguments).as_text()
             used = live(case.batch)
@@ -50,3 +53,33 @@ def test_as_by_xla(shape, cache, set_level, monkeypatch):  # noqa: F811
                 got = np.asarray(by_kernel(*arguments))
                 # XLA rounds weights to bfloat16 where values are.
                 np.testing.assert_allclose(got[used], expected[used], atol=1e-2 if cache == "bfloat16" else 3e-6)
+
+
+@needs_them
+@pytest.mark.parametrize(
+    ("attention", "head_dim", "queries", "dtype", "kept", "expected"),
+    [
+        ("auto", 64, 4, "float32", "auto", CPU),
+        ("xla", 64, 4, "float32", "auto", CPU),  # no Pallas, and no more than that
+        ("auto", 64, 4, "float32", "int8", CPU),
+        (
+            "auto",
+            64,
+            4,
+            "float32",
+            "fp8",
+            "in float32, bfloat16, int8, and this is kept as float8_e4m3fn",
+        ),
+        ("auto", 64, 129, "float32", "auto", "at most 128 query heads a key head, and the model has 129"),
+        ("auto", 24, 4, "float32", "auto", "multiples of 16, and the model has 24"),
+        ("auto", 64, 4, "bfloat16", "auto", "activations in float32, and these are in bfloat16"),
+    ],
+)
+def test_where_it_is_used(attention, head_dim, queries, dtype, kept, expected):
+    spec = FullAttentionSpec(2, head_dim, queries=queries)
+    layout = LayerLayout.of(spec, dtype, jax.devices()[0], attention, kept)
+    if isinstance(expected, str):
+        assert layout.backend is XLA
+        assert expected in CPU.supports(layout.case)
+    else:
+        assert layout.backend is expected

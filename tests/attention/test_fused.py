@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-import jaxinfer.cache.pages as pages_module
-from jaxinfer.attention import AttentionSpec
+import jaxinfer.attention.fused as fused_module
+from jaxinfer.attention import AttentionSpec, LayerLayout
 from jaxinfer.attention.fused import attend_fused
-from jaxinfer.cache import CacheLayout, FusedPages, PackedPages
+from jaxinfer.cache import FullAttentionSpec, FusedPages, PackedPages
 from tests.attention.reference import Shape, attend_row, live, ragged
 from tests.attention.test_packed import Place, packed
 
@@ -96,15 +96,17 @@ def test_a_row_that_has_stopped(kernel, decode_only):
 def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
     def installed(name):
         if version is None:
-            raise pages_module.PackageNotFoundError(name)
+            raise fused_module.PackageNotFoundError(name)
         return version
 
-    monkeypatch.setattr(pages_module, "version", installed)
-    assert CacheLayout.choose(2, 12, 64, dtype, Place("tpu", kind)).pages is PackedPages  # heads are padded
-    layout = CacheLayout.choose(2, 8, 64, dtype, Place("tpu", kind))
-    first, _ = layout.shapes(5, 16)
+    monkeypatch.setattr(fused_module, "version", installed)
+    place = Place("tpu", kind)
+    first = LayerLayout.of(FullAttentionSpec(12, 64), dtype, place).arrays(5, 16)
+    assert type(first) is PackedPages  # heads are padded
+    layout = LayerLayout.of(FullAttentionSpec(8, 64), dtype, place)
+    first = layout.arrays(5, 16)
     assert type(first) is expected
-    assert layout.spec == PartitionSpec(("data", "fsdp"), None, "kv")
+    assert layout.backend.partition_spec == PartitionSpec(("data", "fsdp"), None, "kv")
     assert first.kv.shape == ((5, 16, 8, 2, 128) if expected is FusedPages else (5, 16, 16, 128))
     nbytes = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(first))
-    assert layout.bytes_per_token == 2 * nbytes / (5 * 16)
+    assert layout.nbytes(1) == nbytes / (5 * 16)

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from jaxinfer.attention import AttentionSpec, attend
-from jaxinfer.cache import CacheLayout, GpuPages, PackedPages, SplitPages
-from tests.attention.reference import Ragged, Shape, check_overflow, filled_outside, live, ragged
+from jaxinfer.attention import AttentionSpec, LayerLayout, attend
+from jaxinfer.attention.gpu import GPU
+from jaxinfer.attention.tpu import TPU
+from jaxinfer.attention.xla import XLA
+from jaxinfer.cache import FullAttentionSpec
+from tests.attention.reference import Ragged, Shape, check_overflow, filled_outside, live
+from tests.attention.reference import ragged as _ragged
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,12 +25,12 @@ def _interpreted():
 
 
 run = jax.jit(attend, static_argnums=5)
+ragged = functools.partial(_ragged, backend=GPU)
 
 
 def check(case: Ragged, spec: AttentionSpec, error: float) -> None:
     """Everywhere but in the rows' own slots the pool is NaN, as somebody may have left it."""
-    out, cache = run(case.q, case.k, case.v, GpuPages(*filled_outside(case, np.nan)), case.batch, spec)
-    assert isinstance(cache, GpuPages)
+    out, cache = run(case.q, case.k, case.v, filled_outside(case, np.nan), case.batch, spec)
     used = live(case.batch)
     assert np.abs(np.asarray(out, np.float64) - case.out)[used].max(initial=0) < error
     assert not np.asarray(out, np.float32)[~used].any()
@@ -86,7 +90,7 @@ def test_a_row_that_has_stopped(decode_only):
     lengths[1] = 0
     case = case._replace(batch=dataclasses.replace(case.batch, kv_len=lengths))
     before = case.cache
-    out, cache = run(case.q, case.k, case.v, GpuPages(*before), case.batch, spec)
+    out, cache = run(case.q, case.k, case.v, before, case.batch, spec)
     used = live(case.batch)
     assert np.abs(np.asarray(out) - case.out)[used].max() < 2e-6
     assert not np.asarray(out)[1].any()
@@ -97,34 +101,34 @@ def test_a_row_that_has_stopped(decode_only):
 @pytest.mark.parametrize("part", ["query", "key", "value"])
 @pytest.mark.parametrize("decode_only", [True, False])
 def test_a_row_that_overflows_harms_no_other(decode_only, part):
-    check_overflow(run, GpuPages, decode_only, part)
+    check_overflow(run, GPU, decode_only, part)
 
 
 class Place:
     def __init__(self, platform: str, compute_capability: str | None = None):
-        self.platform, self.compute_capability = platform, compute_capability
+        self.platform, self.compute_capability, self.device_kind = platform, compute_capability, "none"
 
 
 @pytest.mark.parametrize(
     ("attention", "place", "heads", "head_dim", "dtype", "expected"),
     [
-        ("pallas", Place("gpu", "8.0"), 8, 128, "bfloat16", GpuPages),
-        ("pallas", Place("gpu", "10.0"), 1, 64, "float16", GpuPages),
-        ("auto", Place("gpu", "9.0"), 8, 128, "bfloat16", SplitPages),
-        ("xla", Place("gpu", "9.0"), 8, 128, "bfloat16", SplitPages),
-        ("xla", Place("tpu"), 8, 128, "bfloat16", SplitPages),
+        ("pallas", Place("gpu", "8.0"), 8, 128, "bfloat16", GPU),
+        ("pallas", Place("gpu", "10.0"), 1, 64, "float16", GPU),
+        ("auto", Place("gpu", "9.0"), 8, 128, "bfloat16", XLA),
+        ("xla", Place("gpu", "9.0"), 8, 128, "bfloat16", XLA),
+        ("xla", Place("tpu"), 8, 128, "bfloat16", XLA),
         ("pallas", Place("gpu", "7.5"), 8, 128, "float16", "capability 8.0 and more, and this is a GPU of 7.5"),
         ("pallas", Place("gpu", "gfx942"), 8, 128, "float16", "and this is gpu"),
         ("pallas", Place("cpu"), 8, 128, "float32", "and this is cpu"),
         ("pallas", Place("gpu", "8.9"), 8, 128, "float32", "bfloat16 and float16, and dtype is float32"),
         ("pallas", Place("gpu", "8.9"), 8, 80, "bfloat16", "head sizes 16, 32, 64, 128, 256, and the model has 80"),
-        ("pallas", Place("tpu"), 3, 128, "bfloat16", PackedPages),
+        ("pallas", Place("tpu"), 3, 128, "bfloat16", TPU),
         ("pallas", Place("tpu"), 8, 128, "float16", "for TPUs is for bfloat16 and float32, and dtype is float16"),
     ],
 )
 def test_what_is_asked_for_is_taken_or_refused(attention, place, heads, head_dim, dtype, expected):
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=f"attention is 'pallas': .*{expected}"):
-            CacheLayout.choose(2, heads, head_dim, dtype, place, attention)
+            LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, place, attention)
     else:
-        assert CacheLayout.choose(2, heads, head_dim, dtype, place, attention).pages is expected
+        assert LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, place, attention).backend is expected

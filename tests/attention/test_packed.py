@@ -10,9 +10,9 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
     ref_ragged_paged_attention,
 )
 
-from jaxinfer.attention import AttentionSpec
-from jaxinfer.attention.tpu import attend_packed
-from jaxinfer.cache import CacheLayout, PackedPages, SplitPages
+from jaxinfer.attention import AttentionSpec, LayerLayout
+from jaxinfer.attention.tpu import TPU, attend_packed
+from jaxinfer.cache import FullAttentionSpec, PackedPages, SplitPages
 from tests.attention.reference import Ragged, Shape, live, ragged, slots
 
 
@@ -102,11 +102,11 @@ class Place:
     ],
 )
 def test_the_layout_suits_the_device(platform, heads, head_dim, dtype, expected):
-    layout = CacheLayout.choose(2, heads, head_dim, dtype, Place(platform))
-    assert (layout.packed, layout.num_kv_heads, layout.head_dim) == expected
-    (first, _) = layout.shapes(5, 16)
+    layout = LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, Place(platform))
+    assert (layout.backend is TPU, *layout.kept_heads) == expected
+    first = layout.arrays(5, 16)
     nbytes = sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in first)
-    assert layout.bytes_per_token == 2 * nbytes / (5 * 16)
+    assert layout.nbytes(1) == nbytes / (5 * 16)
 
 
 def test_a_row_that_has_stopped():

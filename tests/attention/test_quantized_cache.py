@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxinfer.attention import AttentionSpec, attend
-from jaxinfer.cache import CacheLayout, QuantizedPages, SplitPages
+from jaxinfer.attention import AttentionSpec, LayerLayout, attend
+from jaxinfer.attention.gpu import GPU
+from jaxinfer.cache import FullAttentionSpec, QuantizedPages, SplitPages
 from tests.attention.reference import Shape, live, ragged
 from tests.attention.test_packed import Place
 
@@ -77,11 +78,11 @@ def test_what_others_left_has_no_influence(name):
     ],
 )
 def test_the_layout(platform, heads, name, expected):
-    layout = CacheLayout.choose(1, heads, 64, "bfloat16", Place(platform), kv_cache_dtype=name)
+    layout = LayerLayout.of(FullAttentionSpec(heads, 64), "bfloat16", Place(platform), kv_cache_dtype=name)
     pages, kept, nbytes = expected
-    assert pages in (None, layout.pages)
-    assert (layout.num_kv_heads, layout.dtype, layout.bytes_per_token) == (kept, DTYPES[name][0], nbytes)
-    (layer,) = layout.shapes(5, 16)
+    assert (layout.kept_heads[0], layout.dtype, layout.nbytes(1)) == (kept, DTYPES[name][0], nbytes)
+    layer = layout.arrays(5, 16)
+    assert pages in (None, type(layer))
     assert sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in layer) == 5 * 16 * nbytes
 
 
@@ -94,6 +95,6 @@ def test_the_layout(platform, heads, name, expected):
     ],
 )
 def test_what_there_is_no_kernel_for(platform, heads, attention, name, said, monkeypatch):
-    monkeypatch.setattr("jaxinfer.cache.pages.kernel_problem", lambda *_: None)
+    monkeypatch.setattr(type(GPU), "supports", lambda *_: None)
     with pytest.raises(ValueError, match=said):
-        CacheLayout.choose(1, heads, 128, "bfloat16", Place(platform), attention, name)
+        LayerLayout.of(FullAttentionSpec(heads, 128), "bfloat16", Place(platform), attention, name)

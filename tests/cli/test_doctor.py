@@ -5,6 +5,7 @@ import json
 import jax
 
 from jaxinfer import doctor
+from jaxinfer.attention import BACKENDS
 from jaxinfer.kernels.cpu import kernels
 
 
@@ -20,6 +21,10 @@ def test_doctor(cli, monkeypatch, tmp_path):
     assert f"jax {jax.__version__}" in found["versions"]
     assert found["devices"] == [f"cpu:{i} cpu" for i in range(8)]
     assert found["attention"] == ("a CPU kernel" if kernels().level else "plain XLA")
+    used = [line for line in found["attention backends"] if line.endswith(": used")]
+    assert used == [f"{found['attention'].partition(':')[0]}: used"]
+    assert "JAX's ragged paged attention kernel: it is for TPUs, and this is cpu" in found["attention backends"]
+    assert len(found["attention backends"]) == len(BACKENDS)
     assert found["CPU kernels"].startswith(kernels().level or "none, XLA computes everything: ")
     assert kernels().why in found["CPU kernels"]
     assert found["compilation cache"] == f"{tmp_path}: 0 files, 0 MiB"

@@ -7,16 +7,20 @@ slot holds depends on the token there and on all tokens before it, so the model 
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
 
+from jaxinfer.cache import CacheGroup
+from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.pages import PageAllocator
-from jaxinfer.engine.request import Request
+from jaxinfer.engine.request import Held, Request
 from jaxinfer.engine.scheduler import Schedule, Scheduler
 from jaxinfer.sampling.params import SamplingParams
 
 NEVER = 10**9
+MAX_STEPS = 8  # of a call, where there are windows
 KINDS = {
     "plain": SamplingParams(),
     "penalized": SamplingParams(presence_penalty=1.0),
@@ -48,8 +52,26 @@ def make(
     max_rows: int = 4,
     max_tokens: int = 8,
     prefix_caching: bool = True,
+    windows: Sequence[int | None] = (None,),
 ) -> Scheduler:
-    return Scheduler(PageAllocator(num_pages, page_size, prefix_caching), max_rows, max_tokens)
+    """With a cache group for each window, all in one pool."""
+    groups = [CacheGroup((i,), (0,), 0, window) for i, window in enumerate(windows)]
+    reach = max(max_tokens, MAX_STEPS)
+    return Scheduler(KVCacheManager(groups, [num_pages], page_size, reach, prefix_caching), max_rows, max_tokens)
+
+
+def pool(scheduler: Scheduler) -> PageAllocator:
+    return scheduler.cache.pools[0]
+
+
+def most_pages(scheduler: Scheduler, tokens: int) -> list[int]:
+    """That a sequence holds at once in each group."""
+    cache = scheduler.cache
+    return [group.most_pages(tokens, cache.page_size, cache.reach) for group in cache.groups]
+
+
+def pages_of(request: Request) -> list[int]:
+    return [page for held in request.pages for page in held.pages]
 
 
 def key(request: Request) -> tuple[int, int]:
@@ -73,7 +95,8 @@ class Device:
 
     def __init__(self, scheduler: Scheduler):
         self.scheduler = scheduler
-        self.cache: dict[tuple[int, int], int] = {}  # (page, offset) -> hash of the sequence up to there
+        # (page, offset) -> the group, and a hash of the sequence up to there
+        self.cache: dict[tuple[int, int], tuple[int, int]] = {}
         self.truth: dict[int, list[int]] = {}  # each request's tokens as the device knows them
         self.hashes: dict[int, list[int]] = {}
         self.logits: dict[int, set[int]] = {}  # positions of prompts whose logits there were
@@ -90,8 +113,7 @@ class Device:
     ) -> Request | None:
         """Adds a request, or nothing if it's one that the scheduler must refuse."""
         added = request(self.count, prompt, new, priority, kind)
-        pages = self.scheduler.pages
-        if pages.pages_for(added.limit) > pages.num_pages - 1:
+        if sum(most_pages(self.scheduler, added.limit)) > pool(self.scheduler).num_pages - 1:
             with pytest.raises(ValueError, match="pages of the cache, which has"):
                 self.scheduler.add(added)
             return None
@@ -137,7 +159,7 @@ class Device:
 
     def launch(self, max_steps: int) -> Schedule:
         scheduler = self.scheduler
-        before = {r: list(r.pages) for r in scheduler.running}
+        before = list(scheduler.running)
         preemptions = {r: r.preemptions for r in self.live}
         exact = not self.in_flight
         schedule = scheduler.schedule(max_steps, may_preempt=exact)
@@ -151,7 +173,7 @@ class Device:
         for each in preempted:
             assert self.truth[each.id] == each.tokens
             self.reset(each)
-        self.check(schedule, max_steps, exact, preempted, admitted, list(before))
+        self.check(schedule, max_steps, exact, preempted, admitted, before)
         sampled = []
         for i in range(len(schedule.requests)):
             self.following = {r for r in schedule.requests[i + 1 :] if r in admitted}
@@ -221,22 +243,33 @@ class Device:
 
     def feed(self, each: Request, start: int, end: int) -> None:
         """Writes tokens into the cache and looks at all up to them, as attention does."""
-        size, pages = self.scheduler.pages.page_size, self.scheduler.pages
+        cache, pages = self.scheduler.cache, pool(self.scheduler)
+        size = cache.page_size
         hashes = self.hashes[each.id]
         for position in range(len(hashes), end):
             hashes.append(hash((hashes[-1] if hashes else 0, self.truth[each.id][position])))
-        for position in range(start, end):
-            page = each.pages[position // size]
-            assert page != 0
-            if pages._references[page] > 1:  # only by those that join in this call and come after this row
-                others = {r for r in self.scheduler.running if page in r.pages and r is not each}
-                assert others <= self.following, "a page that others hold too is written to"
-                self.seen["shared in a call"] += 1
-            self.cache[page, position % size] = hashes[position]
-        for position in range(end):
-            page = each.pages[position // size]
-            self.seen["shared reads"] += pages._references[page] > 1
-            assert self.cache[page, position % size] == hashes[position], "attends to somebody else's tokens"
+        widths = most_pages(self.scheduler, NEVER)
+        for i, (group, held) in enumerate(zip(cache.groups, each.pages, strict=True)):
+            first = 0 if group.window is None else max(0, start - group.window + 1)
+            self.seen["out of the window"] += held.first > 0
+
+            def page_of(position: int, held: Held = held, width: int = widths[i]) -> int:
+                at = position // size - held.first
+                assert 0 <= at < width, "beyond the table"
+                return held.pages[at]
+
+            for position in range(start, end):
+                page = page_of(position)
+                assert page != 0
+                if pages._references[page] > 1:  # only by those that join in this call and come after this row
+                    others = {r for r in self.scheduler.running if page in pages_of(r) and r is not each}
+                    assert others <= self.following, "a page that others hold too is written to"
+                    self.seen["shared in a call"] += 1
+                self.cache[page, position % size] = i, hashes[position]
+            for position in range(first, end):
+                page = page_of(position)
+                self.seen["shared reads"] += pages._references[page] > 1
+                assert self.cache[page, position % size] == (i, hashes[position]), "attends to somebody else's tokens"
 
     def check(
         self,
@@ -271,8 +304,8 @@ class Device:
 
     def check_pages(self) -> None:
         """Each page is free, kept or held, and counted once for each running request that holds it."""
-        scheduler, pages = self.scheduler, self.scheduler.pages
-        held = Counter(page for r in scheduler.running for page in r.pages)
+        scheduler, pages = self.scheduler, pool(self.scheduler)
+        held = Counter(page for r in scheduler.running for page in pages_of(r))
         assert sorted([*pages._blank, *pages._unused, *held]) == list(range(1, pages.num_pages))
         assert pages.free_count == pages.num_pages - 1 - len(held)
         assert held == {p: n for p, n in enumerate(pages._references) if n}
@@ -283,5 +316,7 @@ class Device:
         assert sorted([*scheduler._free_slots, *(r.slot for r in scheduler.running)]) == list(range(scheduler.max_rows))
         for r in self.live:
             assert (r.slot >= 0) == (r in scheduler.running)
-            assert len(set(r.pages)) == len(r.pages) <= pages.pages_for(r.limit)
+            assert len(set(pages_of(r))) == len(pages_of(r))
+            for group, most in zip(r.pages, most_pages(scheduler, r.limit), strict=False):
+                assert len(group.pages) <= most
             assert r.slot >= 0 or not (r.pages or r.computed or r.decoding)

@@ -143,6 +143,7 @@ def test_on_a_mesh(model, expected, tmp_path, mesh):
         ("model.class", "GPT2Config", "the model's class was 'GPT2Config' and is 'DecoderConfig'"),
         ("sizes.bytes", 10**15, "their KV cache of 1,000,000,000,000,000 bytes does not fit in the "),
         ("sizes.bytes", 1, "their KV cache is said to have 1 bytes, and has "),
+        ("attention", ["a Triton kernel"], "what attends was ['a Triton kernel'] and is ['"),
         ("options.dtype", "float8", "dtype is 'float8': it must be one of"),
         ("options", {}, "manifest.json is damaged"),
         ("environment", [], "manifest.json is damaged"),

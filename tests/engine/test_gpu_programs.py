@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.cache import pages
+from jaxinfer.attention.gpu import GPU
+from jaxinfer.attention.xla import XLAAttention
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
@@ -37,7 +38,7 @@ CONFIG = {
 @pytest.fixture
 def _allowed(monkeypatch):
     """On a CPU the kernel is refused."""
-    monkeypatch.setattr(pages, "kernel_problem", lambda *_: None)
+    monkeypatch.setattr(type(GPU), "supports", lambda *_: None)
 
 
 def lowered(attention: str) -> dict[str, str]:
@@ -148,11 +149,11 @@ def test_the_same_tokens(checkpoints, monkeypatch):
     options = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "mesh": "data=2,tensor=2"}
     sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     found = []
-    for attention, kind in (("pallas", pages.GpuPages), ("xla", pages.SplitPages)):
+    for attention, kind in (("pallas", type(GPU)), ("xla", XLAAttention)):
         with LLM(checkpoints("llama").folder, attention=attention, **options) as llm:
             outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
             found.append([output.outputs[0].token_ids for output in outputs])
-            assert isinstance(llm.engine.runner.programs.state.cache[0], kind)
+            assert isinstance(llm.engine.runner.programs.layer_map.backends[0], kind)
     assert found[0] == found[1]
 
 

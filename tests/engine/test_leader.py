@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxinfer.attention import Table
 from jaxinfer.engine.leader import Leader, pack, unpack
 from jaxinfer.engine.programs import DecodeRows
 from jaxinfer.sampling.arrays import SamplingArrays
@@ -21,7 +22,11 @@ def call():
     """What the host gives a decoding call, and the same without its values."""
     rng = np.random.default_rng(0)
     row = rng.integers(0, 99, 3, np.int32)
-    given = DecodeRows(row, row, row, rng.integers(0, 99, (3, 5), np.int32)), SamplingArrays.of_rows([], 3), np.int32(7)
+    given = (
+        DecodeRows(row, row, row, (Table(rng.integers(0, 99, (3, 5), np.int32), row), None)),
+        SamplingArrays.of_rows([], 3),
+        np.int32(7),
+    )
     return given, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
 
 

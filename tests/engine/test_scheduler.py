@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.engine.pages import PageAllocator
-from tests.engine.device import KINDS, NEVER, Device, Stops, make, request
+from jaxinfer.engine.request import Held
+from tests.engine.device import KINDS, NEVER, Device, Stops, make, most_pages, pages_of, request
 
 # Few different beginnings, so that they really meet in the prefix cache.
 PROMPTS = st.builds(
@@ -47,8 +48,7 @@ def drain(device: Device) -> None:
             device.take()
         device.seen["events"] += 1
     assert not device.live, "a request never ends"
-    pages = device.scheduler.pages
-    assert pages.free_count == pages.num_pages - 1
+    assert device.scheduler.cache.pages_used == 0
     assert not device.scheduler.schedule(4).requests
     assert device.scheduler.idle
 
@@ -176,9 +176,9 @@ def test_a_beginning_is_computed_once():
     assert schedule.requests == [first, second, third, longer]
     assert schedule.start == [20, 16, 8, 20]  # the last token is always computed: its logits are wanted
     assert [r.hits for r in (first, second, third, longer)] == [0, 16, 8, 20]
-    assert second.pages[:4] == first.pages[:4]
-    assert second.pages[4] != first.pages[4]
-    assert longer.pages[:5] == first.pages[:5]
+    assert pages_of(second)[:4] == pages_of(first)[:4]
+    assert pages_of(second)[4] != pages_of(first)[4]
+    assert pages_of(longer)[:5] == pages_of(first)[:5]
     drain(device)
     again = device.add([1] * 20, 4)  # nobody holds the pages any more, and their content is kept
     assert device.launch(1).start == [16]
@@ -196,47 +196,51 @@ def test_who_wants_all_logits_or_counts_computes_everything():
         drain(device)
 
 
+def cached(device: Device, prompt: list[int]) -> int:
+    """How many tokens of it the prefix cache has."""
+    cache, asked = device.scheduler.cache, request(99, [*prompt, 0], 1)
+    assert cache.place(asked, 0)
+    cache.release(asked)
+    return asked.computed
+
+
 def test_what_was_used_least_recently_is_evicted_first():
-    pages = PageAllocator(5, 2)
-    keys: list[list[bytes]] = [[], []]
-    for of, tokens in zip(keys, ([1, 1, 1, 1], [2, 2]), strict=True):
-        pages.extend_keys(of, tokens)
-    a, b = [], []
-    assert pages.grow(a, 4)
-    assert pages.grow(b, 2)
-    for held, of in ((a, keys[0]), (b, keys[1])):
-        for page, k in zip(held, of, strict=True):
-            pages.publish(page, k)
+    pages = PageAllocator(5)
+    a, b = pages.take(2), pages.take(1)
+    for held, keys in ((a, "xy"), (b, "z")):
+        for page, key in zip(held, keys, strict=True):
+            pages.publish(page, key)
         pages.release(held)
-    found = pages.match(keys[0])
-    assert len(found) == 2
-    pages.release(found)  # used again: b's page is the oldest now, then a's second one
-    new: list[int] = []
-    assert pages.grow(new, 4)  # one that was never used, and b's
-    assert not pages.match(keys[1])
-    assert pages.grow(new, 6)
-    found = pages.match(keys[0])
-    assert len(found) == 1  # a's first page outlives its second one
-    assert not pages.grow(new, 8)
-    pages.release(found)
-    assert pages.grow(new, 8)
-    assert not pages.match(keys[0])
+    for page in a:
+        pages.hold(page)
+    pages.release(a)  # used again: b's page is the oldest now, then a's second one
+    new = pages.take(2)  # one that was never used, and b's
+    assert set(new) == {b[0], 4}
+    assert pages.find("z") is None
+    assert pages.take(1) == [a[1]]
+    assert (pages.find("x"), pages.find("y")) == (a[0], None)  # a's first page outlives its second one
+    pages.hold(a[0])
+    assert pages.free_count == 0
+    pages.release(a[:1])
+    assert pages.take(1) == a[:1]
+    assert pages.find("x") is None
 
 
 def test_keys_are_secret_and_depend_on_all_tokens_before():
-    one, other = PageAllocator(9, 2), PageAllocator(9, 2)
+    one, other = (make(9, 2).cache for _ in range(2))
     keys = []
-    for pages, tokens, salt in (
+    for cache, tokens, salt in (
         (one, [1, 2, 3, 4, 5], ""),
         (one, [2, 1, 3, 4], ""),
         (other, [1, 2, 3, 4], ""),
         (one, [1, 2, 3, 4], "a"),
         (one, [1, 2, 3, 4], "\ud800"),
     ):
-        of: list[bytes] = []
-        pages.extend_keys(of, tokens, salt)
-        assert len(of) == 2
-        keys += of
+        asked = request(0, tokens, 1)
+        asked.cache_salt = salt
+        cache.publish(asked, 0)
+        assert len(asked.keys) == 2
+        keys += asked.keys
     assert len(set(keys)) == 10
 
 
@@ -278,7 +282,7 @@ def test_steps_are_as_many_as_somebody_wants_and_as_pages_allow():
     assert waiting.slot == -1
     assert device.scheduler.waiting_count == 1
     assert device.step(8).steps == 8
-    assert len(first.pages) == 3  # 12 tokens in the cache
+    assert len(pages_of(first)) == 3  # 12 tokens in the cache
     device = Device(make(num_pages=3, page_size=4, max_rows=2))
     device.add(3, 5)
     device.add(3, 5)
@@ -297,15 +301,78 @@ def test_a_token_budget_below_the_rows_is_refused():
 
 
 def test_pages():
-    pages = PageAllocator(4, 16)
-    mine: list[int] = []
-    assert [pages.pages_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
-    assert pages.grow(mine, 17)
-    assert pages.grow(mine, 5)  # already there
-    assert len(set(mine)) == len(mine) == 2
-    assert not pages.grow(mine, 16 * 4 + 1)
-    assert (len(mine), pages.free_count) == (2, 1)
-    pages.release(mine)
-    assert (mine, pages.free_count) == ([], 3)
+    cache, mine = make(4, 16).cache, request(0, 17, 40)
+    mine.pages = [Held()]
+    assert cache.reserve([(mine, 17)])
+    assert cache.reserve([(mine, 5)])  # already there
+    assert len(set(pages_of(mine))) == len(pages_of(mine)) == 2
+    assert not cache.reserve([(mine, 16 * 3 + 1)])
+    assert (len(pages_of(mine)), cache.pages_used, cache.pages_total) == (2, 2, 3)
+    cache.release(mine)
+    assert (mine.pages, cache.pages_used) == ([], 0)
     with pytest.raises(ValueError, match="num_pages is 1: it must be at least 2"):
-        PageAllocator(1, 16)
+        PageAllocator(1)
+
+
+def test_any_sequence_of_events_with_windows():
+    """Groups that see everything beside ones with windows, and windows alone, in one pool."""
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+    @given(
+        num_pages=st.integers(4, 24),
+        page_size=st.integers(1, 5),
+        max_rows=st.integers(1, 5),
+        more_tokens=st.integers(0, 12),
+        windows=st.lists(st.none() | st.integers(1, 12), min_size=1, max_size=3),
+        operations=st.lists(st.one_of(*[OPERATIONS] * 9, RESTART), min_size=10, max_size=60),
+    )
+    def run(num_pages, page_size, max_rows, more_tokens, windows, operations):
+        device = Device(make(num_pages, page_size, max_rows, max_rows + more_tokens, windows=windows))
+        play(device, operations)
+        drain(device)
+        seen.update(device.seen)
+
+    run()
+    for happened in ("hits", "shared reads", "preemptions", "overlapped", "short", "dead rows", "out of the window"):
+        assert seen[happened] >= 100, (happened, seen)
+
+
+def test_pages_that_fall_out_of_the_window_are_given_back():
+    """A sequence of any length holds what its window and one call need."""
+    device = Device(make(num_pages=13, page_size=4, max_rows=2, max_tokens=16, windows=[8]))
+    (most,) = most_pages(device.scheduler, NEVER)
+    assert most == 7  # 7 tokens before a chunk of 16
+    long = device.add([i % 7 % 2 for i in range(100)], 100)
+    while long in device.live:
+        device.step(8)
+        assert device.scheduler.cache.pages_used <= most
+        if long.decoding and long in device.live:
+            device.launch(1)
+            assert device.scheduler.cache.pages_used <= 4
+    assert (len(long.tokens), long.preemptions) == (200, 0)
+    assert device.seen["out of the window"]
+
+
+def test_a_window_needs_no_more_of_a_beginning_than_it_sees(monkeypatch):
+    """Of a long prompt the window's last pages are enough; with a group beside that sees everything all are needed."""
+    prompt, lost = [i * i % 11 % 2 for i in range(64)], set()
+    find = PageAllocator.find
+    monkeypatch.setattr(PageAllocator, "find", lambda self, key: None if key in lost else find(self, key))
+    for windows, expected in (([8], [64, 60, 48]), ([8, None], [0, 0, 0]), ([None, 8], [64, 60, 48])):
+        device = Device(make(num_pages=500, page_size=4, max_rows=2, max_tokens=16, windows=windows))
+        device.add(prompt, 1)
+        drain(device)
+        assert cached(device, prompt) == 64
+        asked = request(99, prompt, 1)
+        device.scheduler.cache.publish(asked, 0)
+        # The first group without its first page and its last but three. Before token 64 the window sees into pages 14
+        # and 15 alone, before token 60 into 13 and 14, before token 48 into 10 and 11.
+        found = []
+        for pages in ((), (15,), (14,)):
+            lost |= {(windows.index(8), asked.keys[page]) for page in (0, 12, *pages)}
+            if windows == [8, None]:
+                lost.add((1, asked.keys[0]))
+            found.append(cached(device, prompt))
+        assert found == expected
+        lost.clear()

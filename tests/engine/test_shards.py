@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.shards import Shards
-from tests.engine.device import make, request
+from tests.engine.device import make, most_pages, pages_of, request
 
 OPERATIONS = st.one_of(
     st.tuples(st.just("add"), st.integers(1, 8), st.integers(1, 20), st.integers(0, 2)),
@@ -33,8 +33,8 @@ class Devices:
 
     def add(self, prompt: int, new: int, priority: int) -> None:
         added = request(self.count, prompt, new, priority)
-        pages = self.scheduler.shards[0].pages
-        if pages.pages_for(added.limit) <= pages.num_pages - 1:
+        shard = self.scheduler.shards[0]
+        if sum(most_pages(shard, added.limit)) <= shard.cache.pages_total:
             self.scheduler.add(added)
             self.live.append(added)
             self.count += 1
@@ -94,8 +94,8 @@ class Devices:
         assert len(scheduler.running) + scheduler.waiting_count == len(self.live)
         assert {r.id for r in scheduler.running} <= {r.id for r in self.live}
         for i, shard in enumerate(scheduler.shards):
-            held = {page for r in shard.running for page in r.pages}
-            assert shard.pages.free_count == shard.pages.num_pages - 1 - len(held)
+            held = {page for r in shard.running for page in pages_of(r)}
+            assert shard.cache.pages_used == len(held)
             assert all(r.shard == i for r in shard.running)
         assert scheduler.idle == (not self.live)
 

@@ -5,6 +5,8 @@ from typing import Any
 import jax
 import pytest
 
+from jaxinfer.attention import CacheLayout, LayerLayout
+from jaxinfer.cache import FullAttentionSpec
 from jaxinfer.engine import load
 from jaxinfer.engine.config import check_options
 from jaxinfer.engine.sizing import Sizes, page_size, size_cache
@@ -14,11 +16,17 @@ from tests.plan.test_roofline import CONFIG
 GIB = 2**30
 
 
+def layout(bytes_per_token: int) -> CacheLayout:
+    spec = FullAttentionSpec(1, bytes_per_token // 8)
+    return CacheLayout.of([LayerLayout.of(spec, "float32", jax.devices()[0])], 10**6)
+
+
 def size(**changes: Any) -> Sizes:
     """1 KiB a token, 16 KiB a page."""
     given = {
-        "bytes_per_token": 1024,
+        "layout": layout(1024),
         "page_size": 16,
+        "reach": 32,
         "max_num_seqs": 4,
         "max_model_len": None,
         "max_context": 1000,
@@ -62,12 +70,12 @@ def test_no_room_for_a_single_page(available):
 
 def test_the_error_has_the_numbers():
     with pytest.raises(ValueError) as error:
-        size(bytes_per_token=2**20, max_model_len=1000, max_context=2000, available=GIB // 2)
+        size(layout=layout(2**20), max_model_len=1000, max_context=2000, available=GIB // 2)
     assert str(error.value) == (
         "max_model_len 1000 needs 1,073,741,824 bytes of KV cache, and there are 536,870,912: lower max_model_len to "
         "at most 496 or raise kv_cache_memory or take a device with more memory"
     )
-    size(bytes_per_token=2**20, max_model_len=496, max_context=2000, available=GIB // 2)
+    size(layout=layout(2**20), max_model_len=496, max_context=2000, available=GIB // 2)
 
 
 def test_beyond_what_the_model_is_defined_for():
@@ -101,7 +109,7 @@ def test_memory_is_asked_of_a_device_of_this_host(monkeypatch):
     """On several hosts the first device of the mesh is another one's for most of them, and JAX refuses to say."""
     place = jax.devices()[0]
     monkeypatch.setattr(jax, "local_devices", lambda: [Chip()])
-    monkeypatch.setattr(load, "placed_slots", lambda *_: ())
-    monkeypatch.setattr(load, "placed_hidden", lambda *_: ())
+    for placed in ("placed_slots", "placed_hidden"):
+        monkeypatch.setattr(load, placed, lambda *_: ())
     given = check_options({"memory_utilization": 0.95})
     assert load._available(Model.from_config(CONFIG, "float32"), place, given) == pytest.approx(600, abs=1)

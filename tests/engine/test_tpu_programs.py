@@ -15,7 +15,7 @@ SCRIPT = """
 import json, re, sys
 import jax, numpy as np
 import jaxinfer.attention.tpu as attention
-import jaxinfer.cache.pages as pages
+import jaxinfer.attention.fused as fused
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
 from jaxinfer.models.model import Model
@@ -35,13 +35,13 @@ def noted(kind, *rest):
     return block_sizes(kind, *rest)
 
 attention.block_sizes = noted
-tokamax_version = pages.tokamax_version
+tokamax_version = fused.tokamax_version
 
 def size(tree):
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 for case in json.loads(sys.argv[1]):
-    pages.tokamax_version = tokamax_version if case.get("tokamax") else lambda: None
+    fused.tokamax_version = tokamax_version if case.get("tokamax") else lambda: None
     devices = find_place(case["topology"]).devices
     config = LLAMA_8B | case["config"]
     heads = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
@@ -180,6 +180,22 @@ def test_the_kernel_compiles(topology):
         assert figures["kernels"] == (figures["key"][0] != "sample")
         assert figures["aliased"] >= figures["changed"]
         assert figures["temporaries"] < figures["cache"]
+
+
+@pytest.mark.slow
+def test_layers_with_windows_share_arrays_with_those_that_see_everything():
+    """One array that four layers use one after the other, each by a page table of its own: aliased, nowhere copied."""
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    widths = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "head_dim": 128}
+    mixed = {"model_type": "qwen3", "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
+    windows = {"use_sliding_window": True, "sliding_window": 1024, "layer_types": kinds}
+    case = {"topology": "v5e-1", "mesh": "data=1", "rows": 16, "tokens": 128}
+    for figures in compiled(case | {"config": widths | mixed | windows}):
+        assert figures["cache"] == 1025 * 64 * 2 * 8 * 128 * 2, "of one layer"
+        assert figures["kernels"] == (4 if figures["key"][0] != "sample" else 0)
+        assert figures["aliased"] >= figures["changed"]
+        assert not figures["copied"]
+        assert figures["temporaries"] < figures["cache"] / 4
 
 
 @pytest.mark.slow

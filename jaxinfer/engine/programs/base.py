@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from jaxinfer.cache import CacheLayout
+from jaxinfer.attention import CacheLayout, LayerLayout, LayerMap, Table
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Model, Params
@@ -29,10 +29,10 @@ Key = tuple[str, int]  # of a program: what it does, and for how many tokens or 
 def cache_layout(
     model: Model, place: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
 ) -> CacheLayout:
-    """How the model's keys and values are kept there. Raises ValueError if that attention is not to be had."""
-    config = model.config
-    heads = config.num_layers, config.num_kv_heads, config.head_dim
-    return CacheLayout.choose(*heads, model.dtype, place, attention, kv_cache_dtype)
+    """How what the model's layers keep is kept there. Raises ValueError if that attention is not to be had."""
+    specs = model.bind(model.abstract).cache_specs()
+    kinds = {spec: LayerLayout.of(spec, model.dtype, place, attention, kv_cache_dtype) for spec in specs if spec}
+    return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context)
 
 
 def placed_params(model: Model, place: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -82,7 +82,7 @@ class EngineShapes:
     def mesh(self) -> Mesh | None:
         return self.place if isinstance(self.place, Mesh) else None
 
-    @property
+    @cached_property
     def layout(self) -> CacheLayout:
         """Of the cache."""
         return cache_layout(self.model, self.place, self.attention, self.kv_cache_dtype)
@@ -103,9 +103,36 @@ class EngineShapes:
         return self.buckets.tokens[-1]
 
     @property
-    def table_width(self) -> int:
-        """Pages of the longest sequence."""
-        return -(-self.max_model_len // self.page_size)
+    def reach(self) -> int:
+        """Most tokens of one sequence that a call writes."""
+        return max(self.max_tokens, self.max_steps)
+
+    @cached_property
+    def page_counts(self) -> tuple[int, ...]:
+        """Of each pool of pages, page 0 among them; of one shard."""
+        return self.layout.counts(self.num_pages, self.page_size, self.reach, self.max_model_len)
+
+    def capacity(self, context: int) -> int:
+        """Tokens that the cache has room for, in sequences that decode and have `context` each; of all shards."""
+        if not self.layout.pools:
+            return self.shards * self.max_rows * context
+        return self.shards * self.layout.capacity(self.page_counts, context, self.page_size, self.max_steps)
+
+    @property
+    def cache_tokens(self) -> int:
+        """The same in sequences of the longest kind."""
+        return self.capacity(self.max_model_len)
+
+    @cached_property
+    def layer_map(self) -> LayerMap:
+        """Which layer has which part of the cache."""
+        return self.layout.layer_map(self.page_size)
+
+    @cached_property
+    def table_widths(self) -> tuple[int, ...]:
+        """Most pages of a sequence in each group's table; 0 of those that have slots."""
+        most = self.max_model_len, self.page_size, self.reach
+        return tuple(0 if group.pool is None else group.most_pages(*most) for group in self.layout.groups)
 
     @cached_property
     def whole(self) -> Sharding:
@@ -120,11 +147,9 @@ class EngineShapes:
     @cached_property
     def state(self) -> State:
         """All of it."""
-        layout = self.layout
-        cache = layout.shapes(self.shards * self.num_pages, self.page_size)
-        held = self.whole if self.mesh is None else NamedSharding(self.mesh, layout.spec)
+        cache = self.layout.arrays(self.page_counts, self.page_size, self.max_rows)
         slots = placed_slots(self.model, self.place, self.max_rows)
-        return State(structs(cache, held), slots, placed_hidden(self.model, self.place, self.max_tokens))
+        return State(cache, slots, placed_hidden(self.model, self.place, self.max_tokens))
 
     def like(self, tree: Any) -> Any:
         """Arguments that the host gives, abstractly."""
@@ -133,6 +158,13 @@ class EngineShapes:
     def ints(self, first: int, *shape: int) -> Any:
         """An array of integers, `first` of each shard of rows, abstractly."""
         return jax.ShapeDtypeStruct((self.shards * first, *shape), np.int32, sharding=self.whole)
+
+    def tables(self, rows: int) -> tuple[Table | None, ...]:
+        """The page tables of so many rows, abstractly."""
+        return tuple(
+            Table(self.ints(rows, width), None if group.window is None else self.ints(rows)) if width else None
+            for group, width in zip(self.layout.groups, self.table_widths, strict=True)
+        )
 
 
 # A program's function: parameters by name, state that it changes (donated), state that it reads, what the host gives

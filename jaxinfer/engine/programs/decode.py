@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxinfer.attention import Batch
+from jaxinfer.attention import Batch, Table
 from jaxinfer.engine.programs.base import Function, Program
 from jaxinfer.engine.programs.logits import (
     SAMPLED,
@@ -35,12 +35,12 @@ from jaxinfer.sharding import ROWS
 @dataclass(frozen=True)
 class DecodeRows:
     """slot i32[R]; samples i32[R]: most tokens to sample, 0 for an unused row; positions i32[R], of the token that is
-    fed first; pages i32[R, P]."""
+    fed first; tables: as in Batch."""
 
     slot: jax.Array | np.ndarray
     samples: jax.Array | np.ndarray
     positions: jax.Array | np.ndarray
-    pages: jax.Array | np.ndarray
+    tables: tuple[Table | None, ...]
 
 
 class Decode(Program):
@@ -57,8 +57,8 @@ class Decode(Program):
     @property
     def given(self) -> tuple[Any, ...]:
         shapes = self.shapes
-        row, pages = shapes.ints(self.size), shapes.ints(self.size, shapes.table_width)
-        return DecodeRows(row, row, row, pages), sampling_arrays(shapes, self.size), shapes.like(np.int32(0))
+        row, tables = shapes.ints(self.size), shapes.tables(self.size)
+        return DecodeRows(row, row, row, tables), sampling_arrays(shapes, self.size), shapes.like(np.int32(0))
 
     @property
     def result(self) -> Sampled:
@@ -68,6 +68,7 @@ class Decode(Program):
     def function(self) -> Function:
         model, mesh, max_steps = self.shapes.model, self.shapes.mesh, self.shapes.max_steps
         kind, parts = self.shapes.devices[0].device_kind, parts_of_logits(model, mesh)
+        layers = self.shapes.layer_map
 
         def decode(
             params: Params, state: State, read: State, rows: DecodeRows, sampling: SamplingArrays, steps: jax.Array
@@ -86,11 +87,13 @@ class Decode(Program):
                     row=index,
                     q_start=jnp.arange(size + 1, dtype=jnp.int32),
                     kv_len=jnp.where(active, positions + 1, 0),
-                    pages=jnp.asarray(rows.pages),
+                    tables=rows.tables,
                     rows=jnp.full(3, size, jnp.int32),
+                    slots=slot,
                     decode_only=True,
                     mesh=mesh,
                     device_kind=kind,
+                    layers=layers,
                 )
                 hidden, cache = module.hidden(batch, state.cache)
                 assert cache is not None

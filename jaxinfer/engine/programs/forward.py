@@ -47,8 +47,8 @@ class Forward(Program):
     @property
     def given(self) -> tuple[Any, ...]:
         ints, rows = self.shapes.ints, self.shapes.max_rows
-        token, row, pages = ints(self.size), ints(rows), ints(rows, self.shapes.table_width)
-        return Batch(token, token, token, ints(rows + 1), row, pages, ints(3)), ForwardRows(row, row)
+        token, row, tables = ints(self.size), ints(rows), self.shapes.tables(rows)
+        return Batch(token, token, token, ints(rows + 1), row, tables, ints(3)), ForwardRows(row, row)
 
     @property
     def result(self) -> None:
@@ -56,6 +56,7 @@ class Forward(Program):
 
     def function(self) -> Function:
         model, mesh, kind = self.shapes.model, self.shapes.mesh, self.shapes.devices[0].device_kind
+        layers = self.shapes.layer_map
 
         def forward(params: Params, state: State, read: State, batch: Batch, rows: ForwardRows) -> tuple[None, State]:
             slots = state.slots
@@ -66,7 +67,8 @@ class Forward(Program):
             # A decoding row that has stopped in a call whose tokens the host has not seen yet: it must write nothing.
             decodes = jnp.arange(slot.shape[0], dtype=jnp.int32) < batch.rows[0]
             kv_len = jnp.where(decodes & ~slots.alive[slot], 0, batch.kv_len)
-            batch = dataclasses.replace(batch, tokens=tokens, kv_len=kv_len, mesh=mesh, device_kind=kind)
+            static: Any = {"mesh": mesh, "device_kind": kind, "layers": layers}
+            batch = dataclasses.replace(batch, tokens=tokens, kv_len=kv_len, slots=slot, **static)
             stream, cache = model.bind(params).hidden(batch, state.cache)
             assert cache is not None
             slots = _begin(slots, jnp.where(decodes, slots.alive.shape[0], slot))

@@ -177,23 +177,16 @@ def attend(
     pages: jax.Array,
     scale: float,
     window: int | None,
-    reference: Callable[[], jax.Array],
 ) -> jax.Array:
     """Causal attention of `q [T, K, G, d]` to keys and values in pages, where they are: `[T, K, G, d]`, zeros for
-    tokens of no row.
+    tokens of no row. In programs for a CPU, where there is no `attention_problem`.
 
     Row r has tokens q_start[r]:q_start[r + 1], the last of the kv_len[r] that are in the cache; none if that is 0.
     pools: keys and values `[P, K, page_size, d]`, in 8 bits their scales `[P, K, page_size]` too. pages: i32[R, ...].
-    window: that many positions are seen; None is all. By a kernel where there is one, else what `reference` gives.
+    window: that many positions are seen; None is all.
     """
-    if attention_problem(q.dtype.name, q.shape[3], q.shape[2], pools[0].dtype.name) or not alone():
-        return reference()
-    call = functools.partial(
-        jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential"),
-        scale=np.float32(scale),
-        window=np.int64(window or 0),
-    )
-    return lax.platform_dependent(q, q_start, kv_len, pages, *pools, cpu=call, default=lambda *_: reference())
+    call = jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential")
+    return call(q, q_start, kv_len, pages, *pools, scale=np.float32(scale), window=np.int64(window or 0))
 
 
 kernels()  # compiled programs that are read from a file look for them by name

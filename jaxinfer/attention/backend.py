@@ -1,0 +1,64 @@
+"""What can attend to keys and values in pages: implementations that keep them as suits them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxinfer.attention.spec import AttentionSpec
+from jaxinfer.cache import LayerCache
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """What a backend is to be for. num_kv_heads: of all devices together, over `parts` of which they are split;
+    queries: query heads that have one of them; dtype: of activations; kept: of the cache; device: one of them."""
+
+    num_kv_heads: int
+    head_dim: int
+    queries: int
+    parts: int
+    dtype: np.dtype[Any]
+    kept: np.dtype[Any]
+    device: jax.Device
+
+
+class AttentionBackend(ABC):
+    """Keeps and reads keys and values of layers that are alike: which one is chosen once, when an engine is configured
+    (`backends.py`), never at a call.
+
+    name: in words. platform: of the devices that it is for, None of all. asked: the values of option `attention` with
+    which it may be taken.
+    """
+
+    name: ClassVar[str]
+    platform: ClassVar[str | None] = None
+    asked: ClassVar[frozenset[str]]
+    partition_spec: ClassVar[PartitionSpec]  # of the pool's arrays over a mesh
+
+    @abstractmethod
+    def supports(self, case: AttentionCase) -> str | None:
+        """Why it can't be used for that, or None."""
+
+    def refusal(self, case: AttentionCase) -> str | None:
+        """Why a quantized cache that was asked for is not to be had, though this is what attends; or None."""
+        return None
+
+    def kept_heads(self, case: AttentionCase) -> tuple[int, int]:
+        """How many key/value heads the cache has, of all devices together, and of what size: both with padding."""
+        return case.num_kv_heads, case.head_dim
+
+    @abstractmethod
+    def init_cache(self, case: AttentionCase, num_pages: int, page_size: int) -> LayerCache:
+        """One layer's pool as abstract arrays (`jax.ShapeDtypeStruct`), over all devices that split the heads."""
+
+    @abstractmethod
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: Any, spec: AttentionSpec
+    ) -> tuple[jax.Array, Any]:
+        """See `attend`; on one device's part of the heads. batch: a Batch, which names its backend itself."""

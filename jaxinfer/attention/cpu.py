@@ -1,0 +1,37 @@
+"""Attention on CPUs that reads pages in place, by the native kernels. Pages are as plain XLA has them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.attention.backend import AttentionCase
+from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.spec import AttentionSpec
+from jaxinfer.attention.xla import P, XLAAttention, write_split
+from jaxinfer.kernels import cpu
+
+
+class CPUAttention(XLAAttention):
+    """Writes as plain XLA does, and reads by a kernel."""
+
+    name = "a CPU kernel"
+    platform = "cpu"
+
+    def supports(self, case: AttentionCase) -> str | None:
+        if case.device.platform != "cpu":
+            return f"it is for CPUs, and this is {case.device.platform}"
+        return cpu.attention_problem(case.dtype.name, case.head_dim, case.queries, case.kept.name)
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: P, batch: Batch, spec: AttentionSpec
+    ) -> tuple[jax.Array, P]:
+        pools = write_split(k, v, pools, batch)
+        used = jnp.arange(batch.kv_len.shape[0], dtype=jnp.int32) < batch.rows[1]
+        kv_len = jnp.where(used, batch.kv_len, 0)
+        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
+        out = cpu.attend(grouped, pools, batch.q_start, kv_len, batch.pages, spec.scale, spec.window)
+        return out.reshape(q.shape), pools
+
+
+CPU = CPUAttention()

@@ -1,0 +1,74 @@
+"""Which layers share a page table, and which share arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Layers that keep the same of a sequence, and so have one page table, or its slot.
+
+    layers: their places in the model. arrays: of each, which of the cache's it has. pool: whose pages its table has, by
+    number; None: it has slots. window: how many tokens it keeps, None: all.
+    """
+
+    layers: tuple[int, ...]
+    arrays: tuple[int, ...]
+    pool: int | None
+    window: int | None
+
+    def first_page(self, position: int, page_size: int) -> int:
+        """The first page that a token at this position, or one after it, can see into."""
+        return 0 if self.window is None else max(0, position - self.window + 1) // page_size
+
+    def most_pages(self, tokens: int, page_size: int, reach: int) -> int:
+        """That a sequence of so many tokens holds at once. reach: most tokens of it that a call writes."""
+        whole = -(-tokens // page_size)
+        return whole if self.window is None else min(whole, _touched(self.window - 1 + reach, page_size))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Arrays of one shape, each of as many pages, in which one allocator hands them out. size: how many arrays; layer:
+    one that has such. A page belongs to one group, k-th layers of which use the k-th array."""
+
+    layer: int
+    size: int
+
+
+def group_layers(
+    kinds: Sequence[tuple[Hashable, int | None, bool] | None],
+) -> tuple[tuple[CacheGroup, ...], tuple[Pool, ...]]:
+    """Groups, and the pools that they share. kinds: of each layer its geometry, window, and whether it is paged; None:
+    it keeps nothing.
+
+    Layers of one geometry that keep different windows are cut into groups of one size, that of the smallest kind, so
+    that any page can serve any of them and nothing is divided ahead. Where that does not divide another kind, its last
+    group leaves arrays of its pages unused. Source: vLLM's hybrid KV cache manager (its `kv_cache_utils.py`).
+    """
+    groups: list[CacheGroup] = []
+    pools: list[Pool] = []
+    arrays = 0
+    by_geometry: dict[tuple[bool, Hashable], dict[int | None, list[int]]] = {}
+    for layer, kind in enumerate(kinds):
+        if kind is not None:
+            geometry, window, paged = kind
+            by_geometry.setdefault((not paged, geometry), {}).setdefault(window, []).append(layer)
+    for (slots, _), by_window in sorted(by_geometry.items(), key=lambda item: item[0][0]):
+        size = min(map(len, by_window.values()))
+        for window, layers in by_window.items():
+            for start in range(0, len(layers), size):
+                own = tuple(layers[start : start + size])
+                used = tuple(range(arrays, arrays + len(own)))
+                groups.append(CacheGroup(own, used, None if slots else len(pools), window))
+        if not slots:
+            pools.append(Pool(next(iter(by_window.values()))[0], size))
+        arrays += size
+    return tuple(groups), tuple(pools)
+
+
+def _touched(tokens: int, page_size: int) -> int:
+    """Most pages that so many tokens in a row lie in, wherever they begin."""
+    return (tokens + page_size - 2) // page_size + 1

@@ -1,0 +1,169 @@
+"""The host's side of the cache: what pages sequences have of all groups, and what of them others have computed.
+
+A call may be scheduled while earlier ones are on their way: calls run on the device in order, so a page that the next
+call does not see into can be used again by that same call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxinfer.cache import CacheGroup
+from jaxinfer.engine.pages import PageAllocator
+from jaxinfer.engine.request import Held, Request
+from jaxinfer.errors import ContextLengthError
+
+
+@dataclass
+class KVCacheManager:
+    """What the scheduler asks. groups: those that have pages. page_counts: of each pool, page 0 among them. reach: most
+    tokens of a sequence that a call writes.
+
+    prefix_caching: sequences share what begins alike. With groups of other kinds beside (`whole` is false) there are no
+    hits: what those keep is not there at the end of a page.
+    """
+
+    groups: Sequence[CacheGroup]
+    page_counts: Sequence[int]
+    page_size: int
+    reach: int
+    prefix_caching: bool = True
+    whole: bool = True
+    _secret: bytes = field(default_factory=lambda: secrets.token_bytes(32))
+
+    def __post_init__(self) -> None:
+        self.pools = tuple(PageAllocator(count) for count in self.page_counts)
+        self.prefix_caching &= self.whole
+
+    def reset(self) -> None:
+        """Takes all pages back, whoever holds them, and forgets what is in them."""
+        for pool in self.pools:
+            pool.reset()
+
+    @property
+    def pages_total(self) -> int:
+        return sum(pool.num_pages - 1 for pool in self.pools)
+
+    @property
+    def pages_used(self) -> int:
+        return self.pages_total - sum(pool.free_count for pool in self.pools)
+
+    def check(self, limit: int) -> None:
+        """Raises ValueError if a sequence of up to `limit` tokens could never run, even alone."""
+        most = [(group.pool, group.most_pages(limit, self.page_size, self.reach)) for group in self.groups]
+        for i, pool in enumerate(self.pools):
+            needed = sum(pages for of, pages in most if of == i)
+            if needed > pool.num_pages - 1:
+                raise ContextLengthError(
+                    f"a sequence of up to {limit} tokens needs {needed} pages of the cache, which has "
+                    f"{pool.num_pages - 1}; lower max_tokens or raise kv_cache_memory",
+                    "max_tokens",
+                )
+
+    def place(self, request: Request, spare: int) -> bool:
+        """Gives a waiting request pages for all of its tokens, or as many as it ever holds at once, those first that
+        others have computed; or nothing, if `spare` pages of each group would not be left."""
+        request.pages = [Held() for _ in self.groups]  # a new list each time: whoever has a copy of it tells by it
+        matched = self._match(request) if request.reads_prefix and self.prefix_caching else 0
+        if not self._grow([(request, request.length)], spare):
+            self.release(request)
+            return False
+        request.published, request.computed = matched, matched * self.page_size
+        return True
+
+    def reserve(self, rows: Iterable[tuple[Request, int]]) -> bool:
+        """Lets go of what fell out of windows, and extends pages to hold so many tokens of each; False, and nothing
+        taken, if too few are free."""
+        rows = list(rows)
+        for request, _ in rows:
+            for group, held in zip(self.groups, request.pages, strict=True):
+                first = group.first_page(request.computed, self.page_size)
+                if first > held.first:
+                    self._pool(group).release(held.pages[: first - held.first])
+                    del held.pages[: first - held.first]
+                    held.first = first
+        return self._grow(rows)
+
+    def publish(self, request: Request, computed: int) -> None:
+        """Lets others find the full pages among the first `computed` tokens, as far as they are still held."""
+        self._extend_keys(request)
+        for page in range(request.published, min(computed // self.page_size, len(request.keys))):
+            for i, (group, held) in enumerate(zip(self.groups, request.pages, strict=True)):
+                if 0 <= page - held.first < len(held.pages):
+                    self._pool(group).publish(held.pages[page - held.first], (i, request.keys[page]))
+            request.published = page + 1
+
+    def release(self, request: Request) -> None:
+        """Gives a request's pages back."""
+        for group, held in zip(self.groups, request.pages, strict=True):
+            self._pool(group).release(held.pages)
+        request.pages = []
+
+    def _pool(self, group: CacheGroup) -> PageAllocator:
+        assert group.pool is not None
+        return self.pools[group.pool]
+
+    def _grow(self, rows: Sequence[tuple[Request, int]], spare: int = 0) -> bool:
+        missing = [
+            (group, held, self._end(group, held, tokens) - held.end)
+            for request, tokens in rows
+            for group, held in zip(self.groups, request.pages, strict=True)
+        ]
+        for i, pool in enumerate(self.pools):
+            needed = sum(max(count, 0) + spare for group, _, count in missing if group.pool == i)
+            if needed > pool.free_count:
+                return False
+        for group, held, count in missing:
+            held.pages += self._pool(group).take(count)
+        return True
+
+    def _end(self, group: CacheGroup, held: Held, tokens: int) -> int:
+        """Where the pages end that hold so many tokens; or that are held at once, where those are more."""
+        whole = -(-tokens // self.page_size)
+        return min(whole, held.first + group.most_pages(tokens, self.page_size, self.reach))
+
+    def _match(self, request: Request) -> int:
+        """Takes the pages of the longest known beginning; how many pages long it is. Groups that see everything need
+        all of them, those with a window what is seen from its end."""
+        self._extend_keys(request)
+        keys = request.keys[: request.first_logits // self.page_size]
+        runs, found = [0] * len(self.groups), 0  # of each group, known pages in a row up to here
+        for page, key in enumerate(keys):
+            for i, group in enumerate(self.groups):
+                runs[i] = runs[i] + 1 if self._pool(group).find((i, key)) is not None else 0
+            if all(run >= self._wanted(group, page + 1) for run, group in zip(runs, self.groups, strict=True)):
+                found = page + 1
+            elif any(group.window is None and not run for run, group in zip(runs, self.groups, strict=True)):
+                break
+        for i, (group, held) in enumerate(zip(self.groups, request.pages, strict=True)):
+            held.first = group.first_page(found * self.page_size, self.page_size)
+            for key in keys[held.first : found]:
+                known = self._pool(group).find((i, key))
+                assert known is not None
+                self._pool(group).hold(known)
+                held.pages.append(known)
+        return found
+
+    def _wanted(self, group: CacheGroup, end: int) -> int:
+        """How many of the pages before this one must be known: those seen from its first token, and at least one."""
+        return max(end - group.first_page(end * self.page_size, self.page_size), 1)
+
+    def _extend_keys(self, request: Request) -> None:
+        """Brings the keys of a request up to date: one for each full page of its tokens, which may only have grown."""
+        if not self.prefix_caching:
+            return
+        keys, tokens, size = request.keys, request.tokens, self.page_size
+        salt = request.cache_salt.encode(errors="surrogatepass")
+        start = self._digest(salt) if salt else b""
+        for page in range(len(keys), len(tokens) // size):
+            content = np.asarray(tokens[page * size : (page + 1) * size], np.int32).tobytes()
+            keys.append(self._digest((keys[-1] if keys else start) + content))
+
+    def _digest(self, content: bytes) -> bytes:
+        # Nobody who chooses prompts can make two different prefixes share a key without knowing the secret.
+        return hashlib.blake2b(content, digest_size=16, key=self._secret).digest()
