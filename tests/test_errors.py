@@ -181,7 +181,7 @@ def test_what_needs_a_tokenizer(bare, call, param):
 
 def test_what_would_never_fit_the_cache(checkpoints):
     with LLM(checkpoints("llama").folder, page_size=8, max_num_seqs=1, max_model_len=64) as llm:
-        llm.engine.scheduler.shards[0].pages.num_pages = 3
+        llm.engine.scheduler.shards[0].cache.pools[0].num_pages = 3
         refused(lambda: llm.generate("x", SamplingParams(max_tokens=40)), ContextLengthError, "max_tokens")
 
 
