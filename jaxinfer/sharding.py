@@ -31,6 +31,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": (KV,),
     "mlp": TENSOR,
     "vocab": TENSOR,
+    "experts": (),
     "embed": (FSDP,),
 }
 PADDED = ("mlp", "vocab")  # these can be any size: what is missing to a multiple is zeros
