@@ -64,7 +64,7 @@ def watched(llm, monkeypatch):
 
 
 def test_the_same_tokens_in_a_window_s_pages(folder, monkeypatch):
-    windows = next(MODELS[name] for name in MODELS if name == folder.name)
+    windows = MODELS[folder.name]
     with LLM(folder, **OPTIONS) as llm:
         programs, most = llm.engine.runner.programs, watched(llm, monkeypatch)
         layout = programs.layout
@@ -88,8 +88,7 @@ def test_the_same_tokens_in_a_window_s_pages(folder, monkeypatch):
 
 def test_with_hardly_any_room(folder):
     """Requests are preempted, and pages that have fallen out of windows go to others."""
-    layers = len(MODELS[folder.name])
-    longest = [(len(prompt) + NEW) for prompt in prompts()]
+    layers, longest = len(MODELS[folder.name]), [len(prompt) + NEW for prompt in prompts()]
     with LLM(folder, **OPTIONS) as probe:
         each = probe.sizes.bytes // probe.sizes.num_pages
     pages = 30 if layers == 1 else 110
@@ -101,7 +100,7 @@ def test_with_hardly_any_room(folder):
         assert llm.stats.preemptions or llm.stats.hit_tokens
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=2", marks=pytest.mark.slow), "fsdp=2,tensor=2"])
 def test_over_a_mesh(folder, mesh):
     with LLM(folder, mesh=mesh, **OPTIONS) as llm:
         given = prompts()[1:5]
