@@ -109,7 +109,9 @@ class CacheLayout:
 
     @classmethod
     def of(cls, layers: Sequence[LayerLayout | None], max_context: int) -> CacheLayout:
-        """Of these layers; a window as wide as the longest context is none."""
+        """Of these layers; a window as wide as the longest context is none. Raises ValueError if none keeps anything."""
+        if not any(layers):
+            raise ValueError("no layer of the model keeps anything of a sequence: jaxinfer runs models that do")
 
         def window(layer: LayerLayout) -> int | None:
             return layer.spec.window if (layer.spec.window or max_context) < max_context else None

@@ -39,6 +39,10 @@ class KVCacheManager:
     def __post_init__(self) -> None:
         self.pools = tuple(PageAllocator(count) for count in self.page_counts)
         self.prefix_caching &= self.whole
+        self._pools = [self.pools[group.pool or 0] for group in self.groups]  # of each group
+        self._windowed = [i for i, group in enumerate(self.groups) if group.window is not None]
+        sizes = self.page_size, self.reach
+        self._most = [None if group.window is None else group.most_pages(2**40, *sizes) for group in self.groups]
 
     def reset(self) -> None:
         """Takes all pages back, whoever holds them, and forgets what is in them."""
@@ -80,11 +84,11 @@ class KVCacheManager:
         """Lets go of what fell out of windows, and extends pages to hold so many tokens of each; False, and nothing
         taken, if too few are free."""
         rows = list(rows)
-        for request, _ in rows:
-            for group, held in zip(self.groups, request.pages, strict=True):
-                first = group.first_page(request.computed, self.page_size)
+        for group in self._windowed:
+            for request, _ in rows:
+                held, first = request.pages[group], self.groups[group].first_page(request.computed, self.page_size)
                 if first > held.first:
-                    self._pool(group).release(held.pages[: first - held.first])
+                    self._pools[group].release(held.pages[: first - held.first])
                     del held.pages[: first - held.first]
                     held.first = first
         return self._grow(rows)
@@ -93,39 +97,32 @@ class KVCacheManager:
         """Lets others find the full pages among the first `computed` tokens, as far as they are still held."""
         self._extend_keys(request)
         for page in range(request.published, min(computed // self.page_size, len(request.keys))):
-            for i, (group, held) in enumerate(zip(self.groups, request.pages, strict=True)):
+            for i, (pool, held) in enumerate(zip(self._pools, request.pages, strict=True)):
                 if 0 <= page - held.first < len(held.pages):
-                    self._pool(group).publish(held.pages[page - held.first], (i, request.keys[page]))
+                    pool.publish(held.pages[page - held.first], (i, request.keys[page]))
             request.published = page + 1
 
     def release(self, request: Request) -> None:
         """Gives a request's pages back."""
-        for group, held in zip(self.groups, request.pages, strict=True):
-            self._pool(group).release(held.pages)
+        for pool, held in zip(self._pools, request.pages, strict=True):
+            pool.release(held.pages)
         request.pages = []
 
-    def _pool(self, group: CacheGroup) -> PageAllocator:
-        assert group.pool is not None
-        return self.pools[group.pool]
-
     def _grow(self, rows: Sequence[tuple[Request, int]], spare: int = 0) -> bool:
-        missing = [
-            (group, held, self._end(group, held, tokens) - held.end)
-            for request, tokens in rows
-            for group, held in zip(self.groups, request.pages, strict=True)
-        ]
-        for i, pool in enumerate(self.pools):
-            needed = sum(max(count, 0) + spare for group, _, count in missing if group.pool == i)
-            if needed > pool.free_count:
+        missing: list[tuple[PageAllocator, Held, int]] = []
+        for request, tokens in rows:
+            pages = -(-tokens // self.page_size)  # of which a group with a window holds so many at once
+            for pool, held, most in zip(self._pools, request.pages, self._most, strict=True):
+                count = (pages if most is None else min(pages, held.first + most)) - held.first - len(held.pages)
+                if count > 0:
+                    missing.append((pool, held, count))
+        for of in self.pools if missing or spare else ():
+            left = spare * len(rows) * self._pools.count(of)
+            if sum(count for pool, _, count in missing if pool is of) + left > of.free_count:
                 return False
-        for group, held, count in missing:
-            held.pages += self._pool(group).take(count)
+        for pool, held, count in missing:
+            held.pages += pool.take(count)
         return True
-
-    def _end(self, group: CacheGroup, held: Held, tokens: int) -> int:
-        """Where the pages end that hold so many tokens; or that are held at once, where those are more."""
-        whole = -(-tokens // self.page_size)
-        return min(whole, held.first + group.most_pages(tokens, self.page_size, self.reach))
 
     def _match(self, request: Request) -> int:
         """Takes the pages of the longest known beginning; how many pages long it is. Groups that see everything need
@@ -134,8 +131,8 @@ class KVCacheManager:
         keys = request.keys[: request.first_logits // self.page_size]
         runs, found = [0] * len(self.groups), 0  # of each group, known pages in a row up to here
         for page, key in enumerate(keys):
-            for i, group in enumerate(self.groups):
-                runs[i] = runs[i] + 1 if self._pool(group).find((i, key)) is not None else 0
+            for i, pool in enumerate(self._pools):
+                runs[i] = runs[i] + 1 if pool.find((i, key)) is not None else 0
             if all(run >= self._wanted(group, page + 1) for run, group in zip(runs, self.groups, strict=True)):
                 found = page + 1
             elif any(group.window is None and not run for run, group in zip(runs, self.groups, strict=True)):
@@ -143,9 +140,9 @@ class KVCacheManager:
         for i, (group, held) in enumerate(zip(self.groups, request.pages, strict=True)):
             held.first = group.first_page(found * self.page_size, self.page_size)
             for key in keys[held.first : found]:
-                known = self._pool(group).find((i, key))
+                known = self._pools[i].find((i, key))
                 assert known is not None
-                self._pool(group).hold(known)
+                self._pools[i].hold(known)
                 held.pages.append(known)
         return found
 

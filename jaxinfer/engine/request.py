@@ -19,10 +19,6 @@ class Held:
     pages: list[int] = field(default_factory=list)
     first: int = 0
 
-    @property
-    def end(self) -> int:
-        return self.first + len(self.pages)
-
 
 @dataclass(eq=False)
 class Request:

@@ -184,7 +184,7 @@ def test_the_kernel_compiles(topology):
 
 @pytest.mark.slow
 def test_layers_with_windows_share_arrays_with_those_that_see_everything():
-    """One array that four layers use one after the other, each by a page table of its own: aliased, nowhere copied."""
+    """One array, which four layers use in turn, each by a page table of its own: it is aliased, and nowhere copied."""
     kinds = ["sliding_attention"] * 3 + ["full_attention"]
     widths = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "head_dim": 128}
     mixed = {"model_type": "qwen3", "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import jax
 import numpy as np
@@ -48,15 +49,12 @@ def check(llm, outputs, given=None):
 
 
 def watched(llm, monkeypatch):
-    """Most pages that a sequence held in each group when a call was launched, with what tokens were in the cache."""
-    launch, most = llm.engine.runner.launch, {}
+    """Most pages that a sequence held in each group when a call was launched."""
+    launch, most = llm.engine.runner.launch, Counter()
 
     def launched(schedules):
-        for schedule in schedules:
-            for request in schedule.requests:
-                for group, held in enumerate(request.pages):
-                    kind = group, request.decoding and schedule.steps == 1 and not schedule.chunks
-                    most[kind] = max(most.get(kind, 0), len(held.pages))
+        for request in (request for schedule in schedules for request in schedule.requests):
+            most.update({i: max(len(held.pages) - most[i], 0) for i, held in enumerate(request.pages)})
         return launch(schedules)
 
     monkeypatch.setattr(llm.engine.runner, "launch", launched)
@@ -64,7 +62,7 @@ def watched(llm, monkeypatch):
 
 
 def test_the_same_tokens_in_a_window_s_pages(folder, monkeypatch):
-    windows = next(MODELS[name] for name in MODELS if name == folder.name)
+    windows = MODELS[folder.name]
     with LLM(folder, **OPTIONS) as llm:
         programs, most = llm.engine.runner.programs, watched(llm, monkeypatch)
         layout = programs.layout
@@ -77,31 +75,27 @@ def test_the_same_tokens_in_a_window_s_pages(folder, monkeypatch):
         assert llm.stats.pages_used == 0
         assert llm.stats.hit_tokens
         for i, group in enumerate(layout.groups):
-            if group.window:
-                assert max(pages for (j, _), pages in most.items() if j == i) <= narrow
-            else:
-                assert most[i, False] > narrow
+            assert (most[i] <= narrow) == (group.window is not None)
         hits = llm.stats.hit_tokens
         check(llm, llm.generate([{"prompt_token_ids": prompt} for prompt in prompts()], GREEDY))
         assert llm.stats.hit_tokens - hits > 200
 
 
 def test_with_hardly_any_room(folder):
-    """Requests are preempted, and pages that have fallen out of windows go to others."""
-    layers = len(MODELS[folder.name])
-    longest = [(len(prompt) + NEW) for prompt in prompts()]
+    """Requests wait or are preempted, and pages that have fallen out of windows go to others."""
+    layers, longest = len(MODELS[folder.name]), [len(prompt) + NEW for prompt in prompts()]
     with LLM(folder, **OPTIONS) as probe:
         each = probe.sizes.bytes // probe.sizes.num_pages
-    pages = 30 if layers == 1 else 110
+    pages = 20 if layers == 1 else 92
     options = OPTIONS | {"max_model_len": max(longest), "kv_cache_memory": pages * each}
     with LLM(folder, **options) as llm:
         assert llm.sizes.num_pages == pages
         check(llm, llm.generate([{"prompt_token_ids": prompt} for prompt in prompts()], GREEDY))
         assert llm.stats.pages_used == 0
-        assert llm.stats.preemptions or llm.stats.hit_tokens
+        assert llm.stats.preemptions or layers == 1
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2,tensor=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=2", marks=pytest.mark.slow), "fsdp=2,tensor=2"])
 def test_over_a_mesh(folder, mesh):
     with LLM(folder, mesh=mesh, **OPTIONS) as llm:
         given = prompts()[1:5]

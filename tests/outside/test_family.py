@@ -24,6 +24,7 @@ KINDS = {
     "pages": ("latent", "latent 20", "nothing", "heads"),
     "state": ("sum", "heads", "latent"),
 }
+POOLS = {"pages": 2, "state": 2}  # latents of all tokens and of some share arrays
 LENGTH, NEW = 128, 20
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 4, "max_model_len": LENGTH, "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
@@ -65,6 +66,9 @@ def test_with_prefix_hits_and_preemption(folders, name):
     """There is room for less than two sequences. Pages are found again; a state is there only at a sequence's end."""
     with LLM(folders[name], kv_cache_memory=2**20, **OPTIONS) as probe:
         each = probe.sizes.bytes
+        assert len(probe.engine.runner.programs.layout.pools) == POOLS[name]
+        held = jax.tree.leaves(probe.engine.runner.state.cache)
+        assert sum(array.size * array.dtype.itemsize for array in held) == each
         check(probe)
         check(probe)
         assert (probe.stats.hit_tokens > 0) == (name == "pages")
@@ -73,6 +77,19 @@ def test_with_prefix_hits_and_preemption(folders, name):
         check(llm, [prompt[-3:] for prompt in PROMPTS], replace(GREEDY, max_tokens=90))
         assert llm.stats.preemptions > 0
         assert llm.stats.pages_used == 0
+
+
+def test_states_alone_and_nothing_at_all(tmp_path):
+    with LLM(write(tmp_path / "states", "sum", "sum"), **OPTIONS) as llm:
+        assert not llm.engine.runner.programs.layout.pools
+        check(llm, PROMPTS[:2])
+    with pytest.raises(ValueError, match="no layer of the model keeps anything of a sequence"):
+        LLM(write(tmp_path / "nothing", "nothing"), **OPTIONS)
+
+
+def test_a_dtype_that_its_cache_can_not_have(folders):
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'int8': .*this model.*; leave it out"):
+        LLM(folders["state"], kv_cache_dtype="int8", **OPTIONS)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

@@ -82,6 +82,23 @@ def test_the_cache_is_as_large_as_it_is_told_to_be():
     assert fit(model_of(one.architecture), place, **one.options | {"kv_cache_memory": 2 * GIB}).sizes.bytes <= 2 * GIB
 
 
+def test_windows_leave_room():
+    """Mistral 7B as it was first: of 32,768 tokens its layers keep 4,096, and a chunk while a prompt is computed."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = {"model_type": "mistral", "vocab_size": 32000, "num_hidden_layers": 32, "max_position_embeddings": 32768}
+    place, options = find_place("v6e-1", compiles=False), {"max_num_seqs": 64, "max_model_len": 32768}
+    whole, windowed = (
+        fit(model_of(config | shape | {"sliding_window": window}), place, **options) for window in (None, 4096)
+    )
+    assert whole.programs.layout.bytes_per_token == windowed.programs.layout.bytes_per_token
+    assert whole.rows_of(32768) == 3
+    assert windowed.rows_of(32768) > 20
+    assert windowed.rows_of(2048) == whole.rows_of(2048) * windowed.sizes.num_pages // whole.sizes.num_pages
+    size = windowed.sizes.page_size
+    assert windowed.programs.table_widths == ((4096 - 1 + windowed.programs.max_tokens + size - 2) // size + 1,)
+    assert windowed.sizes.bytes <= whole.sizes.bytes
+
+
 def test_heads_are_kept_no_more_often_than_they_must():
     """Eight key/value heads on sixteen chips: twice."""
     one = deployment("llama-3.3-70b_v6e-16")

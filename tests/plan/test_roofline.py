@@ -63,3 +63,15 @@ def test_padding_of_the_cache_is_read_and_multiplied():
     plain, padded = (bound(config, "bfloat16", 1, 3, 50, 3, platform) for platform in ("gpu", "tpu"))
     assert padded.moved - plain.moved == 3 * 50 * 2 * 2 * (4 * 128 - 3 * 8) * 2
     assert padded.flops - plain.flops == 2 * 2 * 2 * (8 * 128 - 6 * 8) * 3 * 50
+
+
+def test_of_a_window_no_more_is_read_than_it_sees():
+    config = CONFIG | {"model_type": "mistral", "sliding_window": 20}
+    one = bound(config, "bfloat16", 1, tokens=3, context=50, rows=3)
+    assert one.moved == (BODY + HEAD) * 2 + 3 * 20 * 2 * 2 * 2 * 8 * 2
+    assert one.flops == 2 * (3 * (BODY + HEAD) + 2 * 2 * 4 * 8 * 3 * 20)
+    assert bound(config, "bfloat16", 1, 3, 15, 3) == bound(CONFIG, "bfloat16", 1, 3, 15, 3)
+    prompt = bound(config, "float32", 1, tokens=99, context=99, rows=1)
+    seen = sum(min(i + 1, 20) for i in range(99))
+    assert prompt.flops == pytest.approx(2 * (99 * BODY + HEAD + 2 * 2 * 4 * 8 * seen))
+    assert prompt.moved == bound(CONFIG, "float32", 1, tokens=99, context=99, rows=1).moved, "each key once"
