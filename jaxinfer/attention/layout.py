@@ -109,7 +109,7 @@ class CacheLayout:
 
     @classmethod
     def of(cls, layers: Sequence[LayerLayout | None], max_context: int) -> CacheLayout:
-        """Of these layers; a window as wide as the longest context is none. Raises ValueError if none keeps anything."""
+        """Of these layers; a window as wide as the longest context is none. Raises ValueError where nothing is kept."""
         if not any(layers):
             raise ValueError("no layer of the model keeps anything of a sequence: jaxinfer runs models that do")
 

@@ -88,7 +88,7 @@ def test_states_alone_and_nothing_at_all(tmp_path):
 
 
 def test_a_dtype_that_its_cache_can_not_have(folders):
-    with pytest.raises(ValueError, match="kv_cache_dtype is 'int8': .*this model.*; leave it out"):
+    with pytest.raises(ValueError, match=r"kv_cache_dtype is 'int8': .*this model.*; leave it out"):
         LLM(folders["state"], kv_cache_dtype="int8", **OPTIONS)
 
 
