@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.engine.generation import Group
+from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.programs import Forward, Key, Sampled
 from jaxinfer.sampling.sample import Logprobs
 
@@ -72,7 +72,7 @@ def measure(llm: LLM, rows: int, calls: int, params: SamplingParams, profile: cP
     rng = np.random.default_rng(1)
     changing = params.max_tokens is not None
 
-    def add(i: int) -> Group:
+    def add(i: int) -> RequestGroup:
         length = int(rng.integers(1, 2 * params.max_tokens)) if changing else None
         one = dataclasses.replace(params, temperature=0.0, ignore_eos=True, max_tokens=length)
         return engine.add(rng.integers(0, 256, PROMPTS[i % len(PROMPTS)]).tolist(), one)

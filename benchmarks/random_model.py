@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 
 # 0.35B parameters: 24 layers, untied head.
 LLAMA_350M = {
@@ -42,7 +42,7 @@ def write_model(folder: Path, config: dict[str, object] = LLAMA_350M, seed: int 
         name: rng.standard_normal(shape.shape, np.float32) * np.float32(0.02)
         if len(shape.shape) > 1
         else np.ones(shape.shape, np.float32)
-        for name, shape in Model.from_config(config, "float32").abstract.items()
+        for name, shape in AbstractModel.from_config(config, "float32").abstract.items()
     }
     save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
     (building / "config.json").write_text(json.dumps(config))

@@ -25,7 +25,7 @@ from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.load import make_scheduler
 from jaxinfer.engine.programs import Decode, Forward, Key, Sample
 from jaxinfer.engine.runner import Result, Runner
-from jaxinfer.engine.scheduler import Schedule
+from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.engine.thread import AnyGroup, Submission
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
@@ -114,7 +114,7 @@ class _Rehearsal:
         self.programs: dict[Key, None] = {}
         self._batches = BatchBuilder(runner.programs)
 
-    def launch(self, schedules: Sequence[Schedule]) -> Any:
+    def launch(self, schedules: Sequence[SchedulerOutput]) -> Any:
         self.programs |= dict.fromkeys(key for key, _ in self._batches.build(schedules).calls)
         steps = max(schedule.steps for schedule in schedules)
         count = np.zeros((len(schedules), max(len(schedule.requests) for schedule in schedules)), np.int32)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from jaxinfer.attention import Batch
+from jaxinfer.attention import ForwardBatch
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hub import resolve
@@ -30,8 +30,8 @@ from jaxinfer.checkpoint.output import Format, check_destination
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.convert import stored_dtype, writing
 from jaxinfer.engine.config import DType, check_options
-from jaxinfer.models.causal import Feeds
-from jaxinfer.models.model import Model, Params, scales
+from jaxinfer.models.causal import SmoothingPairs
+from jaxinfer.models.model import AbstractModel, Params, scales
 from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors, gptq, round_to_nearest, times
 from jaxinfer.quantization.quantize import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
@@ -99,24 +99,24 @@ def calibrate(
         if not isinstance(checkpoint, Checkpoint):
             raise ValueError(f"{folder}: was converted: give the original checkpoint")
         config = as_stored(config, checkpoint)
-        plain = Model.from_config(config, "float32")
+        plain = AbstractModel.from_config(config, "float32")
         sequences = _cut(encoded, min(max_length, plain.config.max_context), max_tokens)
         kept = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
-        target = Model.from_config(config, kept, scheme)
+        target = AbstractModel.from_config(config, kept, scheme)
         layers = Layers(plain, device, sequences)
         if method != "gptq":
-            layers.check_feeds(str(config["model_type"]))
+            layers.check_smoothing_pairs(str(config["model_type"]))
         with writing(output, format, target, config, folder) as add:
             rest = load_params(plain, checkpoint, device, only=layers.rest)
             add(_finished(target, {name: _rounded(target, name, value) for name, value in rest.items()}))
-            stream = layers.embed(rest)
+            hidden = layers.embed(rest)
             del rest
             for i, names in enumerate(tqdm(layers.names, desc="Layers", disable=None if show_progress else True)):
                 params = load_params(plain, checkpoint, device, only=names)
-                inputs, _ = layers.run(i, params, stream, "hessian" if method == "gptq" else "sample")
+                inputs, _ = layers.run(i, params, hidden, "hessian" if method == "gptq" else "sample")
                 made = _quantize(target, layers, i, params, inputs, wanted, method)
                 add(_finished(target, made))
-                _, stream = layers.run(i, {n: _value(v) for n, v in made.items()}, stream, None)
+                _, hidden = layers.run(i, {n: _value(v) for n, v in made.items()}, hidden, None)
     tokens = sum(map(len, sequences))
     return Calibration(output, format, scheme, method, len(sequences), tokens, time.perf_counter() - start)
 
@@ -143,13 +143,13 @@ Made = Host | tuple[Host, Host]
 class Layers:
     """A model that is run layer by layer on sequences of tokens, in batches. Activations are `[tokens, in]` of each."""
 
-    def __init__(self, model: Model, device: jax.Device, sequences: Sequence[list[int]]) -> None:
+    def __init__(self, model: AbstractModel, device: jax.Device, sequences: Sequence[list[int]]) -> None:
         self.model = model
         packed = _packed(sequences)
         self.tokens = [sum(map(len, some)) for some in packed]
         length, rows = max(self.tokens), max(map(len, packed))
         filled = (some + [[]] * (rows - len(some)) for some in packed)  # so that one program is for all of them
-        self.batches = [jax.device_put(Batch.of_sequences(some, length), device) for some in filled]
+        self.batches = [jax.device_put(ForwardBatch.of_sequences(some, length), device) for some in filled]
         found = {name: re.match(r"(.*?\.\d+)\.", name) for name in model.abstract}
         prefixes = dict.fromkeys(part[1] for part in found.values() if part)
         self.prefixes = sorted(prefixes, key=lambda prefix: int(prefix.rsplit(".", 1)[1]))
@@ -158,28 +158,28 @@ class Layers:
         self._program = jax.jit(self._run, static_argnums=(0, 1))
         self._firsts: dict[Any, dict[str, str]] = {}  # linears of a layer, and the first of those with the same input
         kinds = [type(block) for block in model.bind(model.abstract).blocks()]
-        self.feeds: list[Feeds] = [getattr(kind, "FEEDS", ()) for kind in kinds]  # of each
+        self.feeds: list[SmoothingPairs] = [getattr(kind, "SMOOTHING_PAIRS", ()) for kind in kinds]  # of each
 
-    def check_feeds(self, model_type: str) -> None:
+    def check_smoothing_pairs(self, model_type: str) -> None:
         """Raises ValueError for an architecture whose layers don't say what feeds their linears."""
         if not all(self.feeds):
             raise ValueError(f"model_type {model_type!r} does not say which norms feed which linears: use method gptq")
 
     def embed(self, params: Params) -> list[Host]:
-        """The stream before the first layer."""
+        """The hidden states before the first layer."""
         embed = jax.jit(lambda params, batch: self._bound(params).embed(batch))
         return [np.asarray(embed(params, batch)) for batch in self.batches]
 
     def run(
-        self, layer: int, params: Mapping[str, Any], stream: Sequence[Host], kept: Literal["hessian", "sample"] | None
+        self, layer: int, params: Mapping[str, Any], hidden: Sequence[Host], kept: Literal["hessian", "sample"] | None
     ) -> tuple[dict[str, Host], list[Host]]:
-        """What goes into each of its linears, all batches together, and the stream behind it. kept: of what goes in,
+        """What goes into each of its linears, all batches together, and what comes out. kept: of what goes in,
         the sum of the outer products `[in, in]`, or every few tokens."""
         graph, state = nnx.split(self._bound(params).blocks()[layer])
         sums: dict[str, Any] = {}
         streams = []
         every = -(-sum(self.tokens) // SAMPLE)
-        for tokens, batch, x in zip(self.tokens, self.batches, stream, strict=True):
+        for tokens, batch, x in zip(self.tokens, self.batches, hidden, strict=True):
             out, inputs = self._program(graph, kept, state, x, batch)
             streams.append(np.asarray(out))
             for path, value in inputs.items():
@@ -191,7 +191,7 @@ class Layers:
         return {path: found[first] for path, first in self._firsts.get(graph, {}).items() if found}, streams
 
     def _run(
-        self, graph: Any, kept: str | None, state: Any, x: jax.Array, batch: Batch
+        self, graph: Any, kept: str | None, state: Any, x: jax.Array, batch: ForwardBatch
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Of one layer on one batch. Layers that are alike have the same graph, and so one program."""
         block = nnx.merge(graph, state)
@@ -202,7 +202,7 @@ class Layers:
         firsts: dict[int, str] = {}
         for path, value in taken.items():
             self._firsts.setdefault(graph, {})[path] = firsts.setdefault(id(value), path)
-        real = jnp.arange(x.shape[0])[:, None] < batch.q_start[-1]
+        real = jnp.arange(x.shape[0])[:, None] < batch.cu_q_lens[-1]
         inputs = {path: jnp.where(real, taken[path], 0).astype(jnp.float32) for path in firsts.values()}
         if kept == "hessian":
             inputs = {path: jnp.matmul(x.T, x, precision="highest") for path, x in inputs.items()}
@@ -214,12 +214,12 @@ class Layers:
 
 def _record(block: Any, taken: dict[str, jax.Array]) -> None:
     for path, module in nnx.iter_modules(block):
-        if hasattr(module, "meet"):
-            module.meet = functools.partial(taken.__setitem__, ".".join(map(str, path)))
+        if hasattr(module, "observe"):
+            module.observe = functools.partial(taken.__setitem__, ".".join(map(str, path)))
 
 
 def _quantize(
-    target: Model,
+    target: AbstractModel,
     layers: Layers,
     layer: int,
     params: Params,
@@ -257,7 +257,7 @@ def _quantize(
     return made
 
 
-def _shared(target: Model, channels: int, given: int) -> tuple[int, int, int] | None:
+def _shared(target: AbstractModel, channels: int, given: int) -> tuple[int, int, int] | None:
     """Where a linear takes more channels than its source gives: query heads that share the values of a head."""
     config = target.config
     return (
@@ -278,7 +278,7 @@ def fold(
             weights[name] /= divisor.reshape(-1, *(1,) * (weights[name].ndim - 1))
 
 
-def _rounded(target: Model, name: str, value: jax.Array | Host) -> Made:
+def _rounded(target: AbstractModel, name: str, value: jax.Array | Host) -> Made:
     """Of a weight that no layer has, or of which nobody tells what goes into it."""
     host = np.asarray(value)
     if name not in target.quantized:
@@ -286,7 +286,7 @@ def _rounded(target: Model, name: str, value: jax.Array | Host) -> Made:
     return round_to_nearest(host, np.ones(host.shape[-1], np.float32), target.quantized[name])
 
 
-def _finished(target: Model, made: Mapping[str, Made]) -> dict[str, Any]:
+def _finished(target: AbstractModel, made: Mapping[str, Made]) -> dict[str, Any]:
     """Parameters as the model has them."""
     found: dict[str, Any] = {}
     for name, one in made.items():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.attention import Batch, Table
+from jaxinfer.attention import ForwardBatch, Table
 from jaxinfer.benchmark import generate, random_work
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.config import DType
@@ -150,7 +150,7 @@ def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.
     params = llm.engine.runner.params
 
     @jax.jit
-    def run(params: Any, batch: Batch) -> jax.Array:
+    def run(params: Any, batch: ForwardBatch) -> jax.Array:
         cache = None
         if layout.dtype != model.dtype:  # what is seen is what was written: page 1 holds a whole sequence
             length = batch.tokens.shape[0]
@@ -163,7 +163,7 @@ def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.
     compiled: dict[int, Any] = {}
     for ids in sequences:
         length = 1 << (len(ids) - 1).bit_length()
-        batch = Batch.of_sequences([list(ids)], length)
+        batch = ForwardBatch.of_sequences([list(ids)], length)
         tables = tuple(
             None if group.pool is None else Table(jnp.full((1, 1), 1 + i, jnp.int32))
             for i, group in enumerate(layout.groups)

@@ -27,7 +27,7 @@ from jaxinfer.checkpoint.output import Format, check_destination, put, put_besid
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.engine.config import DType, check_options
 from jaxinfer.engine.load import place_for
-from jaxinfer.models.model import Model, Params
+from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.quantization.schemes import Quantization
 from jaxinfer.sharding import describe
 
@@ -83,7 +83,7 @@ def convert(
         kept = stored_dtype(weights) if given["dtype"] == "auto" else jnp.dtype(given["dtype"])
         if given["dtype"] != "auto":
             config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": str(kept)}
-        abstract = Model.from_config(config, kept, given["quantization"])
+        abstract = AbstractModel.from_config(config, kept, given["quantization"])
         place = place_for(abstract, given["mesh"])
         with writing(output, format, abstract, config, folder) as add:
             times = [time.perf_counter()]
@@ -99,7 +99,7 @@ def convert(
     start = time.perf_counter()
     new = resolve(output)
     with open_weights(new) as weights:
-        again = Model.from_config(read_config(new), kept)
+        again = AbstractModel.from_config(read_config(new), kept)
         jax.block_until_ready(load_weights(again, weights, place))
     back = time.perf_counter() - start
     return Conversion(output, format, abstract.precision, where, size, load, write, back, back / load)
@@ -107,7 +107,7 @@ def convert(
 
 @contextlib.contextmanager
 def writing(
-    output: str, format: Format, model: Model, config: Mapping[str, Any], folder: Path
+    output: str, format: Format, model: AbstractModel, config: Mapping[str, Any], folder: Path
 ) -> Iterator[Callable[[Params], None]]:
     """What takes a model's parameters, a few at a time or all at once, and writes them. config: config.json's content.
     folder: where all else is that belongs to the checkpoint. Raises ValueError for what the format can't have."""

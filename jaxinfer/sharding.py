@@ -173,7 +173,7 @@ def on_tensor(call: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callab
     return jax.shard_map(call, axis_names=set(TENSOR), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def placed(
+def with_sharding(
     abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], place: jax.Device | Mesh, together: Sequence[int]
 ) -> Any:
     """A weight with its sharding on a device; or split over a mesh, and padded to what that divides. together: how many
@@ -185,7 +185,7 @@ def placed(
 
 
 def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, together: Sequence[int]) -> tuple[int, ...]:
-    """The shape with MLP width and vocabulary rounded up to what the mesh divides; together: see placed."""
+    """The shape with MLP width and vocabulary rounded up to what the mesh divides; together: see with_sharding."""
     tensor = axis_size(mesh, TENSOR)
     units = (tensor * unit if axis in PADDED else 1 for axis, unit in zip(axes, together, strict=True))
     return tuple(-(-size // unit) * unit for size, unit in zip(shape, units, strict=True))

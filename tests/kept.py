@@ -41,7 +41,13 @@ def identity(program: Program) -> Hashable:
     programs, model = program.shapes, program.shapes.model
     leaves, tree = jax.tree.flatten((program.arguments, programs.state))
     arrays = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
-    held = model._graph, repr(model.config), model.dtype, model.kept, tuple(sorted(model.quantized.items(), key=str))
+    held = (
+        model._graph,
+        repr(model.config),
+        model.dtype,
+        model.weight_dtype,
+        tuple(sorted(model.quantized.items(), key=str)),
+    )
     options = programs.place, programs.max_steps, programs.attention, programs.kv_cache_dtype
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(("JAX_", "JAXINFER_"))))
     return program.key, tree, arrays, held, options, environment

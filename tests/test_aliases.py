@@ -16,7 +16,7 @@ from jaxinfer.aliases.loading import LOADING
 from jaxinfer.aliases.sampling import CALL, SAMPLING
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.deployment import read_deployment
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from tests.checkpoint.formats import CASES
 from tests.plain import CONFIG
 from tests.refusals import line
@@ -324,12 +324,12 @@ def test_a_deployment_in_other_words(tmp_path):
 def test_the_method_that_a_checkpoint_is_quantized_by(case, method):
     config = CONFIG | {"num_hidden_layers": 1, "quantization_config": CASES[case].said}
     check_options({"quantization": method})
-    found, expected = Model.from_config(config, "float32", method), Model.from_config(config, "float32")
+    found, expected = AbstractModel.from_config(config, "float32", method), AbstractModel.from_config(config, "float32")
     assert (found.quantized, found.stored, found.quantization) == (expected.quantized, expected.stored, None)
     if method != "fp8":  # which is a scheme of ours, too
         for other in (CONFIG, config | {"quantization_config": CASES["fp8 of whole tensors"].said}):
             assert f"quantization is {method!r}: the checkpoint's own is " in line(
-                lambda other=other: Model.from_config(other, "float32", method)
+                lambda other=other: AbstractModel.from_config(other, "float32", method)
             )
 
 

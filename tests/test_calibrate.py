@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfer.attention import Batch
+from jaxinfer.attention import ForwardBatch
 from jaxinfer.calibrate import Layers, calibrate, fold
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.demo.questions import held_out_questions, training_questions
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.text.tokenizer import load_tokenizer
 
 
@@ -20,11 +20,11 @@ def logits(folder, sequences, quantization=None):
     """Of a checkpoint in float32, and of quantized weights what they stand for."""
     config = json.loads((folder / "config.json").read_text())
     with open_weights(folder) as weights:
-        model = Model.from_config(config, "float32", quantization)
+        model = AbstractModel.from_config(config, "float32", quantization)
         params = load_weights(model, weights, jax.devices()[0])
     total = sum(map(len, sequences))
     run = jax.jit(lambda params, batch: model.bind(params)(batch, None)[0])
-    return np.asarray(run(params, Batch.of_sequences(sequences, -(-total // 64) * 64)))[:total]
+    return np.asarray(run(params, ForwardBatch.of_sequences(sequences, -(-total // 64) * 64)))[:total]
 
 
 def divergence(base, other):
@@ -56,7 +56,7 @@ def test_nearer_than_rounding(tmp_path, scheme, method, share):
 def test_folding_changes_nothing(checkpoints, name):
     """All factors at once, where query heads share values too."""
     reference = checkpoints(name)
-    model = Model.from_config(json.loads((reference.folder / "config.json").read_text()), "float32")
+    model = AbstractModel.from_config(json.loads((reference.folder / "config.json").read_text()), "float32")
     with open_weights(reference.folder) as weights:
         params = load_weights(model, weights, jax.devices()[0])
     changed = {key: np.array(value) for key, value in params.items()}
@@ -72,7 +72,7 @@ def test_folding_changes_nothing(checkpoints, name):
                 factors = np.broadcast_to(factors.reshape(shared)[:, :1], shared).reshape(-1)
             fold(changed, f"{prefix}.{source}", [f"{prefix}.{path}" for path in taking], factors, shared)
     assert sum(not np.array_equal(changed[key], params[key]) for key in params) >= 2 * 8
-    batch = Batch.of_sequences([reference.prompts[-1]])
+    batch = ForwardBatch.of_sequences([reference.prompts[-1]])
     ours = np.asarray(jax.jit(lambda params: model.bind(params)(batch, None)[0])(changed))
     np.testing.assert_allclose(ours, reference.logits, atol=2e-4)
 
@@ -80,7 +80,7 @@ def test_folding_changes_nothing(checkpoints, name):
 def test_layer_by_layer_is_the_model(checkpoints):
     """Sequences that share batches, too; and what goes into q, k and v is one thing."""
     reference = checkpoints("mistral-window")
-    model = Model.from_config(json.loads((reference.folder / "config.json").read_text()), "float32")
+    model = AbstractModel.from_config(json.loads((reference.folder / "config.json").read_text()), "float32")
     with open_weights(reference.folder) as weights:
         params = load_weights(model, weights, jax.devices()[0])
     layers = Layers(model, jax.devices()[0], [*reference.prompts, list(range(300))[:200] * 2])

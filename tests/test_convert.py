@@ -21,7 +21,7 @@ from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.convert import convert
 from jaxinfer.demo import MODEL_DIR
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.text.tokenizer import load_tokenizer
 
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}
@@ -74,7 +74,7 @@ def test_there_and_back(tmp_path, scheme):
     """The same bits by way of compressed-tensors' format, and of what was quantized before in Orbax's."""
 
     def held(folder, quantization=None):
-        model = Model.from_config(json.loads((folder / "config.json").read_text()), "bfloat16", quantization)
+        model = AbstractModel.from_config(json.loads((folder / "config.json").read_text()), "bfloat16", quantization)
         with open_weights(folder) as weights:
             return load_weights(model, weights, jax.devices()[0])
 

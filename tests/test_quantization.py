@@ -13,7 +13,7 @@ from jaxinfer.demo import MODEL_DIR
 from jaxinfer.demo.evaluate import ask
 from jaxinfer.demo.questions import held_out_questions
 from jaxinfer.engine.load import local_programs
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.ship import ship
 from jaxinfer.quantization.schemes import parse_quantization
 from tests.plain import CONFIG, random_tensors, write_checkpoint
@@ -190,14 +190,14 @@ def test_what_groups_do_not_divide_is_left_as_it_is(caplog, tmp_path):
     for quantization in ("int4", {"*.mlp.*": "int4"}):
         caplog.clear()
         with caplog.at_level("WARNING", "jaxinfer"):
-            model = Model.from_config(config, "float32", quantization)
+            model = AbstractModel.from_config(config, "float32", quantization)
         assert caplog.messages == [f"quantization is {quantization!r}: model.layers.*.mlp.down_proj.weight {said}"]
         assert model.abstract["model.layers.0.mlp.down_proj.weight"].dtype == np.float32
         assert model.abstract["model.layers.0.mlp.up_proj.weight"].dtype == np.uint8
     with pytest.raises(
         ValueError, match=r"none of the model's weights is meant by it; groups of 32 don't divide the 40"
     ):
-        Model.from_config(config, "float32", {"*.down_proj.*": "int4"})
+        AbstractModel.from_config(config, "float32", {"*.down_proj.*": "int4"})
     tensors = random_tensors(config)
     folder = write_checkpoint(tmp_path / "m", config, tensors)
     with LLM(folder, quantization="int4", **OPTIONS) as llm:
@@ -284,7 +284,9 @@ def test_bytes_of_weights(quantization, most):
     def size(model):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(dict(model.abstract)))
 
-    share = size(Model.from_config(SHAPE, "bfloat16", quantization)) / size(Model.from_config(SHAPE, "bfloat16"))
+    share = size(AbstractModel.from_config(SHAPE, "bfloat16", quantization)) / size(
+        AbstractModel.from_config(SHAPE, "bfloat16")
+    )
     assert most * 0.9 < share < most
 
 

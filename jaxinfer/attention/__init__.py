@@ -6,7 +6,7 @@
 from jaxinfer.attention.attend import attend
 from jaxinfer.attention.backend import AttentionBackend, AttentionCase
 from jaxinfer.attention.backends import BACKENDS, reasons
-from jaxinfer.attention.batch import Batch, LayerMap, Table
+from jaxinfer.attention.batch import ForwardBatch, LayerMap, Table
 from jaxinfer.attention.layout import CacheLayout, LayerLayout
 from jaxinfer.attention.spec import AttentionSpec
 
@@ -15,8 +15,8 @@ __all__ = [
     "AttentionBackend",
     "AttentionCase",
     "AttentionSpec",
-    "Batch",
     "CacheLayout",
+    "ForwardBatch",
     "LayerLayout",
     "LayerMap",
     "Table",

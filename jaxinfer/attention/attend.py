@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.xla import attend_stream
 from jaxinfer.cache import LayerCache
@@ -21,7 +21,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     cache: LayerCache | None,
-    batch: Batch,
+    batch: ForwardBatch,
     spec: AttentionSpec,
 ) -> tuple[jax.Array, LayerCache | None]:
     """Writes `k`, `v` into the cache and lets `q` attend to all keys of its own row.

@@ -61,4 +61,4 @@ class AttentionBackend(ABC):
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: Any, spec: AttentionSpec
     ) -> tuple[jax.Array, Any]:
-        """See `attend`; on one device's part of the heads. batch: a Batch, which names its backend itself."""
+        """See `attend`; on one device's part of the heads. batch: a ForwardBatch, which names its backend itself."""

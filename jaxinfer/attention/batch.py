@@ -35,16 +35,16 @@ class LayerMap:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Batch:
+class ForwardBatch:
     """One step's tokens. T tokens, R rows; decode rows first, padding last.
 
     tokens     i32[T]      packed
     positions  i32[T]      position of each token in its own sequence
-    row        i32[T]      the row of each token
-    q_start    i32[R+1]    row r owns tokens q_start[r]:q_start[r+1]; padding starts at q_start[R]
-    kv_len     i32[R]      tokens of row r in the cache after this step has written its own; 0: the row is unused
+    segment_ids i32[T]     the row of each token
+    cu_q_lens  i32[R+1]    row r owns tokens cu_q_lens[r]:cu_q_lens[r+1]; padding starts at cu_q_lens[R]
+    kv_lens    i32[R]      tokens of row r in the cache after this step has written its own; 0: the row is unused
     tables                 of each cache group its pages; None of those that have slots
-    rows       i32[3]      cumulative counts: decode rows, decode + prefill rows, all rows
+    distribution i32[3]    cumulative counts: decode rows, decode + prefill rows, all rows
     slots      i32[R]      each row's own, where there are groups that have them; the last is nobody's
     decode_only            static: every row has exactly one token (T == R), so nothing is compiled for prefill
     mesh                   static: what heads and weights are split over, if there is more than one device; the batch is
@@ -59,11 +59,11 @@ class Batch:
 
     tokens: jax.Array
     positions: jax.Array
-    row: jax.Array
-    q_start: jax.Array
-    kv_len: jax.Array
+    segment_ids: jax.Array
+    cu_q_lens: jax.Array
+    kv_lens: jax.Array
     tables: tuple[Table | None, ...]
-    rows: jax.Array
+    distribution: jax.Array
     slots: jax.Array | None = None
     decode_only: bool = field(default=False, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
@@ -79,7 +79,7 @@ class Batch:
         assert table.first is None
         return table.pages
 
-    def views(self) -> list[Batch]:
+    def views(self) -> list[ForwardBatch]:
         """What each cache group sees."""
         if self.layers is None:
             return []
@@ -88,24 +88,24 @@ class Batch:
             for table, backend in zip(self.tables, self.layers.backends, strict=True)
         ]
 
-    def _view(self, table: Table | None, backend: AttentionBackend | None, page_size: int) -> Batch:
+    def _view(self, table: Table | None, backend: AttentionBackend | None, page_size: int) -> ForwardBatch:
         if table is None:
             return self
         view = replace(self, tables=(Table(table.pages),), backend=backend)
         if table.first is None:
             return view
         begin = table.first * page_size
-        kv_len = jnp.where(self.kv_len > 0, self.kv_len - begin, 0)
-        return replace(view, positions=self.positions - begin[self.row], kv_len=kv_len)
+        kv_lens = jnp.where(self.kv_lens > 0, self.kv_lens - begin, 0)
+        return replace(view, positions=self.positions - begin[self.segment_ids], kv_lens=kv_lens)
 
-    def places(self, page_size: int) -> tuple[jax.Array, jax.Array]:
+    def slot_mapping(self, page_size: int) -> tuple[jax.Array, jax.Array]:
         """Where each token's key and value go: page, i32[T], and place in it; page 0 for padding and finished rows."""
         tokens = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
-        live = (tokens < self.q_start[-1]) & (self.positions < self.kv_len[self.row])
-        return jnp.where(live, self.pages[self.row, self.positions // page_size], 0), self.positions % page_size
+        live = (tokens < self.cu_q_lens[-1]) & (self.positions < self.kv_lens[self.segment_ids])
+        return jnp.where(live, self.pages[self.segment_ids, self.positions // page_size], 0), self.positions % page_size
 
     @staticmethod
-    def of_sequences(sequences: list[list[int]], length: int | None = None) -> Batch:
+    def of_sequences(sequences: list[list[int]], length: int | None = None) -> ForwardBatch:
         """Whole sequences packed one after the other, for a forward without a cache (training, scoring, tests).
 
         `length` pads the stream with unused tokens.
@@ -117,14 +117,14 @@ class Batch:
         pad = np.zeros(length - total, np.int32)
         ends = np.cumsum([0, *(len(s) for s in sequences)])
         count = len(sequences)
-        return Batch(
+        return ForwardBatch(
             tokens=jnp.asarray(np.concatenate([*(np.asarray(s, np.int32) for s in sequences), pad])),
             positions=jnp.asarray(np.concatenate([*(np.arange(len(s), dtype=np.int32) for s in sequences), pad])),
-            row=jnp.asarray(
+            segment_ids=jnp.asarray(
                 np.concatenate([np.repeat(np.arange(count, dtype=np.int32), np.diff(ends)), pad + max(count - 1, 0)])
             ),
-            q_start=jnp.asarray(ends.astype(np.int32)),
-            kv_len=jnp.asarray(np.diff(ends).astype(np.int32)),
+            cu_q_lens=jnp.asarray(ends.astype(np.int32)),
+            kv_lens=jnp.asarray(np.diff(ends).astype(np.int32)),
             tables=(),
-            rows=jnp.asarray(np.array([0, count, count], np.int32)),
+            distribution=jnp.asarray(np.array([0, count, count], np.int32)),
         )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.attention.backend import AttentionCase
-from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.xla import P, XLAAttention, write_split
 from jaxinfer.kernels import cpu
@@ -24,13 +24,13 @@ class CPUAttention(XLAAttention):
         return cpu.attention_problem(case.dtype.name, case.head_dim, case.queries, case.kept.name)
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: P, batch: Batch, spec: AttentionSpec
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: P, batch: ForwardBatch, spec: AttentionSpec
     ) -> tuple[jax.Array, P]:
         pools = write_split(k, v, pools, batch)
-        used = jnp.arange(batch.kv_len.shape[0], dtype=jnp.int32) < batch.rows[1]
-        kv_len = jnp.where(used, batch.kv_len, 0)
+        used = jnp.arange(batch.kv_lens.shape[0], dtype=jnp.int32) < batch.distribution[1]
+        kv_lens = jnp.where(used, batch.kv_lens, 0)
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
-        out = cpu.attend(grouped, pools, batch.q_start, kv_len, batch.pages, spec.scale, spec.window)
+        out = cpu.attend(grouped, pools, batch.cu_q_lens, kv_lens, batch.pages, spec.scale, spec.window)
         return out.reshape(q.shape), pools
 
 

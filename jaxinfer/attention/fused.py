@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.attention.backend import AttentionCase
-from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.tpu import TPUAttention
 from jaxinfer.cache import FusedPages
@@ -48,7 +48,7 @@ class FusedAttention(TPUAttention):
         return FusedPages(jax.ShapeDtypeStruct((num_pages, page_size, heads, 2, width), case.kept))  # type: ignore[arg-type]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: Batch, spec: AttentionSpec
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: ForwardBatch, spec: AttentionSpec
     ) -> tuple[jax.Array, Any]:
         return attend_fused(q, k, v, pools, batch, spec)
 
@@ -70,16 +70,16 @@ def attend_fused(
     k: jax.Array,
     v: jax.Array,
     cache: FusedPages,
-    batch: Batch,
+    batch: ForwardBatch,
     spec: AttentionSpec,
     kernel: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
 ) -> tuple[jax.Array, FusedPages]:
     """See `attend`; padding tokens give zeros. kernel: tokamax's, or one that does the same."""
-    used = batch.kv_len > 0
+    used = batch.kv_lens > 0
     # It writes for every row that it is told of: those that have stopped write where nobody reads, page 0.
-    lengths = jnp.maximum(batch.kv_len, jnp.diff(batch.q_start))
+    lengths = jnp.maximum(batch.kv_lens, jnp.diff(batch.cu_q_lens))
     pages = jnp.where(used[:, None], batch.pages, 0)
-    decoding, _, count = batch.rows
+    decoding, _, count = batch.distribution
     out, kv = (kernel or _kernel)(
         q,
         k.astype(cache.kv.dtype),
@@ -87,12 +87,12 @@ def attend_fused(
         cache.kv,
         lengths,
         pages.reshape(-1),
-        batch.q_start,
+        batch.cu_q_lens,
         jnp.stack([decoding, decoding, count]),  # the rest are rows of any number of tokens
         sm_scale=spec.scale,
         sliding_window=spec.window,
     )
-    live = (jnp.arange(q.shape[0], dtype=jnp.int32) < batch.q_start[-1]) & used[batch.row]
+    live = (jnp.arange(q.shape[0], dtype=jnp.int32) < batch.cu_q_lens[-1]) & used[batch.segment_ids]
     return jnp.where(live[:, None, None], out, jnp.zeros((), q.dtype)), FusedPages(kv)
 
 

@@ -6,9 +6,9 @@ import jax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.attention.backend import AttentionBackend, AttentionCase
-from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.cache import SplitPages
+from jaxinfer.cache import HeadMajorPages
 from jaxinfer.sharding import KV, ROWS, compute_capability
 
 AMPERE = 8.0  # the compute capability that Triton in JAX begins with
@@ -40,13 +40,13 @@ class GPUAttention(AttentionBackend):
     def refusal(self, case: AttentionCase) -> str | None:
         return "on GPUs only attention='xla' reads such a cache" if case.kept != case.dtype else None
 
-    def init_cache(self, case: AttentionCase, num_pages: int, page_size: int) -> SplitPages:
+    def init_cache(self, case: AttentionCase, num_pages: int, page_size: int) -> HeadMajorPages:
         pool = jax.ShapeDtypeStruct((num_pages, case.num_kv_heads, page_size, case.head_dim), case.kept)
-        return SplitPages(pool, pool)  # type: ignore[arg-type]
+        return HeadMajorPages(pool, pool)  # type: ignore[arg-type]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: SplitPages, batch: Batch, spec: AttentionSpec
-    ) -> tuple[jax.Array, SplitPages]:
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: HeadMajorPages, batch: ForwardBatch, spec: AttentionSpec
+    ) -> tuple[jax.Array, HeadMajorPages]:
         from jaxinfer.attention.gpu_kernel import attend_in_place  # imports Pallas, which takes its time
 
         return attend_in_place(q, k, v, pools, batch, spec)

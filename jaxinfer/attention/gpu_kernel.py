@@ -22,10 +22,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.xla import NEGATIVE, sees, write_split
-from jaxinfer.cache import SplitPages
+from jaxinfer.cache import HeadMajorPages
 
 KEYS = 64  # of a block; with values and queries they fit in 99 KB of shared memory, twice. Not tuned, for want of a GPU
 QUERIES = 64  # rows of a tile's matrix: tokens times heads
@@ -34,8 +34,8 @@ PROGRAMS = 256  # that fill a GPU
 
 
 def attend_in_place(
-    q: jax.Array, k: jax.Array, v: jax.Array, cache: SplitPages, batch: Batch, spec: AttentionSpec
-) -> tuple[jax.Array, SplitPages]:
+    q: jax.Array, k: jax.Array, v: jax.Array, cache: HeadMajorPages, batch: ForwardBatch, spec: AttentionSpec
+) -> tuple[jax.Array, HeadMajorPages]:
     """See `attend`; padding tokens and rows that have stopped give zeros. Head sizes are powers of two."""
     cache = write_split(k, v, cache, batch)
     tokens, heads, head_dim = q.shape
@@ -57,22 +57,22 @@ def attend_in_place(
         compiler_params=triton.CompilerParams(num_warps=4 if head_dim <= 128 else 8, num_stages=2),
     )(tiles, batch.pages, q, cache.k, cache.v)
     joined = out[0] if splits == 1 else jnp.sum(out * jax.nn.softmax(weight, axis=0)[..., None], axis=0)
-    live = (jnp.arange(tokens, dtype=jnp.int32) < batch.q_start[-1]) & (batch.kv_len[batch.row] > 0)
+    live = (jnp.arange(tokens, dtype=jnp.int32) < batch.cu_q_lens[-1]) & (batch.kv_lens[batch.segment_ids] > 0)
     return jnp.where(live[:, None, None], joined, 0).astype(q.dtype), cache
 
 
-def _tiles(batch: Batch, size: int) -> jax.Array:
+def _tiles(batch: ForwardBatch, size: int) -> jax.Array:
     """Up to `size` tokens of one row each: row, first token, how many (0: none), position of the first; i32[N, 4], as
     many as there can be."""
-    rows, tokens = batch.kv_len.shape[0], batch.row.shape[0]
-    lengths = jnp.diff(batch.q_start)  # of a row that has stopped too: before position 0 there are no keys
+    rows, tokens = batch.kv_lens.shape[0], batch.segment_ids.shape[0]
+    lengths = jnp.diff(batch.cu_q_lens)  # of a row that has stopped too: before position 0 there are no keys
     counts = (lengths + size - 1) // size
     ends = jnp.cumsum(counts)
     tile = jnp.arange(min(tokens, tokens // size + rows), dtype=jnp.int32)
     row = jnp.minimum(jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), rows - 1)
     skip = (tile - (ends - counts)[row]) * size
     count = jnp.where(tile < ends[-1], jnp.minimum(lengths[row] - skip, size), 0)
-    return jnp.stack([row, batch.q_start[row] + skip, count, (batch.kv_len - lengths)[row] + skip], axis=1)
+    return jnp.stack([row, batch.cu_q_lens[row] + skip, count, (batch.kv_lens - lengths)[row] + skip], axis=1)
 
 
 def _kernel(

@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxinfer.attention.backend import AttentionBackend, AttentionCase
-from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.blocks import block_sizes
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.cache import LayerCache, PackedPages
+from jaxinfer.cache import InterleavedPages, LayerCache
 from jaxinfer.sharding import KV, ROWS
 
 LANES = 128  # the last axis of an array comes in multiples of this
@@ -61,10 +61,10 @@ class TPUAttention(AttentionBackend):
 
     def init_cache(self, case: AttentionCase, num_pages: int, page_size: int) -> LayerCache:
         heads, width = self.kept_heads(case)
-        return PackedPages(jax.ShapeDtypeStruct((num_pages, page_size, 2 * heads, width), case.kept))  # type: ignore[arg-type]
+        return InterleavedPages(jax.ShapeDtypeStruct((num_pages, page_size, 2 * heads, width), case.kept))  # type: ignore[arg-type]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: Batch, spec: AttentionSpec
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: ForwardBatch, spec: AttentionSpec
     ) -> tuple[jax.Array, Any]:
         return attend_packed(q, k, v, pools, batch, spec)
 
@@ -84,11 +84,11 @@ def attend_packed(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    cache: PackedPages,
-    batch: Batch,
+    cache: InterleavedPages,
+    batch: ForwardBatch,
     spec: AttentionSpec,
     kernel: Callable[..., jax.Array] | None = None,
-) -> tuple[jax.Array, PackedPages]:
+) -> tuple[jax.Array, InterleavedPages]:
     """See `attend`; padding tokens give zeros. kernel: JAX's, or one that does the same."""
     tokens, heads, head_dim = q.shape
     pairs, width = cache.kv.shape[2:]
@@ -99,10 +99,10 @@ def attend_packed(
     cache = _write(k, v, cache, batch)
     # The kernel fetches keys for every row that it is told of, and waits for them only if there are any. So rows that
     # have stopped look at one key, and a batch without rows has one.
-    count = batch.rows[2]
-    places = jnp.arange(batch.q_start.shape[0], dtype=jnp.int32)
-    starts = jnp.where(count > 0, batch.q_start, jnp.minimum(places, 1))
-    lengths = jnp.maximum(batch.kv_len, jnp.diff(starts))
+    count = batch.distribution[2]
+    places = jnp.arange(batch.cu_q_lens.shape[0], dtype=jnp.int32)
+    starts = jnp.where(count > 0, batch.cu_q_lens, jnp.minimum(places, 1))
+    lengths = jnp.maximum(batch.kv_lens, jnp.diff(starts))
     blocks = block_sizes(batch.device_kind, q, cache.kv, batch.pages.shape[1], batch.decode_only)
     scale = None if cache.kv.dtype == q.dtype else 1.0  # what makes the kernel convert what it reads
     full = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else contextlib.nullcontext()
@@ -122,7 +122,7 @@ def attend_packed(
             num_queries_per_block=blocks.queries,
             vmem_limit_bytes=blocks.limit,
         )
-    live = (jnp.arange(tokens, dtype=jnp.int32) < batch.q_start[-1]) & (batch.kv_len[batch.row] > 0)
+    live = (jnp.arange(tokens, dtype=jnp.int32) < batch.cu_q_lens[-1]) & (batch.kv_lens[batch.segment_ids] > 0)
     return jnp.where(live[:, None, None], out[:, :heads, :head_dim], jnp.zeros((), q.dtype)), cache
 
 
@@ -132,11 +132,11 @@ def _kernel() -> Callable[..., Any]:
     return ragged_paged_attention
 
 
-def _write(k: jax.Array, v: jax.Array, cache: PackedPages, batch: Batch) -> PackedPages:
-    page, slot = batch.places(cache.kv.shape[1])
+def _write(k: jax.Array, v: jax.Array, cache: InterleavedPages, batch: ForwardBatch) -> InterleavedPages:
+    page, slot = batch.slot_mapping(cache.kv.shape[1])
     tokens, heads, width = k.shape
     pairs = jnp.stack([k, v], axis=2).reshape(tokens, 2 * heads, width)
     if cache.kv.dtype.itemsize == 1:  # beyond its range there is no infinity, only NaN
         largest = jnp.finfo(cache.kv.dtype).max.astype(pairs.dtype)
         pairs = jnp.clip(pairs, -largest, largest)
-    return PackedPages(cache.kv.at[page, slot].set(pairs.astype(cache.kv.dtype)))
+    return InterleavedPages(cache.kv.at[page, slot].set(pairs.astype(cache.kv.dtype)))

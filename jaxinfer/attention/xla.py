@@ -19,16 +19,16 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.attention.backend import AttentionBackend, AttentionCase
-from jaxinfer.attention.batch import Batch
+from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.cache import BITS, SCALE, LayerCache, QuantizedPages, SplitPages, values_dtype
+from jaxinfer.cache import BITS, SCALE, HeadMajorPages, LayerCache, QuantizedPages, values_dtype
 from jaxinfer.quantization.activations import quantize_last
 from jaxinfer.sharding import KV, ROWS
 
 KEY_BLOCK = 128  # keys a loop step; larger blocks fall out of the CPU's second-level cache
 QUERY_TILE = 128  # most query tokens of one row that a prefill tile holds
 DECODE_PAIRS = 32  # (row, block of keys) at a time beside prefill rows, where there may be few decoding ones
-P = TypeVar("P", bound=SplitPages | QuantizedPages)
+P = TypeVar("P", bound=HeadMajorPages | QuantizedPages)
 NEGATIVE = -1e30  # masks a score; finite, so that a fully masked block gives zeros and not NaN
 
 
@@ -46,12 +46,12 @@ class XLAAttention(AttentionBackend):
         shape = num_pages, case.num_kv_heads, page_size, case.head_dim
         pool = jax.ShapeDtypeStruct(shape, BITS.get(case.kept, case.kept))
         if case.kept == case.dtype:
-            return SplitPages(pool, pool)  # type: ignore[arg-type]
+            return HeadMajorPages(pool, pool)  # type: ignore[arg-type]
         scales = jax.ShapeDtypeStruct(shape[:3], SCALE)
         return QuantizedPages(pool, pool, scales, scales)  # type: ignore[arg-type]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: P, batch: Batch, spec: AttentionSpec
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: P, batch: ForwardBatch, spec: AttentionSpec
     ) -> tuple[jax.Array, P]:
         pools = write_split(k, v, pools, batch)
         tokens, heads, head_dim = q.shape
@@ -62,20 +62,20 @@ class XLAAttention(AttentionBackend):
 XLA = XLAAttention()
 
 
-def _attend(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Array:
+def _attend(q: jax.Array, cache: P, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
     """q `[T, K, G, d]` -> `[T, K, G, d]`."""
     if batch.decode_only:
         return _decode(q, cache, batch, spec)
-    decode_rows = min(q.shape[0], batch.kv_len.shape[0])
+    decode_rows = min(q.shape[0], batch.kv_lens.shape[0])
     out = jnp.zeros((q.shape[0] + QUERY_TILE, *q.shape[1:]), q.dtype)
     decoded = _decode(q[:decode_rows], cache, batch, spec)
     out = lax.dynamic_update_slice_in_dim(out, decoded, 0, 0)
     return _prefill(q, out, cache, batch, spec)[: q.shape[0]]
 
 
-def write_split(k: jax.Array, v: jax.Array, cache: P, batch: Batch) -> P:
+def write_split(k: jax.Array, v: jax.Array, cache: P, batch: ForwardBatch) -> P:
     """The cache with this call's keys and values."""
-    page, slot = batch.places(cache.k.shape[2])
+    page, slot = batch.slot_mapping(cache.k.shape[2])
     dtype = values_dtype(cache.k)
     new: Iterable[jax.Array] = (k.astype(dtype), v.astype(dtype))
     if cache[2:]:  # scales
@@ -105,15 +105,17 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: AttentionSpec) -> jax.Array:
+def attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
     """See `attend`; within the batch alone."""
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     queries = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)
     queries = queries.reshape(kv_heads, -1, head_dim)
     scores = _dot(queries, k.transpose(1, 0, 2), (2, 2)).reshape(kv_heads, -1, tokens, tokens) * spec.scale
-    seen = (batch.row[:, None] == batch.row[None, :]) & sees(batch.positions[:, None], batch.positions[None, :], spec)
-    live = jnp.arange(tokens, dtype=jnp.int32) < batch.q_start[-1]
+    seen = (batch.segment_ids[:, None] == batch.segment_ids[None, :]) & sees(
+        batch.positions[:, None], batch.positions[None, :], spec
+    )
+    live = jnp.arange(tokens, dtype=jnp.int32) < batch.cu_q_lens[-1]
     weights = jax.nn.softmax(jnp.where(seen & live[None, :], scores, NEGATIVE), axis=-1)
     weights = weights.astype(v.dtype).reshape(kv_heads, -1, tokens)
     out = _dot(weights, v.transpose(1, 0, 2), (2, 1)).reshape(kv_heads, -1, tokens, head_dim)
@@ -121,7 +123,7 @@ def attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, spec: 
 
 
 def _key_blocks(
-    cache: P, batch: Batch, row: jax.Array, block: jax.Array, dtype: jax.typing.DTypeLike
+    cache: P, batch: ForwardBatch, row: jax.Array, block: jax.Array, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of block `block[w]` of row `row[w]`: each `[W * K, KEY_BLOCK, d]` in this dtype.
 
@@ -145,7 +147,7 @@ def _key_blocks(
         )
 
     position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
-    own = jnp.repeat(position < batch.kv_len[row][:, None], kv_heads, axis=0)[..., None]
+    own = jnp.repeat(position < batch.kv_lens[row][:, None], kv_heads, axis=0)[..., None]
     return keys, jnp.where(own, values, jnp.zeros((), values.dtype))
 
 
@@ -162,15 +164,15 @@ def _first_block(query: jax.Array, spec: AttentionSpec, size: int) -> jax.Array:
     return jnp.maximum(query - spec.window + 1, 0) // size
 
 
-def _decode(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Array:
-    """One query token a row, q `[R, K, G, d]` -> `[R, K, G, d]`; rows from `batch.rows[0]` on give zeros."""
+def _decode(q: jax.Array, cache: P, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
+    """One query token a row, q `[R, K, G, d]` -> `[R, K, G, d]`; rows from `batch.distribution[0]` on give zeros."""
     rows, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
     pairs = rows if batch.decode_only else min(rows, DECODE_PAIRS)
     index = jnp.arange(rows, dtype=jnp.int32)
-    last = batch.kv_len[:rows] - 1  # the query's own position
+    last = batch.kv_lens[:rows] - 1  # the query's own position
     first = _first_block(last, spec, size)
-    blocks = jnp.where((index < batch.rows[0]) & (last >= 0), last // size + 1 - first, 0)
+    blocks = jnp.where((index < batch.distribution[0]) & (last >= 0), last // size + 1 - first, 0)
     ends = jnp.cumsum(blocks)
     flat = q.reshape(rows, -1)
     heads = kv_heads * group
@@ -215,14 +217,14 @@ def _decode(q: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Ar
     return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
-def _prefill(q: jax.Array, out: jax.Array, cache: P, batch: Batch, spec: AttentionSpec) -> jax.Array:
+def _prefill(q: jax.Array, out: jax.Array, cache: P, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
     """Rows of several query tokens: fills `out [T + QUERY_TILE, K, G, d]` tile by tile for rows from rows[0] on."""
     tokens, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
     tile = min(QUERY_TILE, tokens)
     q = jnp.concatenate([q, jnp.zeros((QUERY_TILE, *q.shape[1:]), q.dtype)])
-    index = jnp.arange(batch.kv_len.shape[0], dtype=jnp.int32)
-    lengths = jnp.where((index >= batch.rows[0]) & (batch.kv_len > 0), jnp.diff(batch.q_start), 0)
+    index = jnp.arange(batch.kv_lens.shape[0], dtype=jnp.int32)
+    lengths = jnp.where((index >= batch.distribution[0]) & (batch.kv_lens > 0), jnp.diff(batch.cu_q_lens), 0)
     tiles = (lengths + tile - 1) // tile
     ends = jnp.cumsum(tiles)
     offset = jnp.arange(tile, dtype=jnp.int32)
@@ -230,9 +232,9 @@ def _prefill(q: jax.Array, out: jax.Array, cache: P, batch: Batch, spec: Attenti
     def one_tile(t: jax.Array, out: jax.Array) -> jax.Array:
         row = jnp.minimum(jnp.sum(t >= ends, dtype=jnp.int32), index.shape[0] - 1)
         skip = (t - (ends - tiles)[row]) * tile
-        start = batch.q_start[row] + skip
+        start = batch.cu_q_lens[row] + skip
         count = jnp.minimum(lengths[row] - skip, tile)
-        base = batch.kv_len[row] - lengths[row] + skip  # position of the tile's first token
+        base = batch.kv_lens[row] - lengths[row] + skip  # position of the tile's first token
         queries = lax.dynamic_slice_in_dim(q, start, tile).transpose(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
         position = base + offset
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-class SplitPages(NamedTuple):
+class HeadMajorPages(NamedTuple):
     """Keys and values of one layer, each `[pages, K, page_size, d]`, for attention in plain XLA.
 
     Heads before positions, because a block of keys is then one batched dot without a transposition; on CPU
@@ -32,7 +32,7 @@ class QuantizedPages(NamedTuple):
     v_scales: jax.Array
 
 
-class PackedPages(NamedTuple):
+class InterleavedPages(NamedTuple):
     """Keys and values of one layer, `[pages, page_size, 2K, d]`, each head's key followed by its value, for the ragged
     paged attention kernel of TPUs: a page is one piece of memory, and a token one row of it. d is padded to 128,
     and so is K, to what fills tiles.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.checkpoint.write import Layout, SafetensorsWriter
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.params import ParamSpec
 from jaxinfer.models.sources import Index, shape_of, slices, whole
 from jaxinfer.quantization.schemes import SCALE, ZERO, Scheme
@@ -23,7 +23,7 @@ Host = np.ndarray[Any, Any]
 FLOAT, INT, PACKED = "float-quantized", "int-quantized", "pack-quantized"
 
 
-def check_hf(model: Model) -> None:
+def check_hf(model: AbstractModel) -> None:
     """Raises ValueError if the model's quantization has no form in compressed-tensors."""
     for name in model.quantized:
         spec = model.params[name]
@@ -35,14 +35,14 @@ def check_hf(model: Model) -> None:
                 f"format hf: {name} is a part of {cut.tensor}, or lies the other way round in it, which "
                 "compressed-tensors has no form for: use format orbax, or no quantization"
             )
-        if spec.looked_up:
+        if spec.is_embedding:
             raise ValueError(
                 f"format hf: {name} is a table, and compressed-tensors quantizes linears: use format orbax, or "
                 "leave it out of the quantization"
             )
 
 
-def config_of(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+def config_of(model: AbstractModel, config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json, with the model's quantization."""
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     return plain if not model.quantized else plain | {"quantization_config": _quantization_config(model)}
@@ -51,7 +51,7 @@ def config_of(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
 class HfWriter:
     """Writes the weights of a model into a folder, as parameters come, a few at a time."""
 
-    def __init__(self, model: Model, folder: str) -> None:
+    def __init__(self, model: AbstractModel, folder: str) -> None:
         check_hf(model)
         self.model = model
         self._waiting: dict[str, tuple[Host, int]] = {}  # tensors that are not complete, and what of them is missing
@@ -154,14 +154,14 @@ def _format(scheme: Scheme) -> str:
     return INT if scheme.activations else PACKED
 
 
-def _quantization_config(model: Model) -> dict[str, Any]:
+def _quantization_config(model: AbstractModel) -> dict[str, Any]:
     by_scheme: dict[str, list[str]] = {}
     plain: list[str] = []
     for spec in model.params.values():
         linears = [tensor.removesuffix(".weight") for tensor in spec.source.tensors(spec.shape)]
         if spec.scheme is not None:
             by_scheme.setdefault(spec.scheme.name, []).extend(linears)
-        elif spec.looked_up is False:
+        elif spec.is_embedding is False:
             plain += [linear for linear in linears if linear not in plain[-1:]]  # several may be parts of one
     if model.config.tie_word_embeddings:
         plain.append("lm_head")  # which others have as a linear, too

@@ -17,7 +17,7 @@ from jaxinfer.checkpoint.memory import Host, HugePages
 from jaxinfer.checkpoint.quantized import Wanted, check_range, decode, wanted_tensors
 from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.errors import CheckpointError
-from jaxinfer.models.model import Model, Params
+from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.models.params import ParamSpec
 from jaxinfer.models.sources import Index, Region, shape_of, whole
 from jaxinfer.quantization.quantize import quantize
@@ -29,7 +29,7 @@ FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16,
 
 
 def load_params(
-    model: Model,
+    model: AbstractModel,
     checkpoint: Checkpoint,
     place: jax.Device | Mesh,
     on_tensor: Callable[[int], None] | None = None,
@@ -51,7 +51,7 @@ def load_params(
             continue
         part_of = _part_of(spec, tensors)
         for suffix in spec.arrays:
-            array = spec.placed(suffix, place)
+            array = spec.with_sharding(suffix, place)
             held = parts(array.sharding, array.shape).items()
             each = ((index, devices, part_of(suffix, index)) for index, devices in held)
             params[spec.name + suffix] = _put(array, each, tensors.where(spec), memory)
@@ -193,7 +193,7 @@ def _put(whole: Any, held: Iterable[tuple[Index, list[Any], Host]], where: str, 
     return jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, arrays)
 
 
-def _wanted(model: Model) -> dict[str, Wanted]:
+def _wanted(model: AbstractModel) -> dict[str, Wanted]:
     """The tensors that there should be."""
     found: dict[str, Wanted] = {}
     for spec in model.params.values():
@@ -206,7 +206,7 @@ def _wanted(model: Model) -> dict[str, Wanted]:
     return found
 
 
-def _locate(model: Model, checkpoint: Checkpoint) -> dict[str, str]:
+def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:
     """The name in the checkpoint of each tensor, with or without the model's prefix; or one ValueError."""
     weights, tied = model.weights, model.config.tie_word_embeddings
     stored = checkpoint.tensors

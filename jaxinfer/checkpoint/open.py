@@ -13,7 +13,7 @@ from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.memory import HugePages
 from jaxinfer.checkpoint.orbax import Converted, is_converted, restore
 from jaxinfer.checkpoint.remote import origin
-from jaxinfer.models.model import Model, Params
+from jaxinfer.models.model import AbstractModel, Params
 
 Weights = Checkpoint | Converted
 
@@ -24,7 +24,7 @@ def open_weights(folder: Path) -> Weights:
 
 
 def load_weights(
-    model: Model, weights: Weights, place: jax.Device | Mesh, on_tensor: Callable[[int], None] | None = None
+    model: AbstractModel, weights: Weights, place: jax.Device | Mesh, on_tensor: Callable[[int], None] | None = None
 ) -> Params:
     """All parameters of `model` on the device, or split over the mesh: see load_params and restore. `on_tensor` is
     told the bytes that were read."""

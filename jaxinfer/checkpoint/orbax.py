@@ -27,7 +27,7 @@ from jaxinfer.checkpoint.files import read_json, short, some
 from jaxinfer.checkpoint.safetensors import DTYPES
 from jaxinfer.checkpoint.write import Layout
 from jaxinfer.errors import CheckpointError
-from jaxinfer.models.model import Model, Params
+from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.places import file_system, inside, reached
 from jaxinfer.quantization.schemes import SCALE, Quantization
 from jaxinfer.quantization.stored import converted_quantization_config
@@ -107,7 +107,7 @@ def is_converted(folder: Path) -> bool:
     return os.path.lexists(folder / MANIFEST)
 
 
-def converted_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
+def converted_config(model: AbstractModel, config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json: what was quantized before stays said as it was, what is now is said in our way."""
     return {
         **config,
@@ -138,7 +138,7 @@ def save(params: Params, path: str) -> None:
             raise OSError(f"{path}: can't be written: {short(str(error))}") from None
 
 
-def restore(model: Model, checkpoint: Converted, place: jax.Device | Mesh) -> Params:
+def restore(model: AbstractModel, checkpoint: Converted, place: jax.Device | Mesh) -> Params:
     """All parameters of `model`, in its dtype, on the device or split over the mesh, whatever mesh they were written
     from. Each process reads what its devices hold. Host memory beside the result: four of the largest tensors, or 1 GB.
 
@@ -153,7 +153,7 @@ def restore(model: Model, checkpoint: Converted, place: jax.Device | Mesh) -> Pa
     wrong = [name for name, size in checkpoint.files.items() if sizes.get(name) != size]
     if wrong:
         raise _damaged(checkpoint.weights, f"files that are missing or have another size: {some(wrong)}")
-    wanted = {name: model.placed(name, place) for name in model.abstract}
+    wanted = {name: model.with_sharding(name, place) for name in model.abstract}
     arguments = {
         # Not strict: padding is cut off, and added.
         name: ocp.ArrayRestoreArgs(sharding=one.sharding, global_shape=one.shape, dtype=one.dtype, strict=False)
@@ -181,7 +181,7 @@ def _sizes(path: str) -> dict[str, int]:
     return sizes
 
 
-def _check(model: Model, checkpoint: Converted) -> None:
+def _check(model: AbstractModel, checkpoint: Converted) -> None:
     """Whether the tensors are the model's, but for padding."""
     stored = checkpoint.tensors
     both = [name for name in model.abstract if name in stored]
@@ -199,7 +199,7 @@ def _check(model: Model, checkpoint: Converted) -> None:
         raise ValueError(f"{checkpoint.folder}: does not fit its config.json: {'; '.join(problems)}")
 
 
-def _fits(model: Model, name: str, stored: Layout) -> bool:
+def _fits(model: AbstractModel, name: str, stored: Layout) -> bool:
     shape, axes = model.abstract[name].shape, model.axes[name]
     return len(shape) == len(stored.shape) and all(
         there == size or (axis in PADDED and there > size)

@@ -15,7 +15,7 @@ from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights
 from jaxinfer.models.registry import parse_config
-from jaxinfer.models.weights import WeightMap
+from jaxinfer.models.weights import ParamMapping
 from jaxinfer.quantization.stored import leaving, stored_quantization
 
 BLOCK = 2**22  # elements that are compared at a time
@@ -46,7 +46,7 @@ def as_stored(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     return found
 
 
-def _has_own_head(weights: Weights, names: WeightMap) -> bool:
+def _has_own_head(weights: Weights, names: ParamMapping) -> bool:
     if not isinstance(weights, Checkpoint):
         return names.head in weights.tensors
     if any(names.head.removesuffix("weight") + one in weights.tensors for one in PACKED):
@@ -66,7 +66,7 @@ def _has_own_head(weights: Weights, names: WeightMap) -> bool:
     return False
 
 
-def _linears(weights: Checkpoint, names: WeightMap) -> tuple[list[str], list[str]]:
+def _linears(weights: Checkpoint, names: ParamMapping) -> tuple[list[str], list[str]]:
     """The linears that are floats, and those that are quantized, by their names in the model."""
     plain: list[str] = []
     packed: list[str] = []

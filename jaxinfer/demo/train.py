@@ -26,12 +26,12 @@ import ml_dtypes
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from jaxinfer.attention import Batch
+from jaxinfer.attention import ForwardBatch
 from jaxinfer.demo import evaluate
 from jaxinfer.demo.families import FAMILIES, Question
 from jaxinfer.demo.questions import training_questions
 from jaxinfer.demo.tokenizer import BOS_ID, EOS_ID, build_tokenizer, load_tokenizer
-from jaxinfer.models.model import Model, Params
+from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.places import check_new, local
 
 T = TypeVar("T")
@@ -113,7 +113,7 @@ def tokenizer_for_families() -> bytes:
 class TrainingBatch(NamedTuple):
     """Rows of S tokens for a vmapped forward: the batch, the next tokens i32[rows, S], their losses' weights."""
 
-    batch: Batch
+    batch: ForwardBatch
     targets: np.ndarray
     weights: np.ndarray
 
@@ -130,18 +130,18 @@ def batches(tokenizer: SentencePieceProcessor, seed: int) -> Iterator[TrainingBa
     questions = training_questions(seed)
     waiting: list[tuple[list[int], int]] = []
     constant: dict[str, Any] = {
-        "q_start": np.full((ROWS, 2), (0, ROW_LENGTH), np.int32),
-        "kv_len": np.full((ROWS, 1), ROW_LENGTH, np.int32),
+        "cu_q_lens": np.full((ROWS, 2), (0, ROW_LENGTH), np.int32),
+        "kv_lens": np.full((ROWS, 1), ROW_LENGTH, np.int32),
         "tables": (),
-        "rows": np.full((ROWS, 3), (0, 1, 1), np.int32),
+        "distribution": np.full((ROWS, 3), (0, 1, 1), np.int32),
     }
     while True:
         if len(waiting) < 8 * ROWS:
             waiting += _examples(tokenizer, list(itertools.islice(questions, 32 * ROWS)))
         packed = [_pack_row(waiting) for _ in range(ROWS)]
         tokens, positions, row, targets, weights = map(np.stack, zip(*packed, strict=True))
-        per_token: dict[str, Any] = {"tokens": tokens, "positions": positions, "row": row}
-        yield TrainingBatch(Batch(**per_token, **constant), targets, weights)
+        per_token: dict[str, Any] = {"tokens": tokens, "positions": positions, "segment_ids": row}
+        yield TrainingBatch(ForwardBatch(**per_token, **constant), targets, weights)
 
 
 def _examples(tokenizer: SentencePieceProcessor, questions: Sequence[Question]) -> list[tuple[list[int], int]]:
@@ -190,7 +190,7 @@ def _ahead(items: Iterator[T], size: int = 8) -> Iterator[T]:
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-def train(model: Model, data: Iterator[TrainingBatch], steps: int, seed: int) -> Params:
+def train(model: AbstractModel, data: Iterator[TrainingBatch], steps: int, seed: int) -> Params:
     """The parameters after `steps` steps on `data`; prints how it goes to stderr."""
     import optax
     from optax.contrib import MuonDimensionNumbers, muon
@@ -207,7 +207,7 @@ def train(model: Model, data: Iterator[TrainingBatch], steps: int, seed: int) ->
         optax.clip_by_global_norm(1.0), muon(schedule, weight_decay=0.05, muon_weight_dimension_numbers=by_muon)
     )
 
-    def loss(params: Params, batch: Batch, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    def loss(params: Params, batch: ForwardBatch, targets: jax.Array, weights: jax.Array) -> jax.Array:
         module = model.bind(params)
         logits = jax.vmap(lambda row: module(row, None)[0])(batch)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -262,7 +262,7 @@ def make(folder: Path, steps: int, seed: int, architecture: Mapping[str, Any]) -
     serialized = tokenizer_for_families()
     tokenizer = load_tokenizer(serialized)
     settings = config(tokenizer.vocab_size(), architecture)
-    model = Model.from_config(settings, "float32")
+    model = AbstractModel.from_config(settings, "float32")
     params = train(model, batches(tokenizer, seed), steps, seed)
     save(folder, params, settings, serialized)
 

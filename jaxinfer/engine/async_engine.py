@@ -12,7 +12,7 @@ from typing import Self, Unpack
 
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.engine import EngineStats
-from jaxinfer.engine.generation import Group
+from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.outputs import RequestOutput
 from jaxinfer.engine.prompts import Prompt, encode_prompt
@@ -40,7 +40,7 @@ class AsyncEngine:
         self.engine_thread = EngineThread(loaded.engine, "AsyncEngine")
         self._default_sampling_params = loaded.default_sampling_params
         self._ids = itertools.count()
-        self._open: dict[str, Group] = {}  # all requests that have not ended
+        self._open: dict[str, RequestGroup] = {}  # all requests that have not ended
         self._lock = threading.Lock()  # of _open
 
     @property
@@ -73,7 +73,7 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
 
-        def listener(group: Group, error: BaseException | None) -> None:
+        def listener(group: RequestGroup, error: BaseException | None) -> None:
             closed = isinstance(error, EngineClosed)
             if error is not None or group.finished:
                 self._forget(name, group)  # before anybody hears of the end, and uses the name again
@@ -114,7 +114,7 @@ class AsyncEngine:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    def _remember(self, name: str, group: Group) -> None:
+    def _remember(self, name: str, group: RequestGroup) -> None:
         with self._lock:
             if name in self._open:
                 raise RequestError(f"request_id {name!r} is in use by a request that has not ended", "request_id")
@@ -123,7 +123,7 @@ class AsyncEngine:
                 raise QueueFullError(f"{waiting} requests are waiting, and max_queued is {self.max_queued}; try later")
             self._open[name] = group
 
-    def _forget(self, name: str, group: Group) -> None:
+    def _forget(self, name: str, group: RequestGroup) -> None:
         """The request, not another one that has its name by now."""
         with self._lock:
             if self._open.get(name) is group:

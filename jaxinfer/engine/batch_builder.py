@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxinfer.attention import Batch, Table
+from jaxinfer.attention import ForwardBatch, Table
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import (
     Decode,
@@ -23,7 +23,7 @@ from jaxinfer.engine.programs import (
     Scored,
 )
 from jaxinfer.engine.request import Held, Request
-from jaxinfer.engine.scheduler import Schedule
+from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 
 
@@ -59,7 +59,7 @@ class BatchBuilder:
         ]
         self._last_sampling: dict[int, tuple[tuple[int, ...], SamplingArrays]] = {}  # by shard
 
-    def build(self, schedules: Sequence[Schedule]) -> Built:
+    def build(self, schedules: Sequence[SchedulerOutput]) -> Built:
         """What is called for these schedules, one for each shard of rows."""
         if not any(schedule.chunks for schedule in schedules):
             rows = Buckets.fit(self._buckets.decode, max(len(s.decode) for s in schedules))
@@ -82,44 +82,44 @@ class BatchBuilder:
         """A request's among those of all shards."""
         return request.shard * (self._max_rows + 1) + request.slot
 
-    def _forward_arrays(self, shard: int, schedule: Schedule, length: int) -> tuple[Any, ...]:
+    def _forward_arrays(self, shard: int, schedule: SchedulerOutput, length: int) -> tuple[Any, ...]:
         """What one shard gives to a forward."""
         requests, total, size = schedule.requests, sum(schedule.counts), self._max_rows
         tokens, positions, row = (np.zeros(length, np.int32) for _ in range(3))
-        q_start = np.full(size + 1, total, np.int32)
-        q_start[0] = 0
-        kv_len, slot, prompt_length = np.zeros(size, np.int32), np.full(size, size, np.int32), np.zeros(size, np.int32)
+        cu_q_lens = np.full(size + 1, total, np.int32)
+        cu_q_lens[0] = 0
+        kv_lens, slot, prompt_length = np.zeros(size, np.int32), np.full(size, size, np.int32), np.zeros(size, np.int32)
         slot[: len(requests)] = [request.slot for request in requests]
         end = len(schedule.decode)  # decoding rows find their token in their slot
         positions[:end] = schedule.start[:end]
-        row[:end] = q_start[:end] = np.arange(end)
-        kv_len[:end] = positions[:end] + 1
-        q_start[end] = end
+        row[:end] = cu_q_lens[:end] = np.arange(end)
+        kv_lens[:end] = positions[:end] + 1
+        cu_q_lens[end] = end
         for i, (request, count) in enumerate(schedule.chunks, end):
             start, past = end, schedule.start[i]
             end = start + count
             tokens[start:end] = request.tokens[past : past + count]
             positions[start:end] = np.arange(past, past + count)
             row[start:end] = i
-            q_start[i + 1] = end
-            kv_len[i] = past + count
+            cu_q_lens[i + 1] = end
+            kv_lens[i] = past + count
             prompt_length[i] = request.prompt_length if request.params.has_penalties else 0
         row[total:] = size - 1
         rows = np.array([len(schedule.decode), len(requests), len(requests)], np.int32)
         tables = self._tables_of(shard, requests, slot)
-        arrays: tuple[Any, ...] = tokens, positions, row, q_start, kv_len, tables, rows
-        return Batch(*arrays), ForwardRows(slot, prompt_length)
+        arrays: tuple[Any, ...] = tokens, positions, row, cu_q_lens, kv_lens, tables, rows
+        return ForwardBatch(*arrays), ForwardRows(slot, prompt_length)
 
-    def _sample_arrays(self, shard: int, schedule: Schedule, size: int) -> tuple[Any, ...]:
+    def _sample_arrays(self, shard: int, schedule: SchedulerOutput, size: int) -> tuple[Any, ...]:
         """What one shard gives to a sample."""
         slot, samples = self._slots(schedule, size)
-        logits_at, length = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        logits_indices, length = np.zeros(size, np.int32), np.zeros(size, np.int32)
         counts = np.array(schedule.counts, np.int32)
-        logits_at[: len(counts)] = np.cumsum(counts, dtype=np.int32) - 1
+        logits_indices[: len(counts)] = np.cumsum(counts, dtype=np.int32) - 1
         length[: len(counts)] = counts + schedule.start
-        return SampleRows(slot, samples, logits_at, length), self._sampling(shard, schedule.requests, size)
+        return SampleRows(slot, samples, logits_indices, length), self._sampling(shard, schedule.requests, size)
 
-    def _scored_arrays(self, shard: int, schedule: Schedule, spans: dict[int, ScoredSpan]) -> tuple[Any, ...]:
+    def _scored_arrays(self, shard: int, schedule: SchedulerOutput, spans: dict[int, ScoredSpan]) -> tuple[Any, ...]:
         """What one shard gives to a score; where its requests' log-probabilities will be goes into `spans`."""
         tokens, after = np.zeros(self._max_tokens, np.int32), np.zeros(self._max_tokens, np.int32)
         likeliest, end, start = False, 0, len(schedule.decode)
@@ -136,7 +136,7 @@ class BatchBuilder:
             start += count
         return (Scored(tokens, after, np.array([end], np.int32), np.array([likeliest])),)
 
-    def _decode_arrays(self, shard: int, schedule: Schedule, size: int) -> tuple[Any, ...]:
+    def _decode_arrays(self, shard: int, schedule: SchedulerOutput, size: int) -> tuple[Any, ...]:
         """What one shard gives to a decoding call."""
         requests = schedule.decode
         positions = np.zeros(size, np.int32)
@@ -145,7 +145,7 @@ class BatchBuilder:
         rows = DecodeRows(slot, samples, positions, self._tables_of(shard, requests, slot))
         return rows, self._sampling(shard, requests, size)
 
-    def _slots(self, schedule: Schedule, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def _slots(self, schedule: SchedulerOutput, size: int) -> tuple[np.ndarray, np.ndarray]:
         """slot and samples of each row."""
         slot = np.full(size, self._max_rows, np.int32)
         samples = np.zeros(size, np.int32)

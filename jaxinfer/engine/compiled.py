@@ -33,7 +33,7 @@ from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.engine.sizing import Sizes
 from jaxinfer.kernels.cpu import kernels
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import parse_config
 from jaxinfer.places import locate
 from jaxinfer.sharding import parse_mesh
@@ -122,7 +122,7 @@ def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
     return _plain(found)
 
 
-def describe_model(model: Model) -> dict[str, Any]:
+def describe_model(model: AbstractModel) -> dict[str, Any]:
     """Everything of a model that a program depends on."""
     return _describe(model.config)
 

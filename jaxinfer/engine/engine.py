@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
-from jaxinfer.engine.generation import Generation, Group
+from jaxinfer.engine.generation import RequestGroup, SequenceOutput
 from jaxinfer.engine.request import FinishReason, Request
-from jaxinfer.engine.runner import Launched, Runner
-from jaxinfer.engine.scheduler import Schedule
+from jaxinfer.engine.runner import PendingStep, Runner
+from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.engine.scoring import SCORING, Scoring
-from jaxinfer.engine.shards import Shards
+from jaxinfer.engine.shards import DataParallelScheduler
 from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
 from jaxinfer.sampling.slots import Masks
@@ -63,8 +63,8 @@ class EngineStats:
 class Call(NamedTuple):
     """A call that the device has and the host has not taken in yet."""
 
-    schedules: list[Schedule]  # one for each shard of rows
-    launched: Launched
+    schedules: list[SchedulerOutput]  # one for each shard of rows
+    launched: PendingStep
     start: float
     compiled: float  # Runner.compile_seconds then
 
@@ -75,7 +75,7 @@ class Engine:
     def __init__(
         self,
         runner: Runner,
-        scheduler: Shards,
+        scheduler: DataParallelScheduler,
         tokenizer: Tokenizer,
         *,
         eos_token_ids: Sequence[int],
@@ -91,7 +91,7 @@ class Engine:
         self._seed = seed
         self._next_id = 0
         self._id_lock = threading.Lock()
-        self._generations: dict[int, Generation | Scoring] = {}
+        self._generations: dict[int, SequenceOutput | Scoring] = {}
         self._followers: dict[int, list[Request]] = {}  # of a prompt's first continuation: those that wait for it
         self._in_flight: deque[Call] = deque()
         self._arrived = 0.0  # when the last call's tokens did
@@ -124,7 +124,7 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> Group:
+    ) -> RequestGroup:
         """A request for `queue`. cache_salt: see Encoded. Raises RequestError for ids, a length or parameters that
         can't be served.
 
@@ -153,8 +153,8 @@ class Engine:
                 scored_from=1 if params.prompt_logprobs is not None and not index else None,
                 exclusions=excluded.anew() if excluded is not None else None,
             )
-            members.append(Generation(request, self.tokenizer, index))
-        return Group(prompt, members)
+            members.append(SequenceOutput(request, self.tokenizer, index))
+        return RequestGroup(prompt, members)
 
     def new_scoring(self, token_ids: Sequence[int], scored_from: int, text: str | None = None) -> Scoring:
         """A text for `queue`, whose tokens from `scored_from` on are scored. Raises RequestError for ids or a length
@@ -174,7 +174,7 @@ class Engine:
         )
         return Scoring(request, text)
 
-    def queue(self, group: Group | Scoring) -> None:
+    def queue(self, group: RequestGroup | Scoring) -> None:
         """Takes a new request."""
         first, *others = (member.request for member in group.members)
         with self._whole():
@@ -187,7 +187,7 @@ class Engine:
 
     def add(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None, priority: int = 0
-    ) -> Group:
+    ) -> RequestGroup:
         """`new_group`, queued."""
         group = self.new_group(prompt_token_ids, params, prompt, priority)
         self.queue(group)
@@ -243,13 +243,13 @@ class Engine:
         self.scheduler.check(self._limit(length, params))
         return stop_ids, excluded
 
-    def step(self, max_seconds: float | None = None) -> list[Generation | Scoring]:
+    def step(self, max_seconds: float | None = None) -> list[SequenceOutput | Scoring]:
         """Gives the device its next call and takes in the tokens of the one before; returns the generations that got
         some. `max_seconds` bounds a decoding call, roughly."""
         with self._whole():
             return self._step(max_seconds)
 
-    def abort(self, group: Group | Scoring) -> None:
+    def abort(self, group: RequestGroup | Scoring) -> None:
         """Ends a prompt's continuations, wherever they are; nothing of them stays behind."""
         with self._whole():
             for generation in group.members:
@@ -290,7 +290,7 @@ class Engine:
             self._next_id += count
             return self._next_id - count
 
-    def _step(self, max_seconds: float | None) -> list[Generation | Scoring]:
+    def _step(self, max_seconds: float | None) -> list[SequenceOutput | Scoring]:
         exact = any(r.exclusions is not None and r.exclusions.follows for r in self.scheduler.running)
         if not exact or not self._in_flight:
             # Preempting, or excluding what may not follow the tokens so far, needs all of them to be known.
@@ -302,7 +302,7 @@ class Engine:
                     return []  # the next one is scheduled while this one runs
         return self._take_in(self._in_flight.popleft()) if self._in_flight else []
 
-    def _launch(self, schedules: list[Schedule]) -> Call:
+    def _launch(self, schedules: list[SchedulerOutput]) -> Call:
         launched = self.runner.launch(schedules)
         return Call(schedules, launched, time.perf_counter(), self.runner.compile_seconds)
 
@@ -315,7 +315,7 @@ class Engine:
             steps = min(steps, int(max_seconds / one) if one else 1)
         return max(steps, 1)
 
-    def _prepare_slots(self, schedules: list[Schedule]) -> None:
+    def _prepare_slots(self, schedules: list[SchedulerOutput]) -> None:
         for request in (request for schedule in schedules for request in schedule.requests):
             params = request.params
             excluded = request.exclusions
@@ -329,13 +329,13 @@ class Engine:
                     self.runner.prepare(request, masks, clear=begins)
                     request.prepared, request.forbidden = True, forbidden
 
-    def _take_in(self, call: Call) -> list[Generation | Scoring]:
+    def _take_in(self, call: Call) -> list[SequenceOutput | Scoring]:
         result = call.launched.wait()
         now = time.perf_counter()
         # The next call may have been compiled while this one's tokens lay waiting.
         seconds = now - max(call.start, self._arrived) - (self.runner.compile_seconds - call.compiled)
         self._arrived = now
-        touched: list[Generation | Scoring] = []
+        touched: list[SequenceOutput | Scoring] = []
         rows = len(result.count) // len(call.schedules)  # of each shard
         scheduled = [(i * rows + row, r) for i, s in enumerate(call.schedules) for row, r in enumerate(s.requests)]
         for row, request in scheduled:
@@ -347,7 +347,7 @@ class Engine:
                 generation.accept_scored(result.scored, *span)
             count = int(result.count[row])
             if count:
-                assert isinstance(generation, Generation)
+                assert isinstance(generation, SequenceOutput)
                 generation.accept(result.tokens[:count, row].tolist(), result.logprobs, row)
             elif not generation.finished:
                 continue  # an inner chunk of a prompt
@@ -363,7 +363,7 @@ class Engine:
         self._count(call.schedules, int(result.count.sum()), int(result.count.max()), seconds)
         return touched
 
-    def _count(self, schedules: list[Schedule], sampled: int, steps: int, seconds: float) -> None:
+    def _count(self, schedules: list[SchedulerOutput], sampled: int, steps: int, seconds: float) -> None:
         stats = self._stats
         stats.calls += 1
         if any(schedule.chunks for schedule in schedules):

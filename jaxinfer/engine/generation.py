@@ -16,7 +16,7 @@ from jaxinfer.text.stop import StopStrings
 Ranked = dict[int, Logprob]
 
 
-class Generation:
+class SequenceOutput:
     """Takes one sequence's tokens as they are sampled and turns them into text, until something ends it."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, index: int = 0):
@@ -143,10 +143,10 @@ def not_finite(tokens: int) -> str:
     )
 
 
-class Group:
+class RequestGroup:
     """The continuations of one prompt: SamplingParams.n of them."""
 
-    def __init__(self, prompt: str | None, members: list[Generation]):
+    def __init__(self, prompt: str | None, members: list[SequenceOutput]):
         self.prompt = prompt
         self.members = members
 

@@ -34,15 +34,15 @@ from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.programs import Programs, cache_layout, placed_hidden, placed_params, placed_slots
+from jaxinfer.engine.programs import Programs, cache_layout, placed_decode_state, placed_hidden, placed_params
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
-from jaxinfer.engine.shards import Shards
+from jaxinfer.engine.shards import DataParallelScheduler
 from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, device_bytes, page_size, size_cache
 from jaxinfer.errors import CheckpointError
 from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import parse_config
 from jaxinfer.quantization.stored import asked_for
 from jaxinfer.sampling.params import SamplingParams
@@ -124,7 +124,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             checkpoint.check(given["quantization"])
         place = _place(shape, devices, given["mesh"])
         dtype = choose_dtype(given["dtype"], config, checkpoint, place)
-        abstract = Model.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
+        abstract = AbstractModel.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
         # Refuses what can't be, before the weights are read.
         cache_layout(abstract, place, given["attention"], given["kv_cache_dtype"])
         if group is not None:
@@ -215,7 +215,7 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     check_cache_memory(given["kv_cache_memory"], _memory())
     place = _place(parse_config(config)[1], devices, given["mesh"])
     dtype = choose_dtype(given["dtype"], config, None, place)
-    model = Model.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
+    model = AbstractModel.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
     weights = device_bytes(placed_params(model, place))
     return sized_programs(model, place, given, _available(model, place, given, weights=weights))
 
@@ -225,7 +225,7 @@ def _devices() -> list[jax.Device]:
     return local_devices() if distributed.group() is None else jax.devices()
 
 
-def place_for(model: Model, mesh: str | None) -> jax.Device | Mesh:
+def place_for(model: AbstractModel, mesh: str | None) -> jax.Device | Mesh:
     """What would hold the model here: see EngineConfig."""
     return _place(model.config, _devices(), mesh)
 
@@ -237,7 +237,7 @@ def _place(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | None) 
     return make_mesh(mesh, devices, shape.num_heads, shape.num_kv_heads, shape.hidden_size, wanted) or devices[0]
 
 
-def _misfit(compiled: Folder, model: Model, place: jax.Device | Mesh, given: EngineConfig) -> str | None:
+def _misfit(compiled: Folder, model: AbstractModel, place: jax.Device | Mesh, given: EngineConfig) -> str | None:
     """What is wrong with the cache of programs that were compiled ahead."""
     sizes, attention = compiled.sizes, compiled.manifest.attention
     if sizes.bytes > (room := _available(model, place, given, RESERVE)):
@@ -254,7 +254,7 @@ def _misfit(compiled: Folder, model: Model, place: jax.Device | Mesh, given: Eng
     return None
 
 
-def make_scheduler(programs: Programs, prefix_caching: bool = True) -> Shards:
+def make_scheduler(programs: Programs, prefix_caching: bool = True) -> DataParallelScheduler:
     """For calls of these programs."""
 
     groups = programs.layout.groups
@@ -265,11 +265,11 @@ def make_scheduler(programs: Programs, prefix_caching: bool = True) -> Shards:
         cache = KVCacheManager(paged, *sizes, prefix_caching, whole=len(paged) == len(groups))
         return Scheduler(cache, programs.max_rows, programs.max_tokens)
 
-    return Shards([one() for _ in range(programs.shards)])
+    return DataParallelScheduler([one() for _ in range(programs.shards)])
 
 
 def sized_programs(
-    model: Model, place: jax.Device | Mesh, given: EngineConfig, available: int, compiled: Folder | None = None
+    model: AbstractModel, place: jax.Device | Mesh, given: EngineConfig, available: int, compiled: Folder | None = None
 ) -> tuple[Programs, Sizes]:
     """With a cache of the size that was compiled for, or of as many pages as there is room for in `available` bytes of
     each device. Raises ValueError if that is not enough."""
@@ -346,7 +346,7 @@ def reach_of(max_tokens: int) -> int:
 
 
 def _available(
-    model: Model, place: jax.Device | Mesh, given: EngineConfig, slack: float = 0.0, weights: int = 0
+    model: AbstractModel, place: jax.Device | Mesh, given: EngineConfig, slack: float = 0.0, weights: int = 0
 ) -> int:
     """Bytes that the KV cache may take of each device, now that the weights are there, or `weights` bytes of them are
     to come; on the host with the least. slack: share of the memory that it may have beyond what is planned."""
@@ -354,11 +354,13 @@ def _available(
     return here if group is None else int(min(group.gather(here)))
 
 
-def _available_here(model: Model, place: jax.Device | Mesh, given: EngineConfig, slack: float, weights: int) -> int:
+def _available_here(
+    model: AbstractModel, place: jax.Device | Mesh, given: EngineConfig, slack: float, weights: int
+) -> int:
     if given["kv_cache_memory"] is not None:
         return given["kv_cache_memory"]
     max_rows, max_tokens = limits(given, place)
-    rest = device_bytes((placed_slots(model, place, max_rows), placed_hidden(model, place, max_tokens)))
+    rest = device_bytes((placed_decode_state(model, place, max_rows), placed_hidden(model, place, max_tokens)))
     stats = _memory_stats()
     if stats is None:
         return max(0, int(_memory() * CPU_SHARE) - rest)

@@ -21,7 +21,7 @@ from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.leader import Leader
 from jaxinfer.engine.programs import Decode, Key, Prepare, Programs, Sample, Sampled, Score, State, Zeros
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.scheduler import Schedule
+from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.sample import Logprobs
 from jaxinfer.sampling.slots import Masks
@@ -40,7 +40,7 @@ class Result:
 
 
 @dataclass
-class Launched:
+class PendingStep:
     """A call that the device has been given. rows: of all shards."""
 
     sampled: Sampled | None
@@ -88,13 +88,13 @@ class Runner:
         self._call([(Zeros.key, ())])
         self.leader: Leader | None = None  # on process 0 of several
 
-    def launch(self, schedules: Sequence[Schedule]) -> Launched:
+    def launch(self, schedules: Sequence[SchedulerOutput]) -> PendingStep:
         """Gives a call to the device, one schedule for each shard of rows, and does not wait for it."""
         built = self.batches.build(schedules)
         results = {key[0]: result for (key, _), result in zip(built.calls, self.call(built.calls), strict=True)}
         sampled = results.get(Sample.kind, results.get(Decode.kind))
         rows = len(schedules) * max(len(schedule.requests) for schedule in schedules)
-        return Launched(sampled, results.get(Score.kind), _want_logprobs(schedules), built.spans, rows)
+        return PendingStep(sampled, results.get(Score.kind), _want_logprobs(schedules), built.spans, rows)
 
     def prepare(self, request: Request, masks: Masks, clear: bool) -> None:
         """Makes a sequence's slot ready for its penalties and masks; `clear` forgets the tokens of the one before."""
@@ -195,7 +195,7 @@ class Runner:
         _trim_memory()  # the compiler leaves a hundred megabytes behind each time
 
 
-def _want_logprobs(schedules: Sequence[Schedule]) -> bool:
+def _want_logprobs(schedules: Sequence[SchedulerOutput]) -> bool:
     return any(request.params.logprobs is not None for schedule in schedules for request in schedule.requests)
 
 

@@ -4,7 +4,7 @@ Continuous batching: rows join and leave at every call. Decoding rows go first, 
 token budget goes to prompts, in chunks, by priority, then first come, first served. When pages run out, the youngest
 request gives its pages back and is computed again later; its tokens so far are kept, so the output is the same.
 
-`promise` counts what a call will have done before it has: what is scheduled will be run, in order. So the next call
+`advance` counts what a call will have done before it has: what is scheduled will be run, in order. So the next call
 may be asked for before the tokens of the last one are known (`Request.length` counts them already), and `restart` takes
 the promise back.
 """
@@ -20,14 +20,14 @@ from jaxinfer.engine.request import Request
 
 
 @dataclass
-class Schedule:
+class SchedulerOutput:
     """One device call. Either every row decodes up to `steps` tokens (no chunks), or each decoding row decodes one
     token beside chunks of prompts: (request, number of its next tokens).
 
     start: tokens of each row in the cache before the call, in the order of `requests`. samples: tokens that each row
     samples, unless it stops earlier; 0 for an inner chunk of a prompt.
-    short: pages ran out and `may_preempt` was not given: nothing is to be run before it is, or the oldest would wait
-    for the youngest.
+    out_of_pages: some are missing and `may_preempt` was not given: nothing is to be run before it is, or the oldest
+    would wait for the youngest.
     """
 
     decode: list[Request] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Schedule:
     steps: int = 1
     start: list[int] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
-    short: bool = False
+    out_of_pages: bool = False
 
     @property
     def requests(self) -> list[Request]:
@@ -80,29 +80,29 @@ class Scheduler:
         """Raises ValueError if a sequence of up to `limit` tokens could never run, even alone."""
         self.cache.check(limit)
 
-    def schedule(self, max_steps: int, may_preempt: bool = True) -> Schedule:
+    def schedule(self, max_steps: int, may_preempt: bool = True) -> SchedulerOutput:
         """The next call; at most `max_steps` tokens a decoding row. Empty if there is nothing to do."""
         schedule = self.decoding(may_preempt)
-        if not schedule.short:
+        if not schedule.out_of_pages:
             self.fill(schedule)
-            self.promise(schedule, self.steps(schedule, max_steps))
+            self.advance(schedule, self.steps(schedule, max_steps))
         return schedule
 
-    def decoding(self, may_preempt: bool) -> Schedule:
+    def decoding(self, may_preempt: bool) -> SchedulerOutput:
         """The rows that decode, with pages for a token each; those whose prompts are not computed yet have theirs for a
         chunk, for as many as fell out of windows."""
-        schedule = Schedule()
+        schedule = SchedulerOutput()
         for request in list(self.running):
             if request.slot < 0 or (request.decoding and not request.room):
                 continue
             if not self._reserve(request, request.length, may_preempt):
-                schedule.short |= not may_preempt
+                schedule.out_of_pages |= not may_preempt
             elif request.decoding:
                 schedule.decode.append(request)
         schedule.decode = [r for r in schedule.decode if r.slot >= 0]  # a later one may have preempted it
-        return Schedule(short=True) if schedule.short else schedule
+        return SchedulerOutput(out_of_pages=True) if schedule.out_of_pages else schedule
 
-    def fill(self, schedule: Schedule) -> None:
+    def fill(self, schedule: SchedulerOutput) -> None:
         """Adds chunks of prompts, as far as tokens, rows and pages go."""
         budget = self.max_tokens - len(schedule.decode)
         for request in self.running:
@@ -164,7 +164,7 @@ class Scheduler:
         self.running.append(request)
         return True
 
-    def _chunk(self, schedule: Schedule, request: Request, budget: int) -> int:
+    def _chunk(self, schedule: SchedulerOutput, request: Request, budget: int) -> int:
         count = min(budget, request.length - request.computed)
         if count > 0:
             schedule.chunks.append((request, count))
@@ -172,7 +172,7 @@ class Scheduler:
             self.publish(request, request.computed + count)
         return max(count, 0)
 
-    def promise(self, schedule: Schedule, steps: int) -> None:
+    def advance(self, schedule: SchedulerOutput, steps: int) -> None:
         """Counts what the call will have done."""
         schedule.steps = steps
         rows = schedule.requests
@@ -208,7 +208,7 @@ class Scheduler:
         self._free_slots.append(request.slot)
         request.slot = -1
 
-    def steps(self, schedule: Schedule, max_steps: int) -> int:
+    def steps(self, schedule: SchedulerOutput, max_steps: int) -> int:
         """As many steps as are wanted and as there are pages for. Somebody waiting gets the first row that ends."""
         decode = schedule.decode
         if schedule.chunks or not decode:

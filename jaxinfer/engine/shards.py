@@ -10,10 +10,10 @@ import heapq
 from collections.abc import Iterable, Sequence
 
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.scheduler import Schedule, Scheduler
+from jaxinfer.engine.scheduler import Scheduler, SchedulerOutput
 
 
-class Shards:
+class DataParallelScheduler:
     """Schedules for all shards of rows. There is at least one."""
 
     def __init__(self, shards: Sequence[Scheduler]):
@@ -54,14 +54,14 @@ class Shards:
         self.check(request.limit)
         self._queue(request)
 
-    def schedule(self, max_steps: int, may_preempt: bool = True) -> list[Schedule]:
+    def schedule(self, max_steps: int, may_preempt: bool = True) -> list[SchedulerOutput]:
         """The next call, as each shard sees it. All are empty if there is nothing to do."""
         if len(self.shards) == 1:
             return [self.shards[0].schedule(max_steps, may_preempt)]
         self._deal()
         schedules = [shard.decoding(may_preempt) for shard in self.shards]
-        if any(schedule.short for schedule in schedules):
-            return [Schedule(short=True) for _ in self.shards]
+        if any(schedule.out_of_pages for schedule in schedules):
+            return [SchedulerOutput(out_of_pages=True) for _ in self.shards]
         both = list(zip(self.shards, schedules, strict=True))
         for shard, schedule in both:
             shard.fill(schedule)
@@ -69,7 +69,7 @@ class Shards:
         if not any(schedule.chunks for schedule in schedules):
             steps = min((shard.steps(s, max_steps) for shard, s in both if s.decode), default=1)
         for shard, schedule in both:
-            shard.promise(schedule, steps)
+            shard.advance(schedule, steps)
         return schedules
 
     def publish(self, request: Request, computed: int) -> None:

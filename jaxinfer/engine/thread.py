@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxinfer.engine.engine import Engine
-from jaxinfer.engine.generation import Group
+from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.scoring import Scoring
 from jaxinfer.errors import EngineClosed
 
@@ -21,7 +21,7 @@ STREAM_SECONDS = 0.1  # who reads as it comes is told something this often, wher
 GATHER_SECONDS = 0.005  # an idle engine waits so long for the next of several requests, to begin with all of them
 EXIT_SECONDS = 60.0  # the program's end waits so long for a call of the device to end
 
-AnyGroup = Group | Scoring
+AnyGroup = RequestGroup | Scoring
 Listener = Callable[[Any, BaseException | None], None]  # Any: the group that was submitted
 
 

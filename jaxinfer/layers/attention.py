@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxinfer.attention import AttentionSpec, Batch, attend
+from jaxinfer.attention import AttentionSpec, ForwardBatch, attend
 from jaxinfer.cache import LayerCache, attention_spec
 from jaxinfer.layers.linear import Linear, linears
 from jaxinfer.layers.norm import RMSNorm
@@ -44,7 +44,7 @@ class SelfAttention(nnx.Module):
         self.cache_spec = attention_spec(num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads)
 
     def __call__(
-        self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], cache: LayerCache | None, batch: Batch
+        self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], cache: LayerCache | None, batch: ForwardBatch
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x [T, D]` -> `[T, D]` and the layer's cache with this step's keys and values."""
         tokens = x.shape[0]

@@ -14,12 +14,12 @@ from jaxinfer.weights import Axes, Dense, Weight, dot, dots, take
 
 
 def parameter(
-    shape: tuple[int, ...], axes: Axes, dtype: DTypeLike, rngs: nnx.Rngs, looked_up: bool = False
+    shape: tuple[int, ...], axes: Axes, dtype: DTypeLike, rngs: nnx.Rngs, is_embedding: bool = False
 ) -> nnx.Param[Weight]:
     """A weight, declared once: shape `[..., out, in]`, dtype, logical axes, initializer (normal with deviation 0.02, as
     in GPT-2). looked_up: rows of it are taken, which quantization leaves alone unless it is told to."""
     values = jax.random.normal(rngs.params(), shape, jnp.dtype(dtype)) * jnp.asarray(0.02, dtype)
-    return nnx.Param(Dense(values, axes), axes=axes, looked_up=looked_up)
+    return nnx.Param(Dense(values, axes), axes=axes, is_embedding=is_embedding)
 
 
 class Linear(nnx.Module):
@@ -34,14 +34,14 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return linears(x, self)[0]
 
-    def meet(self, x: jax.Array) -> None:
+    def observe(self, x: jax.Array) -> None:
         """Is told what it multiplies: for those who want to know."""
 
 
 def linears(x: jax.Array, *layers: Linear) -> list[jax.Array]:
     """What each of the layers makes of x, at once where that is faster."""
     for layer in layers:
-        layer.meet(x)
+        layer.observe(x)
     outs = dots(x, [layer.weight.get_value() for layer in layers])
     biases = [None if layer.bias is None else layer.bias.get_value() for layer in layers]
     return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
@@ -51,7 +51,7 @@ class Embedding(nnx.Module):
     """A table `[rows, D]` looked up by id."""
 
     def __init__(self, rows: int, features: int, *, axes: Axes = ("vocab", "embed"), dtype: DTypeLike, rngs: nnx.Rngs):
-        self.weight = parameter((rows, features), axes, dtype, rngs, looked_up=True)
+        self.weight = parameter((rows, features), axes, dtype, rngs, is_embedding=True)
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, ids: jax.Array, mesh: Mesh | None = None) -> jax.Array:

@@ -11,19 +11,19 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.attention import Batch
+from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import Cache, LayerCache
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, fsdp_axis, on_axes, on_tensor
 
 M = TypeVar("M", bound=nnx.Module)
-# Of a layer on the stream, with its own cache and its group's view of the batch.
-RunLayer = Callable[[M, jax.Array, LayerCache | None, Batch], tuple[jax.Array, LayerCache | None]]
+# Of a layer on hidden states, with its own cache and its group's view of the batch.
+RunLayer = Callable[[M, jax.Array, LayerCache | None, ForwardBatch], tuple[jax.Array, LayerCache | None]]
 
 
 def stack(
-    layers: Iterable[M], x: jax.Array, cache: Cache | None, batch: Batch, run: RunLayer[M]
+    layers: Iterable[M], x: jax.Array, cache: Cache | None, batch: ForwardBatch, run: RunLayer[M]
 ) -> tuple[jax.Array, Cache | None]:
-    """The stream `[T, D]` after all layers, and the cache with their new keys and values."""
+    """The hidden states `[T, D]` after all layers, and the cache with their new keys and values."""
     assert cache is None or batch.layers is not None, "a batch over a cache says which layer has which part of it"
     arrays, views = list(cache or ()), batch.views()
     places = batch.layers.places if batch.layers is not None and cache is not None else ()
@@ -73,4 +73,4 @@ def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:
 def _axes(variable: Any) -> list[tuple[str | None, ...]]:
     """The logical axes of a weight's arrays."""
     about = variable.get_metadata()
-    return variable.get_value().array_axes if "looked_up" in about else [about["axes"]]  # a weight, or one array
+    return variable.get_value().array_axes if "is_embedding" in about else [about["axes"]]  # a weight, or one array

@@ -9,28 +9,28 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxinfer.attention import Batch
+from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import Cache, KVCacheSpec
 from jaxinfer.layers.stack import RunLayer, stack
 
 # Of a layer: what is multiplied channel by channel with what it feeds (norms; linears, whose outputs reach others with
 # no more than sums over tokens and factors of other sources between), and the linears that take it.
-Feeds = tuple[tuple[str, tuple[str, ...]], ...]
+SmoothingPairs = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 class CausalLM(nnx.Module):
     """A body, which is run on all tokens of a batch, and an output head, for those whose logits are wanted."""
 
-    def embed(self, batch: Batch) -> jax.Array:
-        """The stream before the first layer, `[T, D]`."""
+    def embed(self, batch: ForwardBatch) -> jax.Array:
+        """The hidden states before the first layer, `[T, D]`."""
         raise NotImplementedError
 
     def blocks(self) -> Sequence[Any]:
         """The layers."""
         raise NotImplementedError
 
-    def runner(self, batch: Batch) -> RunLayer[Any]:
-        """What runs one of the layers on the stream."""
+    def runner(self, batch: ForwardBatch) -> RunLayer[Any]:
+        """What runs one of the layers on hidden states."""
         raise NotImplementedError
 
     def cache_specs(self) -> tuple[KVCacheSpec | None, ...]:
@@ -42,15 +42,15 @@ class CausalLM(nnx.Module):
 
         return tuple(next(specs(block), None) for block in self.blocks())
 
-    def hidden(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """The stream after the last layer, `[T, D]`, and the cache with the new keys and values."""
+    def hidden(self, batch: ForwardBatch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """The hidden states after the last layer, `[T, D]`, and the cache with the new keys and values."""
         return stack(self.blocks(), self.embed(batch), cache, batch, self.runner(batch))
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-        """Logits float32 `[N, V]` of some of the stream, `[N, D]`; mesh: as in Batch."""
+        """Logits float32 `[N, V]` of some hidden states, `[N, D]`; mesh: as in ForwardBatch."""
         raise NotImplementedError
 
-    def __call__(self, batch: Batch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+    def __call__(self, batch: ForwardBatch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """Logits float32 `[T, V]` of all tokens, and the new cache."""
         x, cache = self.hidden(batch, cache)
         return self.logits(x), cache

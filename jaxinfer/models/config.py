@@ -30,7 +30,7 @@ class ModelConfig:
     tie_word_embeddings: bool
 
 
-class Fields:
+class ConfigReader:
     """Typed, range-checked access to the fields of config.json; every refusal names field, value and remedy.
 
     A field that is absent or null takes the default that transformers gives it.
@@ -89,7 +89,7 @@ class Fields:
             raise self.error(name, f"jaxinfer supports only {wanted} here, because the arithmetic would differ")
 
 
-def rope_of(fields: Fields, head_dim: int) -> tuple[Rope, int]:
+def rope_of(fields: ConfigReader, head_dim: int) -> tuple[Rope, int]:
     """The rotary embedding and the most positions it is good for.
 
     Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (transformers 4,
@@ -115,7 +115,7 @@ def rope_of(fields: Fields, head_dim: int) -> tuple[Rope, int]:
         if data.get(name) is not None:
             given.setdefault(name, data[name])
     given.setdefault("rope_type", given.get("type", "default"))
-    rope = Fields(given, f"{fields.where}: rope_parameters")
+    rope = ConfigReader(given, f"{fields.where}: rope_parameters")
     rope.refuse("partial_rotary_factor", 1, 1.0)
     rope.refuse("mrope_section")
     kind = rope.choice("rope_type", "default", Rope.KINDS)
@@ -151,13 +151,13 @@ def rope_of(fields: Fields, head_dim: int) -> tuple[Rope, int]:
     return yarn, max(context, _stretched(rope, original * factor))
 
 
-def _stretched(rope: Fields, context: float) -> int:
+def _stretched(rope: ConfigReader, context: float) -> int:
     if context > _LARGEST:
         raise rope.error("factor", f"a context of {context:.0f} tokens is more than {_LARGEST}")
     return int(context)
 
 
-def _yarn_attention_factor(rope: Fields, factor: float) -> float:
+def _yarn_attention_factor(rope: ConfigReader, factor: float) -> float:
     if rope.data.get("attention_factor") is not None:
         return rope.number("attention_factor")
 
@@ -170,7 +170,7 @@ def _yarn_attention_factor(rope: Fields, factor: float) -> float:
     return mscale(1.0)
 
 
-def windows_of(fields: Fields, num_layers: int, window: int | None, first: int = 0) -> tuple[int | None, ...]:
+def windows_of(fields: ConfigReader, num_layers: int, window: int | None, first: int = 0) -> tuple[int | None, ...]:
     """Each layer's sliding window: by `layer_types` where given, else `window` from layer `first` on."""
     types = fields.data.get("layer_types")
     if types is None:

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxinfer.attention import AttentionSpec, Batch
+from jaxinfer.attention import AttentionSpec, ForwardBatch
 from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import SelfAttention
 from jaxinfer.layers.linear import Embedding, Linear, head_logits
@@ -21,8 +21,8 @@ from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.rotary import Rope
 from jaxinfer.layers.stack import RunLayer
-from jaxinfer.models.causal import CausalLM, Feeds
-from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig, rope_of
+from jaxinfer.models.causal import CausalLM, SmoothingPairs
+from jaxinfer.models.config import MAX_LAYERS, ConfigReader, ModelConfig, rope_of
 
 # Old checkpoints carry the rotary frequencies; they follow from config.json.
 IGNORED = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
@@ -44,7 +44,7 @@ class DecoderConfig(ModelConfig):
 
 
 def decoder_config(
-    fields: Fields,
+    fields: ConfigReader,
     *,
     windows: tuple[int | None, ...] | None = None,
     default_kv_heads: int | None = None,
@@ -86,15 +86,15 @@ def decoder_config(
     )
 
 
-def num_layers(fields: Fields) -> int:
+def num_layers(fields: ConfigReader) -> int:
     """The number of layers, within reason."""
     return fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then MLP, each behind a norm and added to the stream."""
+    """Attention, then MLP, each behind a norm and added to the hidden states."""
 
-    FEEDS: Feeds = (
+    SMOOTHING_PAIRS: SmoothingPairs = (
         ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         ("self_attn.v_proj", ("self_attn.o_proj",)),
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
@@ -127,7 +127,7 @@ class DecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], cache: LayerCache | None, batch: Batch
+        self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], cache: LayerCache | None, batch: ForwardBatch
     ) -> tuple[jax.Array, LayerCache | None]:
         attended, cache = self.self_attn(self.input_layernorm(x), cos_sin, cache, batch)
         x = x + attended
@@ -155,13 +155,13 @@ class DecoderForCausalLM(CausalLM):
             )
         self.tied = config.tie_word_embeddings
 
-    def embed(self, batch: Batch) -> jax.Array:
+    def embed(self, batch: ForwardBatch) -> jax.Array:
         return self.model.embed_tokens(batch.tokens, batch.mesh)
 
     def blocks(self) -> Sequence[DecoderLayer]:
         return list(self.model.layers)
 
-    def runner(self, batch: Batch) -> RunLayer[DecoderLayer]:
+    def runner(self, batch: ForwardBatch) -> RunLayer[DecoderLayer]:
         cos_sin = self.model.rope.cos_sin(batch.positions)
         return lambda layer, x, cache, view: layer(x, cos_sin, cache, view)
 

@@ -12,17 +12,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxinfer.attention import AttentionSpec, Batch, attend
+from jaxinfer.attention import AttentionSpec, ForwardBatch, attend
 from jaxinfer.cache import FullAttentionSpec, LayerCache
 from jaxinfer.layers.linear import Embedding, Linear, head_logits, linears
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.norm import LayerNorm
 from jaxinfer.layers.stack import RunLayer
-from jaxinfer.models.causal import CausalLM, Feeds
-from jaxinfer.models.config import MAX_LAYERS, Fields, ModelConfig
+from jaxinfer.models.causal import CausalLM, SmoothingPairs
+from jaxinfer.models.config import MAX_LAYERS, ConfigReader, ModelConfig
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Part, Source, Tensor, Transposed
-from jaxinfer.models.weights import WeightMap
+from jaxinfer.models.weights import ParamMapping
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class GPT2Config(ModelConfig):
     scales: tuple[float, ...]  # of the scores, one a layer
 
 
-def parse(fields: Fields) -> GPT2Config:
+def parse(fields: ConfigReader) -> GPT2Config:
     """`reorder_and_upcast_attn` needs nothing: scores are always accumulated and normalized in float32."""
     hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
     layers = fields.integer("n_layer", 12, maximum=MAX_LAYERS)
@@ -73,7 +73,9 @@ class GPT2Attention(nnx.Module):
         self.spec = AttentionSpec(scale=config.scales[layer])
         self.cache_spec = FullAttentionSpec(config.num_kv_heads, config.head_dim)
 
-    def __call__(self, x: jax.Array, cache: LayerCache | None, batch: Batch) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x: jax.Array, cache: LayerCache | None, batch: ForwardBatch
+    ) -> tuple[jax.Array, LayerCache | None]:
         projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (out.reshape(x.shape[0], -1, self.head_dim) for out in projected)
         out, cache = attend(q, k, v, cache, batch, self.spec)
@@ -94,9 +96,9 @@ class GPT2MLP(nnx.Module):
 
 
 class GPT2Block(nnx.Module):
-    """Attention, then MLP, each behind a norm and added to the stream."""
+    """Attention, then MLP, each behind a norm and added to the hidden states."""
 
-    FEEDS: Feeds = (
+    SMOOTHING_PAIRS: SmoothingPairs = (
         ("ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj")),
         ("attn.v_proj", ("attn.c_proj",)),
         ("ln_2", ("mlp.c_fc",)),
@@ -108,7 +110,9 @@ class GPT2Block(nnx.Module):
         self.ln_2 = LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.mlp = GPT2MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, cache: LayerCache | None, batch: Batch) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x: jax.Array, cache: LayerCache | None, batch: ForwardBatch
+    ) -> tuple[jax.Array, LayerCache | None]:
         attended, cache = self.attn(self.ln_1(x), cache, batch)
         x = x + attended
         return x + self.mlp(self.ln_2(x)), cache
@@ -134,14 +138,14 @@ class GPT2ForCausalLM(CausalLM):
             size = (config.hidden_size, config.vocab_size)
             self.lm_head = Linear(*size, axes=("vocab", "embed"), dtype=dtype, rngs=rngs)
 
-    def embed(self, batch: Batch) -> jax.Array:
+    def embed(self, batch: ForwardBatch) -> jax.Array:
         model = self.transformer
         return model.wte(batch.tokens, batch.mesh) + model.wpe(batch.positions, batch.mesh)
 
     def blocks(self) -> Sequence[GPT2Block]:
         return list(self.transformer.h)
 
-    def runner(self, batch: Batch) -> RunLayer[GPT2Block]:
+    def runner(self, batch: ForwardBatch) -> RunLayer[GPT2Block]:
         return lambda block, x, cache, view: block(x, cache, view)
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
@@ -157,10 +161,10 @@ def source(name: str, width: int) -> Source:
     return Transposed(Tensor(name)) if re.fullmatch(r".*\.(c_proj|c_fc)\.weight", name) else Tensor(name)
 
 
-def weights(config: ModelConfig) -> WeightMap:
+def weights(config: ModelConfig) -> ParamMapping:
     """Old checkpoints carry the causal mask as `attn.bias` and `attn.masked_bias`."""
     of = partial(source, width=config.hidden_size)
-    return WeightMap(of, "transformer.", (r"h\.\d+\.attn\.(masked_)?bias",), "transformer.wte.weight")
+    return ParamMapping(of, "transformer.", (r"h\.\d+\.attn\.(masked_)?bias",), "transformer.wte.weight")
 
 
 ARCHITECTURE = Architecture(parse, GPT2ForCausalLM, weights)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from jaxinfer.models.config import Fields, ModelConfig
+from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, decoder_config
 from jaxinfer.models.registry import Architecture
-from jaxinfer.models.weights import WeightMap
+from jaxinfer.models.weights import ParamMapping
 
 
-def parse(fields: Fields) -> DecoderConfig:
+def parse(fields: ConfigReader) -> DecoderConfig:
     """`attention_bias` covers all four projections, as in transformers."""
     bias = fields.boolean("attention_bias", False)
     return decoder_config(fields, qkv_bias=bias, out_bias=bias, mlp_bias=fields.boolean("mlp_bias", False))
 
 
-def weights(config: ModelConfig) -> WeightMap:
+def weights(config: ModelConfig) -> ParamMapping:
     """Names are the module's own."""
-    return WeightMap(ignored=IGNORED)
+    return ParamMapping(ignored=IGNORED)
 
 
 ARCHITECTURE = Architecture(parse, DecoderForCausalLM, weights)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from jaxinfer.models.config import Fields, windows_of
+from jaxinfer.models.config import ConfigReader, windows_of
 from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, decoder_config, num_layers
 from jaxinfer.models.llama import weights
 from jaxinfer.models.registry import Architecture
 
 
-def parse(fields: Fields) -> DecoderConfig:
+def parse(fields: ConfigReader) -> DecoderConfig:
     """`sliding_window: null` means none; where the field is absent, transformers takes 4096."""
     fields.refuse("layer_types")
     absent = "sliding_window" not in fields.data

@@ -18,7 +18,7 @@ from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.params import ParamSpec, quantized
 from jaxinfer.models.registry import parse_config
-from jaxinfer.models.weights import WeightMap
+from jaxinfer.models.weights import ParamMapping
 from jaxinfer.quantization.schemes import SCALE, Quantization, Scheme
 from jaxinfer.quantization.stored import asked_for, converted_quantization, stored_quantization
 from jaxinfer.weights import Axes
@@ -27,17 +27,18 @@ Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.la
 
 
 @dataclass(frozen=True)
-class Model:
+class AbstractModel:
     """What derives from the one declaration of the weights in the modules.
 
-    dtype: of activations, of the cache and of vectors; kept: of weights that are not quantized. quantization: as it was
-    asked for. params: a record of each weight, by name; NAME is the array that has its values, NAME_scale its scales.
+    dtype: of activations, of the cache and of vectors; weight_dtype: of weights that are not quantized. quantization:
+    as it was asked for. params: a record of each weight, by name; NAME is the array that has its values, NAME_scale its
+    scales.
     """
 
     config: ModelConfig
-    weights: WeightMap
+    weights: ParamMapping
     dtype: np.dtype[Any]
-    kept: np.dtype[Any]
+    weight_dtype: np.dtype[Any]
     quantization: Quantization | None
     params: Mapping[str, ParamSpec]
     _graph: nnx.GraphDef[Any]
@@ -49,11 +50,11 @@ class Model:
         data: Mapping[str, Any],
         dtype: DTypeLike,
         quantization: Quantization | None = None,
-        kept: DTypeLike | None = None,
-    ) -> Model:
-        """Builds the module of a config.json's content abstractly: nothing is allocated. kept: None is `dtype`.
+        weight_dtype: DTypeLike | None = None,
+    ) -> AbstractModel:
+        """Builds the module of a config.json's content abstractly: nothing is allocated. weight_dtype: None is `dtype`.
         Raises ValueError."""
-        kept = jnp.dtype(dtype if kept is None else kept)
+        weight_dtype = jnp.dtype(dtype if weight_dtype is None else weight_dtype)
         architecture, config = parse_config(data)
         module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
         graph, state = nnx.split(module)
@@ -64,14 +65,14 @@ class Model:
         quantization = quantization if converted is None else converted
         stored = stored_quantization(data) if converted is None else None
         weights = architecture.weights(config)
-        specs = [_spec(path, variable, weights, kept) for path, variable in flat]
-        specs = quantized(specs, quantization, stored, str(kept) if converted is None else "")
+        specs = [_spec(path, variable, weights, weight_dtype) for path, variable in flat]
+        specs = quantized(specs, quantization, stored, str(weight_dtype) if converted is None else "")
         params = {spec.name: spec for spec in specs}
-        return cls(config, weights, jnp.dtype(dtype), kept, quantization, params, graph, flat)
+        return cls(config, weights, jnp.dtype(dtype), weight_dtype, quantization, params, graph, flat)
 
     @cached_property
     def arrays(self) -> dict[str, tuple[ParamSpec, str]]:
-        """The arrays that parameters are kept as, by name: of which weight, and what is added to its name."""
+        """The arrays that parameters are weight_dtype as, by name: of which weight, and what is added to its name."""
         return {spec.name + suffix: (spec, suffix) for spec in self.params.values() for suffix in spec.arrays}
 
     @cached_property
@@ -89,21 +90,21 @@ class Model:
         """The schemes of those weights that are."""
         return {name: spec.scheme for name, spec in self.params.items() if spec.scheme is not None}
 
-    def placed(self, name: str, place: jax.Device | Mesh) -> Any:
+    def with_sharding(self, name: str, place: jax.Device | Mesh) -> Any:
         """An array with its sharding: see ParamSpec."""
         spec, suffix = self.arrays[name]
-        return spec.placed(suffix, place)
+        return spec.with_sharding(suffix, place)
 
     @property
     def precision(self) -> str:
         """The schemes that there are, and the dtype of the rest."""
-        return ", ".join([*sorted({scheme.name for scheme in self.quantized.values()}), str(self.kept)])
+        return ", ".join([*sorted({scheme.name for scheme in self.quantized.values()}), str(self.weight_dtype)])
 
     def bind(self, params: Mapping[str, Any]) -> CausalLM:
         """The module on these parameters, which may be those alone that are used; cheap enough only for tracing, so
         call it inside a jitted function."""
 
-        rounds = self.kept == jnp.bfloat16
+        rounds = self.weight_dtype == jnp.bfloat16
         flat = [
             (path, variable.replace(self.params[_name(path)].bind(params, rounds))) for path, variable in self._state
         ]
@@ -147,12 +148,12 @@ class _OneKey:
         return self._key
 
 
-def _spec(path: tuple[Any, ...], variable: Any, weights: WeightMap, kept: np.dtype[Any]) -> ParamSpec:
+def _spec(path: tuple[Any, ...], variable: Any, weights: ParamMapping, weight_dtype: np.dtype[Any]) -> ParamSpec:
     """Of what a module declares."""
     name, value, about = _name(path), variable.get_value(), variable.get_metadata()
-    looked_up = about.get("looked_up")
-    dtype = jnp.dtype(value.dtype) if looked_up is None else kept
-    return ParamSpec(name, value.shape, dtype, about["axes"], looked_up, weights.source(name))
+    is_embedding = about.get("is_embedding")
+    dtype = jnp.dtype(value.dtype) if is_embedding is None else weight_dtype
+    return ParamSpec(name, value.shape, dtype, about["axes"], is_embedding, weights.source(name))
 
 
 def scales(name: str) -> str:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxinfer.models.sources import Source, whole
 from jaxinfer.quantization.schemes import NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
 from jaxinfer.quantization.stored import Format, Stored
-from jaxinfer.sharding import PADDED, counts, placed
+from jaxinfer.sharding import PADDED, counts, with_sharding
 from jaxinfer.weights import Axes, Dense, QArray
 from jaxinfer.weights.quantized import axes_of_scales
 
@@ -57,7 +57,7 @@ class ParamSpec:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     axes: Axes
-    looked_up: bool | None
+    is_embedding: bool | None
     source: Source
     scheme: Scheme | None = None
     stored: Format | None = None
@@ -82,17 +82,17 @@ class ParamSpec:
             for suffix, (shape, kind) in self.scheme.arrays(*self.shape).items()
         }
 
-    def placed(self, suffix: str, place: jax.Device | Mesh) -> Any:
-        """One of its arrays abstractly, with its sharding, as `sharding.placed`. Raises ValueError if the mesh would
-        split weights that have one scale."""
+    def with_sharding(self, suffix: str, place: jax.Device | Mesh) -> Any:
+        """One of its arrays abstractly, with its sharding, see `sharding.with_sharding`. Raises ValueError if the mesh
+        would split weights that have one scale."""
         if self.scheme is not None and not suffix:
             self._check_split(self.scheme, place)
         array = self.arrays[suffix]
-        return placed(array.abstract, array.axes, place, array.multiples)
+        return with_sharding(array.abstract, array.axes, place, array.multiples)
 
     def bind(self, params: Mapping[str, Any], rounds: bool) -> Any:
         """What the module is given in its place; None if it is not among the parameters. rounds: see QArray."""
-        if self.name not in params or self.looked_up is None:
+        if self.name not in params or self.is_embedding is None:
             return params.get(self.name)
         if self.scheme is None:
             return Dense(params[self.name], self.axes)
@@ -120,8 +120,8 @@ def quantized(
     found = []
     left: dict[str, list[str]] = {}  # those that the scheme can't have, by why
     for spec in specs:
-        if spec.looked_up is not None:
-            scheme = scheme_of(quantization, spec.name, spec.looked_up)
+        if spec.is_embedding is not None:
+            scheme = scheme_of(quantization, spec.name, spec.is_embedding)
             if stored is not None:
                 spec = _as_stored(spec, stored)
                 wanted, scheme = scheme, spec.stored.scheme(*spec.shape[-2:]) if spec.stored else None
@@ -149,7 +149,7 @@ def quantized(
 
 def _as_stored(spec: ParamSpec, stored: Stored) -> ParamSpec:
     """With the checkpoint's own format. Raises ValueError where a weight is cut out of what can't be cut."""
-    if spec.looked_up:
+    if spec.is_embedding:
         return spec
     regions = list(spec.source.regions(whole(spec.shape)))
     shapes = spec.source.tensors(spec.shape)

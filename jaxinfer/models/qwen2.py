@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from jaxinfer.models.config import Fields, windows_of
+from jaxinfer.models.config import ConfigReader, windows_of
 from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, decoder_config, num_layers
 from jaxinfer.models.llama import weights
 from jaxinfer.models.registry import Architecture
 
 
-def sliding_windows(fields: Fields) -> tuple[int | None, ...]:
+def sliding_windows(fields: ConfigReader) -> tuple[int | None, ...]:
     """Layers from `max_window_layers` on slide, if `use_sliding_window`; `layer_types` overrides which."""
     layers = num_layers(fields)
     absent = "sliding_window" not in fields.data
@@ -18,7 +18,7 @@ def sliding_windows(fields: Fields) -> tuple[int | None, ...]:
     return windows_of(fields, layers, window, first=fields.integer("max_window_layers", 28, minimum=0))
 
 
-def parse(fields: Fields) -> DecoderConfig:
+def parse(fields: ConfigReader) -> DecoderConfig:
     """The biases are part of the architecture, not a field."""
     return decoder_config(fields, windows=sliding_windows(fields), default_kv_heads=32, qkv_bias=True)
 

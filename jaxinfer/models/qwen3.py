@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from jaxinfer.models.config import Fields
+from jaxinfer.models.config import ConfigReader
 from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, decoder_config
 from jaxinfer.models.llama import weights
 from jaxinfer.models.qwen2 import sliding_windows
 from jaxinfer.models.registry import Architecture
 
 
-def parse(fields: Fields) -> DecoderConfig:
+def parse(fields: ConfigReader) -> DecoderConfig:
     """`attention_bias` covers all four projections; `head_dim` is 128 where absent."""
     bias = fields.boolean("attention_bias", False)
     return decoder_config(

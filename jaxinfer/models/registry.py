@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
     from jaxinfer.models.causal import CausalLM
-    from jaxinfer.models.config import Fields, ModelConfig
-    from jaxinfer.models.weights import WeightMap
+    from jaxinfer.models.config import ConfigReader, ModelConfig
+    from jaxinfer.models.weights import ParamMapping
 
 
 class Build(Protocol):
@@ -28,9 +28,9 @@ class Build(Protocol):
 class Architecture:
     """An architecture: config.json to configuration, configuration to module, module to checkpoint tensors."""
 
-    parse: Callable[[Fields], ModelConfig]
+    parse: Callable[[ConfigReader], ModelConfig]
     build: Build
-    weights: Callable[[ModelConfig], WeightMap]
+    weights: Callable[[ModelConfig], ParamMapping]
 
 
 class Entry(NamedTuple):
@@ -96,10 +96,10 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
 
 def parse_config(data: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     """The architecture and checked configuration of a config.json's content. Raises ValueError naming the field."""
-    from jaxinfer.models.config import Fields
+    from jaxinfer.models.config import ConfigReader
 
     found = architecture(data)
-    fields = Fields(data)
+    fields = ConfigReader(data)
     for name in ("is_encoder_decoder", "add_cross_attention"):
         fields.refuse(name, False)
     return found, found.parse(fields)

@@ -10,7 +10,7 @@ from jaxinfer.models.sources import Source, Tensor
 
 
 @dataclass(frozen=True)
-class WeightMap:
+class ParamMapping:
     """How an architecture's checkpoints differ from its module tree.
 
     source: the tensors of a weight (one of its own name by default).

@@ -8,9 +8,9 @@ from typing import Any, Unpack
 
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.load import choose_dtype, limits, reach_of, sized_programs
-from jaxinfer.engine.programs import Programs, cache_layout, placed_hidden, placed_params, placed_slots
+from jaxinfer.engine.programs import Programs, cache_layout, placed_decode_state, placed_hidden, placed_params
 from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, longest, page_size
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.slices import GIB, Device, Slice
 from jaxinfer.quantization.schemes import Quantization
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, describe, make_mesh, tensor_sizes
@@ -32,7 +32,7 @@ class Fit:
     hidden: int
 
     @property
-    def model(self) -> Model:
+    def model(self) -> AbstractModel:
         return self.programs.model
 
     @property
@@ -86,14 +86,14 @@ def model_of(
     dtype: str = "auto",
     place: Slice | None = None,
     quantization: Quantization | None = None,
-) -> Model:
+) -> AbstractModel:
     """The model of a config.json's content. "auto": what an engine takes there, on a TPU if no place is given, for
     weights in the dtype that it says, else in bfloat16."""
     device = place.devices[0] if place else Device(0, "tpu")
-    return Model.from_config(config, choose_dtype(dtype, config, None, device), quantization)
+    return AbstractModel.from_config(config, choose_dtype(dtype, config, None, device), quantization)
 
 
-def fit(model: Model, place: Slice, **options: Unpack[EngineConfig]) -> Fit:
+def fit(model: AbstractModel, place: Slice, **options: Unpack[EngineConfig]) -> Fit:
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
     options, given = in_our_words(options), check_options(options)
     shape = model.config
@@ -101,7 +101,7 @@ def fit(model: Model, place: Slice, **options: Unpack[EngineConfig]) -> Fit:
     where = make_mesh(given["mesh"], place.devices, *heads, len(place.devices)) or place.devices[0]
     rows, tokens = limits(given, where)
     weights = device_bytes(placed_params(model, where))
-    slots = device_bytes(placed_slots(model, where, rows))
+    slots = device_bytes(placed_decode_state(model, where, rows))
     hidden = device_bytes(placed_hidden(model, where, tokens))
     held = weights + slots + hidden
     available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - held
@@ -129,7 +129,7 @@ def fit(model: Model, place: Slice, **options: Unpack[EngineConfig]) -> Fit:
     return Fit(place, programs, sizes, weights, slots, hidden)
 
 
-def _remedies(model: Model, place: Slice, tensor: int, room: int, options: EngineConfig) -> str:
+def _remedies(model: AbstractModel, place: Slice, tensor: int, room: int, options: EngineConfig) -> str:
     """What would fit: more chips, half the bytes, shorter sequences."""
     found = []
     shape, dtype = model.config, model.dtype

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from jaxinfer.attention import CacheLayout
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.slices import Chip
 
 
@@ -53,7 +53,14 @@ class Bound:
 
 
 def bound(
-    model: Model, chip: Chip, layout: CacheLayout, tensor: int, tokens: int, context: int, rows: int, fsdp: int = 1
+    model: AbstractModel,
+    chip: Chip,
+    layout: CacheLayout,
+    tensor: int,
+    tokens: int,
+    context: int,
+    rows: int,
+    fsdp: int = 1,
 ) -> Bound:
     """The bound of a step of `tokens` tokens of `rows` sequences, each of `context` tokens then, on `tensor` chips.
     layout: of the cache; where it pads heads, the padding is read and multiplied too. fsdp: of how many parts of the

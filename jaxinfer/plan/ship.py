@@ -75,7 +75,7 @@ def _compile(programs: Programs, key: Key) -> bytes:
 def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any]]) -> Manifest:
     mesh = programs.mesh
     options = {
-        "dtype": str(programs.model.kept),
+        "dtype": str(programs.model.weight_dtype),
         "mesh": "tensor=1" if mesh is None else describe(mesh),
         "max_model_len": programs.max_model_len,
         "max_num_seqs": programs.max_rows * programs.shards,

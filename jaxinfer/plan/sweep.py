@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from jaxinfer.engine.config import EngineConfig
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.figures import decoding
 from jaxinfer.plan.fit import DoesNotFit, Fit, fit
 from jaxinfer.plan.places import GPUS, find_place
@@ -42,7 +42,7 @@ def places() -> list[str]:
     return [*slices, *(f"{gpu}-{count}" for gpu in GPUS for count in (1, 2, 4, 8))]
 
 
-def meshes(model: Model, place: Slice) -> Iterator[str]:
+def meshes(model: AbstractModel, place: Slice) -> Iterator[str]:
     """The specs that use all devices of a place: `tensor`, and what is left over another axis."""
     devices = len(place.devices)
     for tensor in tensor_sizes(model.config.num_heads, model.config.num_kv_heads, devices):
@@ -56,7 +56,7 @@ def meshes(model: Model, place: Slice) -> Iterator[str]:
 
 
 def sweep(
-    model: Model, topologies: list[str], context: int, **options: Unpack[EngineConfig]
+    model: AbstractModel, topologies: list[str], context: int, **options: Unpack[EngineConfig]
 ) -> tuple[list[Candidate], int]:
     """What fits, the fastest first, and how many meshes do not. As many sequences run at once as there is room for, and
     max_num_seqs allows."""

@@ -42,7 +42,7 @@ class Scheme:
         return found | ({ZERO: (blocks, "int8")} if self.zeros else {})
 
     @property
-    def beside(self) -> tuple[str, ...]:
+    def companions(self) -> tuple[str, ...]:
         """What is added to a weight's name for the arrays of its blocks."""
         return (SCALE, ZERO) if self.zeros else (SCALE,)
 
@@ -109,9 +109,9 @@ def parse_quantization(text: str) -> Quantization:
     return found
 
 
-def scheme_of(quantization: Quantization | None, weight: str, looked_up: bool) -> Scheme | None:
-    """The scheme of a matrix. A name is for all that are multiplied with, and not for tables that are `looked_up`; of
+def scheme_of(quantization: Quantization | None, weight: str, is_embedding: bool) -> Scheme | None:
+    """The scheme of a matrix. A name is for all that are multiplied with, and not for embeddings; of
     patterns (`*.mlp.*`, as in a shell) the first that fits decides, for tables too."""
     if quantization is None or isinstance(quantization, str):
-        return None if quantization is None or looked_up else SCHEMES[quantization]
+        return None if quantization is None or is_embedding else SCHEMES[quantization]
     return next((SCHEMES.get(n) for pattern, n in quantization.items() if fnmatch.fnmatchcase(weight, pattern)), None)

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.params import MAX_BIAS, MAX_LOGPROBS
-from jaxinfer.sampling.slots import Slots, copies
+from jaxinfer.sampling.slots import DecodeState, copies
 
 BLOCK = 2**23  # bytes of logits that sampling works on at a time, on each device
 NOT_FINITE, NONE_LEFT = -1, -2  # in place of a token: the likeliest logit is NaN or infinite; all are minus infinity
@@ -34,7 +34,7 @@ class Logprobs(NamedTuple):
 
 
 def draw(
-    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array, parts: int = 1
+    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: DecodeState, slot: jax.Array, parts: int = 1
 ) -> tuple[jax.Array, Logprobs]:
     """`sample`, and `logprobs` of what it gives, a block of rows at a time: together they need several times the memory
     of the logits that they work on, and those of 256 rows and a vocabulary of 128,000 are 125 MiB. parts: over how many
@@ -72,7 +72,7 @@ def in_blocks(call: Callable[..., Any], given: Any, out: Any, block: int, blocks
 
 
 def sample(
-    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array, parts: int = 1
+    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: DecodeState, slot: jax.Array, parts: int = 1
 ) -> jax.Array:
     """The next token of each row, i32[R], or NOT_FINITE or NONE_LEFT.
 
@@ -171,7 +171,7 @@ def _forced(sampling: SamplingArrays, length: jax.Array) -> jax.Array:
 
 
 def _mask(
-    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: Slots, slot: jax.Array, parts: int = 1
+    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: DecodeState, slot: jax.Array, parts: int = 1
 ) -> jax.Array:
     """Minus infinity for tokens that are not allowed; biases added."""
 
@@ -193,7 +193,7 @@ def _mask(
     return lax.cond(jnp.any(sampling.masked), mask, lambda: logits)
 
 
-def _penalize(logits: jax.Array, sampling: SamplingArrays, slots: Slots, slot: jax.Array) -> jax.Array:
+def _penalize(logits: jax.Array, sampling: SamplingArrays, slots: DecodeState, slot: jax.Array) -> jax.Array:
     """Presence, frequency and repetition penalties."""
 
     def penalize() -> jax.Array:

@@ -20,7 +20,7 @@ from jaxinfer.sharding import ROWS, TENSOR, axis_size
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Slots:
+class DecodeState:
     """S slots, V tokens in the vocabulary. token i32[S]: the last one sampled. alive bool[S]: whether it goes on.
     in_prompt bool[S, V] and in_output u16[S, V], how often (see `count`): kept for rows with penalties only.
     allowed u32[S, 2, V/32], a bit a token, first of the token at which `SamplingArrays.begin` is, then of all others,
@@ -35,13 +35,13 @@ class Slots:
     bias: jax.Array
 
     @staticmethod
-    def shapes(slots: int, vocab: int) -> Slots:
+    def shapes(slots: int, vocab: int) -> DecodeState:
         """As abstract arrays, for `slots` sequences and the one slot that is nobody's."""
 
         def array(dtype: str, *shape: int) -> jax.Array:
             return jax.ShapeDtypeStruct((slots + 1, *shape), jnp.dtype(dtype))  # type: ignore[return-value]
 
-        return Slots(
+        return DecodeState(
             token=array("int32"),
             alive=array("bool"),
             in_prompt=array("bool", vocab),
@@ -56,14 +56,14 @@ class Slots:
         """How each array is split over a mesh: as rows are, and as the logits' vocabulary is."""
         whole, parts = PartitionSpec(ROWS), PartitionSpec(ROWS, TENSOR)
         by_token = whole if vocab % axis_size(mesh, TENSOR) else parts
-        names = (one.name for one in fields(Slots))
+        names = (one.name for one in fields(DecodeState))
         return {name: by_token if name in ("in_prompt", "in_output") else whole for name in names}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Masks:
-    """What of one sequence's slot the host decides: see Slots."""
+    """What of one sequence's slot the host decides: see DecodeState."""
 
     allowed: np.ndarray
     bias_ids: np.ndarray
@@ -92,9 +92,9 @@ class Masks:
         return Masks(words, ids, values)
 
 
-def prepare_slot(slots: Slots, slot: jax.Array, masks: Masks, clear: jax.Array) -> Slots:
+def prepare_slot(slots: DecodeState, slot: jax.Array, masks: Masks, clear: jax.Array) -> DecodeState:
     """The slots with new masks in one of them; `clear`: for a new sequence, of which no tokens have been seen."""
-    return Slots(
+    return DecodeState(
         token=slots.token,
         alive=slots.alive,
         in_prompt=slots.in_prompt.at[slot].set(slots.in_prompt[slot] & ~clear),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxinfer.engine.engine import Engine
-from jaxinfer.engine.generation import Group
+from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.prompts import Encoded
 from jaxinfer.engine.request import FinishReason
 from jaxinfer.engine.thread import EngineThread
@@ -124,7 +124,7 @@ def beam_search(
     ]
 
 
-def _continued(engine: Engine, prompt: Encoded, beam: Beam, params: SamplingParams) -> Group:
+def _continued(engine: Engine, prompt: Encoded, beam: Beam, params: SamplingParams) -> RequestGroup:
     return engine.new_group(prompt.ids + beam.token_ids, params, cache_salt=prompt.cache_salt)
 
 

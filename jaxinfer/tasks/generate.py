@@ -6,7 +6,7 @@ import queue
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxinfer.engine.generation import Group
+from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.outputs import RequestOutput, error_output
 from jaxinfer.engine.prompts import Encoded, Prompt, encode_prompt, prompt_list
 from jaxinfer.engine.thread import Submission
@@ -35,7 +35,7 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
         self.engine.check(encoded.ids, asked.params)
         return asked._replace(prompt=encoded)
 
-    def request(self, asked: PromptAsked) -> Group:
+    def request(self, asked: PromptAsked) -> RequestGroup:
         text, ids, salt = self._encoded(asked)
         return self.engine.new_group(ids, asked.params, text, asked.priority, salt)
 
@@ -51,7 +51,7 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
             )
         outputs: queue.SimpleQueue[RequestOutput | BaseException] = queue.SimpleQueue()
 
-        def listener(group: Group, error: BaseException | None) -> None:
+        def listener(group: RequestGroup, error: BaseException | None) -> None:
             outputs.put(error or group.output())
 
         def pieces() -> Iterator[tuple[str, RequestOutput]]:

@@ -25,23 +25,23 @@ PRODUCT = 2**22  # weights that are dequantized at a time, where they have to be
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class QArray(Weight):
-    """A weight `[..., out, in]`, as `values * scales`, which are arrays as `Scheme.arrays` says. rounds: activations in
-    float32 that it is multiplied with may be rounded to bfloat16 where that is faster. zeros: of a scheme that has
-    them, and then it is `(values - zeros) * scales`.
+    """A weight `[..., out, in]`, as `qvalue * scale`, which are arrays as `Scheme.arrays` says. rounds: activations in
+    float32 that it is multiplied with may be rounded to bfloat16 where that is faster. zero_point: of a scheme that has
+    them, and then it is `(qvalue - zero_point) * scale`.
 
     Scales of whole channels are applied to the product, and weights with others dequantized to x's dtype some rows at a
     time, so that no weight is ever there in full."""
 
-    values: jax.Array
-    scales: jax.Array
+    qvalue: jax.Array
+    scale: jax.Array
     scheme: Scheme = field(metadata={"static": True})
     axes: Axes | None = field(default=None, metadata={"static": True})
     rounds: bool = field(default=False, metadata={"static": True})
-    zeros: jax.Array | None = None
+    zero_point: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *rows, columns = self.values.shape
+        *rows, columns = self.qvalue.shape
         return *rows, columns * self.scheme.packed
 
     @property
@@ -50,33 +50,33 @@ class QArray(Weight):
 
     @property
     def array_axes(self) -> list[Axes]:
-        axes = self.axes or (None,) * self.values.ndim
-        return [axes, *(axes_of_scales(axes, self.scheme) for _ in self.scheme.beside)]
+        axes = self.axes or (None,) * self.qvalue.ndim
+        return [axes, *(axes_of_scales(axes, self.scheme) for _ in self.scheme.companions)]
 
     @classmethod
     def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: str | None) -> list[jax.Array]:
         if weights[0].scheme.columns:
             return _of_blocks(x, weights)
-        axes, values = [weight.axes for weight in weights], tuple(weight.values for weight in weights)
+        axes, values = [weight.axes for weight in weights], tuple(weight.qvalue for weight in weights)
         if weights[0].scheme.activations:
             x, factors = quantize_last(x, jnp.int8, split_over)
             outs = [out.astype(jnp.float32) * factors for out in products(x, values, axes)]
         else:
             outs = products(x, values, axes, weights[0].rounds)
-        return [out * weight.scales[:, 0] for out, weight in zip(outs, weights, strict=True)]
+        return [out * weight.scale[:, 0] for out, weight in zip(outs, weights, strict=True)]
 
     def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
-        values = self.values.at[ids].get(mode="clip")
+        values = self.qvalue.at[ids].get(mode="clip")
         block = ids // self.scheme.rows
-        scales = self.scales.at[block].get(mode="clip")
-        zeros = None if self.zeros is None else self.zeros.at[block].get(mode="clip")
+        scales = self.scale.at[block].get(mode="clip")
+        zeros = None if self.zero_point is None else self.zero_point.at[block].get(mode="clip")
         parts = _dequantized(values, scales, zeros, self.scheme, dtype)
         return jnp.stack(parts, axis=-1).reshape(len(ids), -1)
 
     def __getitem__(self, index: int | slice) -> Self:
-        values, zeros = self.values[index], None if self.zeros is None else self.zeros[index]
-        axes = self.axes and self.axes[len(self.axes) - values.ndim :]
-        return replace(self, values=values, scales=self.scales[index], zeros=zeros, axes=axes)
+        qvalue, zero_point = self.qvalue[index], None if self.zero_point is None else self.zero_point[index]
+        axes = self.axes and self.axes[len(self.axes) - qvalue.ndim :]
+        return replace(self, qvalue=qvalue, scale=self.scale[index], zero_point=zero_point, axes=axes)
 
 
 def axes_of_scales(axes: Axes, scheme: Scheme) -> Axes:
@@ -100,26 +100,26 @@ def _rows_in_turn(x: jax.Array, weights: Sequence[QArray]) -> list[jax.Array]:
 
     if weights[0].scheme.packed == 1 or weights[0].scheme.rows > 1:
         return by_loop()
-    zeros = ((weight.zeros,) if weight.zeros is not None else () for weight in weights)
-    given = [(weight.values, weight.scales, *own) for weight, own in zip(weights, zeros, strict=True)]
+    zeros = ((weight.zero_point,) if weight.zero_point is not None else () for weight in weights)
+    given = [(weight.qvalue, weight.scale, *own) for weight, own in zip(weights, zeros, strict=True)]
     return products_int4(x, given, by_loop, weights[0].rounds)
 
 
 def _by_loop(x: jax.Array, weight: QArray) -> jax.Array:
-    scheme, count = weight.scheme, weight.values.shape[0]
+    scheme, count = weight.scheme, weight.qvalue.shape[0]
     most = max(PRODUCT // x.shape[1] // 128, 1) * 128  # whole blocks
     size = next((n for n in range(most, most // 2, -128) if count % n == 0), min(most, count))
     columns = [x[:, i :: scheme.packed] for i in range(scheme.packed)]
 
     def product(start: jax.Array | int, size: int) -> jax.Array:
-        values = _rows(weight.values, start, size)
+        values = _rows(weight.qvalue, start, size)
 
         def of_rows(array: jax.Array) -> jax.Array:
             blocks = _rows(array, start // scheme.rows, -(-size // scheme.rows))
             return jnp.repeat(blocks, scheme.rows, axis=0)[:size]
 
-        zeros = None if weight.zeros is None else of_rows(weight.zeros)
-        parts = _dequantized(values, of_rows(weight.scales), zeros, scheme, x.dtype)
+        zeros = None if weight.zero_point is None else of_rows(weight.zero_point)
+        parts = _dequantized(values, of_rows(weight.scale), zeros, scheme, x.dtype)
         outs = (products(x, (part,), [None])[0] for x, part in zip(columns, parts, strict=True))
         return sum(outs, start=jnp.float32(0))
 

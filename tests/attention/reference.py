@@ -7,9 +7,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.attention import AttentionBackend, AttentionSpec, Batch, Table
+from jaxinfer.attention import AttentionBackend, AttentionSpec, ForwardBatch, Table
 from jaxinfer.attention.xla import XLA
-from jaxinfer.cache import SplitPages
+from jaxinfer.cache import HeadMajorPages
 
 
 def attend_row(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec) -> np.ndarray:
@@ -46,10 +46,10 @@ class Ragged(NamedTuple):
     q: jnp.ndarray
     k: jnp.ndarray
     v: jnp.ndarray
-    cache: SplitPages
-    batch: Batch
+    cache: HeadMajorPages
+    batch: ForwardBatch
     out: np.ndarray
-    after: SplitPages
+    after: HeadMajorPages
 
 
 def ragged(
@@ -89,14 +89,14 @@ def ragged(
     pages = np.zeros((shape.rows, table), np.int32)
     positions, row_of = np.zeros(tokens, np.int32), np.full(tokens, shape.rows - 1, np.int32)
     out = np.zeros((tokens, shape.heads, shape.head_dim))
-    q_start = np.concatenate([[0], np.cumsum(spans)]).astype(np.int32)
+    cu_q_lens = np.concatenate([[0], np.cumsum(spans)]).astype(np.int32)
     after = []
     full: list[list[np.ndarray]] = [[], []]
     for r, (history, new) in enumerate(rows):
         own = [free.pop() for _ in range(needed[r])]
         pages[r, : len(own)] = own
-        span = slice(q_start[r], q_start[r] + new)
-        row_of[q_start[r] : q_start[r + 1]] = r
+        span = slice(cu_q_lens[r], cu_q_lens[r] + new)
+        row_of[cu_q_lens[r] : cu_q_lens[r + 1]] = r
         positions[span] = np.arange(history, history + new)
         for which, (pool, fresh) in enumerate(zip(pools, (k, v), strict=True)):
             past = normal(history, shape.kv_heads, shape.head_dim)
@@ -110,35 +110,37 @@ def ragged(
             written[slots(pages[r], history, history + new, size)] = sequences[r][history:]
         after.append(written)
     count = len(decode) + len(prefill)
-    batch = Batch(
+    batch = ForwardBatch(
         tokens=np.zeros(tokens, np.int32),
         positions=positions,
-        row=row_of,
-        q_start=q_start,
-        kv_len=np.array([h + n for h, n in rows], np.int32),
+        segment_ids=row_of,
+        cu_q_lens=cu_q_lens,
+        kv_lens=np.array([h + n for h, n in rows], np.int32),
         tables=(Table(pages),),
-        rows=np.array([shape.rows] * 3 if decode_only else [len(decode), count, count], np.int32),
+        distribution=np.array([shape.rows] * 3 if decode_only else [len(decode), count, count], np.int32),
         decode_only=decode_only,
         backend=backend,
     )
-    return Ragged(*map(jnp.asarray, (q, k, v)), SplitPages(*map(jnp.asarray, pools)), batch, out, SplitPages(*after))
+    return Ragged(
+        *map(jnp.asarray, (q, k, v)), HeadMajorPages(*map(jnp.asarray, pools)), batch, out, HeadMajorPages(*after)
+    )
 
 
-def live(batch: Batch) -> np.ndarray:
+def live(batch: ForwardBatch) -> np.ndarray:
     """bool[T]: the tokens of used rows."""
     tokens = np.arange(len(batch.tokens))
-    return (tokens < batch.q_start[-1]) & (batch.positions < batch.kv_len[batch.row])
+    return (tokens < batch.cu_q_lens[-1]) & (batch.positions < batch.kv_lens[batch.segment_ids])
 
 
-def filled_outside(case: Ragged, value: float) -> SplitPages:
+def filled_outside(case: Ragged, value: float) -> HeadMajorPages:
     """The cache with `value` in every slot that holds no token of the rows (page 0 included)."""
     size = case.cache.k.shape[2]
     used = np.zeros((case.cache.k.shape[0], size), bool)
-    for row, length in zip(case.batch.pages, case.batch.kv_len, strict=True):
+    for row, length in zip(case.batch.pages, case.batch.kv_lens, strict=True):
         page, _, slot = slots(row, 0, length, size)
         used[page, slot] = True
     keep = used[:, None, :, None]
-    return SplitPages(*(jnp.where(keep, pool, jnp.asarray(value, pool.dtype)) for pool in case.cache))
+    return HeadMajorPages(*(jnp.where(keep, pool, jnp.asarray(value, pool.dtype)) for pool in case.cache))
 
 
 def slots(pages: np.ndarray | list[int], start: int, stop: int, size: int) -> tuple[np.ndarray, slice, np.ndarray]:
@@ -160,7 +162,7 @@ def check_overflow(run, backend, decode_only, part):
         k = k.at[page].set(jnp.inf)
     else:
         v = v.at[page].set(jnp.nan)
-    out, _ = run(q, case.k, case.v, SplitPages(k, v), case.batch, spec)
-    others = live(case.batch) & (case.batch.row != 0)
+    out, _ = run(q, case.k, case.v, HeadMajorPages(k, v), case.batch, spec)
+    others = live(case.batch) & (case.batch.segment_ids != 0)
     assert np.isnan(np.asarray(out)[0]).any()  # and it isn't hidden either
     np.testing.assert_array_equal(np.asarray(out)[others], np.asarray(expected)[others])

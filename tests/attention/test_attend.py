@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.attention import AttentionSpec, Batch, Table, attend
+from jaxinfer.attention import AttentionSpec, ForwardBatch, Table, attend
 from jaxinfer.attention.xla import XLA
-from jaxinfer.cache import BITS, SplitPages
+from jaxinfer.cache import BITS, HeadMajorPages
 from tests.attention.reference import Ragged, Shape, attend_row, check_overflow, filled_outside, live, ragged
 
 run = jax.jit(attend, static_argnums=5)
@@ -38,7 +38,7 @@ CASES = {
 
 
 def check(case: Ragged, spec: AttentionSpec, error: float) -> None:
-    kept = SplitPages(*(np.asarray(pool).view(BITS.get(pool.dtype, pool.dtype)) for pool in case.cache))
+    kept = HeadMajorPages(*(np.asarray(pool).view(BITS.get(pool.dtype, pool.dtype)) for pool in case.cache))
     out, cache = run(case.q, case.k, case.v, kept, case.batch, spec)
     used = live(case.batch)
     assert np.abs(np.asarray(out, np.float64) - case.out)[used].max() < error
@@ -94,7 +94,7 @@ def test_a_row_that_overflows_harms_no_other(decode_only, part):
 def test_without_a_cache(causal, window):
     spec = AttentionSpec(0.3, causal=causal, window=window)
     lengths = [5, 1, 70, 33]
-    batch = Batch.of_sequences([[0] * n for n in lengths], length=128)
+    batch = ForwardBatch.of_sequences([[0] * n for n in lengths], length=128)
     rng = np.random.default_rng(0)
     q = rng.standard_normal((128, 4, 8)).astype(np.float32)
     k, v = (rng.standard_normal((128, 2, 8)).astype(np.float32) for _ in range(2))
@@ -112,21 +112,21 @@ def test_in_pieces_as_in_one_go(window):
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((length, 4, 16)).astype(np.float32))
     k, v = (jnp.asarray(rng.standard_normal((length, 2, 16)).astype(np.float32)) for _ in range(2))
-    whole, _ = run(q, k, v, None, Batch.of_sequences([[0] * length]), spec)
+    whole, _ = run(q, k, v, None, ForwardBatch.of_sequences([[0] * length]), spec)
     pages = np.random.default_rng(1).permutation(np.arange(1, 40))[:20].astype(np.int32)[None]
-    cache = SplitPages(*(jnp.full((40, 2, 16, 16), jnp.nan) for _ in range(2)))
+    cache = HeadMajorPages(*(jnp.full((40, 2, 16, 16), jnp.nan) for _ in range(2)))
     start, tokens = 0, 128
     for count in (100, 28, 1, 128, 1, 1, 1):
         decode_only = count == 1
         width = 1 if decode_only else tokens
-        batch = Batch(
+        batch = ForwardBatch(
             tokens=np.zeros(width, np.int32),
             positions=np.pad(np.arange(start, start + count, dtype=np.int32), (0, width - count)),
-            row=np.zeros(width, np.int32),
-            q_start=np.array([0, count], np.int32),
-            kv_len=np.array([start + count], np.int32),
+            segment_ids=np.zeros(width, np.int32),
+            cu_q_lens=np.array([0, count], np.int32),
+            kv_lens=np.array([start + count], np.int32),
             tables=(Table(pages),),
-            rows=np.array([decode_only, 1, 1], np.int32),
+            distribution=np.array([decode_only, 1, 1], np.int32),
             decode_only=decode_only,
             backend=XLA,
         )
@@ -146,4 +146,4 @@ def test_both_directions_need_no_cache():
 
 def test_of_sequences_refuses_a_stream_that_is_too_short():
     with pytest.raises(ValueError, match="length 3 is less than the 5 tokens"):
-        Batch.of_sequences([[1, 2], [3, 4, 5]], length=3)
+        ForwardBatch.of_sequences([[1, 2], [3, 4, 5]], length=3)

@@ -9,7 +9,7 @@ import pytest
 from jaxinfer.attention import AttentionSpec, LayerLayout, attend
 from jaxinfer.attention.cpu import CPU
 from jaxinfer.attention.xla import XLA
-from jaxinfer.cache import FullAttentionSpec, QuantizedPages, SplitPages
+from jaxinfer.cache import FullAttentionSpec, HeadMajorPages, QuantizedPages
 from jaxinfer.kernels import cpu
 from tests.attention.reference import Shape, live, ragged
 from tests.attention.test_quantized_cache import rounded
@@ -36,7 +36,7 @@ def test_as_by_xla(shape, cache, set_level):  # noqa: F811
         for window in (None, 20):
             spec = AttentionSpec(shape.head_dim**-0.5, window=window)
             case = ragged(shape, spec, decode, prefill, decode_only=not prefill)
-            pools = SplitPages(*(np.asarray(pool, cache if cache != "int8" else None) for pool in case.cache))
+            pools = HeadMajorPages(*(np.asarray(pool, cache if cache != "int8" else None) for pool in case.cache))
             if cache == "int8":
                 (k, k_scales), (v, v_scales) = (rounded(pool, "int8") for pool in pools)
                 pools = QuantizedPages(k, v, k_scales, v_scales)

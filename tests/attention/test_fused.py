@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 import jaxinfer.attention.fused as fused_module
 from jaxinfer.attention import AttentionSpec, LayerLayout
 from jaxinfer.attention.fused import attend_fused
-from jaxinfer.cache import FullAttentionSpec, FusedPages, PackedPages
+from jaxinfer.cache import FullAttentionSpec, FusedPages, InterleavedPages
 from tests.attention.reference import Shape, attend_row, live, ragged
 from tests.attention.test_packed import Place, packed
 
@@ -71,9 +71,9 @@ def test_a_row_that_has_stopped(kernel, decode_only):
     """It has a token in the stream all the same. Of its pages none is written."""
     shape, spec = Shape(rows=4, tokens=64), AttentionSpec(0.25)
     case = ragged(shape, spec, [40, 15], [] if decode_only else [(300, 30)], decode_only=decode_only)
-    lengths = case.batch.kv_len.copy()
+    lengths = case.batch.kv_lens.copy()
     lengths[1] = 0
-    batch = dataclasses.replace(case.batch, kv_len=lengths)
+    batch = dataclasses.replace(case.batch, kv_lens=lengths)
     out, cache = attend_fused(case.q, case.k, case.v, fused(case.cache), batch, spec, kernel)
     used = live(batch)
     assert np.abs(np.asarray(out) - case.out)[used].max() < 2e-5
@@ -87,10 +87,10 @@ def test_a_row_that_has_stopped(kernel, decode_only):
     [
         ("0.0.17", "TPU v5 lite", "bfloat16", FusedPages),
         ("0.1.0", "TPU7x", "bfloat16", FusedPages),
-        ("0.0.16", "TPU v6 lite", "bfloat16", PackedPages),
-        (None, "TPU v6 lite", "bfloat16", PackedPages),
-        ("0.0.17", "TPU v4", "bfloat16", PackedPages),
-        ("0.0.17", "TPU v6 lite", "float32", PackedPages),
+        ("0.0.16", "TPU v6 lite", "bfloat16", InterleavedPages),
+        (None, "TPU v6 lite", "bfloat16", InterleavedPages),
+        ("0.0.17", "TPU v4", "bfloat16", InterleavedPages),
+        ("0.0.17", "TPU v6 lite", "float32", InterleavedPages),
     ],
 )
 def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
@@ -102,7 +102,7 @@ def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
     monkeypatch.setattr(fused_module, "version", installed)
     place = Place("tpu", kind)
     first = LayerLayout.of(FullAttentionSpec(12, 64), dtype, place).arrays(5, 16)
-    assert type(first) is PackedPages  # heads are padded
+    assert type(first) is InterleavedPages  # heads are padded
     layout = LayerLayout.of(FullAttentionSpec(8, 64), dtype, place)
     first = layout.arrays(5, 16)
     assert type(first) is expected

@@ -86,9 +86,9 @@ def test_a_row_that_has_stopped(decode_only):
     """It writes nothing, and nothing is asked of it."""
     shape, spec = Shape(), AttentionSpec(0.25)
     case = ragged(shape, spec, [40, 15, 300], [] if decode_only else [(0, 30)], decode_only=decode_only)
-    lengths = case.batch.kv_len.copy()
+    lengths = case.batch.kv_lens.copy()
     lengths[1] = 0
-    case = case._replace(batch=dataclasses.replace(case.batch, kv_len=lengths))
+    case = case._replace(batch=dataclasses.replace(case.batch, kv_lens=lengths))
     before = case.cache
     out, cache = run(case.q, case.k, case.v, before, case.batch, spec)
     used = live(case.batch)

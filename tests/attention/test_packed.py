@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
 
 from jaxinfer.attention import AttentionSpec, LayerLayout
 from jaxinfer.attention.tpu import TPU, attend_packed
-from jaxinfer.cache import FullAttentionSpec, PackedPages, SplitPages
+from jaxinfer.cache import FullAttentionSpec, HeadMajorPages, InterleavedPages
 from tests.attention.reference import Ragged, Shape, live, ragged, slots
 
 
@@ -24,12 +24,12 @@ def kernel(q, pages, lengths, table, starts, count, **options):
     return jnp.full(q.shape, jnp.nan, q.dtype).at[: out.shape[0]].set(out)
 
 
-def packed(cache: SplitPages, heads: int) -> PackedPages:
+def packed(cache: HeadMajorPages, heads: int) -> InterleavedPages:
     """As the kernel wants it: with zeros up to so many heads, and 128 features."""
     pages, kept, size, head_dim = cache.k.shape
     padding = ((0, 0), (0, heads - kept), (0, 0), (0, 128 - head_dim))
     kv = np.stack([np.pad(np.asarray(pool), padding) for pool in cache], axis=2)  # [pages, K, 2, page_size, d]
-    return PackedPages(jnp.asarray(kv.transpose(0, 3, 1, 2, 4).reshape(pages, size, 2 * heads, 128)))
+    return InterleavedPages(jnp.asarray(kv.transpose(0, 3, 1, 2, 4).reshape(pages, size, 2 * heads, 128)))
 
 
 def check(case: Ragged, spec: AttentionSpec, heads: int, error: float) -> None:
@@ -64,8 +64,8 @@ def test_a_cache_in_fp8():
     def stands_for(x):
         return jnp.clip(x, -448, 448).astype("float8_e4m3fn").astype("float32")
 
-    out, cache = attend_packed(case.q, case.k, v, PackedPages(pool), case.batch, spec, kernel)
-    plain = PackedPages(pool.astype("float32"))
+    out, cache = attend_packed(case.q, case.k, v, InterleavedPages(pool), case.batch, spec, kernel)
+    plain = InterleavedPages(pool.astype("float32"))
     expected, after = attend_packed(case.q, stands_for(case.k), stands_for(v), plain, case.batch, spec, kernel)
     np.testing.assert_allclose(out, expected, atol=1e-5)
     np.testing.assert_array_equal(cache.kv.astype("float32")[1:], after.kv[1:])
@@ -113,9 +113,9 @@ def test_a_row_that_has_stopped():
     """A decoding row in a mixed call whose sequence has ended: it writes nothing, and nothing is asked of it."""
     shape, spec = Shape(), AttentionSpec(0.25)
     case = ragged(shape, spec, [40, 15, 300], [(0, 30)])
-    lengths = case.batch.kv_len.copy()
+    lengths = case.batch.kv_lens.copy()
     lengths[1] = 0
-    batch = dataclasses.replace(case.batch, kv_len=lengths)
+    batch = dataclasses.replace(case.batch, kv_lens=lengths)
     out, cache = attend_packed(case.q, case.k, case.v, packed(case.cache, shape.kv_heads), batch, spec, kernel)
     used = live(batch)
     assert np.abs(np.asarray(out) - case.out)[used].max() < 2e-5

@@ -8,7 +8,7 @@ import pytest
 
 from jaxinfer.attention import AttentionSpec, LayerLayout, attend
 from jaxinfer.attention.gpu import GPU
-from jaxinfer.cache import FullAttentionSpec, QuantizedPages, SplitPages
+from jaxinfer.cache import FullAttentionSpec, HeadMajorPages, QuantizedPages
 from tests.attention.reference import Shape, live, ragged
 from tests.attention.test_packed import Place
 
@@ -40,7 +40,7 @@ def test_as_what_it_stands_for(name, decode, prefill):
     case = ragged(shape, spec, decode, prefill or [], decode_only=prefill is None, seed=3)
     (k, k_scales), (v, v_scales) = (rounded(np.asarray(pool), name) for pool in case.cache)
     out, cache = run(case.q, case.k, case.v, QuantizedPages(k, v, k_scales, v_scales), case.batch, spec)
-    plain = SplitPages(*(jnp.asarray(stands_for(pool, name)) for pool in case.cache))
+    plain = HeadMajorPages(*(jnp.asarray(stands_for(pool, name)) for pool in case.cache))
     new = [jnp.asarray(stands_for(x, name)) for x in (case.k, case.v)]
     expected, after = run(case.q, *new, plain, case.batch, spec)
     used = live(case.batch)

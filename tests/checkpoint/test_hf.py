@@ -13,7 +13,7 @@ from jaxinfer.checkpoint.hf import HfWriter, packed
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.write import Layout, SafetensorsWriter
 from jaxinfer.convert import convert
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.sharding import make_mesh
 from tests.checkpoint.test_load import GPT2, LLAMA, tensors
 
@@ -50,7 +50,7 @@ def test_plain(tmp_path, config, mesh):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     save_file(before, tmp_path / "a" / "model.safetensors")
-    model = Model.from_config(config, "float32")
+    model = AbstractModel.from_config(config, "float32")
     place = jax.devices()[0] if mesh == "one" else make_mesh(mesh, jax.devices(), 4, 2, 16)
     with Checkpoint(tmp_path / "a") as checkpoint, HfWriter(model, str(tmp_path / "b")) as writer:
         writer.add(load_params(model, checkpoint, place))
@@ -70,7 +70,7 @@ def test_quantized(tmp_path, checkpoints, scheme, kind):
     group = config["config_groups"]["group_0"]
     assert group["weights"]["type"] == ("float" if scheme == "fp8" else "int")
     assert (group["input_activations"] is None) == (scheme != "int8-w8a8")
-    model = Model.from_config(json.loads((source / "config.json").read_text()), "float32", scheme)
+    model = AbstractModel.from_config(json.loads((source / "config.json").read_text()), "float32", scheme)
     with Checkpoint(source) as checkpoint:
         params = load_params(model, checkpoint, jax.devices()[0])
     with Checkpoint(tmp_path / "new") as checkpoint:

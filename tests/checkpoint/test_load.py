@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
-from jaxinfer.models.model import Model, Params
+from jaxinfer.models.model import AbstractModel, Params
 
 LLAMA = {
     "model_type": "llama",
@@ -33,7 +33,7 @@ TYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 def tensors(config: dict[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Random tensors as a checkpoint of this configuration has them."""
     rng = np.random.default_rng(0)
-    model = Model.from_config(config, "float32")
+    model = AbstractModel.from_config(config, "float32")
     made: dict[str, np.ndarray] = {}
     for spec in model.params.values():
         for name, shape in spec.source.tensors(spec.shape).items():
@@ -44,7 +44,7 @@ def tensors(config: dict[str, Any], dtype: Any = np.float32) -> dict[str, np.nda
 def load(folder: Path, config: dict[str, Any], stored: dict[str, np.ndarray], dtype: Any = np.float32) -> Params:
     save_file(stored, folder / "model.safetensors")
     with Checkpoint(folder) as checkpoint:
-        return load_params(Model.from_config(config, dtype), checkpoint, jax.devices()[0])
+        return load_params(AbstractModel.from_config(config, dtype), checkpoint, jax.devices()[0])
 
 
 def refusal(folder: Path, config: dict[str, Any], stored: dict[str, np.ndarray], dtype: Any = np.float32) -> str:
@@ -158,7 +158,7 @@ def test_progress_adds_up_to_the_file(tmp_path):
     save_file(tensors(GPT2), tmp_path / "model.safetensors")
     seen: list[int] = []
     with Checkpoint(tmp_path) as checkpoint:
-        load_params(Model.from_config(GPT2, "float32"), checkpoint, jax.devices()[0], seen.append)
+        load_params(AbstractModel.from_config(GPT2, "float32"), checkpoint, jax.devices()[0], seen.append)
         assert sum(seen) == checkpoint.nbytes == checkpoint.bytes_read
 
 
@@ -201,7 +201,7 @@ def test_peak_memory_is_the_result_and_about_one_tensor(tmp_path, config, stored
         config |= {"num_hidden_layers": 8} if config["model_type"] == "llama" else {"n_layer": 16}
     made = tensors(config, stored)
     save_file(made, tmp_path / "model.safetensors")
-    abstract = Model.from_config(config, *how).abstract.values()
+    abstract = AbstractModel.from_config(config, *how).abstract.values()
     result = sum(a.size * a.dtype.itemsize for a in abstract) / 2**20
     largest = max(tensor.nbytes for tensor in made.values()) / 2**20
     assert result > 50

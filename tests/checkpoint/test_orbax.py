@@ -12,7 +12,7 @@ import pytest
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, manifest, restore, save
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.sharding import make_mesh
 from tests.checkpoint.test_load import LLAMA, tensors
 
@@ -54,7 +54,7 @@ def write(folder: Path, params) -> Converted:
     ],
 )
 def test_on_another_mesh(source, tmp_path, scheme, before, after):
-    model = Model.from_config(CONFIG, "float32", scheme)
+    model = AbstractModel.from_config(CONFIG, "float32", scheme)
     got = restore(model, write(tmp_path, loaded(source, model, before)), place(after))
     expected = loaded(source, model, after)
     assert got.keys() == expected.keys()
@@ -65,8 +65,8 @@ def test_on_another_mesh(source, tmp_path, scheme, before, after):
 
 def test_in_another_dtype(source, tmp_path):
     """What is quantized stays as it is, and all else is rounded."""
-    model = Model.from_config(CONFIG, "float32", "int8")
-    narrow = Model.from_config(CONFIG, "bfloat16", "int8")
+    model = AbstractModel.from_config(CONFIG, "float32", "int8")
+    narrow = AbstractModel.from_config(CONFIG, "bfloat16", "int8")
     got = restore(narrow, write(tmp_path, loaded(source, model, "one")), place("one"))
     for name, array in loaded(source, narrow, "one").items():
         assert got[name].dtype == array.dtype
@@ -86,7 +86,7 @@ def test_in_another_dtype(source, tmp_path):
 )
 def test_a_manifest_does_not_say_where_weights_are(source, tmp_path, elsewhere):
     """Or whoever made a checkpoint could have others opened."""
-    params = loaded(source, Model.from_config(CONFIG, "float32", "int8"), "one")
+    params = loaded(source, AbstractModel.from_config(CONFIG, "float32", "int8"), "one")
     (tmp_path / "other").mkdir()
     (tmp_path / "mine").mkdir()
     write(tmp_path / "other", params)
@@ -100,7 +100,7 @@ def test_a_manifest_does_not_say_where_weights_are(source, tmp_path, elsewhere):
 
 def test_weights_that_are_links(source, tmp_path):
     """All of them to another checkpoint's, or one file."""
-    model = Model.from_config(CONFIG, "float32", "int8")
+    model = AbstractModel.from_config(CONFIG, "float32", "int8")
     other, mine = tmp_path / "other", tmp_path / "mine"
     other.mkdir()
     write(other, loaded(source, model, "one"))
@@ -118,7 +118,7 @@ def test_weights_that_are_links(source, tmp_path):
 
 def test_damaged(source, tmp_path):
     """Each file cut in half, and taken away."""
-    model = Model.from_config(CONFIG, "float32", "int8")
+    model = AbstractModel.from_config(CONFIG, "float32", "int8")
     write(tmp_path, loaded(source, model, "one"))
     weights = tmp_path / WEIGHTS
     files = sorted(file for file in weights.rglob("*") if file.is_file())
@@ -145,7 +145,7 @@ def test_damaged(source, tmp_path):
 
 
 def test_of_another_model(source, tmp_path):
-    model = Model.from_config(CONFIG, "float32", "int8")
+    model = AbstractModel.from_config(CONFIG, "float32", "int8")
     write(tmp_path, loaded(source, model, "one"))
     for changed, problem in (
         ({"num_hidden_layers": 3}, "missing tensors: model.layers.2"),
@@ -154,9 +154,9 @@ def test_of_another_model(source, tmp_path):
         ({"vocab_size": 43}, "wrong shapes"),
     ):
         with pytest.raises(ValueError, match=problem):
-            restore(Model.from_config(CONFIG | changed, "float32", "int8"), Converted(tmp_path), place("one"))
+            restore(AbstractModel.from_config(CONFIG | changed, "float32", "int8"), Converted(tmp_path), place("one"))
     with pytest.raises(ValueError, match="wrong dtypes"):
-        restore(Model.from_config(CONFIG, "float32", "fp8"), Converted(tmp_path), place("one"))
+        restore(AbstractModel.from_config(CONFIG, "float32", "fp8"), Converted(tmp_path), place("one"))
     said = json.loads((tmp_path / MANIFEST).read_text())
     for wrong in ({"format": 2}, {"files": {"a": None}}, {"tensors": []}, {"tensors": {"a": {"shape": ["x"]}}}):
         (tmp_path / MANIFEST).write_text(json.dumps(said | wrong))

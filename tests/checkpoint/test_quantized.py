@@ -15,7 +15,7 @@ from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hf import HfWriter, config_of
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.quantized import decode, wanted_tensors
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.quantization.stored import stored_quantization
 from jaxinfer.sharding import make_mesh
 from tests.checkpoint import formats
@@ -35,7 +35,7 @@ ARCHITECTURES = {
 def loaded(folder, config, stored, place=None, **options):
     folder.mkdir(exist_ok=True)
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in stored.items()}, folder / "model.safetensors")
-    model = Model.from_config(config, "float32", **options)
+    model = AbstractModel.from_config(config, "float32", **options)
     with Checkpoint(folder) as checkpoint:
         return model, load_params(model, checkpoint, place or jax.devices()[0])
 
@@ -143,7 +143,7 @@ WEIGHTS, INPUTS = "config_groups.group_0.weights", "config_groups.group_0.input_
 def test_what_is_not_supported(name, path, value):
     field = "config_groups.group_0.format" if path == "format" else path
     with pytest.raises(ValueError, match=re.escape(f"config.json: quantization_config.{field} is {value!r}")) as error:
-        Model.from_config(SMALL | {"quantization_config": changed(name, path, value)}, "float32")
+        AbstractModel.from_config(SMALL | {"quantization_config": changed(name, path, value)}, "float32")
     assert "original checkpoint" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -173,11 +173,14 @@ def test_a_quantization_beside_the_checkpoints_own(tmp_path):
     """The same is no contradiction."""
     config = SMALL | {"quantization_config": CASES["int8 w8a16"].said}
     same = {"*.k_proj.*": "none", "lm_head.*": "none", "model.layers.*": "int8"}
-    assert Model.from_config(config, "float32", same).quantized == Model.from_config(config, "float32").quantized
+    assert (
+        AbstractModel.from_config(config, "float32", same).quantized
+        == AbstractModel.from_config(config, "float32").quantized
+    )
     with pytest.raises(
         ValueError, match=r"quantized already \(compressed-tensors\), and .* is in floats: leave it out, or"
     ):
-        Model.from_config(config, "float32", "int4")
+        AbstractModel.from_config(config, "float32", "int4")
 
 
 def test_targets():
@@ -186,7 +189,7 @@ def test_targets():
     other = copy.deepcopy(CASES["int8 w8a16"].said["config_groups"]["group_0"])
     said["config_groups"]["group_1"] = other | {"targets": ["re:.*down_proj", "model.layers.0.self_attn.k_proj"]}
     said["ignore"] = ["model.layers.0.self_attn.k_proj", "lm_head"]
-    model = Model.from_config(SMALL | {"quantization_config": said}, "float32")
+    model = AbstractModel.from_config(SMALL | {"quantization_config": said}, "float32")
     names = {name.split(".")[-2]: scheme.name for name, scheme in model.quantized.items()}
     assert names["down_proj"] == "int8"
     assert names["up_proj"] == names["o_proj"] == "int4"
@@ -202,7 +205,7 @@ def test_plan(tmp_path, cli):
         done = cli("plan", "--model", tmp_path, "--topology", "l4-1", "--json")
         assert done.code == 0, done.err
         bytes_of[name] = json.loads(done.out)["bytes"]["weights"]
-    model = Model.from_config(config, "bfloat16")
+    model = AbstractModel.from_config(config, "bfloat16")
     assert bytes_of["gptq in another order"] == sum(a.size * 2 for a in model.abstract.values())
     assert bytes_of["gptq"] < 0.55 * bytes_of["gptq in another order"]
 
@@ -267,7 +270,7 @@ def test_written_again(name, tmp_path):
     (tmp_path / "b").mkdir()
     with HfWriter(model, str(tmp_path / "b")) as writer:
         writer.add(params)
-    other = Model.from_config(config_of(model, config), "float32")
+    other = AbstractModel.from_config(config_of(model, config), "float32")
     assert {n: dataclasses.replace(s, name="") for n, s in other.quantized.items()} == {
         n: dataclasses.replace(s, name="") for n, s in model.quantized.items()
     }

@@ -14,7 +14,7 @@ from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.convert import convert
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from tests.checkpoint.formats import CASES, quantized
 from tests.plain import random_tensors, write_checkpoint
 
@@ -38,7 +38,7 @@ def settled(folder, config, tensors):
     save_file(tensors, folder / "model.safetensors")
     with Checkpoint(folder) as checkpoint:
         found = as_stored(config, checkpoint)
-        return found, load_params(Model.from_config(found, "float32"), checkpoint, jax.devices()[0])
+        return found, load_params(AbstractModel.from_config(found, "float32"), checkpoint, jax.devices()[0])
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
@@ -121,7 +121,7 @@ def test_what_is_written_keeps_the_head_and_says_so(untied, tmp_path, how):
     assert config["tie_word_embeddings"] is False
     with open_weights(output) as weights:
         assert as_stored(config, weights) == config
-        params = load_weights(Model.from_config(config, "float32"), weights, jax.devices()[0])
+        params = load_weights(AbstractModel.from_config(config, "float32"), weights, jax.devices()[0])
     head = load_file(untied / "model.safetensors")[HEAD]
     got = np.asarray(params[HEAD], np.float32) * np.asarray(params.get(f"{HEAD}_scale", 1))
     np.testing.assert_allclose(got, head, atol=0 if how != "gptq" else 0.005)
@@ -152,7 +152,7 @@ def test_linears_are_quantized_that_have_such_tensors(tmp_path, name, left_out):
     field = "ignore" if "ignore" in case.said else "modules_to_not_convert"
     said = {**case.said, field: left_out if field != "ignore" else ["lm_head"]}
     found, _ = settled(tmp_path, config | {"quantization_config": said}, tensors)
-    model = Model.from_config(found, "float32")
+    model = AbstractModel.from_config(found, "float32")
     linears = {n.removesuffix(".weight") for n, spec in model.params.items() if spec.stored}
     plain = {n.removesuffix(".weight") for n, t in tensors.items() if n.endswith("weight") and t.dtype == np.float32}
     assert any("k_proj" in module for module in plain)

@@ -59,7 +59,7 @@ def test_examples_are_packed_whole_and_only_answers_count():
     batch, targets, weights = next(train.batches(tokenizer, seed=0))
     used = 0
     for tokens, positions, row, target, weight in zip(
-        batch.tokens, batch.positions, batch.row, targets, weights, strict=True
+        batch.tokens, batch.positions, batch.segment_ids, targets, weights, strict=True
     ):
         for start in np.flatnonzero(tokens == BOS_ID):
             own = np.flatnonzero(row == row[start])

@@ -16,7 +16,7 @@ from jaxinfer.cache import CacheGroup
 from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.request import Held, Request
-from jaxinfer.engine.scheduler import Schedule, Scheduler
+from jaxinfer.engine.scheduler import Scheduler, SchedulerOutput
 from jaxinfer.sampling.params import SamplingParams
 
 NEVER = 10**9
@@ -86,7 +86,7 @@ class Stops(NamedTuple):
 
 
 class Call(NamedTuple):
-    schedule: Schedule
+    schedule: SchedulerOutput
     sampled: list[list[int]]
 
 
@@ -149,7 +149,7 @@ class Device:
             self.reset(each)
         self.check_pages()
 
-    def step(self, max_steps: int = 1) -> Schedule:
+    def step(self, max_steps: int = 1) -> SchedulerOutput:
         """A call with nothing else in flight, and its tokens."""
         while self.in_flight:
             self.take()
@@ -157,7 +157,7 @@ class Device:
         self.take()
         return schedule
 
-    def launch(self, max_steps: int) -> Schedule:
+    def launch(self, max_steps: int) -> SchedulerOutput:
         scheduler = self.scheduler
         before = list(scheduler.running)
         preemptions = {r: r.preemptions for r in self.live}
@@ -168,7 +168,7 @@ class Device:
         self.seen["preemptions"] += len(preempted)
         self.seen["hits"] += sum(r.hits > 0 for r in admitted)
         self.seen["overlapped"] += bool(self.in_flight and schedule.requests)
-        self.seen["short"] += schedule.short
+        self.seen["short"] += schedule.out_of_pages
         assert exact or not preempted
         for each in preempted:
             assert self.truth[each.id] == each.tokens
@@ -209,7 +209,7 @@ class Device:
                 self.end(each)
         self.check_pages()
 
-    def run(self, schedule: Schedule, i: int) -> list[int]:
+    def run(self, schedule: SchedulerOutput, i: int) -> list[int]:
         """What the device does with one row of a call: its sampled tokens."""
         each, start, samples = schedule.requests[i], schedule.start[i], schedule.samples[i]
         truth = self.truth[each.id]
@@ -273,7 +273,7 @@ class Device:
 
     def check(
         self,
-        schedule: Schedule,
+        schedule: SchedulerOutput,
         max_steps: int,
         exact: bool,
         preempted: list[Request],

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.attention import Batch
+from jaxinfer.attention import ForwardBatch
 from jaxinfer.engine.bad_words import BadWords
 from tests.sampling.reference import adjusted
 
@@ -20,7 +20,7 @@ def all_logits(llm: LLM, tokens: list[int], length: int = 256) -> np.ndarray:
     key = id(llm.engine)
     if key not in _forwards:
         _forwards[key] = llm, jax.jit(lambda params, batch: llm.model.bind(params)(batch, None)[0])
-    batch = Batch.of_sequences([tokens], length)
+    batch = ForwardBatch.of_sequences([tokens], length)
     return np.asarray(_forwards[key][1](llm.engine.runner.params, batch))[: len(tokens)]
 
 

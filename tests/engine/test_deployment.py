@@ -12,7 +12,7 @@ import yaml
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.deployment import FIELDS, read_deployment
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.sharding import parse_mesh
 from tests.refusals import line
 
@@ -44,7 +44,7 @@ def test_architectures_are_the_published_ones(model):
     found = [one.architecture for one in map(read_deployment, FILES) if one.model == model]
     assert found
     assert all(one == found[0] for one in found)
-    abstract = Model.from_config(found[0], "bfloat16").abstract
+    abstract = AbstractModel.from_config(found[0], "bfloat16").abstract
     assert sum(math.prod(shape.shape) for shape in abstract.values()) == PARAMETERS[model]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxinfer import SamplingParams
-from jaxinfer.engine.generation import Generation
+from jaxinfer.engine.generation import SequenceOutput
 from jaxinfer.engine.request import Request
 from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.tokenizer import load_tokenizer
@@ -18,7 +18,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(json_bpe_tokenizer(tmp_path_factory.mktemp("tokenizer") / "json_bpe"))
 
 
-def generate(tokenizer: Tokenizer, tokens: list[int], **params) -> tuple[Generation, list[str]]:
+def generate(tokenizer: Tokenizer, tokens: list[int], **params) -> tuple[SequenceOutput, list[str]]:
     """The generation after `tokens`, as far as it took them, one a call, and its text as a stream has it."""
     asked = SamplingParams(**{"max_tokens": 100} | params)
     prompt = tokenizer.encode("hello")
@@ -31,7 +31,7 @@ def generate(tokenizer: Tokenizer, tokens: list[int], **params) -> tuple[Generat
         stop_ids=(EOS,),
         limit=len(prompt) + asked.max_tokens,
     )
-    generation = Generation(request, tokenizer)
+    generation = SequenceOutput(request, tokenizer)
     pieces = []
     for token in tokens:
         shown = generation.text
@@ -43,7 +43,7 @@ def generate(tokenizer: Tokenizer, tokens: list[int], **params) -> tuple[Generat
     return generation, pieces
 
 
-def ended(generation: Generation) -> tuple[str, int, str | None, int | str | None]:
+def ended(generation: SequenceOutput) -> tuple[str, int, str | None, int | str | None]:
     completion = generation.completion()
     return completion.text, len(completion.token_ids), completion.finish_reason, completion.stop_reason
 

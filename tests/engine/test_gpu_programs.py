@@ -19,7 +19,7 @@ from jaxinfer.attention.xla import XLAAttention
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 
 CONFIG = {
     "model_type": "mistral",
@@ -43,7 +43,7 @@ def _allowed(monkeypatch):
 
 def lowered(attention: str) -> dict[str, str]:
     """Both programs' text for CUDA."""
-    model = Model.from_config(CONFIG, "bfloat16")
+    model = AbstractModel.from_config(CONFIG, "bfloat16")
     programs = Programs(
         model,
         jax.devices()[0],
@@ -84,7 +84,7 @@ import json, re, sys
 from jax.experimental import topologies
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 
 L4 = '''
 gpu_device_info {
@@ -101,7 +101,7 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description
 device = topologies.get_topology_desc(platform="cuda", target_config=L4, topology="1x1x1").devices[0]
 for config in json.loads(sys.argv[1]):
     programs = Programs(
-        Model.from_config(config, "bfloat16"), device, Buckets.make(8, 256), num_pages=1025, page_size=16,
+        AbstractModel.from_config(config, "bfloat16"), device, Buckets.make(8, 256), num_pages=1025, page_size=16,
         max_model_len=1024, max_rows=8, max_steps=4, attention="pallas",
     )
     for key in (("decode", 8), ("forward", 256)):

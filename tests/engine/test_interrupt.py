@@ -9,11 +9,11 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.batch_builder import BatchBuilder
-from jaxinfer.engine.generation import Generation
+from jaxinfer.engine.generation import SequenceOutput
 from jaxinfer.engine.programs import Program
-from jaxinfer.engine.runner import Launched, Runner
+from jaxinfer.engine.runner import PendingStep, Runner
 from jaxinfer.engine.scheduler import Scheduler
-from jaxinfer.engine.shards import Shards
+from jaxinfer.engine.shards import DataParallelScheduler
 from tests.settled import settled
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -36,12 +36,12 @@ def expected(llm):
         (BatchBuilder, "build"),
         (Runner, "call"),
         (Program, "run"),  # it runs, and its results, the cache among them, never arrive
-        (Launched, "wait"),
-        (Shards, "add"),
+        (PendingStep, "wait"),
+        (DataParallelScheduler, "add"),
         (Scheduler, "schedule"),
         (Scheduler, "publish"),
         (Scheduler, "finish"),
-        (Generation, "accept"),
+        (SequenceOutput, "accept"),
     ],
 )
 def test_a_broken_off_step_leaves_nothing_behind(llm, expected, monkeypatch, owner, method):

@@ -7,7 +7,7 @@ from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
 from jaxinfer.engine.runner import Runner
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 
 CONFIG = {
     "model_type": "llama",
@@ -21,7 +21,7 @@ CONFIG = {
 
 
 def programs(**fields):
-    model = Model.from_config(CONFIG | fields, "float32", fields.get("quantization"))
+    model = AbstractModel.from_config(CONFIG | fields, "float32", fields.get("quantization"))
     sizes = {"num_pages": 9, "page_size": 16, "max_model_len": 4096, "max_rows": 256, "max_steps": 32}
     return Programs(model, jax.devices()[0], Buckets.make(256, 2048), **sizes)
 

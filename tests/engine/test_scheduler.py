@@ -149,7 +149,7 @@ def test_nobody_is_preempted_while_tokens_are_on_their_way():
     device.launch(1)
     device.take()
     schedule = device.launch(1)  # a third page each
-    assert schedule.short
+    assert schedule.out_of_pages
     assert not schedule.requests  # the oldest must not stand still while the youngest goes on
     device.take()
     assert device.launch(1).requests == [old]

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import model_types
 from jaxinfer.sharding import AXES
 from tests.checkpoints import same_tokens
@@ -95,7 +95,7 @@ def wide(tmp_path_factory, checkpoints):
     """8 heads, 2 key/value heads; 8 devices divide neither the vocabulary nor the MLP."""
     folder = tmp_path_factory.mktemp("wide") / "model"
     folder.mkdir()
-    model = Model.from_config(WIDE, "float32")
+    model = AbstractModel.from_config(WIDE, "float32")
     rng = np.random.default_rng(0)
     weights = {name: rng.normal(0, 0.1, s.shape).astype(np.float32) for name, s in model.abstract.items()}
     save_file(weights, folder / "model.safetensors")
@@ -219,7 +219,7 @@ def test_each_part_is_read_once(wide, split):
 
     mesh = split.engine.runner.programs.mesh
     with Checkpoint(wide) as checkpoint:
-        load_params(Model.from_config(WIDE, "float32"), checkpoint, mesh)
+        load_params(AbstractModel.from_config(WIDE, "float32"), checkpoint, mesh)
         assert checkpoint.bytes_read == checkpoint.nbytes
 
 

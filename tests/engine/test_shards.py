@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.shards import Shards
+from jaxinfer.engine.shards import DataParallelScheduler
 from tests.engine.device import make, most_pages, pages_of, request
 
 OPERATIONS = st.one_of(
@@ -25,7 +25,7 @@ class Devices:
     """As many tables of who is where; a row's tokens are its number."""
 
     def __init__(self, count: int, **sizes: int):
-        self.scheduler = Shards([make(**sizes) for _ in range(count)])
+        self.scheduler = DataParallelScheduler([make(**sizes) for _ in range(count)])
         self.live: list[Request] = []
         self.in_flight: list[list] = []
         self.count = 0

@@ -10,7 +10,7 @@ from jaxinfer.cache import FullAttentionSpec
 from jaxinfer.engine import load
 from jaxinfer.engine.config import check_options
 from jaxinfer.engine.sizing import Sizes, page_size, size_cache
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from tests.plan.test_roofline import CONFIG
 
 GIB = 2**30
@@ -109,7 +109,7 @@ def test_memory_is_asked_of_a_device_of_this_host(monkeypatch):
     """On several hosts the first device of the mesh is another one's for most of them, and JAX refuses to say."""
     place = jax.devices()[0]
     monkeypatch.setattr(jax, "local_devices", lambda: [Chip()])
-    for placed in ("placed_slots", "placed_hidden"):
+    for placed in ("placed_decode_state", "placed_hidden"):
         monkeypatch.setattr(load, placed, lambda *_: ())
     given = check_options({"memory_utilization": 0.95})
-    assert load._available(Model.from_config(CONFIG, "float32"), place, given) == pytest.approx(600, abs=1)
+    assert load._available(AbstractModel.from_config(CONFIG, "float32"), place, given) == pytest.approx(600, abs=1)

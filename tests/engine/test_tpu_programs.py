@@ -18,7 +18,7 @@ import jaxinfer.attention.tpu as attention
 import jaxinfer.attention.fused as fused
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.places import find_place
 from jaxinfer.sharding import make_mesh
 
@@ -47,7 +47,7 @@ for case in json.loads(sys.argv[1]):
     heads = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
     rows = case["rows"]
     programs = Programs(
-        Model.from_config(config, "bfloat16", case.get("quantization")),
+        AbstractModel.from_config(config, "bfloat16", case.get("quantization")),
         make_mesh(case["mesh"], devices, *heads) or devices[0],
         Buckets.make(rows, 1024), num_pages=1025, page_size=case.get("page_size", 64), max_model_len=4096,
         max_rows=rows, max_steps=32, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),

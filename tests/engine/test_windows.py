@@ -13,7 +13,7 @@ from jaxinfer.attention import CacheLayout, LayerLayout
 from jaxinfer.cache import FullAttentionSpec, SlidingWindowSpec
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from tests.engine.reference import all_logits, same
 
 LENGTH, NEW, WINDOW = 512, 60, 20
@@ -163,7 +163,7 @@ MIXED = {
 def test_programs_take_narrow_tables():
     """Three groups of two layers in two arrays; tables of windows are as wide as window and chunk need."""
     programs = Programs(
-        Model.from_config(MIXED, "float32"),
+        AbstractModel.from_config(MIXED, "float32"),
         jax.devices()[0],
         Buckets.make(8, 64),
         num_pages=333,

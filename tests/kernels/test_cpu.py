@@ -122,7 +122,7 @@ def test_always_the_same_bits_and_each_token_its_own(tokens):
 def test_attention_and_int4_always_the_same_bits():
     """Of prompts and of a row that decodes, at once."""
     q, pool = random((60, 2, 3, 32), "float32"), random((2, 9, 2, 8, 32), "float32")
-    q_start, kv_len = np.array([0, 1, 30, 60], np.int32), np.array([20, 29, 47], np.int32)
+    cu_q_lens, kv_lens = np.array([0, 1, 30, 60], np.int32), np.array([20, 29, 47], np.int32)
     pages = np.arange(18, dtype=np.int32).reshape(3, 6) % 9
     options = {"scale": np.float32(0.2), "window": np.int64(0)}
     attend = functools.partial(jax.ffi.ffi_call(cpu.ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype)), **options)
@@ -133,7 +133,7 @@ def test_attention_and_int4_always_the_same_bits():
     )
     out = [jax.ShapeDtypeStruct((5, 300), jnp.float32)]
     product = functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=True)
-    calls = (jax.jit(attend), (q, q_start, kv_len, pages, *pool)), (jax.jit(product), (x, values, scales))
+    calls = (jax.jit(attend), (q, cu_q_lens, kv_lens, pages, *pool)), (jax.jit(product), (x, values, scales))
     for call, given in calls:
         first = np.asarray(jax.tree.leaves(call(*given))[0])
         assert np.abs(first).max() > 0

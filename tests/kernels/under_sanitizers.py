@@ -29,14 +29,14 @@ for tokens, level, rounds in itertools.product((1, 7, 9, 33), range(len(cpu.LEVE
 jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attention), platform="cpu")
 for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
     library.jaxinfer_level(level)
-    lengths, q_start = np.array([7, 0, 10], np.int32), np.array([0, 5, 6, 12], np.int32)
+    lengths, cu_q_lens = np.array([7, 0, 10], np.int32), np.array([0, 5, 6, 12], np.int32)
     q, pages = random((12, 2, 5, 48), "float32"), np.array([[0, 1], [1, 0], [2, 2]], np.int32)
     pools = [random((3, 2, 5, 48), kind), random((3, 2, 5, 48), kind)]
     pools += [random((3, 2, 5), "float32")] * 2 if kind == "int8" else []
     call = jax.ffi.ffi_call("attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
     for window, one_each in itertools.product((0, 4), (False, True)):
         options = {"scale": np.float32(0.1), "window": np.int64(window)}
-        starts = np.arange(4, dtype=np.int32) if one_each else q_start
+        starts = np.arange(4, dtype=np.int32) if one_each else cu_q_lens
         jax.block_until_ready(call(q, starts, lengths, pages, *pools, **options))
 jax.ffi.register_ffi_target("take", jax.ffi.pycapsule(library.jaxinfer_take), platform="cpu")
 call = jax.ffi.ffi_call("take", jax.ShapeDtypeStruct((3, 5), np.float32))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.layers.rotary import Rope, rotate
-from jaxinfer.models.config import Fields, rope_of
+from jaxinfer.models.config import ConfigReader, rope_of
 
 
 def test_pairs_turn_by_position_times_frequency():
@@ -72,6 +72,6 @@ def test_frequencies_are_transformers(name):
         rope_parameters=dict(parameters),
     )
     theirs = LlamaRotaryEmbedding(config)
-    ours, _ = rope_of(Fields({"max_position_embeddings": context, "rope_parameters": parameters}), head_dim)
+    ours, _ = rope_of(ConfigReader({"max_position_embeddings": context, "rope_parameters": parameters}), head_dim)
     np.testing.assert_allclose(ours.inv_freq(), theirs.inv_freq.numpy(), rtol=2e-6)
     assert ours.attention_factor == pytest.approx(theirs.attention_scaling)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.attention import Batch
+from jaxinfer.attention import ForwardBatch
 from jaxinfer.models.registry import model_types
 from tests.checkpoints import NEW_TOKENS, VARIANTS, same_tokens
 
@@ -23,7 +23,7 @@ def test_matches_transformers(checkpoints, name):
     # Prompts longer than 32 tokens are prefilled in pieces, beside rows that already decode.
     with LLM(reference.folder, max_num_batched_tokens=32, max_num_seqs=4) as llm:
         prompt = reference.prompts[-1]
-        batch = Batch.of_sequences([prompt])
+        batch = ForwardBatch.of_sequences([prompt])
         params = llm.engine.runner.params
         logits, _ = jax.jit(lambda params, batch: llm.model.bind(params)(batch, None))(params, batch)
         error = np.abs(np.asarray(logits) - reference.logits).max() / np.abs(reference.logits).max()

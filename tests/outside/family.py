@@ -28,10 +28,10 @@ from jaxinfer.layers.linear import Embedding, Linear, head_logits, parameter
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Source, Stack, Tensor
-from jaxinfer.models.weights import WeightMap
+from jaxinfer.models.weights import ParamMapping
 from jaxinfer.weights import dot
 from tests.checkpoints import write_tokenizer
 
@@ -72,14 +72,14 @@ class LatentMixer(nnx.Module):
         new, window = self.down(x), self.cache_spec.window or 10**6
         if cache is None:
             keys, at = new[None], batch.positions[None]
-            seen = batch.row[:, None] == batch.row[None]
-            seen &= jnp.arange(len(x), dtype=jnp.int32)[None] < batch.q_start[-1]
+            seen = batch.segment_ids[:, None] == batch.segment_ids[None]
+            seen &= jnp.arange(len(x), dtype=jnp.int32)[None] < batch.cu_q_lens[-1]
         else:
-            page, place = batch.places(cache.shape[1])
+            page, place = batch.slot_mapping(cache.shape[1])
             cache = write_latents(cache, new, page, place)
-            keys = gather_latents(cache, batch.pages)[batch.row]
+            keys = gather_latents(cache, batch.pages)[batch.segment_ids]
             at = jnp.arange(keys.shape[1], dtype=jnp.int32)[None]
-            seen = at < batch.kv_len[batch.row][:, None]
+            seen = at < batch.kv_lens[batch.segment_ids][:, None]
         distance = batch.positions[:, None] - at
         scores = jnp.sum(keys * new[:, None], -1) * WIDTH**-0.5
         scores = jnp.where(seen & (distance >= 0) & (distance < window), scores, -1e30)
@@ -96,19 +96,19 @@ class SumMixer(nnx.Module):
         self.cache_spec = Sum(WIDTH)
 
     def __call__(self, x, cache, batch):
-        states = {"sum": jnp.zeros((batch.kv_len.shape[0], WIDTH), jnp.float32)}
+        states = {"sum": jnp.zeros((batch.kv_lens.shape[0], WIDTH), jnp.float32)}
         if cache is not None:
-            states = read_state(cache, batch.slots, batch.kv_len == jnp.diff(batch.q_start))
+            states = read_state(cache, batch.slots, batch.kv_lens == jnp.diff(batch.cu_q_lens))
 
         def step(state, token):
             row, new, live = token
             state = state.at[row].set(jnp.where(live, 0.8 * state[row] + new, state[row]))
             return state, state[row]
 
-        live = jnp.arange(len(x), dtype=jnp.int32) < batch.q_start[-1]
-        after, outs = lax.scan(step, states["sum"], (batch.row, self.into(x).astype(jnp.float32), live))
+        live = jnp.arange(len(x), dtype=jnp.int32) < batch.cu_q_lens[-1]
+        after, outs = lax.scan(step, states["sum"], (batch.segment_ids, self.into(x).astype(jnp.float32), live))
         if cache is not None:
-            cache = write_state(cache, batch.slots, {"sum": after}, batch.kv_len > 0)
+            cache = write_state(cache, batch.slots, {"sum": after}, batch.kv_lens > 0)
         return self.out(outs.astype(x.dtype)), cache
 
 
@@ -145,7 +145,7 @@ class Experts(nnx.Module):
 class Block(nnx.Module):
     """A mixer, then experts, each behind a norm and added."""
 
-    FEEDS = (("norm_2", ("experts.router",)),)
+    SMOOTHING_PAIRS = (("norm_2", ("experts.router",)),)
 
     def __init__(self, kind, **options):
         name, _, window = kind.partition(" ")
@@ -206,8 +206,8 @@ def source(name: str) -> Source:
     return Tensor(name)
 
 
-def weights(config: Config) -> WeightMap:
-    return WeightMap(source, prefix="", embedding="table.weight")
+def weights(config: Config) -> ParamMapping:
+    return ParamMapping(source, prefix="", embedding="table.weight")
 
 
 ARCHITECTURE = Architecture(parse, Outsider, weights)
@@ -219,7 +219,7 @@ def write(folder: Path, *kinds: str) -> Path:
     config: dict[str, Any] = {"model_type": TYPE, "architectures": [NAME], "kinds": kinds, "vocab_size": VOCAB}
     rng = np.random.default_rng(0)
     tensors = {}
-    for name, spec in Model.from_config(config, "float32").params.items():
+    for name, spec in AbstractModel.from_config(config, "float32").params.items():
         for tensor, shape in spec.source.tensors(spec.shape).items():
             tensors[tensor] = (rng.normal(0, 0.25, shape) + ("norm" in name)).astype(np.float32)
     folder.mkdir()

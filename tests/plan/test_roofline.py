@@ -3,7 +3,7 @@
 import pytest
 
 from jaxinfer.engine.programs import cache_layout
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan import roofline
 from jaxinfer.plan.slices import Chip, Device
 from jaxinfer.sharding import make_mesh
@@ -26,7 +26,7 @@ CHIP = Chip("made up", 10**9, bandwidth=1e3, flops=1e4, link=1e2)
 
 
 def bound(config, dtype, tensor, tokens, context, rows, platform="gpu"):
-    model = Model.from_config(config, dtype)
+    model = AbstractModel.from_config(config, dtype)
     place = [Device(i, platform) for i in range(tensor)]
     layout = cache_layout(model, make_mesh(f"tensor={tensor}", place, 4, 2, 32) or place[0])
     return roofline.bound(model, CHIP, layout, tensor, tokens, context, rows)

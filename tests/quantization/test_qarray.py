@@ -116,7 +116,7 @@ def test_zero_points(values, bits):
     scheme = dataclasses.replace(SCHEMES["int4"], values=values, packed=8 // bits, zeros=True)
     stored = RNG.integers(0, 256, (24, 96 * bits // 8)).astype(np.uint8).view(values)
     zeros, scales = RNG.integers(-8, 8, (24, 3)).astype(np.int8), RNG.uniform(0.1, 1, (24, 3)).astype(np.float32)
-    held = QArray(*map(jnp.asarray, (stored, scales)), scheme, zeros=jnp.asarray(zeros))
+    held = QArray(*map(jnp.asarray, (stored, scales)), scheme, zero_point=jnp.asarray(zeros))
     expected = real(stored, scales, scheme, zeros)
     x = jnp.asarray(RNG.normal(size=(7, 96)), "float32")
     np.testing.assert_allclose(dot(x, held), np.asarray(x, np.float64) @ expected.T, atol=1e-3)

@@ -9,7 +9,7 @@ from jaxinfer import SamplingParams
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.params import MAX_LOGPROBS
 from jaxinfer.sampling.sample import NONE_LEFT, NOT_FINITE, _filter, logprobs, sample, stops, token_logprobs
-from jaxinfer.sampling.slots import Slots
+from jaxinfer.sampling.slots import DecodeState
 from tests.sampling.reference import distribution, kept
 
 DRAWS, VOCAB = 20_000, 24
@@ -31,9 +31,9 @@ run_filter = jax.jit(_filter)
 run_logprobs = jax.jit(logprobs)
 
 
-def no_slots(slots: int, vocab: int) -> Slots:
+def no_slots(slots: int, vocab: int) -> DecodeState:
     """Slots full of what must not matter to rows that have neither penalties nor masks."""
-    return jax.tree.map(lambda s: np.ones(s.shape, s.dtype), Slots.shapes(slots, vocab))
+    return jax.tree.map(lambda s: np.ones(s.shape, s.dtype), DecodeState.shapes(slots, vocab))
 
 
 def run_sample(logits, sampling, lengths):

@@ -11,7 +11,7 @@ from jaxinfer.engine.bad_words import BadWords
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.params import MOST_COPIES
 from jaxinfer.sampling.sample import _decay, _mask, _mask_stop_ids, _penalize, draw, sample
-from jaxinfer.sampling.slots import Masks, Slots, copies, count, prepare_slot
+from jaxinfer.sampling.slots import DecodeState, Masks, copies, count, prepare_slot
 from jaxinfer.text.tokenizer import load_tokenizer
 from tests.sampling.reference import adjusted
 
@@ -42,7 +42,7 @@ def adjust(logits, sampling, length, slots, slot):
 def filled(rng, params, slots, histories):
     """Slots whose owners have had other owners before, then these; `slots` of each row."""
     state = jax.tree.map(
-        lambda s: rng.integers(0, 2, s.shape).astype(s.dtype), Slots.shapes(len(params), VOCAB)
+        lambda s: rng.integers(0, 2, s.shape).astype(s.dtype), DecodeState.shapes(len(params), VOCAB)
     )  # what others have left
     prepare = jax.jit(prepare_slot)
     for p, slot in zip(params, slots, strict=True):
@@ -54,7 +54,7 @@ def filled(rng, params, slots, histories):
         if p.has_penalties:
             seen[slot, prompt] = True
             np.add.at(counts[slot], output, 1)
-    return Slots(state.token, state.alive, seen, counts, state.allowed, state.bias_ids, state.bias)
+    return DecodeState(state.token, state.alive, seen, counts, state.allowed, state.bias_ids, state.bias)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -178,7 +178,7 @@ def test_first_and_forced_tokens():
         SamplingParams(forced_bos_token_id=9),
     ]
     rows = [RowSampling(p, 0, STOP_IDS, n, 12) for p, n in zip(params, (4, 1, 4, 2), strict=True)]
-    state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), Slots.shapes(4, VOCAB))
+    state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), DecodeState.shapes(4, VOCAB))
     for i, p in enumerate(params):
         masks = Masks.of(VOCAB, None, p.suppress_tokens or (), None, p.begin_suppress_tokens or ())
         state = jax.jit(prepare_slot)(state, np.int32(i), masks, np.bool_(True))

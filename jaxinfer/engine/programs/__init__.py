@@ -1,6 +1,6 @@
 """The programs of an engine: what runs on the devices. A file for each kind: the arrays that it takes, the function."""
 
-from jaxinfer.engine.programs.base import Key, Program, cache_layout, placed_hidden, placed_params, placed_slots
+from jaxinfer.engine.programs.base import Key, Program, cache_layout, placed_decode_state, placed_hidden, placed_params
 from jaxinfer.engine.programs.decode import Decode, DecodeRows
 from jaxinfer.engine.programs.forward import Forward, ForwardRows
 from jaxinfer.engine.programs.logits import Sampled
@@ -27,7 +27,7 @@ __all__ = [
     "State",
     "Zeros",
     "cache_layout",
+    "placed_decode_state",
     "placed_hidden",
     "placed_params",
-    "placed_slots",
 ]

@@ -19,15 +19,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxinfer.attention import CacheLayout, LayerLayout, LayerMap, Table
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs.state import State
-from jaxinfer.models.model import Model, Params
-from jaxinfer.sampling.slots import Slots
+from jaxinfer.models.model import AbstractModel, Params
+from jaxinfer.sampling.slots import DecodeState
 from jaxinfer.sharding import ROWS, axis_size, devices_of, on_axes, replicated
 
 Key = tuple[str, int]  # of a program: what it does, and for how many tokens or rows
 
 
 def cache_layout(
-    model: Model, place: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
+    model: AbstractModel, place: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
 ) -> CacheLayout:
     """How what the model's layers keep is kept there. Raises ValueError if that attention is not to be had."""
     specs = model.bind(model.abstract).cache_specs()
@@ -35,22 +35,24 @@ def cache_layout(
     return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context)
 
 
-def placed_params(model: Model, place: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def placed_params(model: AbstractModel, place: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The weights, each with how it is split there."""
-    return {name: model.placed(name, place) for name in model.abstract}
+    return {name: model.with_sharding(name, place) for name in model.abstract}
 
 
-def placed_slots(model: Model, place: jax.Device | Mesh, max_rows: int) -> Slots:
+def placed_decode_state(model: AbstractModel, place: jax.Device | Mesh, max_rows: int) -> DecodeState:
     """Slots for `max_rows` sequences on each shard of rows."""
     vocab = model.config.vocab_size
     if not isinstance(place, Mesh):
-        return structs(Slots.shapes(max_rows, vocab), SingleDeviceSharding(place))
-    slots = Slots.shapes(axis_size(place, ROWS) * (max_rows + 1) - 1, vocab)
-    specs = Slots.specs(vocab, place)
-    return Slots(**{name: structs(getattr(slots, name), NamedSharding(place, spec)) for name, spec in specs.items()})
+        return structs(DecodeState.shapes(max_rows, vocab), SingleDeviceSharding(place))
+    slots = DecodeState.shapes(axis_size(place, ROWS) * (max_rows + 1) - 1, vocab)
+    specs = DecodeState.specs(vocab, place)
+    return DecodeState(
+        **{name: structs(getattr(slots, name), NamedSharding(place, spec)) for name, spec in specs.items()}
+    )
 
 
-def placed_hidden(model: Model, place: jax.Device | Mesh, max_tokens: int) -> Any:
+def placed_hidden(model: AbstractModel, place: jax.Device | Mesh, max_tokens: int) -> Any:
     """Hidden states of `max_tokens` tokens on each shard of rows."""
     mesh = place if isinstance(place, Mesh) else None
     sharding = NamedSharding(mesh, PartitionSpec(ROWS)) if mesh is not None else SingleDeviceSharding(place)
@@ -67,7 +69,7 @@ class EngineShapes:
     shard; arrays hold them one after the other.
     """
 
-    model: Model
+    model: AbstractModel
     place: jax.Device | Mesh
     buckets: Buckets
     num_pages: int
@@ -148,7 +150,7 @@ class EngineShapes:
     def state(self) -> State:
         """All of it."""
         cache = self.layout.arrays(self.page_counts, self.page_size, self.max_rows)
-        slots = placed_slots(self.model, self.place, self.max_rows)
+        slots = placed_decode_state(self.model, self.place, self.max_rows)
         return State(cache, slots, placed_hidden(self.model, self.place, self.max_tokens))
 
     def like(self, tree: Any) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxinfer.attention import Batch, Table
+from jaxinfer.attention import ForwardBatch, Table
 from jaxinfer.engine.programs.base import Function, Program
 from jaxinfer.engine.programs.logits import (
     SAMPLED,
@@ -35,7 +35,7 @@ from jaxinfer.sharding import ROWS
 @dataclass(frozen=True)
 class DecodeRows:
     """slot i32[R]; samples i32[R]: most tokens to sample, 0 for an unused row; positions i32[R], of the token that is
-    fed first; tables: as in Batch."""
+    fed first; tables: as in ForwardBatch."""
 
     slot: jax.Array | np.ndarray
     samples: jax.Array | np.ndarray
@@ -81,14 +81,14 @@ class Decode(Program):
 
             def advance(i: jax.Array, active: jax.Array, state: State) -> tuple[jax.Array, Logprobs, State]:
                 positions = jnp.asarray(rows.positions) + i
-                batch = Batch(
+                batch = ForwardBatch(
                     tokens=state.slots.token[slot],
                     positions=positions,
-                    row=index,
-                    q_start=jnp.arange(size + 1, dtype=jnp.int32),
-                    kv_len=jnp.where(active, positions + 1, 0),
+                    segment_ids=index,
+                    cu_q_lens=jnp.arange(size + 1, dtype=jnp.int32),
+                    kv_lens=jnp.where(active, positions + 1, 0),
                     tables=rows.tables,
-                    rows=jnp.full(3, size, jnp.int32),
+                    distribution=jnp.full(3, size, jnp.int32),
                     slots=slot,
                     decode_only=True,
                     mesh=mesh,

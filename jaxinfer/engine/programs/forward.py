@@ -12,11 +12,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxinfer.attention import Batch
+from jaxinfer.attention import ForwardBatch
 from jaxinfer.engine.programs.base import Function, Program
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
-from jaxinfer.sampling.slots import Slots, count
+from jaxinfer.sampling.slots import DecodeState, count
 from jaxinfer.sharding import ROWS
 
 
@@ -48,7 +48,7 @@ class Forward(Program):
     def given(self) -> tuple[Any, ...]:
         ints, rows = self.shapes.ints, self.shapes.max_rows
         token, row, tables = ints(self.size), ints(rows), self.shapes.tables(rows)
-        return Batch(token, token, token, ints(rows + 1), row, tables, ints(3)), ForwardRows(row, row)
+        return ForwardBatch(token, token, token, ints(rows + 1), row, tables, ints(3)), ForwardRows(row, row)
 
     @property
     def result(self) -> None:
@@ -58,38 +58,40 @@ class Forward(Program):
         model, mesh, kind = self.shapes.model, self.shapes.mesh, self.shapes.devices[0].device_kind
         layers = self.shapes.layer_map
 
-        def forward(params: Params, state: State, read: State, batch: Batch, rows: ForwardRows) -> tuple[None, State]:
+        def forward(
+            params: Params, state: State, read: State, batch: ForwardBatch, rows: ForwardRows
+        ) -> tuple[None, State]:
             slots = state.slots
             slot = jnp.asarray(rows.slot)
-            token_slot = slot[batch.row]
-            decoding = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.rows[0]
+            token_slot = slot[batch.segment_ids]
+            decoding = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.distribution[0]
             tokens = jnp.where(decoding, slots.token[token_slot], batch.tokens)
             # A decoding row that has stopped in a call whose tokens the host has not seen yet: it must write nothing.
-            decodes = jnp.arange(slot.shape[0], dtype=jnp.int32) < batch.rows[0]
-            kv_len = jnp.where(decodes & ~slots.alive[slot], 0, batch.kv_len)
+            decodes = jnp.arange(slot.shape[0], dtype=jnp.int32) < batch.distribution[0]
+            kv_lens = jnp.where(decodes & ~slots.alive[slot], 0, batch.kv_lens)
             static: Any = {"mesh": mesh, "device_kind": kind, "layers": layers}
-            batch = dataclasses.replace(batch, tokens=tokens, kv_len=kv_len, slots=slot, **static)
-            stream, cache = model.bind(params).hidden(batch, state.cache)
+            batch = dataclasses.replace(batch, tokens=tokens, kv_lens=kv_lens, slots=slot, **static)
+            hidden, cache = model.bind(params).hidden(batch, state.cache)
             assert cache is not None
             slots = _begin(slots, jnp.where(decodes, slots.alive.shape[0], slot))
             slots = _count_prompt(slots, batch, token_slot, decoding, jnp.asarray(rows.prompt_length))
-            return None, State(cache, slots, lax.dynamic_update_slice_in_dim(state.hidden, stream, 0, 0))
+            return None, State(cache, slots, lax.dynamic_update_slice_in_dim(state.hidden, hidden, 0, 0))
 
         return self.over_rows(forward, (PartitionSpec(ROWS),) * 2, PartitionSpec())
 
 
-def _begin(slots: Slots, slot: jax.Array) -> Slots:
+def _begin(slots: DecodeState, slot: jax.Array) -> DecodeState:
     """Sequences whose prompts are computed are alive, whatever the slots' last ones were."""
     return dataclasses.replace(slots, alive=slots.alive.at[slot].set(True, mode="drop"))
 
 
 def _count_prompt(
-    slots: Slots, batch: Batch, token_slot: jax.Array, decoding: jax.Array, prompt_length: jax.Array
-) -> Slots:
+    slots: DecodeState, batch: ForwardBatch, token_slot: jax.Array, decoding: jax.Array, prompt_length: jax.Array
+) -> DecodeState:
     """Notes the chunk's tokens of rows with penalties (those after the prompt are output, computed once more)."""
     nobody = slots.token.shape[0]
-    live = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.q_start[-1]
-    length = prompt_length[batch.row]
+    live = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.cu_q_lens[-1]
+    length = prompt_length[batch.segment_ids]
     counted = (length > 0) & ~decoding & live
     of_prompt = batch.positions < length
     seen = slots.in_prompt.at[jnp.where(counted & of_prompt, token_slot, nobody), batch.tokens].set(True, mode="drop")

@@ -15,10 +15,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.engine.programs.base import EngineShapes
 from jaxinfer.models.causal import CausalLM
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.sample import Logprobs, no_logprobs, stops
-from jaxinfer.sampling.slots import Slots, count
+from jaxinfer.sampling.slots import DecodeState, count
 from jaxinfer.sharding import ROWS, TENSOR, axis_size
 
 LogitsOf = Callable[[jax.Array], jax.Array]
@@ -39,7 +39,7 @@ _BY_ROW: Any = PartitionSpec(None, ROWS)
 SAMPLED: Any = Sampled(_BY_ROW, PartitionSpec(ROWS), _BY_ROW)  # type: ignore[arg-type] # how it is split over shards
 
 
-def logits_of(module: CausalLM, model: Model, mesh: Mesh | None) -> LogitsOf:
+def logits_of(module: CausalLM, model: AbstractModel, mesh: Mesh | None) -> LogitsOf:
     """Logits of the vocabulary, and no more of it. Each tensor device has its part of them, and sampling is done in
     parts; all have all of them where the vocabulary had to be padded."""
     vocab = model.config.vocab_size
@@ -55,7 +55,7 @@ def logits_of(module: CausalLM, model: Model, mesh: Mesh | None) -> LogitsOf:
     return logits
 
 
-def parts_of_logits(model: Model, mesh: Mesh | None) -> int:
+def parts_of_logits(model: AbstractModel, mesh: Mesh | None) -> int:
     """Over how many devices they are split, where the vocabulary can be: see `logits_of`."""
     parts = axis_size(mesh, TENSOR)
     return 1 if model.config.vocab_size % parts else parts
@@ -72,8 +72,13 @@ def most(count: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def take(
-    slots: Slots, slot: jax.Array, tokens: jax.Array, taken: jax.Array, sampling: SamplingArrays, length: jax.Array
-) -> Slots:
+    slots: DecodeState,
+    slot: jax.Array,
+    tokens: jax.Array,
+    taken: jax.Array,
+    sampling: SamplingArrays,
+    length: jax.Array,
+) -> DecodeState:
     """The slots after rows of `length` tokens have sampled `tokens`, where `taken`."""
     nobody = slots.token.shape[0]
     at = jnp.where(taken, slot, nobody)

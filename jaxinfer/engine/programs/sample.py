@@ -38,7 +38,7 @@ class SampleRows:
 
     slot: jax.Array | np.ndarray
     samples: jax.Array | np.ndarray
-    logits_at: jax.Array | np.ndarray
+    logits_indices: jax.Array | np.ndarray
     length: jax.Array | np.ndarray
 
 
@@ -77,7 +77,7 @@ class Sample(Program):
             count = jnp.where(slots.alive[slot], jnp.asarray(rows.samples), 0)
 
             def chosen() -> tuple[jax.Array, Logprobs]:
-                return draw(logits(hidden[rows.logits_at]), sampling, length, slots, slot, parts)
+                return draw(logits(hidden[rows.logits_indices]), sampling, length, slots, slot, parts)
 
             nothing = jnp.zeros_like(slot), no_logprobs(slot.shape[0], model.config.vocab_size)
             tokens, info = lax.cond(anywhere(jnp.any(count > 0), mesh), chosen, lambda: nothing)

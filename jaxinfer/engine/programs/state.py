@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import jax
 
 from jaxinfer.cache import Cache
-from jaxinfer.sampling.slots import Slots
+from jaxinfer.sampling.slots import DecodeState
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +18,7 @@ class State:
     it does not take."""
 
     cache: Cache = None  # type: ignore[assignment]
-    slots: Slots = None  # type: ignore[assignment]
+    slots: DecodeState = None  # type: ignore[assignment]
     hidden: jax.Array = None  # type: ignore[assignment]
 
     def only(self, parts: Collection[str]) -> State:

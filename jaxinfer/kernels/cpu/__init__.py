@@ -172,8 +172,8 @@ def attention_problem(activations: str, head_dim: int, queries: int, cache: str)
 def attend(
     q: jax.Array,
     pools: Sequence[jax.Array],
-    q_start: jax.Array,
-    kv_len: jax.Array,
+    cu_q_lens: jax.Array,
+    kv_lens: jax.Array,
     pages: jax.Array,
     scale: float,
     window: int | None,
@@ -186,7 +186,7 @@ def attend(
     window: that many positions are seen; None is all.
     """
     call = jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential")
-    return call(q, q_start, kv_len, pages, *pools, scale=np.float32(scale), window=np.int64(window or 0))
+    return call(q, cu_q_lens, kv_lens, pages, *pools, scale=np.float32(scale), window=np.int64(window or 0))
 
 
 kernels()  # compiled programs that are read from a file look for them by name

@@ -1,8 +1,8 @@
 // Products x [T, K] times w [N, K] transposed, for one instruction set: included once for each, inside of a namespace.
 //
 // Before it: LEVEL (2: AVX-512 with VNNI and BF16, 1: AVX2 with FMA, 0: anything), and LANES, the floats of a vector.
-// Few tokens: lanes run along K, a weight is read once and is the bottleneck ("thin"). Many: lanes are tokens, and one
-// weight (or 2 of bf16, or 4 of int8: what fills 32 bits) meets all of them ("wide"); weights are not repacked.
+// Few tokens: lanes run along K, a weight is read once and is the bottleneck ("gemv"). Many: lanes are tokens, and one
+// weight (or 2 of bf16, or 4 of int8: what fills 32 bits) meets all of them ("gemm"); weights are not repacked.
 // Every output is summed by one thread in an order that depends on the shapes alone.
 
 typedef float Float __attribute__((vector_size(4 * LANES)));
@@ -71,7 +71,7 @@ INLINE float sum(Float v) {
   return v[0];
 }
 
-// ---- thin: a few tokens, float32 activations, exact products.
+// ---- gemv: a few tokens, float32 activations, exact products.
 
 // One output of each token: products of weights [begin, end) of a row, added to it from the second piece on.
 template <int TOKENS, class Weight, class Out>
@@ -102,7 +102,7 @@ INLINE void thin_tile(const float* x, int64_t depth, const Weight* w, int64_t be
 
 // Outputs [first, last) of all tokens. Integers are multiplied as float32, which is exact for up to EXACT of them.
 template <class Weight, class Out>
-void thin(const float* x, int64_t tokens, const Weight* w, int64_t depth, Out* out, int64_t columns, int64_t first,
+void gemv(const float* x, int64_t tokens, const Weight* w, int64_t depth, Out* out, int64_t columns, int64_t first,
           int64_t last) {
   const int64_t step = std::is_same_v<Out, int32_t> ? EXACT : depth;
   for (int64_t n = first; n < last; n++)
@@ -163,7 +163,7 @@ INLINE void dequantize(const Part<nibbles, float>& part, int64_t n, int64_t dept
   }
 }
 
-// ---- wide: activations in panels [units][LANES tokens] of 32 bits, weights in rows of such units.
+// ---- gemm: activations in panels [units][LANES tokens] of 32 bits, weights in rows of such units.
 
 struct Singles {  // float32
   using Total = Float;
@@ -253,7 +253,7 @@ INLINE void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, 
 
 // Outputs [first, last) of all tokens. scratch: for WIDE_ROWS rows of weights as units, and one of float32.
 template <class Units, class Weight, class Out>
-void wide(const uint32_t* panels, int64_t tokens, int64_t depth, const Part<Weight, Out>& part, int64_t first,
+void gemm(const uint32_t* panels, int64_t tokens, int64_t depth, const Part<Weight, Out>& part, int64_t first,
           int64_t last, uint32_t* scratch) {
   constexpr bool as_they_are = sizeof(Weight) * Units::each == 4;
   const Weight* w = part.w;
@@ -296,7 +296,7 @@ void wide_product(Threads& threads, const X* x, int64_t tokens, int64_t depth, c
   threads.run(panels, [=](int64_t p) { pack<Units>(x, tokens, depth, p * LANES, packed + p * LANES * units); });
   in_pieces(threads, parts, 16, WIDE_ROWS, [=](const Part<Weight, Out>& part, int64_t first, int64_t last) {
     std::unique_ptr<uint32_t[]> scratch(new uint32_t[WIDE_ROWS * units + depth]);
-    wide<Units>(packed, tokens, depth, part, first, last, scratch.get());
+    gemm<Units>(packed, tokens, depth, part, first, last, scratch.get());
   });
 }
 
@@ -317,7 +317,7 @@ void thin_product(Threads& threads, const X* x, int64_t tokens, int64_t depth, c
           thin_int4<count>(floats + t * depth, depth, part, n, part.out + t * part.columns + n);
         });
     } else {
-      thin(floats, tokens, part.w, depth, part.out, part.columns, first, last);
+      gemv(floats, tokens, part.w, depth, part.out, part.columns, first, last);
     }
   });
 }
