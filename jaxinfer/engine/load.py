@@ -44,7 +44,7 @@ from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import parse_config
-from jaxinfer.quantization.stored import asked_for
+from jaxinfer.quantization.stored import asked_for, check_stored
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, local_devices, make_mesh
 from jaxinfer.text.base import NoTokenizer, Tokenizer
@@ -109,6 +109,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     # The cheap files first: what is wrong with them shows before gigabytes are read.
     generation_config = read_generation_config(folder)
     shape = parse_config(config)[1]
+    check_stored(config)
     tokenizer = _tokenizer(folder, given)
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)

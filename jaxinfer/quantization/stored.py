@@ -17,7 +17,7 @@ from typing import Any
 from jaxinfer.quantization.patterns import compile_pattern
 from jaxinfer.quantization.schemes import METHODS, SCHEMES, Quantization, Scheme, check_quantization
 
-ConfigReader = Mapping[str, Any]
+Config = Mapping[str, Any]
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
 OURS = "jaxinfer"  # the method of converted checkpoints
 _LEFT_OUT = ("modules_to_not_convert", "ignored_layers")
@@ -77,12 +77,12 @@ class Stored:
     format_of: Callable[[str, str], Format | None]
 
 
-def converted_quantization_config(quantization: Quantization | None) -> ConfigReader:
+def converted_quantization_config(quantization: Quantization | None) -> Config:
     """What `jaxinfer convert` adds to config.json, and converted_quantization reads."""
     return {} if quantization is None else {"quantization_config": {"quant_method": OURS, "quantization": quantization}}
 
 
-def converted_quantization(config: ConfigReader) -> Quantization | None:
+def converted_quantization(config: Config) -> Quantization | None:
     """The quantization of a converted checkpoint, by its config.json. Raises ValueError if it is none."""
     said = config.get("quantization_config")
     if not isinstance(said, Mapping) or said.get("quant_method") != OURS:
@@ -95,7 +95,7 @@ def converted_quantization(config: ConfigReader) -> Quantization | None:
     return found
 
 
-def asked_for(quantization: Quantization | None, config: ConfigReader) -> Quantization | None:
+def asked_for(quantization: Quantization | None, config: Config) -> Quantization | None:
     """What weights are to be quantized by, of which vLLM also has the checkpoint's own method: that changes nothing.
     Raises ValueError for the method of another checkpoint."""
     if not isinstance(quantization, str) or quantization not in METHODS:
@@ -112,7 +112,7 @@ def asked_for(quantization: Quantization | None, config: ConfigReader) -> Quanti
     )
 
 
-def stored_quantization(config: ConfigReader) -> Stored | None:
+def stored_quantization(config: Config) -> Stored | None:
     """Of a config.json's content; None if the checkpoint is not quantized. Raises ValueError naming a field that is not
     supported, and its value."""
     said = next((config[n] for n in QUANTIZATION_FIELDS if config.get(n) is not None), None)
@@ -124,7 +124,13 @@ def stored_quantization(config: ConfigReader) -> Stored | None:
     return Stored(method, _READERS[method](said))
 
 
-def leaving(config: ConfigReader, modules: Sequence[str]) -> dict[str, Any]:
+def check_stored(config: Config) -> None:
+    """Raises what reading a config.json's content raises, of converted checkpoints and of those that are quantized."""
+    if converted_quantization(config) is None:
+        stored_quantization(config)
+
+
+def leaving(config: Config, modules: Sequence[str]) -> dict[str, Any]:
     """The config.json's content of a checkpoint that is quantized but for just these modules, whatever it said."""
     field = next(n for n in QUANTIZATION_FIELDS if config.get(n) is not None)
     said = dict(config[field])
@@ -136,7 +142,7 @@ def leaving(config: ConfigReader, modules: Sequence[str]) -> dict[str, Any]:
     return {**config, field: said}
 
 
-def _compressed_tensors(said: ConfigReader) -> Callable[[str, str], Format | None]:
+def _compressed_tensors(said: Config) -> Callable[[str, str], Format | None]:
     _one_of(said, "quantization_status", None, "compressed")
     _one_of(said, "kv_cache_scheme", None, remedy="; kv_cache_dtype quantizes the cache without it: remove the field")
     for name in ("transform_config", "sparsity_config"):
@@ -165,7 +171,7 @@ def _compressed_tensors(said: ConfigReader) -> Callable[[str, str], Format | Non
     return format_of
 
 
-def _of_group(group: ConfigReader, default: Any, where: str) -> Format:
+def _of_group(group: Config, default: Any, where: str) -> Format:
     layout = {"format": group.get("format") or default}
     named = _one_of(
         layout, "format", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", where=where
@@ -214,7 +220,7 @@ def _of_group(group: ConfigReader, default: Any, where: str) -> Format:
     )
 
 
-def _gptq(said: ConfigReader) -> Callable[[str, str], Format | None]:
+def _gptq(said: Config) -> Callable[[str, str], Format | None]:
     bits = _one_of(said, "bits", 4, 8)
     kind = _one_of(said, "checkpoint_format", None, "gptq", "gptq_v2")
     _one_of(said, "pack_dtype", None, "int32")
@@ -234,7 +240,7 @@ def _gptq(said: ConfigReader) -> Callable[[str, str], Format | None]:
     return _but(found, plain, lambda module: not only or any(f".{module}".endswith(f".{name}") for name in only))
 
 
-def _awq(said: ConfigReader) -> Callable[[str, str], Format | None]:
+def _awq(said: Config) -> Callable[[str, str], Format | None]:
     bits = _one_of(said, "bits" if "bits" in said else "w_bit", 4)
     _one_of(said, "version", None, "gemm", "GEMM")
     size = _group_size(said, "group_size" if "group_size" in said else "q_group_size")
@@ -244,7 +250,7 @@ def _awq(said: ConfigReader) -> Callable[[str, str], Format | None]:
     )
 
 
-def _fp8(said: ConfigReader) -> Callable[[str, str], Format | None]:
+def _fp8(said: Config) -> Callable[[str, str], Format | None]:
     _one_of(said, "fmt", None, "e4m3")
     static = _one_of(said, "activation_scheme", None, "dynamic", "static") == "static"
     if said.get("weight_block_size") is None:
@@ -255,7 +261,7 @@ def _fp8(said: ConfigReader) -> Callable[[str, str], Format | None]:
     return _but(found, ["lm_head", *_left_out(said)])
 
 
-_READERS: dict[str, Callable[[ConfigReader], Callable[[str, str], Format | None]]] = {
+_READERS: dict[str, Callable[[Config], Callable[[str, str], Format | None]]] = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
     "awq": _awq,
@@ -287,7 +293,7 @@ def _pattern(name: str) -> Pattern[str] | None:
         return None
 
 
-def _left_out(said: ConfigReader) -> list[str]:
+def _left_out(said: Config) -> list[str]:
     """Names of modules that are not quantized."""
     return [name for field in _LEFT_OUT for name in _names(said, field)]
 
@@ -301,7 +307,7 @@ def _matches(target: str, module: str, kind: str) -> bool:
     return target in (module, kind)
 
 
-def _one_of(said: ConfigReader, name: str, *values: Any, where: str = "", remedy: str = "") -> Any:
+def _one_of(said: Config, name: str, *values: Any, where: str = "", remedy: str = "") -> Any:
     value = said.get(name) if isinstance(said, Mapping) else said
     if not any(type(value) is type(one) and value == one for one in values):
         choice = ", ".join("nothing" if one is None else repr(one) for one in values)
@@ -309,7 +315,7 @@ def _one_of(said: ConfigReader, name: str, *values: Any, where: str = "", remedy
     return value
 
 
-def _group_size(said: ConfigReader, name: str, where: str = "") -> int:
+def _group_size(said: Config, name: str, where: str = "") -> int:
     """0: all of them."""
     size = said.get(name)
     if type(size) is not int or (size < 1 and size != -1):
@@ -317,14 +323,14 @@ def _group_size(said: ConfigReader, name: str, where: str = "") -> int:
     return max(size, 0)
 
 
-def _block(said: ConfigReader, name: str, where: str) -> tuple[int, int]:
+def _block(said: Config, name: str, where: str) -> tuple[int, int]:
     block = said.get(name)
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         raise _unsupported(f"{where}{name}", block, "two numbers are needed")
     return block[0], block[1]
 
 
-def _names(said: ConfigReader, name: str) -> list[str]:
+def _names(said: Config, name: str) -> list[str]:
     found = said.get(name) or []
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
         raise _unsupported(name, found, "a list of names is needed")

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxinfer.layers.linear import Embedding, Linear, dot
+from jaxinfer.layers.linear import Embedding, Linear
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
+from jaxinfer.weights import Dense, dot
 
 RNG = np.random.default_rng(0)
 
@@ -25,14 +26,14 @@ def wide(x) -> np.ndarray:
 def test_dot_accumulates_in_float32(dtype):
     """A thousand products of 16-bit numbers, summed in 16 bits, would be off by percents."""
     x, weight = normal(3, 1000, dtype=dtype), normal(5, 1000, dtype=dtype)
-    result = dot(jnp.asarray(x), jnp.asarray(weight), out_dtype="float32")
+    result = dot(jnp.asarray(x), Dense(jnp.asarray(weight)), out_dtype="float32")
     np.testing.assert_allclose(wide(result), wide(x) @ wide(weight).T, atol=1e-4)
-    assert dot(jnp.asarray(x), jnp.asarray(weight)).dtype == x.dtype
+    assert dot(jnp.asarray(x), Dense(jnp.asarray(weight))).dtype == x.dtype
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])  # a CPU's kernel has no other
 def test_float32_is_multiplied_at_full_precision_on_every_device(platform):
-    traced = jax.jit(dot).trace(jnp.ones((2, 8)), jnp.ones((4, 8)))
+    traced = jax.jit(dot).trace(jnp.ones((2, 8)), Dense(jnp.ones((4, 8))))
     assert traced.lower(lowering_platforms=(platform,)).as_text().count("HIGHEST") == 2
 
 
@@ -42,7 +43,7 @@ def test_linear(bias):
     assert layer.weight.get_value().shape == (4, 6)
     assert layer.weight.get_metadata()["axes"] == ("mlp", "embed")
     x = normal(3, 6)
-    expected = x @ wide(layer.weight.get_value()).T
+    expected = x @ wide(layer.weight.get_value().array).T
     if bias:
         layer.bias.set_value(jnp.arange(4.0))
         expected = expected + np.arange(4)
@@ -52,7 +53,7 @@ def test_linear(bias):
 
 def test_embedding():
     table = Embedding(10, 4, dtype="float32", rngs=nnx.Rngs(0))
-    weight = np.asarray(table.weight.get_value())
+    weight = np.asarray(table.weight.get_value().array)
     np.testing.assert_array_equal(table(jnp.asarray([3, 9, 0], jnp.int32)), weight[[3, 9, 0]])
     # Positions of padding and of finished rows may lie beyond the table: any row does, but not NaN.
     np.testing.assert_array_equal(table(jnp.asarray([10, 1000], jnp.int32)), weight[[9, 9]])
@@ -96,6 +97,6 @@ def test_activations_are_transformers(name):
 def test_gated_mlp():
     mlp = GatedMLP(6, 10, activation="relu", dtype="float32", rngs=nnx.Rngs(0))
     x = normal(3, 6)
-    gate, up, down = (wide(getattr(mlp, f"{n}_proj").weight.get_value()) for n in ("gate", "up", "down"))
+    gate, up, down = (wide(getattr(mlp, f"{n}_proj").weight.get_value().array) for n in ("gate", "up", "down"))
     expected = (np.maximum(x @ gate.T, 0) * (x @ up.T)) @ down.T
     np.testing.assert_allclose(np.asarray(mlp(jnp.asarray(x))), expected, atol=1e-7)
