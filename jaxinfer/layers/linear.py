@@ -17,7 +17,7 @@ def parameter(
     shape: tuple[int, ...], axes: Axes, dtype: DTypeLike, rngs: nnx.Rngs, is_embedding: bool = False
 ) -> nnx.Param[Weight]:
     """A weight, declared once: shape `[..., out, in]`, dtype, logical axes, initializer (normal with deviation 0.02, as
-    in GPT-2). looked_up: rows of it are taken, which quantization leaves alone unless it is told to."""
+    in GPT-2). is_embedding: rows of it are looked up, which quantization leaves alone unless it is told to."""
     values = jax.random.normal(rngs.params(), shape, jnp.dtype(dtype)) * jnp.asarray(0.02, dtype)
     return nnx.Param(Dense(values, axes), axes=axes, is_embedding=is_embedding)
 

@@ -168,9 +168,9 @@ import json, re, sys
 import jax
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
-from jaxinfer.models.model import Model
+from jaxinfer.models.model import AbstractModel
 folder, config, *how = sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:]
-model = Model.from_config(config, *how)
+model = AbstractModel.from_config(config, *how)
 jax.device_put(1.0).block_until_ready()
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 before = peak()

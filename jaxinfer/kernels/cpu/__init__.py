@@ -181,7 +181,7 @@ def attend(
     """Causal attention of `q [T, K, G, d]` to keys and values in pages, where they are: `[T, K, G, d]`, zeros for
     tokens of no row. In programs for a CPU, where there is no `attention_problem`.
 
-    Row r has tokens q_start[r]:q_start[r + 1], the last of the kv_len[r] that are in the cache; none if that is 0.
+    Row r has tokens cu_q_lens[r]:cu_q_lens[r + 1], the last of the kv_lens[r] that are in the cache; none if that is 0.
     pools: keys and values `[P, K, page_size, d]`, in 8 bits their scales `[P, K, page_size]` too. pages: i32[R, ...].
     window: that many positions are seen; None is all.
     """
