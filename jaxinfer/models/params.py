@@ -46,11 +46,15 @@ class ArraySpec(NamedTuple):
 class ParamSpec:
     """A weight `[..., out, in]`, or another parameter.
 
-    name: its path in the module, and where nothing else is said in a checkpoint. shape: in full, however it is packed.
-    dtype: of floats. axes: logical, one for each of the shape. is_embedding: whether rows of it are looked up; None of what is
-    no weight that products take. source: the checkpoint's tensors. scheme: of one that is quantized. stored: how the
-    checkpoint has it, where that is quantized already; what no scheme holds exactly is converted to floats. multiples:
-    how many places of each axis a mesh must not split.
+    name: its path in the module, and in a checkpoint where nothing else is said.
+    shape: in full, however it is packed.
+    dtype: of floats.
+    axes: logical, one for each of the shape.
+    is_embedding: whether rows of it are looked up; None of what is no weight that products take.
+    source: the checkpoint's tensors.
+    scheme: of one that is quantized.
+    stored: how the checkpoint has it, where that is quantized already; what no scheme holds exactly becomes floats.
+    multiples: how many places of each axis a mesh must not split.
     """
 
     name: str
