@@ -149,12 +149,12 @@ class _Stored:
             if size == self._spec.shape:
                 return made
             for suffix, array in made.items():
-                shape, _, *_ = self._spec.arrays[suffix]
-                out = found.setdefault(suffix, np.empty(shape, array.dtype))
+                if suffix not in found:
+                    found[suffix] = np.empty(self._spec.arrays[suffix].shape, array.dtype)
                 *first, of_rows, _ = region.place
                 assert isinstance(of_rows, slice)
                 unit = self._spec.scheme.rows if suffix and self._spec.scheme is not None else 1
-                out[(*first, slice(of_rows.start // unit, -(-of_rows.stop // unit)))] = array
+                found[suffix][(*first, slice(of_rows.start // unit, -(-of_rows.stop // unit)))] = array
         return found
 
     def _decoded(self, region: Region, size: tuple[int, ...], rows: tuple[int, int]) -> dict[str, Host]:

@@ -88,8 +88,8 @@ class BatchBuilder:
         tokens, positions, row = (np.zeros(length, np.int32) for _ in range(3))
         cu_q_lens = np.full(size + 1, total, np.int32)
         cu_q_lens[0] = 0
-        kv_lens, slot, prompt_length = np.zeros(size, np.int32), np.full(size, size, np.int32), np.zeros(size, np.int32)
-        slot[: len(requests)] = [request.slot for request in requests]
+        kv_lens, prompt_length = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        slot, _ = self._slots(schedule, size)
         end = len(schedule.decode)  # decoding rows find their token in their slot
         positions[:end] = schedule.start[:end]
         row[:end] = cu_q_lens[:end] = np.arange(end)

@@ -190,9 +190,9 @@ class Program(ABC):
         self.key: Key = (self.kind, size)
 
     @property
-    @abstractmethod
     def weights(self) -> Collection[str]:
-        """Names of the parameters that it takes."""
+        """Names of the parameters that it takes: all, where it says nothing else."""
+        return self.shapes.model.abstract
 
     @property
     @abstractmethod

@@ -19,8 +19,8 @@ from jaxinfer.engine.programs.logits import (
     Sampled,
     anywhere,
     logits_of,
-    logprobs,
     parts_of_logits,
+    sampled,
     sampling_arrays,
     take,
 )
@@ -51,10 +51,6 @@ class Decode(Program):
     changes = ("cache", "slots")
 
     @property
-    def weights(self) -> Any:
-        return self.shapes.model.abstract
-
-    @property
     def given(self) -> tuple[Any, ...]:
         shapes = self.shapes
         row, tables = shapes.ints(self.size), shapes.tables(self.size)
@@ -62,8 +58,7 @@ class Decode(Program):
 
     @property
     def result(self) -> Sampled:
-        info = logprobs(self.shapes)
-        return Sampled(info.rank, info.rank, info)
+        return sampled(self.shapes)
 
     def function(self) -> Function:
         model, mesh, max_steps = self.shapes.model, self.shapes.mesh, self.shapes.max_steps

@@ -41,10 +41,6 @@ class Forward(Program):
     changes = ("cache", "slots", "hidden")
 
     @property
-    def weights(self) -> Any:
-        return self.shapes.model.abstract
-
-    @property
     def given(self) -> tuple[Any, ...]:
         ints, rows = self.shapes.ints, self.shapes.max_rows
         token, row, tables = ints(self.size), ints(rows), self.shapes.tables(rows)

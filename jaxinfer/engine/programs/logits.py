@@ -100,3 +100,9 @@ def sampling_arrays(shapes: EngineShapes, rows: int) -> Any:
 def logprobs(shapes: EngineShapes) -> Logprobs:
     """Their structure."""
     return jax.eval_shape(lambda: no_logprobs(1, shapes.model.config.vocab_size))
+
+
+def sampled(shapes: EngineShapes) -> Sampled:
+    """Its structure."""
+    info = logprobs(shapes)
+    return Sampled(info.rank, info.rank, info)

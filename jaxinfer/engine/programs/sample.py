@@ -18,8 +18,8 @@ from jaxinfer.engine.programs.logits import (
     Sampled,
     anywhere,
     logits_of,
-    logprobs,
     parts_of_logits,
+    sampled,
     sampling_arrays,
     take,
 )
@@ -60,8 +60,7 @@ class Sample(Program):
 
     @property
     def result(self) -> Sampled:
-        info = logprobs(self.shapes)
-        return Sampled(info.rank, info.rank, info)
+        return sampled(self.shapes)
 
     def function(self) -> Function:
         model, mesh = self.shapes.model, self.shapes.mesh
