@@ -118,15 +118,15 @@ def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Those of loading, in our words, and those of sampling. Raises one ValueError for all that are not known."""
-    given = {name: value for name, value in options.items() if name not in _LOADING and not _loads(name)}
-    sampling, problems = SAMPLING.read(given, _SAMPLING)
-    load, more = LOADING.read({name: value for name, value in options.items() if name not in given}, _LOADING)
+    params = {name: value for name, value in options.items() if name not in _LOADING and not _loads(name)}
+    sampling, problems = SAMPLING.read(params, _SAMPLING)
+    load, more = LOADING.read({name: value for name, value in options.items() if name not in params}, _LOADING)
     if more:
         both = (SAMPLING.refusal(problems, _SAMPLING) if problems else "", LOADING.refusal(more, ()))
         raise RequestError("; ".join(filter(None, both)), next(iter({**problems, **more})))
     if problems:
         raise SAMPLING.error(problems, _SAMPLING)
-    return load, given if "max_tokens" in sampling else {"max_tokens": DEFAULT_MAX_TOKENS} | given
+    return load, params if "max_tokens" in sampling else {"max_tokens": DEFAULT_MAX_TOKENS} | params
 
 
 def _loads(name: str) -> bool:

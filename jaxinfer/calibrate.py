@@ -127,13 +127,13 @@ def check_method(scheme: str, method: str) -> Scheme:
         raise ValueError(f"method is {method!r}: it must be one of {', '.join(get_args(Method))}")
     if scheme not in SCHEMES:
         raise ValueError(f"scheme is {scheme!r}: it must be one of {', '.join(SCHEMES)}")
-    found = SCHEMES[scheme]
-    if found.rows > 1:
+    chosen = SCHEMES[scheme]
+    if chosen.rows > 1:
         raise ValueError(f"scheme is {scheme!r}: its scales are of several rows, which no method is for: use convert")
-    if found.activations != (method == "smoothquant") and method != "gptq":
-        fitting = "smoothquant and gptq are" if found.activations else "awq and gptq are"
+    if chosen.activations != (method == "smoothquant") and method != "gptq":
+        fitting = "smoothquant and gptq are" if chosen.activations else "awq and gptq are"
         raise ValueError(f"method is {method!r}, and scheme {scheme!r}: {fitting} for that")
-    return found
+    return chosen
 
 
 # What becomes of a parameter: itself, or values and scales.
@@ -150,11 +150,11 @@ class Layers:
         length, rows = max(self.tokens), max(map(len, packed))
         filled = (some + [[]] * (rows - len(some)) for some in packed)  # so that one program is for all of them
         self.batches = [jax.device_put(ForwardBatch.of_sequences(some, length), device) for some in filled]
-        found = {name: re.match(r"(.*?\.\d+)\.", name) for name in model.abstract}
-        prefixes = dict.fromkeys(part[1] for part in found.values() if part)
+        matches = {name: re.match(r"(.*?\.\d+)\.", name) for name in model.abstract}
+        prefixes = dict.fromkeys(part[1] for part in matches.values() if part)
         self.prefixes = sorted(prefixes, key=lambda prefix: int(prefix.rsplit(".", 1)[1]))
-        self.names = [[name for name in found if name.startswith(f"{prefix}.")] for prefix in self.prefixes]
-        self.rest = [name for name, part in found.items() if not part]
+        self.names = [[name for name in matches if name.startswith(f"{prefix}.")] for prefix in self.prefixes]
+        self.rest = [name for name, part in matches.items() if not part]
         self._program = jax.jit(self._run, static_argnums=(0, 1))
         self._firsts: dict[Any, dict[str, str]] = {}  # linears of a layer, and the first of those with the same input
         kinds = [type(block) for block in model.bind(model.abstract).blocks()]
@@ -187,8 +187,10 @@ class Layers:
                     sums[path] = value if path not in sums else sums[path] + value
                 else:
                     sums.setdefault(path, []).append(np.asarray(value)[:tokens:every])
-        found = {path: np.concatenate(one) if kept == "sample" else np.asarray(one) for path, one in sums.items()}
-        return {path: found[first] for path, first in self._firsts.get(graph, {}).items() if found}, streams
+        arrays = {
+            path: np.concatenate(entry) if kept == "sample" else np.asarray(entry) for path, entry in sums.items()
+        }
+        return {path: arrays[first] for path, first in self._firsts.get(graph, {}).items() if arrays}, streams
 
     def _run(
         self, graph: Any, kept: str | None, state: Any, x: jax.Array, batch: ForwardBatch
@@ -233,13 +235,13 @@ def _quantize(
     factors: dict[str, Host] = {}
     if method != "gptq":
         for source, taking in layers.feeds[layer]:
-            found = [path for path in taking if f"{prefix}.{path}.weight" in target.quantized]
-            if found:
-                read = [weights[f"{prefix}.{path}.weight"] for path in found]
+            paths = [path for path in taking if f"{prefix}.{path}.weight" in target.quantized]
+            if paths:
+                read = [weights[f"{prefix}.{path}.weight"] for path in paths]
                 shared = _shared(target, read[0].shape[1], weights[f"{prefix}.{source}.weight"].shape[0])
-                one = channel_factors(read, inputs[found[0]], scheme, shared)
-                fold(weights, f"{prefix}.{source}", [f"{prefix}.{path}" for path in taking], one, shared)
-                factors |= dict.fromkeys(found, one)
+                scale = channel_factors(read, inputs[paths[0]], scheme, shared)
+                fold(weights, f"{prefix}.{source}", [f"{prefix}.{path}" for path in taking], scale, shared)
+                factors |= dict.fromkeys(paths, scale)
     made: dict[str, Made] = {}
     carried: dict[int, Carrying] = {}  # of each input, which several linears may have
     for name, weight in weights.items():
@@ -257,12 +259,12 @@ def _quantize(
     return made
 
 
-def _shared(target: AbstractModel, channels: int, given: int) -> tuple[int, int, int] | None:
+def _shared(target: AbstractModel, channels: int, source_channels: int) -> tuple[int, int, int] | None:
     """Where a linear takes more channels than its source gives: query heads that share the values of a head."""
+    if channels == source_channels:
+        return None
     config = target.config
-    return (
-        None if channels == given else (config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
-    )
+    return config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim
 
 
 def fold(
@@ -288,46 +290,46 @@ def _rounded(target: AbstractModel, name: str, value: jax.Array | Host) -> Made:
 
 def _finished(target: AbstractModel, made: Mapping[str, Made]) -> dict[str, Any]:
     """Parameters as the model has them."""
-    found: dict[str, Any] = {}
-    for name, one in made.items():
-        if isinstance(one, tuple):
+    params: dict[str, Any] = {}
+    for name, param in made.items():
+        if isinstance(param, tuple):
             packed = target.quantized[name].packed > 1
-            values = pack(one[0]) if packed else one[0].astype(target.abstract[name].dtype)
-            found |= {name: np.ascontiguousarray(values), scales(name): one[1]}
+            values = pack(param[0]) if packed else param[0].astype(target.abstract[name].dtype)
+            params |= {name: np.ascontiguousarray(values), scales(name): param[1]}
         else:
-            found[name] = one
-    return found
+            params[name] = param
+    return params
 
 
-def _value(one: Made) -> Host:
+def _value(param: Made) -> Host:
     """What a parameter stands for."""
-    return times(*one) if isinstance(one, tuple) else one.astype(np.float32)
+    return times(*param) if isinstance(param, tuple) else param.astype(np.float32)
 
 
 def _packed(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
     """As many as fit, one after the other, into what is run at once."""
     most = max(BATCH, *map(len, sequences))
-    found: list[list[list[int]]] = []
+    batches: list[list[list[int]]] = []
     left = 0
     for ids in sequences:
         if len(ids) > left:
-            found.append([])
+            batches.append([])
             left = most
-        found[-1].append(ids)
+        batches[-1].append(ids)
         left -= len(ids)
-    return found
+    return batches
 
 
 def _cut(texts: Iterable[Sequence[int]], max_length: int, max_tokens: int) -> list[list[int]]:
-    found: list[list[int]] = []
+    sequences: list[list[int]] = []
     left = max_tokens
     for ids in texts:
         ids = list(ids[: min(max_length, left)])
         if len(ids) > 1:
-            found.append(ids)
+            sequences.append(ids)
             left -= len(ids)
         if left < 1:
             break
-    if not found:
+    if not sequences:
         raise ValueError("there is nothing to calibrate with: at least one text must have two tokens")
-    return found
+    return sequences

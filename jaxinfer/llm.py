@@ -63,8 +63,8 @@ class LLM:
     ) -> Self:
         """A deployment, as a YAML file says it (see configs/ and engine/deployment.py); `model` and `options` come
         before what it says. Raises what LLM() raises, and ValueError naming the line of the file that is wrong."""
-        named, given = read_deployment(path).loading(model, options)
-        return cls(named, **given)
+        model, options = read_deployment(path).loading(model, options)
+        return cls(model, **options)
 
     @property
     def engine(self) -> Engine:
@@ -112,7 +112,7 @@ class LLM:
         """
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         asked = prompts_asked(prompts, params, priority)
-        asked.sort(key=lambda one: one.priority)  # not all of them are given to the engine at once
+        asked.sort(key=lambda entry: entry.priority)  # not all of them are given to the engine at once
         return self._generate.run_all(asked, on_error, use_tqdm)
 
     def generate_iter(
@@ -210,7 +210,7 @@ class LLM:
         `generate_iter`."""
         if isinstance(scorables, str | tuple):
             raise RequestError("scorables is one text or pair: score_iter takes an iterable of them", "scorables")
-        return self._score.run((TextAsked(i, one) for i, one in enumerate(scorables)), on_error, in_order)
+        return self._score.run((TextAsked(i, scorable) for i, scorable in enumerate(scorables)), on_error, in_order)
 
     def loglikelihood_rolling(self, texts: Text | Sequence[Text], *, use_tqdm: bool = True) -> list[ScoreOutput]:
         """How likely each text is, however long: its first token is scored after BOS (or EOS), and what is longer than

@@ -29,52 +29,52 @@ def inside(folder: str | os.PathLike[str], name: object, what: str) -> Path:
     roots = [root]
     if os.path.basename(os.path.dirname(root)) == "snapshots":
         roots.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    if not any(target.startswith(os.path.join(one, "")) for one in roots):
+    if not any(target.startswith(os.path.join(parent, "")) for parent in roots):
         raise ValueError(f"{what}: {path} is a link that leads out of its folder: put a copy of the file there")
     return path
 
 
-def file_system(place: str) -> tuple[Any, str]:
+def file_system(urlpath: str) -> tuple[Any, str]:
     """fsspec's file system of a path or URL of our own making, and the path in it. A path is taken as it is."""
-    return fsspec.core.url_to_fs(place) if "://" in place else (LocalFileSystem(), place)
+    return fsspec.core.url_to_fs(urlpath) if "://" in urlpath else (LocalFileSystem(), urlpath)
 
 
-def locate(place: str, what: str) -> tuple[Any, str]:
+def locate(urlpath: str, what: str) -> tuple[Any, str]:
     """fsspec's file system of a path or URL that a user has given, and the path in it; absolute where it is local.
 
     what: says what it is. Raises ValueError that begins with it, for what is no place, and for URLs within others.
     """
-    scheme = re.match(r"[A-Za-z][\w+.-]*(?=:/)", place)
+    scheme = re.match(r"[A-Za-z][\w+.-]*(?=:/)", urlpath)
     try:
-        if "::" in place:
+        if "::" in urlpath:
             raise ValueError("a URL within another; give one that has no ::")
-        if scheme and "://" not in place and scheme[0] in fsspec.available_protocols():
+        if scheme and "://" not in urlpath and scheme[0] in fsspec.available_protocols():
             raise ValueError(f"a URL that has lost a slash; give it as text, {scheme[0]}://...")
-        if not place or place.endswith("://"):
+        if not urlpath or urlpath.endswith("://"):
             raise ValueError("a name is missing; give a folder or a URL")
-        fs, path = file_system(place if "://" in place else os.path.expanduser(place))
+        fs, path = file_system(urlpath if "://" in urlpath else os.path.expanduser(urlpath))
         if isinstance(fs, LocalFileSystem):
             path = os.path.abspath(path)
             path.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{what} {place!a}: it is not UTF-8; give another name") from None
+        raise ValueError(f"{what} {urlpath!a}: it is not UTF-8; give another name") from None
     except (ValueError, ImportError) as error:
-        raise ValueError(f"{what} {place}: {_one_line(error)}") from None
+        raise ValueError(f"{what} {urlpath}: {_one_line(error)}") from None
     return fs, path.rstrip("/") or path
 
 
-def local(place: str, what: str) -> str:
+def local(urlpath: str, what: str) -> str:
     """The absolute path of a place that must be on this machine. Raises ValueError that begins with `what`."""
-    fs, path = locate(place, what)
+    fs, path = locate(urlpath, what)
     if not isinstance(fs, LocalFileSystem):
-        raise ValueError(f"{what} {place}: is not on this machine; give a path here, and copy what was written there")
+        raise ValueError(f"{what} {urlpath}: is not on this machine; give a path here, and copy what was written there")
     return path
 
 
-def check_kept(place: str, what: str) -> None:
+def check_kept(urlpath: str, what: str) -> None:
     """Raises ValueError for what a command would write and lose: fsspec's memory ends with the process."""
-    if place.startswith("memory:"):
-        raise ValueError(f"{what} {place}: is gone when the command ends; give a folder or a URL")
+    if urlpath.startswith("memory:"):
+        raise ValueError(f"{what} {urlpath}: is gone when the command ends; give a folder or a URL")
 
 
 def check_new(path: str, what: str) -> None:
@@ -97,16 +97,16 @@ def check_new(path: str, what: str) -> None:
 
 
 @contextlib.contextmanager
-def reached(place: str) -> Iterator[None]:
+def reached(urlpath: str) -> Iterator[None]:
     """Turns what stores raise, which can be anything, into an OSError of one line, unless it is one that says more."""
     try:
         yield
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError | FileNotFoundError) or error.errno is None:
             raise
-        raise OSError(f"{place}: can't be reached ({error.strerror or type(error).__name__})") from None
+        raise OSError(f"{urlpath}: can't be reached ({error.strerror or type(error).__name__})") from None
     except Exception as error:
-        raise OSError(f"{place}: can't be reached ({type(error).__name__}: {_one_line(error)})") from None
+        raise OSError(f"{urlpath}: can't be reached ({type(error).__name__}: {_one_line(error)})") from None
 
 
 def _one_line(error: object) -> str:

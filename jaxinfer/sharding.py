@@ -52,16 +52,16 @@ def parse_mesh(spec: str) -> dict[str, int]:
     """The axes of "data=2,tensor=4" and their sizes; those that are not named have 1. Raises ValueError."""
     sizes: dict[str, int] = {}
     for part in spec.split(","):
-        found = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d{0,5})\s*", part)
-        if found is None:
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d{0,5})\s*", part)
+        if match is None:
             raise ValueError(f"mesh is {spec!r}: it must look like tensor=4 or data=2,tensor=4")
-        if found[1] == "expert":
+        if match[1] == "expert":
             raise ValueError(f"mesh is {spec!r}: axis 'expert' splits experts, and no supported model has any")
-        if found[1] not in AXES:
-            raise ValueError(f"mesh is {spec!r}: there is no axis {found[1]!r}; there are {', '.join(AXES)}")
-        if found[1] in sizes:
-            raise ValueError(f"mesh is {spec!r}: axis {found[1]} is there twice")
-        sizes[found[1]] = int(found[2])
+        if match[1] not in AXES:
+            raise ValueError(f"mesh is {spec!r}: there is no axis {match[1]!r}; there are {', '.join(AXES)}")
+        if match[1] in sizes:
+            raise ValueError(f"mesh is {spec!r}: axis {match[1]} is there twice")
+        sizes[match[1]] = int(match[2])
     return {axis: sizes.get(axis, 1) for axis in AXES}
 
 
@@ -122,26 +122,26 @@ def make_mesh(
     return Mesh(grid, (*ROWS, *TENSOR), axis_types=(AxisType.Auto,) * 4)
 
 
-def axis_size(place: jax.Device | Mesh | None, axes: Sequence[str]) -> int:
+def axis_size(placement: jax.Device | Mesh | None, axes: Sequence[str]) -> int:
     """How many parts mesh axes make together: `axis_size(mesh, ROWS)`; 1 where there is no mesh."""
-    return math.prod(place.shape[axis] for axis in axes) if isinstance(place, Mesh) else 1
+    return math.prod(placement.shape[axis] for axis in axes) if isinstance(placement, Mesh) else 1
 
 
-def devices_of(place: jax.Device | Mesh) -> list[jax.Device]:
+def devices_of(placement: jax.Device | Mesh) -> list[jax.Device]:
     """The device, or those of the mesh in its order."""
-    return list(place.devices.flat) if isinstance(place, Mesh) else [place]
+    return list(placement.devices.flat) if isinstance(placement, Mesh) else [placement]
 
 
 def tpu_generation(kind: str) -> int | None:
     """Of a kind of device: 5 for v5e and v5p; None of what is no TPU."""
-    found = re.match(r"TPU ?v?(\d+)", kind)
-    return int(found[1]) if found else None
+    match = re.match(r"TPU ?v?(\d+)", kind)
+    return int(match[1]) if match else None
 
 
 def compute_capability(device: jax.Device) -> float | None:
     """NVIDIA's number for what a GPU can do, 8.0 for an A100; None of everything else."""
-    said = str(getattr(device, "compute_capability", None))  # AMD's GPUs have a name there
-    return float(said) if re.fullmatch(r"\d+\.\d+", said) else None
+    text = str(getattr(device, "compute_capability", None))  # AMD's GPUs have a name there
+    return float(text) if re.fullmatch(r"\d+\.\d+", text) else None
 
 
 def partition(axes: Sequence[str | None]) -> PartitionSpec:
@@ -174,14 +174,14 @@ def on_tensor(call: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callab
 
 
 def with_sharding(
-    abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], place: jax.Device | Mesh, together: Sequence[int]
+    abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], placement: jax.Device | Mesh, together: Sequence[int]
 ) -> Any:
     """A weight with its sharding on a device; or split over a mesh, and padded to what that divides. together: how many
     places of each axis are not to be split."""
-    if not isinstance(place, Mesh):
-        return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=SingleDeviceSharding(place))
-    shape = padded(abstract.shape, axes, place, together)
-    return jax.ShapeDtypeStruct(shape, abstract.dtype, sharding=NamedSharding(place, partition(axes)))
+    if not isinstance(placement, Mesh):
+        return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=SingleDeviceSharding(placement))
+    shape = padded(abstract.shape, axes, placement, together)
+    return jax.ShapeDtypeStruct(shape, abstract.dtype, sharding=NamedSharding(placement, partition(axes)))
 
 
 def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, together: Sequence[int]) -> tuple[int, ...]:
@@ -191,9 +191,9 @@ def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, togethe
     return tuple(-(-size // unit) * unit for size, unit in zip(shape, units, strict=True))
 
 
-def counts(axes: Sequence[str | None], place: jax.Device | Mesh) -> tuple[int, ...]:
+def counts(axes: Sequence[str | None], placement: jax.Device | Mesh) -> tuple[int, ...]:
     """Into how many parts each axis of a weight is split."""
-    return tuple(axis_size(place, axes_of(partition(axes), i)) for i in range(len(axes)))
+    return tuple(axis_size(placement, axes_of(partition(axes), i)) for i in range(len(axes)))
 
 
 def axes_of(spec: PartitionSpec, axis: int) -> tuple[str, ...]:
@@ -223,8 +223,8 @@ Index = tuple[tuple[int, int], ...]
 
 def parts(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> dict[Index, list[Any]]:
     """The different parts of an array on this process's devices, and which devices hold each."""
-    found: dict[Index, list[Any]] = {}
+    holders: dict[Index, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(tuple(shape)).items():
         assert index is not None
-        found.setdefault(on_each(index, shape), []).append(device)
-    return found
+        holders.setdefault(on_each(index, shape), []).append(device)
+    return holders

@@ -19,13 +19,13 @@ def choose(case: AttentionCase, attention: str = "auto", kv_cache_dtype: str = "
     """The first backend that option `attention` allows and that supports the case: see EngineConfig. Raises ValueError
     if "pallas", or a quantized cache, is asked for where it can't be."""
     allowed = [backend for backend in BACKENDS if attention in backend.asked]
-    found = next((backend for backend in allowed if backend.supports(case) is None), None)
-    if found is None:
+    chosen = next((backend for backend in allowed if backend.supports(case) is None), None)
+    if chosen is None:
         problem = (TPU if case.device.platform == TPU.platform else GPU).supports(case)
         raise ValueError(f"attention is {attention!r}: {problem}; leave it out to have what applies")
-    if (problem := found.refusal(case)) is not None:
+    if (problem := chosen.refusal(case)) is not None:
         raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: {problem}")
-    return found
+    return chosen
 
 
 def reasons(case: AttentionCase, attention: str = "auto") -> Iterator[tuple[AttentionBackend, str | None]]:

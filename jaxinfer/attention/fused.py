@@ -59,10 +59,10 @@ FUSED = FusedAttention()
 def tokamax_version() -> str | None:
     """None where it isn't installed, or is too old."""
     try:
-        found = version("tokamax")
+        release = version("tokamax")
     except PackageNotFoundError:
         return None
-    return found if tuple(map(int, re.findall(r"\d+", found)[:3])) >= LEAST else None
+    return release if tuple(map(int, re.findall(r"\d+", release)[:3])) >= LEAST else None
 
 
 def attend_fused(

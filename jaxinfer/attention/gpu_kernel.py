@@ -111,13 +111,13 @@ def _kernel(
 
     def body(block: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         top, total, acc = state
-        place = block * keys + jnp.arange(keys, dtype=jnp.int32)
+        position = block * keys + jnp.arange(keys, dtype=jnp.int32)
         # Beyond the tile's last token is what somebody else left: 0 * NaN would be NaN.
-        own = place < base + count
-        page = triton.load(pages.at[row, place // page_size], mask=own, other=0)
-        at = page[:, None], head, (place % page_size)[:, None], column
+        own = position < base + count
+        page = triton.load(pages.at[row, position // page_size], mask=own, other=0)
+        at = page[:, None], head, (position % page_size)[:, None], column
         scores = _dot(queries, triton.load(k.at[at], mask=own[:, None], other=0.0), 1) * spec.scale
-        scores = jnp.where(sees((base + token)[:, None], place[None, :], spec), scores, NEGATIVE)
+        scores = jnp.where(sees((base + token)[:, None], position[None, :], spec), scores, NEGATIVE)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         keep = jnp.exp(top - new_top)
         # Of a block that a query sees nothing of, all counts, until it sees a key: `keep` is 0 then.

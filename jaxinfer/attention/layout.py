@@ -29,7 +29,7 @@ class LayerLayout:
 
     spec: KVCacheSpec
     dtype: np.dtype[Any]
-    place: jax.Device | Mesh
+    placement: jax.Device | Mesh
     backend: AttentionBackend | None
     case: AttentionCase | None
     attention: str
@@ -39,7 +39,7 @@ class LayerLayout:
         cls,
         spec: KVCacheSpec,
         dtype: DTypeLike,
-        place: jax.Device | Mesh,
+        placement: jax.Device | Mesh,
         attention: str = "auto",
         kv_cache_dtype: str = "auto",
     ) -> LayerLayout:
@@ -47,9 +47,9 @@ class LayerLayout:
         compute, heads = jnp.dtype(dtype), spec.heads
         kept = spec.kept(compute, kv_cache_dtype)
         if heads is None:
-            return cls(spec, kept, place, None, None, attention)
-        case = AttentionCase(*heads, axis_size(place, (KV,)), compute, kept, devices_of(place)[0])
-        return cls(spec, kept, place, choose(case, attention, kv_cache_dtype), case, attention)
+            return cls(spec, kept, placement, None, None, attention)
+        case = AttentionCase(*heads, axis_size(placement, (KV,)), compute, kept, devices_of(placement)[0])
+        return cls(spec, kept, placement, choose(case, attention, kv_cache_dtype), case, attention)
 
     @property
     def kept_heads(self) -> tuple[int, int]:
@@ -74,7 +74,7 @@ class LayerLayout:
 
     def arrays(self, count: int, page_size: int) -> LayerCache:
         """One layer's, abstractly: so many pages, or slots, of each shard of rows."""
-        count *= axis_size(self.place, ROWS)
+        count *= axis_size(self.placement, ROWS)
         specs = self.spec.partition_spec
         if self.backend is None or self.case is None:
             tree = self.spec.init_cache(self.dtype, count, page_size)
@@ -82,8 +82,8 @@ class LayerLayout:
             tree, specs = self.backend.init_cache(self.case, count, page_size), self.backend.partition_spec
 
         def split(spec: PartitionSpec, arrays: Any) -> Any:
-            mesh = self.place if isinstance(self.place, Mesh) else None
-            held = SingleDeviceSharding(self.place) if mesh is None else NamedSharding(mesh, spec)
+            mesh = self.placement if isinstance(self.placement, Mesh) else None
+            held = SingleDeviceSharding(self.placement) if mesh is None else NamedSharding(mesh, spec)
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=held), arrays)
 
         return jax.tree.map(split, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
@@ -177,8 +177,8 @@ class CacheLayout:
         first, *_ = typical = self.needed(min(TYPICAL, longest), page_size, reach)
         least = self.needed(longest, page_size, reach)
         return tuple(
-            max(math.ceil(Fraction((num_pages - 1) * pages, first)), one) + 1 if i else num_pages
-            for i, (pages, one) in enumerate(zip(typical, least, strict=True))
+            max(math.ceil(Fraction((num_pages - 1) * pages, first)), minimum) + 1 if i else num_pages
+            for i, (pages, minimum) in enumerate(zip(typical, least, strict=True))
         )
 
     def nbytes(self, num_pages: int, page_size: int, reach: int, longest: int, rows: int) -> int:
@@ -195,14 +195,14 @@ class CacheLayout:
 
     def arrays(self, counts: Sequence[int], page_size: int, rows: int) -> Cache:
         """All arrays, abstractly: so many pages of each pool, and slots for `rows` sequences and nobody."""
-        found: list[LayerCache] = []
+        caches: list[LayerCache] = []
         for count, pool in zip(counts, self.pools, strict=True):
             if layer := self.layers[pool.layer]:
-                found += [layer.arrays(count, page_size)] * pool.size
+                caches += [layer.arrays(count, page_size)] * pool.size
         for group in self.groups:
             if group.pool is None:
-                found += [self.of_group(group).arrays(rows + 1, page_size)] * len(group.layers)
-        return tuple(found)
+                caches += [self.of_group(group).arrays(rows + 1, page_size)] * len(group.layers)
+        return tuple(caches)
 
     def capacity(self, counts: Sequence[int], context: int, page_size: int, steps: int) -> int:
         """Tokens of context that there is room for, in sequences that decode and have so many each."""

@@ -136,8 +136,8 @@ def _key_blocks(
     ids = batch.pages[row[:, None], jnp.minimum(index, table - 1)]
 
     def gather(pool: jax.Array) -> jax.Array:
-        found = jnp.swapaxes(pool.at[ids].get(mode="promise_in_bounds"), 1, 2).reshape(width * kv_heads, size, -1)
-        return lax.bitcast_convert_type(found, values_dtype(pool))
+        bits = jnp.swapaxes(pool.at[ids].get(mode="promise_in_bounds"), 1, 2).reshape(width * kv_heads, size, -1)
+        return lax.bitcast_convert_type(bits, values_dtype(pool))
 
     keys, values = gather(cache.k), gather(cache.v)
     if all_scales := cache[2:]:

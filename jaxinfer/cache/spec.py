@@ -90,15 +90,16 @@ class LatentSpec(KVCacheSpec):
         return jax.ShapeDtypeStruct((count, page_size, self.width), dtype)
 
 
-def write_latents(pool: jax.Array, new: jax.Array, page: jax.Array, place: jax.Array) -> jax.Array:
-    """The pool `[pages, page_size, width]` with a vector `new [T, width]` of each token; page, place: of `places`."""
-    return pool.at[page, place].set(new.astype(pool.dtype))
+def write_latents(pool: jax.Array, new: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
+    """The pool `[pages, page_size, width]` with a vector `new [T, width]` of each token. page, offset: where, see
+    `ForwardBatch.slot_mapping`."""
+    return pool.at[page, offset].set(new.astype(pool.dtype))
 
 
 def gather_latents(pool: jax.Array, pages: jax.Array) -> jax.Array:
     """Each row's vectors in order, `[R, P * page_size, width]`; beyond its length is what others left."""
-    found = pool.at[pages].get(mode="promise_in_bounds")
-    return found.reshape(pages.shape[0], -1, pool.shape[-1])
+    latents = pool.at[pages].get(mode="promise_in_bounds")
+    return latents.reshape(pages.shape[0], -1, pool.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,9 @@ class HfWriter:
     def _add(self, spec: ParamSpec, arrays: dict[str, Host]) -> None:
         for region in spec.source.regions(whole(spec.shape)):
             if spec.scheme is None:
-                self._piece(region.tensor, region.stored, region.turned(arrays[""][region.place]))
+                self._piece(region.tensor, region.stored, region.turned(arrays[""][region.index]))
             else:  # whole tensors alone: see check_hf
-                one = {suffix: array[region.place[:-2]] for suffix, array in arrays.items()}
+                one = {suffix: array[region.index[:-2]] for suffix, array in arrays.items()}
                 for tensor, value in _tensors(region.tensor, one, spec.scheme).items():
                     self.file.write(tensor, value)
 

@@ -151,7 +151,7 @@ class _Stored:
             for suffix, array in made.items():
                 if suffix not in found:
                     found[suffix] = np.empty(self._spec.arrays[suffix].shape, array.dtype)
-                *first, of_rows, _ = region.place
+                *first, of_rows, _ = region.index
                 assert isinstance(of_rows, slice)
                 unit = self._spec.scheme.rows if suffix and self._spec.scheme is not None else 1
                 found[suffix][(*first, slice(of_rows.start // unit, -(-of_rows.stop // unit)))] = array

@@ -301,8 +301,8 @@ def _count(rng: Random) -> Question:
         return Question("count", (word,), text, f"It has {len(word)} letters.")
     letter = rng.choice(word)
     spread = list(word)  # more of the same letter, or nearly every answer would be 1
-    for place in rng.sample(range(len(word)), rng.randint(0, min(3, len(word) - 2))):
-        spread[place] = letter
+    for index in rng.sample(range(len(word)), rng.randint(0, min(3, len(word) - 2))):
+        spread[index] = letter
     word = "".join(spread)
     text = rng.choice(
         (
@@ -319,18 +319,18 @@ def _count(rng: Random) -> Question:
 def _letter(rng: Random) -> Question:
     word = _word(rng)
     if rng.random() < 0.2:
-        place, index = "last", len(word) - 1
+        ordinal, index = "last", len(word) - 1
     else:
         index = rng.randrange(len(word))
-        place = _ORDINALS[index]
+        ordinal = _ORDINALS[index]
     text = rng.choice(
         (
-            f'What is the {place} letter of "{word}"?',
-            f'Which letter is {place} in "{word}"?',
-            f'What is the {place} letter in the word "{word}"?',
+            f'What is the {ordinal} letter of "{word}"?',
+            f'Which letter is {ordinal} in "{word}"?',
+            f'What is the {ordinal} letter in the word "{word}"?',
         )
     )
-    return Question("letter", (word, index), text, f'The {place} letter is "{word[index]}".')
+    return Question("letter", (word, index), text, f'The {ordinal} letter is "{word[index]}".')
 
 
 # The calendar -------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def _pack_row(waiting: list[tuple[list[int], int]]) -> tuple[np.ndarray, ...]:
     weights = np.zeros(ROW_LENGTH, np.float32)
     start, index = 0, 0
     while index < len(waiting):
-        example, given = waiting[index]
+        example, prompt_length = waiting[index]
         count = len(example) - 1  # the last token is only a target
         if start + count > ROW_LENGTH:
             index += 1
@@ -167,7 +167,7 @@ def _pack_row(waiting: list[tuple[list[int], int]]) -> tuple[np.ndarray, ...]:
         here = slice(start, start + count)
         tokens[here], targets[here] = example[:-1], example[1:]
         positions[here] = np.arange(count)
-        weights[start + given - 1 : start + count] = 1
+        weights[start + prompt_length - 1 : start + count] = 1
         row[here] = start  # any number that tells the examples apart
         start += count
     row[start:] = ROW_LENGTH

@@ -104,7 +104,7 @@ def file_of(name: str) -> str:
 def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
     """All that compiled programs depend on besides model and sizes. devices: those of the mesh, in its order."""
     kind = devices[0].platform
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "jaxinfer": f"{__version__} ({_source()})",
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
@@ -114,12 +114,12 @@ def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
         "settings": {name: getattr(jax.config, f"jax_{name}") for name in SETTINGS} | {"XLA_FLAGS": _flags()},
     }
     if kind == "cpu":
-        found["features"] = [platform.machine(), *cpu_features()]
-        found["settings"]["CPU kernels"] = kernels().level or "none"
+        facts["features"] = [platform.machine(), *cpu_features()]
+        facts["settings"]["CPU kernels"] = kernels().level or "none"
     if kind == "tpu":
-        found["settings"]["tokamax"] = tokamax_version() or "none"
-        found["settings"]["LIBTPU_INIT_ARGS"] = os.environ.get("LIBTPU_INIT_ARGS", "")
-    return _plain(found)
+        facts["settings"]["tokamax"] = tokamax_version() or "none"
+        facts["settings"]["LIBTPU_INIT_ARGS"] = os.environ.get("LIBTPU_INIT_ARGS", "")
+    return _plain(facts)
 
 
 def describe_model(model: AbstractModel) -> dict[str, Any]:
@@ -156,9 +156,9 @@ class Folder:
     def digest(self) -> str:
         return hashlib.sha256(self.manifest.dump()).hexdigest()[:12]
 
-    def complain(self, found: str) -> None:
+    def complain(self, problem: str) -> None:
         """Says why the folder is not used."""
-        _say(self.name, f"not used: {found}", self.on_progress)
+        _say(self.name, f"not used: {problem}", self.on_progress)
 
     def fetch(self, programs: Programs, key: Key) -> Any:
         """The program, ready to be called; None, and a warning that says why, if it isn't what the manifest says."""
@@ -189,10 +189,10 @@ def open_folder(
     name: str | os.PathLike[str],
     config: Mapping[str, Any],
     devices: Sequence[jax.Device],
-    given: Mapping[str, Any],
+    options: Mapping[str, Any],
     on_progress: Callable[[str], None],
 ) -> Folder | None:
-    """The folder, if it is for this machine, this model and the options that are `given` (those with None are not).
+    """The folder, if it is for this machine, this model and the `options` that are given (those with None are not).
 
     Otherwise None, and a warning that says exactly what differs. Raises FileNotFoundError if there is no such folder.
     """
@@ -209,14 +209,14 @@ def open_folder(
         if manifest.options.keys() != OPTIONS:
             raise ValueError(f"{MANIFEST} is damaged: its options are not those that shape programs")
         check_options(manifest.options)
-        found = _differences(manifest, config, devices, given)
+        differences = _differences(manifest, config, devices, options)
     except ValueError as error:
-        found = [str(error)]
+        differences = [str(error)]
     except (KeyError, TypeError, AttributeError, RecursionError):
-        found = [f"{MANIFEST} is damaged"]
-    if not found:
+        differences = [f"{MANIFEST} is damaged"]
+    if not differences:
         return Folder(name, manifest, on_progress)
-    _say(name, f"not used: {'; '.join(found)}", on_progress)
+    _say(name, f"not used: {'; '.join(differences)}", on_progress)
     return None
 
 
@@ -227,7 +227,7 @@ def _say(name: str, what: str, on_progress: Callable[[str], None]) -> None:
 
 
 def _differences(
-    manifest: Manifest, config: Mapping[str, Any], devices: Sequence[jax.Device], given: Mapping[str, Any]
+    manifest: Manifest, config: Mapping[str, Any], devices: Sequence[jax.Device], options: Mapping[str, Any]
 ) -> list[str]:
     old = manifest.environment
     count = len(old["devices"])
@@ -236,24 +236,24 @@ def _differences(
         return [f"compiled for {count} devices of {old['device']}, and this is {here['device']}"]
     if count > len(devices):
         return [f"compiled for {count} devices, and there are {len(devices)}"]
-    found = [
+    differences = [
         f"compiled for {name} {old[name]}, and this is {here[name]}"
         for name in ("jaxinfer", "jax", "jaxlib", "runtime")
         if old[name] != here[name]
     ]
     others = [(was, now) for was, now in zip(old["devices"], here["devices"], strict=True) if was != now]
     if others:
-        found.append(f"compiled for {others[0][0]}, and this is {others[0][1]}")
-    if lacking := [one for one in old.get("features", []) if one not in here.get("features", [])]:
-        found.append(f"compiled for a CPU with {', '.join(lacking)}")
-    found += _compare("setting", old["settings"], here["settings"])
+        differences.append(f"compiled for {others[0][0]}, and this is {others[0][1]}")
+    if lacking := [feature for feature in old.get("features", []) if feature not in here.get("features", [])]:
+        differences.append(f"compiled for a CPU with {', '.join(lacking)}")
+    differences += _compare("setting", old["settings"], here["settings"])
     model = parse_config(config)[1]
-    found += _compare("the model's", manifest.model, _describe(model))
-    found += _contradictions(manifest, model)
-    asked = {name: value for name, value in given.items() if name in manifest.options and value not in (None, "auto")}
+    differences += _compare("the model's", manifest.model, _describe(model))
+    differences += _contradictions(manifest, model)
+    asked = {name: value for name, value in options.items() if name in manifest.options and value not in (None, "auto")}
     if "mesh" in asked and parse_mesh(asked["mesh"]) == parse_mesh(manifest.options["mesh"]):
         del asked["mesh"]
-    return found + _compare("option", {name: manifest.options[name] for name in asked}, asked)
+    return differences + _compare("option", {name: manifest.options[name] for name in asked}, asked)
 
 
 def _contradictions(manifest: Manifest, model: ModelConfig) -> list[str]:
@@ -322,12 +322,12 @@ def _source() -> str:
 def _flags() -> list[str]:
     """XLA's, but for those that change no program."""
     idle = ("--xla_force_host_platform_device_count", "--xla_dump")
-    return [one for one in shlex.split(os.environ.get("XLA_FLAGS", "")) if not one.startswith(idle)]
+    return [flag for flag in shlex.split(os.environ.get("XLA_FLAGS", "")) if not flag.startswith(idle)]
 
 
 def cpu_features() -> list[str]:
     """Of this machine, where Linux says them."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return sorted(one for one in set(found[1].split()) if FEATURES.match(one)) if found else []
+        match = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return sorted(feature for feature in set(match[1].split()) if FEATURES.match(feature)) if match else []
     return [platform.processor()]

@@ -286,7 +286,9 @@ OPTIONS = {name: Declared(*get_args(hint)) for name, hint in get_type_hints(Engi
 def which(**wanted: bool) -> tuple[str, ...]:
     """The names of the options of which this is said, as is_data=True."""
     return tuple(
-        name for name, one in OPTIONS.items() if all(getattr(one.option, what) == said for what, said in wanted.items())
+        name
+        for name, declared in OPTIONS.items()
+        if all(getattr(declared.option, what) == value for what, value in wanted.items())
     )
 
 
@@ -295,16 +297,18 @@ NONE_IS_DEFAULT = which(none_is_default=True)
 
 def in_our_words(options: Mapping[str, Any]) -> EngineConfig:
     """Options that may have other programs' names and spellings. Raises one ValueError for all that are not known."""
-    found = LOADING.translated(options, OPTIONS)
-    found = {name: spelt(name, value) for name, value in found.items()}
-    return cast(EngineConfig, {n: value for n, value in found.items() if value is not None or n not in NONE_IS_DEFAULT})
+    settings = LOADING.translated(options, OPTIONS)
+    settings = {name: spelt(name, value) for name, value in settings.items()}
+    return cast(
+        EngineConfig, {n: value for n, value in settings.items() if value is not None or n not in NONE_IS_DEFAULT}
+    )
 
 
 def check_options(options: Mapping[str, Any]) -> EngineConfig:
     """All options, where they are not given as they are by default. Raises ValueError that names one."""
-    given = {name: one.option.default for name, one in OPTIONS.items()} | in_our_words(options)
-    for name, value in given.items():
+    settings = {name: declared.option.default for name, declared in OPTIONS.items()} | in_our_words(options)
+    for name, value in settings.items():
         OPTIONS[name].check(name, value)
-    if given["skip_tokenizer_init"] and given["tokenizer"] is not None:
-        raise ValueError(f"tokenizer is {given['tokenizer']!r:.100}, and skip_tokenizer_init says to load none")
-    return cast(EngineConfig, given)
+    if settings["skip_tokenizer_init"] and settings["tokenizer"] is not None:
+        raise ValueError(f"tokenizer is {settings['tokenizer']!r:.100}, and skip_tokenizer_init says to load none")
+    return cast(EngineConfig, settings)

@@ -55,17 +55,17 @@ def checkpoint_params(
 
     Without a generation_config.json, config.json has the fields, as old checkpoints do.
     """
-    given, name = (generation, "generation_config.json") if generation else (config, "config.json")
-    chosen: dict[str, Any] = {} if given.get("do_sample") else {"temperature": 0.0}
-    for field, parameter, value in _fields(given, vocab_size):
+    fields, name = (generation, "generation_config.json") if generation else (config, "config.json")
+    chosen: dict[str, Any] = {} if fields.get("do_sample") else {"temperature": 0.0}
+    for field, parameter, value in _fields(fields, vocab_size):
         try:
             SamplingParams(**{"max_tokens": None, parameter: value})
         except ValueError as error:
-            if field not in FIRST_KNOWN or given is config:
+            if field not in FIRST_KNOWN or fields is config:
                 log.warning("%s: %s is left out: %s", folder / name, field, error)
                 continue
         chosen[parameter] = value
-    if undone := [field for field, nothing in NOT_DONE.items() if given.get(field) and given[field] != nothing]:
+    if undone := [field for field, nothing in NOT_DONE.items() if fields.get(field) and fields[field] != nothing]:
         log.warning("%s asks for what is not done here: %s", folder / name, ", ".join(undone))
     least, most = chosen.get("min_tokens", 0), chosen.get("max_tokens")
     if most is None:  # its min_tokens must fit, whatever is the default
@@ -73,12 +73,12 @@ def checkpoint_params(
     return chosen | {"min_tokens": min(least, most)}
 
 
-def _fields(given: Mapping[str, Any], vocab_size: int) -> Iterator[tuple[str, str, Any]]:
+def _fields(fields: Mapping[str, Any], vocab_size: int) -> Iterator[tuple[str, str, Any]]:
     """Each field that is there, what it is called here, and its value."""
-    filters = sorted(FILTERS | {"temperature"}) if given.get("do_sample") else []
+    filters = sorted(FILTERS | {"temperature"}) if fields.get("do_sample") else []
     for field in (*filters, *SAME, *RENAMED):
-        value = given.get(field)
-        if value is None or (field == "min_length" and given.get("min_new_tokens") is not None):
+        value = fields.get(field)
+        if value is None or (field == "min_length" and fields.get("min_new_tokens") is not None):
             continue
         if field == "forced_eos_token_id" and isinstance(value, list) and value:
             value = value[0]  # whichever it is, it ends the text
@@ -89,7 +89,7 @@ def _fields(given: Mapping[str, Any], vocab_size: int) -> Iterator[tuple[str, st
         elif field.endswith("suppress_tokens") and are_ids(value):
             value = _known(value, vocab_size)
         yield field, RENAMED.get(field, field), value
-    bias = dict(_biases(given.get("sequence_bias"), vocab_size))
+    bias = dict(_biases(fields.get("sequence_bias"), vocab_size))
     if bias:
         yield "sequence_bias", "logit_bias", bias
 
@@ -99,9 +99,9 @@ def _known(ids: Any, vocab_size: int) -> list[int]:
     return [i for i in ids if 0 <= i < vocab_size]
 
 
-def _biases(given: Any, vocab_size: int) -> Iterator[tuple[int, Any]]:
+def _biases(sequence_bias: Any, vocab_size: int) -> Iterator[tuple[int, Any]]:
     """Of sequence_bias, those of single tokens: it is [[ids], bias] for each sequence."""
-    for entry in given if isinstance(given, list) else ():
+    for entry in sequence_bias if isinstance(sequence_bias, list) else ():
         ids: Any = entry[0] if isinstance(entry, list) and len(entry) == 2 else None
         if are_ids(ids) and len(_known(ids, vocab_size)) == len(ids) == 1:
             yield ids[0], entry[1]

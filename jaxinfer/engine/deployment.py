@@ -57,8 +57,8 @@ class Deployment:
         self, model: str | os.PathLike[str] | None, options: EngineConfig
     ) -> tuple[str | os.PathLike[str], EngineConfig]:
         """What LLM is to be given, if these come before what the file says. A revision is its model's."""
-        said = {n: v for n, v in self.options.items() if model is None or n != "revision"}
-        return self.model if model is None else model, cast(EngineConfig, said | options)
+        defaults = {n: v for n, v in self.options.items() if model is None or n != "revision"}
+        return self.model if model is None else model, cast(EngineConfig, defaults | options)
 
 
 def read_deployment(path: str | os.PathLike[str]) -> Deployment:
@@ -92,8 +92,8 @@ def read_deployment(path: str | os.PathLike[str]) -> Deployment:
         raise ValueError(f"{path}: model is missing: a folder or a hub id")
     architecture = fields.get("architecture")
     if architecture is not None and architecture.get("model_type") not in model_types():
-        said = architecture.get("model_type")
-        raise wrong("architecture", f"model_type is {said!r:.100}: it must be one of {', '.join(model_types())}")
+        model_type = architecture.get("model_type")
+        raise wrong("architecture", f"model_type is {model_type!r:.100}: it must be one of {', '.join(model_types())}")
     options = {name: value for name, value in fields.items() if name not in PLACES}
     return Deployment(path, fields["model"], fields.get("topology"), options, lines)
 

@@ -311,8 +311,8 @@ class Engine:
         if any(request.params.stop_strings for request in self.scheduler.running):
             steps = min(steps, STOP_STRING_STEPS)
         if max_seconds is not None:
-            one = self._stats.step_seconds
-            steps = min(steps, int(max_seconds / one) if one else 1)
+            step_seconds = self._stats.step_seconds
+            steps = min(steps, int(max_seconds / step_seconds) if step_seconds else 1)
         return max(steps, 1)
 
     def _prepare_slots(self, schedules: list[SchedulerOutput]) -> None:

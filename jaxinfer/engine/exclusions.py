@@ -17,11 +17,11 @@ class Exclusions:
     tokens so far, so that the host must have seen them all."""
 
     def __init__(self, params: SamplingParams, words: BadWords, eos_token_ids: Sequence[int], prompt_length: int):
-        given = set(params.bad_words_ids or ()) - {(eos,) for eos in eos_token_ids}  # transformers lets those end
-        self.always = {*(params.suppress_tokens or ()), *words.single, *(ids[0] for ids in given if len(ids) == 1)}
-        self.follows = bool(words.sequences or params.no_repeat_ngram_size) or any(len(ids) > 1 for ids in given)
+        sequences = set(params.bad_words_ids or ()) - {(eos,) for eos in eos_token_ids}  # transformers lets those end
+        self.always = {*(params.suppress_tokens or ()), *words.single, *(ids[0] for ids in sequences if len(ids) == 1)}
+        self.follows = bool(words.sequences or params.no_repeat_ngram_size) or any(len(ids) > 1 for ids in sequences)
         self._words = words
-        self._sequences = [ids for ids in given if len(ids) > 1]
+        self._sequences = [ids for ids in sequences if len(ids) > 1]
         self._prompt_length = prompt_length
         self._size = params.no_repeat_ngram_size
         self._next: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # what has come after so many tokens
@@ -71,5 +71,7 @@ def check_some_left(
         excluded |= set(stop_ids)
     allowed = range(vocab_size) if params.allowed_token_ids is None else params.allowed_token_ids
     if all(token in excluded for token in allowed):
-        given = [name for name in names if getattr(params, name)]
-        raise RequestError(f"sampling parameters {', '.join(given)} leave no token to sample: exclude fewer", given[0])
+        culprits = [name for name in names if getattr(params, name)]
+        raise RequestError(
+            f"sampling parameters {', '.join(culprits)} leave no token to sample: exclude fewer", culprits[0]
+        )

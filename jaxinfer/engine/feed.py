@@ -18,7 +18,7 @@ HELD = 1024  # outputs that wait for their turn, at most, where they are wanted 
 
 
 class Feed:
-    """Outputs of what is asked for, as they are done, or `in_order`. Each thing has a `place`, its output's index.
+    """Outputs of what is asked for, as they are done, or `in_order`. Each thing has an `index`, its output's.
 
     It is read in a thread of its own, no further ahead than the device needs, and begun as it comes: a slow source
     keeps nobody waiting for the answers that are there. A source that is a sequence is begun together.
@@ -87,20 +87,20 @@ class Feed:
         together = isinstance(self._asked, Sequence)
         made: list[Submission] = []
         try:
-            for one in self._asked:
+            for entry in self._asked:
                 if self._stopped:
                     break
                 try:
-                    group = self._make(one)
+                    group = self._make(entry)
                 except ValueError as error:
-                    output = self._failed(one, error)
+                    output = self._failed(entry, error)
                     with self._changed:
-                        self._done[one.place] = output
+                        self._done[entry.index] = output
                         self._changed.notify_all()
                 else:
                     with self._changed:
-                        self._running[one.place] = group
-                    made.append(Submission(group, partial(self._ended, one.place)))
+                        self._running[entry.index] = group
+                    made.append(Submission(group, partial(self._ended, entry.index)))
                 if made and (not together or not self._room):
                     self._submit(made, gather=not together)
                     made = []
@@ -130,13 +130,13 @@ class Feed:
             for submission in made:
                 self._thread.abort(submission.group)
 
-    def _ended(self, place: int, group: AnyGroup, error: BaseException | None) -> None:
+    def _ended(self, index: int, group: AnyGroup, error: BaseException | None) -> None:
         """In the engine's thread."""
-        output = group.output(place) if error is None else None
+        output = group.output(index) if error is None else None
         with self._changed:
-            self._running.pop(place, None)
+            self._running.pop(index, None)
             if output is not None:
-                self._done[place] = output
+                self._done[index] = output
             self._stop(error)
 
     def _stop(self, error: BaseException | None) -> None:

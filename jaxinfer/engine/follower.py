@@ -24,11 +24,11 @@ HERE = which(of_process_0=True)
 
 def agree(
     group: Group,
-    given: EngineConfig,
+    settings: EngineConfig,
     config: Mapping[str, Any],
     dtype: np.dtype[Any],
     checkpoint: Weights,
-    place: jax.Device | Mesh,
+    placement: jax.Device | Mesh,
     compiled: Folder | None,
 ) -> None:
     """Takes the processes for one model. Raises ValueError in all of them if they don't load the same one in the same
@@ -37,7 +37,7 @@ def agree(
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
     facts = {
         "the digest of the compiled programs that are used": compiled.digest if compiled else None,
-        **{f"option {name}": value for name, value in given.items() if name not in HERE},
+        **{f"option {name}": value for name, value in settings.items() if name not in HERE},
         "config.json's digest": digest,
         "the weights' size in bytes": checkpoint.nbytes,
         "dtype": str(dtype),
@@ -45,10 +45,10 @@ def agree(
         "the number of devices": jax.local_device_count(),
     }
     group.agree(facts)
-    processes = {device.process_index for device in place.devices.flat} if isinstance(place, Mesh) else {0}
+    processes = {device.process_index for device in placement.devices.flat} if isinstance(placement, Mesh) else {0}
     if len(processes) < group.size:
         raise ValueError(
-            f"mesh is {given['mesh']!r}: it has devices of {len(processes)} processes, and all {group.size} need "
+            f"mesh is {settings['mesh']!r}: it has devices of {len(processes)} processes, and all {group.size} need "
             f"some; {jax.device_count()} devices are there in all"
         )
 
@@ -60,16 +60,16 @@ def follow(group: Group, runner: Runner) -> NoReturn:
     """
     keys = set(runner.programs.keys())
     while True:
-        said, _, data = group.receive().partition(b"\n")
-        what, *named = json.loads(said)
+        header, _, data = group.receive().partition(b"\n")
+        what, *named = json.loads(header)
         wanted: list[Key] = [tuple(key) for key in named]
         if not keys.issuperset(wanted):
             raise ValueError(f"process 0 says {what!r} of programs {wanted}: they are not all there here")
         match what:
             case "call":
-                given = unpack(memoryview(data), [runner.programs[key].given for key in wanted])
+                inputs = unpack(memoryview(data), [runner.programs[key].inputs for key in wanted])
                 with group.blamed():
-                    finished(runner.call(list(zip(wanted, given, strict=True))))
+                    finished(runner.call(list(zip(wanted, inputs, strict=True))))
             case "warm up":
                 runner.warm_up(wanted)
             case "close":

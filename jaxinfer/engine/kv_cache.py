@@ -69,7 +69,7 @@ class KVCacheManager:
                     "max_tokens",
                 )
 
-    def place(self, request: Request, spare: int) -> bool:
+    def allocate(self, request: Request, spare: int) -> bool:
         """Gives a waiting request pages for all of its tokens, or as many as it ever holds at once, those first that
         others have computed; or nothing, if `spare` pages of each group would not be left."""
         request.pages = [Held() for _ in self.groups]  # a new list each time: whoever has a copy of it tells by it
@@ -129,22 +129,22 @@ class KVCacheManager:
         all of them, those with a window what is seen from its end."""
         self._extend_keys(request)
         keys = request.keys[: request.first_logits // self.page_size]
-        runs, found = [0] * len(self.groups), 0  # of each group, known pages in a row up to here
+        runs, length = [0] * len(self.groups), 0  # of each group, known pages in a row up to here
         for page, key in enumerate(keys):
             for i, pool in enumerate(self._pools):
                 runs[i] = runs[i] + 1 if pool.find((i, key)) is not None else 0
             if all(run >= self._wanted(group, page + 1) for run, group in zip(runs, self.groups, strict=True)):
-                found = page + 1
+                length = page + 1
             elif any(group.window is None and not run for run, group in zip(runs, self.groups, strict=True)):
                 break
         for i, (group, held) in enumerate(zip(self.groups, request.pages, strict=True)):
-            held.first = group.first_page(found * self.page_size, self.page_size)
-            for key in keys[held.first : found]:
+            held.first = group.first_page(length * self.page_size, self.page_size)
+            for key in keys[held.first : length]:
                 known = self._pools[i].find((i, key))
                 assert known is not None
                 self._pools[i].hold(known)
                 held.pages.append(known)
-        return found
+        return length
 
     def _wanted(self, group: CacheGroup, end: int) -> int:
         """How many of the pages before this one must be known: those seen from its first token, and at least one."""

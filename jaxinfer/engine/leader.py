@@ -52,7 +52,7 @@ class Leader:
 
 def pack(calls: Sequence[Call]) -> bytes:
     """Calls as bytes: their keys, as JSON, a newline, and one array after the other; `unpack` knows their shapes."""
-    arrays = [np.asarray(leaf).tobytes() for _, given in calls for leaf in jax.tree.leaves(given)]
+    arrays = [np.asarray(leaf).tobytes() for _, inputs in calls for leaf in jax.tree.leaves(inputs)]
     return b"".join([json.dumps(["call", *(key for key, _ in calls)]).encode(), b"\n", *arrays])
 
 

@@ -94,42 +94,42 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
     """
     start = time.perf_counter()
-    given, options = check_options(options), dict(in_our_words(options))
-    say = given["on_progress"] or (lambda _: None)
-    folder = resolve(model, given["revision"], given["token"])
+    settings, options = check_options(options), dict(in_our_words(options))
+    say = settings["on_progress"] or (lambda _: None)
+    folder = resolve(model, settings["revision"], settings["token"])
     enable_compile_cache()
     group = distributed.group()
     if group is not None and group.taken:
         raise ValueError("there was an LLM in this program already: on several hosts it can have one")
     devices = _devices()
-    check_cache_memory(given["kv_cache_memory"], _memory())
+    check_cache_memory(settings["kv_cache_memory"], _memory())
     config = read_config(folder)
-    if given["architecture"] is not None:
-        check_architecture(given["architecture"], config, folder / "config.json")
+    if settings["architecture"] is not None:
+        check_architecture(settings["architecture"], config, folder / "config.json")
     # The cheap files first: what is wrong with them shows before gigabytes are read.
     generation_config = read_generation_config(folder)
     shape = parse_config(config)[1]
     check_stored(config)
-    tokenizer = _tokenizer(folder, given)
+    tokenizer = _tokenizer(folder, settings)
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
     asked = checkpoint_params(generation_config, config, folder, shape.vocab_size)
     compiled = None
     with open_weights(folder) as checkpoint:
         config = as_stored(config, checkpoint)
-        given["quantization"] = options["quantization"] = asked_for(given["quantization"], config)
-        if given["compiled"] is not None:
-            compiled = open_folder(given["compiled"], config, devices, options, say)
-            given.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
+        settings["quantization"] = options["quantization"] = asked_for(settings["quantization"], config)
+        if settings["compiled"] is not None:
+            compiled = open_folder(settings["compiled"], config, devices, options, say)
+            settings.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
         if isinstance(checkpoint, Converted):
-            checkpoint.check(given["quantization"])
-        place = _place(shape, devices, given["mesh"])
-        dtype = choose_dtype(given["dtype"], config, checkpoint, place)
-        abstract = AbstractModel.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
+            checkpoint.check(settings["quantization"])
+        placement = _placement(shape, devices, settings["mesh"])
+        dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
+        abstract = AbstractModel.from_config(config, computes_in(dtype, placement), settings["quantization"], dtype)
         # Refuses what can't be, before the weights are read.
-        cache_layout(abstract, place, given["attention"], given["kv_cache_dtype"])
+        cache_layout(abstract, placement, settings["attention"], settings["kv_cache_dtype"])
         if group is not None:
-            agree(group, given, config, dtype, checkpoint, place, compiled)
+            agree(group, settings, config, dtype, checkpoint, placement, compiled)
         done = 0
 
         def on_tensor(nbytes: int) -> None:
@@ -137,13 +137,13 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             done += nbytes
             say(f"loading weights {done / max(checkpoint.nbytes, 1):.0%}")
 
-        params = load_weights(abstract, checkpoint, place, on_tensor)
+        params = load_weights(abstract, checkpoint, placement, on_tensor)
 
-    if compiled is not None and (problem := _misfit(compiled, abstract, place, given)):
+    if compiled is not None and (problem := _misfit(compiled, abstract, placement, settings)):
         compiled.complain(problem)
-        compiled, given["max_model_len"] = None, options.get("max_model_len")
-    programs, sizes = sized_programs(abstract, place, given, _available(abstract, place, given), compiled)
-    if given["max_model_len"] is None and sizes.max_model_len < shape.max_context:
+        compiled, settings["max_model_len"] = None, options.get("max_model_len")
+    programs, sizes = sized_programs(abstract, placement, settings, _available(abstract, placement, settings), compiled)
+    if settings["max_model_len"] is None and sizes.max_model_len < shape.max_context:
         log.warning(
             "max_model_len is %d of the model's %d tokens: more does not fit in the KV cache",
             sizes.max_model_len,
@@ -156,13 +156,13 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         runner.leader = Leader(group)
     engine = Engine(
         runner,
-        make_scheduler(programs, given["enable_prefix_caching"]),
+        make_scheduler(programs, settings["enable_prefix_caching"]),
         tokenizer,
         eos_token_ids=eos,
         max_model_len=sizes.max_model_len,
-        seed=given["seed"],
+        seed=settings["seed"],
     )
-    if given["warmup"]:
+    if settings["warmup"]:
         runner.warm_up()
     loaded = Loaded(engine, folder, dtype, sizes, asked, time.perf_counter() - start)
     log.info("loaded %s in %.1f s: %s", folder, loaded.load_seconds, loaded.describe())
@@ -170,12 +170,12 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     return loaded
 
 
-def _tokenizer(folder: Path, given: EngineConfig) -> Tokenizer:
+def _tokenizer(folder: Path, settings: EngineConfig) -> Tokenizer:
     """The one that is asked for, the checkpoint's own, or a stand-in that says that there is none."""
-    if given["skip_tokenizer_init"]:
+    if settings["skip_tokenizer_init"]:
         return NoTokenizer(folder, "skip_tokenizer_init loads none")
-    if given["tokenizer"] is not None:
-        return load_tokenizer(resolve(given["tokenizer"], token=given["token"], weights=False))
+    if settings["tokenizer"] is not None:
+        return load_tokenizer(resolve(settings["tokenizer"], token=settings["token"], weights=False))
     if has_tokenizer(folder):
         return load_tokenizer(folder)
     log.warning("%s has no tokenizer (%s): it takes and gives token ids only", folder, LOOKED_FOR)
@@ -186,20 +186,20 @@ def check_architecture(wanted: Mapping[str, Any], config: Mapping[str, Any], pat
     """Whether `config`, the content of `path`, is of the same architecture, however it is spelt. Raises ValueError."""
     if wanted.get("model_type") != config.get("model_type"):
         raise _disagreement(path, "model_type", config.get("model_type"), wanted.get("model_type"))
-    _, found = parse_config(config)
+    _, actual = parse_config(config)
     try:
         _, expected = parse_config(wanted)
     except ValueError as error:
         raise ValueError(str(error).replace("config.json", "architecture", 1)) from None
-    for field in dataclasses.fields(found):
-        one, other = getattr(found, field.name), getattr(expected, field.name)
-        if one != other:
-            raise _disagreement(path, field.name, one, other)
+    for field in dataclasses.fields(actual):
+        value, other = getattr(actual, field.name), getattr(expected, field.name)
+        if value != other:
+            raise _disagreement(path, field.name, value, other)
 
 
-def _disagreement(path: Path, name: str, found: object, wanted: object) -> ValueError:
+def _disagreement(path: Path, name: str, value: object, wanted: object) -> ValueError:
     return ValueError(
-        f"{path}: {name} is {found!r:.200}, and the deployment's architecture says {wanted!r:.200}: give the model "
+        f"{path}: {name} is {value!r:.200}, and the deployment's architecture says {wanted!r:.200}: give the model "
         "that is meant, or its architecture"
     )
 
@@ -211,14 +211,14 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
 
     Raises what load_engine raises.
     """
-    given = check_options(options)
+    settings = check_options(options)
     devices = _devices()
-    check_cache_memory(given["kv_cache_memory"], _memory())
-    place = _place(parse_config(config)[1], devices, given["mesh"])
-    dtype = choose_dtype(given["dtype"], config, None, place)
-    model = AbstractModel.from_config(config, computes_in(dtype, place), given["quantization"], dtype)
-    weights = device_bytes(placed_params(model, place))
-    return sized_programs(model, place, given, _available(model, place, given, weights=weights))
+    check_cache_memory(settings["kv_cache_memory"], _memory())
+    placement = _placement(parse_config(config)[1], devices, settings["mesh"])
+    dtype = choose_dtype(settings["dtype"], config, None, placement)
+    model = AbstractModel.from_config(config, computes_in(dtype, placement), settings["quantization"], dtype)
+    weights = device_bytes(placed_params(model, placement))
+    return sized_programs(model, placement, settings, _available(model, placement, settings, weights=weights))
 
 
 def _devices() -> list[jax.Device]:
@@ -228,23 +228,23 @@ def _devices() -> list[jax.Device]:
 
 def place_for(model: AbstractModel, mesh: str | None) -> jax.Device | Mesh:
     """What would hold the model here: see EngineConfig."""
-    return _place(model.config, _devices(), mesh)
+    return _placement(model.config, _devices(), mesh)
 
 
-def _place(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
+def _placement(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
     """What holds the model: a mesh, or the first device."""
     alone = devices[0].process_index == devices[-1].process_index
     wanted = 1 if devices[0].platform == "cpu" and alone else len(devices)
     return make_mesh(mesh, devices, shape.num_heads, shape.num_kv_heads, shape.hidden_size, wanted) or devices[0]
 
 
-def _misfit(compiled: Folder, model: AbstractModel, place: jax.Device | Mesh, given: EngineConfig) -> str | None:
+def _misfit(compiled: Folder, model: AbstractModel, placement: jax.Device | Mesh, settings: EngineConfig) -> str | None:
     """What is wrong with the cache of programs that were compiled ahead."""
     sizes, attention = compiled.sizes, compiled.manifest.attention
-    if sizes.bytes > (room := _available(model, place, given, RESERVE)):
+    if sizes.bytes > (room := _available(model, placement, settings, RESERVE)):
         return f"their KV cache of {sizes.bytes:,} bytes does not fit in the {room:,} that are free"
-    layout = cache_layout(model, place, given["attention"], given["kv_cache_dtype"])
-    rows, tokens = limits(given, place)
+    layout = cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"])
+    rows, tokens = limits(settings, placement)
     pages = sizes.num_pages, sizes.page_size, reach_of(tokens), sizes.max_model_len
     if (size := layout.nbytes(*pages, rows)) != sizes.bytes:
         return f"their KV cache is said to have {sizes.bytes:,} bytes, and has {size:,}"
@@ -261,81 +261,85 @@ def make_scheduler(programs: Programs, prefix_caching: bool = True) -> DataParal
     groups = programs.layout.groups
     paged = [group for group in groups if group.pool is not None]
 
-    def one() -> Scheduler:
+    def scheduler() -> Scheduler:
         sizes = programs.page_counts, programs.page_size, programs.reach
         cache = KVCacheManager(paged, *sizes, prefix_caching, whole=len(paged) == len(groups))
         return Scheduler(cache, programs.max_rows, programs.max_tokens)
 
-    return DataParallelScheduler([one() for _ in range(programs.shards)])
+    return DataParallelScheduler([scheduler() for _ in range(programs.shards)])
 
 
 def sized_programs(
-    model: AbstractModel, place: jax.Device | Mesh, given: EngineConfig, available: int, compiled: Folder | None = None
+    model: AbstractModel,
+    placement: jax.Device | Mesh,
+    settings: EngineConfig,
+    available: int,
+    compiled: Folder | None = None,
 ) -> tuple[Programs, Sizes]:
     """With a cache of the size that was compiled for, or of as many pages as there is room for in `available` bytes of
     each device. Raises ValueError if that is not enough."""
-    max_rows, max_tokens = limits(given, place)
+    max_rows, max_tokens = limits(settings, placement)
     if compiled is not None:
         sizes = compiled.sizes
     else:
-        length = given["max_model_len"] or model.config.max_context
+        length = settings["max_model_len"] or model.config.max_context
         sizes = size_cache(
-            cache_layout(model, place, given["attention"], given["kv_cache_dtype"]),
+            cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"]),
             reach=reach_of(max_tokens),
-            page_size=page_size(given["page_size"], place, max_rows, length),
+            page_size=page_size(settings["page_size"], placement, max_rows, length),
             max_num_seqs=max_rows,
-            max_model_len=given["max_model_len"],
+            max_model_len=settings["max_model_len"],
             max_context=model.config.max_context,
             available=available,
         )
     programs = Programs(
         model,
-        place,
+        placement,
         Buckets.make(max_rows, max_tokens),
         num_pages=sizes.num_pages,
         page_size=sizes.page_size,
         max_model_len=sizes.max_model_len,
         max_rows=max_rows,
         max_steps=MAX_STEPS,
-        attention=given["attention"],
-        kv_cache_dtype=given["kv_cache_dtype"],
+        attention=settings["attention"],
+        kv_cache_dtype=settings["kv_cache_dtype"],
     )
     return programs, sizes
 
 
 def choose_dtype(
-    wanted: str, config: Mapping[str, Any], checkpoint: Weights | None, place: jax.Device | Mesh
+    wanted: str, config: Mapping[str, Any], checkpoint: Weights | None, placement: jax.Device | Mesh
 ) -> np.dtype[Any]:
     """The dtype of weights: see EngineConfig. Without a checkpoint, what it stores is taken for bfloat16."""
     names = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
     if wanted != "auto":
         return np.dtype(names[wanted])
-    said = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
+    name = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
     tensors = checkpoint.tensors.values() if checkpoint else ()
     unknown = np.dtype(np.float32 if checkpoint else ml_dtypes.bfloat16)
     stored = next((info.dtype for info in tensors if info.dtype in FLOATS), unknown)
-    dtype = np.dtype(names[said]) if said in names else stored
-    device = devices_of(place)[0]
-    if device.platform == "cpu" and computes_in(dtype, place) == dtype:
+    dtype = np.dtype(names[name]) if name in names else stored
+    device = devices_of(placement)[0]
+    if device.platform == "cpu" and computes_in(dtype, placement) == dtype:
         return np.dtype(np.float32)
     if (compute_capability(device) or 8.0) < 8.0 and dtype != np.float32:
         return np.dtype(np.float16)
     return dtype
 
 
-def computes_in(dtype: np.dtype[Any], place: jax.Device | Mesh) -> np.dtype[Any]:
+def computes_in(dtype: np.dtype[Any], placement: jax.Device | Mesh) -> np.dtype[Any]:
     """The dtype of activations and cache where weights have this one: the same, but float32 for bfloat16 where a kernel
     multiplies the two, which is as fast and more exact."""
-    on_cpu = devices_of(place)[0].platform == "cpu"
+    on_cpu = devices_of(placement)[0].platform == "cpu"
     wide = on_cpu and dtype == ml_dtypes.bfloat16 and multiplies("float32", "bfloat16")
     return np.dtype(np.float32) if wide else dtype
 
 
-def limits(given: EngineConfig, place: jax.Device | Mesh) -> tuple[int, int]:
+def limits(settings: EngineConfig, placement: jax.Device | Mesh) -> tuple[int, int]:
     """Most sequences that run at once, and most tokens of a call, on each shard of rows."""
-    shards, on_cpu = axis_size(place, ROWS), devices_of(place)[0].platform == "cpu"
-    max_rows = given["max_num_seqs"] or (64 if on_cpu else 256)
-    max_tokens = given["max_num_batched_tokens"] or max(512 if on_cpu else 2048, max_rows)
+    shards, on_cpu = axis_size(placement, ROWS), devices_of(placement)[0].platform == "cpu"
+    max_rows = settings["max_num_seqs"] or (64 if on_cpu else 256)
+    max_tokens = settings["max_num_batched_tokens"] or max(512 if on_cpu else 2048, max_rows)
     if max_tokens < max_rows:
         raise ValueError(f"max_num_batched_tokens is {max_tokens}: it must be at least max_num_seqs, {max_rows}")
     return -(-max_rows // shards), -(-max_tokens // shards)
@@ -347,25 +351,25 @@ def reach_of(max_tokens: int) -> int:
 
 
 def _available(
-    model: AbstractModel, place: jax.Device | Mesh, given: EngineConfig, slack: float = 0.0, weights: int = 0
+    model: AbstractModel, placement: jax.Device | Mesh, settings: EngineConfig, slack: float = 0.0, weights: int = 0
 ) -> int:
     """Bytes that the KV cache may take of each device, now that the weights are there, or `weights` bytes of them are
     to come; on the host with the least. slack: share of the memory that it may have beyond what is planned."""
-    group, here = distributed.group(), _available_here(model, place, given, slack, weights)
+    group, here = distributed.group(), _available_here(model, placement, settings, slack, weights)
     return here if group is None else int(min(group.gather(here)))
 
 
 def _available_here(
-    model: AbstractModel, place: jax.Device | Mesh, given: EngineConfig, slack: float, weights: int
+    model: AbstractModel, placement: jax.Device | Mesh, settings: EngineConfig, slack: float, weights: int
 ) -> int:
-    if given["kv_cache_memory"] is not None:
-        return given["kv_cache_memory"]
-    max_rows, max_tokens = limits(given, place)
-    rest = device_bytes((placed_decode_state(model, place, max_rows), placed_hidden(model, place, max_tokens)))
+    if settings["kv_cache_memory"] is not None:
+        return settings["kv_cache_memory"]
+    max_rows, max_tokens = limits(settings, placement)
+    rest = device_bytes((placed_decode_state(model, placement, max_rows), placed_hidden(model, placement, max_tokens)))
     stats = _memory_stats()
     if stats is None:
         return max(0, int(_memory() * CPU_SHARE) - rest)
-    share = given["memory_utilization"] - RESERVE + slack
+    share = settings["memory_utilization"] - RESERVE + slack
     return max(0, int(stats["bytes_limit"] * share) - stats["bytes_in_use"] - weights - rest)
 
 
@@ -386,5 +390,5 @@ def _eos_token_ids(
     folder: Path, generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer_id: int | None
 ) -> list[int]:
     """All EOS ids of generation_config.json; else those of config.json; else the tokenizer's."""
-    found = generation.get("eos_token_id") or eos_token_ids(config, folder / "config.json")
-    return found or ([] if tokenizer_id is None else [tokenizer_id])
+    ids = generation.get("eos_token_id") or eos_token_ids(config, folder / "config.json")
+    return ids or ([] if tokenizer_id is None else [tokenizer_id])

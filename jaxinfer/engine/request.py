@@ -78,8 +78,8 @@ class Request:
 
     def scored_tokens(self, first: int, end: int) -> list[int]:
         """Those of the given tokens from `first` to before `end`."""
-        given = self.tokens[first : min(end, self.prompt_length)]
-        return [*given, self.target] if self.target is not None and end > self.prompt_length else given
+        tokens = self.tokens[first : min(end, self.prompt_length)]
+        return [*tokens, self.target] if self.target is not None and end > self.prompt_length else tokens
 
     @property
     def output_token_ids(self) -> list[int]:

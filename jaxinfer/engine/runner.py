@@ -149,8 +149,8 @@ class Runner:
     def _call(self, calls: Sequence[Call]) -> list[Any]:
         executables = self._ready([key for key, _ in calls])
         results = []
-        for executable, (key, given) in zip(executables, calls, strict=True):
-            result, self.state = self.programs[key].run(executable, self.params, self.state, given)
+        for executable, (key, inputs) in zip(executables, calls, strict=True):
+            result, self.state = self.programs[key].run(executable, self.params, self.state, inputs)
             results.append(result)
         return results
 
@@ -187,11 +187,11 @@ class Runner:
             self.on_compile(what)
 
     def _compile(self, key: Key) -> None:
-        found = None if self._compiled is None else self._compiled.fetch(self.programs, key)
-        if found is None:
-            found = self.programs[key].lower().compile()
+        executable = None if self._compiled is None else self._compiled.fetch(self.programs, key)
+        if executable is None:
+            executable = self.programs[key].lower().compile()
             self.compilations += 1
-        self._executables[key] = found
+        self._executables[key] = executable
         _trim_memory()  # the compiler leaves a hundred megabytes behind each time
 
 

@@ -156,7 +156,7 @@ class Scheduler:
         """Gives a waiting request a slot and pages for all of its tokens, or nothing: a half-placed prompt would hold
         pages that others need to finish."""
         # Who was preempted leaves a page for each row that runs, or it would be preempted again at once, and again.
-        if not self.cache.place(request, spare=len(self.running) if request.preemptions else 0):
+        if not self.cache.allocate(request, spare=len(self.running) if request.preemptions else 0):
             return False
         if not request.preemptions:
             request.hits = request.computed

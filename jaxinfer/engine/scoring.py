@@ -48,11 +48,11 @@ class Scoring:
         # What is computed once more after a preemption has been here before.
         seen = self.request.scored_from + len(self._logprobs) - position
         at = slice(at.start + seen, at.stop)
-        found = logprobs.sampled[at].tolist()
-        if self.error is None and any(map(math.isnan, found)):
-            first = next(i for i, value in enumerate(found) if math.isnan(value))
+        values = logprobs.sampled[at].tolist()
+        if self.error is None and any(map(math.isnan, values)):
+            first = next(i for i, value in enumerate(values) if math.isnan(value))
             self.error = not_finite(self.request.scored_from + len(self._logprobs) + first)
-        self._logprobs += found
+        self._logprobs += values
         self._greedy = self._greedy and bool((logprobs.rank[at] == 1).all())
         if self.request.scored_from + len(self._logprobs) > self.request.prompt_length:
             self.end("stop" if self.error is None else "error")
@@ -85,21 +85,21 @@ def encode_pair(prompt: str | Sequence[int], continuation: str | Sequence[int], 
     if isinstance(prompt, str) != isinstance(continuation, str):
         raise RequestError("prompt and continuation must both be text, or both be token ids", "continuation")
     if not isinstance(prompt, str) or not isinstance(continuation, str):
-        given = token_ids(prompt, "a prompt must be a string or")
+        context = token_ids(prompt, "a prompt must be a string or")
         scored = token_ids(continuation, "a continuation must be a string or", "continuation")
     else:
         kept = prompt.rstrip()
-        given = tokenizer.encode(kept) if kept else []
-        scored = tokenizer.encode(prompt + continuation, add_special_tokens=bool(kept))[len(given) :]
-    if not given:
+        context = tokenizer.encode(kept) if kept else []
+        scored = tokenizer.encode(prompt + continuation, add_special_tokens=bool(kept))[len(context) :]
+    if not context:
         first = prefix_token_id(tokenizer)
-        given, scored = ([first], scored) if scored[:1] != [first] else (scored[:1], scored[1:])
+        context, scored = ([first], scored) if scored[:1] != [first] else (scored[:1], scored[1:])
     if not scored:
         raise RequestError(
             f"the continuation {continuation!r:.60} adds no token to the prompt: there is nothing to score",
             "continuation",
         )
-    return given, scored
+    return context, scored
 
 
 def encode_text(text: str | Sequence[int], tokenizer: Tokenizer) -> Pair:

@@ -30,10 +30,10 @@ class Sizes:
     bytes: int
 
 
-def page_size(wanted: int | None, place: jax.Device | Mesh, max_num_seqs: int, max_model_len: int) -> int:
+def page_size(wanted: int | None, placement: jax.Device | Mesh, max_num_seqs: int, max_model_len: int) -> int:
     """Tokens a page. Small pages are shared by more sequences. But the TPU's kernel keeps the page table of all rows in
     a small memory of its own, so there they are as large as that needs. Raises ValueError if `wanted` is too small."""
-    if devices_of(place)[0].platform != "tpu":
+    if devices_of(placement)[0].platform != "tpu":
         return wanted or 16
     fitting = 64 if wanted is None else 1
     while 4 * max_num_seqs * -(-max_model_len // fitting) > PAGE_TABLE:
@@ -105,8 +105,8 @@ def check_cache_memory(wanted: int | None, memory: int) -> None:
 def device_bytes(tree: Any) -> int:
     """Bytes that abstract arrays take of each device."""
 
-    def one(array: Any) -> int:
+    def nbytes(array: Any) -> int:
         shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
         return math.prod(shape) * int(array.dtype.itemsize)
 
-    return sum(map(one, jax.tree.leaves(tree)))
+    return sum(map(nbytes, jax.tree.leaves(tree)))

@@ -180,8 +180,8 @@ class Owner:
         except BaseException as error:
             self._fail(self.closed if self.engine.runner.abandoned else error)
             return
-        found = (self._submissions.get(generation.request.id) for generation in touched)
-        for submission in {id(s.group): s for s in found if s is not None}.values():
+        submissions = (self._submissions.get(generation.request.id) for generation in touched)
+        for submission in {id(s.group): s for s in submissions if s is not None}.values():
             if submission.streams or submission.group.finished:
                 self._tell(submission)
 

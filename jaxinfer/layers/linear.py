@@ -59,8 +59,8 @@ class Embedding(nnx.Module):
         less than the table."""
         split = axis_size(mesh, (FSDP,)) > 1
         ids = lax.all_gather(ids, FSDP, tiled=True) if split else ids
-        found = take(self.weight.get_value(), ids, self.dtype)
-        return lax.all_to_all(found, FSDP, 0, 1, tiled=True) if split else found
+        embeddings = take(self.weight.get_value(), ids, self.dtype)
+        return lax.all_to_all(embeddings, FSDP, 0, 1, tiled=True) if split else embeddings
 
 
 def head_logits(x: jax.Array, head: Linear | Embedding, mesh: Mesh | None) -> jax.Array:

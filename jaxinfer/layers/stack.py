@@ -31,10 +31,10 @@ def stack(
     for i, layer in enumerate(layers):
         whole = gathered(layer, before, batch.mesh)
         before = x
-        if not places or (place := places[i]) is None:
+        if not places or (location := places[i]) is None:
             x, _ = run(whole, x, None, batch)
         else:
-            own, group = place
+            own, group = location
             x, arrays[own] = run(whole, x, arrays[own], views[group])
     return x, None if cache is None else tuple(arrays)
 
@@ -51,7 +51,7 @@ def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:
         return layer
     graph, state = nnx.split(layer)
     flat = nnx.to_flat_state(state)
-    axes = [one for _, variable in flat for one in _axes(variable)]
+    axes = [names for _, variable in flat for names in _axes(variable)]
     bits = lax.bitcast_convert_type(before[0, 0].astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     zero = lax.shift_right_logical(bits, jnp.uint32(16))
 
@@ -63,7 +63,7 @@ def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:
         ]
 
     # Each tensor device its own part, which is not left to XLA: that would put those parts together first.
-    tensor = [on_axes(one, TENSOR) for one in axes]
+    tensor = [on_axes(names, TENSOR) for names in axes]
     parts, tree = jax.tree.flatten([variable.get_value() for _, variable in flat])
     whole = jax.tree.unflatten(tree, on_tensor(gather, (tensor, PartitionSpec()), tensor)(parts, zero))
     merged = [(path, variable.replace(value)) for (path, variable), value in zip(flat, whole, strict=True)]

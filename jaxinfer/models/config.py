@@ -99,7 +99,7 @@ def rope_of(fields: ConfigReader, head_dim: int) -> tuple[Rope, int]:
     if head_dim % 2:
         raise ValueError(f"{fields.where}: head_dim is {head_dim}: rotary embeddings need an even number")
     context = fields.integer("max_position_embeddings", 2048)
-    given: dict[str, Any] = {}
+    parameters: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         part = data.get(name)
         if part is None:
@@ -108,14 +108,14 @@ def rope_of(fields: ConfigReader, head_dim: int) -> tuple[Rope, int]:
             raise fields.error(name, "it must be an object or null")
         if any(isinstance(value, dict) for value in part.values()):
             raise fields.error(name, "one setting per layer type is not supported; jaxinfer knows one for all layers")
-        if given and part and part != given:
+        if parameters and part and part != parameters:
             raise fields.error("rope_scaling", "rope_parameters is there too and says otherwise; remove one of them")
-        given |= part
+        parameters |= part
     for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         if data.get(name) is not None:
-            given.setdefault(name, data[name])
-    given.setdefault("rope_type", given.get("type", "default"))
-    rope = ConfigReader(given, f"{fields.where}: rope_parameters")
+            parameters.setdefault(name, data[name])
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    rope = ConfigReader(parameters, f"{fields.where}: rope_parameters")
     rope.refuse("partial_rotary_factor", 1, 1.0)
     rope.refuse("mrope_section")
     kind = rope.choice("rope_type", "default", Rope.KINDS)
@@ -126,7 +126,7 @@ def rope_of(fields: ConfigReader, head_dim: int) -> tuple[Rope, int]:
         rope.number("factor")
         return Rope(head_dim, theta, kind), context
     original = rope.integer("original_max_position_embeddings", context)
-    if kind == "yarn" and given.get("factor") is None:
+    if kind == "yarn" and parameters.get("factor") is None:
         factor = context / original
     else:
         factor = rope.number("factor")

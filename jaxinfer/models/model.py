@@ -90,10 +90,10 @@ class AbstractModel:
         """The schemes of those weights that are."""
         return {name: spec.scheme for name, spec in self.params.items() if spec.scheme is not None}
 
-    def with_sharding(self, name: str, place: jax.Device | Mesh) -> Any:
+    def with_sharding(self, name: str, placement: jax.Device | Mesh) -> Any:
         """An array with its sharding: see ParamSpec."""
         spec, suffix = self.arrays[name]
-        return spec.with_sharding(suffix, place)
+        return spec.with_sharding(suffix, placement)
 
     @property
     def precision(self) -> str:

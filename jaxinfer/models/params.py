@@ -86,13 +86,13 @@ class ParamSpec:
             for suffix, (shape, kind) in self.scheme.arrays(*self.shape).items()
         }
 
-    def with_sharding(self, suffix: str, place: jax.Device | Mesh) -> Any:
+    def with_sharding(self, suffix: str, placement: jax.Device | Mesh) -> Any:
         """One of its arrays abstractly, with its sharding, see `sharding.with_sharding`. Raises ValueError if the mesh
         would split weights that have one scale."""
         if self.scheme is not None and not suffix:
-            self._check_split(self.scheme, place)
+            self._check_split(self.scheme, placement)
         array = self.arrays[suffix]
-        return with_sharding(array.abstract, array.axes, place, array.multiples)
+        return with_sharding(array.abstract, array.axes, placement, array.multiples)
 
     def bind(self, params: Mapping[str, Any], rounds: bool) -> Any:
         """What the module is given in its place; None if it is not among the parameters. rounds: see QArray."""
@@ -103,9 +103,9 @@ class ParamSpec:
         zeros = params[self.name + ZERO] if self.scheme.zeros else None
         return QArray(params[self.name], params[self.name + SCALE], self.scheme, self.axes, rounds, zeros)
 
-    def _check_split(self, scheme: Scheme, place: jax.Device | Mesh) -> None:
+    def _check_split(self, scheme: Scheme, placement: jax.Device | Mesh) -> None:
         block = (*(1,) * (len(self.shape) - 2), *scheme.block)
-        parts = zip(self.axes, self.shape, counts(self.axes, place), block, strict=True)
+        parts = zip(self.axes, self.shape, counts(self.axes, placement), block, strict=True)
         for i, (axis, size, count, unit) in enumerate(parts, 2 - len(self.shape)):
             if axis not in PADDED and count > 1 and size % (count * unit):
                 fitting = ", ".join(str(n) for n in range(1, count) if size % (n * unit) == 0)
@@ -117,11 +117,11 @@ class ParamSpec:
 
 
 def quantized(
-    specs: Iterable[ParamSpec], quantization: Quantization | None, stored: Stored | None, said: str
+    specs: Iterable[ParamSpec], quantization: Quantization | None, stored: Stored | None, dtype_name: str
 ) -> list[ParamSpec]:
-    """The specs with their schemes: as the user wants it, or as the checkpoint has it. said: in which floats what
-    its scheme can't have is left, for a warning; nothing for none. Raises ValueError."""
-    found = []
+    """The specs with their schemes: as the user wants it, or as the checkpoint has it. dtype_name: in which floats
+    what its scheme can't have is left, for a warning; nothing for none. Raises ValueError."""
+    result = []
     left: dict[str, list[str]] = {}  # those that the scheme can't have, by why
     for spec in specs:
         if spec.is_embedding is not None:
@@ -141,14 +141,14 @@ def quantized(
                     spec = replace(spec, scheme=scheme)
             except ValueError as error:
                 left.setdefault(str(error), []).append(spec.name)
-        found.append(spec)
-    if quantization is not None and not any(spec.scheme for spec in found):
+        result.append(spec)
+    if quantization is not None and not any(spec.scheme for spec in result):
         why = f"; {next(iter(left))}" if left else ""
         raise ValueError(f"quantization is {quantization!r}: none of the model's weights is meant by it{why}")
-    for why, names in left.items() if said else ():
+    for why, names in left.items() if dtype_name else ():
         which = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-        log.warning("quantization is %r: %s is left in %s: %s", quantization, which, said, why)
-    return _with_multiples(found)
+        log.warning("quantization is %r: %s is left in %s: %s", quantization, which, dtype_name, why)
+    return _with_multiples(result)
 
 
 def _as_stored(spec: ParamSpec, stored: Stored) -> ParamSpec:

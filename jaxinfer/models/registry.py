@@ -77,10 +77,10 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
     known = {name: entry for name, entry in REGISTRY.items() if entry.model_type == model_type}
     if not known:
         raise CheckpointError(f"model_type {model_type!r:.100} is not supported; known are {', '.join(model_types())}")
-    if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
+    if named is not None and not (isinstance(named, list) and all(isinstance(class_name, str) for class_name in named)):
         raise CheckpointError(f"config.json: architectures is {named!r:.100}: it must be a list of names of classes")
     name = named[0] if named else None
-    bodies = {one.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model" for one in known}
+    bodies = {class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model" for class_name in known}
     if name is None or name in bodies:
         name = next(iter(known))
     if name not in known:
@@ -89,17 +89,17 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
             f"{', '.join(known)}"
         )
     source = known[name].source
-    found = importlib.import_module(source).ARCHITECTURE if isinstance(source, str) else source
-    assert isinstance(found, Architecture)
-    return found
+    arch = importlib.import_module(source).ARCHITECTURE if isinstance(source, str) else source
+    assert isinstance(arch, Architecture)
+    return arch
 
 
 def parse_config(data: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     """The architecture and checked configuration of a config.json's content. Raises ValueError naming the field."""
     from jaxinfer.models.config import ConfigReader
 
-    found = architecture(data)
+    arch = architecture(data)
     fields = ConfigReader(data)
     for name in ("is_encoder_decoder", "add_cross_attention"):
         fields.refuse(name, False)
-    return found, found.parse(fields)
+    return arch, arch.parse(fields)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +21,19 @@ Shape = tuple[int, ...]
 Index = tuple[tuple[int, int], ...]  # start and stop along each axis
 
 
-class Region(NamedTuple):
-    """A piece of a tensor, and its place in a piece of a weight; transposed: its last two axes are the other way."""
+@dataclass(frozen=True)
+class Region:
+    """A piece of a tensor, and its place in a piece of a weight.
+
+    tensor: its name.
+    stored: where in the tensor the piece is.
+    index: where in the piece of the weight it belongs.
+    transposed: its last two axes are the other way.
+    """
 
     tensor: str
     stored: Index
-    place: tuple[slice | int, ...]
+    index: tuple[slice | int, ...]
     transposed: bool = False
 
     def turned(self, piece: Host) -> Host:
@@ -56,7 +63,7 @@ class Source(ABC):
                 out = np.empty(shape_of(index), piece.dtype)
             elif piece.dtype != out.dtype:  # both are floats, of 16 bits or more
                 out = out.astype(np.float32)
-            out[region.place] = piece
+            out[region.index] = piece
         assert out is not None, "a weight of nothing"
         return out
 
@@ -84,8 +91,8 @@ class Transposed(Source):
         return self.source.tensors(_swapped(shape))
 
     def regions(self, index: Index) -> Iterator[Region]:
-        for name, stored, place, transposed in self.source.regions(_swapped(index)):
-            yield Region(name, stored, _swapped(place), not transposed)
+        for region in self.source.regions(_swapped(index)):
+            yield replace(region, index=_swapped(region.index), transposed=not region.transposed)
 
 
 @dataclass(frozen=True)
@@ -117,8 +124,8 @@ class Stack(Source):
     def regions(self, index: Index) -> Iterator[Region]:
         start, stop = index[0]
         for i in range(start, stop):
-            for name, stored, place, transposed in self.sources[i].regions(index[1:]):
-                yield Region(name, stored, (i - start, *place), transposed)
+            for region in self.sources[i].regions(index[1:]):
+                yield replace(region, index=(i - start, *region.index))
 
 
 @dataclass(frozen=True)
@@ -140,13 +147,11 @@ class Concat(Source):
             first, last = max(start, before), min(stop, before + size)
             if first < last:
                 shift = first - start
-                for name, stored, place, transposed in source.regions(
-                    _replaced(index, self.axis, (first - before, last - before))
-                ):
-                    own = place[self.axis]
+                for region in source.regions(_replaced(index, self.axis, (first - before, last - before))):
+                    own = region.index[self.axis]
                     assert isinstance(own, slice)
                     moved = slice(own.start + shift, own.stop + shift)
-                    yield Region(name, stored, _replaced(place, self.axis, moved), transposed)
+                    yield replace(region, index=_replaced(region.index, self.axis, moved))
             before += size
 
 

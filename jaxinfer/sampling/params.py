@@ -145,18 +145,18 @@ class SamplingParams:
         self._check_bad_words_ids()
         self._check_decay()
 
-    def with_changes(self, /, **given: Any) -> SamplingParams:
+    def with_changes(self, /, **changes: Any) -> SamplingParams:
         """These parameters with others in place of some. Who asks for a filter of a greedy default asks for sampling:
         top_p without a temperature would do nothing. Who asks for less than min_tokens gets that."""
-        if given.get("do_sample") and not self.greedy and not given.keys() & {"temperature", "temp"}:
-            given["temperature"] = self.temperature  # it is sampled already
-        given = SAMPLING.translated(given, [field.name for field in dataclasses.fields(self)])
-        if self.greedy and given.keys() & FILTERS:
-            given = {"temperature": 1.0} | given
-        most = given.get("max_tokens")
-        if isinstance(most, int) and "min_tokens" not in given and 1 <= most < self.min_tokens:
-            given = {"min_tokens": most} | given
-        return dataclasses.replace(self, **given)
+        if changes.get("do_sample") and not self.greedy and not changes.keys() & {"temperature", "temp"}:
+            changes["temperature"] = self.temperature  # it is sampled already
+        changes = SAMPLING.translated(changes, [field.name for field in dataclasses.fields(self)])
+        if self.greedy and changes.keys() & FILTERS:
+            changes = {"temperature": 1.0} | changes
+        most = changes.get("max_tokens")
+        if isinstance(most, int) and "min_tokens" not in changes and 1 <= most < self.min_tokens:
+            changes = {"min_tokens": most} | changes
+        return dataclasses.replace(self, **changes)
 
     def named_ids(self) -> Iterator[tuple[str, Iterable[int]]]:
         """The parameters that name tokens, and which."""

@@ -46,29 +46,29 @@ def draw(
         tokens = sample(logits, sampling, length, slots, slot, parts)
         return tokens, logprobs(logits, tokens, sampling)
 
-    given = logits, sampling, length, slot
+    inputs = logits, sampling, length, slot
     if rows <= block:
-        return some(*given)
+        return some(*inputs)
 
     def each() -> Any:
         nothing = jnp.zeros(rows, jnp.int32), no_logprobs(rows, vocab)
-        return in_blocks(some, given, nothing, block, jnp.int32(-(-rows // block)))
+        return in_blocks(some, inputs, nothing, block, jnp.int32(-(-rows // block)))
 
     asked = (sampling.temperature > 0) | sampling.masked | sampling.penalized | sampling.wants_logprobs
     asked |= _early(sampling, length) | _decays(sampling, length) | jnp.any(_forced(sampling, length), axis=-1)
     return lax.cond(jnp.any(asked), each, lambda: (_sound(*_likeliest(logits)), no_logprobs(rows, vocab)))
 
 
-def in_blocks(call: Callable[..., Any], given: Any, out: Any, block: int, blocks: jax.Array) -> Any:
-    """`out`, with what `call` makes of the first `blocks` blocks of rows of what is given: `block` rows at a time."""
+def in_blocks(call: Callable[..., Any], inputs: Any, out: Any, block: int, blocks: jax.Array) -> Any:
+    """`out`, with what `call` makes of the first `blocks` blocks of rows of `inputs`: `block` rows at a time."""
     size = jax.tree.leaves(out)[0].shape[0]
 
-    def one(i: jax.Array, out: Any) -> Any:
+    def body(i: jax.Array, out: Any) -> Any:
         start = jnp.minimum(i * block, size - block)  # the last one may overlap the one before
-        found = call(*jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block), given))
-        return jax.tree.map(lambda all_, some: lax.dynamic_update_slice_in_dim(all_, some, start, 0), out, found)
+        result = call(*jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, block), inputs))
+        return jax.tree.map(lambda all_, some: lax.dynamic_update_slice_in_dim(all_, some, start, 0), out, result)
 
-    return lax.fori_loop(jnp.int32(0), blocks, one, out)
+    return lax.fori_loop(jnp.int32(0), blocks, body, out)
 
 
 def sample(
@@ -102,8 +102,8 @@ def sample(
 def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The highest logit of each row, f32[R], and where it is, i32[R]: the first one of several. NaN is the highest."""
 
-    def higher(one: Any, other: Any) -> Any:
-        (a, i), (b, j) = one, other
+    def higher(left: Any, right: Any) -> Any:
+        (a, i), (b, j) = left, right
         wins = (a > b) | (a != a)
         return jnp.where(wins, a, b), jnp.where(wins | ((a == b) & (i < j)), i, j)
 

@@ -56,7 +56,7 @@ class DecodeState:
         """How each array is split over a mesh: as rows are, and as the logits' vocabulary is."""
         whole, parts = PartitionSpec(ROWS), PartitionSpec(ROWS, TENSOR)
         by_token = whole if vocab % axis_size(mesh, TENSOR) else parts
-        names = (one.name for one in fields(DecodeState))
+        names = (field.name for field in fields(DecodeState))
         return {name: by_token if name in ("in_prompt", "in_output") else whole for name in names}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.outputs import RequestOutput, error_output
@@ -15,10 +16,17 @@ from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.tasks.task import Task
 
 
-class PromptAsked(NamedTuple):
-    """A prompt, its place in the input, its parameters and its priority."""
+@dataclass(frozen=True)
+class PromptAsked:
+    """A prompt to continue.
 
-    place: int
+    index: its place in the input.
+    prompt: as it was given, or encoded.
+    params: its own.
+    priority: lower runs earlier.
+    """
+
+    index: int
     prompt: Prompt | Encoded
     params: SamplingParams
     priority: int = 0
@@ -33,14 +41,14 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
     def checked(self, asked: PromptAsked) -> PromptAsked:
         encoded = self._encoded(asked)
         self.engine.check(encoded.ids, asked.params)
-        return asked._replace(prompt=encoded)
+        return replace(asked, prompt=encoded)
 
     def request(self, asked: PromptAsked) -> RequestGroup:
         text, ids, salt = self._encoded(asked)
         return self.engine.new_group(ids, asked.params, text, asked.priority, salt)
 
     def failure(self, asked: PromptAsked, error: ValueError) -> RequestOutput:
-        return error_output(asked.place, str(error))
+        return error_output(asked.index, str(error))
 
     def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[str, RequestOutput]]:
         """Pairs of new text and the output so far; the last one is finished. Raises ValueError at once."""
@@ -93,7 +101,7 @@ def prompts_asked(
     priorities = [0] * len(listed) if priority is None else priority
     if not all(isinstance(p, int) for p in priorities):
         raise RequestError(f"priority is {list(priorities)}: it must be integers", "priority")
-    return [PromptAsked(i, *one) for i, one in enumerate(zip(listed, each, priorities, strict=True))]
+    return [PromptAsked(i, *fields) for i, fields in enumerate(zip(listed, each, priorities, strict=True))]
 
 
 def prompts_as_they_come(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 from jaxinfer.engine.outputs import ScoreOutput, score_error
@@ -25,17 +26,27 @@ Scorable = Text | tuple[Text, Text]  # a text, or a prompt and its continuation
 
 
 class Pair(NamedTuple):
-    """A scorable as tokens: the text that is scored, or None, ids that are given, ids that are scored."""
+    """A scorable as tokens.
+
+    text: what is scored; None where ids were given.
+    context: ids that are given.
+    scored: ids that are scored.
+    """
 
     text: str | None
-    given: list[int]
+    context: list[int]
     scored: list[int]
 
 
-class TextAsked(NamedTuple):
-    """What is to be scored, and its place in the input."""
+@dataclass(frozen=True)
+class TextAsked:
+    """A text to score.
 
-    place: int
+    index: its place in the input.
+    scorable: as it was given, or encoded.
+    """
+
+    index: int
     scorable: Scorable | Pair
 
 
@@ -47,15 +58,15 @@ class ScoreTask(Task[TextAsked, ScoreOutput]):
 
     def checked(self, asked: TextAsked) -> TextAsked:
         pair = self._pair(asked)
-        self.engine.check_scoring([*pair.given, *pair.scored], len(pair.given))
-        return asked._replace(scorable=pair)
+        self.engine.check_scoring([*pair.context, *pair.scored], len(pair.context))
+        return replace(asked, scorable=pair)
 
     def request(self, asked: TextAsked) -> Scoring:
-        text, given, scored = self._pair(asked)
-        return self.engine.new_scoring([*given, *scored], len(given), text)
+        text, context, scored = self._pair(asked)
+        return self.engine.new_scoring([*context, *scored], len(context), text)
 
     def failure(self, asked: TextAsked, error: ValueError) -> ScoreOutput:
-        return score_error(asked.place, str(error))
+        return score_error(asked.index, str(error))
 
     def rolling(self, texts: Any, shown: bool) -> list[ScoreOutput]:
         """Texts of any length, in windows of the longest context, as lm-eval cuts them; each token is scored once, the
@@ -104,4 +115,4 @@ def texts_asked(texts: Any, continuations: Any = None) -> list[TextAsked]:
         if len(scorables) != len(following):
             raise RequestError.at("continuations", f"{len(following)} for {len(scorables)} prompts; give one each")
         scorables = list(zip(scorables, following, strict=True))
-    return [TextAsked(i, one) for i, one in enumerate(scorables)]
+    return [TextAsked(i, scorable) for i, scorable in enumerate(scorables)]

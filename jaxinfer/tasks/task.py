@@ -13,10 +13,13 @@ from jaxinfer.errors import RequestError, placed
 
 
 class Asked(Protocol):
-    """What is asked for. place: in the input, and its output's index."""
+    """What is asked for.
+
+    index: its place in the input, and its output's index.
+    """
 
     @property
-    def place(self) -> int: ...
+    def index(self) -> int: ...
 
 
 A = TypeVar("A", bound=Asked)
@@ -69,17 +72,17 @@ class Task(ABC, Generic[A, Out]):
     def checked_all(self, asked: list[A]) -> list[A]:
         """All of them, checked. Raises ValueError saying which one fails."""
         checked = []
-        for one in asked:
+        for entry in asked:
             try:
-                checked.append(self.checked(one))
+                checked.append(self.checked(entry))
             except ValueError as error:
                 if len(asked) == 1:
                     raise
-                self._refused(one, error)
+                self._refused(entry, error)
         return checked
 
     def _refused(self, asked: A, error: ValueError) -> NoReturn:
-        raise placed(f"{self.noun} {asked.place}", error) from None
+        raise placed(f"{self.noun} {asked.index}", error) from None
 
 
 def progress(outputs: Iterator[Out], total: int, shown: bool, done: str) -> Iterator[Out]:

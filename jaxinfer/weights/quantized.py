@@ -101,8 +101,8 @@ def _rows_in_turn(x: jax.Array, weights: Sequence[QArray]) -> list[jax.Array]:
     if weights[0].scheme.packed == 1 or weights[0].scheme.rows > 1:
         return by_loop()
     zeros = ((weight.zero_point,) if weight.zero_point is not None else () for weight in weights)
-    given = [(weight.qvalue, weight.scale, *own) for weight, own in zip(weights, zeros, strict=True)]
-    return products_int4(x, given, by_loop, weights[0].rounds)
+    arrays = [(weight.qvalue, weight.scale, *own) for weight, own in zip(weights, zeros, strict=True)]
+    return products_int4(x, arrays, by_loop, weights[0].rounds)
 
 
 def _by_loop(x: jax.Array, weight: QArray) -> jax.Array:

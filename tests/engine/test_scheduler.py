@@ -199,7 +199,7 @@ def test_who_wants_all_logits_or_counts_computes_everything():
 def cached(device: Device, prompt: list[int]) -> int:
     """How many tokens of it the prefix cache has."""
     cache, asked = device.scheduler.cache, request(99, [*prompt, 0], 1)
-    assert cache.place(asked, 0)
+    assert cache.allocate(asked, 0)
     cache.release(asked)
     return asked.computed
 

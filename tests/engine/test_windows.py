@@ -173,7 +173,7 @@ def test_programs_take_narrow_tables():
         max_steps=32,
     )
     assert programs.table_widths == (12, 12, 2048)
-    rows, *_ = programs["decode", 8].given
+    rows, *_ = programs["decode", 8].inputs
     assert [table.pages.shape for table in rows.tables] == [(8, 12), (8, 12), (8, 2048)]
     assert [table.first is None for table in rows.tables] == [False, False, True]
     shapes = {array.shape for array in jax.tree.leaves(programs.state.cache)}

@@ -68,7 +68,7 @@ def test_read_and_written(name):
         np.testing.assert_array_equal(source.read(index, read), weight[slices(index)])
     again = {tensor: np.full(size, np.nan) for tensor, size in shapes.items()}
     for region in source.regions(whole(shape)):
-        piece = region.turned(weight[region.place])
+        piece = region.turned(weight[region.index])
         assert piece.shape == shape_of(region.stored)
         again[region.tensor][slices(region.stored)] = piece
     for region in [region.tensor for region in source.regions(whole(shape))]:

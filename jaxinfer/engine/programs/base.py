@@ -27,35 +27,35 @@ Key = tuple[str, int]  # of a program: what it does, and for how many tokens or 
 
 
 def cache_layout(
-    model: AbstractModel, place: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
+    model: AbstractModel, placement: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
 ) -> CacheLayout:
     """How what the model's layers keep is kept there. Raises ValueError if that attention is not to be had."""
     specs = model.bind(model.abstract).cache_specs()
-    kinds = {spec: LayerLayout.of(spec, model.dtype, place, attention, kv_cache_dtype) for spec in specs if spec}
+    kinds = {spec: LayerLayout.of(spec, model.dtype, placement, attention, kv_cache_dtype) for spec in specs if spec}
     return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context)
 
 
-def placed_params(model: AbstractModel, place: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def placed_params(model: AbstractModel, placement: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The weights, each with how it is split there."""
-    return {name: model.with_sharding(name, place) for name in model.abstract}
+    return {name: model.with_sharding(name, placement) for name in model.abstract}
 
 
-def placed_decode_state(model: AbstractModel, place: jax.Device | Mesh, max_rows: int) -> DecodeState:
+def placed_decode_state(model: AbstractModel, placement: jax.Device | Mesh, max_rows: int) -> DecodeState:
     """Slots for `max_rows` sequences on each shard of rows."""
     vocab = model.config.vocab_size
-    if not isinstance(place, Mesh):
-        return structs(DecodeState.shapes(max_rows, vocab), SingleDeviceSharding(place))
-    slots = DecodeState.shapes(axis_size(place, ROWS) * (max_rows + 1) - 1, vocab)
-    specs = DecodeState.specs(vocab, place)
+    if not isinstance(placement, Mesh):
+        return structs(DecodeState.shapes(max_rows, vocab), SingleDeviceSharding(placement))
+    slots = DecodeState.shapes(axis_size(placement, ROWS) * (max_rows + 1) - 1, vocab)
+    specs = DecodeState.specs(vocab, placement)
     return DecodeState(
-        **{name: structs(getattr(slots, name), NamedSharding(place, spec)) for name, spec in specs.items()}
+        **{name: structs(getattr(slots, name), NamedSharding(placement, spec)) for name, spec in specs.items()}
     )
 
 
-def placed_hidden(model: AbstractModel, place: jax.Device | Mesh, max_tokens: int) -> Any:
+def placed_hidden(model: AbstractModel, placement: jax.Device | Mesh, max_tokens: int) -> Any:
     """Hidden states of `max_tokens` tokens on each shard of rows."""
-    mesh = place if isinstance(place, Mesh) else None
-    sharding = NamedSharding(mesh, PartitionSpec(ROWS)) if mesh is not None else SingleDeviceSharding(place)
+    mesh = placement if isinstance(placement, Mesh) else None
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS)) if mesh is not None else SingleDeviceSharding(placement)
     shape = axis_size(mesh, ROWS) * max_tokens, model.config.hidden_size
     return jax.ShapeDtypeStruct(shape, model.dtype, sharding=sharding)
 
@@ -70,7 +70,7 @@ class EngineShapes:
     """
 
     model: AbstractModel
-    place: jax.Device | Mesh
+    placement: jax.Device | Mesh
     buckets: Buckets
     num_pages: int
     page_size: int
@@ -82,17 +82,17 @@ class EngineShapes:
 
     @property
     def mesh(self) -> Mesh | None:
-        return self.place if isinstance(self.place, Mesh) else None
+        return self.placement if isinstance(self.placement, Mesh) else None
 
     @cached_property
     def layout(self) -> CacheLayout:
         """Of the cache."""
-        return cache_layout(self.model, self.place, self.attention, self.kv_cache_dtype)
+        return cache_layout(self.model, self.placement, self.attention, self.kv_cache_dtype)
 
     @property
     def devices(self) -> list[jax.Device]:
         """Those of the mesh, in its order."""
-        return devices_of(self.place)
+        return devices_of(self.placement)
 
     @property
     def shards(self) -> int:
@@ -139,19 +139,19 @@ class EngineShapes:
     @cached_property
     def whole(self) -> Sharding:
         """Of what every device has the same of."""
-        return replicated(self.place) if isinstance(self.place, Mesh) else SingleDeviceSharding(self.place)
+        return replicated(self.placement) if isinstance(self.placement, Mesh) else SingleDeviceSharding(self.placement)
 
     @cached_property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The weights."""
-        return placed_params(self.model, self.place)
+        return placed_params(self.model, self.placement)
 
     @cached_property
     def state(self) -> State:
         """All of it."""
         cache = self.layout.arrays(self.page_counts, self.page_size, self.max_rows)
-        slots = placed_decode_state(self.model, self.place, self.max_rows)
-        return State(cache, slots, placed_hidden(self.model, self.place, self.max_tokens))
+        slots = placed_decode_state(self.model, self.placement, self.max_rows)
+        return State(cache, slots, placed_hidden(self.model, self.placement, self.max_tokens))
 
     def like(self, tree: Any) -> Any:
         """Arguments that the host gives, abstractly."""
@@ -196,7 +196,7 @@ class Program(ABC):
 
     @property
     @abstractmethod
-    def given(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         """What the host gives it, abstractly."""
 
     @property
@@ -212,38 +212,38 @@ class Program(ABC):
     def arguments(self) -> tuple[Any, ...]:
         """All that it takes, abstractly."""
         params, state = {name: self.shapes.params[name] for name in self.weights}, self.shapes.state
-        return params, state.only(self.changes), state.only(self.reads), *self.given
+        return params, state.only(self.changes), state.only(self.reads), *self.inputs
 
     @property
     def results(self) -> tuple[Any, State]:
         """The structure of all that it gives."""
         return self.result, self.shapes.state.only(self.changes)
 
-    def run(self, executable: Any, params: Params, state: State, given: tuple[Any, ...]) -> tuple[Any, State]:
+    def run(self, executable: Any, params: Params, state: State, inputs: tuple[Any, ...]) -> tuple[Any, State]:
         """Calls it, compiled: what the host gets, and the state after it."""
         taken = params if len(self.weights) == len(params) else {name: params[name] for name in self.weights}
-        result, changed = executable(taken, state.only(self.changes), state.only(self.reads), *given)
+        result, changed = executable(taken, state.only(self.changes), state.only(self.reads), *inputs)
         return result, state.updated(changed)
 
     def lower(self) -> jax.stages.Lowered:
         """The program before it is compiled."""
         shapes = self.shapes
-        place: jax.Device | Mesh = shapes.place
+        placement: jax.Device | Mesh = shapes.placement
         on_tpu = shapes.devices[0].platform == "tpu"
-        if not isinstance(place, Mesh) and on_tpu:
-            place = Mesh(np.array(shapes.devices), ("all",))
+        if not isinstance(placement, Mesh) and on_tpu:
+            placement = Mesh(np.array(shapes.devices), ("all",))
         # Results' shardings are pinned, or XLA may choose others, and donation is silently lost.
         held = jax.tree.map(lambda s: s.sharding, self.results[1])
         jitted = jax.jit(self.function(), donate_argnums=1, out_shardings=(shapes.whole, held))
         with contextlib.ExitStack() as stack:
-            if isinstance(place, Mesh):  # kernels ask what kind of device they are for
-                stack.enter_context(jax.sharding.use_abstract_mesh(place.abstract_mesh))
+            if isinstance(placement, Mesh):  # kernels ask what kind of device they are for
+                stack.enter_context(jax.sharding.use_abstract_mesh(placement.abstract_mesh))
             # JAX has a GPU's from the device, where "gpu" is a family that it knows only if one of it is there.
             return jitted.trace(*self.arguments).lower(lowering_platforms=("tpu",) if on_tpu else None)
 
-    def over_rows(self, function: Function, given: tuple[Any, ...], result: Any) -> Function:
+    def over_rows(self, function: Function, input_specs: tuple[Any, ...], result: Any) -> Function:
         """A function that is written for one shard of rows, for all of them: each runs its own. What tensor devices do
-        within a shard is left to XLA. given, result: how what the host gives and gets is split."""
+        within a shard is left to XLA. input_specs, result: how what the host gives and gets is split."""
         mesh, axes = self.shapes.mesh, self.shapes.model.axes
         if mesh is None:
             return function
@@ -253,7 +253,7 @@ class Program(ABC):
             function,
             mesh=mesh,
             axis_names=set(ROWS),
-            in_specs=(params, state, state, *given),
+            in_specs=(params, state, state, *input_specs),
             out_specs=(result, state),
             check_vma=False,
         )

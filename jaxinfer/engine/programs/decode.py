@@ -51,7 +51,7 @@ class Decode(Program):
     changes = ("cache", "slots")
 
     @property
-    def given(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         shapes = self.shapes
         row, tables = shapes.ints(self.size), shapes.tables(self.size)
         return DecodeRows(row, row, row, tables), sampling_arrays(shapes, self.size), shapes.like(np.int32(0))
@@ -117,5 +117,5 @@ class Decode(Program):
             _, _, count, after, (all_tokens, all_info) = lax.while_loop(going, body, start)
             return Sampled(all_tokens, count, all_info), after
 
-        given = PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec()
-        return self.over_rows(decode, given, SAMPLED)
+        input_specs = PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec()
+        return self.over_rows(decode, input_specs, SAMPLED)

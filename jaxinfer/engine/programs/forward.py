@@ -41,7 +41,7 @@ class Forward(Program):
     changes = ("cache", "slots", "hidden")
 
     @property
-    def given(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         ints, rows = self.shapes.ints, self.shapes.max_rows
         token, row, tables = ints(self.size), ints(rows), self.shapes.tables(rows)
         return ForwardBatch(token, token, token, ints(rows + 1), row, tables, ints(3)), ForwardRows(row, row)

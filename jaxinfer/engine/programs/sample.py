@@ -54,7 +54,7 @@ class Sample(Program):
         return self.shapes.model.head
 
     @property
-    def given(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         row = self.shapes.ints(self.size)
         return SampleRows(row, row, row, row), sampling_arrays(self.shapes, self.size)
 

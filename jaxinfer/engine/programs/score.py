@@ -44,7 +44,7 @@ class Score(Program):
         return self.shapes.model.head
 
     @property
-    def given(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         token = self.shapes.ints(self.size)
         likeliest = self.shapes.like(np.zeros(self.shapes.shards, bool))
         return (Scored(token, token, self.shapes.ints(1), likeliest),)
@@ -66,7 +66,7 @@ class Score(Program):
 
             blocks = most((jnp.asarray(scored.count)[0] + (block - 1)) // block, mesh)
             wanted = jnp.asarray(scored.after), jnp.asarray(scored.tokens)
-            found: Logprobs = in_blocks(some, wanted, no_logprobs(self.size, vocab), block, blocks)
-            return found, State()
+            result: Logprobs = in_blocks(some, wanted, no_logprobs(self.size, vocab), block, blocks)
+            return result, State()
 
         return self.over_rows(score, (PartitionSpec(ROWS),), PartitionSpec(ROWS))

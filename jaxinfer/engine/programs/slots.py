@@ -24,7 +24,7 @@ class Prepare(Program):
     result = None
 
     @property
-    def given(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         masks = Masks.of(self.shapes.model.config.vocab_size, None, [], None)
         return tuple(self.shapes.like((np.int32(0), masks, np.bool_(False))))
 
@@ -43,7 +43,7 @@ class Zeros(Program):
     kind = "zeros"
     key = (kind, 1)
     weights = ()
-    given = ()
+    inputs = ()
     result = None
 
     @property

@@ -50,11 +50,11 @@ def kernels() -> Kernels:
         return Kernels(None, f"{VARIABLE} is none")
     folder = Path(__file__).parent
     built = [folder / f"_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-    found = next((file for file in built if file.exists()), None)
-    if found is None:
+    path = next((file for file in built if file.exists()), None)
+    if path is None:
         return Kernels(None, "they were not built: install a C++ compiler (g++ or clang++), then jaxinfer again")
     try:
-        library = ctypes.CDLL(os.fspath(found))
+        library = ctypes.CDLL(os.fspath(path))
         for name in TARGETS:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     except Exception as error:  # of the linker, and of a jaxlib that is older than the one they were built for
@@ -139,11 +139,13 @@ def products_int4(
     be rounded so are they.
     """
     fits = x.ndim == 2 and x.dtype.name in ("float32", "bfloat16")
-    if not (fits and all(x.shape[1] % (32 * one[1].shape[1]) == 0 for one in weights) and kernels().level and alone()):
+    if not (
+        fits and all(x.shape[1] % (32 * weight[1].shape[1]) == 0 for weight in weights) and kernels().level and alone()
+    ):
         return reference()
-    outs = [jax.ShapeDtypeStruct((x.shape[0], one[0].shape[0]), jnp.dtype(jnp.float32)) for one in weights]
+    outs = [jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[0]), jnp.dtype(jnp.float32)) for weight in weights]
     call = functools.partial(jax.ffi.ffi_call(INT4, outs, vmap_method="sequential"), rounds=rounds)
-    flat = [array for one in weights for array in one]
+    flat = [array for weight in weights for array in weight]
     return list(lax.platform_dependent(x, *flat, cpu=call, default=lambda *_: reference()))
 
 
@@ -157,9 +159,9 @@ def take(table: jax.Array, ids: jax.Array, reference: Callable[[jax.Array, jax.A
 
 def attention_problem(activations: str, head_dim: int, queries: int, cache: str) -> str | None:
     """Why there is no kernel for attention of these dtypes here, `queries` of a token that have one key; or None."""
-    found = kernels()
-    if found.level is None:
-        return found.why
+    level, why = kernels()
+    if level is None:
+        return why
     if activations != "float32":
         return f"the kernel is for activations in float32, and these are in {activations}"
     if head_dim % 16:
