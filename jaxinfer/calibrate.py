@@ -47,7 +47,13 @@ SAMPLE = 2048  # tokens of which products are compared, for awq and smoothquant
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was written, the tokens that were looked at, and the seconds that it took."""
+    """What was written.
+
+    output, format: where, and in which format.
+    scheme, method: how it was quantized.
+    texts, tokens: that were looked at.
+    seconds: that it took.
+    """
 
     output: str
     format: str

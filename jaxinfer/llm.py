@@ -11,11 +11,12 @@ from jaxinfer.aliases import takes
 from jaxinfer.aliases.sampling import CALL, SAMPLING
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.deployment import read_deployment
-from jaxinfer.engine.engine import Engine, EngineStats
+from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.feed import OnError
 from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
 from jaxinfer.engine.prompts import Prompt, encode_prompt, is_single_conversation, prompt_list
+from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.thread import EngineThread
 from jaxinfer.errors import RequestError
 from jaxinfer.sampling.params import SamplingParams

@@ -16,8 +16,16 @@ from jaxinfer.cache import LayerCache
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """What a backend is to be for. num_kv_heads: of all devices together, over `parts` of which they are split;
-    queries: query heads that have one of them; dtype: of activations; kept: of the cache; device: one of them."""
+    """What a backend is to be for.
+
+    num_kv_heads: of all devices together.
+    head_dim: of queries, keys and values.
+    queries: query heads that have one key/value head.
+    parts: over how many devices the key/value heads are split.
+    dtype: of activations.
+    kept: the cache's dtype.
+    device: one of them.
+    """
 
     num_kv_heads: int
     head_dim: int
@@ -32,14 +40,16 @@ class AttentionBackend(ABC):
     """Keeps and reads keys and values of layers that are alike: which one is chosen once, when an engine is configured
     (`backends.py`), never at a call.
 
-    name: in words. platform: of the devices that it is for, None of all. asked: the values of option `attention` with
-    which it may be taken.
+    name: in words.
+    platform: of the devices that it is for; None: of all.
+    asked: the values of option `attention` with which it may be taken.
+    partition_spec: of the pool's arrays over a mesh.
     """
 
     name: ClassVar[str]
     platform: ClassVar[str | None] = None
     asked: ClassVar[frozenset[str]]
-    partition_spec: ClassVar[PartitionSpec]  # of the pool's arrays over a mesh
+    partition_spec: ClassVar[PartitionSpec]
 
     @abstractmethod
     def supports(self, case: AttentionCase) -> str | None:

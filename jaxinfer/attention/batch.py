@@ -16,8 +16,11 @@ from jaxinfer.attention.backend import AttentionBackend
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Table:
-    """Pages of a cache group. pages i32[R, P]; first i32[R]: which of its sequence's pages is in a row's first column,
-    None where that is always the first."""
+    """Pages of a cache group.
+
+    pages: i32[R, P].
+    first: i32[R], which of its sequence's pages is in a row's first column; None where that is always the first.
+    """
 
     pages: Any
     first: Any = None
@@ -25,8 +28,12 @@ class Table:
 
 @dataclass(frozen=True)
 class LayerMap:
-    """places: of each layer, which of the cache's arrays is its own, and which group it is in; None: it keeps nothing.
-    backends: what attends to each group."""
+    """Which layer has which part of the cache.
+
+    places: of each layer, which of the cache's arrays is its own, and which group it is in; None: it keeps nothing.
+    backends: what attends to each group.
+    page_size: tokens a page.
+    """
 
     places: tuple[tuple[int, int] | None, ...]
     backends: tuple[AttentionBackend | None, ...]
@@ -38,20 +45,20 @@ class LayerMap:
 class ForwardBatch:
     """One step's tokens. T tokens, R rows; decode rows first, padding last.
 
-    tokens     i32[T]      packed
-    positions  i32[T]      position of each token in its own sequence
-    segment_ids i32[T]     the row of each token
-    cu_q_lens  i32[R+1]    row r owns tokens cu_q_lens[r]:cu_q_lens[r+1]; padding starts at cu_q_lens[R]
-    kv_lens    i32[R]      tokens of row r in the cache after this step has written its own; 0: the row is unused
-    tables                 of each cache group its pages; None of those that have slots
-    distribution i32[3]    cumulative counts: decode rows, decode + prefill rows, all rows
-    slots      i32[R]      each row's own, where there are groups that have them; the last is nobody's
-    decode_only            static: every row has exactly one token (T == R), so nothing is compiled for prefill
-    mesh                   static: what heads and weights are split over, if there is more than one device; the batch is
-                           then what one shard of its rows sees, inside of a shard_map over them
-    device_kind            static: what kind of device it is for (JAX's name of it): kernels are tuned for each
-    layers                 static: which layer has which part of the cache, if there is one
-    backend                static: what attends, in a group's view
+    tokens: i32[T], packed.
+    positions: i32[T], position of each token in its own sequence.
+    segment_ids: i32[T], the row of each token.
+    cu_q_lens: i32[R+1]; row r owns tokens cu_q_lens[r]:cu_q_lens[r+1]; padding starts at cu_q_lens[R].
+    kv_lens: i32[R], tokens of row r in the cache after this step has written its own; 0: the row is unused.
+    tables: of each cache group its pages; None of those that have slots.
+    distribution: i32[3], cumulative counts: decode rows, decode + prefill rows, all rows.
+    slots: i32[R], each row's own, where there are groups that have them; the last is nobody's.
+    decode_only: static: every row has exactly one token (T == R), so nothing is compiled for prefill.
+    mesh: static: what heads and weights are split over, if there is more than one device; the batch is then what one
+        shard of its rows sees, inside of a shard_map over them.
+    device_kind: static: what kind of device it is for (JAX's name of it): kernels are tuned for each.
+    layers: static: which layer has which part of the cache, if there is one.
+    backend: static: what attends, in a group's view.
 
     A layer's attention has a view of it: what its cache group sees. That is a batch with one table, whose positions and
     lengths count from where the table begins (masks go by differences, and rotary embeddings are not its concern).

@@ -19,7 +19,12 @@ FAST_MEMORY = 32 * 2**20  # bytes, of 64 MiB and more; the 16 that v5e gives by 
 
 
 class Blocks(NamedTuple):
-    """pages, of keys, and queries of a block; limit: bytes of fast memory, None for what the compiler gives."""
+    """What the kernel takes at a time.
+
+    pages: of keys.
+    queries: how many.
+    limit: bytes of fast memory; None for what the compiler gives.
+    """
 
     pages: int
     queries: int

@@ -25,7 +25,14 @@ TYPICAL = 4096  # tokens of a sequence, or fewer where the longest is shorter: f
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """How one layer's cache is kept. dtype: of what is kept; backend, case: what attends; attention: the option."""
+    """How one layer's cache is kept.
+
+    spec: what it keeps of a sequence.
+    dtype: of what is kept.
+    placement: the device that has it, or the mesh.
+    backend, case: what attends, and what it is to be for; None where the layer itself does.
+    attention: the option.
+    """
 
     spec: KVCacheSpec
     dtype: np.dtype[Any]
@@ -96,7 +103,11 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """How the caches of all layers are kept. layers: of each, None of those that keep nothing.
+    """How the caches of all layers are kept.
+
+    layers: of each; None of those that keep nothing.
+    groups: of layers that share a page table, or slots.
+    pools: of pages that groups share.
 
     Sizes that methods take: page_size, tokens a page; reach, the most tokens of a sequence that a call writes; rows,
     sequences that run at once on a shard of rows; num_pages of the first pool, page 0 among them, from which those of

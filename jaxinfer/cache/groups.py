@@ -10,8 +10,10 @@ from dataclasses import dataclass
 class CacheGroup:
     """Layers that keep the same of a sequence, and so have one page table, or its slot.
 
-    layers: their places in the model. arrays: of each, which of the cache's it has. pool: whose pages its table has, by
-    number; None: it has slots. window: how many tokens it keeps, None: all.
+    layers: their places in the model.
+    arrays: of each, which of the cache's it has.
+    pool: whose pages its table has, by number; None: it has slots.
+    window: how many tokens it keeps; None: all.
     """
 
     layers: tuple[int, ...]
@@ -31,8 +33,12 @@ class CacheGroup:
 
 @dataclass(frozen=True)
 class Pool:
-    """Arrays of one shape, each of as many pages, in which one allocator hands them out. size: how many arrays; layer:
-    one that has such. A page belongs to one group, k-th layers of which use the k-th array."""
+    """Arrays of one shape, each of as many pages, in which one allocator hands them out. A page belongs to one group,
+    k-th layers of which use the k-th array.
+
+    layer: one that has such.
+    size: how many arrays.
+    """
 
     layer: int
     size: int

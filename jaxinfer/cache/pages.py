@@ -13,10 +13,12 @@ import numpy as np
 
 
 class HeadMajorPages(NamedTuple):
-    """Keys and values of one layer, each `[pages, K, page_size, d]`, for attention in plain XLA.
+    """Keys and values of one layer, for attention in plain XLA.
 
-    Heads before positions, because a block of keys is then one batched dot without a transposition; on CPU
-    that was a quarter faster than `[pages, page_size, K, d]`.
+    k, v: `[pages, K, page_size, d]`.
+
+    Heads before positions, because a block of keys is then one batched dot without a transposition; on CPU that was a
+    quarter faster than `[pages, page_size, K, d]`.
     """
 
     k: jax.Array
@@ -24,7 +26,11 @@ class HeadMajorPages(NamedTuple):
 
 
 class QuantizedPages(NamedTuple):
-    """The same in 8 bits, with scales f32 `[pages, K, page_size]` of each token and head."""
+    """The same in 8 bits.
+
+    k, v: `[pages, K, page_size, d]`.
+    k_scales, v_scales: f32 `[pages, K, page_size]`, of each token and head.
+    """
 
     k: jax.Array
     v: jax.Array
@@ -33,16 +39,21 @@ class QuantizedPages(NamedTuple):
 
 
 class InterleavedPages(NamedTuple):
-    """Keys and values of one layer, `[pages, page_size, 2K, d]`, each head's key followed by its value, for the ragged
-    paged attention kernel of TPUs: a page is one piece of memory, and a token one row of it. d is padded to 128,
-    and so is K, to what fills tiles.
+    """Keys and values of one layer, for the ragged paged attention kernel of TPUs: a page is one piece of memory, and a
+    token one row of it.
+
+    kv: `[pages, page_size, 2K, d]`, each head's key followed by its value; d is padded to 128, and so is K, to what
+        fills tiles.
     """
 
     kv: jax.Array
 
 
 class FusedPages(NamedTuple):
-    """The same, `[pages, page_size, K, 2, d]`, for the kernel of tokamax, which writes keys and values itself."""
+    """The same for the kernel of tokamax, which writes keys and values itself.
+
+    kv: `[pages, page_size, K, 2, d]`.
+    """
 
     kv: jax.Array
 

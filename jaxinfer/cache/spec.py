@@ -18,9 +18,11 @@ from jaxinfer.sharding import ROWS
 class KVCacheSpec(ABC):
     """Frozen, and equal where layers keep the same: those form groups, each with a page table, or slots, of its own.
 
-    paged: it keeps pages of tokens; else one slot a sequence. window: how many tokens a query sees, its own the
-    last of them, so that pages with older ones can be used again; None: all. partition_spec: how a mesh splits the
-    arrays, one for all or a tree of them; pages and slots come first, and are split over ROWS.
+    paged: it keeps pages of tokens; else one slot a sequence.
+    window: how many tokens a query sees, its own the last of them, so that pages with older ones can be used again;
+        None: all.
+    partition_spec: how a mesh splits the arrays, one for all or a tree of them; pages and slots come first, and are
+        split over ROWS.
     """
 
     paged: ClassVar[bool] = True
@@ -48,7 +50,11 @@ class KVCacheSpec(ABC):
 
 @dataclass(frozen=True)
 class FullAttentionSpec(KVCacheSpec):
-    """Keys and values of K heads, of all tokens. queries: query heads that have one of them; backends ask."""
+    """Keys and values of all tokens.
+
+    num_kv_heads, head_dim: of K heads, each of that size.
+    queries: query heads that have one of them; backends ask.
+    """
 
     num_kv_heads: int
     head_dim: int
@@ -67,7 +73,10 @@ class FullAttentionSpec(KVCacheSpec):
 
 @dataclass(frozen=True)
 class SlidingWindowSpec(FullAttentionSpec):
-    """The same of the last `window` tokens."""
+    """The same of the last tokens.
+
+    window: so many of them.
+    """
 
     window: int
 
@@ -81,8 +90,11 @@ def attention_spec(num_kv_heads: int, head_dim: int, window: int | None, queries
 
 @dataclass(frozen=True)
 class LatentSpec(KVCacheSpec):
-    """One vector of `width` features a token, of which keys and values of all heads are made: multi-head latent
-    attention (DeepSeek-V2, arXiv:2405.04434). Not split over heads, as each needs all of it."""
+    """One vector a token, of which keys and values of all heads are made: multi-head latent attention (DeepSeek-V2,
+    arXiv:2405.04434). Not split over heads, as each needs all of it.
+
+    width: the vector's features.
+    """
 
     width: int
 
@@ -104,7 +116,12 @@ def gather_latents(pool: jax.Array, pages: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class RecurrentSpec(KVCacheSpec):
-    """A state a sequence: arrays of these shapes, in these dtypes (None: that of activations)."""
+    """A state a sequence.
+
+    paged: False: it has slots.
+    shapes: of the state's arrays.
+    dtypes: of each; None: that of activations.
+    """
 
     paged: ClassVar[bool] = False
     shapes: tuple[tuple[int, ...], ...]

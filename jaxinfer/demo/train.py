@@ -111,7 +111,12 @@ def tokenizer_for_families() -> bytes:
 
 
 class TrainingBatch(NamedTuple):
-    """Rows of S tokens for a vmapped forward: the batch, the next tokens i32[rows, S], their losses' weights."""
+    """Rows of S tokens for a vmapped forward.
+
+    batch: the rows.
+    targets: i32[rows, S], the next tokens.
+    weights: f32[rows, S], of their losses.
+    """
 
     batch: ForwardBatch
     targets: np.ndarray

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from jaxinfer.engine.config import EngineConfig
-from jaxinfer.engine.engine import EngineStats
 from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.load import load_engine
 from jaxinfer.engine.outputs import RequestOutput
 from jaxinfer.engine.prompts import Prompt, encode_prompt
+from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.thread import EngineThread, Submission
 from jaxinfer.errors import EngineClosed, QueueFullError, RequestError
 from jaxinfer.sampling.params import SamplingParams

@@ -28,7 +28,11 @@ from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 
 
 class ScoredSpan(NamedTuple):
-    """Log-probabilities of one request: of its tokens from `position` on, in which part of `Result.scored`."""
+    """Log-probabilities of one request.
+
+    position: of the first of its tokens that they are of.
+    at: in which part of `Result.scored` they are.
+    """
 
     position: int
     at: slice
@@ -38,7 +42,11 @@ Call = tuple[Key, tuple[Any, ...]]  # a program's key, and what the host gives i
 
 
 class Built(NamedTuple):
-    """Programs to be called one after the other, and by request, where its scored tokens' log-probabilities will be."""
+    """What a step calls.
+
+    calls: programs, one after the other, and what the host gives them.
+    spans: by request, where its scored tokens' log-probabilities will be.
+    """
 
     calls: list[Call]
     spans: dict[int, ScoredSpan]

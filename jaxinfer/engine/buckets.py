@@ -10,7 +10,12 @@ SMALLEST_TOKENS = 32
 
 @dataclass(frozen=True)
 class Buckets:
-    """decode: rows of decoding calls. tokens: of forwards. sample: rows that are sampled after them."""
+    """Sizes of calls, in ascending order.
+
+    decode: rows of decoding calls.
+    tokens: of forwards.
+    sample: rows that are sampled after them.
+    """
 
     decode: tuple[int, ...]
     tokens: tuple[int, ...]

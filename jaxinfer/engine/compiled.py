@@ -55,8 +55,13 @@ ENTRY = {"bytes": int, "sha256": str, "signature": str}
 class Manifest:
     """What a folder of programs is for.
 
-    environment: of `environment()`. model: of `describe_model()`. options: those of `LLM` that shape the programs, all
-    of them. sizes: as in Sizes. programs: by name, each file's `bytes`, `sha256`, and `signature` of its arguments.
+    environment: of `environment()`.
+    model: of `describe_model()`.
+    options: those of `LLM` that shape the programs, all of them.
+    attention: what attends to each cache group.
+    sizes: as in Sizes.
+    programs: by name, each file's `bytes`, `sha256`, and `signature` of its arguments.
+    format: of the manifest itself.
     """
 
     environment: dict[str, Any]

@@ -21,12 +21,17 @@ KVCacheDType = Literal["auto", "int8", "fp8"]
 class Option:
     """What there is to know of one option besides its type.
 
-    default: None also where the machine or the model decides. help: a line for the command line. details: what the
-    documentation says in its place. metavar: as in `--help`. low, high: an integer is in between or one of the two, a
-    float is above low and at most high. must_be: what else a value is, in an error. check: of the value, in place of
-    one by its type; raises ValueError. none_is_default: None may be given for the default, as in vLLM. is_data: a
-    deployment may have it. shapes_programs: compiled programs are for one value of it. of_process_0: of several hosts
-    only the first has to do with it, as it is about text or people.
+    default: None also where the machine or the model decides.
+    help: a line for the command line.
+    details: what the documentation says in its place.
+    metavar: as in `--help`.
+    low, high: an integer is in between or one of the two, a float is above low and at most high.
+    must_be: what else a value is, in an error.
+    check: of the value, in place of one by its type; raises ValueError.
+    none_is_default: None may be given for the default, as in vLLM.
+    is_data: a deployment may have it.
+    shapes_programs: compiled programs are for one value of it.
+    of_process_0: of several hosts only the first has to do with it, as it is about text or people.
     """
 
     default: Any = None
@@ -243,7 +248,11 @@ class EngineConfig(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Declared:
-    """One option as EngineConfig declares it: its type, and the rest."""
+    """One option as EngineConfig declares it.
+
+    kind: its type.
+    option: the rest.
+    """
 
     kind: Any
     option: Option

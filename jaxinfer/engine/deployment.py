@@ -33,13 +33,20 @@ FIELDS = (*PLACES, *which(is_data=True))
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a file says. options: of `LLM`, the architecture among them, as far as they are given."""
+    """What a file says.
+
+    path: the file's.
+    model: a folder or a hub id.
+    topology: the slice that it is for; None where the file names none.
+    options: of `LLM`, the architecture among them, as far as they are given.
+    lines: of each field; of a field of the architecture as "architecture.hidden_size".
+    """
 
     path: Path
     model: str
     topology: str | None
     options: dict[str, Any]
-    lines: Mapping[str, int]  # of each field; of a field of the architecture as "architecture.hidden_size"
+    lines: Mapping[str, int]
 
     @property
     def architecture(self) -> Mapping[str, Any] | None:

@@ -8,7 +8,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
@@ -18,6 +17,7 @@ from jaxinfer.engine.runner import PendingStep, Runner
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.engine.scoring import SCORING, Scoring
 from jaxinfer.engine.shards import DataParallelScheduler
+from jaxinfer.engine.stats import EngineStats
 from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
 from jaxinfer.sampling.slots import Masks
@@ -26,47 +26,19 @@ from jaxinfer.text.base import Tokenizer
 STOP_STRING_STEPS = 8  # rows with stop strings are looked at on the host this often: what comes after one is wasted
 
 
-@dataclass
-class EngineStats:
-    """Since loading. Tokens and seconds of device calls are without compilation; a mixed call's decoding rows count as
-    prefill. hit_tokens of the queried_tokens of prompts were in the prefix cache."""
-
-    running: int = 0
-    waiting: int = 0
-    pages_used: int = 0
-    pages_total: int = 0
-    calls: int = 0
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    step_seconds: float = 0.0  # of one decoding step, lately
-    queried_tokens: int = 0
-    hit_tokens: int = 0
-    preemptions: int = 0
-    finished: int = 0
-    aborted: int = 0
-
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hit_tokens / self.queried_tokens if self.queried_tokens else 0.0
-
-
 class Call(NamedTuple):
-    """A call that the device has and the host has not taken in yet."""
+    """A call that the device has and the host has not taken in yet.
 
-    schedules: list[SchedulerOutput]  # one for each shard of rows
+    schedules: one for each shard of rows.
+    launched: what to wait for.
+    start: when it was launched, by time.perf_counter.
+    compiled: Runner.compile_seconds then.
+    """
+
+    schedules: list[SchedulerOutput]
     launched: PendingStep
     start: float
-    compiled: float  # Runner.compile_seconds then
+    compiled: float
 
 
 class Engine:

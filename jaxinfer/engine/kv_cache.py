@@ -21,11 +21,15 @@ from jaxinfer.errors import ContextLengthError
 
 @dataclass
 class KVCacheManager:
-    """What the scheduler asks. groups: those that have pages. page_counts: of each pool, page 0 among them. reach: most
-    tokens of a sequence that a call writes.
+    """What the scheduler asks.
 
-    prefix_caching: sequences share what begins alike. With groups of other kinds beside (`whole` is false) there are no
-    hits: what those keep is not there at the end of a page.
+    groups: those that have pages.
+    page_counts: of each pool, page 0 among them.
+    page_size: tokens a page.
+    reach: most tokens of a sequence that a call writes.
+    prefix_caching: sequences share what begins alike.
+    whole: there are no groups of other kinds beside. With such there are no hits: what those keep is not there at the
+        end of a page.
     """
 
     groups: Sequence[CacheGroup]

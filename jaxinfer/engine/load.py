@@ -57,13 +57,19 @@ MAX_STEPS = 32  # tokens a row that one decoding call may produce
 
 @dataclass(frozen=True)
 class Loaded:
-    """An engine and what it was made from."""
+    """An engine and what it was made from.
+
+    engine, sizes: ready for requests, and how much context it has room for.
+    folder, dtype: the checkpoint's, and that of its weights here.
+    asked: of sampling, by the checkpoint.
+    load_seconds: that all of it took.
+    """
 
     engine: Engine
     folder: Path
     dtype: np.dtype[Any]
     sizes: Sizes
-    asked: dict[str, Any]  # of sampling, by the checkpoint
+    asked: dict[str, Any]
     load_seconds: float
 
     def default_sampling_params(self) -> SamplingParams:

@@ -10,7 +10,12 @@ from jaxinfer.engine.request import FinishReason
 
 @dataclass(frozen=True)
 class Logprob:
-    """Natural logarithm of a token's probability, its rank among all tokens (1 is the likeliest), its text."""
+    """How likely a token was.
+
+    logprob: natural logarithm of its probability.
+    rank: among all tokens; 1 is the likeliest.
+    decoded_token: its text.
+    """
 
     logprob: float
     rank: int
@@ -19,9 +24,17 @@ class Logprob:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One continuation. finish_reason: "stop" (an EOS or stop id, or a stop string; which one is in stop_reason:
-    None for EOS), "length", "abort", or "error", which `RequestOutput.error` tells. logprobs: one dict a token, by
-    token id, the sampled token always among them."""
+    """One continuation.
+
+    index: among those of its prompt.
+    text: as far as it goes; "" without detokenizing.
+    token_ids: a stop id among them.
+    finish_reason: "stop" (an EOS or stop id, or a stop string), "length", "abort", or "error", which
+        `RequestOutput.error` tells; None while it runs.
+    stop_reason: which stop id or string it was; None for EOS.
+    cumulative_logprob: of all tokens; None where log-probabilities were not asked for.
+    logprobs: one dict a token, by token id, the sampled token always among them.
+    """
 
     index: int
     text: str
@@ -38,9 +51,14 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Seconds; time_to_first_token counts from when the request was added, waiting and compiling included.
-    cached_tokens: how many of the prompt's tokens the prefix cache had. arrival_time: when the request was added, in
-    seconds since the epoch."""
+    """Times of a request, in seconds.
+
+    time_to_first_token: from when the request was added, waiting and compiling included.
+    total: until the last token, or now.
+    preemptions: how often it gave its pages back and was computed again.
+    cached_tokens: how many of the prompt's tokens the prefix cache had.
+    arrival_time: when the request was added, since the epoch.
+    """
 
     time_to_first_token: float
     total: float
@@ -71,8 +89,14 @@ NO_METRICS = RequestMetrics(0.0, 0.0, 0)
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A prompt (None where ids were given) with its continuations, SamplingParams.n of them.
+    """A prompt with its continuations.
 
+    request_id: the engine's number; -1 of what was not served.
+    prompt: None where ids were given.
+    prompt_token_ids: what was continued.
+    outputs: SamplingParams.n continuations.
+    finished: whether all of them have ended.
+    metrics: of the first continuation.
     prompt_logprobs: where asked for, one dict a token of the prompt, by token id; None for the first token.
     index: the prompt's place in what was given to `generate`.
     error: why the prompt was not served, where `on_error="return"` asked for that instead of an exception; or why it
@@ -99,9 +123,14 @@ class RequestOutput:
 class ScoreOutput:
     """How likely a text is.
 
-    text: what was scored (None where ids were given). token_ids: of what was scored; logprobs: natural logarithms of
-    their probabilities, each given all tokens before it; num_prompt_tokens: how many came before the first of them.
-    is_greedy: each was the likeliest one. index, error: as in RequestOutput; logprobs may be NaN where there is one.
+    index, error: as in RequestOutput.
+    text: what was scored; None where ids were given.
+    token_ids: of what was scored.
+    logprobs: natural logarithms of their probabilities, each given all tokens before it; may be NaN where there is an
+        error.
+    is_greedy: each was the likeliest one.
+    num_prompt_tokens: how many came before the first of them.
+    metrics: of the request.
     """
 
     index: int

@@ -18,8 +18,10 @@ BYTES = bytes | bytearray | memoryview  # sequences of integers, which are no to
 class Encoded(NamedTuple):
     """A prompt as tokens.
 
-    text: None where ids were given. cache_salt: prompts share what they begin with only with those of the same salt, so
-    that nobody learns from times what others asked; "" is everybody's.
+    text: None where ids were given.
+    ids: the tokens.
+    cache_salt: prompts share what they begin with only with those of the same salt, so that nobody learns from times
+        what others asked; "" is everybody's.
     """
 
     text: str | None

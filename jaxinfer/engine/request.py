@@ -13,8 +13,12 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass
 class Held:
-    """A sequence's pages in one group. first: which of its pages, counted from its beginning, the first of them is;
-    those before have fallen out of the group's window."""
+    """A sequence's pages in one group.
+
+    pages: in the sequence's order.
+    first: which of its pages, counted from its beginning, the first of them is; those before have fallen out of the
+        group's window.
+    """
 
     pages: list[int] = field(default_factory=list)
     first: int = 0
@@ -22,14 +26,34 @@ class Held:
 
 @dataclass(eq=False)
 class Request:
-    """The state of one sequence, in integers: nothing here knows of a device.
+    """The state of one sequence, in integers: nothing here knows of a device. Calls are scheduled before the tokens of
+    the call before have arrived.
 
-    tokens holds prompt and output together, as far as the host knows them. Calls are scheduled before the tokens of
-    the call before have arrived, so `length` counts those that are on their way too, and `computed` how many tokens
-    will have their keys and values in the cache when all scheduled calls are done.
-    limit is the most tokens that the sequence may reach; stop_ids end it.
-    scored_from: the first of the given tokens whose log-probability is wanted, if any is. target: the token after the
-    last one, where only log-probabilities are wanted; such a request samples nothing.
+    id: the engine's number; of those of one priority the lowest runs first.
+    prompt_length: tokens of the prompt.
+    tokens: of prompt and output together, as far as the host knows them.
+    params: as the user wants it sampled.
+    seed: its own.
+    stop_ids: end it.
+    limit: most tokens that it may reach.
+    priority: lower runs earlier.
+    cache_salt: pages are shared by those of one salt.
+    scored_from: the first of the given tokens whose log-probability is wanted, if any is.
+    target: the token after the last one, where only log-probabilities are wanted; such a request samples nothing.
+    exclusions: tokens that may not come; None if there are none.
+    length: tokens, those that are on their way too.
+    computed: how many tokens will have their keys and values in the cache when all scheduled calls are done.
+    decoding: its last token is in its slot on the device.
+    shard: of the rows: where its slot and its pages are.
+    slot: its place in the device's arrays; -1 while it waits.
+    prepared: its slot has been made ready for its penalties and masks.
+    forbidden: what is excluded in its slot.
+    pages: of each group that has pages, while it runs.
+    keys: of its full pages.
+    published: how many of its pages others can find.
+    hits: tokens that the prefix cache had.
+    finish_reason: None while it waits or runs.
+    preemptions: how often it gave its pages back.
     """
 
     id: int
@@ -39,22 +63,22 @@ class Request:
     seed: int
     stop_ids: tuple[int, ...]
     limit: int
-    priority: int = 0  # lower runs earlier
-    cache_salt: str = ""  # pages are shared by those of one salt
+    priority: int = 0
+    cache_salt: str = ""
     scored_from: int | None = None
     target: int | None = None
     exclusions: Exclusions | None = None
     length: int = 0
     computed: int = 0
-    decoding: bool = False  # its last token is in its slot on the device
-    shard: int = 0  # of the rows: where its slot and its pages are
-    slot: int = -1  # its place in the device's arrays; -1 while it waits
-    prepared: bool = False  # its slot has been made ready for its penalties and masks
-    forbidden: frozenset[int] = frozenset()  # what is excluded in its slot
-    pages: list[Held] = field(default_factory=list)  # of each group that has pages, while it runs
-    keys: list[bytes] = field(default_factory=list)  # of its full pages
-    published: int = 0  # how many of its pages others can find
-    hits: int = 0  # tokens that the prefix cache had
+    decoding: bool = False
+    shard: int = 0
+    slot: int = -1
+    prepared: bool = False
+    forbidden: frozenset[int] = frozenset()
+    pages: list[Held] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    published: int = 0
+    hits: int = 0
     finish_reason: FinishReason | None = None
     preemptions: int = 0
 

@@ -29,8 +29,14 @@ from jaxinfer.sampling.slots import Masks
 
 @dataclass
 class Result:
-    """What one call sampled, on the host: row r's tokens are tokens[:count[r], r], and each shard of rows has as many.
-    Log-probabilities where asked for: `scored` of given tokens, one request's after the other; `spans` says whose."""
+    """What one call sampled, on the host.
+
+    tokens: row r's are tokens[:count[r], r]; each shard of rows has as many rows.
+    count: of each row.
+    logprobs: of the tokens, where asked for.
+    scored: log-probabilities of given tokens, where asked for, one request's after the other.
+    spans: whose those are.
+    """
 
     tokens: np.ndarray
     count: np.ndarray
@@ -41,7 +47,14 @@ class Result:
 
 @dataclass
 class PendingStep:
-    """A call that the device has been given. rows: of all shards."""
+    """A call that the device has been given.
+
+    sampled: None where nothing is.
+    scored: None where nothing is.
+    wants_logprobs: whether some row asks for those of its tokens.
+    spans: see Result.
+    rows: of all shards.
+    """
 
     sampled: Sampled | None
     scored: Logprobs | None

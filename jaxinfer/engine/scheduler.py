@@ -22,12 +22,15 @@ from jaxinfer.engine.request import Request
 @dataclass
 class SchedulerOutput:
     """One device call. Either every row decodes up to `steps` tokens (no chunks), or each decoding row decodes one
-    token beside chunks of prompts: (request, number of its next tokens).
+    token beside chunks of prompts.
 
-    start: tokens of each row in the cache before the call, in the order of `requests`. samples: tokens that each row
-    samples, unless it stops earlier; 0 for an inner chunk of a prompt.
+    decode: the decoding rows.
+    chunks: (request, number of its next tokens).
+    steps: most tokens of a decoding row.
+    start: tokens of each row in the cache before the call, in the order of `requests`.
+    samples: tokens that each row samples, unless it stops earlier; 0 for an inner chunk of a prompt.
     out_of_pages: some are missing and `may_preempt` was not given: nothing is to be run before it is, or the oldest
-    would wait for the youngest.
+        would wait for the youngest.
     """
 
     decode: list[Request] = field(default_factory=list)

@@ -21,8 +21,13 @@ RESERVE = 0.05  # of an accelerator's memory stays free of weights and cache, fo
 
 @dataclass(frozen=True)
 class Sizes:
-    """num_pages counts the reserved page 0, and is the first pool's of several; max_model_len is in tokens, prompt and
-    output together."""
+    """Of the cache.
+
+    max_model_len: in tokens, prompt and output together.
+    num_pages: the reserved page 0 among them; the first pool's of several.
+    page_size: tokens a page.
+    bytes: on each device.
+    """
 
     max_model_len: int
     num_pages: int

@@ -28,8 +28,10 @@ Listener = Callable[[Any, BaseException | None], None]  # Any: the group that wa
 class Submission(NamedTuple):
     """A request for the engine.
 
+    group: what is asked for.
     listener: called in the engine's thread when the request has ended, and where it `streams`, whenever there is more;
-    with an error if the engine has failed or was closed. It must be quick.
+        with an error if the engine has failed or was closed. It must be quick.
+    streams: whether the listener is told on the way.
     """
 
     group: AnyGroup

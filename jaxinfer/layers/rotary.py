@@ -14,11 +14,20 @@ import numpy as np
 class Rope:
     """Frequencies of the rotation, with one scaling kind out of KINDS.
 
-    default  none.
-    linear   positions divided by `factor`.
-    dynamic  none up to the trained context (beyond it the result would depend on how a prompt is cut: refused).
-    llama3   low frequencies divided by `factor`, high ones kept, a ramp in between (Llama 3.1).
-    yarn     a ramp over dimensions, and cos and sin scaled by `attention_factor` (arXiv:2309.00071).
+    head_dim: even; half as many frequencies.
+    theta: base of the periods.
+    kind: how checkpoints stretch them:
+        default  not at all.
+        linear   positions divided by `factor`.
+        dynamic  not up to the trained context (beyond it the result would depend on how a prompt is cut: refused).
+        llama3   low frequencies divided by `factor`, high ones kept, a ramp in between (Llama 3.1).
+        yarn     a ramp over dimensions, and cos and sin scaled by `attention_factor` (arXiv:2309.00071).
+    factor: see kind.
+    original_context: llama3, yarn: positions of the pretraining.
+    low_freq_factor, high_freq_factor: llama3: where the ramp ends, in turns within the original context.
+    beta_fast, beta_slow: yarn: the same.
+    truncate: yarn: whole dimensions as the ramp's ends.
+    attention_factor: yarn: scales cos and sin.
     """
 
     KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -27,13 +36,13 @@ class Rope:
     theta: float = 10000.0
     kind: str = "default"
     factor: float = 1.0
-    original_context: int = 0  # llama3, yarn: positions of the pretraining
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    truncate: bool = True  # yarn: whole dimensions as the ramp's ends
-    attention_factor: float = 1.0  # yarn: scales cos and sin
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
     def inv_freq(self) -> np.ndarray:
         """Radians a position, float32 `[head_dim / 2]`."""

@@ -56,7 +56,7 @@ def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:
     zero = lax.shift_right_logical(bits, jnp.uint32(16))
 
     def gather(parts: list[jax.Array], zero: jax.Array) -> list[jax.Array]:
-        split = [fsdp_axis(one) for one in axes]
+        split = [fsdp_axis(names) for names in axes]
         return [
             part if axis is None else lax.all_gather(part + zero.astype(part.dtype), FSDP, axis=axis, tiled=True)
             for part, axis in zip(parts, split, strict=True)

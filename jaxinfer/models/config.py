@@ -18,7 +18,16 @@ _SMALLEST_NUMBER = 1e-15
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the engine needs to know of any model. `max_context` is the most positions that it is defined for."""
+    """What the engine needs to know of any model.
+
+    vocab_size: tokens.
+    hidden_size: the width of hidden states.
+    num_layers: how many blocks there are.
+    num_heads, num_kv_heads: query heads, and those that keys and values have.
+    head_dim: of each of them.
+    max_context: the most positions that it is defined for.
+    tie_word_embeddings: the output head is the embedding table.
+    """
 
     vocab_size: int
     hidden_size: int

@@ -30,7 +30,16 @@ IGNORED = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_fr
 
 @dataclass(frozen=True)
 class DecoderConfig(ModelConfig):
-    """Everything that shapes a decoder of this family."""
+    """Everything that shapes a decoder of this family.
+
+    intermediate_size: the width of MLPs.
+    activation: of MLPs, a name in ACTIVATIONS.
+    norm_eps: of RMS norms.
+    rope: the rotary embedding.
+    windows: of each layer, how many tokens a query sees; None: all.
+    qkv_bias, out_bias, mlp_bias: which projections have one.
+    qk_norm: queries and keys are normed, head by head.
+    """
 
     intermediate_size: int
     activation: str
@@ -92,7 +101,10 @@ def num_layers(fields: ConfigReader) -> int:
 
 
 class DecoderLayer(nnx.Module):
-    """Attention, then MLP, each behind a norm and added to the hidden states."""
+    """Attention, then MLP, each behind a norm and added to the hidden states.
+
+    SMOOTHING_PAIRS: what feeds its linears, see `calibrate`.
+    """
 
     SMOOTHING_PAIRS: SmoothingPairs = (
         ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),

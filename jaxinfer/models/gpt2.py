@@ -27,12 +27,18 @@ from jaxinfer.models.weights import ParamMapping
 
 @dataclass(frozen=True)
 class GPT2Config(ModelConfig):
-    """GPT-2's own fields."""
+    """GPT-2's own fields.
+
+    inner_size: the width of MLPs.
+    activation: of MLPs, a name in ACTIVATIONS.
+    norm_eps: of layer norms.
+    scales: of attention scores, one a layer.
+    """
 
     inner_size: int
     activation: str
     norm_eps: float
-    scales: tuple[float, ...]  # of the scores, one a layer
+    scales: tuple[float, ...]
 
 
 def parse(fields: ConfigReader) -> GPT2Config:
@@ -96,7 +102,10 @@ class GPT2MLP(nnx.Module):
 
 
 class GPT2Block(nnx.Module):
-    """Attention, then MLP, each behind a norm and added to the hidden states."""
+    """Attention, then MLP, each behind a norm and added to the hidden states.
+
+    SMOOTHING_PAIRS: what feeds its linears, see `calibrate`.
+    """
 
     SMOOTHING_PAIRS: SmoothingPairs = (
         ("ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj")),

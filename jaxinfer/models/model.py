@@ -30,9 +30,12 @@ Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.la
 class AbstractModel:
     """What derives from the one declaration of the weights in the modules.
 
-    dtype: of activations, of the cache and of vectors; weight_dtype: of weights that are not quantized. quantization:
-    as it was asked for. params: a record of each weight, by name; NAME is the array that has its values, NAME_scale its
-    scales.
+    config: of the architecture.
+    weights: how checkpoints differ from the modules.
+    dtype: of activations, of the cache and of vectors.
+    weight_dtype: of weights that are not quantized.
+    quantization: as it was asked for.
+    params: a record of each weight, by name; NAME is the array that has its values, NAME_scale its scales.
     """
 
     config: ModelConfig

@@ -26,7 +26,12 @@ log = logging.getLogger("jaxinfer")
 
 
 class ArraySpec(NamedTuple):
-    """One of the arrays of a weight. multiples: how many places of each axis a mesh must not split."""
+    """One of the arrays of a weight.
+
+    shape, dtype: its own.
+    axes: logical, one for each of the shape.
+    multiples: how many places of each axis a mesh must not split.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

@@ -26,7 +26,12 @@ class Build(Protocol):
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture: config.json to configuration, configuration to module, module to checkpoint tensors."""
+    """An architecture: config.json to configuration, configuration to module, module to checkpoint tensors.
+
+    parse: reads and checks the fields.
+    build: makes the module.
+    weights: says how checkpoints differ from the module.
+    """
 
     parse: Callable[[ConfigReader], ModelConfig]
     build: Build
@@ -34,8 +39,12 @@ class Architecture:
 
 
 class Entry(NamedTuple):
-    """A line of the registry. model_type: config.json's. source: the Architecture, or the module that has it as
-    ARCHITECTURE, imported when it is needed. known_as: models of the kind."""
+    """A line of the registry.
+
+    model_type: config.json's.
+    source: the Architecture, or the module that has it as ARCHITECTURE, imported when it is needed.
+    known_as: models of the kind.
+    """
 
     model_type: str
     source: str | Architecture

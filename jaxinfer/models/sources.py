@@ -70,7 +70,10 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class Tensor(Source):
-    """A tensor as it is."""
+    """A tensor as it is.
+
+    name: in the checkpoint.
+    """
 
     name: str
 
@@ -83,7 +86,10 @@ class Tensor(Source):
 
 @dataclass(frozen=True)
 class Transposed(Source):
-    """The last two axes change places."""
+    """The last two axes change places.
+
+    source: what is transposed.
+    """
 
     source: Source
 
@@ -97,7 +103,13 @@ class Transposed(Source):
 
 @dataclass(frozen=True)
 class Part(Source):
-    """Of what has `total` places along an axis (out, as a rule), those from `start` on."""
+    """A piece along an axis.
+
+    source: what it is cut out of.
+    start: the first of its places that is in the piece.
+    total: how many places it has.
+    axis: out, as a rule.
+    """
 
     source: Source
     start: int
@@ -114,7 +126,10 @@ class Part(Source):
 
 @dataclass(frozen=True)
 class Stack(Source):
-    """The weight's first axis is over these."""
+    """The weight's first axis is over several.
+
+    sources: of each along the axis.
+    """
 
     sources: tuple[Source, ...]
 
@@ -130,7 +145,12 @@ class Stack(Source):
 
 @dataclass(frozen=True)
 class Concat(Source):
-    """One after the other along an axis; sizes: of each."""
+    """One after the other along an axis.
+
+    sources: in their order.
+    sizes: of each along the axis.
+    axis: out, as a rule.
+    """
 
     sources: tuple[Source, ...]
     sizes: tuple[int, ...]

@@ -15,8 +15,11 @@ from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
 class RowSampling(NamedTuple):
     """One row's parameters as the engine has resolved them.
 
-    seed: 64 bits. stop_ids: all ids that end this row. prompt_length: tokens of the prompt. limit: the most that
-    prompt and output may have.
+    params: the rest of them.
+    seed: 64 bits.
+    stop_ids: all ids that end this row.
+    prompt_length: tokens of the prompt.
+    limit: the most that prompt and output may have.
     """
 
     params: SamplingParams
@@ -34,14 +37,16 @@ def _column(of: str, *at: int) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplingArrays:
-    """Packed, as each array that a call is given takes the host time: floats f32[R, 11], ints i32[R, 8],
-    seed u32[R, 2], stop_ids i32[R, 8], -1 for none, flags bool[R, 3].
+    """Packed, as each array that a call is given takes the host time.
 
-    floats: temperature, top_p, min_p; penalties [R, 3]: presence, frequency, repetition; cutoffs [R, 3]: typical_p,
-    epsilon, eta; decay [R, 2]: the length from which on stop ids gain, and their factor. ints: top_k, 0 for all;
-    prompt_length; min_tokens; begin, the length at which begin_suppress_tokens count; forced [R, 2, 2]: a length (-1
-    for never) and the token that follows so many, twice. flags: penalized, masked, wants_logprobs: what of the rest of
-    the device's state applies to a row."""
+    floats: f32[R, 11]: temperature, top_p, min_p; penalties [R, 3]: presence, frequency, repetition; cutoffs [R, 3]:
+        typical_p, epsilon, eta; decay [R, 2]: the length from which on stop ids gain, and their factor.
+    ints: i32[R, 8]: top_k, 0 for all; prompt_length; min_tokens; begin, the length at which begin_suppress_tokens
+        count; forced [R, 2, 2]: a length (-1 for never) and the token that follows so many, twice.
+    seed: u32[R, 2].
+    stop_ids: i32[R, 8], -1 for none.
+    flags: bool[R, 3]: penalized, masked, wants_logprobs: what of the rest of the device's state applies to a row.
+    """
 
     floats: jax.Array | np.ndarray
     ints: jax.Array | np.ndarray

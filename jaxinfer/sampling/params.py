@@ -40,33 +40,46 @@ class SamplingParams:
     """How one request is sampled.
 
     n: continuations of the prompt; with a seed, the i-th one has seed + i.
-    temperature: 0 is greedy. top_k: 0 or -1 keeps all tokens. top_p in (0, 1], min_p in [0, 1]. Filters apply in
-        the order temperature, min_p, top_k, top_p; tokens that tie with the last one kept are kept too.
+    temperature: 0 is greedy.
+    top_k: 0 or -1 keeps all tokens.
+    top_p: in (0, 1].
+    min_p: in [0, 1]. Filters apply in the order temperature, min_p, top_k, top_p; tokens that tie with the last one
+        kept are kept too.
     seed: the same seed and prompt give the same tokens, whatever else is in the batch. None draws from the LLM's seed.
-    presence_penalty, frequency_penalty in [-2, 2]: subtracted from the logit of a token that is in the output, once or
-        as often as it is (32,768 times at most). repetition_penalty in (0, 2]: divides the logit of a token that is in
-        prompt or output if positive, else multiplies it.
-    logit_bias: token id -> what is added to its logit. allowed_token_ids: no other is sampled.
+    presence_penalty, frequency_penalty: in [-2, 2], subtracted from the logit of a token that is in the output, once or
+        as often as it is (32,768 times at most).
+    repetition_penalty: in (0, 2], divides the logit of a token that is in prompt or output if positive, else multiplies
+        it.
+    logit_bias: token id -> what is added to its logit.
+    allowed_token_ids: no other is sampled.
     bad_words: words that are never completed, as the tokenizer spells them, with and without a space before. What is
         excluded by one parameter stays so, whatever others say. Where they leave no token, the request is refused, or
         ends with finish_reason "error" where that shows only on the way.
-    stop: strings that end the text (and are cut off, unless include_stop_str_in_output).
+    stop: strings that end the text, and are cut off.
+    include_stop_str_in_output: they are not.
     stop_token_ids: ids that end it besides the checkpoint's own EOS ids. The id stays in `token_ids`, not in the text.
-    max_tokens: None is as many as the context has room for. min_tokens: no stop before these.
+    max_tokens: None is as many as the context has room for.
+    min_tokens: no stop before these.
     ignore_eos: the checkpoint's EOS ids don't end the text.
-    logprobs: None, or how many of the likeliest tokens to report beside the sampled one, at most 20. They are
-        those of the model, before penalties, temperature and filters. prompt_logprobs: the same for the prompt.
-    skip_special_tokens: leave special tokens out of the text. detokenize=False: no text at all.
+    logprobs: None, or how many of the likeliest tokens to report beside the sampled one, at most 20. They are those of
+        the model, before penalties, temperature and filters.
+    prompt_logprobs: the same for the prompt.
+    skip_special_tokens: leave special tokens out of the text.
+    detokenize: False: no text at all.
 
     The rest has transformers' names and meanings:
-    suppress_tokens: ids that are never sampled; begin_suppress_tokens: not as the first one. bad_words_ids: sequences
-        of ids that are never completed, also not where they begin in the prompt. no_repeat_ngram_size: no so many
-        tokens in a row come twice, the prompt's among them.
+
+    suppress_tokens: ids that are never sampled.
+    begin_suppress_tokens: not as the first one.
+    bad_words_ids: sequences of ids that are never completed, also not where they begin in the prompt.
+    no_repeat_ngram_size: no so many tokens in a row come twice, the prompt's among them.
     min_length: no stop id before there are so many tokens, the prompt's among them.
-    forced_bos_token_id: the token after a prompt of one token. forced_eos_token_id: the last one that fits.
-    exponential_decay_length_penalty: (start, factor): from the start-th new token on, stop ids gain
-        |logit| * (factor**n - 1), n tokens later.
-    typical_p in (0, 1], epsilon_cutoff, eta_cutoff in [0, 1): filters after top_p, in this order.
+    forced_bos_token_id: the token after a prompt of one token.
+    forced_eos_token_id: the last one that fits.
+    exponential_decay_length_penalty: (start, factor): from the start-th new token on, stop ids gain |logit| *
+        (factor**n - 1), n tokens later.
+    typical_p, epsilon_cutoff, eta_cutoff: in (0, 1] and twice in [0, 1), filters after top_p, in this
+        order.
 
     What vLLM, transformers and mlx-lm call otherwise (max_new_tokens, do_sample, temp) is taken under that name, too.
     Raises ValueError naming the parameter, its value and what it may be; for those that are not here, what to do.

@@ -24,8 +24,12 @@ NOT_FINITE, NONE_LEFT = -1, -2  # in place of a token: the likeliest logit is Na
 
 
 class Logprobs(NamedTuple):
-    """Of each row: the sampled token's log-probability f32[R] and rank i32[R] (1 is the likeliest), and the
-    likeliest tokens, ids i32[R, k] and values f32[R, k]. Zeros where no row asked."""
+    """Of each row; zeros where no row asked.
+
+    sampled: f32[R], the sampled token's log-probability.
+    rank: i32[R], its rank; 1 is the likeliest.
+    top_ids, top: i32[R, k] and f32[R, k], the likeliest tokens, and their log-probabilities.
+    """
 
     sampled: jax.Array
     rank: jax.Array

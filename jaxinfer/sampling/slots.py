@@ -21,10 +21,17 @@ from jaxinfer.sharding import ROWS, TENSOR, axis_size
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """S slots, V tokens in the vocabulary. token i32[S]: the last one sampled. alive bool[S]: whether it goes on.
-    in_prompt bool[S, V] and in_output u16[S, V], how often (see `count`): kept for rows with penalties only.
-    allowed u32[S, 2, V/32], a bit a token, first of the token at which `SamplingArrays.begin` is, then of all others,
-    bias_ids i32[S, B] (V for none) and bias f32[S, B]: for masked rows only."""
+    """Arrays over S slots; V tokens are in the vocabulary.
+
+    token: i32[S], the last one sampled.
+    alive: bool[S], whether it goes on.
+    in_prompt: bool[S, V], kept for rows with penalties only.
+    in_output: u16[S, V], how often (see `count`), likewise.
+    allowed: u32[S, 2, V/32], a bit a token, first of the token at which `SamplingArrays.begin` is, then of all others;
+        for masked rows only.
+    bias_ids: i32[S, B], V for none; for masked rows only.
+    bias: f32[S, B], likewise.
+    """
 
     token: jax.Array
     alive: jax.Array
@@ -63,7 +70,10 @@ class DecodeState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Masks:
-    """What of one sequence's slot the host decides: see DecodeState."""
+    """What of one sequence's slot the host decides.
+
+    allowed, bias_ids, bias: see DecodeState.
+    """
 
     allowed: np.ndarray
     bias_ids: np.ndarray

@@ -24,7 +24,13 @@ MAX_LENGTH_PENALTY = 32  # either way: no length to this power is too large, or 
 
 @dataclass(frozen=True)
 class BeamSearchSequence:
-    """A continuation. score: cumulative_logprob / len(token_ids) ** length_penalty."""
+    """A continuation.
+
+    token_ids, text: an EOS id is among the tokens.
+    cumulative_logprob: the sum of their log-probabilities.
+    score: cumulative_logprob / len(token_ids) ** length_penalty.
+    finish_reason: "stop" (EOS) or "length".
+    """
 
     token_ids: list[int]
     text: str
@@ -35,7 +41,13 @@ class BeamSearchSequence:
 
 @dataclass(frozen=True)
 class BeamSearchOutput:
-    """A prompt (None where ids were given) with its continuations, best first. error: why there are none."""
+    """A prompt with its continuations.
+
+    prompt: None where ids were given.
+    prompt_token_ids: what was continued.
+    sequences: best first.
+    error: why there are none.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
@@ -44,7 +56,11 @@ class BeamSearchOutput:
 
 
 class Beam(NamedTuple):
-    """Tokens after the prompt and the sum of their log-probabilities."""
+    """A hypothesis.
+
+    token_ids: after the prompt.
+    logprob: the sum of their log-probabilities.
+    """
 
     token_ids: list[int]
     logprob: float
@@ -52,7 +68,14 @@ class Beam(NamedTuple):
 
 @dataclass
 class Search:
-    """The state of one prompt's search: beams that go on, finished ones with their scores, best first."""
+    """The state of one prompt's search.
+
+    prompt: what is continued.
+    beams: those that go on, best first.
+    finished: with their scores, best first.
+    done: no beam can be better any more, or none goes on.
+    error: why it was broken off.
+    """
 
     prompt: Encoded
     beams: list[Beam] = field(default_factory=lambda: [Beam([], 0.0)])

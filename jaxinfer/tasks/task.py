@@ -29,7 +29,8 @@ Out = TypeVar("Out", RequestOutput, ScoreOutput)
 class Task(ABC, Generic[A, Out]):
     """One kind of thing to ask of an engine.
 
-    noun: what one is called in errors. done: what has been done to its tokens.
+    noun: what one is called in errors.
+    done: what has been done to its tokens.
     """
 
     noun: ClassVar[str]

@@ -20,7 +20,11 @@ from jaxinfer.weights.weight import Axes, Weight
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class Dense(Weight):
-    """One array, `[..., out, in]`."""
+    """A weight as one array.
+
+    array: `[..., out, in]`.
+    axes: see Weight.
+    """
 
     array: jax.Array
     axes: Axes | None = field(default=None, metadata={"static": True})

@@ -25,12 +25,17 @@ PRODUCT = 2**22  # weights that are dequantized at a time, where they have to be
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
 class QArray(Weight):
-    """A weight `[..., out, in]`, as `qvalue * scale`, which are arrays as `Scheme.arrays` says. rounds: activations in
-    float32 that it is multiplied with may be rounded to bfloat16 where that is faster. zero_point: of a scheme that has
-    them, and then it is `(qvalue - zero_point) * scale`.
+    """A weight `[..., out, in]`, as `qvalue * scale`.
+
+    qvalue, scale: arrays as `Scheme.arrays` says.
+    scheme: how it is quantized.
+    axes: see Weight.
+    rounds: activations in float32 that it is multiplied with may be rounded to bfloat16 where that is faster.
+    zero_point: of a scheme that has them, and then it is `(qvalue - zero_point) * scale`.
 
     Scales of whole channels are applied to the product, and weights with others dequantized to x's dtype some rows at a
-    time, so that no weight is ever there in full."""
+    time, so that no weight is ever there in full.
+    """
 
     qvalue: jax.Array
     scale: jax.Array

@@ -62,11 +62,18 @@ def placed_hidden(model: AbstractModel, placement: jax.Device | Mesh, max_tokens
 
 @dataclass(frozen=True)
 class EngineShapes:
-    """What programs are made for: a model on one device or a mesh, with a cache of `num_pages` pages.
+    """What programs are made for: a model on one device or a mesh, with a cache of pages.
 
-    max_rows: sequences that run at once. max_steps: tokens a row that one decoding call may produce. attention,
-    kv_cache_dtype: see EngineConfig. Where the mesh splits rows, `shards` of them, all sizes (buckets' too) are of one
-    shard; arrays hold them one after the other.
+    model, placement: what runs, and on which device or mesh.
+    buckets: sizes of calls.
+    num_pages, page_size: of the cache's first pool, page 0 among them, and tokens of each.
+    max_model_len: most tokens of a sequence.
+    max_rows: sequences that run at once.
+    max_steps: tokens a row that one decoding call may produce.
+    attention, kv_cache_dtype: see EngineConfig.
+
+    Where the mesh splits rows, `shards` of them, all sizes (buckets' too) are of one shard; arrays hold them one after
+    the other.
     """
 
     model: AbstractModel
@@ -177,7 +184,9 @@ Function = Callable[..., tuple[Any, State]]
 class Program(ABC):
     """A pure function that runs on the devices, for batches of one size.
 
-    kind: what it does. size: tokens or rows (of each shard); key: both, its name in manifests and between hosts.
+    kind: what it does.
+    size: tokens or rows (of each shard).
+    key: both, its name in manifests and between hosts.
     changes, reads: the parts of the state that it takes.
     """
 

@@ -34,8 +34,13 @@ from jaxinfer.sharding import ROWS
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeRows:
-    """slot i32[R]; samples i32[R]: most tokens to sample, 0 for an unused row; positions i32[R], of the token that is
-    fed first; tables: as in ForwardBatch."""
+    """The rows of a decoding call.
+
+    slot: i32[R], each row's own.
+    samples: i32[R], most tokens to sample; 0 for an unused row.
+    positions: i32[R], of the token that is fed first.
+    tables: as in ForwardBatch.
+    """
 
     slot: jax.Array | np.ndarray
     samples: jax.Array | np.ndarray

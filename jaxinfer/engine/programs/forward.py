@@ -23,7 +23,11 @@ from jaxinfer.sharding import ROWS
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ForwardRows:
-    """slot i32[R], each row's own; prompt_length i32[R], of rows with penalties: 0 for the others."""
+    """The rows of a forward.
+
+    slot: i32[R], each row's own.
+    prompt_length: i32[R], of rows with penalties; 0 for the others.
+    """
 
     slot: jax.Array | np.ndarray
     prompt_length: jax.Array | np.ndarray

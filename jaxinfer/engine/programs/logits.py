@@ -27,8 +27,12 @@ LogitsOf = Callable[[jax.Array], jax.Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """tokens i32[S, R], as `sample` has them; count i32[R], how many of the S are real; logprobs with the same leading
-    axes."""
+    """What was sampled, up to S tokens a row.
+
+    tokens: i32[S, R], as `sample` has them.
+    count: i32[R], how many of the S are real.
+    logprobs: with the same leading axes.
+    """
 
     tokens: jax.Array | np.ndarray
     count: jax.Array | np.ndarray

@@ -33,8 +33,13 @@ from jaxinfer.sharding import ROWS
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SampleRows:
-    """slot i32[R]; samples i32[R]: 1, or 0 where a chunk does not end its prompt; logits_at i32[R]: where each row's
-    last token is among the hidden states; length i32[R]: tokens before the one that is sampled."""
+    """The rows that are sampled.
+
+    slot: i32[R], each row's own.
+    samples: i32[R], 1, or 0 where a chunk does not end its prompt.
+    logits_indices: i32[R], where each row's last token is among the hidden states.
+    length: i32[R], tokens before the one that is sampled.
+    """
 
     slot: jax.Array | np.ndarray
     samples: jax.Array | np.ndarray

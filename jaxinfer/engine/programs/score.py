@@ -24,8 +24,13 @@ BLOCK = 128  # tokens: their logits are 65 MB for a vocabulary of 128,000
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Scored:
-    """Given tokens whose log-probabilities are wanted: the first `count`, i32[1], of tokens i32[T]. after i32[T]: where
-    among the hidden states the token before each one is. likeliest bool[1]: the likeliest tokens are wanted too."""
+    """Given tokens whose log-probabilities are wanted.
+
+    tokens: i32[T].
+    after: i32[T], where among the hidden states the token before each one is.
+    count: i32[1], how many of the T are wanted, the first ones.
+    likeliest: bool[1], whether the likeliest tokens are wanted too.
+    """
 
     tokens: jax.Array | np.ndarray
     after: jax.Array | np.ndarray

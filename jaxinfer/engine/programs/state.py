@@ -14,8 +14,12 @@ from jaxinfer.sampling.slots import DecodeState
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """The cache; the slots; hidden `[T, D]`, the hidden states of the last forward. A program has None for those that
-    it does not take."""
+    """What a call changes or reads. A program has None for the parts that it does not take.
+
+    cache: pages and slots of all layers.
+    slots: what there is of each sequence that runs.
+    hidden: `[T, D]`, the hidden states of the last forward.
+    """
 
     cache: Cache = None  # type: ignore[assignment]
     slots: DecodeState = None  # type: ignore[assignment]

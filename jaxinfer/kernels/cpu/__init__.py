@@ -34,7 +34,11 @@ OnEach = Callable[[Products], Products]
 
 
 class Kernels(NamedTuple):
-    """level: the instruction set that is used, one of LEVELS, or None where XLA does all; why: in words."""
+    """What there is for this CPU.
+
+    level: the instruction set that is used, one of LEVELS; None where XLA does all.
+    why: in words.
+    """
 
     level: str | None
     why: str

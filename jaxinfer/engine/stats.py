@@ -1,0 +1,51 @@
+"""What an engine counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class EngineStats:
+    """Counts and times since loading.
+
+    running, waiting: requests now.
+    pages_used, pages_total: of the cache, now.
+    calls: of the device.
+    prefill_tokens, prefill_seconds: of calls with chunks of prompts, without compilation; their decoding rows count,
+        too.
+    decode_tokens, decode_seconds: of all other calls, without compilation.
+    step_seconds: of one decoding step, lately.
+    queried_tokens: of prompts of requests that have ended.
+    hit_tokens: how many of those were in the prefix cache.
+    preemptions: of requests that have ended.
+    finished, aborted: requests that have ended so.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_total: int = 0
+    calls: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    step_seconds: float = 0.0
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+    preemptions: int = 0
+    finished: int = 0
+    aborted: int = 0
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hit_tokens / self.queried_tokens if self.queried_tokens else 0.0
