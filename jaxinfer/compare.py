@@ -130,18 +130,18 @@ def _options(scheme: str | None) -> dict[str, Any]:
 
 def _sequences(llm: LLM, texts: Sequence[str], max_length: int, max_tokens: int) -> list[list[int]]:
     """Token ids of the texts, as far as they are compared."""
-    found: list[list[int]] = []
+    sequences: list[list[int]] = []
     left = max_tokens
     for text in texts:
         ids = llm.tokenizer.encode(text)[: min(max_length, llm.sizes.max_model_len, left + 1)]
         if len(ids) > 1:
-            found.append(ids)
+            sequences.append(ids)
             left -= len(ids) - 1
         if left < 1:
             break
-    if not found:
+    if not sequences:
         raise ValueError("the texts have nothing to compare: at least one must have two tokens")
-    return found
+    return sequences
 
 
 def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.ndarray[Any, Any]]:
@@ -170,7 +170,7 @@ def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.
         )
         batch = dataclasses.replace(batch, tables=tables, slots=jnp.zeros(1, jnp.int32))
         if length not in compiled:
-            with in_background(lambda given: run.lower(*given).compile(), [(params, batch)]) as (future,):
+            with in_background(lambda arguments: run.lower(*arguments).compile(), [(params, batch)]) as (future,):
                 compiled[length] = future.result()
         yield np.asarray(compiled[length](params, batch))[: len(ids) - 1]
 

@@ -43,7 +43,7 @@ class QueueFullError(RuntimeError):
     """More requests wait than `max_queued` allows: 429 (or 503), try again later."""
 
 
-def placed(place: str, error: ValueError) -> ValueError:
+def placed(where: str, error: ValueError) -> ValueError:
     """The same error, saying of which of several things it is."""
-    text = f"{place}: {error}"
+    text = f"{where}: {error}"
     return type(error)(text, error.param) if isinstance(error, RequestError) else ValueError(text)

@@ -80,9 +80,9 @@ class Parser:
         used = (*FORMS, "continuation") if self._template is None else self._template.columns
         columns: dict[str, Any] = {}
         for name, item in value.items():
-            found: list[str] = ["binary, not text"] if isinstance(item, bytes) and name in used else []
-            columns[json_value(name, found)] = json_value(item, found)
-            problems += [f"{name!r:.80} is {problem}" for problem in found]
+            faults: list[str] = ["binary, not text"] if isinstance(item, bytes) and name in used else []
+            columns[json_value(name, faults)] = json_value(item, faults)
+            problems += [f"{name!r:.80} is {problem}" for problem in faults]
         return columns
 
     def _openai_ask(self, line: dict[str, Any]) -> Ask:

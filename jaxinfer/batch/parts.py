@@ -57,8 +57,8 @@ class Output:
 
     def numbers(self) -> set[int]:
         """The parts that are there."""
-        found = (re.fullmatch(rf"part-(\d{{5,}})\.{re.escape(self.format)}", name) for name in self.names())
-        return {int(one[1]) for one in found if one}
+        matches = (re.fullmatch(rf"part-(\d{{5,}})\.{re.escape(self.format)}", name) for name in self.names())
+        return {int(match[1]) for match in matches if match}
 
     def check(self) -> None:
         """Raises ValueError if it is not there and can't be made, which is tried."""

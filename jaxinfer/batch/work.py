@@ -50,8 +50,8 @@ class Worker:
         running: dict[int, Work] = {}
 
         def items() -> Iterator[Any]:
-            for place, work in enumerate(works):
-                running[place] = work
+            for index, work in enumerate(works):
+                running[index] = work
                 if self.results.task == "score":
                     yield Pair(work.text, work.prompt[: -work.scored], work.prompt[-work.scored :])
                 else:
@@ -73,11 +73,11 @@ class Worker:
         assert ask.prompt is not None
         if ask.continuation is None:
             text: Any = ask.prompt
-            given, scored = encode_text(ask.prompt, self.llm.tokenizer)
+            prompt, scored = encode_text(ask.prompt, self.llm.tokenizer)
         else:
             text = ask.continuation
-            given, scored = encode_pair(ask.prompt, ask.continuation, self.llm.tokenizer)
-        ids = self._fitting([*given, *scored], context + 1)
+            prompt, scored = encode_pair(ask.prompt, ask.continuation, self.llm.tokenizer)
+        ids = self._fitting([*prompt, *scored], context + 1)
         count = min(len(scored), len(ids) - 1)
         whole = isinstance(text, str) and count == len(scored)
         return Work(row, ids, len(ids), None, count, text if whole else None)

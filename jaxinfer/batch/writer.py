@@ -99,7 +99,7 @@ class Writer:
 
     def _content(self, done: list[_Done]) -> bytes:
         """Of a part."""
-        contents: Any = [one.content for one in done]
+        contents: Any = [result.content for result in done]
         packing = packing_of(self.output.format)
         if not is_table(self.output.format):
             return packed(b"".join(contents), packing)
@@ -112,7 +112,7 @@ class Writer:
             kinds = kinds | {self.others: "json"}
             self.manifest.others = self.others
         if self.output.format == "parquet":
-            return encode(rows, kinds, [one.origin for one in done], self.schema)
+            return encode(rows, kinds, [result.origin for result in done], self.schema)
         return packed(to_csv(rows, [*kinds]), packing)
 
     def _write_finished(self) -> None:
@@ -123,7 +123,7 @@ class Writer:
             self.output.write(self.output.part(manifest.next_part), self._content(done))
             manifest.parts += 1
             manifest.rows += len(done)
-            manifest.errors += sum(one.failed for one in done)
-            manifest.prompt_tokens += sum(one.prompt_tokens for one in done)
-            manifest.generated_tokens += sum(one.generated_tokens for one in done)
+            manifest.errors += sum(result.failed for result in done)
+            manifest.prompt_tokens += sum(result.prompt_tokens for result in done)
+            manifest.generated_tokens += sum(result.generated_tokens for result in done)
             manifest.save(self.output)

@@ -122,24 +122,24 @@ def _find(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         index = _read_index(folder / INDEX)
         return sorted(set(index.values())), index
     names = sorted(entry.name for entry in folder.iterdir())
-    found = [name for name in names if name.endswith(".safetensors")]
-    if found == [ADAPTER]:
+    files = [name for name in names if name.endswith(".safetensors")]
+    if files == [ADAPTER]:
         raise ValueError(f"{folder}: has only an adapter ({ADAPTER}); load its base model and apply the adapter to it")
-    if not found:
+    if not files:
         raise _no_weights(folder, names)
-    parts = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", name) for name in found]
-    sets = {(part[1], int(part[3])) if part else (name, 1) for part, name in zip(parts, found, strict=True)}
+    parts = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", name) for name in files]
+    sets = {(part[1], int(part[3])) if part else (name, 1) for part, name in zip(parts, files, strict=True)}
     if len(sets) > 1:
         raise ValueError(
-            f"{folder}: several safetensors files ({some(found)}) and no {INDEX} that says which ones are the model;"
+            f"{folder}: several safetensors files ({some(files)}) and no {INDEX} that says which ones are the model;"
             " download the index too, or leave only one complete set"
         )
     (_, size), *_ = sets
-    if any(part and int(part[2]) != number for number, part in enumerate(parts, 1)) or len(found) != size:
+    if any(part and int(part[2]) != number for number, part in enumerate(parts, 1)) or len(files) != size:
         raise ValueError(
-            f"{folder}: no {INDEX}, and {some(found)} is not a complete set of {size}; download the missing files"
+            f"{folder}: no {INDEX}, and {some(files)} is not a complete set of {size}; download the missing files"
         )
-    return found, None
+    return files, None
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -63,17 +63,17 @@ class Plan:
 
     @property
     def free(self) -> int:
-        return self.fit.place.chip.memory - self.total
+        return self.fit.target.chip.memory - self.total
 
 
-def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[EngineConfig]) -> Plan:
+def make_plan(config: Mapping[str, Any], target: Slice, **options: Unpack[EngineConfig]) -> Plan:
     """Compiles for a slice what an LLM with these options would run there. config: a config.json's content.
 
     dtype "auto": see model_of. Raises DoesNotFit, with what would fit.
     """
     options = in_our_words(options)
-    held = fit(model_of(config, options.get("dtype", "auto"), place, options.get("quantization")), place, **options)
-    if not place.compiles:
+    held = fit(model_of(config, options.get("dtype", "auto"), target, options.get("quantization")), target, **options)
+    if not target.compiles:
         return Plan(held, ())
     keys = held.programs.largest
     make = functools.partial(_compiled, held.programs)
@@ -98,9 +98,9 @@ def refusals(held: Fit) -> Iterator[None]:
 
 
 def _too_much(held: Fit, needed: str) -> DoesNotFit:
-    there, taken = (f"{size / GIB:.2f}" for size in (held.place.chip.memory, held.held))
+    there, taken = (f"{size / GIB:.2f}" for size in (held.target.chip.memory, held.held))
     return DoesNotFit(
-        f"{held.place.name}: programs need {needed}; a chip has {there}, and weights and cache take {taken}: lower "
+        f"{held.target.name}: programs need {needed}; a chip has {there}, and weights and cache take {taken}: lower "
         "memory_utilization, max_num_seqs or max_num_batched_tokens, or take more chips"
     )
 

@@ -65,7 +65,7 @@ def ship(programs: Programs, sizes: Sizes, output: str, on_program: Callable[[],
             written[name_of(key)] = {"bytes": len(content), "sha256": digest, "signature": signature(programs, key)}
             on_program()
         write(MANIFEST, _manifest(programs, sizes, {name_of(key): written[name_of(key)] for key in keys}).dump())
-    return Shipped(len(keys), sum(one["bytes"] for one in written.values()), time.perf_counter() - start)
+    return Shipped(len(keys), sum(entry["bytes"] for entry in written.values()), time.perf_counter() - start)
 
 
 def _compile(programs: Programs, key: Key) -> bytes:

@@ -100,16 +100,18 @@ class Slice:
 
 def names() -> list[str]:
     """Every slice that is known."""
-    return [f"{g}-{count * one.per_chip}" for g, one in GENERATIONS.items() for count in one.shapes]
+    return [
+        f"{g}-{count * generation.per_chip}" for g, generation in GENERATIONS.items() for count in generation.shapes
+    ]
 
 
 def parse_slice(name: str) -> tuple[Generation, int] | None:
     """Generation and number of chips of `v5e-8`; None if there is no such slice."""
-    found = re.fullmatch(r"(\w+)-(\d{1,5})", name.strip().lower())
-    generation = GENERATIONS.get(ALIASES.get(found[1], found[1])) if found else None
-    if generation is None or found is None:
+    match = re.fullmatch(r"(\w+)-(\d{1,5})", name.strip().lower())
+    generation = GENERATIONS.get(ALIASES.get(match[1], match[1])) if match else None
+    if generation is None or match is None:
         return None
-    chips, rest = divmod(int(found[2]), generation.per_chip)
+    chips, rest = divmod(int(match[2]), generation.per_chip)
     return (generation, chips) if not rest and chips in generation.shapes else None
 
 

@@ -38,8 +38,8 @@ class Scheme:
             raise ValueError(f"groups of {self.columns} don't divide the {columns} inputs, as {self.name} needs")
         blocks = *first, -(-rows // self.rows), groups
         values = *first, rows, columns // self.packed
-        found: dict[str, tuple[tuple[int, ...], str]] = {"": (values, self.values), SCALE: (blocks, "float32")}
-        return found | ({ZERO: (blocks, "int8")} if self.zeros else {})
+        arrays: dict[str, tuple[tuple[int, ...], str]] = {"": (values, self.values), SCALE: (blocks, "float32")}
+        return arrays | ({ZERO: (blocks, "int8")} if self.zeros else {})
 
     @property
     def companions(self) -> tuple[str, ...]:
@@ -99,14 +99,14 @@ def parse_quantization(text: str) -> Quantization:
     if "=" not in text:
         check_quantization(text)
         return text
-    found: dict[str, str] = {}
+    patterns: dict[str, str] = {}
     for part in text.split(","):
         pattern, equals, name = (piece.strip() for piece in part.rpartition("="))
-        if not equals or not pattern or pattern in found:
+        if not equals or not pattern or pattern in patterns:
             raise ValueError(f"quantization is {text!r}: {part!r} must be PATTERN=SCHEME, each pattern once")
-        found[pattern] = name
-    check_quantization(found)
-    return found
+        patterns[pattern] = name
+    check_quantization(patterns)
+    return patterns
 
 
 def scheme_of(quantization: Quantization | None, weight: str, is_embedding: bool) -> Scheme | None:

@@ -98,7 +98,7 @@ class ChatTemplates:
 
     def _in_one_line(self, work: Callable[..., Result], source: str, *arguments: Any) -> Result:
         """With errors that name the template."""
-        names = [name for name, one in self.templates.items() if one == source]
+        names = [name for name, template in self.templates.items() if template == source]
         param = "messages" if names else "chat_template"
         try:
             return work(source, *arguments)
