@@ -34,7 +34,11 @@ PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
 class Work(NamedTuple):
-    """A prompt's token ids and how many tokens it is continued by, whatever they are."""
+    """A request.
+
+    prompt: its token ids.
+    output_len: how many tokens it is continued by, whatever they are.
+    """
 
     prompt: list[int]
     output_len: int
@@ -47,7 +51,11 @@ class Work(NamedTuple):
 
 @dataclass
 class Trace:
-    """One request under `serve`, times as of time.perf_counter: when it arrived, and when how many tokens came."""
+    """One request under `serve`, times as of time.perf_counter.
+
+    arrival: when it arrived.
+    times, tokens: when output came, and how many tokens each time.
+    """
 
     arrival: float
     times: list[float] = field(default_factory=list)

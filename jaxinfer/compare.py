@@ -26,12 +26,18 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class Price:
-    """Of one scheme, None for the model as it is, which the others are compared with.
+    """What a scheme costs, and what it saves.
 
-    tokens: next-token distributions that were compared. kl_mean, kl_p99: the Kullback-Leibler divergence of the
-    scheme's from the base's, in nats, its mean and 99th percentile. top1: share of them with the same likeliest token.
-    perplexity: of the texts. weight_bytes: of all weights; cache_bytes_per_token: of context. decode_rate: tokens/s of
-    one sequence, the median of three. exact_match: the share of right answers, where questions are given.
+    scheme: None for the model as it is, which the others are compared with.
+    tokens: next-token distributions that were compared.
+    kl_mean, kl_p99: the Kullback-Leibler divergence of the scheme's from the base's, in nats, its mean and 99th
+        percentile.
+    top1: share of them with the same likeliest token.
+    perplexity: of the texts.
+    weight_bytes: of all weights.
+    cache_bytes_per_token: of context.
+    decode_rate: tokens/s of one sequence, the median of three.
+    exact_match: the share of right answers, where questions are given.
     """
 
     scheme: str | None

@@ -34,8 +34,16 @@ from jaxinfer.sharding import describe
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: schemes and the dtype of what is in none, bytes of the weights, and the seconds that loading
-    (and quantizing), writing, and restoring what was written took. restore_ratio: restoring over loading.
+    """What was written.
+
+    output, format: where, and as what.
+    precision: schemes, and the dtype of what is in none.
+    mesh: on which it was loaded, as a spec; "" on one device.
+    bytes: of the weights.
+    load_seconds: with quantizing.
+    write_seconds: of writing.
+    restore_seconds: of restoring what was written.
+    restore_ratio: restoring over loading.
     """
 
     output: str

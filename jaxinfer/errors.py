@@ -9,8 +9,10 @@ from typing import Self
 
 
 class RequestError(ValueError):
-    """A request that can't be served as it is: 400. param: the parameter or argument that is wrong, None where it is
-    no single one."""
+    """A request that can't be served as it is: 400.
+
+    param: the parameter or argument that is wrong, None where it is no single one.
+    """
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)

@@ -42,10 +42,13 @@ NOTHING = {"num_beams": 1, "num_return_sequences": 1}  # what asks for nothing w
 class JaxInferLM(TemplateLM):  # type: ignore[misc]
     """Scores and generates for lm-eval.
 
-    pretrained: an LLM, or a folder or hub id to load with the further options (those of LLM). config: a deployment's
-    YAML file, which says what is not given. max_gen_toks: most tokens of an answer where a task does not say.
+    pretrained: an LLM, or a folder or hub id to load with the further options (those of LLM).
+    config: a deployment's YAML file, which says what is not given.
+    max_gen_toks: most tokens of an answer where a task does not say.
     batch_size: lm-eval always gives one; rows join and leave the batch as they come, so 1 (its default) and "auto"
-    change nothing, and another number is max_num_seqs. device: JAX's, if any.
+        change nothing, and another number is max_num_seqs.
+    device: JAX's, if any.
+
     Raises ValueError for options that LLM does not have.
     """
 

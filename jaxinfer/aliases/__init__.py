@@ -29,10 +29,13 @@ PLAIN = (bool, int, float, str, list, tuple, dict, set)
 class Words:
     """Other programs' names for the options of something.
 
-    same: ours of the same meaning. made: ours with their values, from a value and all that is given; ValueError for
-    what is none. instead: what to do in place of an option. fine: the values of it that ask for what is done anyhow;
-    where there are none, those that ask for nothing (None, False, 0, "auto", and what is empty). None always does.
-    what, refused: how the error begins. is_request: what is wrong is wrong with a request.
+    what, refused: how the error begins.
+    same: ours of the same meaning.
+    made: ours with their values, from a value and all that is given; ValueError for what is none.
+    instead: what to do in place of an option.
+    fine: the values of it that ask for what is done anyhow; where there are none, those that ask for nothing (None,
+        False, 0, "auto", and what is empty). None always does.
+    is_request: what is wrong is wrong with a request.
     """
 
     what: str

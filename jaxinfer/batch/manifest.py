@@ -32,10 +32,15 @@ class Manifest:
 
     It is the truth: it is written after each part, and a part that it does not count is written again.
 
-    job: what the output depends on. parts: how many of this shard's are finished; rows, errors, tokens: what is in
-    them. columns: of a table's parts; others: of those parts that have one, the column of what fits nowhere else.
-    input_rows: how many rows the input has, as soon as that is known. complete: all parts of this shard are there (and
-    the file made of them, where the output is one that is not sharded).
+    shard, shards: which shard, from 0, of how many.
+    job: what the output depends on.
+    parts: how many of this shard's are finished.
+    rows, errors, prompt_tokens, generated_tokens: what is in them.
+    columns: of a table's parts, with their kinds; None until they are known, and of what is no table.
+    others: of those parts that have one, the column of what fits nowhere else.
+    input_rows: how many rows the input has, as soon as that is known.
+    complete: all parts of this shard are there (and the file made of them, where the output is one that is not
+        sharded).
     """
 
     shard: int = 0

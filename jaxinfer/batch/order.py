@@ -14,7 +14,11 @@ PATIENCE = 0.1  # seconds that a window may take to fill where rows are slow to 
 
 
 class Work(Protocol):
-    """What is to be run. prompt: how it begins, token ids or text. length: tokens that it may have in the end."""
+    """What is to be run.
+
+    prompt: how it begins, token ids or text.
+    length: tokens that it may have in the end.
+    """
 
     @property
     def prompt(self) -> list[int] | str: ...

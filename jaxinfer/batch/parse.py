@@ -29,8 +29,10 @@ class Parser:
     and objects, they may be there as JSON in text. OpenAI batch lines (`jaxinfer.batch.openai_request`) may be among
     the rows of generate and chat, where each one's url decides which it is.
 
-    defaults: the parameters of rows, before `options`, those that the job's user asked for. For OpenAI lines the
-    options change OpenAI's defaults instead. Raises ValueError for a template or an option that is no good.
+    defaults: the parameters of rows, before `options`.
+    options: those that the job's user asked for. For OpenAI lines they change OpenAI's defaults instead.
+
+    Raises ValueError for a template or an option that is no good.
     """
 
     def __init__(

@@ -21,7 +21,9 @@ from jaxinfer.places import check_new, locate
 class Output:
     """A folder, or a file (a name that ends in a format) with a folder `NAME.parts` beside it meanwhile.
 
-    output: a path, or a URL that fsspec knows. format: of a folder's parts; a file's is its suffix.
+    output: a path, or a URL that fsspec knows.
+    format: of a folder's parts; a file's is its suffix.
+
     Raises ValueError for a format that is unknown or is not the file's.
     """
 

@@ -36,9 +36,15 @@ OTHERS = "other_columns"
 
 @dataclass(frozen=True)
 class Results:
-    """Makes them. params: those of the job, or None. token_ids: also the ids, and each one's log-probability when
-    scoring. format: of the output; in a table (CSV, Parquet) all rows have the same columns. model: its name. prefix:
-    of the names of the result columns."""
+    """Makes them.
+
+    task: of the job.
+    params: those of the job, or None.
+    token_ids: also the ids, and each one's log-probability when scoring.
+    format: of the output; in a table (CSV, Parquet) all rows have the same columns.
+    model: its name.
+    prefix: of the names of the result columns.
+    """
 
     task: Task
     params: SamplingParams | None = None

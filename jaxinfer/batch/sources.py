@@ -30,7 +30,12 @@ PIECE = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. name: as shown; url: for fsspec, "-" is stdin; size: bytes as stored, 0 of stdin."""
+    """One input file.
+
+    name: as shown.
+    url: for fsspec, "-" is stdin.
+    size: bytes as stored, 0 of stdin.
+    """
 
     name: str
     url: str

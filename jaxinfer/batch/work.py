@@ -18,8 +18,15 @@ from jaxinfer.tasks.score import Pair
 
 
 class Work(NamedTuple):
-    """A row that is ready to run: see `order.Work`. scored: how many tokens at the prompt's end are to be scored, and
-    text, what they are."""
+    """A row that is ready to run: see `order.Work`.
+
+    row: what it is of.
+    prompt: token ids, with those that are to be scored.
+    length: tokens that it may have in the end.
+    params: None when scoring.
+    scored: how many tokens at the prompt's end are to be scored.
+    text: what they are; None where the row has ids, where some were cut off, and when generating.
+    """
 
     row: Row
     prompt: list[int]
@@ -30,7 +37,12 @@ class Work(NamedTuple):
 
 
 class Worker:
-    """Runs rows. seed: of those that sample and have none of their own; truncate: prompts that are too long."""
+    """Runs rows.
+
+    llm, results: what runs them, and what is made of its outputs.
+    seed: of those that sample and have none of their own.
+    truncate: prompts that are too long.
+    """
 
     def __init__(self, llm: LLM, results: Results, *, seed: int, truncate: bool):
         self.llm, self.results, self.seed, self.truncate = llm, results, seed, truncate

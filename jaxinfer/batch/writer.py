@@ -19,7 +19,13 @@ class TooManyErrors(ValueError):
 
 
 class Result(NamedTuple):
-    """What is written for a row: its columns, why it failed or None, how many tokens it took, and where it was read."""
+    """What is written for a row.
+
+    columns: the row's own and the results; of an OpenAI line, the answer's fields.
+    error: why it failed, or None.
+    prompt_tokens, generated_tokens: how many it took.
+    origin: where it was read.
+    """
 
     columns: dict[str, Any]
     error: str | None = None
@@ -39,8 +45,10 @@ class _Done(NamedTuple):
 class Writer:
     """Holds results until their part has all of its rows and those before it are written, and writes it.
 
-    others: the column of what has no other, in a table. schema: of Parquet, the types of columns that are as they were
-    read. rows, errors, prompt_tokens, generated_tokens: so far, those of the finished parts and those that are held.
+    max_errors: how many rows may have an error; None: all.
+    others: the column of what has no other, in a table.
+    schema: of Parquet, the types of columns that are as they were read.
+    rows, errors, prompt_tokens, generated_tokens: so far, those of the finished parts and those that are held.
     """
 
     def __init__(

@@ -27,8 +27,12 @@ class Checkpoint:
     else the only `*.safetensors` there is, or a complete set `NAME-00001-of-0000N.safetensors` if it is the only one.
     Files that an index names must lie directly in the folder (they may be links within it, or as in the hub's cache).
 
-    Attributes: `folder`; `tensors`, name -> TensorInfo, file by file in the order of the bytes; `nbytes`, the bytes of
-    all tensors; `bytes_read`, the bytes that `read` has read so far. Threads may share one object.
+    folder: as a path.
+    tensors: name -> TensorInfo, file by file in the order of the bytes.
+    nbytes: of all tensors.
+    bytes_read: what `read` has read so far.
+
+    Threads may share one object.
     Raises FileNotFoundError or NotADirectoryError without a folder or weights, and ONE ValueError with all that is
     wrong: damaged or missing files, names that are in several files, or in the index or in a file only.
     """

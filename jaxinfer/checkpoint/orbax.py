@@ -42,10 +42,14 @@ CHUNK = 2**24  # bytes: another mesh reads whole ones, so they are smaller than 
 class Converted:
     """A converted checkpoint, of which the manifest has been read.
 
-    url: where the weights are if only the other files are in the folder; a manifest does not say where. Attributes:
-    `folder`; `weights`, where Orbax's files are; `files`, their sizes; `tensors`, name -> shape, with the padding of
-    the mesh that wrote it, and dtype; `nbytes`, their bytes. Raises ValueError for a manifest that is none, and for
-    weights that are a link to somewhere else.
+    url: where the weights are if only the other files are in the folder; a manifest does not say where.
+    folder: with the manifest.
+    weights: where Orbax's files are.
+    files: their sizes, by name.
+    tensors: name -> shape, with the padding of the mesh that wrote it, and dtype.
+    nbytes: of all tensors.
+
+    Raises ValueError for a manifest that is none, and for weights that are a link to somewhere else.
     """
 
     def __init__(self, folder: Path, url: str | None = None) -> None:

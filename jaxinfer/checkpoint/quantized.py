@@ -35,7 +35,11 @@ AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 
 @dataclass(frozen=True)
 class Wanted:
-    """A tensor: the shapes and dtypes that it may have, and whether it may be missing."""
+    """A tensor that there should be.
+
+    shapes, dtypes: those that it may have.
+    optional: whether it may be missing.
+    """
 
     shapes: tuple[Shape, ...]
     dtypes: tuple[np.dtype[Any], ...]
@@ -80,8 +84,14 @@ def wanted_tensors(form: Format, rows: int, columns: int) -> dict[str, Wanted]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A linear: `(values - zeros) * scales`. values `[out, in]`: as they are, or unsigned; zeros `[out, G]`: integers;
-    scales: f32 `[out, G]`, or for blocks of rows `[out / rows, G]`; order i64 `[in]`: the group of each input."""
+    """A linear: `(values - zeros) * scales`.
+
+    form: how it was stored.
+    values: `[out, in]`, as they are, or unsigned.
+    zeros: integers `[out, G]`; None: zero.
+    scales: f32 `[out, G]`, or for blocks of rows `[out / rows, G]`.
+    order: i64 `[in]`, the group of each input; None: they are in order.
+    """
 
     form: Format
     values: Host

@@ -21,7 +21,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Layout(NamedTuple):
-    """Shape and dtype of a tensor."""
+    """A tensor without its values.
+
+    shape, dtype: the tensor's.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

@@ -40,7 +40,13 @@ class Kind(IntEnum):
 
 
 class Place(NamedTuple):
-    """Where process 0 is reached, how many processes there are, which one this is, and which of its devices are its."""
+    """The processes that belong together, and which one this is.
+
+    host, port: where process 0 is reached.
+    size: how many processes there are.
+    rank: which one this is, from 0.
+    local_device_ids: which devices of its host are its; None: all.
+    """
 
     host: str
     port: int

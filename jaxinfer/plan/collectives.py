@@ -13,7 +13,11 @@ ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 @dataclass(frozen=True)
 class Collectives:
-    """How many of a kind, and the bytes of their results on each chip. One in a loop counts once."""
+    """Those of a kind. One in a loop counts once.
+
+    count: how many.
+    bytes: of their results, on each chip.
+    """
 
     count: int
     bytes: int

@@ -24,8 +24,15 @@ from jaxinfer.plan.slices import GIB, Slice
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program. Bytes are each chip's; arguments: all that it is given, as the compiler lays it out; padding:
-    what that adds to their shapes."""
+    """A compiled program. Bytes are each chip's.
+
+    key: which of the engine's.
+    arguments: bytes of all that it is given, as the compiler lays it out.
+    padding: what that adds to their shapes.
+    temporaries, code: bytes of them.
+    collectives: by kind.
+    seconds: that compiling took.
+    """
 
     key: Key
     arguments: int
@@ -38,7 +45,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is held, and the programs; none where there is no compiler for the place. Bytes are each chip's."""
+    """A model on a slice, compiled. Bytes are each chip's.
+
+    fit: what is held.
+    programs: none where there is no compiler for the slice.
+    """
 
     fit: Fit
     programs: tuple[Program, ...]

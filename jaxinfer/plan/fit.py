@@ -22,7 +22,14 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True)
 class Fit:
-    """A model on a slice. Bytes are each chip's."""
+    """A model on a slice. Bytes are each chip's.
+
+    target: the slice.
+    programs: an engine's there.
+    sizes: of the cache.
+    weights: their bytes.
+    slots, hidden: bytes of the sequences' decode state, and of hidden states.
+    """
 
     target: Slice
     programs: Programs

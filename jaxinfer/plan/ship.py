@@ -34,7 +34,12 @@ from jaxinfer.sharding import describe
 
 @dataclass(frozen=True)
 class Shipped:
-    """What was written: executables, their bytes, and the seconds that it took."""
+    """What was written.
+
+    programs: how many executables.
+    bytes: of all of them.
+    seconds: that it took.
+    """
 
     programs: int
     bytes: int

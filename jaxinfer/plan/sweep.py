@@ -19,7 +19,12 @@ MOST = 64  # devices of a slice
 
 @dataclass(frozen=True)
 class Candidate:
-    """A place and a mesh that fit. rows: how many sequences run at once there; bound: of a step of them."""
+    """A slice and a mesh that fit.
+
+    fit: the model on them.
+    rows: how many sequences run at once there.
+    bound: of a step of them, as `decoding` has it.
+    """
 
     fit: Fit
     rows: int
@@ -43,7 +48,7 @@ def places() -> list[str]:
 
 
 def meshes(model: AbstractModel, target: Slice) -> Iterator[str]:
-    """The specs that use all devices of a place: `tensor`, and what is left over another axis."""
+    """The specs that use all devices of a slice: `tensor`, and what is left over another axis."""
     devices = len(target.devices)
     for tensor in tensor_sizes(model.config.num_heads, model.config.num_kv_heads, devices):
         rest = devices // tensor

@@ -60,8 +60,13 @@ def round_to_nearest(weight: Host, importance: Host, scheme: Scheme, shrinks: Ho
 
 
 class Carrying(NamedTuple):
-    """How errors are carried from column to column: sizes of the inputs `[in]`, the order of columns, and the upper
-    factor of the inverse Hessian in that order, of which row i is how much later columns take over from column i."""
+    """How errors are carried from column to column.
+
+    sizes: of the inputs, `[in]`.
+    order: of columns, `[in]`.
+    upper: f32 `[in, in]`, the upper factor of the inverse Hessian in that order, of which row i is how much later
+        columns take over from column i.
+    """
 
     sizes: Host
     order: Host

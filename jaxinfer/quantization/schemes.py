@@ -13,11 +13,14 @@ Quantization = str | Mapping[str, str]
 class Scheme:
     """How a weight `[out, in]` is kept: values, and scales that each belong to a block of them.
 
-    values: their dtype. largest: what the largest weight of a block becomes. rows, columns: of a block; columns 0: all
-    of them, one scale for each output channel. packed: how many values a byte has: 2 are two's complement, that of the
-    even column in the low four bits. zeros: what is scaled is the value less the block's zero point, int8; only
-    checkpoints have them. activations: those that the weight is multiplied with are quantized too, to int8 with a scale
-    for each token, and products are summed in int32.
+    name: as users have it.
+    values: their dtype.
+    largest: what the largest weight of a block becomes.
+    rows, columns: of a block; columns 0: all of them, one scale for each output channel.
+    packed: how many values a byte has: 2 are two's complement, that of the even column in the low four bits.
+    zeros: what is scaled is the value less the block's zero point, int8; only checkpoints have them.
+    activations: those that the weight is multiplied with are quantized too, to int8 with a scale for each token, and
+        products are summed in int32.
     """
 
     name: str

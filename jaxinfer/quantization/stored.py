@@ -29,10 +29,15 @@ class Format:
     """How a linear `[out, in]` is stored.
 
     layout: "plain", values as they are, or how several of them are packed into an int32: "packed", "gptq", "awq".
-    bits: of a value. floats: e4m3, not integers. rows, columns: of a block with one scale; 0: all. zeros: blocks have a
-    zero point, too. offset: what is added to those that are stored. ordered: input i is in group i // columns; else
-    there is a tensor that says it. activations: they are quantized to int8 for each token. scale: what its scales are
-    called. inputs: a scale of activations is there, too, which is not used.
+    bits: of a value.
+    floats: e4m3, not integers.
+    rows, columns: of a block with one scale; 0: all.
+    zeros: blocks have a zero point, too.
+    offset: what is added to zero points that are stored.
+    ordered: input i is in group i // columns; else there is a tensor that says it.
+    activations: they are quantized to int8 for each token.
+    scale: what its scales are called.
+    inputs: a scale of activations is there, too, which is not used.
     """
 
     layout: str
@@ -71,7 +76,11 @@ class Format:
 
 @dataclass(frozen=True)
 class Stored:
-    """format_of: of a module's name and class ("Linear" or "Conv1D"), its Format, None if it is not quantized."""
+    """How a checkpoint is quantized.
+
+    method: its `quant_method`.
+    format_of: of a module's name and class ("Linear" or "Conv1D"), its Format, None if it is not quantized.
+    """
 
     method: str
     format_of: Callable[[str, str], Format | None]

@@ -35,7 +35,12 @@ _NOT_VARIABLES = {
 
 @dataclass(frozen=True)
 class ChatTemplates:
-    """The chat templates of a checkpoint by name, and the special tokens that they may write (`bos_token`, ...)."""
+    """The chat templates of a checkpoint.
+
+    folder: the checkpoint's.
+    templates: by name.
+    variables: the special tokens that they may write (`bos_token`, ...).
+    """
 
     folder: Path
     templates: dict[str, str] = field(default_factory=dict)

@@ -36,7 +36,10 @@ WAIT = 300  # seconds for an answer, however little of a processor there is
 
 
 class TemplateError(ValueError):
-    """What a template raised. line: where it can't be read."""
+    """What a template raised.
+
+    line: where it can't be read.
+    """
 
     def __init__(self, message: str, line: int | None):
         super().__init__(message)
