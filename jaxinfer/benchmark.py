@@ -34,7 +34,11 @@ PERCENTILES = (10, 25, 50, 75, 90, 99)
 
 
 class Work(NamedTuple):
-    """A prompt's token ids and how many tokens it is continued by, whatever they are."""
+    """A request.
+
+    prompt: its token ids.
+    output_len: how many tokens it is continued by, whatever they are.
+    """
 
     prompt: list[int]
     output_len: int
@@ -47,7 +51,11 @@ class Work(NamedTuple):
 
 @dataclass
 class Trace:
-    """One request under `serve`, times as of time.perf_counter: when it arrived, and when how many tokens came."""
+    """One request under `serve`, times as of time.perf_counter.
+
+    arrival: when it arrived.
+    times, tokens: when output came, and how many tokens each time.
+    """
 
     arrival: float
     times: list[float] = field(default_factory=list)
@@ -136,8 +144,8 @@ def programs_together(llm: LLM, work: Sequence[Work]) -> list[Key]:
         max_model_len=there.max_model_len,
         seed=0,
     )
-    for one in work:
-        engine.queue(engine.new_group(one.prompt, replace(one.params, detokenize=False)))
+    for request in work:
+        engine.queue(engine.new_group(request.prompt, replace(request.params, detokenize=False)))
     while not engine.idle:
         engine.step()
     return list(rehearsal.programs)
@@ -147,7 +155,7 @@ def programs_in_any_order(llm: LLM, work: Sequence[Work]) -> list[Key]:
     """Those that may be called for it, whenever each of it arrives, as long as there is room in the cache."""
     runner = llm.engine.runner
     buckets, most = runner.buckets, min(len(work), runner.max_rows)
-    tokens = min(sum(len(one.prompt) for one in work), buckets.tokens[-1])
+    tokens = min(sum(len(request.prompt) for request in work), buckets.tokens[-1])
     largest = {
         Decode.kind: Buckets.fit(buckets.decode, most),
         Forward.kind: Buckets.fit(buckets.tokens, tokens),
@@ -158,9 +166,9 @@ def programs_in_any_order(llm: LLM, work: Sequence[Work]) -> list[Key]:
 
 def generate(llm: LLM, work: Sequence[Work]) -> tuple[float, list[list[int]]]:
     """Seconds of one `LLM.generate` on all of it, and the sampled ids."""
-    prompts = [{"prompt_token_ids": one.prompt} for one in work]
+    prompts = [{"prompt_token_ids": request.prompt} for request in work]
     start = time.perf_counter()
-    outputs = llm.generate(prompts, [one.params for one in work], use_tqdm=False)
+    outputs = llm.generate(prompts, [request.params for request in work], use_tqdm=False)
     return time.perf_counter() - start, [output.outputs[0].token_ids for output in outputs]
 
 
@@ -168,7 +176,7 @@ def throughput(llm: LLM, work: Sequence[Work]) -> dict[str, float]:
     """What `vllm bench throughput` reports of one `LLM.generate` on all of it. Programs have to be compiled before."""
     seconds, sampled = generate(llm, work)
     output = sum(map(len, sampled))
-    total = output + sum(len(one.prompt) for one in work)
+    total = output + sum(len(request.prompt) for request in work)
     return {
         "elapsed_time": seconds,
         "num_requests": len(work),
@@ -200,8 +208,8 @@ def serve(llm: LLM, work: Sequence[Work], arrivals: Sequence[float]) -> list[Tra
             time.sleep(max(0.0, coming[0][0].arrival - time.perf_counter()))
             arrived = []
             while coming and coming[0][0].arrival <= time.perf_counter():
-                trace, one = coming.popleft()
-                groups.append(llm.engine.new_group(one.prompt, one.params))
+                trace, request = coming.popleft()
+                groups.append(llm.engine.new_group(request.prompt, request.params))
                 arrived.append(Submission(groups[-1], partial(listener, trace), streams=True))
             llm.engine_thread.submit(arrived)
         for _ in groups:

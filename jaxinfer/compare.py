@@ -26,12 +26,18 @@ RUNS = 3
 
 @dataclass(frozen=True)
 class Price:
-    """Of one scheme, None for the model as it is, which the others are compared with.
+    """What a scheme costs, and what it saves.
 
-    tokens: next-token distributions that were compared. kl_mean, kl_p99: the Kullback-Leibler divergence of the
-    scheme's from the base's, in nats, its mean and 99th percentile. top1: share of them with the same likeliest token.
-    perplexity: of the texts. weight_bytes: of all weights; cache_bytes_per_token: of context. decode_rate: tokens/s of
-    one sequence, the median of three. exact_match: the share of right answers, where questions are given.
+    scheme: None for the model as it is, which the others are compared with.
+    tokens: next-token distributions that were compared.
+    kl_mean, kl_p99: the Kullback-Leibler divergence of the scheme's from the base's, in nats, its mean and 99th
+        percentile.
+    top1: share of them with the same likeliest token.
+    perplexity: of the texts.
+    weight_bytes: of all weights.
+    cache_bytes_per_token: of context.
+    decode_rate: tokens/s of one sequence, the median of three.
+    exact_match: the share of right answers, where questions are given.
     """
 
     scheme: str | None
@@ -130,18 +136,18 @@ def _options(scheme: str | None) -> dict[str, Any]:
 
 def _sequences(llm: LLM, texts: Sequence[str], max_length: int, max_tokens: int) -> list[list[int]]:
     """Token ids of the texts, as far as they are compared."""
-    found: list[list[int]] = []
+    sequences: list[list[int]] = []
     left = max_tokens
     for text in texts:
         ids = llm.tokenizer.encode(text)[: min(max_length, llm.sizes.max_model_len, left + 1)]
         if len(ids) > 1:
-            found.append(ids)
+            sequences.append(ids)
             left -= len(ids) - 1
         if left < 1:
             break
-    if not found:
+    if not sequences:
         raise ValueError("the texts have nothing to compare: at least one must have two tokens")
-    return found
+    return sequences
 
 
 def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.ndarray[Any, Any]]:
@@ -170,7 +176,7 @@ def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.
         )
         batch = dataclasses.replace(batch, tables=tables, slots=jnp.zeros(1, jnp.int32))
         if length not in compiled:
-            with in_background(lambda given: run.lower(*given).compile(), [(params, batch)]) as (future,):
+            with in_background(lambda arguments: run.lower(*arguments).compile(), [(params, batch)]) as (future,):
                 compiled[length] = future.result()
         yield np.asarray(compiled[length](params, batch))[: len(ids) - 1]
 

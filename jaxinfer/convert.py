@@ -34,8 +34,16 @@ from jaxinfer.sharding import describe
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: schemes and the dtype of what is in none, bytes of the weights, and the seconds that loading
-    (and quantizing), writing, and restoring what was written took. restore_ratio: restoring over loading.
+    """What was written.
+
+    output, format: where, and as what.
+    precision: schemes, and the dtype of what is in none.
+    mesh: on which it was loaded, as a spec; "" on one device.
+    bytes: of the weights.
+    load_seconds: with quantizing.
+    write_seconds: of writing.
+    restore_seconds: of restoring what was written.
+    restore_ratio: restoring over loading.
     """
 
     output: str
@@ -69,38 +77,38 @@ def convert(
     a few of the largest tensors.
     Raises ValueError and OSError with one line.
     """
-    given = check_options(
+    settings = check_options(
         {"dtype": dtype, "quantization": quantization, "mesh": mesh, "revision": revision, "token": token}
     )
     output = os.fspath(output)
     check_destination(output, format)
-    folder = resolve(model, given["revision"], given["token"])
+    folder = resolve(model, settings["revision"], settings["token"])
     config = read_config(folder)
     with open_weights(folder) as weights:
         config = as_stored(config, weights)
         if isinstance(weights, Converted):
-            weights.check(given["quantization"])
-        kept = stored_dtype(weights) if given["dtype"] == "auto" else jnp.dtype(given["dtype"])
-        if given["dtype"] != "auto":
+            weights.check(settings["quantization"])
+        kept = stored_dtype(weights) if settings["dtype"] == "auto" else jnp.dtype(settings["dtype"])
+        if settings["dtype"] != "auto":
             config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": str(kept)}
-        abstract = AbstractModel.from_config(config, kept, given["quantization"])
-        place = place_for(abstract, given["mesh"])
+        abstract = AbstractModel.from_config(config, kept, settings["quantization"])
+        placement = place_for(abstract, settings["mesh"])
         with writing(output, format, abstract, config, folder) as add:
             times = [time.perf_counter()]
             with bar("Read", weights.nbytes, show_progress) as read:
-                params = load_weights(abstract, weights, place, read)
+                params = load_weights(abstract, weights, placement, read)
             times.append(time.perf_counter())
             size = sum(array.nbytes for array in params.values())
             add(params)
     times.append(time.perf_counter())
-    where = "" if isinstance(place, jax.Device) else describe(place)
+    where = "" if isinstance(placement, jax.Device) else describe(placement)
     load, write = np.diff(times).tolist()
     del params
     start = time.perf_counter()
     new = resolve(output)
     with open_weights(new) as weights:
         again = AbstractModel.from_config(read_config(new), kept)
-        jax.block_until_ready(load_weights(again, weights, place))
+        jax.block_until_ready(load_weights(again, weights, placement))
     back = time.perf_counter() - start
     return Conversion(output, format, abstract.precision, where, size, load, write, back, back / load)
 

@@ -28,17 +28,17 @@ def examine() -> dict[str, str | list[str]]:
     """Facts by name, each a line, or several. Starts JAX, as `LLM` would; where that fails, devices are one line that
     says why."""
     memory = psutil.virtual_memory()
-    found: list[jax.Device] | str
+    devices: list[jax.Device] | str
     try:
-        found = local_devices()
+        devices = local_devices()
     except ValueError as error:
-        found = str(error)
-    device = None if isinstance(found, str) else found[0]
+        devices = str(error)
+    device = None if isinstance(devices, str) else devices[0]
     attention, backends = _attention(device) if device else ("nothing: there is no device", [])
     return {
         "jaxinfer": f"{version('jaxinfer')}, Python {platform.python_version()} on {platform.platform()}",
         "versions": [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu", "flax", "tokamax")],
-        "devices": found if isinstance(found, str) else [_described(one) for one in found],
+        "devices": devices if isinstance(devices, str) else [_described(device) for device in devices],
         "attention": attention,
         "attention backends": backends,
         "CPU kernels": _kernels(device),
@@ -81,23 +81,23 @@ def examine_model(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict
 
 
 def _kernels(device: jax.Device | None) -> str:
-    found = kernels()
-    if found.level is None:
-        return f"none, XLA computes everything: {found.why}"
+    library = kernels()
+    if library.level is None:
+        return f"none, XLA computes everything: {library.why}"
     used = "" if device and device.platform == "cpu" else f"; not used on {device.platform}" if device else "; not used"
-    better = LEVELS[LEVELS.index(found.level) + 1 :]
+    better = LEVELS[LEVELS.index(library.level) + 1 :]
     lacking = f"; this CPU or the variable leaves out {', '.join(better)}" if better else ""
-    return f"{found.level}: {found.why}{lacking}{used}"
+    return f"{library.level}: {library.why}{lacking}{used}"
 
 
 def _huge_pages() -> str:
     try:
-        found = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text())
+        match = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text())
     except OSError:
         return "none that this system lets programs ask for"
-    if found is None or found[1] == "never":
+    if match is None or match[1] == "never":
         return f"off, and decoding on CPU is slower without: as root, echo madvise > {HUGE_PAGES}"
-    return f"on ({found[1]})"
+    return f"on ({match[1]})"
 
 
 def _cores() -> int:

@@ -9,8 +9,10 @@ from typing import Self
 
 
 class RequestError(ValueError):
-    """A request that can't be served as it is: 400. param: the parameter or argument that is wrong, None where it is
-    no single one."""
+    """A request that can't be served as it is: 400.
+
+    param: the parameter or argument that is wrong, None where it is no single one.
+    """
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
@@ -43,7 +45,7 @@ class QueueFullError(RuntimeError):
     """More requests wait than `max_queued` allows: 429 (or 503), try again later."""
 
 
-def placed(place: str, error: ValueError) -> ValueError:
+def placed(where: str, error: ValueError) -> ValueError:
     """The same error, saying of which of several things it is."""
-    text = f"{place}: {error}"
+    text = f"{where}: {error}"
     return type(error)(text, error.param) if isinstance(error, RequestError) else ValueError(text)

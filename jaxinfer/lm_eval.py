@@ -42,10 +42,13 @@ NOTHING = {"num_beams": 1, "num_return_sequences": 1}  # what asks for nothing w
 class JaxInferLM(TemplateLM):  # type: ignore[misc]
     """Scores and generates for lm-eval.
 
-    pretrained: an LLM, or a folder or hub id to load with the further options (those of LLM). config: a deployment's
-    YAML file, which says what is not given. max_gen_toks: most tokens of an answer where a task does not say.
+    pretrained: an LLM, or a folder or hub id to load with the further options (those of LLM).
+    config: a deployment's YAML file, which says what is not given.
+    max_gen_toks: most tokens of an answer where a task does not say.
     batch_size: lm-eval always gives one; rows join and leave the batch as they come, so 1 (its default) and "auto"
-    change nothing, and another number is max_num_seqs. device: JAX's, if any.
+        change nothing, and another number is max_num_seqs.
+    device: JAX's, if any.
+
     Raises ValueError for options that LLM does not have.
     """
 
@@ -143,9 +146,9 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        pairs = [(given[-(self.max_length + 1 - len(scored)) :], scored) for _, given, scored in requests]
+        pairs = [(context[-(self.max_length + 1 - len(scored)) :], scored) for _, context, scored in requests]
         outputs = self.llm.score(
-            [given for given, _ in pairs], [scored for _, scored in pairs], use_tqdm=not disable_tqdm
+            [context for context, _ in pairs], [scored for _, scored in pairs], use_tqdm=not disable_tqdm
         )
         _check(outputs)
         answers = [(output.logprob, output.is_greedy) for output in outputs]
@@ -170,8 +173,8 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         """Continues each context up to a stop string, EOS, or as many tokens as its task allows."""
         tokenizer = self.llm.tokenizer
         prompts, params, stops = [], [], []
-        for context, given in (request.args for request in requests):
-            asked, stop = self._sampling(given)
+        for context, kwargs in (request.args for request in requests):
+            asked, stop = self._sampling(kwargs)
             assert asked.max_tokens is not None
             ids = self.tok_encode(context, left_truncate_len=self.max_length - asked.max_tokens)
             prompts.append(ids or [self.prefix_token_id])
@@ -188,10 +191,10 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _sampling(self, given: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
+    def _sampling(self, kwargs: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
         """The parameters of a task's generation_kwargs, and its stop strings. What they leave open is as the
         checkpoint's generation_config.json says, but for the temperature: without one a task is greedy."""
-        known = {NAMES.get(name, name): value for name, value in given.items() if value is not None}
+        known = {NAMES.get(name, name): value for name, value in kwargs.items() if value is not None}
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(known, self.max_gen_toks))
         new, until = wanted.pop("max_gen_toks"), wanted.pop("until")
         del wanted["do_sample"]

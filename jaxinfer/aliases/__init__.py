@@ -20,7 +20,7 @@ from jaxinfer.errors import RequestError, UnsupportedError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Given = Mapping[str, Any]
+Options = Mapping[str, Any]
 ANY = object()  # any value is fine
 PLAIN = (bool, int, float, str, list, tuple, dict, set)
 
@@ -29,16 +29,19 @@ PLAIN = (bool, int, float, str, list, tuple, dict, set)
 class Words:
     """Other programs' names for the options of something.
 
-    same: ours of the same meaning. made: ours with their values, from a value and all that is given; ValueError for
-    what is none. instead: what to do in place of an option. fine: the values of it that ask for what is done anyhow;
-    where there are none, those that ask for nothing (None, False, 0, "auto", and what is empty). None always does.
-    what, refused: how the error begins. is_request: what is wrong is wrong with a request.
+    what, refused: how the error begins.
+    same: ours of the same meaning.
+    made: ours with their values, from a value and all that is given; ValueError for what is none.
+    instead: what to do in place of an option.
+    fine: the values of it that ask for what is done anyhow; where there are none, those that ask for nothing (None,
+        False, 0, "auto", and what is empty). None always does.
+    is_request: what is wrong is wrong with a request.
     """
 
     what: str
     refused: str = "is not supported"
     same: Mapping[str, str] = field(default_factory=dict)
-    made: Mapping[str, Callable[[Any, Given], dict[str, Any]]] = field(default_factory=dict)
+    made: Mapping[str, Callable[[Any, Options], dict[str, Any]]] = field(default_factory=dict)
     instead: Mapping[str, str] = field(default_factory=dict)
     fine: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     is_request: bool = False
@@ -62,20 +65,20 @@ class Words:
             fine={**self.fine, **dict.fromkeys(more, ())},
         )
 
-    def translated(self, given: Given, known: Collection[str] | None) -> dict[str, Any]:
+    def translated(self, options: Options, known: Collection[str] | None) -> dict[str, Any]:
         """The options in our words. known: ours, which come first; None: all that are nobody else's. Raises one
         ValueError for all that is wrong."""
-        known = [name for name in given if name not in self] if known is None else known
-        found, problems = self.read(given, known)
+        known = [name for name in options if name not in self] if known is None else known
+        translation, problems = self.read(options, known)
         if problems:
             raise self.error(problems, known)
-        return found
+        return translation
 
-    def read(self, given: Given, known: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    def read(self, options: Options, known: Collection[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """The options in our words, and what is wrong with the others, by name."""
-        found = {name: value for name, value in given.items() if name in known}
+        translation = {name: value for name, value in options.items() if name in known}
         problems: dict[str, str] = {}
-        for name, value in given.items():
+        for name, value in options.items():
             ours_too = name in self.same or name in self.made
             if name in known or (value is None and name in self) or (not ours_too and self._is_fine(name, value)):
                 continue
@@ -85,16 +88,18 @@ class Words:
                 problems[name] = self.instead.get(name, guess)
                 continue
             try:
-                ours = self.made[name](value, given) if name in self.made else {self.same[name]: value}
+                ours = self.made[name](value, options) if name in self.made else {self.same[name]: value}
             except ValueError as error:
                 problems[name] = str(error)
                 continue
             for our, meant in ours.items():
-                if our in found and (our in given or name in self.same):
+                if our in translation and (our in options or name in self.same):
                     problems[name] = f"it is {our}, which is given too"
                 else:
-                    found[our] = f"{found[our]},{meant}" if our in found else meant  # axes of one mesh
-        return found, problems
+                    translation[our] = (
+                        f"{translation[our]},{meant}" if our in translation else meant
+                    )  # axes of one mesh
+        return translation, problems
 
     def error(self, problems: Mapping[str, str], known: Collection[str]) -> ValueError:
         """One for all of them; its param is the first."""
@@ -106,12 +111,12 @@ class Words:
 
     def refusal(self, problems: Mapping[str, str], known: Collection[str]) -> str:
         """One line for all of them; what there is, where a name is nobody's."""
-        said = "; ".join(
+        text = "; ".join(
             f"{name}: {why}" if name in self else f"{name!r} {self.refused}{': ' * bool(why)}{why}"
             for name, why in problems.items()
         )
         strange = any(name not in self for name in problems)
-        return f"{self.what} {said}" + (f"; known are {', '.join(known)}" if strange else "")
+        return f"{self.what} {text}" + (f"; known are {', '.join(known)}" if strange else "")
 
     def _is_fine(self, name: str, value: Any) -> bool:
         """Whether it asks for what is done anyhow."""
@@ -120,13 +125,13 @@ class Words:
         fine = self.fine.get(name)
         if fine is None:
             return isinstance(value, PLAIN) and (not value or value == "auto")
-        said = getattr(value, "name", value)  # of an enum
-        return ANY in fine or (isinstance(said, PLAIN) and any(_same(said, one) for one in fine))
+        setting = getattr(value, "name", value)  # of an enum
+        return ANY in fine or (isinstance(setting, PLAIN) and any(_same(setting, choice) for choice in fine))
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(value: Any, other: Any) -> bool:
     """1 is no True, but 4.0 is 4."""
-    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+    return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
 def takes(words: Words) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -136,8 +141,8 @@ def takes(words: Words) -> Callable[[Callable[P, R]], Callable[P, R]]:
         known = [name for name in inspect.signature(call).parameters if name != "self"]
 
         @functools.wraps(call)
-        def named(*args: P.args, **given: P.kwargs) -> R:
-            ours: Any = given if given.keys() <= set(known) else words.translated(given, known)
+        def named(*args: P.args, **kwargs: P.kwargs) -> R:
+            ours: Any = kwargs if kwargs.keys() <= set(known) else words.translated(kwargs, known)
             return call(*args, **ours)
 
         return named
@@ -145,6 +150,6 @@ def takes(words: Words) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return wrap
 
 
-def names(said: Mapping[str, str]) -> dict[str, str]:
+def names(reasons: Mapping[str, str]) -> dict[str, str]:
     """What is said of several names, each."""
-    return {name: why for names, why in said.items() for name in names.split()}
+    return {name: why for names, why in reasons.items() for name in names.split()}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxinfer.aliases import ANY, Given, Words, names
+from jaxinfer.aliases import ANY, Options, Words, names
 
 
-def _axis(axis: str) -> Callable[[Any, Given], dict[str, Any]]:
+def _axis(axis: str) -> Callable[[Any, Options], dict[str, Any]]:
     return lambda count, _: {"mesh": f"{axis}={count}"}
 
 

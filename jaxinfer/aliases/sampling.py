@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxinfer.aliases import ANY, Given, Words, names
+from jaxinfer.aliases import ANY, Options, Words, names
 from jaxinfer.aliases.loading import GRAMMAR, LORA, SPECULATIVE, TEXT, XLA
 
 
-def _do_sample(value: Any, given: Given) -> dict[str, Any]:
-    said = given.get("temperature", given.get("temp"))
-    if said is None:
+def _do_sample(value: Any, options: Options) -> dict[str, Any]:
+    temperature = options.get("temperature", options.get("temp"))
+    if temperature is None:
         return {"temperature": 1.0 if value else 0.0}
-    if bool(value) != bool(said):
-        raise ValueError(f"{value} is temperature {'above 0' if value else '0'}, and temperature is {said!r}")
+    if bool(value) != bool(temperature):
+        raise ValueError(f"{value} is temperature {'above 0' if value else '0'}, and temperature is {temperature!r}")
     return {}
 
 

@@ -20,31 +20,31 @@ def elements(pieces: Iterator[bytes], longest: int) -> Iterator[tuple[int, bytes
     escaped = -1  # the place in the piece that a backslash stands before
     for piece in pieces:
         kept = 0  # from where on the piece is the element's
-        for found in _TOKEN.finditer(piece):
-            place, token = found.start(), found[0]
+        for match in _TOKEN.finditer(piece):
+            position, token = match.start(), match[0]
             line += token == b"\n"
-            if place == escaped or token == b"\n":
+            if position == escaped or token == b"\n":
                 continue
             if token == b'"':
                 in_text = not in_text
             elif in_text:
-                escaped = place + 1 if token == b"\\" else -1
+                escaped = position + 1 if token == b"\\" else -1
             elif token in b"[{":
                 depth += 1
                 if depth == 1:
-                    kept, begun = place + 1, line
+                    kept, begun = position + 1, line
             elif token == b"\\" or (token == b"," and depth > 1):
                 continue
             elif depth > 1:
                 depth -= 1
             else:  # a comma between elements, or the array's end
                 if len(element) <= longest:
-                    element += piece[kept:place]
+                    element += piece[kept:position]
                 text = element.lstrip()
                 some = some or bool(text) or token == b","
                 if some:
                     yield begun + element[: len(element) - len(text)].count(b"\n"), bytes(text)
-                element, begun, kept = bytearray(), line, place + 1
+                element, begun, kept = bytearray(), line, position + 1
                 if token != b",":
                     if piece[kept:].strip() or any(rest.strip() for rest in pieces):
                         raise ValueError("something comes after the array")

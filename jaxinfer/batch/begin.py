@@ -64,9 +64,9 @@ def tidy(output: Output, manifest: Manifest) -> None:
     locked."""
     stale = []
     for name in output.names():
-        found = _PART.fullmatch(re.sub(r"^\.(.*)\.tmp$", r"\1", name))
-        if found and int(found[1]) % manifest.shards == manifest.shard:
-            counted = int(found[1]) < manifest.next_part and not name.startswith(".")
+        match = _PART.fullmatch(re.sub(r"^\.(.*)\.tmp$", r"\1", name))
+        if match and int(match[1]) % manifest.shards == manifest.shard:
+            counted = int(match[1]) < manifest.next_part and not name.startswith(".")
             stale += [] if counted and name.endswith(f".{output.format}") else [name]
     output.remove([*stale, temporary_name(manifest.name)])
 
@@ -76,8 +76,8 @@ def check_apart(output: Output, sources: Sequence[Source]) -> None:
     real = os.path.realpath if output.local else str
     for source in sources:
         fs, path = fsspec.core.url_to_fs(source.url)
-        for place in (output.file, output.folder):
-            if place and type(fs) is type(output.fs) and f"{real(path)}/".startswith(f"{real(place)}/"):
+        for target in (output.file, output.folder):
+            if target and type(fs) is type(output.fs) and f"{real(path)}/".startswith(f"{real(target)}/"):
                 raise ValueError(f"input {source.name}: is the output, or within it; give another output")
 
 
@@ -90,8 +90,8 @@ def _find(output: Output, shard: int, shards: int) -> Manifest:
         merged = read_manifest(output, output.path("_manifest.json"))
         if merged.complete:
             return merged
-    manifests = {name: found for name in names if (found := NAME.fullmatch(name))}
-    others = [name for name, found in manifests.items() if int(found[2] or 1) != shards]
+    manifests = {name: match for name in names if (match := NAME.fullmatch(name))}
+    others = [name for name, match in manifests.items() if int(match[2] or 1) != shards]
     if others:
         raise AnotherJob(
             f"{output.folder}: {others[0]} says that the job has other shards than --shard {shard}/{shards}"

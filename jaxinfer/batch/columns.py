@@ -20,19 +20,19 @@ def check_columns(sources: Sequence[Source], parser: Parser, results: Results) -
     for source in sources:
         if source.url == STDIN:
             continue
-        found = []
+        rows = []
         with suppress(OSError):  # of a file that is damaged: what was read before is run, and then it shows
             for record in islice(records([source]), ROWS):
-                found.append(parser.parse(record))
-        found = [row for row in found if row.columns]
-        there = dict.fromkeys(column for row in found for column in row.columns)
+                rows.append(parser.parse(record))
+        rows = [row for row in rows if row.columns]
+        there = dict.fromkeys(column for row in rows for column in row.columns)
         for column in sorted(parser.template_columns):
-            if found and column not in there:
+            if rows and column not in there:
                 raise ValueError(
                     f"{source.name}: no column {column!r}, which the prompt template takes; "
                     f"there are {', '.join(map(repr, there)) or 'none'}"
                 )
-        taken = [results.taken(row.columns) for row in found]
+        taken = [results.taken(row.columns) for row in rows]
         for column in there:
-            if all(column in one for one in taken):
+            if all(column in names for names in taken):
                 raise ValueError(f"{source.name}: {clash(column)}")

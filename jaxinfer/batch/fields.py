@@ -58,10 +58,10 @@ def conversation(messages: Any) -> list[dict[str, Any]]:
 
 def tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """`tools`, JSON schemas; None where there are none."""
-    given = decoded(row, "tools")
-    if given is not None and not (isinstance(given, list) and all(isinstance(tool, dict) for tool in given)):
+    schemas = decoded(row, "tools")
+    if schemas is not None and not (isinstance(schemas, list) and all(isinstance(tool, dict) for tool in schemas)):
         raise ValueError("tools must be a list of JSON schemas, each an object")
-    return given or None
+    return schemas or None
 
 
 def own_params(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,10 +70,10 @@ def own_params(row: Mapping[str, Any]) -> dict[str, Any]:
     there = {name: value for name, value in there.items() if value is not None}
     if len(there) > 1:
         raise ValueError("there are both params and sampling_params: leave one out")
-    for name, given in there.items():
-        if not isinstance(given, dict):
-            raise ValueError(f"{name} must be an object of sampling parameters, and is {kind(given)}")
-        return with_int_bias({parameter: value for parameter, value in given.items() if value is not None})
+    for name, params in there.items():
+        if not isinstance(params, dict):
+            raise ValueError(f"{name} must be an object of sampling parameters, and is {kind(params)}")
+        return with_int_bias({parameter: value for parameter, value in params.items() if value is not None})
     return {}
 
 

@@ -28,8 +28,8 @@ def file_format(path: str, folder: bool = False) -> Format | None:
 
 def packing_of(format: str) -> str:
     """How files of a format are packed: "", .gz or .zst."""
-    found = re.search(r"\.\w+$", format)
-    return found[0] if found else ""
+    match = re.search(r"\.\w+$", format)
+    return match[0] if match else ""
 
 
 def is_table(format: str) -> bool:

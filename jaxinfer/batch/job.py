@@ -98,7 +98,7 @@ def run(
             _load(folder, options)  # and no further: input and output are process 0's
         if task != "score" and not token_ids and not _gives_text(model, folder, options):
             raise ValueError(f"model {folder}: without a tokenizer there is no text to write; ask for token_ids too")
-        sources = find_sources([os.fspath(one) for one in _listed(inputs)])
+        sources = find_sources([os.fspath(path) for path in _listed(inputs)])
         check_apart(out, sources)
         results = Results(task, wanted, token_ids, out.format, folder.name, output_prefix)
         schema = common_schema(sources) if out.format == "parquet" else None

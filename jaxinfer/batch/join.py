@@ -39,7 +39,7 @@ def merge(output: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Su
     Raises ValueError if a shard is missing or not complete, if they are of different jobs, or if a part is gone, and
     OSError if the output can't be written.
     """
-    outputs = [Output(os.fspath(one)) for one in (output, *others)]
+    outputs = [Output(os.fspath(path)) for path in (output, *others)]
     target = outputs[0]
     done = target.path("_manifest.json") if target.file is None else finished_path(target)
     if target.fs.exists(done):
@@ -48,32 +48,32 @@ def merge(output: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Su
             raise ValueError(f"{done}: is of a job without shards that is not complete: run it again")
         clean(target, merged)
     else:
-        found = _shards(outputs)
-        format = found[0][1].job["format"]
+        shards = _shards(outputs)
+        format = shards[0][1].job["format"]
         if target.file is not None and target.format != format:
             raise ValueError(f"{target.file}: the shards are {format}; give a name that ends in .{format}, or a folder")
-        for one in outputs:
-            one.format = format
-        numbers = {one.folder: one.numbers() for one in outputs}
-        places: list[Output] = []
-        for part in range(found[0][1].all_parts):  # as many as a manifest says
-            place = found[part % len(found)][0]
-            if part not in numbers[place.folder]:
+        for source in outputs:
+            source.format = format
+        numbers = {source.folder: source.numbers() for source in outputs}
+        sources: list[Output] = []
+        for part in range(shards[0][1].all_parts):  # as many as a manifest says
+            source = shards[part % len(shards)][0]
+            if part not in numbers[source.folder]:
                 raise ValueError(
-                    f"{place.part(part)}: is gone, and the manifest counts it; run its shard anew, in a new folder"
+                    f"{source.part(part)}: is gone, and the manifest counts it; run its shard anew, in a new folder"
                 )
-            places.append(place)
-        sums: dict[str, Any] = {name: sum(getattr(one, name) for _, one in found) for name in SUMS}
-        columns = [one.others for _, one in found if one.others]
-        merged = replace(found[0][1], shard=0, shards=1, others=columns[0] if columns else None, **sums)
+            sources.append(source)
+        sums: dict[str, Any] = {name: sum(getattr(manifest, name) for _, manifest in shards) for name in SUMS}
+        columns = [manifest.others for _, manifest in shards if manifest.others]
+        merged = replace(shards[0][1], shard=0, shards=1, others=columns[0] if columns else None, **sums)
         if target.file is not None:
-            _join(places, target, merged)
+            _join(sources, target, merged)
             return Summary.of(target, merged)
         target.make()
-        for part, place in enumerate(places):
-            if place is not target:
-                with place.fs.open(place.part(part), "rb") as one, target.whole(target.part(part)) as file:
-                    shutil.copyfileobj(one, file, PIECE)
+        for part, source in enumerate(sources):
+            if source is not target:
+                with source.fs.open(source.part(part), "rb") as part_file, target.whole(target.part(part)) as file:
+                    shutil.copyfileobj(part_file, file, PIECE)
         merged.save(target)
     if target.file is None:
         target.remove([name for name in target.names() if NAME.fullmatch(name) and name != merged.name])
@@ -82,7 +82,7 @@ def merge(output: str | os.PathLike[str], *others: str | os.PathLike[str]) -> Su
 
 def _shards(outputs: Sequence[Output]) -> list[tuple[Output, Manifest]]:
     """All shards of a job and where they are."""
-    found: dict[int, tuple[Output, Manifest]] = {}
+    shards: dict[int, tuple[Output, Manifest]] = {}
     for output in outputs:
         for name in output.names():
             if not NAME.fullmatch(name):
@@ -91,26 +91,26 @@ def _shards(outputs: Sequence[Output]) -> list[tuple[Output, Manifest]]:
             manifest = read_manifest(output, path)
             if not manifest.complete:
                 raise ValueError(f"{path}: this shard is not complete: run it again until it is")
-            if manifest.shard in found:
-                raise ValueError(f"{path}: this shard is also in {found[manifest.shard][0].folder}; name it once")
-            found[manifest.shard] = output, manifest
-    if not found:
+            if manifest.shard in shards:
+                raise ValueError(f"{path}: this shard is also in {shards[manifest.shard][0].folder}; name it once")
+            shards[manifest.shard] = output, manifest
+    if not shards:
         raise ValueError(f"{outputs[0].folder}: there are no shards of a batch job")
-    first = min(found.items())[1][1]
-    for output, manifest in found.values():
+    first = min(shards.items())[1][1]
+    for output, manifest in shards.values():
         different = differences(first.job, manifest.job)
         for name in ("shards", "input_rows", "columns"):
             different += differences(getattr(first, name), getattr(manifest, name), name)
         if different:
             raise ValueError(f"{output.path(manifest.name)}: is of another job: {'; '.join(different)}")
-    missing = next((i for i in range(first.shards) if i not in found), None)
+    missing = next((i for i in range(first.shards) if i not in shards), None)
     if missing is not None:
         raise ValueError(f"shard {missing}/{first.shards} is not there: run it, or name its output too")
-    return [found[i] for i in range(first.shards)]
+    return [shards[i] for i in range(first.shards)]
 
 
-def _join(places: Sequence[Output], target: Output, manifest: Manifest) -> None:
-    """Makes one file of all parts, in order, and removes the folder of parts. places: where each part is.
+def _join(sources: Sequence[Output], target: Output, manifest: Manifest) -> None:
+    """Makes one file of all parts, in order, and removes the folder of parts. sources: where each part is.
 
     Raises ValueError naming a part that has not as many rows as were written.
     """
@@ -119,11 +119,11 @@ def _join(places: Sequence[Output], target: Output, manifest: Manifest) -> None:
     add = _parquet if target.format == "parquet" else _csv if is_table(target.format) else _lines
     with target.whole(target.file) as file, contextlib.closing(add(file, target.format, manifest)) as joined:
         next(joined)
-        for part, place in enumerate(places):
-            name = place.part(part)
+        for part, source in enumerate(sources):
+            name = source.part(part)
             try:
-                with place.fs.open(name, "rb") as one:
-                    rows = joined.send(one)
+                with source.fs.open(name, "rb") as part_file:
+                    rows = joined.send(part_file)
             except OSError:
                 raise
             except Exception as error:  # of the packages that unpack it

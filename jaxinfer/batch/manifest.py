@@ -32,10 +32,15 @@ class Manifest:
 
     It is the truth: it is written after each part, and a part that it does not count is written again.
 
-    job: what the output depends on. parts: how many of this shard's are finished; rows, errors, tokens: what is in
-    them. columns: of a table's parts; others: of those parts that have one, the column of what fits nowhere else.
-    input_rows: how many rows the input has, as soon as that is known. complete: all parts of this shard are there (and
-    the file made of them, where the output is one that is not sharded).
+    shard, shards: which shard, from 0, of how many.
+    job: what the output depends on.
+    parts: how many of this shard's are finished.
+    rows, errors, prompt_tokens, generated_tokens: what is in them.
+    columns: of a table's parts, with their kinds; None until they are known, and of what is no table.
+    others: of those parts that have one, the column of what fits nowhere else.
+    input_rows: how many rows the input has, as soon as that is known.
+    complete: all parts of this shard are there (and the file made of them, where the output is one that is not
+        sharded).
     """
 
     shard: int = 0
@@ -87,17 +92,17 @@ class Manifest:
 
         Raises AnotherJob naming what differs."""
         job = json.loads(json.dumps(job))
-        found = differences(self.job, job)
+        changes = differences(self.job, job)
         if not self.parts and not self.complete:
             self.columns = self.input_rows = None
         elif (
-            found
+            changes
             and not (self.finished or self.complete)
             and not differences(self.job, {**job, **_shortened(self.job, job)})
         ):
             self.input_rows = None
-        elif found:
-            raise AnotherJob(f"{output.name}: holds another job: {'; '.join(found)}; {REMEDY}")
+        elif changes:
+            raise AnotherJob(f"{output.name}: holds another job: {'; '.join(changes)}; {REMEDY}")
         self.job |= job
 
     def check_file(self) -> None:
@@ -173,7 +178,7 @@ def _shortened(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _input_differences(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
-    names = [[os.path.basename(one["name"]) for one in files] for files in (old, new)]
+    names = [[os.path.basename(file["name"]) for file in files] for files in (old, new)]
     if names[0] != names[1]:
         gone, added = (sorted(set(a) - set(b)) for a, b in (names, names[::-1]))
         changes = [f"{n} is {w}" for w, files in (("no longer there", gone), ("new", added)) for n in files]

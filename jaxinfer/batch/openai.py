@@ -34,7 +34,9 @@ def response_line(row: Row, output: RequestOutput | None, *, model: str) -> dict
             "object": "chat.completion" if chat else "text_completion",
             "created": 0,
             "model": model,
-            "choices": [(_message if chat else _text)(one, row.ask.params.logprobs or 0) for one in output.outputs],
+            "choices": [
+                (_message if chat else _text)(choice, row.ask.params.logprobs or 0) for choice in output.outputs
+            ],
             "usage": _usage(output),
         }
     response = {"status_code": status, "request_id": f"req_{digest}", "body": body}
@@ -42,27 +44,27 @@ def response_line(row: Row, output: RequestOutput | None, *, model: str) -> dict
 
 
 def _usage(output: RequestOutput) -> dict[str, int]:
-    prompt, completion = len(output.prompt_token_ids), sum(len(one.token_ids) for one in output.outputs)
+    prompt, completion = len(output.prompt_token_ids), sum(len(choice.token_ids) for choice in output.outputs)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _message(one: CompletionOutput, wanted: int) -> dict[str, Any]:
+def _message(choice: CompletionOutput, wanted: int) -> dict[str, Any]:
     logprobs = None
-    if one.logprobs is not None:
+    if choice.logprobs is not None:
         content = [
             _entry(sampled) | {"top_logprobs": [_entry(x) for x in ranked if x.rank <= wanted][:wanted]}
-            for sampled, ranked in _steps(one)
+            for sampled, ranked in _steps(choice)
         ]
         logprobs = {"content": content, "refusal": None}
-    message = {"role": "assistant", "content": one.text, "refusal": None}
-    return {"index": one.index, "message": message, "logprobs": logprobs, "finish_reason": one.finish_reason}
+    message = {"role": "assistant", "content": choice.text, "refusal": None}
+    return {"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
 
-def _text(one: CompletionOutput, _: int) -> dict[str, Any]:
+def _text(choice: CompletionOutput, _: int) -> dict[str, Any]:
     """top_logprobs has the sampled token too. text_offset is null: a token's own text may be without its space."""
     logprobs: dict[str, Any] | None = None
-    if one.logprobs is not None:
-        steps = list(_steps(one))
+    if choice.logprobs is not None:
+        steps = list(_steps(choice))
         logprobs = {
             "tokens": [sampled.decoded_token for sampled, _ in steps],
             "token_logprobs": [_finite(sampled) for sampled, _ in steps],
@@ -70,20 +72,20 @@ def _text(one: CompletionOutput, _: int) -> dict[str, Any]:
             "top_logprobs": [{x.decoded_token: _finite(x) for x in reversed(ranked)} for _, ranked in steps],
             "text_offset": None,
         }
-    return {"index": one.index, "text": one.text, "logprobs": logprobs, "finish_reason": one.finish_reason}
+    return {"index": choice.index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
 
-def _steps(one: CompletionOutput) -> Iterator[tuple[Logprob, list[Logprob]]]:
+def _steps(choice: CompletionOutput) -> Iterator[tuple[Logprob, list[Logprob]]]:
     """Of each token: itself, and all that are reported, itself too, likeliest first."""
-    for token, step in zip(one.token_ids, one.logprobs or (), strict=True):
+    for token, step in zip(choice.token_ids, choice.logprobs or (), strict=True):
         yield step[token], sorted(step.values(), key=lambda x: x.rank)
 
 
-def _entry(one: Logprob) -> dict[str, Any]:
+def _entry(logprob: Logprob) -> dict[str, Any]:
     # Where a token is part of a character, its own bytes are not known here.
-    own = None if "\ufffd" in one.decoded_token else list(one.decoded_token.encode())
-    return {"token": one.decoded_token, "logprob": _finite(one), "bytes": own}
+    own = None if "\ufffd" in logprob.decoded_token else list(logprob.decoded_token.encode())
+    return {"token": logprob.decoded_token, "logprob": _finite(logprob), "bytes": own}
 
 
-def _finite(one: Logprob) -> float:
-    return max(one.logprob, LEAST)
+def _finite(logprob: Logprob) -> float:
+    return max(logprob.logprob, LEAST)

@@ -64,28 +64,28 @@ def ask(line: Mapping[str, Any], options: dict[str, Any]) -> Ask:
     for name, value in body.items():
         if name in _ONLY and value not in _ONLY[name]:
             raise ValueError(f"{name} is not supported{_REMEDIES.get(name, '')}; leave it out")
-    given = {name: value for name, value in body.items() if name not in _ONLY}
+    fields = {name: value for name, value in body.items() if name not in _ONLY}
     if url == CHAT:
-        messages = conversation(given.pop("messages", None))
-        return Ask(messages=messages, params=_params(_chat_params(given), {"max_tokens": None} | options))
-    prompt = _prompt(given.pop("prompt", None))
-    if given.pop("best_of", None) not in (None, given.get("n", 1)):
+        messages = conversation(fields.pop("messages", None))
+        return Ask(messages=messages, params=_params(_chat_params(fields), {"max_tokens": None} | options))
+    prompt = _prompt(fields.pop("prompt", None))
+    if fields.pop("best_of", None) not in (None, fields.get("n", 1)):
         raise ValueError("best_of is not supported, unless it is n; leave it out")
-    return Ask(prompt=prompt, params=_params(given, {"max_tokens": COMPLETION_TOKENS} | options))
+    return Ask(prompt=prompt, params=_params(fields, {"max_tokens": COMPLETION_TOKENS} | options))
 
 
-def _chat_params(given: dict[str, Any]) -> dict[str, Any]:
+def _chat_params(fields: dict[str, Any]) -> dict[str, Any]:
     """With the parameters that chat/completions spells in its own way."""
-    if "max_completion_tokens" in given:
-        most = given.pop("max_completion_tokens")
-        if given.setdefault("max_tokens", most) != most:
+    if "max_completion_tokens" in fields:
+        most = fields.pop("max_completion_tokens")
+        if fields.setdefault("max_tokens", most) != most:
             raise ValueError("max_tokens and max_completion_tokens differ: leave one out")
-    wanted, top = given.pop("logprobs", False), given.pop("top_logprobs", None)
+    wanted, top = fields.pop("logprobs", False), fields.pop("top_logprobs", None)
     if not isinstance(wanted, bool):
         raise ValueError(f"logprobs is {wanted!r:.40}: in a chat it must be true or false")
     if top is not None and not wanted:
         raise ValueError("top_logprobs needs logprobs: true")
-    return given | {"logprobs": 0 if top is None else top} if wanted else given
+    return fields | {"logprobs": 0 if top is None else top} if wanted else fields
 
 
 def _prompt(prompt: Any) -> str | list[int]:
@@ -100,7 +100,7 @@ def _prompt(prompt: Any) -> str | list[int]:
     return prompt
 
 
-def _params(given: dict[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
-    if unknown := sorted(given.keys() - _OWN):
+def _params(fields: dict[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+    if unknown := sorted(fields.keys() - _OWN):
         raise ValueError(f"{unknown[0]!r:.80} is not supported; leave it out")
-    return SamplingParams(**defaults).with_changes(**with_int_bias(given))
+    return SamplingParams(**defaults).with_changes(**with_int_bias(fields))

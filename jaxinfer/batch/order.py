@@ -14,7 +14,11 @@ PATIENCE = 0.1  # seconds that a window may take to fill where rows are slow to 
 
 
 class Work(Protocol):
-    """What is to be run. prompt: how it begins, token ids or text. length: tokens that it may have in the end."""
+    """What is to be run.
+
+    prompt: how it begins, token ids or text.
+    length: tokens that it may have in the end.
+    """
 
     @property
     def prompt(self) -> list[int] | str: ...
@@ -38,15 +42,15 @@ class _Window(Generic[W]):
         end = time.monotonic() + PATIENCE
         while count > 0 and len(self.rows) < ROWS and self._tokens < TOKENS:
             try:
-                one = next(rows)
+                row = next(rows)
             except StopIteration:
                 return False
-            if one is LATER:
+            if row is LATER:
                 if wait is None or not wait(max(0.0, end - time.monotonic())):
                     break
                 continue
-            self.rows.append(one)
-            self._tokens += len(one.prompt) if one is not None else 0
+            self.rows.append(row)
+            self._tokens += len(row.prompt) if row is not None else 0
             count -= 1
         return True
 
@@ -70,11 +74,11 @@ def ordered(
                 if more:
                     yield LATER
                 continue
-        window, following = [one for one in following.rows if one is not None], _Window[W]()
+        window, following = [row for row in following.rows if row is not None], _Window[W]()
         if not window:
             yield None
-        for one in arranged(window):
-            yield one
+        for row in arranged(window):
+            yield row
             more = more and following.read(rows, 2)
 
 
@@ -82,12 +86,12 @@ def arranged(window: list[W]) -> list[W]:
     """Long rows first, so that none is left running alone in the end; those that share the first half of the shorter
     one's prompt stay together, so that the prefix cache still has it."""
     groups: list[list[W]] = []
-    for one in sorted(window, key=lambda work: (type(work.prompt).__name__, work.prompt)):
+    for row in sorted(window, key=lambda work: (type(work.prompt).__name__, work.prompt)):
         last = groups[-1][-1].prompt if groups else []
-        half = min(len(last), len(one.prompt)) // 2
-        if half and last[:half] == one.prompt[:half]:
-            groups[-1].append(one)
+        half = min(len(last), len(row.prompt)) // 2
+        if half and last[:half] == row.prompt[:half]:
+            groups[-1].append(row)
         else:
-            groups.append([one])
+            groups.append([row])
     groups.sort(key=lambda group: -max(work.length for work in group))
-    return [one for group in groups for one in sorted(group, key=lambda work: -work.length)]
+    return [row for group in groups for row in sorted(group, key=lambda work: -work.length)]

@@ -91,8 +91,8 @@ def table(
 
 def _chunks(pa: Any, column: str, type: Any, origins: Sequence[Origin | None]) -> Iterator[Any]:
     """What the column had where the rows were read: a slice for rows that were one after the other."""
-    places = [(i, *(origin or (None, 0))) for i, origin in enumerate(origins)]
-    for _, group in groupby(places, lambda one: (id(one[1]), one[2] - one[0] if one[1] is not None else 0)):
+    entries = [(i, *(origin or (None, 0))) for i, origin in enumerate(origins)]
+    for _, group in groupby(entries, lambda entry: (id(entry[1]), entry[2] - entry[0] if entry[1] is not None else 0)):
         run = list(group)
         _, batch, start = run[0]
         if batch is None or column not in batch.schema.names:

@@ -29,8 +29,10 @@ class Parser:
     and objects, they may be there as JSON in text. OpenAI batch lines (`jaxinfer.batch.openai_request`) may be among
     the rows of generate and chat, where each one's url decides which it is.
 
-    defaults: the parameters of rows, before `options`, those that the job's user asked for. For OpenAI lines the
-    options change OpenAI's defaults instead. Raises ValueError for a template or an option that is no good.
+    defaults: the parameters of rows, before `options`.
+    options: those that the job's user asked for. For OpenAI lines they change OpenAI's defaults instead.
+
+    Raises ValueError for a template or an option that is no good.
     """
 
     def __init__(
@@ -80,9 +82,9 @@ class Parser:
         used = (*FORMS, "continuation") if self._template is None else self._template.columns
         columns: dict[str, Any] = {}
         for name, item in value.items():
-            found: list[str] = ["binary, not text"] if isinstance(item, bytes) and name in used else []
-            columns[json_value(name, found)] = json_value(item, found)
-            problems += [f"{name!r:.80} is {problem}" for problem in found]
+            faults: list[str] = ["binary, not text"] if isinstance(item, bytes) and name in used else []
+            columns[json_value(name, faults)] = json_value(item, faults)
+            problems += [f"{name!r:.80} is {problem}" for problem in faults]
         return columns
 
     def _openai_ask(self, line: dict[str, Any]) -> Ask:

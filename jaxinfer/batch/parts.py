@@ -21,7 +21,9 @@ from jaxinfer.places import check_new, locate
 class Output:
     """A folder, or a file (a name that ends in a format) with a folder `NAME.parts` beside it meanwhile.
 
-    output: a path, or a URL that fsspec knows. format: of a folder's parts; a file's is its suffix.
+    output: a path, or a URL that fsspec knows.
+    format: of a folder's parts; a file's is its suffix.
+
     Raises ValueError for a format that is unknown or is not the file's.
     """
 
@@ -57,8 +59,8 @@ class Output:
 
     def numbers(self) -> set[int]:
         """The parts that are there."""
-        found = (re.fullmatch(rf"part-(\d{{5,}})\.{re.escape(self.format)}", name) for name in self.names())
-        return {int(one[1]) for one in found if one}
+        matches = (re.fullmatch(rf"part-(\d{{5,}})\.{re.escape(self.format)}", name) for name in self.names())
+        return {int(match[1]) for match in matches if match}
 
     def check(self) -> None:
         """Raises ValueError if it is not there and can't be made, which is tried."""

@@ -86,14 +86,14 @@ class Predictor:
 
     def __call__(self, batch: Any) -> Any:
         """The batch as a pyarrow.Table, with the result columns."""
-        given = _table(batch)
-        if self.id_column not in (None, *given.column_names):
+        inputs = _table(batch)
+        if self.id_column not in (None, *inputs.column_names):
             raise ValueError(
-                f"id_column is {self.id_column!r}, and there are {', '.join(map(repr, given.column_names))}"
+                f"id_column is {self.id_column!r}, and there are {', '.join(map(repr, inputs.column_names))}"
             )
         done: dict[int, Result] = {}
         works = []
-        for index, (value, error) in enumerate(table_rows(given)):
+        for index, (value, error) in enumerate(table_rows(inputs)):
             row, key = self._row(index, value, error)
             work = self.worker.prepare(row, key)
             if isinstance(work, str):
@@ -103,10 +103,10 @@ class Predictor:
         for work, result in self.worker.run(iter(arranged(works))):
             done[work.row.index] = result
         kinds = self.results.kinds(LOGPROBS)
-        found = table([{name: done[i].columns.get(name) for name in kinds} for i in range(len(given))], kinds)
-        kept = [name for name in given.column_names if name not in found.column_names]
+        outputs = table([{name: done[i].columns.get(name) for name in kinds} for i in range(len(inputs))], kinds)
+        kept = [name for name in inputs.column_names if name not in outputs.column_names]
         return parquet_modules()[0].table(
-            [*given.select(kept).columns, *found.columns], names=[*kept, *found.column_names]
+            [*inputs.select(kept).columns, *outputs.columns], names=[*kept, *outputs.column_names]
         )
 
     def _row(self, index: int, value: dict[str, Any] | None, error: str | None) -> tuple[Row, object]:

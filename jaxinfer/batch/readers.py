@@ -196,9 +196,9 @@ def _parquet(source: Source, first: int, start: int) -> Records:
                 for batch in file.iter_batches(BATCH, row_groups=[group]):
                     skipped = min(max(0, start - first - row), len(batch))
                     row += skipped
-                    for place, (value, error) in enumerate(table_rows(batch.slice(skipped)), skipped):
+                    for index, (value, error) in enumerate(table_rows(batch.slice(skipped)), skipped):
                         row += 1
-                        origin = (batch, place) if error is None else None
+                        origin = (batch, index) if error is None else None
                         yield Record(first + row - 1, f"{source.name}:{row}", value, error, origin)
                 if row != end:
                     raise ValueError("a row group has not as many rows as it says")

@@ -36,9 +36,15 @@ OTHERS = "other_columns"
 
 @dataclass(frozen=True)
 class Results:
-    """Makes them. params: those of the job, or None. token_ids: also the ids, and each one's log-probability when
-    scoring. format: of the output; in a table (CSV, Parquet) all rows have the same columns. model: its name. prefix:
-    of the names of the result columns."""
+    """Makes them.
+
+    task: of the job.
+    params: those of the job, or None.
+    token_ids: also the ids, and each one's log-probability when scoring.
+    format: of the output; in a table (CSV, Parquet) all rows have the same columns.
+    model: its name.
+    prefix: of the names of the result columns.
+    """
 
     task: Task
     params: SamplingParams | None = None
@@ -77,7 +83,12 @@ class Results:
     def logprobs(self, rows: Iterable[Row]) -> set[str]:
         """Which of LOGPROBS the job or one of these rows asks for."""
         params = [self.params, *(row.ask.params for row in rows if row.ask is not None)]
-        return {name for name in LOGPROBS for one in params if one is not None and getattr(one, name) is not None}
+        return {
+            name
+            for name in LOGPROBS
+            for sampling in params
+            if sampling is not None and getattr(sampling, name) is not None
+        }
 
     def taken(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """Columns of a row that the results have no place beside. A null, or the empty text that CSV has for it, says
@@ -119,18 +130,19 @@ class Results:
     def generated(self, row: Row, output: RequestOutput) -> Result:
         """The result of a row that was continued. Of several continuations, texts, reasons, ids and log-probabilities
         are lists, and the tokens are counted together."""
-        prompt, generated = len(output.prompt_token_ids), sum(len(one.token_ids) for one in output.outputs)
+        prompt = len(output.prompt_token_ids)
+        generated = sum(len(completion.token_ids) for completion in output.outputs)
         if row.openai:
             return Result(response_line(row, output, model=self.model), None, prompt, generated)
         first = output.outputs[0]
         results: dict[str, Any] = {
-            "generated_text": [one.text for one in output.outputs],
-            "finish_reason": [one.finish_reason for one in output.outputs],
+            "generated_text": [completion.text for completion in output.outputs],
+            "finish_reason": [completion.finish_reason for completion in output.outputs],
         }
         if self.token_ids:
-            results["token_ids"] = [one.token_ids for one in output.outputs]
+            results["token_ids"] = [completion.token_ids for completion in output.outputs]
         if first.logprobs is not None:
-            results["logprobs"] = [_logprobs(one.logprobs or ()) for one in output.outputs]
+            results["logprobs"] = [_logprobs(completion.logprobs or ()) for completion in output.outputs]
         if len(output.outputs) == 1:
             results = {name: values[0] for name, values in results.items()}
         if output.prompt_logprobs is not None:
@@ -153,8 +165,8 @@ def _logprobs(steps: Iterable[Mapping[int, Logprob] | None]) -> list[list[dict[s
         None
         if step is None
         else [
-            {"token_id": i, "token": one.decoded_token, "logprob": one.logprob, "rank": one.rank}
-            for i, one in step.items()
+            {"token_id": i, "token": logprob.decoded_token, "logprob": logprob.logprob, "rank": logprob.rank}
+            for i, logprob in step.items()
         ]
         for step in steps
     ]

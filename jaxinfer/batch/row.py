@@ -15,9 +15,11 @@ Origin = tuple[Any, int]  # a pyarrow.RecordBatch, and which of its rows
 class Record:
     """A row as it is in its file, not yet looked at.
 
-    index: its number among all rows of the job, from 0. where: for people, such as "rows.jsonl:17" (the line where
-    it begins; of Parquet, the row, from 1). value: the bytes of a JSON line, or columns by name. error: why there is
-    no value. origin: of Parquet, where the row was, for columns that keep their types.
+    index: its number among all rows of the job, from 0.
+    where: for people, such as "rows.jsonl:17" (the line where it begins; of Parquet, the row, from 1).
+    value: the bytes of a JSON line, or columns by name.
+    error: why there is no value.
+    origin: of Parquet, where the row was, for columns that keep their types.
     """
 
     index: int
@@ -31,8 +33,10 @@ class Record:
 class Ask:
     """What a row wants from the model.
 
-    generate: `prompt`, text or token ids. chat: `messages`, and `tools` or None. score: `prompt` with its
-    `continuation`, or with None the text (or ids) `prompt` as a whole. params: None when scoring.
+    prompt: text or token ids, to generate or to score; None in a chat.
+    messages, tools: of a chat; tools may be None.
+    continuation: of the prompt, what is scored; None: the prompt as a whole.
+    params: None when scoring.
     """
 
     prompt: str | list[int] | None = None
@@ -46,10 +50,13 @@ class Ask:
 class Row:
     """A row that was understood (`ask`), or was not (`error`: one line that begins with `where`).
 
+    index, where, origin: the record's.
     columns: all columns of the row, the prompt among them, as JSON values (text is valid Unicode; floats may be inf or
-    nan). Where the row is broken, what of them could be read. openai: the row is an OpenAI batch line and comes back as
-    `openai.response_line` (columns is then empty); custom_id: its, or None if it has none that is valid. origin: the
-    record's.
+        nan). Where the row is broken, what of them could be read.
+    ask: what it wants, None if it was not understood.
+    error: why it was not.
+    openai: the row is an OpenAI batch line and comes back as `openai.response_line` (columns is then empty).
+    custom_id: an OpenAI line's, or None if it has none that is valid.
     """
 
     index: int

@@ -30,7 +30,12 @@ PIECE = 2**20
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. name: as shown; url: for fsspec, "-" is stdin; size: bytes as stored, 0 of stdin."""
+    """One input file.
+
+    name: as shown.
+    url: for fsspec, "-" is stdin.
+    size: bytes as stored, 0 of stdin.
+    """
 
     name: str
     url: str
@@ -41,10 +46,10 @@ class Source:
         """What is in it, json, csv, text or parquet, and how it is packed, "", .gz or .zst. Stdin is JSON Lines.
 
         Raises ValueError for a suffix that says something else."""
-        found = ("json", "") if self.url == STDIN else _format(self.name)
-        if found is None:
+        file_format = ("json", "") if self.url == STDIN else _format(self.name)
+        if file_format is None:
             raise ValueError(f"input {self.name}: its suffix says nothing that is known; known are {KNOWN}")
-        return found
+        return file_format
 
     def open(self) -> IO[bytes]:
         """The file, to read. Raises OSError."""
@@ -82,16 +87,16 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     """
     if not inputs:
         raise ValueError("input: there is none; give a file, a glob, a folder, or - for stdin")
-    found = [source for given in inputs for source in _find(given)]
+    sources = [source for spec in inputs for source in _find(spec)]
     seen = set()
-    for source in found:
+    for source in sources:
         kind, packing = source.format
         if kind == "parquet" or packing == ".zst":
             need("pyarrow" if kind == "parquet" else "zstandard", f"input {source.name}")
         if source.url in seen:
             raise ValueError(f"input {source.name}: is there twice, and its rows would be too; name it once")
         seen.add(source.url)
-    return found
+    return sources
 
 
 def need(package: str, where: str) -> Any:
@@ -113,16 +118,16 @@ def reading(where: str) -> Iterator[None]:
         raise OSError(f"{where}: can't be read ({type(error).__name__}: {one_line(error)})") from None
 
 
-def _find(given: str) -> list[Source]:
-    if given == STDIN:
+def _find(spec: str) -> list[Source]:
+    if spec == STDIN:
         return [Source("stdin", STDIN, 0)]
-    where = f"input {given}"
-    if "::" in given:
+    where = f"input {spec}"
+    if "::" in spec:
         raise ValueError(f"{where}: a URL within another; copy the file to where it can be named by one")
     try:
-        fs, path = fsspec.core.url_to_fs(given)
+        fs, path = fsspec.core.url_to_fs(spec)
     except ImportError as error:
-        extra = DRIVERS.get(given.split(":")[0])
+        extra = DRIVERS.get(spec.split(":")[0])
         remedy = f"pip install '.[{extra}]'" if extra else one_line(error)
         raise ValueError(f"{where}: the package for such URLs is missing: {remedy}") from None
     except ValueError as error:
@@ -135,12 +140,12 @@ def _find(given: str) -> list[Source]:
         elif fs.exists(path) or not any(c in path for c in "*?["):  # a name may have brackets of its own
             infos, nothing = [fs.info(path)], ""
         else:
-            found = fs.glob(path, detail=True).values()
-            infos = [info for info in found if info["type"] != "directory" and not _is_hidden(info)]
+            matches = fs.glob(path, detail=True).values()
+            infos = [info for info in matches if info["type"] != "directory" and not _is_hidden(info)]
             nothing = "no file matches"
     if not infos:
         raise FileNotFoundError(f"{where}: {nothing}")
-    return [_source(fs, info, given) for info in sorted(infos, key=lambda info: info["name"])]
+    return [_source(fs, info, spec) for info in sorted(infos, key=lambda info: info["name"])]
 
 
 def _format(name: str) -> tuple[str, str] | None:
@@ -163,13 +168,13 @@ def _is_hidden(info: dict[str, Any]) -> bool:
     return os.path.basename(info["name"]).startswith(".")
 
 
-def _source(fs: Any, info: dict[str, Any], given: str) -> Source:
+def _source(fs: Any, info: dict[str, Any], spec: str) -> Source:
     """A local file is shown as it was named: relative if `given` was."""
     path = info["name"]
     if not isinstance(fs, LocalFileSystem):
         url = fs.unstrip_protocol(path)
         return Source(url, url, info["size"] or 0)
-    relative = not (os.path.isabs(given) or given.startswith(("file:", "local:", "~")))
+    relative = not (os.path.isabs(spec) or spec.startswith(("file:", "local:", "~")))
     name = printable(os.path.relpath(path) if relative else path)
     with reading(f"input {name}"):
         status = os.stat(path)  # of what a link leads to, unlike fsspec's

@@ -11,11 +11,15 @@ from jaxinfer.batch.parts import Output
 
 @dataclass(frozen=True)
 class Summary:
-    """complete, rows, errors and tokens are those of the output, or of this shard of it.
+    """What is there of an output, or of this shard of it, and how this run went.
 
-    rows_now: those of this run, and so are seconds (without loading), tokens_per_second (generated ones; when scoring,
-    read ones), device_share (how much of the time the device worked) and cache_hit_rate (how many of the prompts'
-    tokens the prefix cache had).
+    output: the file or folder.
+    complete, rows, errors, prompt_tokens, generated_tokens: of all of it, whichever run made it.
+    rows_now: those of this run.
+    seconds: of this run, without loading.
+    tokens_per_second: generated ones; when scoring, read ones.
+    device_share: how much of the time the device worked.
+    cache_hit_rate: how many of the prompts' tokens the prefix cache had.
     """
 
     output: str

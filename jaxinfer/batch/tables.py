@@ -36,13 +36,13 @@ def column_kinds(sample: Iterable[Mapping[str, Any]], results: Mapping[str, Kind
 def fitting(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, Kind], others: str) -> list[dict[str, Any]]:
     """The rows with what does not fit, a value of another kind or in a column that is not there, in an object in the
     column `others`, which only rows have that need it. Nothing is lost and no row fails."""
-    found = []
+    fitted = []
     for row in rows:
         apart = {c: v for c, v in row.items() if c != others and v is not None and not fits(v, kinds.get(c))}
         kept = {c: v for c, v in row.items() if c in kinds and c not in apart}
         apart |= row.get(others) or {}
-        found.append(kept | {others: apart} if apart else kept)
-    return found
+        fitted.append(kept | {others: apart} if apart else kept)
+    return fitted
 
 
 def fits(value: Any, kind: Kind | None) -> bool:
@@ -60,7 +60,7 @@ def fits(value: Any, kind: Kind | None) -> bool:
             return type(value) is bool
         case "list<bool>" | "list<int64>" | "list<float64>" | "list<string>":
             item = next(plain for plain, listed in LISTS.items() if listed == kind)
-            return isinstance(value, list) and all(one is None or fits(one, item) for one in value)
+            return isinstance(value, list) and all(element is None or fits(element, item) for element in value)
     return True
 
 

@@ -18,8 +18,15 @@ from jaxinfer.tasks.score import Pair
 
 
 class Work(NamedTuple):
-    """A row that is ready to run: see `order.Work`. scored: how many tokens at the prompt's end are to be scored, and
-    text, what they are."""
+    """A row that is ready to run: see `order.Work`.
+
+    row: what it is of.
+    prompt: token ids, with those that are to be scored.
+    length: tokens that it may have in the end.
+    params: None when scoring.
+    scored: how many tokens at the prompt's end are to be scored.
+    text: what they are; None where the row has ids, where some were cut off, and when generating.
+    """
 
     row: Row
     prompt: list[int]
@@ -30,7 +37,12 @@ class Work(NamedTuple):
 
 
 class Worker:
-    """Runs rows. seed: of those that sample and have none of their own; truncate: prompts that are too long."""
+    """Runs rows.
+
+    llm, results: what runs them, and what is made of its outputs.
+    seed: of those that sample and have none of their own.
+    truncate: prompts that are too long.
+    """
 
     def __init__(self, llm: LLM, results: Results, *, seed: int, truncate: bool):
         self.llm, self.results, self.seed, self.truncate = llm, results, seed, truncate
@@ -50,8 +62,8 @@ class Worker:
         running: dict[int, Work] = {}
 
         def items() -> Iterator[Any]:
-            for place, work in enumerate(works):
-                running[place] = work
+            for index, work in enumerate(works):
+                running[index] = work
                 if self.results.task == "score":
                     yield Pair(work.text, work.prompt[: -work.scored], work.prompt[-work.scored :])
                 else:
@@ -73,11 +85,11 @@ class Worker:
         assert ask.prompt is not None
         if ask.continuation is None:
             text: Any = ask.prompt
-            given, scored = encode_text(ask.prompt, self.llm.tokenizer)
+            prompt, scored = encode_text(ask.prompt, self.llm.tokenizer)
         else:
             text = ask.continuation
-            given, scored = encode_pair(ask.prompt, ask.continuation, self.llm.tokenizer)
-        ids = self._fitting([*given, *scored], context + 1)
+            prompt, scored = encode_pair(ask.prompt, ask.continuation, self.llm.tokenizer)
+        ids = self._fitting([*prompt, *scored], context + 1)
         count = min(len(scored), len(ids) - 1)
         whole = isinstance(text, str) and count == len(scored)
         return Work(row, ids, len(ids), None, count, text if whole else None)

@@ -19,7 +19,13 @@ class TooManyErrors(ValueError):
 
 
 class Result(NamedTuple):
-    """What is written for a row: its columns, why it failed or None, how many tokens it took, and where it was read."""
+    """What is written for a row.
+
+    columns: the row's own and the results; of an OpenAI line, the answer's fields.
+    error: why it failed, or None.
+    prompt_tokens, generated_tokens: how many it took.
+    origin: where it was read.
+    """
 
     columns: dict[str, Any]
     error: str | None = None
@@ -39,8 +45,10 @@ class _Done(NamedTuple):
 class Writer:
     """Holds results until their part has all of its rows and those before it are written, and writes it.
 
-    others: the column of what has no other, in a table. schema: of Parquet, the types of columns that are as they were
-    read. rows, errors, prompt_tokens, generated_tokens: so far, those of the finished parts and those that are held.
+    max_errors: how many rows may have an error; None: all.
+    others: the column of what has no other, in a table.
+    schema: of Parquet, the types of columns that are as they were read.
+    rows, errors, prompt_tokens, generated_tokens: so far, those of the finished parts and those that are held.
     """
 
     def __init__(
@@ -99,7 +107,7 @@ class Writer:
 
     def _content(self, done: list[_Done]) -> bytes:
         """Of a part."""
-        contents: Any = [one.content for one in done]
+        contents: Any = [result.content for result in done]
         packing = packing_of(self.output.format)
         if not is_table(self.output.format):
             return packed(b"".join(contents), packing)
@@ -112,7 +120,7 @@ class Writer:
             kinds = kinds | {self.others: "json"}
             self.manifest.others = self.others
         if self.output.format == "parquet":
-            return encode(rows, kinds, [one.origin for one in done], self.schema)
+            return encode(rows, kinds, [result.origin for result in done], self.schema)
         return packed(to_csv(rows, [*kinds]), packing)
 
     def _write_finished(self) -> None:
@@ -123,7 +131,7 @@ class Writer:
             self.output.write(self.output.part(manifest.next_part), self._content(done))
             manifest.parts += 1
             manifest.rows += len(done)
-            manifest.errors += sum(one.failed for one in done)
-            manifest.prompt_tokens += sum(one.prompt_tokens for one in done)
-            manifest.generated_tokens += sum(one.generated_tokens for one in done)
+            manifest.errors += sum(result.failed for result in done)
+            manifest.prompt_tokens += sum(result.prompt_tokens for result in done)
+            manifest.generated_tokens += sum(result.generated_tokens for result in done)
             manifest.save(self.output)

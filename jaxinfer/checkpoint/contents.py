@@ -37,19 +37,19 @@ def files_of(folder: Path, allow: Iterable[str] = ALLOW) -> list[str]:
 def beside(folder: Path) -> list[str]:
     """Those that are neither weights nor config.json, and what else goes along with them. Raises ValueError for a link
     that leads out of the folder."""
-    found = belonging(_names(folder), BESIDE, NOT_BESIDE)
-    for name in found:
+    names = belonging(_names(folder), BESIDE, NOT_BESIDE)
+    for name in names:
         inside(folder, name, f"{folder}: file")
-    return found
+    return names
 
 
 def _names(folder: Path) -> list[str]:
-    places = [folder, *(folder / pattern.split("/")[0] for pattern in TEMPLATES)]
+    directories = [folder, *(folder / pattern.split("/")[0] for pattern in TEMPLATES)]
     return [
         os.path.relpath(file, folder)
-        for place in places
-        if place.is_dir()
-        for file in place.iterdir()
+        for directory in directories
+        if directory.is_dir()
+        for file in directory.iterdir()
         if file.is_file()
     ]
 

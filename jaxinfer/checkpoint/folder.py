@@ -27,8 +27,12 @@ class Checkpoint:
     else the only `*.safetensors` there is, or a complete set `NAME-00001-of-0000N.safetensors` if it is the only one.
     Files that an index names must lie directly in the folder (they may be links within it, or as in the hub's cache).
 
-    Attributes: `folder`; `tensors`, name -> TensorInfo, file by file in the order of the bytes; `nbytes`, the bytes of
-    all tensors; `bytes_read`, the bytes that `read` has read so far. Threads may share one object.
+    folder: as a path.
+    tensors: name -> TensorInfo, file by file in the order of the bytes.
+    nbytes: of all tensors.
+    bytes_read: what `read` has read so far.
+
+    Threads may share one object.
     Raises FileNotFoundError or NotADirectoryError without a folder or weights, and ONE ValueError with all that is
     wrong: damaged or missing files, names that are in several files, or in the index or in a file only.
     """
@@ -122,24 +126,24 @@ def _find(folder: Path) -> tuple[list[str], dict[str, str] | None]:
         index = _read_index(folder / INDEX)
         return sorted(set(index.values())), index
     names = sorted(entry.name for entry in folder.iterdir())
-    found = [name for name in names if name.endswith(".safetensors")]
-    if found == [ADAPTER]:
+    files = [name for name in names if name.endswith(".safetensors")]
+    if files == [ADAPTER]:
         raise ValueError(f"{folder}: has only an adapter ({ADAPTER}); load its base model and apply the adapter to it")
-    if not found:
+    if not files:
         raise _no_weights(folder, names)
-    parts = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", name) for name in found]
-    sets = {(part[1], int(part[3])) if part else (name, 1) for part, name in zip(parts, found, strict=True)}
+    parts = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", name) for name in files]
+    sets = {(part[1], int(part[3])) if part else (name, 1) for part, name in zip(parts, files, strict=True)}
     if len(sets) > 1:
         raise ValueError(
-            f"{folder}: several safetensors files ({some(found)}) and no {INDEX} that says which ones are the model;"
+            f"{folder}: several safetensors files ({some(files)}) and no {INDEX} that says which ones are the model;"
             " download the index too, or leave only one complete set"
         )
     (_, size), *_ = sets
-    if any(part and int(part[2]) != number for number, part in enumerate(parts, 1)) or len(found) != size:
+    if any(part and int(part[2]) != number for number, part in enumerate(parts, 1)) or len(files) != size:
         raise ValueError(
-            f"{folder}: no {INDEX}, and {some(found)} is not a complete set of {size}; download the missing files"
+            f"{folder}: no {INDEX}, and {some(files)} is not a complete set of {size}; download the missing files"
         )
-    return found, None
+    return files, None
 
 
 def _read_index(path: Path) -> dict[str, str]:

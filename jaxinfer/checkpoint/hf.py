@@ -84,8 +84,8 @@ class HfWriter:
             if spec.scheme is None:
                 self._piece(region.tensor, region.stored, region.turned(arrays[""][region.index]))
             else:  # whole tensors alone: see check_hf
-                one = {suffix: array[region.index[:-2]] for suffix, array in arrays.items()}
-                for tensor, value in _tensors(region.tensor, one, spec.scheme).items():
+                slices = {suffix: array[region.index[:-2]] for suffix, array in arrays.items()}
+                for tensor, value in _tensors(region.tensor, slices, spec.scheme).items():
                     self.file.write(tensor, value)
 
     def _piece(self, tensor: str, index: Index, value: Host) -> None:
@@ -107,13 +107,13 @@ def _layouts(tensor: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, L
     """The tensors of a quantized weight."""
     arrays = scheme.arrays(*shape)
     (values, kind), (blocks, of_scales) = arrays[""], arrays[SCALE]
-    found = {f"{tensor}_scale": Layout(blocks, np.dtype(of_scales))}
+    layouts = {f"{tensor}_scale": Layout(blocks, np.dtype(of_scales))}
     if scheme.zeros:  # packed along out, also where the values are not
         size = -(-blocks[0] * (8 // scheme.packed) // 32), blocks[1]
-        found[f"{tensor}_zero_point"] = Layout(size, np.dtype(np.int32))
+        layouts[f"{tensor}_zero_point"] = Layout(size, np.dtype(np.int32))
     if _format(scheme) != PACKED:
-        return found | {tensor: Layout(values, np.dtype(kind))}
-    return found | {
+        return layouts | {tensor: Layout(values, np.dtype(kind))}
+    return layouts | {
         f"{tensor}_packed": Layout((values[0], -(-values[1] // 4)), np.dtype(np.int32)),
         f"{tensor}_shape": Layout((2,), np.dtype(np.int64)),
     }
@@ -122,15 +122,15 @@ def _layouts(tensor: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, L
 def _tensors(tensor: str, arrays: Mapping[str, Host], scheme: Scheme) -> dict[str, Host]:
     """What is in them."""
     values = arrays[""]
-    found = {f"{tensor}_scale": arrays[SCALE]}
+    tensors = {f"{tensor}_scale": arrays[SCALE]}
     if scheme.zeros:
-        found[f"{tensor}_zero_point"] = np.ascontiguousarray(packed(arrays[ZERO].T, 8 // scheme.packed).T)
+        tensors[f"{tensor}_zero_point"] = np.ascontiguousarray(packed(arrays[ZERO].T, 8 // scheme.packed).T)
     if _format(scheme) != PACKED:
-        return found | {tensor: values}
+        return tensors | {tensor: values}
     # Our bytes of two four-bit values are in that order, too, and differ only in the values' highest bits.
     words = (values ^ 0x88).view(np.int32) if scheme.packed == 2 else packed(values, 8)
     columns = values.shape[1] * scheme.packed
-    return found | {f"{tensor}_packed": words, f"{tensor}_shape": np.array([values.shape[0], columns], np.int64)}
+    return tensors | {f"{tensor}_packed": words, f"{tensor}_shape": np.array([values.shape[0], columns], np.int64)}
 
 
 def packed(values: Host, bits: int) -> Host:

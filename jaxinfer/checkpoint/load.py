@@ -31,7 +31,7 @@ FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16,
 def load_params(
     model: AbstractModel,
     checkpoint: Checkpoint,
-    place: jax.Device | Mesh,
+    placement: jax.Device | Mesh,
     on_tensor: Callable[[int], None] | None = None,
     only: Collection[str] | None = None,
 ) -> Params:
@@ -51,7 +51,7 @@ def load_params(
             continue
         part_of = _part_of(spec, tensors)
         for suffix in spec.arrays:
-            array = spec.with_sharding(suffix, place)
+            array = spec.with_sharding(suffix, placement)
             held = parts(array.sharding, array.shape).items()
             each = ((index, devices, part_of(suffix, index)) for index, devices in held)
             params[spec.name + suffix] = _put(array, each, tensors.where(spec), memory)
@@ -101,15 +101,15 @@ class _Quantizing:
 
     def __init__(self, spec: ParamSpec, tensors: _Tensors, scheme: Scheme):
         self._spec, self._tensors, self._scheme = spec, tensors, scheme
-        self._found: dict[Index, dict[str, Host]] = {}
+        self._cache: dict[Index, dict[str, Host]] = {}
 
     def __call__(self, suffix: str, index: Index) -> Host:
         *first, (start, stop), columns = index
         unit, count = self._scheme.rows if suffix else 1, self._spec.shape[-2]
         key = (*first, (min(start * unit, count), min(stop * unit, count)))
-        if key not in self._found:
-            self._found[key] = self._quantized((*key, (0, self._spec.shape[-1])))
-        return self._found[key][suffix][..., slice(*columns)]
+        if key not in self._cache:
+            self._cache[key] = self._quantized((*key, (0, self._spec.shape[-1])))
+        return self._cache[key][suffix][..., slice(*columns)]
 
     def _quantized(self, index: Index) -> dict[str, Host]:
         """One matrix at a time."""
@@ -117,14 +117,14 @@ class _Quantizing:
             if len(index) == 2:
                 return dict(zip(("", SCALE), quantize(self._read(index), self._scheme), strict=True))
             arrays = self._scheme.arrays(*shape_of(index))
-            found = {suffix: np.empty(shape, np.dtype(kind)) for suffix, (shape, kind) in arrays.items()}
+            buffers = {suffix: np.empty(shape, np.dtype(kind)) for suffix, (shape, kind) in arrays.items()}
             for at in np.ndindex(*shape_of(index[:-2])):
-                one = tuple((start + i, start + i + 1) for (start, _), i in zip(index[:-2], at, strict=True))
-                matrix = self._read((*one, *index[-2:])).reshape(shape_of(index[-2:]))
-                found[""][at], found[SCALE][at] = quantize(matrix, self._scheme)
+                leading = tuple((start + i, start + i + 1) for (start, _), i in zip(index[:-2], at, strict=True))
+                matrix = self._read((*leading, *index[-2:])).reshape(shape_of(index[-2:]))
+                buffers[""][at], buffers[SCALE][at] = quantize(matrix, self._scheme)
         except ValueError as error:
             raise ValueError(f"{self._tensors.where(self._spec)}: {error}") from None
-        return found
+        return buffers
 
     def _read(self, index: Index) -> Host:
         return self._spec.source.read(index, self._tensors.read)
@@ -135,27 +135,27 @@ class _Stored:
 
     def __init__(self, spec: ParamSpec, tensors: _Tensors, form: Format):
         self._spec, self._tensors, self._form = spec, tensors, form
-        self._found: dict[str, Host] = {}
+        self._cache: dict[str, Host] = {}
 
     def __call__(self, suffix: str, index: Index) -> Host:
-        if not self._found:
-            self._found = self._arrays()
-        return self._found[suffix][tuple(slice(*part) for part in index)]
+        if not self._cache:
+            self._cache = self._arrays()
+        return self._cache[suffix][tuple(slice(*part) for part in index)]
 
     def _arrays(self) -> dict[str, Host]:
-        found: dict[str, Host] = {}
+        arrays: dict[str, Host] = {}
         for region, size, rows in _linears(self._spec):
             made = self._decoded(region, size, rows)
             if size == self._spec.shape:
                 return made
             for suffix, array in made.items():
-                if suffix not in found:
-                    found[suffix] = np.empty(self._spec.arrays[suffix].shape, array.dtype)
+                if suffix not in arrays:
+                    arrays[suffix] = np.empty(self._spec.arrays[suffix].shape, array.dtype)
                 *first, of_rows, _ = region.index
                 assert isinstance(of_rows, slice)
                 unit = self._spec.scheme.rows if suffix and self._spec.scheme is not None else 1
-                found[suffix][(*first, slice(of_rows.start // unit, -(-of_rows.stop // unit)))] = array
-        return found
+                arrays[suffix][(*first, slice(of_rows.start // unit, -(-of_rows.stop // unit)))] = array
+        return arrays
 
     def _decoded(self, region: Region, size: tuple[int, ...], rows: tuple[int, int]) -> dict[str, Host]:
         base, tensors, form = region.tensor.removesuffix("weight"), self._tensors, self._form
@@ -195,15 +195,15 @@ def _put(whole: Any, held: Iterable[tuple[Index, list[Any], Host]], where: str, 
 
 def _wanted(model: AbstractModel) -> dict[str, Wanted]:
     """The tensors that there should be."""
-    found: dict[str, Wanted] = {}
+    wanted: dict[str, Wanted] = {}
     for spec in model.params.values():
         if spec.stored is None:
-            found |= {name: Wanted((shape,), FLOATS) for name, shape in spec.source.tensors(spec.shape).items()}
+            wanted |= {name: Wanted((shape,), FLOATS) for name, shape in spec.source.tensors(spec.shape).items()}
             continue
         for region, size, _ in _linears(spec):
             base = region.tensor.removesuffix("weight")
-            found |= {base + suffix: one for suffix, one in wanted_tensors(spec.stored, *size).items()}
-    return found
+            wanted |= {base + suffix: tensor for suffix, tensor in wanted_tensors(spec.stored, *size).items()}
+    return wanted
 
 
 def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:

@@ -24,13 +24,13 @@ def open_weights(folder: Path) -> Weights:
 
 
 def load_weights(
-    model: AbstractModel, weights: Weights, place: jax.Device | Mesh, on_tensor: Callable[[int], None] | None = None
+    model: AbstractModel, weights: Weights, placement: jax.Device | Mesh, on_tensor: Callable[[int], None] | None = None
 ) -> Params:
     """All parameters of `model` on the device, or split over the mesh: see load_params and restore. `on_tensor` is
     told the bytes that were read."""
     if isinstance(weights, Checkpoint):
-        return load_params(model, weights, place, on_tensor)
-    params = HugePages().moved(restore(model, weights, place))
+        return load_params(model, weights, placement, on_tensor)
+    params = HugePages().moved(restore(model, weights, placement))
     if on_tensor is not None:
         on_tensor(weights.nbytes)
     return params

@@ -42,29 +42,35 @@ CHUNK = 2**24  # bytes: another mesh reads whole ones, so they are smaller than 
 class Converted:
     """A converted checkpoint, of which the manifest has been read.
 
-    url: where the weights are if only the other files are in the folder; a manifest does not say where. Attributes:
-    `folder`; `weights`, where Orbax's files are; `files`, their sizes; `tensors`, name -> shape, with the padding of
-    the mesh that wrote it, and dtype; `nbytes`, their bytes. Raises ValueError for a manifest that is none, and for
-    weights that are a link to somewhere else.
+    url: where the weights are if only the other files are in the folder; a manifest does not say where.
+    folder: with the manifest.
+    weights: where Orbax's files are.
+    files: their sizes, by name.
+    tensors: name -> shape, with the padding of the mesh that wrote it, and dtype.
+    nbytes: of all tensors.
+
+    Raises ValueError for a manifest that is none, and for weights that are a link to somewhere else.
     """
 
     def __init__(self, folder: Path, url: str | None = None) -> None:
         self.folder = folder
         path = folder / MANIFEST
-        said = read_json(path)
-        if said.get("format") != FORMAT:
+        manifest = read_json(path)
+        if manifest.get("format") != FORMAT:
             raise ValueError(
-                f"{path}: format is {short(said.get('format'))}, and {FORMAT} is read: convert the checkpoint again"
+                f"{path}: format is {short(manifest.get('format'))}, and {FORMAT} is read: convert the checkpoint again"
             )
-        if "weights" in said:
+        if "weights" in manifest:
             raise ValueError(
-                f"{path}: says that weights are {short(said['weights'])}; they are in {WEIGHTS}/ beside it and nowhere "
-                "else: remove the field"
+                f"{path}: says that weights are {short(manifest['weights'])}; they are in {WEIGHTS}/ beside it and "
+                "nowhere else: remove the field"
             )
         self.weights = f"{url}/{WEIGHTS}" if url else str(inside(os.path.abspath(folder), WEIGHTS, f"{path}: weights"))
         try:
-            self.files = dict(zip(said["files"], _sizes_of([*said["files"].values()]), strict=True))
-            self.tensors = {name: _layout(one["shape"], one["dtype"]) for name, one in said["tensors"].items()}
+            self.files = dict(zip(manifest["files"], _sizes_of([*manifest["files"].values()]), strict=True))
+            self.tensors = {
+                name: _layout(entry["shape"], entry["dtype"]) for name, entry in manifest["tensors"].items()
+            }
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: not what jaxinfer convert writes ({error!r:.200}): convert it again") from None
         self.nbytes = sum(stored.nbytes for stored in self.tensors.values())
@@ -87,19 +93,19 @@ class Converted:
         self.close()
 
 
-def _sizes_of(said: Any) -> tuple[int, ...]:
-    if not isinstance(said, list):
-        raise TypeError(f"{short(said)} is no list of sizes")
-    if wrong := [size for size in said if type(size) is not int or not 0 <= size < 2**63]:
+def _sizes_of(sizes: Any) -> tuple[int, ...]:
+    if not isinstance(sizes, list):
+        raise TypeError(f"{short(sizes)} is no list of sizes")
+    if wrong := [size for size in sizes if type(size) is not int or not 0 <= size < 2**63]:
         raise ValueError(f"{short(wrong[0])} is no size")
-    return tuple(said)
+    return tuple(sizes)
 
 
 def _layout(shape: Any, dtype: Any) -> Layout:
-    found = Layout(_sizes_of(shape), KINDS[dtype])
-    if found.nbytes >= 2**63:
+    layout = Layout(_sizes_of(shape), KINDS[dtype])
+    if layout.nbytes >= 2**63:
         raise ValueError(f"{short(shape)} is no shape")
-    return found
+    return layout
 
 
 def is_converted(folder: Path) -> bool:
@@ -138,7 +144,7 @@ def save(params: Params, path: str) -> None:
             raise OSError(f"{path}: can't be written: {short(str(error))}") from None
 
 
-def restore(model: AbstractModel, checkpoint: Converted, place: jax.Device | Mesh) -> Params:
+def restore(model: AbstractModel, checkpoint: Converted, placement: jax.Device | Mesh) -> Params:
     """All parameters of `model`, in its dtype, on the device or split over the mesh, whatever mesh they were written
     from. Each process reads what its devices hold. Host memory beside the result: four of the largest tensors, or 1 GB.
 
@@ -153,11 +159,11 @@ def restore(model: AbstractModel, checkpoint: Converted, place: jax.Device | Mes
     wrong = [name for name, size in checkpoint.files.items() if sizes.get(name) != size]
     if wrong:
         raise _damaged(checkpoint.weights, f"files that are missing or have another size: {some(wrong)}")
-    wanted = {name: model.with_sharding(name, place) for name in model.abstract}
+    wanted = {name: model.with_sharding(name, placement) for name in model.abstract}
     arguments = {
         # Not strict: padding is cut off, and added.
-        name: ocp.ArrayRestoreArgs(sharding=one.sharding, global_shape=one.shape, dtype=one.dtype, strict=False)
-        for name, one in wanted.items()
+        name: ocp.ArrayRestoreArgs(sharding=array.sharding, global_shape=array.shape, dtype=array.dtype, strict=False)
+        for name, array in wanted.items()
     }
     with _checkpointer(wanted) as checkpointer:
         try:
@@ -173,8 +179,8 @@ def _damaged(path: str, problem: str) -> CheckpointError:
 def _sizes(path: str) -> dict[str, int]:
     """The files below a folder or URL, and their bytes. Raises ValueError for links that lead out of it."""
     fs, root = file_system(path)
-    found = fs.find(root, detail=True)
-    sizes = {name.removeprefix(root).lstrip("/"): int(about["size"]) for name, about in found.items()}
+    infos = fs.find(root, detail=True)
+    sizes = {name.removeprefix(root).lstrip("/"): int(info["size"]) for name, info in infos.items()}
     if isinstance(fs, LocalFileSystem):
         for name in sizes:
             inside(root, name, f"{path}: file")
@@ -212,7 +218,7 @@ def _checkpointer(tensors: Mapping[str, Any]) -> Iterator[Any]:
     """Orbax's, which has few tensors at a time in memory, and says nothing."""
     import orbax.checkpoint as ocp
 
-    largest = max((one.size * one.dtype.itemsize for one in tensors.values()), default=0)
+    largest = max((tensor.size * tensor.dtype.itemsize for tensor in tensors.values()), default=0)
     limit = 1 + 4 * largest // 10**9
     log = logging.getLogger("absl")
     level = log.level

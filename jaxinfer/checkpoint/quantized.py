@@ -35,7 +35,11 @@ AWQ_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 
 @dataclass(frozen=True)
 class Wanted:
-    """A tensor: the shapes and dtypes that it may have, and whether it may be missing."""
+    """A tensor that there should be.
+
+    shapes, dtypes: those that it may have.
+    optional: whether it may be missing.
+    """
 
     shapes: tuple[Shape, ...]
     dtypes: tuple[np.dtype[Any], ...]
@@ -59,16 +63,16 @@ def wanted_tensors(form: Format, rows: int, columns: int) -> dict[str, Wanted]:
     shapes: tuple[Shape, ...] = ((high, groups),)
     if groups == 1:
         shapes += ((high,), *([()] if high == 1 else []))
-    found = {form.scale: Wanted(shapes, SCALES)}
+    tensors = {form.scale: Wanted(shapes, SCALES)}
     if form.inputs:
-        found["input_scale"] = Wanted(((), (1,), (1, 1)), SCALES)
+        tensors["input_scale"] = Wanted(((), (1,), (1, 1)), SCALES)
     if form.layout == "plain":
         kind = np.dtype(ml_dtypes.float8_e4m3fn if form.floats else np.int8)
         zero = {"weight_zero_point": Wanted(shapes, (np.dtype(np.int8),))} if form.zeros else {}
-        return found | {"weight": Wanted(((rows, columns),), (kind,))} | zero
+        return tensors | {"weight": Wanted(((rows, columns),), (kind,))} | zero
     zero = {"weight_zero_point": Wanted(((-(-rows // fit), groups),), words)} if form.zeros else {}
     return (
-        found
+        tensors
         | {
             "weight_packed": Wanted(((rows, -(-columns // fit)),), words),
             "weight_shape": Wanted(((2,),), INTEGERS, optional=True),
@@ -80,8 +84,14 @@ def wanted_tensors(form: Format, rows: int, columns: int) -> dict[str, Wanted]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A linear: `(values - zeros) * scales`. values `[out, in]`: as they are, or unsigned; zeros `[out, G]`: integers;
-    scales: f32 `[out, G]`, or for blocks of rows `[out / rows, G]`; order i64 `[in]`: the group of each input."""
+    """A linear: `(values - zeros) * scales`.
+
+    form: how it was stored.
+    values: `[out, in]`, as they are, or unsigned.
+    zeros: integers `[out, G]`; None: zero.
+    scales: f32 `[out, G]`, or for blocks of rows `[out / rows, G]`.
+    order: i64 `[in]`, the group of each input; None: they are in order.
+    """
 
     form: Format
     values: Host
@@ -102,8 +112,8 @@ class Decoded:
             values, zeros = values ^ np.uint8(half), (zeros.astype(np.int16) - half).astype(np.int8)  # two's complement
             values = values[:, ::2] & 15 | values[:, 1::2] << 4 if scheme.packed == 2 else values.view(np.int8)
         rows = len(self.values) if self.form.rows == 0 else len(self.scales)
-        found = {"": values, SCALE: np.broadcast_to(self.scales, (rows, self.scales.shape[1]))}
-        return found | ({ZERO: zeros} if scheme.zeros and zeros is not None else {})
+        arrays = {"": values, SCALE: np.broadcast_to(self.scales, (rows, self.scales.shape[1]))}
+        return arrays | ({ZERO: zeros} if scheme.zeros and zeros is not None else {})
 
     def floats(self, dtype: np.dtype[Any]) -> Host:
         """The weight in this dtype, computed in float32 a few rows at a time."""
@@ -145,7 +155,7 @@ def decode(form: Format, stored: Mapping[str, Host], rows: int, columns: int) ->
         values, zeros = stored["qweight"], _unpacked(stored["qzeros"], form.bits)
         values = _unpacked(np.ascontiguousarray(values.T), form.bits) if form.layout == "gptq" else _unpacked(values, 4)
         if form.layout == "awq":
-            values, zeros = (one.reshape(len(one), -1, 8)[..., np.argsort(AWQ_ORDER)] for one in (values, zeros))
+            values, zeros = (array.reshape(len(array), -1, 8)[..., np.argsort(AWQ_ORDER)] for array in (values, zeros))
             values, zeros = values.reshape(columns, -1).T, zeros.reshape(groups, -1)
         zeros = zeros.T[:rows]
         zeros = (zeros + np.uint8(form.offset)) & np.uint8(2**form.bits - 1) if form.zeros else _middle(form, zeros)

@@ -40,11 +40,11 @@ def fetch(url: str) -> Path:
     for name, content in files.items():
         digest.update(f"\0{name}\0{len(content)}\0".encode() + content)
     # Named by its content: a folder that others may be reading, or making at the same time, never changes.
-    place = _cache() / digest.hexdigest()[:24]
-    folder = place / os.path.basename(url)
+    entry = _cache() / digest.hexdigest()[:24]
+    folder = entry / os.path.basename(url)
     if not all((folder / name).is_file() and (folder / name).read_bytes() == files[name] for name in files):
         try:
-            with renamed(str(place), replaces=True) as new:
+            with renamed(str(entry), replaces=True) as new:
                 os.mkdir(os.path.join(new, folder.name))
                 Path(new, URL).write_text(url)
                 for name, content in files.items():
@@ -59,8 +59,8 @@ def fetch(url: str) -> Path:
 
 def origin(folder: Path) -> str | None:
     """The URL of a folder that `fetch` has made, where its weights are. No file of the folder itself says it."""
-    place = Path(os.path.abspath(folder)).parent
-    return (place / URL).read_text() if place.parent == _cache() and (place / URL).is_file() else None
+    entry = Path(os.path.abspath(folder)).parent
+    return (entry / URL).read_text() if entry.parent == _cache() and (entry / URL).is_file() else None
 
 
 def _cache() -> Path:
@@ -72,11 +72,11 @@ def _cache() -> Path:
 def _read(fs: Any, path: str, url: str) -> dict[str, bytes]:
     """The files that a checkpoint has beside its weights. Raises ValueError for one that is too large."""
     sizes: dict[str, int] = {}
-    for place in (path, *(f"{path}/{pattern.split('/')[0]}" for pattern in TEMPLATES)):
+    for directory in (path, *(f"{path}/{pattern.split('/')[0]}" for pattern in TEMPLATES)):
         with contextlib.suppress(FileNotFoundError):
             sizes |= {
                 info["name"].removeprefix(path).lstrip("/"): info["size"]
-                for info in fs.ls(place, detail=True)
+                for info in fs.ls(directory, detail=True)
                 if info["type"] == "file"
             }
     names = belonging(sizes, BESIDE, ())

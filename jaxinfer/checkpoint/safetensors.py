@@ -56,7 +56,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `nbytes` bytes from byte `offset` of `file`, in C order."""
+    """Where one tensor lies, in C order.
+
+    name, dtype, shape: as the header says.
+    file: which has it.
+    offset, nbytes: from which byte of the file on, and how many.
+    """
 
     name: str
     dtype: np.dtype[Any]
@@ -69,7 +74,10 @@ class TensorInfo:
 class SafetensorsFile:
     """An open safetensors file whose header has been checked completely.
 
-    Attributes: `path`; `tensors`, name -> TensorInfo in the order of the bytes; `metadata`, the header's free text.
+    path: of the file.
+    tensors: name -> TensorInfo in the order of the bytes.
+    metadata: the header's free text.
+
     Raises ValueError (one line, which names the file) for anything that is not a valid file, OSError if it can't be
     read. Threads may share one object.
     """

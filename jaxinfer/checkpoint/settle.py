@@ -31,25 +31,25 @@ def as_stored(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     alone, stays tied. Quantized linears are those that have such tensors, however config.json names the others. Raises
     ValueError for a config.json that is none.
     """
-    found = dict(config)
+    content = dict(config)
     architecture, parsed = parse_config(config)
     names = architecture.weights(parsed)
     if parsed.tie_word_embeddings and _has_own_head(weights, names):
-        found["tie_word_embeddings"] = False
+        content["tie_word_embeddings"] = False
         log.warning("%s: has a head of its own, which is used, although config.json ties it", weights.folder)
-    said = stored_quantization(config) if isinstance(weights, Checkpoint) else None
-    if said is not None and isinstance(weights, Checkpoint):
+    stored = stored_quantization(config) if isinstance(weights, Checkpoint) else None
+    if stored is not None and isinstance(weights, Checkpoint):
         plain, packed = _linears(weights, names)
-        as_said = all(said.format_of(name, "Linear") is None for name in plain)
-        if not as_said or any(said.format_of(name, "Linear") is None for name in packed):
-            found = leaving(found, plain)
-    return found
+        as_said = all(stored.format_of(name, "Linear") is None for name in plain)
+        if not as_said or any(stored.format_of(name, "Linear") is None for name in packed):
+            content = leaving(content, plain)
+    return content
 
 
 def _has_own_head(weights: Weights, names: ParamMapping) -> bool:
     if not isinstance(weights, Checkpoint):
         return names.head in weights.tensors
-    if any(names.head.removesuffix("weight") + one in weights.tensors for one in PACKED):
+    if any(names.head.removesuffix("weight") + suffix in weights.tensors for suffix in PACKED):
         return True
     head = weights.tensors.get(names.head)
     embedding = next((weights.tensors[n] for n in names.spellings(names.embedding) if n in weights.tensors), None)
@@ -60,8 +60,8 @@ def _has_own_head(weights: Weights, names: ParamMapping) -> bool:
     count = max(BLOCK // max(head.shape[1], 1), 1)
     for start in range(0, head.shape[0], count):
         rows = slice(start, min(start + count, head.shape[0])), slice(0, head.shape[1])
-        one, other = (weights.read(info.name, rows).astype(np.float32) for info in (head, embedding))
-        if not np.array_equal(one, other, equal_nan=True):
+        head_rows, embedding_rows = (weights.read(info.name, rows).astype(np.float32) for info in (head, embedding))
+        if not np.array_equal(head_rows, embedding_rows, equal_nan=True):
             return True
     return False
 

@@ -21,7 +21,10 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Layout(NamedTuple):
-    """Shape and dtype of a tensor."""
+    """A tensor without its values.
+
+    shape, dtype: the tensor's.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -40,7 +43,7 @@ class SafetensorsWriter:
     def __init__(self, folder: str, tensors: Mapping[str, Layout], file_bytes: int = FILE_BYTES) -> None:
         groups: list[dict[str, Layout]] = [{}]
         for name, layout in tensors.items():
-            if groups[-1] and sum(one.nbytes for one in groups[-1].values()) + layout.nbytes > file_bytes:
+            if groups[-1] and sum(member.nbytes for member in groups[-1].values()) + layout.nbytes > file_bytes:
                 groups.append({})
             groups[-1][name] = layout
         stem = SINGLE.removesuffix(".safetensors")
@@ -49,7 +52,7 @@ class SafetensorsWriter:
         self.layouts = dict(tensors)
         self._missing = set(tensors)
         self._files: list[IO[bytes]] = []
-        self._places: dict[str, tuple[IO[bytes], int]] = {}
+        self._positions: dict[str, tuple[IO[bytes], int]] = {}
         try:
             for file_name, group in zip(names, groups, strict=True):
                 self._begin(os.path.join(folder, file_name), group)
@@ -64,7 +67,7 @@ class SafetensorsWriter:
 
     def write(self, name: str, array: np.ndarray[Any, Any]) -> None:
         """A tensor of the layout that was said."""
-        layout, (file, offset) = self.layouts[name], self._places[name]
+        layout, (file, offset) = self.layouts[name], self._positions[name]
         assert Layout(array.shape, array.dtype) == layout, f"{name} is {array.shape} {array.dtype}, not {layout}"
         file.seek(offset)
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
@@ -94,4 +97,4 @@ class SafetensorsWriter:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
         for name in group:
-            self._places[name] = file, 8 + len(text) + header[name]["data_offsets"][0]
+            self._positions[name] = file, 8 + len(text) + header[name]["data_offsets"][0]

@@ -102,15 +102,15 @@ def _hints(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
     from jaxinfer.aliases.loading import LOADING
     from jaxinfer.aliases.sampling import SAMPLING
 
-    found = {}
-    for one in arguments:
-        option, name = one.partition("=")[0], one.partition("=")[0].removeprefix("--").replace("-", "_")
+    hints = {}
+    for argument in arguments:
+        option, name = argument.partition("=")[0], argument.partition("=")[0].removeprefix("--").replace("-", "_")
         words = next((words for words in (SAMPLING, LOADING) if name in words), None)
-        if one.startswith("--") and words is not None and name not in known:
+        if argument.startswith("--") and words is not None and name not in known:
             ours = words.same.get(name)
-            said = f"here it is --{ours.replace('_', '-')}" if ours and ours in known else words.word(name)
-            found[option] = f"{option}: {said}"
-    return list(found.values())
+            hint = f"here it is --{ours.replace('_', '-')}" if ours and ours in known else words.word(name)
+            hints[option] = f"{option}: {hint}"
+    return list(hints.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

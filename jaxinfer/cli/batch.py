@@ -149,7 +149,7 @@ def batch(
     if output.output is None:
         raise ValueError("--output is missing: a folder, or a file *.jsonl, *.csv or *.parquet")
     check_kept(output.output, "output")
-    changes = sampling.given
+    changes = sampling.changes
     model, options = load.loading(**batching.options, seed=changes.pop("seed", None))
     if logprobs is not None:
         changes["logprobs"] = logprobs

@@ -162,15 +162,15 @@ def latency(
 
 def _measured(llm: LLM, run: Callable[[int], Run], count: int) -> list[Run]:
     """Of `run(1)` and so on those in which nothing was compiled."""
-    found: list[Run] = []
+    runs: list[Run] = []
     for i in itertools.count(1):
         before = llm.compile_seconds
-        one = run(i)
+        measurement = run(i)
         if llm.compile_seconds == before:
-            found.append(one)
-        if len(found) == count:
+            runs.append(measurement)
+        if len(runs) == count:
             break
-    return found
+    return runs
 
 
 def _latency_rows(figures: dict[str, Any]) -> list[list[str]]:

@@ -77,12 +77,12 @@ def chat(
 
 def _command(message: str) -> str | None:
     """The command that a message is, if it is one. Raises ValueError if there is no such command."""
-    found = re.match(r"/[a-zA-Z]+(?=\s|$)", message)
-    if found is None:
+    match = re.match(r"/[a-zA-Z]+(?=\s|$)", message)
+    if match is None:
         return None
     if message.strip() in COMMANDS:
         return message.strip()
-    close = difflib.get_close_matches(found[0], COMMANDS, n=1)
+    close = difflib.get_close_matches(match[0], COMMANDS, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ValueError(f"no command {title(message)!r}: {hint}/help lists them; a space before it makes it a message")
 
@@ -108,11 +108,11 @@ class Conversation:
         Raises ValueError, and forgets the message, when the conversation has become too long for the context.
         """
         messages = [*self._messages, {"role": "user", "content": message}]
-        said: list[str] = []
+        pieces: list[str] = []
 
         def noted(outputs: Iterator[tuple[str, RequestOutput]]) -> Iterator[str]:
             for piece, output in outputs:
-                said.append(piece)
+                pieces.append(piece)
                 yield piece
                 if output.error is not None:
                     raise ValueError(output.error)
@@ -123,8 +123,8 @@ class Conversation:
             raise ValueError(f"{error}; or forget the conversation with /reset") from None
         with closing(stream), suppress(KeyboardInterrupt):
             print_pieces(noted(stream), progress)
-        if said:
-            self._messages = [*messages, {"role": "assistant", "content": "".join(said)}]
+        if pieces:
+            self._messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
 
 def _messages(in_terminal: bool) -> Iterator[str]:

@@ -92,7 +92,7 @@ def compare(
     elif packaged:
         from jaxinfer.demo.questions import held_out_questions
 
-        texts = [f"{one.text} {one.answer}" for one in held_out_questions(1000, 1)]
+        texts = [f"{question.text} {question.answer}" for question in held_out_questions(1000, 1)]
     else:
         raise ValueError("there is nothing to compare on: give texts with --data FILE")
     right = _right(questions) if packaged and questions else None
@@ -100,7 +100,7 @@ def compare(
         progress("starting JAX")
         from jaxinfer.compare import compare as prices
 
-        found: list[Price] = []
+        results: list[Price] = []
         errors: dict[str, str] = {}
 
         def failed(scheme: str, error: Exception) -> None:
@@ -111,17 +111,17 @@ def compare(
         options["on_progress"] = progress
         try:
             for price in prices(model, names, texts, max_tokens=max_tokens, right=right, on_error=failed, **options):
-                found.append(price)
+                results.append(price)
                 progress(f"compared {price.scheme or 'the model as it is'}")
         finally:  # what is known is said, after Ctrl-C too
             progress.hide()
-            if as_json and found:
-                figures = [dataclasses.asdict(price) for price in found]
+            if as_json and results:
+                figures = [dataclasses.asdict(price) for price in results]
                 print(json.dumps({"model": str(model), "prices": figures, "errors": errors}))
-            elif found:
-                _print(found)
+            elif results:
+                _print(results)
         if plot is not None:
-            draw(lambda axes: _draw(found, axes), plot)
+            draw(lambda axes: _draw(results, axes), plot)
     if errors:
         raise typer.Exit(1)
 
@@ -146,25 +146,25 @@ def _print(prices: list[Price]) -> None:
     table = Table("", *heads, *(["right answers"] if exact else []), title=f"on {prices[0].tokens} tokens")
     for column in table.columns[1:]:
         column.justify = "right"
-    for one in prices:
+    for price in prices:
         table.add_row(
-            (one.scheme or "as it is").rstrip("/").rsplit("/", 1)[-1],
-            f"{one.kl_mean:.2e}",
-            f"{one.kl_p99:.2e}",
-            f"{one.top1:.2%}",
-            f"{one.perplexity:.4f}",
-            f"{one.weight_bytes / MB:.1f}",
-            str(one.cache_bytes_per_token),
-            f"{one.decode_rate:.1f}",
-            *([f"{one.exact_match:.2%}"] if exact else []),
+            (price.scheme or "as it is").rstrip("/").rsplit("/", 1)[-1],
+            f"{price.kl_mean:.2e}",
+            f"{price.kl_p99:.2e}",
+            f"{price.top1:.2%}",
+            f"{price.perplexity:.4f}",
+            f"{price.weight_bytes / MB:.1f}",
+            str(price.cache_bytes_per_token),
+            f"{price.decode_rate:.1f}",
+            *([f"{price.exact_match:.2%}"] if exact else []),
         )
     Console().print(table)
 
 
 def _draw(prices: list[Price], axes: Any) -> None:
-    for one in prices[1:]:
-        axes.scatter(one.weight_bytes / MB, max(one.kl_mean, 1e-9))
-        axes.annotate(one.scheme, (one.weight_bytes / MB, max(one.kl_mean, 1e-9)))
+    for price in prices[1:]:
+        axes.scatter(price.weight_bytes / MB, max(price.kl_mean, 1e-9))
+        axes.annotate(price.scheme, (price.weight_bytes / MB, max(price.kl_mean, 1e-9)))
     axes.axvline(prices[0].weight_bytes / MB, color="grey", ls=":", label="as it is")
     axes.set(yscale="log", xlabel="weights, MB", ylabel="mean KL divergence, nats")
     axes.grid(alpha=0.3)

@@ -103,8 +103,8 @@ def _programs(config: Any, topology: str | None, options: Any) -> tuple[Programs
     from jaxinfer.plan.fit import fit, model_of
     from jaxinfer.plan.places import find_place
 
-    place = find_place(topology)
-    if not place.compiles:
+    target = find_place(topology)
+    if not target.compiles:
         raise ValueError(f"topology is {topology!r}: programs of GPUs are compiled where they are; leave it out there")
-    held = fit(model_of(config, options.get("dtype", "auto"), place, options.get("quantization")), place, **options)
+    held = fit(model_of(config, options.get("dtype", "auto"), target, options.get("quantization")), target, **options)
     return held.programs, held.sizes, refusals(held)

@@ -67,11 +67,11 @@ class Progress:
         self._watch = None
 
     def _say(self, hidden: threading.Event) -> None:
-        said = ""
+        text = ""
         while not hidden.wait(PATIENCE):
-            if self._what != said:
-                said = self._what
-                print(f"jaxinfer: {said}", file=sys.stderr, flush=True)
+            if self._what != text:
+                text = self._what
+                print(f"jaxinfer: {text}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         return self

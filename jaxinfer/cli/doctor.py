@@ -24,23 +24,23 @@ def doctor(as_json: JSON = False, *, load: ModelOptions, verbosity: Verbosity) -
         load, deployment = named(None, load)
         model, options = load.loading()
         config = architecture(model, deployment)
-    found = examine()
-    here = isinstance(found["devices"], list)
+    facts = examine()
+    here = isinstance(facts["devices"], list)
     if here and config is not None:
-        found |= examine_model(config, options)
-    _print(found, as_json)
+        facts |= examine_model(config, options)
+    _print(facts, as_json)
     if not here:
-        raise ValueError(str(found["devices"]))
+        raise ValueError(str(facts["devices"]))
 
 
-def _print(found: dict[str, str | list[str]], as_json: bool) -> None:
+def _print(facts: dict[str, str | list[str]], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(facts))
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in found.items():
+    for name, value in facts.items():
         table.add_row(name, "\n".join(value) if isinstance(value, list) else str(value))
     Console().print(table, markup=False, highlight=False)

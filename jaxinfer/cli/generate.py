@@ -80,12 +80,12 @@ def generate(
         llm = batching.load(load, progress)
         params = sampling.params(llm.get_default_sampling_params(), **asked)
         template = {} if chat_template is None else {"chat_template": read_chat_template(chat_template, llm)}
-        given: list[Prompt] = [_as_message(llm, text, template) for text in texts] if chat else list(texts)
+        inputs: list[Prompt] = [_as_message(llm, text, template) for text in texts] if chat else list(texts)
         with _trace(profile):
             if as_json or len(texts) > 1 or n > 1:
-                _print_outputs(llm, texts, given, params, as_json, progress)
+                _print_outputs(llm, texts, inputs, params, as_json, progress)
             else:
-                print_pieces(llm.stream(given[0], params), progress)
+                print_pieces(llm.stream(inputs[0], params), progress)
 
 
 def _texts(arguments: list[str], file: str | None) -> list[str]:
@@ -145,13 +145,13 @@ def _print_outputs(
         if output.error is not None:
             errors += 1
             say_error(f"prompt {output.index}: {output.error}")
-        for one in output.outputs:
+        for completion in output.outputs:
             if as_json:
-                print(json.dumps(_record(llm, texts[i], output, one)), flush=True)
+                print(json.dumps(_record(llm, texts[i], output, completion)), flush=True)
                 continue
-            separation = "\n" if i or one.index else ""
-            which = f", {one.index + 1} of {params.n}" if params.n > 1 else ""
-            print(f"{separation}==> {title(texts[i])}{which} <==\n{one.text}", flush=True)
+            separation = "\n" if i or completion.index else ""
+            which = f", {completion.index + 1} of {params.n}" if params.n > 1 else ""
+            print(f"{separation}==> {title(texts[i])}{which} <==\n{completion.text}", flush=True)
         if i + 1 < len(texts):
             progress(f"generating, {i + 1} of {len(texts)} are done")
     if errors:
@@ -187,5 +187,6 @@ def _record(llm: LLM, prompt: str, output: RequestOutput, completion: Completion
 def _likeliest(step: Mapping[int, Logprob]) -> list[dict[str, Any]]:
     """Of one token, the sampled one first, as `jaxinfer batch` writes it."""
     return [
-        {"token_id": i, "token": one.decoded_token, "logprob": one.logprob, "rank": one.rank} for i, one in step.items()
+        {"token_id": i, "token": logprob.decoded_token, "logprob": logprob.logprob, "rank": logprob.rank}
+        for i, logprob in step.items()
     ]

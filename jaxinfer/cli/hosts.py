@@ -37,9 +37,9 @@ class HostOptions:
     def join(self, unasked: bool = True) -> bool:
         """Joins the others, if there are any: those that are given, or (`unasked`) of a TPU pod. Whether this process
         follows, so that all that is left to it is to load the model. Raises ValueError and OSError."""
-        given = None if self.coordinator == "auto" else self.coordinator, self.num_processes, self.process_id
+        arguments = None if self.coordinator == "auto" else self.coordinator, self.num_processes, self.process_id
         if self != HostOptions() or (unasked and distributed.on_tpu_pod()):
-            distributed.initialize(*given)
+            distributed.initialize(*arguments)
         group = distributed.group()
         if group is None:
             if self.coordinator == "auto":

@@ -48,12 +48,12 @@ def _check_output(arguments: list[str]) -> None:
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output_path", "-o")
-    given = parser.parse_known_args(arguments)[0].output_path
-    if given is not None:
-        path = local(given, "--output_path")
+    output_path = parser.parse_known_args(arguments)[0].output_path
+    if output_path is not None:
+        path = local(output_path, "--output_path")
         if path.endswith(".json"):  # its name gets a date
             path = os.path.dirname(path)
-        check_new(os.path.join(path, ".new") if os.path.lexists(path) else path, f"--output_path {given}")
+        check_new(os.path.join(path, ".new") if os.path.lexists(path) else path, f"--output_path {output_path}")
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -61,9 +61,9 @@ def _joined(arguments: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for field in dataclasses.fields(HostOptions):
         parser.add_argument(f"--{field.name.replace('_', '-')}", dest=field.name)
-    given, rest = parser.parse_known_args(arguments)
+    namespace, rest = parser.parse_known_args(arguments)
     options: dict[str, Any] = {
-        name: int(value) if (value or "").isdecimal() else value for name, value in vars(given).items()
+        name: int(value) if (value or "").isdecimal() else value for name, value in vars(namespace).items()
     }
     HostOptions(**options).join()
     return rest

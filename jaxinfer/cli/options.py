@@ -28,8 +28,8 @@ MODEL, SAMPLING = "Model", "Sampling (what is not given is as the checkpoint say
 
 def engine_option(name: str, panel: str | None = None) -> Any:
     """What the command line says of an option of EngineConfig."""
-    said = OPTIONS[name].option
-    return typer.Option(metavar=said.metavar, help=said.help, rich_help_panel=panel)
+    option = OPTIONS[name].option
+    return typer.Option(metavar=option.metavar, help=option.help, rich_help_panel=panel)
 
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and all else on stderr.")]
@@ -49,8 +49,8 @@ class EngineOptions:
     @staticmethod
     def _kind(name: str) -> Any:
         """What the command line makes of it."""
-        one = OPTIONS[name]
-        return one.kind if one.choices else next((kind for kind in (int, float) if kind in one.kinds), str)
+        option = OPTIONS[name]
+        return option.kind if option.choices else next((kind for kind in (int, float) if kind in option.kinds), str)
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class ModelOptions:
     def loading(self, **more: Any) -> tuple[str | os.PathLike[str], EngineConfig]:
         """Model and options for LLM, these and `more` of them: what is given, before what --config says. Raises
         ValueError for what can't be given."""
-        given = {name: value for name, value in {**self.options, **more}.items() if value is not None}
-        if "quantization" in given:
-            given["quantization"] = parse_quantization(given["quantization"])
-        check_options(given)
-        options = cast(EngineConfig, given)
+        settings = {name: value for name, value in {**self.options, **more}.items() if value is not None}
+        if "quantization" in settings:
+            settings["quantization"] = parse_quantization(settings["quantization"])
+        check_options(settings)
+        options = cast(EngineConfig, settings)
         if self.config is not None:
             from jaxinfer.engine.deployment import read_deployment
 
@@ -189,14 +189,14 @@ class SamplingOptions:
     ] = None
 
     @property
-    def given(self) -> dict[str, Any]:
+    def changes(self) -> dict[str, Any]:
         """Those that are given."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     def params(self, defaults: SamplingParams | None = None, **more: Any) -> SamplingParams:
         """These, and `more` of them, over `defaults`. Raises ValueError for a value out of range, so call it before
         loading as well."""
-        return (defaults or SamplingParams()).with_changes(**{"max_tokens": DEFAULT_MAX_TOKENS} | self.given | more)
+        return (defaults or SamplingParams()).with_changes(**{"max_tokens": DEFAULT_MAX_TOKENS} | self.changes | more)
 
 
 @dataclass(frozen=True)
@@ -234,12 +234,12 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             shown += [inspect.Parameter(n, kind, default=default, annotation=hint) for n, hint in options.items()]
 
     @functools.wraps(command)
-    def run(**given: Any) -> None:
+    def run(**kwargs: Any) -> None:
         built = {
-            name: group(**{field.name: _value(field.name, hint, given) for field, hint in _fields(group)})
+            name: group(**{field.name: _value(field.name, hint, kwargs) for field, hint in _fields(group)})
             for name, group in groups.items()
         }
-        command(**given, **built)
+        command(**kwargs, **built)
 
     run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in shown}
@@ -250,12 +250,12 @@ def _fields(group: Any) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
     """Each, with its annotation, or the options of EngineConfig that it stands for."""
     hints = get_type_hints(group, include_extras=True)
     for field in dataclasses.fields(group):
-        (said,) = hints[field.name].__metadata__
-        yield field, said if isinstance(said, EngineOptions) else hints[field.name]
+        (annotation,) = hints[field.name].__metadata__
+        yield field, annotation if isinstance(annotation, EngineOptions) else hints[field.name]
 
 
-def _value(name: str, hint: Any, given: dict[str, Any]) -> Any:
+def _value(name: str, hint: Any, kwargs: dict[str, Any]) -> Any:
     """Of a field, out of what is given."""
     if not isinstance(hint, EngineOptions):
-        return given.pop(name)
-    return {n: value for n in hint.annotations if (value := given.pop(n)) is not None}
+        return kwargs.pop(name)
+    return {n: value for n in hint.annotations if (value := kwargs.pop(n)) is not None}

@@ -124,14 +124,18 @@ def _sweep(
 
     model = model_of(config, options.get("dtype", "auto"), quantization=options.get("quantization"))
     context = context_of(model.config, context, options)
-    found, refused = sweep(model, places() if topology is None else [topology], context, **options)
-    if not found:
+    candidates, refused = sweep(model, places() if topology is None else [topology], context, **options)
+    if not candidates:
         raise DoesNotFit(f"none of {refused} meshes fits: a shorter max_model_len, or a smaller --context")
     if as_json:
-        where = [{"topology": one.fit.place.name, "mesh": one.fit.mesh, "rows": one.rows} for one in found]
-        print(json.dumps([place | one.bound for place, one in zip(where, found, strict=True)]))
+        entries = [
+            {"topology": candidate.fit.target.name, "mesh": candidate.fit.mesh, "rows": candidate.rows}
+            | candidate.bound
+            for candidate in candidates
+        ]
+        print(json.dumps(entries))
     else:
-        print_sweep(found, refused, context)
+        print_sweep(candidates, refused, context)
 
 
 def named(what: str | None, load: ModelOptions) -> tuple[ModelOptions, Deployment | None]:
@@ -162,15 +166,15 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
     from jaxinfer.engine.load import check_architecture
     from jaxinfer.models.registry import parse_config
 
-    said = deployment.architecture if deployment else None
+    declared = deployment.architecture if deployment else None
     path = Path(model).expanduser()
     folder = path.parent if path.name == "config.json" else path
-    if said is None or folder.is_dir():
+    if declared is None or folder.is_dir():
         if deployment is not None and not folder.exists():
             raise ValueError(f"{deployment.path}: architecture is missing, and {model} is no folder with a config.json")
         config = read_config(folder)
-        if said is not None:
-            check_architecture(said, config, folder / "config.json")
+        if declared is not None:
+            check_architecture(declared, config, folder / "config.json")
         try:
             with open_weights(folder) as weights:
                 return as_stored(config, weights)
@@ -178,7 +182,7 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
             return config
     assert deployment is not None
     try:
-        parse_config(said)
+        parse_config(declared)
     except ValueError as error:
         raise deployment.wrong_architecture(error) from None
-    return said
+    return declared

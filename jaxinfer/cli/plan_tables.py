@@ -53,33 +53,33 @@ def _memory(figures: dict[str, Any]) -> Table:
 
 def _programs(figures: dict[str, Any]) -> Table:
     table = _table("", "compiled program", "temporaries MiB", "code MiB", "compiled in s")
-    for one in figures["programs"]:
-        sizes = [f"{one[name] / MIB:.1f}" for name in ("temporaries", "code")]
-        table.add_row(one["program"], *sizes, f"{one['compile_seconds']:.1f}")
+    for program in figures["programs"]:
+        sizes = [f"{program[name] / MIB:.1f}" for name in ("temporaries", "code")]
+        table.add_row(program["program"], *sizes, f"{program['compile_seconds']:.1f}")
     return table
 
 
 def _collectives(figures: dict[str, Any]) -> Table | str:
     table = _table("", "sent between chips", "kind", "count", "MiB")
-    for one in figures["programs"]:
-        for kind, found in one["collectives"].items():
-            table.add_row(one["program"], kind, str(found["count"]), f"{found['bytes'] / MIB:.2f}")
+    for program in figures["programs"]:
+        for kind, total in program["collectives"].items():
+            table.add_row(program["program"], kind, str(total["count"]), f"{total['bytes'] / MIB:.2f}")
     return table if table.row_count else "nothing is sent between chips"
 
 
 def _speed(figures: dict[str, Any]) -> Table:
     title = f"each step at best, sequences of {figures['context']:,} tokens; GFLOP and GB of each device"
     table = _table(title, "step", "GFLOP", "GB", "ms", "tokens/s", "a chip", "binds")
-    lines = [(f"decode, {one['rows']} rows", one) for one in figures["decode"]]
+    lines = [(f"decode, {step['rows']} rows", step) for step in figures["decode"]]
     lines.append((f"prefill, {figures['prefill']['tokens']}", figures["prefill"]))
-    for name, one in lines:
-        work = f"{one['flops'] / 1e9:,.0f}", f"{one['bytes_moved'] / 1e9:.2f}", f"{1000 * one['seconds']:.3f}"
-        rates = f"{one['tokens_per_second']:,.0f}", f"{one['tokens_per_second_per_chip']:,.0f}"
-        table.add_row(name, *work, *rates, one["binds"] if one.get("fits", True) else "no room")
+    for name, step in lines:
+        work = f"{step['flops'] / 1e9:,.0f}", f"{step['bytes_moved'] / 1e9:.2f}", f"{1000 * step['seconds']:.3f}"
+        rates = f"{step['tokens_per_second']:,.0f}", f"{step['tokens_per_second_per_chip']:,.0f}"
+        table.add_row(name, *work, *rates, step["binds"] if step.get("fits", True) else "no room")
     return table
 
 
-def print_sweep(found: list[Candidate], refused: int, context: int) -> None:
+def print_sweep(candidates: list[Candidate], refused: int, context: int) -> None:
     """What fits, the fastest first: of each place its best mesh, or all of the only place."""
     from rich.console import Console
 
@@ -87,18 +87,18 @@ def print_sweep(found: list[Candidate], refused: int, context: int) -> None:
     columns = "mesh", "GiB free", "rows", "tokens/s", "a chip", "binds"
     table = _table(title, "where", *columns)
     best: dict[str, Candidate] = {}
-    for one in found:
-        best.setdefault(one.fit.place.name, one)
-    shown = list(best.values() if len(best) > 1 else found)[:SHOWN]
-    for one in shown:
-        fit, bound = one.fit, one.bound
-        free = (fit.place.chip.memory - fit.held) / GIB
-        rates = f"{bound['tokens_per_second']:,.0f}", f"{one.rate:,.0f}"
-        table.add_row(fit.place.name, fit.mesh, f"{free:.2f}", str(one.rows), *rates, bound["binds"])
+    for candidate in candidates:
+        best.setdefault(candidate.fit.target.name, candidate)
+    shown = list(best.values() if len(best) > 1 else candidates)[:SHOWN]
+    for candidate in shown:
+        fit, bound = candidate.fit, candidate.bound
+        free = (fit.target.chip.memory - fit.held) / GIB
+        rates = f"{bound['tokens_per_second']:,.0f}", f"{candidate.rate:,.0f}"
+        table.add_row(fit.target.name, fit.mesh, f"{free:.2f}", str(candidate.rows), *rates, bound["binds"])
     console = Console()
     console.print(table)
-    first = found[0].fit
+    first = candidates[0].fit
     console.print(
-        f"of {len(found) + refused} meshes {refused} do not fit; what the compiler says of the first:", end=" "
+        f"of {len(candidates) + refused} meshes {refused} do not fit; what the compiler says of the first:", end=" "
     )
-    console.print(f"--topology {first.place.name} --mesh {first.mesh}")
+    console.print(f"--topology {first.target.name} --mesh {first.mesh}")

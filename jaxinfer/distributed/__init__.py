@@ -26,7 +26,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _group: Group | None = None
-_place: Place | None = None
+_cluster: Place | None = None
 
 
 def group() -> Group | None:
@@ -52,32 +52,32 @@ def initialize(
     The environment variable JAXINFER_SECRET, the same on every host, keeps others out.
     Raises ValueError and OSError (TimeoutError) with one line.
     """
-    global _group, _place
+    global _group, _cluster
     for name, value in (("timeout", timeout), ("heartbeat_timeout", heartbeat_timeout)):
         if not isinstance(value, int | float) or not 0 < value <= 1e6:
             raise ValueError(f"{name} is {value!r}: it must be seconds, above 0")
-    if _place is not None and (coordinator, num_processes, process_id) == (None, None, None):
+    if _cluster is not None and (coordinator, num_processes, process_id) == (None, None, None):
         return
-    place = find_place(coordinator, num_processes, process_id, timeout)
-    if place is None or place == _place:
+    cluster = find_place(coordinator, num_processes, process_id, timeout)
+    if cluster is None or cluster == _cluster:
         return
-    if _place is not None:
-        raise ValueError(f"this is process {_place.rank} of {_place.size} of {_place.coordinator} already")
+    if _cluster is not None:
+        raise ValueError(f"this is process {_cluster.rank} of {_cluster.size} of {_cluster.coordinator} already")
     import jax
 
     if jax.distributed.is_initialized():
         raise ValueError("jax.distributed is initialized already: call jaxinfer.distributed.initialize instead")
-    links, port = join(place, timeout)
-    _place = place
-    joined = Group(place.rank, place.size, links, heartbeat_timeout)
+    links, port = join(cluster, timeout)
+    _cluster = cluster
+    joined = Group(cluster.rank, cluster.size, links, heartbeat_timeout)
     try:
-        _start_jax(place, port, timeout, heartbeat_timeout)
+        _start_jax(cluster, port, timeout, heartbeat_timeout)
     except Exception as error:
-        joined.fail(f"process {place.rank}: {error}")
+        joined.fail(f"process {cluster.rank}: {error}")
         raise
     _group = joined
     atexit.register(joined.end)
-    log.info("process %d of %d, %d devices", place.rank, place.size, len(jax.devices()))
+    log.info("process %d of %d, %d devices", cluster.rank, cluster.size, len(jax.devices()))
 
 
 def blamed() -> contextlib.AbstractContextManager[None]:
@@ -101,7 +101,7 @@ def reported(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     return run
 
 
-def _start_jax(place: Place, port: int, timeout: float, heartbeat_timeout: float) -> None:
+def _start_jax(cluster: Place, port: int, timeout: float, heartbeat_timeout: float) -> None:
     import jax
 
     options: dict[str, Any] = {
@@ -114,17 +114,17 @@ def _start_jax(place: Place, port: int, timeout: float, heartbeat_timeout: float
         jax.config.update(name, value)
     try:
         jax.distributed.initialize(
-            f"127.0.0.1:{port if place.rank == 0 else Relay((place.host, port)).port}",
-            place.size,
-            place.rank,
-            place.local_device_ids,
+            f"127.0.0.1:{port if cluster.rank == 0 else Relay((cluster.host, port)).port}",
+            cluster.size,
+            cluster.rank,
+            cluster.local_device_ids,
             cluster_detection_method="deactivate",
-            coordinator_bind_address=f"127.0.0.1:{port}" if place.local else f"[::]:{port}",
+            coordinator_bind_address=f"127.0.0.1:{port}" if cluster.local else f"[::]:{port}",
             initialization_timeout=int(timeout) + 1,
             heartbeat_timeout_seconds=int(10 * heartbeat_timeout) + 60,
         )
         count = jax.process_count()
     except RuntimeError as error:
-        raise ValueError(f"JAX could not be started on {place.size} hosts: {error}") from None
-    if count != place.size:
-        raise ValueError(f"JAX has found {count} processes instead of {place.size}, on {jax.default_backend()}")
+        raise ValueError(f"JAX could not be started on {cluster.size} hosts: {error}") from None
+    if count != cluster.size:
+        raise ValueError(f"JAX has found {count} processes instead of {cluster.size}, on {jax.default_backend()}")

@@ -40,7 +40,13 @@ class Kind(IntEnum):
 
 
 class Place(NamedTuple):
-    """Where process 0 is reached, how many processes there are, which one this is, and which of its devices are its."""
+    """The processes that belong together, and which one this is.
+
+    host, port: where process 0 is reached.
+    size: how many processes there are.
+    rank: which one this is, from 0.
+    local_device_ids: which devices of its host are its; None: all.
+    """
 
     host: str
     port: int
@@ -72,11 +78,11 @@ def find_place(
     if None in (coordinator, num_processes, process_id):
         from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize asks
 
-        given = coordinator, num_processes, process_id
+        arguments = coordinator, num_processes, process_id
         coordinator, num_processes, process_id, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            *given, None, None, int(timeout)
+            *arguments, None, None, int(timeout)
         )
-        if given == (None, None, None) and (coordinator is None or num_processes == 1):
+        if arguments == (None, None, None) and (coordinator is None or num_processes == 1):
             return None
     for name, value in (("coordinator", coordinator), ("num_processes", num_processes), ("process_id", process_id)):
         if value is None:
@@ -118,31 +124,34 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     return value
 
 
-def join(place: Place, timeout: float) -> tuple[dict[int, Link], int]:
+def join(cluster: Place, timeout: float) -> tuple[dict[int, Link], int]:
     """Links to the other processes (those of process 0 to all, the others' to it), and the port of JAX's coordinator.
 
     Raises TimeoutError if they are not all there after `timeout` seconds, and ValueError, in each of them, if they
     don't belong together.
     """
-    return _welcome_all(place, timeout) if place.rank == 0 else ({0: (joined := _join(place, timeout))[0]}, joined[1])
+    if cluster.rank == 0:
+        return _welcome_all(cluster, timeout)
+    link, port = _join(cluster, timeout)
+    return {0: link}, port
 
 
-def _welcome_all(place: Place, timeout: float) -> tuple[dict[int, Link], int]:
+def _welcome_all(cluster: Place, timeout: float) -> tuple[dict[int, Link], int]:
     deadline = time.monotonic() + timeout
     links: dict[int, Link] = {}
     proofs: dict[int, str] = {}
-    with _listen(place) as server, contextlib.closing(_Callers(server)) as callers:
+    with _listen(cluster) as server, contextlib.closing(_Callers(server)) as callers:
         try:
-            while len(links) < place.size - 1:
+            while len(links) < cluster.size - 1:
                 if time.monotonic() > deadline:
-                    missing = ", ".join(str(i) for i in range(1, place.size) if i not in links)
+                    missing = ", ".join(str(i) for i in range(1, cluster.size) if i not in links)
                     raise TimeoutError(
-                        f"process {missing} of {place.size} did not connect to {place.coordinator} within "
+                        f"process {missing} of {cluster.size} did not connect to {cluster.coordinator} within "
                         f"{timeout:g} s: start the same program on every host, each with a process_id of its own"
                     )
-                for caller, said in callers.listen(deadline):
+                for caller, message in callers.listen(deadline):
                     with contextlib.suppress(_Stranger):
-                        rank, proof = _welcome(caller, said, place, links)
+                        rank, proof = _welcome(caller, message, cluster, links)
                         links[rank], proofs[rank] = caller.link, proof
         except BaseException as error:
             for link in links.values():
@@ -187,13 +196,13 @@ class _Callers:
             elif (caller := self._waiting.get(key.fileobj)) is not None:  # type: ignore[call-overload]
                 try:
                     frames = caller.link.read(MOST)
-                    said = _content(frames[0], Kind.JOIN) if frames else None
+                    message = _content(frames[0], Kind.JOIN) if frames else None
                 except (OSError, ValueError) as error:
                     self._send_away(caller, error)
                 else:
-                    if said is not None:
+                    if message is not None:
                         self._forget(caller)
-                        yield caller, said
+                        yield caller, message
         now = time.monotonic()
         for caller in [caller for caller in self._waiting.values() if caller.deadline <= now]:
             self._send_away(caller, f"it did not say who it is within {HANDSHAKE:g} s")
@@ -232,12 +241,12 @@ class _Callers:
         log.warning("a connection that was no process of this program was closed: %s", why)
 
 
-def _welcome(caller: _Caller, said: dict[str, Any], place: Place, links: dict[int, Link]) -> tuple[int, str]:
+def _welcome(caller: _Caller, message: dict[str, Any], cluster: Place, links: dict[int, Link]) -> tuple[int, str]:
     """Which process that is, and how it will know that process 0 has the same secret."""
     link = caller.link
     try:
-        rank, facts, nonce = said["process_id"], dict(said["facts"]), str(said["nonce"])
-        proven = hmac.compare_digest(str(said["proof"]), _proof("joins", caller.nonce, nonce))
+        rank, facts, nonce = message["process_id"], dict(message["facts"]), str(message["nonce"])
+        proven = hmac.compare_digest(str(message["proof"]), _proof("joins", caller.nonce, nonce))
     except (ValueError, KeyError, TypeError) as error:
         link.close()
         log.warning("a connection that was no process of this program was closed: %r", error)
@@ -248,10 +257,10 @@ def _welcome(caller: _Caller, said: dict[str, Any], place: Place, links: dict[in
         raise _Stranger
     problems = [
         f"{name} is {_line(facts.get(name))} in process {_line(rank)}, at {link.address}, and {value} in process 0"
-        for name, value in _facts(place).items()
+        for name, value in _facts(cluster).items()
         if facts.get(name) != value
     ]
-    if not problems and (type(rank) is not int or not 0 < rank < place.size or rank in links):
+    if not problems and (type(rank) is not int or not 0 < rank < cluster.size or rank in links):
         problems = [f"process_id {_line(rank)} is that of two processes, one of them at {link.address}"]
     if problems:
         problem = f"{problems[0]}: start the same program on every host, each with a process_id of its own"
@@ -266,49 +275,54 @@ def _refuse(link: Link, why: str) -> None:
     link.close()
 
 
-def _join(place: Place, timeout: float) -> tuple[Link, int]:
+def _join(cluster: Place, timeout: float) -> tuple[Link, int]:
     deadline = time.monotonic() + timeout
     while True:
         try:
-            link, nonce = _reach(place)
+            link, nonce = _reach(cluster)
             break
         except OSError as error:
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"coordinator {place.coordinator} was not reached within {timeout:g} s ({error}): is process 0 "
+                    f"coordinator {cluster.coordinator} was not reached within {timeout:g} s ({error}): is process 0 "
                     "running, and is this its address?"
                 ) from None
             time.sleep(0.2)
         except (ValueError, KeyError):
-            raise _impostor(place) from None
+            raise _impostor(cluster) from None
     try:
         own = secrets.token_hex(16)
-        said = {"process_id": place.rank, "facts": _facts(place), "nonce": own, "proof": _proof("joins", nonce, own)}
-        link.send(Kind.JOIN, encode(said))
+        message = {
+            "process_id": cluster.rank,
+            "facts": _facts(cluster),
+            "nonce": own,
+            "proof": _proof("joins", nonce, own),
+        }
+        link.send(Kind.JOIN, encode(message))
         # The others may come later.
         ready = _one(link, Kind.READY, max(deadline, time.monotonic()) + HANDSHAKE)
         if not hmac.compare_digest(str(ready["proof"]).encode(), _proof("leads", own, nonce).encode()):
-            raise ValueError(f"{SECRET} is not that of process 0, at {place.coordinator}: set the same on every host")
+            raise ValueError(f"{SECRET} is not that of process 0, at {cluster.coordinator}: set the same on every host")
         return link, int(ready["port"])
     except OSError as error:
         link.close()
-        raise TimeoutError(f"process 0, at {place.coordinator}, did not go on: {error}") from None
+        raise TimeoutError(f"process 0, at {cluster.coordinator}, did not go on: {error}") from None
     except (KeyError, TypeError):
         link.close()
-        raise _impostor(place) from None
+        raise _impostor(cluster) from None
     except ValueError:
         link.close()
         raise
 
 
-def _impostor(place: Place) -> ValueError:
-    return ValueError(f"coordinator {place.coordinator}: what answers there is not process 0")
+def _impostor(cluster: Place) -> ValueError:
+    return ValueError(f"coordinator {cluster.coordinator}: what answers there is not process 0")
 
 
-def _reach(place: Place) -> tuple[Link, str]:
+def _reach(cluster: Place) -> tuple[Link, str]:
     """A link to process 0, and the nonce that it gives."""
     deadline = time.monotonic() + HANDSHAKE
-    connection = socket.create_connection((place.host, place.port), timeout=HANDSHAKE)
+    connection = socket.create_connection((cluster.host, cluster.port), timeout=HANDSHAKE)
     try:
         if connection.getsockname() == connection.getpeername():  # TCP can do that, on one machine
             raise ConnectionRefusedError("nobody listens there")
@@ -334,15 +348,15 @@ def _content(frame: tuple[int, bytes], kind: Kind) -> dict[str, Any]:
     return value
 
 
-def _line(said: object) -> str:
+def _line(value: object) -> str:
     """What another process says, as it may be printed."""
-    return " ".join(str(said).split())[:300]
+    return " ".join(str(value).split())[:300]
 
 
-def _facts(place: Place) -> dict[str, Any]:
+def _facts(cluster: Place) -> dict[str, Any]:
     """What has to be the same in all processes."""
     versions = {"jaxinfer": __version__, "jax": version("jax"), "jaxlib": version("jaxlib")}
-    return {"num_processes": place.size, **{f"the version of {name}": value for name, value in versions.items()}}
+    return {"num_processes": cluster.size, **{f"the version of {name}": value for name, value in versions.items()}}
 
 
 def _proof(what: str, *nonces: str) -> str:
@@ -350,15 +364,15 @@ def _proof(what: str, *nonces: str) -> str:
     return hmac.new(os.environ.get(SECRET, "").encode(), "/".join((what, *nonces)).encode(), hashlib.sha256).hexdigest()
 
 
-def _listen(place: Place) -> socket.socket:
+def _listen(cluster: Place) -> socket.socket:
     try:
-        if place.local:
-            family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
-            return socket.create_server((place.host, place.port), family=family)
+        if cluster.local:
+            family = socket.AF_INET6 if ":" in cluster.host else socket.AF_INET
+            return socket.create_server((cluster.host, cluster.port), family=family)
         if socket.has_dualstack_ipv6():
-            return socket.create_server(("", place.port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", place.port))
+            return socket.create_server(("", cluster.port), family=socket.AF_INET6, dualstack_ipv6=True)
+        return socket.create_server(("", cluster.port))
     except OSError as error:
         raise OSError(
-            f"coordinator {place.coordinator}: process 0 can't listen on that port ({error.strerror}); choose another"
+            f"coordinator {cluster.coordinator}: process 0 can't listen on that port ({error.strerror}); choose another"
         ) from None

@@ -13,7 +13,11 @@ ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 @dataclass(frozen=True)
 class Collectives:
-    """How many of a kind, and the bytes of their results on each chip. One in a loop counts once."""
+    """Those of a kind. One in a loop counts once.
+
+    count: how many.
+    bytes: of their results, on each chip.
+    """
 
     count: int
     bytes: int
@@ -21,14 +25,14 @@ class Collectives:
 
 def collectives(text: str) -> dict[str, Collectives]:
     """By kind, those that there are."""
-    found: dict[str, Collectives] = {}
+    totals: dict[str, Collectives] = {}
     for shape, kind, start in OPERATION.findall(text):
         sizes = [_bytes(*array) for array in ARRAY.findall(shape)]
         # What begins one of these has its operand in its result too.
         size = max(sizes) if start and kind in ("all-gather", "collective-permute") else sum(sizes)
-        before = found.get(kind, Collectives(0, 0))
-        found[kind] = Collectives(before.count + 1, before.bytes + size)
-    return {kind: found[kind] for kind in KINDS if kind in found}
+        before = totals.get(kind, Collectives(0, 0))
+        totals[kind] = Collectives(before.count + 1, before.bytes + size)
+    return {kind: totals[kind] for kind in KINDS if kind in totals}
 
 
 def _bytes(kind: str, bits: str, shape: str) -> int:

@@ -24,8 +24,15 @@ from jaxinfer.plan.slices import GIB, Slice
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program. Bytes are each chip's; arguments: all that it is given, as the compiler lays it out; padding:
-    what that adds to their shapes."""
+    """A compiled program. Bytes are each chip's.
+
+    key: which of the engine's.
+    arguments: bytes of all that it is given, as the compiler lays it out.
+    padding: what that adds to their shapes.
+    temporaries, code: bytes of them.
+    collectives: by kind.
+    seconds: that compiling took.
+    """
 
     key: Key
     arguments: int
@@ -38,7 +45,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is held, and the programs; none where there is no compiler for the place. Bytes are each chip's."""
+    """A model on a slice, compiled. Bytes are each chip's.
+
+    fit: what is held.
+    programs: none where there is no compiler for the slice.
+    """
 
     fit: Fit
     programs: tuple[Program, ...]
@@ -63,17 +74,17 @@ class Plan:
 
     @property
     def free(self) -> int:
-        return self.fit.place.chip.memory - self.total
+        return self.fit.target.chip.memory - self.total
 
 
-def make_plan(config: Mapping[str, Any], place: Slice, **options: Unpack[EngineConfig]) -> Plan:
+def make_plan(config: Mapping[str, Any], target: Slice, **options: Unpack[EngineConfig]) -> Plan:
     """Compiles for a slice what an LLM with these options would run there. config: a config.json's content.
 
     dtype "auto": see model_of. Raises DoesNotFit, with what would fit.
     """
     options = in_our_words(options)
-    held = fit(model_of(config, options.get("dtype", "auto"), place, options.get("quantization")), place, **options)
-    if not place.compiles:
+    held = fit(model_of(config, options.get("dtype", "auto"), target, options.get("quantization")), target, **options)
+    if not target.compiles:
         return Plan(held, ())
     keys = held.programs.largest
     make = functools.partial(_compiled, held.programs)
@@ -98,9 +109,9 @@ def refusals(held: Fit) -> Iterator[None]:
 
 
 def _too_much(held: Fit, needed: str) -> DoesNotFit:
-    there, taken = (f"{size / GIB:.2f}" for size in (held.place.chip.memory, held.held))
+    there, taken = (f"{size / GIB:.2f}" for size in (held.target.chip.memory, held.held))
     return DoesNotFit(
-        f"{held.place.name}: programs need {needed}; a chip has {there}, and weights and cache take {taken}: lower "
+        f"{held.target.name}: programs need {needed}; a chip has {there}, and weights and cache take {taken}: lower "
         "memory_utilization, max_num_seqs or max_num_batched_tokens, or take more chips"
     )
 

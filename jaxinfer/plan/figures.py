@@ -39,7 +39,7 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
         "temporaries": plan.temporaries,
         "code": plan.code,
         "total": plan.total,
-        "memory": fit.place.chip.memory,
+        "memory": fit.target.chip.memory,
         "free": plan.free,
     }
     compiled = [
@@ -48,20 +48,20 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
             "arguments": program.arguments,
             "temporaries": program.temporaries,
             "code": program.code,
-            "collectives": {kind: dataclasses.asdict(found) for kind, found in program.collectives.items()},
+            "collectives": {kind: dataclasses.asdict(total) for kind, total in program.collectives.items()},
             "compile_seconds": program.seconds,
         }
         for program in plan.programs
     ]
     longest = fit.max_num_batched_tokens
     piece = longest // fit.shards
-    prompt = bound(fit.model, fit.place.chip, fit.programs.layout, fit.tensor, piece, piece, 1, fit.fsdp)
+    prompt = bound(fit.model, fit.target.chip, fit.programs.layout, fit.tensor, piece, piece, 1, fit.fsdp)
     return {
-        "topology": fit.place.name,
+        "topology": fit.target.name,
         "mesh": fit.mesh,
         "tensor": fit.tensor,
         "devices": fit.devices,
-        "devices_per_chip": fit.place.per_chip,
+        "devices_per_chip": fit.target.per_chip,
         "compiled": bool(plan.programs),
         "dtype": str(fit.model.dtype),
         "quantization": fit.model.quantization,
@@ -81,24 +81,24 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
 def decoding(fit: Fit, rows: int, context: int) -> dict[str, Any]:
     """The bound of a step of `rows` sequences, and whether there is room in the cache for them."""
     each = -(-rows // fit.shards)
-    one = bound(fit.model, fit.place.chip, fit.programs.layout, fit.tensor, each, context, each, fit.fsdp)
-    return {"fits": rows <= fit.rows_of(context), **_bound(fit, one, rows)}
+    step = bound(fit.model, fit.target.chip, fit.programs.layout, fit.tensor, each, context, each, fit.fsdp)
+    return {"fits": rows <= fit.rows_of(context), **_bound(fit, step, rows)}
 
 
 def _batches(most: int) -> list[int]:
     return [*(rows for rows in BATCHES if rows < most), most]
 
 
-def _bound(fit: Fit, one: Bound, tokens: int) -> dict[str, Any]:
+def _bound(fit: Fit, step: Bound, tokens: int) -> dict[str, Any]:
     return {
-        "seconds": one.seconds,
-        "binds": one.binds,
-        "tokens_per_second": tokens / one.seconds,
-        "tokens_per_second_per_chip": tokens / one.seconds * fit.place.per_chip / fit.devices,
-        "flops": one.flops,
-        "bytes_moved": one.moved,
-        "bytes_sent": one.sent,
-        "compute_seconds": one.compute,
-        "memory_seconds": one.memory,
-        "links_seconds": one.links,
+        "seconds": step.seconds,
+        "binds": step.binds,
+        "tokens_per_second": tokens / step.seconds,
+        "tokens_per_second_per_chip": tokens / step.seconds * fit.target.per_chip / fit.devices,
+        "flops": step.flops,
+        "bytes_moved": step.moved,
+        "bytes_sent": step.sent,
+        "compute_seconds": step.compute,
+        "memory_seconds": step.memory,
+        "links_seconds": step.links,
     }

@@ -22,9 +22,16 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True)
 class Fit:
-    """A model on a slice. Bytes are each chip's."""
+    """A model on a slice. Bytes are each chip's.
 
-    place: Slice
+    target: the slice.
+    programs: an engine's there.
+    sizes: of the cache.
+    weights: their bytes.
+    slots, hidden: bytes of the sequences' decode state, and of hidden states.
+    """
+
+    target: Slice
     programs: Programs
     sizes: Sizes
     weights: int
@@ -84,65 +91,66 @@ class Fit:
 def model_of(
     config: Mapping[str, Any],
     dtype: str = "auto",
-    place: Slice | None = None,
+    target: Slice | None = None,
     quantization: Quantization | None = None,
 ) -> AbstractModel:
     """The model of a config.json's content. "auto": what an engine takes there, on a TPU if no place is given, for
     weights in the dtype that it says, else in bfloat16."""
-    device = place.devices[0] if place else Device(0, "tpu")
+    device = target.devices[0] if target else Device(0, "tpu")
     return AbstractModel.from_config(config, choose_dtype(dtype, config, None, device), quantization)
 
 
-def fit(model: AbstractModel, place: Slice, **options: Unpack[EngineConfig]) -> Fit:
+def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) -> Fit:
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
-    options, given = in_our_words(options), check_options(options)
+    options, settings = in_our_words(options), check_options(options)
     shape = model.config
     heads = shape.num_heads, shape.num_kv_heads, shape.hidden_size
-    where = make_mesh(given["mesh"], place.devices, *heads, len(place.devices)) or place.devices[0]
-    rows, tokens = limits(given, where)
-    weights = device_bytes(placed_params(model, where))
-    slots = device_bytes(placed_decode_state(model, where, rows))
-    hidden = device_bytes(placed_hidden(model, where, tokens))
+    placement = make_mesh(settings["mesh"], target.devices, *heads, len(target.devices)) or target.devices[0]
+    rows, tokens = limits(settings, placement)
+    weights = device_bytes(placed_params(model, placement))
+    slots = device_bytes(placed_decode_state(model, placement, rows))
+    hidden = device_bytes(placed_hidden(model, placement, tokens))
     held = weights + slots + hidden
-    available = int(place.chip.memory * (given["memory_utilization"] - RESERVE)) - held
-    length = given["max_model_len"] or shape.max_context
-    size = page_size(given["page_size"], where, rows, length)
-    cache = cache_layout(model, where, given["attention"], given["kv_cache_dtype"]), size, reach_of(tokens), rows
-    wanted, beside = given["kv_cache_memory"], max(place.chip.memory - held, 0)
+    available = int(target.chip.memory * (settings["memory_utilization"] - RESERVE)) - held
+    length = settings["max_model_len"] or shape.max_context
+    size = page_size(settings["page_size"], placement, rows, length)
+    layout = cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"])
+    cache = size, reach_of(tokens), rows
+    wanted, beside = settings["kv_cache_memory"], max(target.chip.memory - held, 0)
     if wanted is not None and wanted > beside:
         raise DoesNotFit(
-            f"{place.name}: kv_cache_memory is {wanted:,}, and beside weights a chip has {beside:,} bytes: lower it, "
+            f"{target.name}: kv_cache_memory is {wanted:,}, and beside weights a chip has {beside:,} bytes: lower it, "
             "or leave it out"
         )
     try:
-        programs, sizes = sized_programs(model, where, given, max(wanted or available, 0))
+        programs, sizes = sized_programs(model, placement, settings, max(wanted or available, 0))
     except ValueError as error:
-        if (given["max_model_len"] or 0) > shape.max_context:
+        if (settings["max_model_len"] or 0) > shape.max_context:
             raise
-        length = given["max_model_len"] or size
-        needed, room = held + cache[0].least(length, *cache[1:]), longest(*cache, length, available)
+        length = settings["max_model_len"] or size
+        needed, room = held + layout.least(length, *cache), longest(layout, *cache, length, available)
         raise DoesNotFit(
-            f"{place.name}: needs {needed / GIB:.2f} GiB of a chip's {place.chip.memory / GIB:.2f}, of which "
+            f"{target.name}: needs {needed / GIB:.2f} GiB of a chip's {target.chip.memory / GIB:.2f}, of which "
             f"{(available + held) / GIB:.2f} are for weights and cache: "
-            + (_remedies(model, place, axis_size(where, TENSOR), room, options) or str(error))
+            + (_remedies(model, target, axis_size(placement, TENSOR), room, options) or str(error))
         ) from None
-    return Fit(place, programs, sizes, weights, slots, hidden)
+    return Fit(target, programs, sizes, weights, slots, hidden)
 
 
-def _remedies(model: AbstractModel, place: Slice, tensor: int, room: int, options: EngineConfig) -> str:
+def _remedies(model: AbstractModel, target: Slice, tensor: int, room: int, options: EngineConfig) -> str:
     """What would fit: more chips, half the bytes, shorter sequences."""
-    found = []
+    remedies = []
     shape, dtype = model.config, model.dtype
     for n in tensor_sizes(shape.num_heads, shape.num_kv_heads, 256):
         if n > tensor:
             try:
-                fit(model, place.with_devices(n), **options | {"mesh": f"tensor={n}"})
+                fit(model, target.with_devices(n), **options | {"mesh": f"tensor={n}"})
             except DoesNotFit:
                 continue
-            found.append(f"tensor={n}")
+            remedies.append(f"tensor={n}")
             break
     if dtype.itemsize == 4:
-        found.append("dtype bfloat16")
+        remedies.append("dtype bfloat16")
     if room > 0:
-        found.append(f"max_model_len ≤ {room}")
-    return " or ".join(found)
+        remedies.append(f"max_model_len ≤ {room}")
+    return " or ".join(remedies)

@@ -35,11 +35,11 @@ def find_place(name: str, compiles: bool = True) -> Slice:
     gpu = re.fullmatch(r"(\w+?)(?:-(\d))?", name.strip().lower())
     if gpu is not None and gpu[1] in GPUS and 1 <= (count := int(gpu[2] or 1)) <= MOST:
         return Slice.of_shapes(name, GPUS[gpu[1]], count)
-    found = parse_slice(name)
-    if found is None:
+    parsed = parse_slice(name)
+    if parsed is None:
         gpus = ", ".join(GPUS)
         raise ValueError(f"topology {name!r} is not known; there are {', '.join(names())}, {gpus}, with -2 to -8 GPUs")
-    generation, chips = found
+    generation, chips = parsed
     if compiles:
         return compiled_slice(name, generation, chips)
     return Slice.of_shapes(name, generation.chip, chips * generation.devices, generation.devices)

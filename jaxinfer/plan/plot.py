@@ -15,12 +15,12 @@ BOUNDS = {"compute": "arithmetic", "memory": "memory", "links": "links between c
 
 def check_plot(path: str) -> None:
     """Raises ValueError if no picture could be written there, which is tried."""
-    place = Path(local(path, "--plot"))
-    if place.suffix.lower() != ".png" or place.is_dir():
+    file = Path(local(path, "--plot"))
+    if file.suffix.lower() != ".png" or file.is_dir():
         raise ValueError(f"--plot {path}: it must be the name of a .png file")
-    if not place.parent.is_dir():
+    if not file.parent.is_dir():
         raise ValueError(f"--plot {path}: there is no folder {Path(path).parent}")
-    check_new(unused(str(place)) if os.path.lexists(place) else str(place), f"--plot {path}")
+    check_new(unused(str(file)) if os.path.lexists(file) else str(file), f"--plot {path}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -48,14 +48,14 @@ def plot(figures: dict[str, Any], path: str) -> None:
 
 
 def _bounds(figures: dict[str, Any], axes: Any) -> None:
-    rows = [one["rows"] for one in figures["decode"]]
+    rows = [step["rows"] for step in figures["decode"]]
     for name, label in BOUNDS.items():
         share = figures["devices_per_chip"] / figures["devices"]
-        seconds = [one[f"{name}_seconds"] for one in figures["decode"]]
+        seconds = [step[f"{name}_seconds"] for step in figures["decode"]]
         if all(seconds):
             rates = [count / s * share for count, s in zip(rows, seconds, strict=True)]
             axes.plot(rows, rates, "--", label=f"if {label} were all")
-    axes.plot(rows, [one["tokens_per_second_per_chip"] for one in figures["decode"]], "k-", lw=2, label="at best")
+    axes.plot(rows, [step["tokens_per_second_per_chip"] for step in figures["decode"]], "k-", lw=2, label="at best")
     room = figures["rows_of_context"]
     if room < rows[-1]:
         axes.axvline(max(room, 1), color="grey", ls=":", label=f"the cache holds {room} sequences")

@@ -16,8 +16,14 @@ from jaxinfer.plan.slices import Chip
 
 @dataclass(frozen=True)
 class Bound:
-    """What a step of `tokens` tokens takes of each chip: operations, bytes of memory that move, bytes on its links; and
-    the seconds that it takes at least."""
+    """What a step takes of each chip, and the seconds that it takes at least.
+
+    tokens: of the step.
+    chip: which is each.
+    flops: operations.
+    moved: bytes of memory that move.
+    sent: bytes on its links.
+    """
 
     tokens: int
     chip: Chip

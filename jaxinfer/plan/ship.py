@@ -34,7 +34,12 @@ from jaxinfer.sharding import describe
 
 @dataclass(frozen=True)
 class Shipped:
-    """What was written: executables, their bytes, and the seconds that it took."""
+    """What was written.
+
+    programs: how many executables.
+    bytes: of all of them.
+    seconds: that it took.
+    """
 
     programs: int
     bytes: int
@@ -65,7 +70,7 @@ def ship(programs: Programs, sizes: Sizes, output: str, on_program: Callable[[],
             written[name_of(key)] = {"bytes": len(content), "sha256": digest, "signature": signature(programs, key)}
             on_program()
         write(MANIFEST, _manifest(programs, sizes, {name_of(key): written[name_of(key)] for key in keys}).dump())
-    return Shipped(len(keys), sum(one["bytes"] for one in written.values()), time.perf_counter() - start)
+    return Shipped(len(keys), sum(entry["bytes"] for entry in written.values()), time.perf_counter() - start)
 
 
 def _compile(programs: Programs, key: Key) -> bytes:

@@ -17,8 +17,15 @@ import jax
 
 @dataclass(frozen=True)
 class Chip:
-    """One device. memory: bytes that programs can use; bandwidth: of it, bytes/s; flops: bfloat16, each second;
-    link: bytes/s to and from all neighbours together; capability: NVIDIA's compute capability, of GPUs."""
+    """One device.
+
+    name: of its kind.
+    memory: bytes that programs can use.
+    bandwidth: of the memory, bytes/s.
+    flops: bfloat16, each second.
+    link: bytes/s to and from all neighbours together.
+    capability: NVIDIA's compute capability; None of TPUs.
+    """
 
     name: str
     memory: int
@@ -30,8 +37,14 @@ class Chip:
 
 @dataclass(frozen=True)
 class Generation:
-    """per_chip: what the slice's name counts, of each chip. devices: JAX's, of each chip.
-    shapes: chips along each axis, by their number."""
+    """TPUs of one kind.
+
+    chip: what each JAX device of them is.
+    per_chip: what the slice's name counts, of each chip.
+    devices: JAX's, of each chip.
+    shapes: chips along each axis, by their number.
+    options: further ones of the compiler's description of a slice.
+    """
 
     chip: Chip
     per_chip: int
@@ -66,7 +79,10 @@ ALIASES = {"v7x": "tpu7x", "v5litepod": "v5e"}
 
 @dataclass(frozen=True)
 class Device:
-    """In the place of a device, where only shapes are looked at."""
+    """In the place of a jax.Device, where only shapes are looked at.
+
+    id, platform, process_index, device_kind, compute_capability: the attributes of a device that are asked for.
+    """
 
     id: int
     platform: str
@@ -77,8 +93,14 @@ class Device:
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice and its devices, which are not there. per_chip: devices of a chip. compiles: there is a compiler for
-    them."""
+    """A slice and its devices, which are not there.
+
+    name: as users have it.
+    chip: what each device is.
+    devices: the compiler's, or `Device`s.
+    per_chip: devices of a chip.
+    compiles: there is a compiler for them.
+    """
 
     name: str
     chip: Chip
@@ -100,16 +122,18 @@ class Slice:
 
 def names() -> list[str]:
     """Every slice that is known."""
-    return [f"{g}-{count * one.per_chip}" for g, one in GENERATIONS.items() for count in one.shapes]
+    return [
+        f"{g}-{count * generation.per_chip}" for g, generation in GENERATIONS.items() for count in generation.shapes
+    ]
 
 
 def parse_slice(name: str) -> tuple[Generation, int] | None:
     """Generation and number of chips of `v5e-8`; None if there is no such slice."""
-    found = re.fullmatch(r"(\w+)-(\d{1,5})", name.strip().lower())
-    generation = GENERATIONS.get(ALIASES.get(found[1], found[1])) if found else None
-    if generation is None or found is None:
+    match = re.fullmatch(r"(\w+)-(\d{1,5})", name.strip().lower())
+    generation = GENERATIONS.get(ALIASES.get(match[1], match[1])) if match else None
+    if generation is None or match is None:
         return None
-    chips, rest = divmod(int(found[2]), generation.per_chip)
+    chips, rest = divmod(int(match[2]), generation.per_chip)
     return (generation, chips) if not rest and chips in generation.shapes else None
 
 

@@ -19,7 +19,12 @@ MOST = 64  # devices of a slice
 
 @dataclass(frozen=True)
 class Candidate:
-    """A place and a mesh that fit. rows: how many sequences run at once there; bound: of a step of them."""
+    """A slice and a mesh that fit.
+
+    fit: the model on them.
+    rows: how many sequences run at once there.
+    bound: of a step of them, as `decoding` has it.
+    """
 
     fit: Fit
     rows: int
@@ -34,17 +39,17 @@ class Candidate:
 def places() -> list[str]:
     """All that are tried where nobody says which."""
     slices = [
-        f"{name}-{chips * one.per_chip}"
-        for name, one in GENERATIONS.items()
-        for chips in one.shapes
-        if chips * one.devices <= MOST
+        f"{name}-{chips * generation.per_chip}"
+        for name, generation in GENERATIONS.items()
+        for chips in generation.shapes
+        if chips * generation.devices <= MOST
     ]
     return [*slices, *(f"{gpu}-{count}" for gpu in GPUS for count in (1, 2, 4, 8))]
 
 
-def meshes(model: AbstractModel, place: Slice) -> Iterator[str]:
-    """The specs that use all devices of a place: `tensor`, and what is left over another axis."""
-    devices = len(place.devices)
+def meshes(model: AbstractModel, target: Slice) -> Iterator[str]:
+    """The specs that use all devices of a slice: `tensor`, and what is left over another axis."""
+    devices = len(target.devices)
     for tensor in tensor_sizes(model.config.num_heads, model.config.num_kv_heads, devices):
         rest = devices // tensor
         if rest == 1 and devices == tensor:
@@ -60,18 +65,18 @@ def sweep(
 ) -> tuple[list[Candidate], int]:
     """What fits, the fastest first, and how many meshes do not. As many sequences run at once as there is room for, and
     max_num_seqs allows."""
-    found, refused = [], 0
+    candidates, refused = [], 0
     for name in topologies:
-        place = find_place(name, compiles=False)
-        for mesh in meshes(model, place):
+        target = find_place(name, compiles=False)
+        for mesh in meshes(model, target):
             try:
-                one = fit(model, place, **options | {"mesh": mesh})
+                held = fit(model, target, **options | {"mesh": mesh})
             except DoesNotFit:
                 refused += 1
                 continue
-            rows = min(one.max_num_seqs, one.rows_of(context))
+            rows = min(held.max_num_seqs, held.rows_of(context))
             if rows:
-                found.append(Candidate(one, rows, decoding(one, rows, context)))
+                candidates.append(Candidate(held, rows, decoding(held, rows, context)))
             else:
                 refused += 1
-    return sorted(found, key=lambda candidate: -candidate.rate), refused
+    return sorted(candidates, key=lambda candidate: -candidate.rate), refused

@@ -60,8 +60,13 @@ def round_to_nearest(weight: Host, importance: Host, scheme: Scheme, shrinks: Ho
 
 
 class Carrying(NamedTuple):
-    """How errors are carried from column to column: sizes of the inputs `[in]`, the order of columns, and the upper
-    factor of the inverse Hessian in that order, of which row i is how much later columns take over from column i."""
+    """How errors are carried from column to column.
+
+    sizes: of the inputs, `[in]`.
+    order: of columns, `[in]`.
+    upper: f32 `[in, in]`, the upper factor of the inverse Hessian in that order, of which row i is how much later
+        columns take over from column i.
+    """
 
     sizes: Host
     order: Host
@@ -99,9 +104,9 @@ def gptq(weight: Host, errors_go: Carrying, scheme: Scheme) -> tuple[Host, Host]
             errors[i - start] = error = (left[i] - values[i] * by_column[i]) / upper[i, i]
             left[i + 1 : end] -= upper[i, i + 1 : end, None] * error
         left[end:] -= upper[start:end, end:].T @ errors
-    found = np.empty_like(values)
-    found[order] = values
-    return np.ascontiguousarray(found.T), scales
+    rounded = np.empty_like(values)
+    rounded[order] = values
+    return np.ascontiguousarray(rounded.T), scales
 
 
 def channel_factors(
@@ -118,8 +123,8 @@ def channel_factors(
     columns = np.max([np.abs(weight).max(axis=0) for weight in weights], axis=0)
     if shared is not None:
         magnitude, columns = (
-            np.broadcast_to(one.reshape(shared).max(axis=1, keepdims=True), shared).reshape(-1)
-            for one in (magnitude, columns)
+            np.broadcast_to(sizes.reshape(shared).max(axis=1, keepdims=True), shared).reshape(-1)
+            for sizes in (magnitude, columns)
         )
     magnitude, columns = np.maximum(magnitude, 1e-5), np.maximum(columns, 1e-5)
     importance = np.mean(np.square(sample), axis=0)

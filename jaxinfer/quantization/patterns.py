@@ -27,23 +27,23 @@ def compile_pattern(text: str) -> re.Pattern[str]:
 
 def _ways(parsed: Any) -> float:
     """In how many ways a name of LENGTH may match, at most."""
-    found = 1.0
-    for operator, given in parsed:
+    count = 1.0
+    for operator, argument in parsed:
         match str(operator):
             case "BRANCH":
-                found *= sum(map(_ways, given[1]))
+                count *= sum(map(_ways, argument[1]))
             case "SUBPATTERN":
-                found *= _ways(given[3])
+                count *= _ways(argument[3])
             case "ASSERT" | "ASSERT_NOT":
-                found *= _ways(given[1])
+                count *= _ways(argument[1])
             case "ATOMIC_GROUP":
-                found *= _ways(given)
+                count *= _ways(argument)
             case "GROUPREF_EXISTS":
-                found *= sum(_ways(one) for one in given[1:] if one is not None)
+                count *= sum(_ways(branch) for branch in argument[1:] if branch is not None)
             case "MAX_REPEAT" | "MIN_REPEAT" | "POSSESSIVE_REPEAT":
-                low, high, inner = given
+                low, high, inner = argument
                 most, ways = min(high, LENGTH), _ways(inner)
-                found *= (most + 1 - min(low, most)) * (math.inf if ways > MOST else ways**most)
-        if found > MOST:
+                count *= (most + 1 - min(low, most)) * (math.inf if ways > MOST else ways**most)
+        if count > MOST:
             return math.inf
-    return found
+    return count

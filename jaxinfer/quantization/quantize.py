@@ -16,8 +16,8 @@ Host = np.ndarray[Any, Any]
 def quantize(weight: Host, scheme: Scheme) -> tuple[Host, Host]:
     """Values and scales of `weight [..., out, in]`: the nearest multiples of each block's scale. A few rows at a time,
     so that this takes little memory besides. Raises ValueError for weights that are not finite."""
-    found = {suffix: np.empty(shape, np.dtype(kind)) for suffix, (shape, kind) in scheme.arrays(*weight.shape).items()}
-    values, scales = found[""], found[SCALE]
+    arrays = {suffix: np.empty(shape, np.dtype(kind)) for suffix, (shape, kind) in scheme.arrays(*weight.shape).items()}
+    values, scales = arrays[""], arrays[SCALE]
     for index in np.ndindex(weight.shape[:-2]):
         _quantize(weight[index], scheme, values[index], scales[index])
     return values, scales

@@ -13,11 +13,14 @@ Quantization = str | Mapping[str, str]
 class Scheme:
     """How a weight `[out, in]` is kept: values, and scales that each belong to a block of them.
 
-    values: their dtype. largest: what the largest weight of a block becomes. rows, columns: of a block; columns 0: all
-    of them, one scale for each output channel. packed: how many values a byte has: 2 are two's complement, that of the
-    even column in the low four bits. zeros: what is scaled is the value less the block's zero point, int8; only
-    checkpoints have them. activations: those that the weight is multiplied with are quantized too, to int8 with a scale
-    for each token, and products are summed in int32.
+    name: as users have it.
+    values: their dtype.
+    largest: what the largest weight of a block becomes.
+    rows, columns: of a block; columns 0: all of them, one scale for each output channel.
+    packed: how many values a byte has: 2 are two's complement, that of the even column in the low four bits.
+    zeros: what is scaled is the value less the block's zero point, int8; only checkpoints have them.
+    activations: those that the weight is multiplied with are quantized too, to int8 with a scale for each token, and
+        products are summed in int32.
     """
 
     name: str
@@ -38,8 +41,8 @@ class Scheme:
             raise ValueError(f"groups of {self.columns} don't divide the {columns} inputs, as {self.name} needs")
         blocks = *first, -(-rows // self.rows), groups
         values = *first, rows, columns // self.packed
-        found: dict[str, tuple[tuple[int, ...], str]] = {"": (values, self.values), SCALE: (blocks, "float32")}
-        return found | ({ZERO: (blocks, "int8")} if self.zeros else {})
+        arrays: dict[str, tuple[tuple[int, ...], str]] = {"": (values, self.values), SCALE: (blocks, "float32")}
+        return arrays | ({ZERO: (blocks, "int8")} if self.zeros else {})
 
     @property
     def companions(self) -> tuple[str, ...]:
@@ -99,14 +102,14 @@ def parse_quantization(text: str) -> Quantization:
     if "=" not in text:
         check_quantization(text)
         return text
-    found: dict[str, str] = {}
+    patterns: dict[str, str] = {}
     for part in text.split(","):
         pattern, equals, name = (piece.strip() for piece in part.rpartition("="))
-        if not equals or not pattern or pattern in found:
+        if not equals or not pattern or pattern in patterns:
             raise ValueError(f"quantization is {text!r}: {part!r} must be PATTERN=SCHEME, each pattern once")
-        found[pattern] = name
-    check_quantization(found)
-    return found
+        patterns[pattern] = name
+    check_quantization(patterns)
+    return patterns
 
 
 def scheme_of(quantization: Quantization | None, weight: str, is_embedding: bool) -> Scheme | None:

@@ -29,10 +29,15 @@ class Format:
     """How a linear `[out, in]` is stored.
 
     layout: "plain", values as they are, or how several of them are packed into an int32: "packed", "gptq", "awq".
-    bits: of a value. floats: e4m3, not integers. rows, columns: of a block with one scale; 0: all. zeros: blocks have a
-    zero point, too. offset: what is added to those that are stored. ordered: input i is in group i // columns; else
-    there is a tensor that says it. activations: they are quantized to int8 for each token. scale: what its scales are
-    called. inputs: a scale of activations is there, too, which is not used.
+    bits: of a value.
+    floats: e4m3, not integers.
+    rows, columns: of a block with one scale; 0: all.
+    zeros: blocks have a zero point, too.
+    offset: what is added to zero points that are stored.
+    ordered: input i is in group i // columns; else there is a tensor that says it.
+    activations: they are quantized to int8 for each token.
+    scale: what its scales are called.
+    inputs: a scale of activations is there, too, which is not used.
     """
 
     layout: str
@@ -49,29 +54,33 @@ class Format:
 
     def scheme(self, rows: int, columns: int) -> Scheme | None:
         """What holds such a weight as it is; None: it is converted to floats."""
-        found: Scheme | None = None
+        scheme: Scheme | None = None
         if not self.ordered or (self.zeros and not self.columns):
             return None
         if self.floats:
-            found = SCHEMES["fp8-block" if (self.rows, self.columns) == (128, 128) else "fp8"]
-            return found if self.columns == found.columns else None
+            scheme = SCHEMES["fp8-block" if (self.rows, self.columns) == (128, 128) else "fp8"]
+            return scheme if self.columns == scheme.columns else None
         if not self.columns:
             return SCHEMES["int8-w8a8" if self.activations else "int8"] if self.bits == 8 else None
         base = SCHEMES["int4" if self.bits == 4 else "int8"]
         name = f"{base.name}-g{self.columns}"
-        found = SCHEMES.get(name) or dataclasses.replace(base, name=name, columns=self.columns)
-        found = base if found.columns == base.columns else found
-        found = dataclasses.replace(found, name=f"{found.name}-zeros", zeros=True) if self.zeros else found
+        scheme = SCHEMES.get(name) or dataclasses.replace(base, name=name, columns=self.columns)
+        scheme = base if scheme.columns == base.columns else scheme
+        scheme = dataclasses.replace(scheme, name=f"{scheme.name}-zeros", zeros=True) if self.zeros else scheme
         try:
-            found.arrays(rows, columns)
+            scheme.arrays(rows, columns)
         except ValueError:
             return None
-        return found
+        return scheme
 
 
 @dataclass(frozen=True)
 class Stored:
-    """format_of: of a module's name and class ("Linear" or "Conv1D"), its Format, None if it is not quantized."""
+    """How a checkpoint is quantized.
+
+    method: its `quant_method`.
+    format_of: of a module's name and class ("Linear" or "Conv1D"), its Format, None if it is not quantized.
+    """
 
     method: str
     format_of: Callable[[str, str], Format | None]
@@ -84,15 +93,15 @@ def converted_quantization_config(quantization: Quantization | None) -> Config:
 
 def converted_quantization(config: Config) -> Quantization | None:
     """The quantization of a converted checkpoint, by its config.json. Raises ValueError if it is none."""
-    said = config.get("quantization_config")
-    if not isinstance(said, Mapping) or said.get("quant_method") != OURS:
+    fields = config.get("quantization_config")
+    if not isinstance(fields, Mapping) or fields.get("quant_method") != OURS:
         return None
-    found = said.get("quantization")
+    quantization = fields.get("quantization")
     try:
-        check_quantization(found)
+        check_quantization(quantization)
     except ValueError as error:
         raise ValueError(f"config.json: quantization_config: {error}") from None
-    return found
+    return quantization
 
 
 def asked_for(quantization: Quantization | None, config: Config) -> Quantization | None:
@@ -100,8 +109,8 @@ def asked_for(quantization: Quantization | None, config: Config) -> Quantization
     Raises ValueError for the method of another checkpoint."""
     if not isinstance(quantization, str) or quantization not in METHODS:
         return quantization
-    said = next((config[n] for n in QUANTIZATION_FIELDS if isinstance(config.get(n), Mapping)), None)
-    method = said.get("quant_method") if said else None
+    fields = next((config[n] for n in QUANTIZATION_FIELDS if isinstance(config.get(n), Mapping)), None)
+    method = fields.get("quant_method") if fields else None
     if method == METHODS[quantization]:
         return None
     if quantization in SCHEMES:
@@ -115,13 +124,13 @@ def asked_for(quantization: Quantization | None, config: Config) -> Quantization
 def stored_quantization(config: Config) -> Stored | None:
     """Of a config.json's content; None if the checkpoint is not quantized. Raises ValueError naming a field that is not
     supported, and its value."""
-    said = next((config[n] for n in QUANTIZATION_FIELDS if config.get(n) is not None), None)
-    if said is None:
+    fields = next((config[n] for n in QUANTIZATION_FIELDS if config.get(n) is not None), None)
+    if fields is None:
         return None
-    if not isinstance(said, Mapping):
-        raise _unsupported("", said, "an object is needed")
-    method = _one_of(said, "quant_method", *_READERS)
-    return Stored(method, _READERS[method](said))
+    if not isinstance(fields, Mapping):
+        raise _unsupported("", fields, "an object is needed")
+    method = _one_of(fields, "quant_method", *_READERS)
+    return Stored(method, _READERS[method](fields))
 
 
 def check_stored(config: Config) -> None:
@@ -133,39 +142,39 @@ def check_stored(config: Config) -> None:
 def leaving(config: Config, modules: Sequence[str]) -> dict[str, Any]:
     """The config.json's content of a checkpoint that is quantized but for just these modules, whatever it said."""
     field = next(n for n in QUANTIZATION_FIELDS if config.get(n) is not None)
-    said = dict(config[field])
-    if said["quant_method"] == "compressed-tensors":
-        said["ignore"] = [*_names(said, "ignore"), *modules]
+    fields = dict(config[field])
+    if fields["quant_method"] == "compressed-tensors":
+        fields["ignore"] = [*_names(fields, "ignore"), *modules]
     else:
-        said = {name: value for name, value in said.items() if name not in (*_LEFT_OUT, *_ONLY)}
-        said[_LEFT_OUT[0]] = list(modules)
-    return {**config, field: said}
+        fields = {name: value for name, value in fields.items() if name not in (*_LEFT_OUT, *_ONLY)}
+        fields[_LEFT_OUT[0]] = list(modules)
+    return {**config, field: fields}
 
 
-def _compressed_tensors(said: Config) -> Callable[[str, str], Format | None]:
-    _one_of(said, "quantization_status", None, "compressed")
-    _one_of(said, "kv_cache_scheme", None, remedy="; kv_cache_dtype quantizes the cache without it: remove the field")
+def _compressed_tensors(fields: Config) -> Callable[[str, str], Format | None]:
+    _one_of(fields, "quantization_status", None, "compressed")
+    _one_of(fields, "kv_cache_scheme", None, remedy="; kv_cache_dtype quantizes the cache without it: remove the field")
     for name in ("transform_config", "sparsity_config"):
-        part = said.get(name) or {}
+        part = fields.get(name) or {}
         if part and (name == "transform_config" or part.get("format", "dense") != "dense"):
             raise _unsupported(name, part)
-    groups = said.get("config_groups")
+    groups = fields.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise _unsupported("config_groups", groups, "groups by name are needed")
     formats = [
-        (_names(group, "targets"), _of_group(group, said.get("format"), f"config_groups.{name}."))
+        (_names(group, "targets"), _of_group(group, fields.get("format"), f"config_groups.{name}."))
         for name, group in groups.items()
     ]
-    ignored = _names(said, "ignore")
+    ignored = _names(fields, "ignore")
 
     def format_of(module: str, kind: str) -> Format | None:
         if any(_matches(target, module, kind) for target in ignored):
             return None
         # Names come before classes.
         for wanted in (module, kind):
-            for targets, found in formats:
+            for targets, form in formats:
                 if any(_matches(target, module, wanted) for target in targets if (target == kind) == (wanted == kind)):
-                    return found
+                    return form
         return None
 
     return format_of
@@ -220,45 +229,45 @@ def _of_group(group: Config, default: Any, where: str) -> Format:
     )
 
 
-def _gptq(said: Config) -> Callable[[str, str], Format | None]:
-    bits = _one_of(said, "bits", 4, 8)
-    kind = _one_of(said, "checkpoint_format", None, "gptq", "gptq_v2")
-    _one_of(said, "pack_dtype", None, "int32")
-    _one_of(said, "dynamic", None, {})
-    blocks = next((said[name] for name in _ONLY if said.get(name)), None)
+def _gptq(fields: Config) -> Callable[[str, str], Format | None]:
+    bits = _one_of(fields, "bits", 4, 8)
+    kind = _one_of(fields, "checkpoint_format", None, "gptq", "gptq_v2")
+    _one_of(fields, "pack_dtype", None, "int32")
+    _one_of(fields, "dynamic", None, {})
+    blocks = next((fields[name] for name in _ONLY if fields.get(name)), None)
     only = [str(name) for block in blocks or () for name in ([block] if isinstance(block, str) else block)]
     # The first version stores zero points less one.
-    found = Format(
+    form = Format(
         "gptq",
         bits,
-        columns=_group_size(said, "group_size"),
-        zeros=said.get("sym", True) is False,
+        columns=_group_size(fields, "group_size"),
+        zeros=fields.get("sym", True) is False,
         offset=0 if kind == "gptq_v2" else 1,
-        ordered=not said.get("desc_act"),
+        ordered=not fields.get("desc_act"),
     )
-    plain = [*_left_out(said), *([] if said.get("lm_head") else ["lm_head"])]
-    return _but(found, plain, lambda module: not only or any(f".{module}".endswith(f".{name}") for name in only))
+    plain = [*_left_out(fields), *([] if fields.get("lm_head") else ["lm_head"])]
+    return _but(form, plain, lambda module: not only or any(f".{module}".endswith(f".{name}") for name in only))
 
 
-def _awq(said: Config) -> Callable[[str, str], Format | None]:
-    bits = _one_of(said, "bits" if "bits" in said else "w_bit", 4)
-    _one_of(said, "version", None, "gemm", "GEMM")
-    size = _group_size(said, "group_size" if "group_size" in said else "q_group_size")
-    plain = ["lm_head", *_left_out(said)]
+def _awq(fields: Config) -> Callable[[str, str], Format | None]:
+    bits = _one_of(fields, "bits" if "bits" in fields else "w_bit", 4)
+    _one_of(fields, "version", None, "gemm", "GEMM")
+    size = _group_size(fields, "group_size" if "group_size" in fields else "q_group_size")
+    plain = ["lm_head", *_left_out(fields)]
     return _but(
         Format("awq", bits, columns=size, zeros=True), plain, lambda module: not any(n in module for n in plain)
     )
 
 
-def _fp8(said: Config) -> Callable[[str, str], Format | None]:
-    _one_of(said, "fmt", None, "e4m3")
-    static = _one_of(said, "activation_scheme", None, "dynamic", "static") == "static"
-    if said.get("weight_block_size") is None:
-        found = Format("plain", 8, True, 0, 0, inputs=static)
+def _fp8(fields: Config) -> Callable[[str, str], Format | None]:
+    _one_of(fields, "fmt", None, "e4m3")
+    static = _one_of(fields, "activation_scheme", None, "dynamic", "static") == "static"
+    if fields.get("weight_block_size") is None:
+        form = Format("plain", 8, True, 0, 0, inputs=static)
     else:
-        rows, columns = _block(said, "weight_block_size", "")
-        found = Format("plain", 8, True, rows, columns, scale="weight_scale_inv", inputs=static)
-    return _but(found, ["lm_head", *_left_out(said)])
+        rows, columns = _block(fields, "weight_block_size", "")
+        form = Format("plain", 8, True, rows, columns, scale="weight_scale_inv", inputs=static)
+    return _but(form, ["lm_head", *_left_out(fields)])
 
 
 _READERS: dict[str, Callable[[Config], Callable[[str, str], Format | None]]] = {
@@ -270,7 +279,7 @@ _READERS: dict[str, Callable[[Config], Callable[[str, str], Format | None]]] = {
 
 
 def _but(
-    found: Format, plain: list[str], wanted: Callable[[str], bool] = lambda _: True
+    form: Format, plain: list[str], wanted: Callable[[str], bool] = lambda _: True
 ) -> Callable[[str, str], Format | None]:
     """All linears but those that have one of these names, or one of them in their path, or as transformers has it at
     the end of it, or as a regular expression that fits the beginning. vLLM's AWQ takes it anywhere."""
@@ -282,7 +291,7 @@ def _but(
             for name, pattern in zip(plain, patterns, strict=True)
         )
 
-    return lambda module, _: None if left(module) or not wanted(module) else found
+    return lambda module, _: None if left(module) or not wanted(module) else form
 
 
 def _pattern(name: str) -> Pattern[str] | None:
@@ -293,9 +302,9 @@ def _pattern(name: str) -> Pattern[str] | None:
         return None
 
 
-def _left_out(said: Config) -> list[str]:
+def _left_out(fields: Config) -> list[str]:
     """Names of modules that are not quantized."""
-    return [name for field in _LEFT_OUT for name in _names(said, field)]
+    return [name for field in _LEFT_OUT for name in _names(fields, field)]
 
 
 def _matches(target: str, module: str, kind: str) -> bool:
@@ -307,34 +316,34 @@ def _matches(target: str, module: str, kind: str) -> bool:
     return target in (module, kind)
 
 
-def _one_of(said: Config, name: str, *values: Any, where: str = "", remedy: str = "") -> Any:
-    value = said.get(name) if isinstance(said, Mapping) else said
-    if not any(type(value) is type(one) and value == one for one in values):
-        choice = ", ".join("nothing" if one is None else repr(one) for one in values)
+def _one_of(fields: Config, name: str, *values: Any, where: str = "", remedy: str = "") -> Any:
+    value = fields.get(name) if isinstance(fields, Mapping) else fields
+    if not any(type(value) is type(option) and value == option for option in values):
+        choice = ", ".join("nothing" if option is None else repr(option) for option in values)
         raise _unsupported(f"{where}{name}", value, f"{choice} can be read{remedy}")
     return value
 
 
-def _group_size(said: Config, name: str, where: str = "") -> int:
+def _group_size(fields: Config, name: str, where: str = "") -> int:
     """0: all of them."""
-    size = said.get(name)
+    size = fields.get(name)
     if type(size) is not int or (size < 1 and size != -1):
         raise _unsupported(f"{where}{name}", size, "a number, or -1, is needed")
     return max(size, 0)
 
 
-def _block(said: Config, name: str, where: str) -> tuple[int, int]:
-    block = said.get(name)
+def _block(fields: Config, name: str, where: str) -> tuple[int, int]:
+    block = fields.get(name)
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         raise _unsupported(f"{where}{name}", block, "two numbers are needed")
     return block[0], block[1]
 
 
-def _names(said: Config, name: str) -> list[str]:
-    found = said.get(name) or []
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise _unsupported(name, found, "a list of names is needed")
-    return found
+def _names(fields: Config, name: str) -> list[str]:
+    names = fields.get(name) or []
+    if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+        raise _unsupported(name, names, "a list of names is needed")
+    return names
 
 
 def _unsupported(name: str, value: Any, why: str = "it is not supported") -> ValueError:

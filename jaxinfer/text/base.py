@@ -35,14 +35,18 @@ CLEAN_UP = (
 class Tokenizer(ABC):
     """One interface over all backends. `load_tokenizer` makes one.
 
-    vocab_size     the largest id that the tokenizer can produce or knows, plus one
-    special_ids    ids that `decode` leaves out by default (BOS, EOS, chat markers, ...)
+    vocab_size: the largest id that the tokenizer can produce or knows, plus one.
+    bos_token_id, eos_token_id: None where there is none.
+    special_ids: ids that `decode` leaves out by default (BOS, EOS, chat markers, ...).
+    cleans_up: whether `decode` does what CLEAN_UP says.
+    missing: why there is none: see NoTokenizer.
 
     How the detokenizer may work piece by piece (`jaxinfer.text.detokenize`):
-    token_bytes    id -> the bytes it stands for, where text is exactly those bytes joined; else None
-    byte_values    id -> byte, for ids that stand for one byte each (byte fallback): neighbours make a character
-    known_ids      ids that a token has: there may be far fewer than vocab_size, and others give no text
-    looks_ahead    a token's text can depend on others in further ways, or it isn't known that it does not
+
+    token_bytes: id -> the bytes it stands for, where text is exactly those bytes joined; else None.
+    byte_values: id -> byte, for ids that stand for one byte each (byte fallback): neighbours make a character.
+    known_ids: ids that a token has: there may be far fewer than vocab_size, and others give no text.
+    looks_ahead: a token's text can depend on others in further ways, or it isn't known that it does not.
     """
 
     vocab_size: int
@@ -54,7 +58,7 @@ class Tokenizer(ABC):
     byte_values: Mapping[int, int] = {}
     known_ids: frozenset[int]
     looks_ahead: bool = False
-    missing: str | None = None  # why there is none: see NoTokenizer
+    missing: str | None = None
 
     def __init__(self, folder: Path, chat_templates: ChatTemplates) -> None:
         self.folder = folder

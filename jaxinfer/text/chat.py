@@ -35,7 +35,12 @@ _NOT_VARIABLES = {
 
 @dataclass(frozen=True)
 class ChatTemplates:
-    """The chat templates of a checkpoint by name, and the special tokens that they may write (`bos_token`, ...)."""
+    """The chat templates of a checkpoint.
+
+    folder: the checkpoint's.
+    templates: by name.
+    variables: the special tokens that they may write (`bos_token`, ...).
+    """
 
     folder: Path
     templates: dict[str, str] = field(default_factory=dict)
@@ -98,7 +103,7 @@ class ChatTemplates:
 
     def _in_one_line(self, work: Callable[..., Result], source: str, *arguments: Any) -> Result:
         """With errors that name the template."""
-        names = [name for name, one in self.templates.items() if one == source]
+        names = [name for name, template in self.templates.items() if template == source]
         param = "messages" if names else "chat_template"
         try:
             return work(source, *arguments)

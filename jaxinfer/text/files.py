@@ -20,11 +20,18 @@ MAX_ID = 2**31 - 1  # ids are int32 on devices
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is matched in the text before the vocabulary's own segmentation runs."""
+    """A token that is matched in the text before the vocabulary's own segmentation runs.
+
+    content: its text.
+    special: `decode` leaves it out by default.
+    lstrip, rstrip: the match swallows whitespace to its left, or right.
+    single_word: it is matched only where no letter, digit or underscore is beside it.
+    normalized: it is matched in the text as the normalizer leaves it.
+    """
 
     content: str
     special: bool = False
-    lstrip: bool = False  # the match swallows whitespace to its left
+    lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
     normalized: bool = False

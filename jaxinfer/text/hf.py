@@ -96,15 +96,15 @@ class HFTokenizer(Tokenizer):
             }
 
     def _token_bytes(self, token_id: int) -> bytes:
-        found = self._bytes.get(token_id)
-        if found is None:
+        token_bytes = self._bytes.get(token_id)
+        if token_bytes is None:
             token = self._tokenizer.id_to_token(token_id) or ""
             stand_ins = [_ALPHABET.get(char) for char in token]
             # A token with a character outside the alphabet stands for its own UTF-8.
             known = [byte for byte in stand_ins if byte is not None]
-            found = bytes(known) if len(known) == len(token) else token.encode()
-            self._bytes[token_id] = found
-        return found
+            token_bytes = bytes(known) if len(known) == len(token) else token.encode()
+            self._bytes[token_id] = token_bytes
+        return token_bytes
 
 
 def _is_local(step: dict[str, Any], fused: bool) -> bool:

@@ -38,10 +38,10 @@ def normalize_messages(messages: object, takes: Takes = TEXT) -> list[dict[str, 
     return [_message(plain(message, f"messages[{i}]"), f"messages[{i}]", takes) for i, message in enumerate(messages)]
 
 
-def _message(given: Any, where: str, takes: Takes) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise RequestError.at(where, f"expected a dict with role and content, found {type(given).__name__}")
-    message = _without_nulls(given)
+def _message(original: Any, where: str, takes: Takes) -> dict[str, Any]:
+    if not isinstance(original, dict):
+        raise RequestError.at(where, f"expected a dict with role and content, found {type(original).__name__}")
+    message = _without_nulls(original)
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise RequestError.at(where, f"role must be a string such as 'user' or 'assistant', found {role!r:.80}")
@@ -55,7 +55,7 @@ def _message(given: Any, where: str, takes: Takes) -> dict[str, Any]:
         message["tool_calls"] = [_tool_call(call, takes) if isinstance(call, dict) else call for call in calls]
     if "content" in message:
         message["content"] = _content(message["content"], where, takes, role)
-    elif not given.keys() & {"content", "tool_calls", *REASONING}:
+    elif not original.keys() & {"content", "tool_calls", *REASONING}:
         raise RequestError.at(where, "content must be a string or a list of typed parts, found nothing")
     elif takes.null:
         message["content"] = None
@@ -74,17 +74,17 @@ def _content(content: Any, where: str, takes: Takes, role: str) -> str | list[di
     return "\n".join(part[part["type"]] for part in parts)
 
 
-def _part(given: dict[str, Any], where: str) -> dict[str, Any]:
+def _part(part: dict[str, Any], where: str) -> dict[str, Any]:
     """A part as templates know it: {"type": "text", "text": ...}, or {"type": "thinking", "thinking": ...}."""
-    kind = given["type"]
+    kind = part["type"]
     name = _TEXTS.get(kind) if isinstance(kind, str) else None
     if name is None:
         raise UnsupportedError.at(where, f"content has a part of type {kind!r:.40}; only text is supported")
-    if not isinstance(given.get(name), str):
-        raise RequestError.at(where, f"text of a part must be text, found {given.get(name)!r:.80}")
+    if not isinstance(part.get(name), str):
+        raise RequestError.at(where, f"text of a part must be text, found {part.get(name)!r:.80}")
     known = "thinking" if kind == "thinking" else "text"
-    rest = {key: value for key, value in _without_nulls(given).items() if key not in ("type", name)}
-    return {"type": known, known: given[name]} | rest
+    rest = {key: value for key, value in _without_nulls(part).items() if key not in ("type", name)}
+    return {"type": known, known: part[name]} | rest
 
 
 def _tool_call(call: dict[str, Any], takes: Takes) -> dict[str, Any]:

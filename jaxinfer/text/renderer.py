@@ -36,7 +36,10 @@ WAIT = 300  # seconds for an answer, however little of a processor there is
 
 
 class TemplateError(ValueError):
-    """What a template raised. line: where it can't be read."""
+    """What a template raised.
+
+    line: where it can't be read.
+    """
 
     def __init__(self, message: str, line: int | None):
         super().__init__(message)
@@ -93,7 +96,7 @@ class _Process:
         self._socket, theirs = socket.socketpair()
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", WAIT, 0))
-        path = [*(one for one in sys.path if isinstance(one, str)), str(Path(sandbox.__file__).parents[2])]
+        path = [*(entry for entry in sys.path if isinstance(entry, str)), str(Path(sandbox.__file__).parents[2])]
         command = [sys.executable, "-S", str(sandbox.__file__), *path]
         with theirs:  # Ctrl-C does not reach a session of its own
             self._process = subprocess.Popen(
@@ -108,8 +111,8 @@ class _Process:
         """Raises _Ended if it has. Whatever is raised, this is of no more use."""
         try:
             self._socket.sendall(request)
-            found: dict[str, Any] = json.loads(receive(self._socket, int.from_bytes(receive(self._socket, 8), "big")))
-            return found
+            answer: dict[str, Any] = json.loads(receive(self._socket, int.from_bytes(receive(self._socket, 8), "big")))
+            return answer
         except (OSError, ValueError):  # nothing, or half an answer, is no JSON
             raise _Ended(self.end(patience=1)) from None
         except BaseException:
@@ -138,10 +141,10 @@ class _Pool:
 
     def _begin(self) -> None:
         self._idle: list[_Process] = []
-        self._places = threading.BoundedSemaphore(PROCESSES)
+        self._slots = threading.BoundedSemaphore(PROCESSES)
 
     def ask(self, request: bytes) -> dict[str, Any]:
-        with self._places:
+        with self._slots:
             for process in iter(self._take, None):
                 try:
                     return self._kept(process, process.ask(request))

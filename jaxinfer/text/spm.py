@@ -123,8 +123,8 @@ class SentencePieceTokenizer(Tokenizer):
 def _match_any(tokens: Iterable[AddedToken]) -> re.Pattern[str]:
     """A pattern that finds any of the tokens, the longest first."""
 
-    def one(token: AddedToken) -> str:
+    def literal(token: AddedToken) -> str:
         text = re.escape(token.content)
         return rf"(?<!\w){text}(?!\w)" if token.single_word else text
 
-    return re.compile("|".join(one(t) for t in sorted(tokens, key=lambda t: -len(t.content))) or "(?!)")
+    return re.compile("|".join(literal(t) for t in sorted(tokens, key=lambda t: -len(t.content))) or "(?!)")

@@ -42,13 +42,13 @@ class StopStrings:
             return ""
         before = len(self._held)
         text = self._held + text
-        found = [
+        matches = [
             (at + len(stop), at, stop)
             for stop in self._stops
             if may_end and (at := text.find(stop, max(0, before - len(stop) + 1))) >= 0
         ]
-        if found:
-            end, start, self.matched = min(found)
+        if matches:
+            end, start, self.matched = min(matches)
             self._held = ""
             return text[: end if self._include else start]
         for size in range(min(len(text), self._longest - 1), 0, -1):

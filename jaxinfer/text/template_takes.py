@@ -17,8 +17,12 @@ _KINDS = {"string", "mapping", "iterable", "sequence"}  # Jinja's tests that tel
 
 @dataclass(frozen=True)
 class Takes:
-    """What a template does with `content`: text, parts, or what it finds, null too if it asks for that (DeepSeek's ask
-    so whether there are tool calls); and the form of a tool call's arguments."""
+    """What a template does with `content`, and with a tool call's arguments.
+
+    text, parts: it takes text, or parts; both: what it finds.
+    null: it asks whether it is null (DeepSeek's ask so whether there are tool calls).
+    arguments_as_text: a tool call's arguments are text, and no object.
+    """
 
     text: bool = True
     parts: bool = False

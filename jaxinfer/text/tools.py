@@ -131,10 +131,10 @@ def _docstring(function: Callable[..., Any], where: str) -> tuple[str, dict[str,
     name, outer = "", None
     for line in filter(str.strip, sections.get("Args", "").split("\n")):
         indent = len(line) - len(line.lstrip())
-        found = re.match(r"\s*(\w+)(?:\s*\([^)]*\))?:\s*(.*)", line)
-        if found and (outer is None or indent <= outer):
-            outer, name = indent, found[1]
-            arguments[name] = found[2].strip()
+        match = re.match(r"\s*(\w+)(?:\s*\([^)]*\))?:\s*(.*)", line)
+        if match and (outer is None or indent <= outer):
+            outer, name = indent, match[1]
+            arguments[name] = match[2].strip()
         elif name:
             arguments[name] = f"{arguments[name]} {line.strip()}".strip()
     return pieces[0].strip(), arguments, sections.get("Returns", "").strip()

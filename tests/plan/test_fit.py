@@ -26,10 +26,10 @@ def deployment(name):
 def test_deployments_fit_by_their_shapes(file):
     one = read_deployment(file)
     found = fit(model_of(one.architecture), find_place(one.topology, compiles=False), **one.options)
-    assert found.devices == len(found.place.devices)
+    assert found.devices == len(found.target.devices)
     assert found.sizes.max_model_len == one.options["max_model_len"]
     assert found.cache_tokens >= 4 * found.sizes.max_model_len
-    assert found.held < 0.85 * found.place.chip.memory
+    assert found.held < 0.85 * found.target.chip.memory
 
 
 # In CI: two layers, and few sequences, as sampling for many takes long to compile. With -m long: all of all.
@@ -113,11 +113,11 @@ def test_a_sweep_ranks_what_fits():
     topologies = ["v5e-8", "v6e-8", "h200-4", "v5p-8"]
     found, refused = sweep(model, topologies, 1024, **options)
     assert [c.rate for c in found] == sorted((c.rate for c in found), reverse=True)
-    assert {c.fit.place.name for c in found} == {"v6e-8", "h200-4", "v5p-8"}  # 131 GiB of weights in 8 x 15.75: no
+    assert {c.fit.target.name for c in found} == {"v6e-8", "h200-4", "v5p-8"}  # 131 GiB of weights in 8 x 15.75: no
     assert refused
     for candidate in found:
         assert candidate.rows * 1024 <= candidate.fit.cache_tokens
-        assert candidate.fit.devices == len(candidate.fit.place.devices)
+        assert candidate.fit.devices == len(candidate.fit.target.devices)
 
 
 def test_every_mesh_of_a_sweep_uses_all_devices():
