@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.request import Held
 from tests.engine.device import KINDS, NEVER, Device, Stops, make, most_pages, pages_of, request
+from tests.engine.operations import sequences
 
 # Few different beginnings, so that they really meet in the prefix cache.
 PROMPTS = st.builds(
@@ -19,15 +20,11 @@ PROMPTS = st.builds(
 )
 STOPS = st.builds(lambda device, host: Stops(device, host), *[st.integers(2, 30) | st.just(NEVER)] * 2)
 KIND = st.sampled_from(["plain"] * 4 + list(KINDS))
-OPERATIONS = st.one_of(
+OPERATIONS = sequences(
     st.tuples(st.just("add"), PROMPTS, st.integers(1, 16), st.integers(0, 2), KIND, STOPS),
     st.tuples(st.just("add"), PROMPTS, st.integers(1, 16)),
-    st.tuples(st.just("launch"), st.integers(1, 8)),
-    st.tuples(st.just("launch"), st.integers(1, 8)),
-    st.tuples(st.just("take")),
-    st.tuples(st.just("abort"), st.integers(0, 100)),
+    min_size=10,
 )
-RESTART = st.tuples(st.just("restart"))
 IN_FLIGHT = 2
 
 
@@ -63,7 +60,7 @@ def test_any_sequence_of_events():
         max_rows=st.integers(1, 5),
         more_tokens=st.integers(0, 12),
         prefix_caching=st.sampled_from([True, True, True, False]),
-        operations=st.lists(st.one_of(*[OPERATIONS] * 9, RESTART), min_size=10, max_size=60),
+        operations=OPERATIONS,
     )
     def run(num_pages, page_size, max_rows, more_tokens, prefix_caching, operations):
         max_tokens = max_rows + more_tokens
@@ -325,7 +322,7 @@ def test_any_sequence_of_events_with_windows():
         max_rows=st.integers(1, 5),
         more_tokens=st.integers(0, 12),
         windows=st.lists(st.none() | st.integers(1, 12), min_size=1, max_size=3),
-        operations=st.lists(st.one_of(*[OPERATIONS] * 9, RESTART), min_size=10, max_size=60),
+        operations=OPERATIONS,
     )
     def run(num_pages, page_size, max_rows, more_tokens, windows, operations):
         device = Device(make(num_pages, page_size, max_rows, max_rows + more_tokens, windows=windows))
