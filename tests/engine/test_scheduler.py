@@ -224,14 +224,14 @@ def test_what_was_used_least_recently_is_evicted_first():
 
 
 def test_keys_are_secret_and_depend_on_all_tokens_before():
-    one, other = (make(9, 2).cache for _ in range(2))
+    first, second = (make(9, 2).cache for _ in range(2))
     keys = []
     for cache, tokens, salt in (
-        (one, [1, 2, 3, 4, 5], ""),
-        (one, [2, 1, 3, 4], ""),
-        (other, [1, 2, 3, 4], ""),
-        (one, [1, 2, 3, 4], "a"),
-        (one, [1, 2, 3, 4], "\ud800"),
+        (first, [1, 2, 3, 4, 5], ""),
+        (first, [2, 1, 3, 4], ""),
+        (second, [1, 2, 3, 4], ""),
+        (first, [1, 2, 3, 4], "a"),
+        (first, [1, 2, 3, 4], "\ud800"),
     ):
         asked = request(0, tokens, 1)
         asked.cache_salt = salt
@@ -365,11 +365,11 @@ def test_a_window_needs_no_more_of_a_beginning_than_it_sees(monkeypatch):
         device.scheduler.cache.publish(asked, 0)
         # The first group without its first page and its last but three. Before token 64 the window sees into pages 14
         # and 15 alone, before token 60 into 13 and 14, before token 48 into 10 and 11.
-        found = []
+        counts = []
         for pages in ((), (15,), (14,)):
             lost |= {(windows.index(8), asked.keys[page]) for page in (0, 12, *pages)}
             if windows == [8, None]:
                 lost.add((1, asked.keys[0]))
-            found.append(cached(device, prompt))
-        assert found == expected
+            counts.append(cached(device, prompt))
+        assert counts == expected
         lost.clear()
