@@ -74,8 +74,8 @@ def measure(llm: LLM, rows: int, calls: int, params: SamplingParams, profile: cP
 
     def add(i: int) -> RequestGroup:
         length = int(rng.integers(1, 2 * params.max_tokens)) if changing else None
-        one = dataclasses.replace(params, temperature=0.0, ignore_eos=True, max_tokens=length)
-        return engine.add(rng.integers(0, 256, PROMPTS[i % len(PROMPTS)]).tolist(), one)
+        row_params = dataclasses.replace(params, temperature=0.0, ignore_eos=True, max_tokens=length)
+        return engine.add(rng.integers(0, 256, PROMPTS[i % len(PROMPTS)]).tolist(), row_params)
 
     groups = [add(i) for i in range(rows)]
     while not changing and not all(group.members[0].request.decoding for group in groups):

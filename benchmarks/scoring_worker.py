@@ -24,7 +24,7 @@ else:
 
 def answer(items: list[Any]) -> dict[str, Any]:
     start = time.perf_counter()
-    scored = model._loglikelihood_tokens([(None, given, scored) for given, scored in items], disable_tqdm=True)
+    scored = model._loglikelihood_tokens([(None, context, scored) for context, scored in items], disable_tqdm=True)
     return {"seconds": time.perf_counter() - start, "logprobs": [logprob for logprob, _ in scored]}
 
 

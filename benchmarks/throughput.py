@@ -76,11 +76,11 @@ class Bench:
         for run in range(-1, self.runs):
             # The first is a warm-up; then other prompts each time, or the prefix cache would know them.
             work = mixed_work(self.requests, self.scale, run) if run >= 0 else mixed_work(2, 0, 0)
-            answers = {name: one(work) for name, one in ask.items()}
+            answers = {name: call(work) for name, call in ask.items()}
             for name, answer in answers.items():
                 if run >= 0:
-                    assert [len(tokens) for tokens in answer["tokens"]] == [one.output_len for one in work]
-                    rates[name].append(sum(one.output_len for one in work) / answer["seconds"])
+                    assert [len(tokens) for tokens in answer["tokens"]] == [request.output_len for request in work]
+                    rates[name].append(sum(request.output_len for request in work) / answer["seconds"])
                     same[name] += [a == b for a, b in zip(answer["tokens"], answers["jaxinfer"]["tokens"], strict=True)]
                     print(f"run {run}: {name}: {rates[name][-1]:.2f} output tokens/s", file=sys.stderr, flush=True)
         ours.close()
@@ -106,7 +106,7 @@ class Bench:
             for name, peer in peers.items():
                 answer = peer.ask(work=work)
                 seconds[name].append(answer["seconds"])
-                prefilled[name].append(sum(len(one.prompt) for one in work) - answer["hit_tokens"])
+                prefilled[name].append(sum(len(request.prompt) for request in work) - answer["hit_tokens"])
         off = list(peers)[-1]
         for peer in peers.values():
             peer.close()
@@ -133,7 +133,7 @@ class Bench:
             work = random_work(VOCAB, [SHORTEST] * RUNNING + [long], [OUTPUT] * RUNNING + [1], [run, 3])
             alone = random_work(VOCAB, [SHORTEST] * RUNNING, [OUTPUT] * RUNNING, [run, 4])
             for name, peer in peers.items():
-                half = max(one.e2el for one in serve(peer, alone, [0.0] * RUNNING)) / 2
+                half = max(trace.e2el for trace in serve(peer, alone, [0.0] * RUNNING)) / 2
                 *running, last = serve(peer, work, [0.0] * RUNNING + [half])
                 first[name].append(last.ttft)
                 waits[name] += [

@@ -14,7 +14,7 @@ llm = LLM(sys.argv[1], dtype="float32", warmup=True, **json.loads(sys.argv[2]))
 
 def answer(work: list[Any], arrivals: list[float] | None = None) -> dict[str, Any]:
     """All at once by `LLM.generate`; or as they arrive, and when what came."""
-    asked = [benchmark.Work(*one) for one in work]
+    asked = [benchmark.Work(*request) for request in work]
     hits = llm.stats.hit_tokens
     if arrivals is not None:
         return {"traces": [dataclasses.asdict(trace) for trace in benchmark.serve(llm, asked, arrivals)]}

@@ -113,13 +113,13 @@ def main() -> None:
             table.add_row(str(batch), name, *speeds, share, f"{row['same_tokens']:.1%}")
     console.print(table)
     table = Table("batch", "phase", "ours", "theirs", "of medians", "run by run", "wanted")
-    for batch, phase, one, other, wanted in WANTED:
+    for batch, phase, system, reference, wanted in WANTED:
         if batch in results:
-            mine, its = results[batch][one], results[batch][other]
+            mine, its = results[batch][system], results[batch][reference]
             pairs = zip(mine[f"{phase}_runs"], its[f"{phase}_runs"], strict=True)
             # Where the machine's speed changes while this runs, the median of the ratios says more.
             ratios = mine[phase] / its[phase], statistics.median(a / b for a, b in pairs), wanted
-            table.add_row(str(batch), phase, one, other, *(f"{ratio:.2f}" for ratio in ratios))
+            table.add_row(str(batch), phase, system, reference, *(f"{ratio:.2f}" for ratio in ratios))
     console.print(table)
     table = Table(
         "system", "weights MB", "KV pool MB", "peak resident MB", "peak without pool / (1.2 weights + 700 MB)"
@@ -131,8 +131,8 @@ def main() -> None:
     console.print(table)
     if arguments.json is not None:
         ready = {name: peer.ready | {"peak": peaks[name]} for name, peer in peers.items()}
-        found = {"results": results, "memory": ready, "copy_bandwidth": bandwidth}
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+        report = {"results": results, "memory": ready, "copy_bandwidth": bandwidth}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

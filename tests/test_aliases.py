@@ -169,14 +169,14 @@ class Strange:
     """No value that anything is set to by default."""
 
 
-@pytest.mark.parametrize("given", [VLLM_LOADING, TRANSFORMERS_LOADING], ids=["vllm", "transformers"])
-def test_every_option_of_loading_as_it_is_by_default(given):
+@pytest.mark.parametrize("options", [VLLM_LOADING, TRANSFORMERS_LOADING], ids=["vllm", "transformers"])
+def test_every_option_of_loading_as_it_is_by_default(options):
     """Each alone, and all of them: no complaint, and our own defaults but for one device, which vLLM means."""
-    for name, value in given.items():
-        found = check_options({name: value})
-        expected = {"mesh": found["mesh"]} if name in ("tensor_parallel_size", "data_parallel_size") else {}
-        assert found == check_options({}) | expected, name
-    assert check_options(given)["mesh"] in (None, "tensor=1,data=1")
+    for name, value in options.items():
+        settings = check_options({name: value})
+        expected = {"mesh": settings["mesh"]} if name in ("tensor_parallel_size", "data_parallel_size") else {}
+        assert settings == check_options({}) | expected, name
+    assert check_options(options)["mesh"] in (None, "tensor=1,data=1")
 
 
 def test_every_other_option_of_loading_is_ours_or_says_what_to_do():
@@ -195,12 +195,12 @@ def test_every_other_option_of_loading_is_ours_or_says_what_to_do():
 
 
 @pytest.mark.parametrize(
-    "given", [VLLM_SAMPLING, TRANSFORMERS_SAMPLING, MLX_SAMPLING], ids=["vllm", "transformers", "mlx"]
+    "fields", [VLLM_SAMPLING, TRANSFORMERS_SAMPLING, MLX_SAMPLING], ids=["vllm", "transformers", "mlx"]
 )
-def test_every_sampling_parameter(given):
+def test_every_sampling_parameter(fields):
     """As it is there by default, and otherwise."""
     known = [field.name for field in dataclasses.fields(SamplingParams)]
-    for name, value in given.items():
+    for name, value in fields.items():
         SamplingParams(**{name: value})
         if name in known or name in SAMPLING.same or name in ("pad_token_id", "skip_clone"):
             continue
@@ -210,7 +210,7 @@ def test_every_sampling_parameter(given):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("fields", "expected"),
     [
         ({"max_new_tokens": 5}, {"max_tokens": 5}),
         ({"max_completion_tokens": 5}, {"max_tokens": 5}),
@@ -225,14 +225,14 @@ def test_every_sampling_parameter(given):
         ({"max_new_tokens": None, "best_of": 1, "skip_clone": True}, {"max_tokens": 16}),
     ],
 )
-def test_sampling_parameters_that_are_ours(given, expected):
-    assert SamplingParams(**given) == SamplingParams(**expected)
+def test_sampling_parameters_that_are_ours(fields, expected):
+    assert SamplingParams(**fields) == SamplingParams(**expected)
     changed = SamplingParams(temperature=0.9, max_tokens=16).with_changes(**expected)
     assert all(getattr(changed, name) == value for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
-    ("given", "fact"),
+    ("fields", "fact"),
     [
         ({"max_new_tokens": 5, "max_tokens": 6}, "max_new_tokens: it is max_tokens, which is given too"),
         ({"max_new_tokens": 5, "max_completion_tokens": 6}, "it is max_tokens, which is given too"),
@@ -245,8 +245,8 @@ def test_sampling_parameters_that_are_ours(given, expected):
         ({"self": 1}, "'self' is not supported"),
     ],
 )
-def test_contradictions(given, fact):
-    assert fact in line(lambda: SamplingParams(**given))
+def test_contradictions(fields, fact):
+    assert fact in line(lambda: SamplingParams(**fields))
 
 
 def test_kinds_of_output_are_vllms_enum():
@@ -276,10 +276,10 @@ def test_all_that_is_wrong_is_in_one_line():
 def test_dtypes_however_they_are_spelt():
     class Torch:
         def __init__(self, name):
-            self.said = name
+            self.name = name
 
         def __str__(self):
-            return f"torch.{self.said}"
+            return f"torch.{self.name}"
 
     import jax.numpy as jnp
 
@@ -322,12 +322,12 @@ def test_a_deployment_in_other_words(tmp_path):
     ],
 )
 def test_the_method_that_a_checkpoint_is_quantized_by(case, method):
-    config = CONFIG | {"num_hidden_layers": 1, "quantization_config": CASES[case].said}
+    config = CONFIG | {"num_hidden_layers": 1, "quantization_config": CASES[case].config}
     check_options({"quantization": method})
-    found, expected = AbstractModel.from_config(config, "float32", method), AbstractModel.from_config(config, "float32")
-    assert (found.params, found.quantization) == (expected.params, None)
+    model, expected = AbstractModel.from_config(config, "float32", method), AbstractModel.from_config(config, "float32")
+    assert (model.params, model.quantization) == (expected.params, None)
     if method != "fp8":  # which is a scheme of ours, too
-        for other in (CONFIG, config | {"quantization_config": CASES["fp8 of whole tensors"].said}):
+        for other in (CONFIG, config | {"quantization_config": CASES["fp8 of whole tensors"].config}):
             assert f"quantization is {method!r}: the checkpoint's own is " in line(
                 lambda other=other: AbstractModel.from_config(other, "float32", method)
             )
@@ -392,7 +392,7 @@ def test_a_function_keeps_its_signature():
     assert list(inspect.signature(LLM.generate).parameters)[1:3] == ["prompts", "sampling_params"]
 
     @takes(CALL)
-    def call(one: int, *, two: int = 2) -> int:
-        return one + two
+    def call(first: int, *, second: int = 2) -> int:
+        return first + second
 
-    assert call(1, two=3) == call(one=1, two=3) == 4
+    assert call(1, second=3) == call(first=1, second=3) == 4

@@ -37,14 +37,14 @@ def test_text_in_text_out_and_a_list_for_a_list(folder):
     prompts = ["One prompt", "and another one"]
     texts = jaxinfer.generate(prompts, model=folder, max_tokens=6, **OPTIONS)
     assert [type(text) for text in texts] == [str, str]
-    one = jaxinfer.generate(prompts[0], model=folder, max_tokens=6, **OPTIONS)
-    assert one == texts[0]
+    text = jaxinfer.generate(prompts[0], model=folder, max_tokens=6, **OPTIONS)
+    assert text == texts[0]
     ids = api._loaded[1].tokenizer.encode(prompts[0])
-    assert jaxinfer.generate(ids, model=folder, max_tokens=6, **OPTIONS) == one
-    assert jaxinfer.generate(prompts[:1], model=folder, max_tokens=6, **OPTIONS) == [one]
+    assert jaxinfer.generate(ids, model=folder, max_tokens=6, **OPTIONS) == text
+    assert jaxinfer.generate(prompts[:1], model=folder, max_tokens=6, **OPTIONS) == [text]
     assert jaxinfer.generate([], model=folder, **OPTIONS) == []
-    assert "".join(jaxinfer.stream(prompts[0], model=folder, max_tokens=6, **OPTIONS)) == one
-    assert "".join(jaxinfer.stream(prompts[0], folder, temperature=2.0, seed=1, **OPTIONS)) != one
+    assert "".join(jaxinfer.stream(prompts[0], model=folder, max_tokens=6, **OPTIONS)) == text
+    assert "".join(jaxinfer.stream(prompts[0], folder, temperature=2.0, seed=1, **OPTIONS)) != text
 
 
 def test_what_comes_back_is_the_llms(folder):
@@ -56,8 +56,8 @@ def test_what_comes_back_is_the_llms(folder):
         return llm.generate(prompt, SamplingParams(**params))[0].outputs[0].text
 
     assert jaxinfer.generate("a prompt", folder, **OPTIONS) == text("a prompt", temperature=0.0, max_tokens=256)
-    given = {"temperature": 1.5, "seed": 5, "top_p": 0.9, "max_tokens": 30, "stop": ["e", "a"], "ignore_eos": True}
-    assert jaxinfer.generate("a prompt", folder, **given, **OPTIONS) == text("a prompt", **given)
+    sampling = {"temperature": 1.5, "seed": 5, "top_p": 0.9, "max_tokens": 30, "stop": ["e", "a"], "ignore_eos": True}
+    assert jaxinfer.generate("a prompt", folder, **sampling, **OPTIONS) == text("a prompt", **sampling)
     messages = [{"role": "user", "content": "Hello"}]
     expected = text("user: Hello\nassistant:", temperature=0.0, max_tokens=20)
     assert jaxinfer.chat(messages, folder, max_tokens=20, **OPTIONS) == expected

@@ -47,9 +47,9 @@ def test_latencies_of_known_times():
 
 def test_random_work():
     work = random_work(50, [3, 70], [5, 6], seed=1, prefix_len=4)
-    assert [(len(one.prompt), one.output_len) for one in work] == [(7, 5), (74, 6)]
+    assert [(len(request.prompt), request.output_len) for request in work] == [(7, 5), (74, 6)]
     assert work[0].prompt[:4] == work[1].prompt[:4]
-    assert {token for one in work for token in one.prompt} <= set(range(50))
+    assert {token for request in work for token in request.prompt} <= set(range(50))
     assert work == random_work(50, [3, 70], [5, 6], seed=1, prefix_len=4)
     assert work != random_work(50, [3, 70], [5, 6], seed=2, prefix_len=4)
 
@@ -66,13 +66,13 @@ def test_poisson_arrivals():
 def test_served_requests_get_what_generate_gives(llm):
     work = random_work(300, [5, 40, 9, 7, 20, 3], [20, 1, 33, 8, 50, 12], seed=3)
     _, tokens = generate(llm, work)
-    assert [len(ids) for ids in tokens] == [one.output_len for one in work]
+    assert [len(ids) for ids in tokens] == [request.output_len for request in work]
     arrivals = [0.0, 0.01, 0.02, 0.02, 0.2, 0.2]
     traces = serve(llm, work, arrivals)
     start = traces[0].arrival
     assert [trace.arrival - start for trace in traces] == pytest.approx(arrivals)
-    for trace, one in zip(traces, work, strict=True):
-        assert sum(trace.tokens) == one.output_len
+    for trace, request in zip(traces, work, strict=True):
+        assert sum(trace.tokens) == request.output_len
         assert min(trace.tokens) >= 1
         assert trace.arrival < trace.times[0]
         assert trace.times == sorted(trace.times)

@@ -28,7 +28,7 @@ def logits(folder, sequences, quantization=None):
 
 
 def divergence(base, other):
-    base, other = (np.asarray(jax.nn.log_softmax(one)) for one in (base, other))
+    base, other = (np.asarray(jax.nn.log_softmax(values)) for values in (base, other))
     return float(np.mean(np.sum(np.exp(base) * (base - other), axis=1)))
 
 
@@ -41,12 +41,12 @@ def divergence(base, other):
     ],
 )
 def test_nearer_than_rounding(tmp_path, scheme, method, share):
-    texts = [f"{one.text} {one.answer}" for one in itertools.islice(training_questions(3), 200)]
+    texts = [f"{question.text} {question.answer}" for question in itertools.islice(training_questions(3), 200)]
     options = {"scheme": scheme, "method": method, "format": "orbax", "show_progress": False}
     done = calibrate(MODEL_DIR, tmp_path / "new", texts, max_tokens=4000, **options)
     assert 3900 < done.tokens <= 4000
     tokenizer = load_tokenizer(MODEL_DIR)
-    held_out = [tokenizer.encode(f"{one.text} {one.answer}") for one in held_out_questions(60, 1)]
+    held_out = [tokenizer.encode(f"{question.text} {question.answer}") for question in held_out_questions(60, 1)]
     base = logits(MODEL_DIR, held_out)
     rounded = divergence(base, logits(MODEL_DIR, held_out, scheme))
     assert divergence(base, logits(tmp_path / "new", held_out)) < share * rounded
@@ -100,11 +100,11 @@ def test_the_same_again(checkpoints, tmp_path):
     folder = checkpoints("gpt2").folder
     texts = ["abcdefgh" * 20, [{"role": "user", "content": "what is it?"}]]
     options = {"scheme": "int8", "method": "awq", "format": "orbax", "show_progress": False}
-    found = []
+    outputs = []
     for name in ("one", "two"):
         assert calibrate(folder, tmp_path / name, texts, **options).texts == 2
-        found.append(logits(tmp_path / name, [[1, 2, 3, 4]]))
-    assert np.array_equal(*found)
+        outputs.append(logits(tmp_path / name, [[1, 2, 3, 4]]))
+    assert np.array_equal(*outputs)
 
 
 def test_mistakes(cli, tmp_path, checkpoints):

@@ -42,9 +42,9 @@ def test_the_figures(folder, prices):
         with LLM(folder, quantization=scheme, **OPTIONS) as llm:
             texts = [text for text in TEXTS if len(llm.tokenizer.encode(text)) > 1]
             scored = llm.score(texts)
-        tokens = sum(len(one.logprobs) for one in scored)
+        tokens = sum(len(score.logprobs) for score in scored)
         assert tokens == price.tokens
-        perplexity = math.exp(-sum(one.logprob for one in scored) / tokens)
+        perplexity = math.exp(-sum(score.logprob for score in scored) / tokens)
         assert price.perplexity == pytest.approx(perplexity, rel=1e-4)
 
 
@@ -65,12 +65,12 @@ def test_a_divergence(folder):
     """By hand, from the model's own forward pass."""
     from jaxinfer.compare import _distributions
 
-    found = []
+    distributions = []
     for scheme in (None, "fp8"):
         with LLM(folder, quantization=scheme, **OPTIONS) as llm:
             ids = llm.tokenizer.encode(TEXTS[0])
-            found.append(np.concatenate(list(_distributions(llm, [ids, ids[:3]]))).astype(np.float64))
-    p, q = found
+            distributions.append(np.concatenate(list(_distributions(llm, [ids, ids[:3]]))).astype(np.float64))
+    p, q = distributions
     np.testing.assert_allclose(np.exp(p).sum(axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(p[-2:], p[:2], atol=1e-5)
     expected = np.sum(np.exp(p[:-2]) * (p[:-2] - q[:-2]), axis=1)
@@ -82,17 +82,17 @@ def test_a_divergence(folder):
 @pytest.mark.slow
 def test_what_16_bits_and_a_quantized_cache_cost():
     """On what the packaged model knows: sums in float32, and norms, rotations and softmax, keep it near float32."""
-    texts = [f"{one.text} {one.answer}" for one in held_out_questions(24, 2)]
+    texts = [f"{question.text} {question.answer}" for question in held_out_questions(24, 2)]
     options = {"dtype": "float32", "max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 128}
     base, *others = compare(MODEL_DIR, ["float16", "bfloat16", "kv-int8", "kv-fp8"], texts, **options)
-    half, brain, int8, fp8 = (one.kl_mean for one in others)
+    half, brain, int8, fp8 = (price.kl_mean for price in others)
     assert 0 < half < 2e-6
     assert half < int8 < 5e-5
     assert int8 < fp8 < 1e-3
     assert brain == 0 or half < brain < 1e-3  # XLA may keep what weights in bfloat16 give in float32: then it is exact
-    assert all(one.top1 > 0.97 for one in others)
-    assert [one.weight_bytes / base.weight_bytes for one in others] == pytest.approx([0.5, 0.5, 1, 1], abs=1e-3)
-    cache = [base.cache_bytes_per_token, *(one.cache_bytes_per_token for one in others)]
+    assert all(price.top1 > 0.97 for price in others)
+    assert [price.weight_bytes / base.weight_bytes for price in others] == pytest.approx([0.5, 0.5, 1, 1], abs=1e-3)
+    cache = [base.cache_bytes_per_token, *(price.cache_bytes_per_token for price in others)]
     assert cache == [2560, 1280, cache[2], 720, 720]
     assert cache[2] in (1280, 2560)  # by a kernel: activations are in float32 then
 
@@ -103,7 +103,7 @@ def test_the_command(cli, folder, tmp_path):
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:1]))
     asked = ("compare", folder, "--data", data, "--schemes", "int8", "--max-model-len", 64)
     report = json.loads(cli(*asked, "--json", "--plot", tmp_path / "prices.png").out)
-    assert [one["scheme"] for one in report["prices"]] == [None, "int8"]
+    assert [price["scheme"] for price in report["prices"]] == [None, "int8"]
     assert report["prices"][1]["exact_match"] is None
     assert (tmp_path / "prices.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -128,7 +128,7 @@ def test_a_scheme_that_is_not_to_be_had_leaves_the_others(cli, folder, tmp_path,
     code, out, err = cli(*asked, "--schemes", "*=int4; int8;*.mlp.*=int8,*=none", "--json")
     report = json.loads(out)
     assert (code, err) == (1, "jaxinfer: error: *=int4: it has no room\n")
-    assert [one["scheme"] for one in report["prices"]] == [None, "int8", "*.mlp.*=int8,*=none"]
+    assert [price["scheme"] for price in report["prices"]] == [None, "int8", "*.mlp.*=int8,*=none"]
     assert report["errors"] == {"*=int4": "it has no room"}
 
     def interrupted(llm, scheme, *_):
@@ -139,7 +139,7 @@ def test_a_scheme_that_is_not_to_be_had_leaves_the_others(cli, folder, tmp_path,
     monkeypatch.setattr(module, "_price", interrupted)
     code, out, _ = cli(*asked, "--schemes", "int8", "--json")
     assert code == 130
-    assert [one["scheme"] for one in json.loads(out)["prices"]] == [None]
+    assert [price["scheme"] for price in json.loads(out)["prices"]] == [None]
     with pytest.raises(ValueError, match="it has no room"):
         list(compare(folder, ["*=int4"], TEXTS, **OPTIONS))
 

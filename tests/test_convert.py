@@ -36,13 +36,15 @@ def logprobs(model, **options):
 def test_the_same_model(checkpoints, cli, tmp_path):
     """Split over other devices than it was written from."""
     source, output = checkpoints("llama").folder, tmp_path / "new" / "int8"
-    code, said, err = cli("convert", source, output, "--quantization", "int8", "--mesh", "tensor=4", "--json")
+    code, stdout, err = cli("convert", source, output, "--quantization", "int8", "--mesh", "tensor=4", "--json")
     assert (code, err) == (0, "")
-    figures = json.loads(said)
+    figures = json.loads(stdout)
     assert figures["precision"] == "int8, float32"
     assert figures["restore_ratio"] == pytest.approx(figures["restore_seconds"] / figures["load_seconds"])
-    for one, other in zip(logprobs(output, mesh="fsdp=2,tensor=2"), logprobs(source, quantization="int8"), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+    for array, other in zip(
+        logprobs(output, mesh="fsdp=2,tensor=2"), logprobs(source, quantization="int8"), strict=True
+    ):
+        np.testing.assert_allclose(array, other, atol=1e-5)
     assert (
         "the checkpoint was converted, to 'int8'" in cli("generate", "-m", output, "--quantization", "fp8", "a").error()
     )
@@ -54,10 +56,10 @@ def test_converting_what_was_converted(checkpoints, cli, tmp_path):
     """In the dtype that it has, with the tokenizer and a license beside it."""
     cli("convert", MODEL_DIR, tmp_path / "one")
     (tmp_path / "one" / "LICENSE").write_text("free")
-    code, said, _ = cli("convert", tmp_path / "one", tmp_path / "two")
+    code, stdout, _ = cli("convert", tmp_path / "one", tmp_path / "two")
     assert code == 0
-    assert "bytes of weights in bfloat16" in said
-    compared = re.search(r"restoring ([\d.]+) s: ([\d.]+) times as (fast|long) as loading", said)
+    assert "bytes of weights in bfloat16" in stdout
+    compared = re.search(r"restoring ([\d.]+) s: ([\d.]+) times as (fast|long) as loading", stdout)
     assert float(compared[2]) >= 1  # as fast or as long, whichever it is
     names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("one", "two")]
     assert names[0] == names[1]

@@ -48,7 +48,7 @@ def refused(call, kind, param):
 
 
 @pytest.mark.parametrize(
-    ("given", "kind", "param"),
+    ("fields", "kind", "param"),
     [
         ({"temperature": -1}, RequestError, "temperature"),
         ({"temp": -1}, RequestError, "temperature"),
@@ -68,11 +68,11 @@ def refused(call, kind, param):
         ({"guided_json": "{}", "tempature": 1}, RequestError, "guided_json"),
     ],
 )
-def test_sampling_parameters(given, kind, param):
-    refused(lambda: SamplingParams(**given), kind, param)
-    if "tempature" not in given:
-        refused(lambda: GREEDY.with_changes(**given), kind, param)
-    refused(lambda: jaxinfer.generate("x", **given), kind, param)
+def test_sampling_parameters(fields, kind, param):
+    refused(lambda: SamplingParams(**fields), kind, param)
+    if "tempature" not in fields:
+        refused(lambda: GREEDY.with_changes(**fields), kind, param)
+    refused(lambda: jaxinfer.generate("x", **fields), kind, param)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 def imported(file: Path) -> list[tuple[str, int]]:
     """(module, line) of every import, inside functions and TYPE_CHECKING too."""
-    found = []
+    imports = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno) for alias in node.names]
+            imports += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file}:{node.lineno}: imports are absolute here"
-            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
-    return found
+            imports += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return imports
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))

@@ -355,8 +355,8 @@ def test_logprobs_survive_preemption(llm, cramped):
     before = cramped.stats.preemptions
     outputs = cramped.generate(PROMPTS, params)
     assert cramped.stats.preemptions > before
-    for one, other in zip(outputs, llm.generate(PROMPTS, params), strict=True):
-        for a, b in zip(one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
+    for output, other in zip(outputs, llm.generate(PROMPTS, params), strict=True):
+        for a, b in zip(output.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
             assert a.keys() == b.keys()
             assert all(math.isclose(a[i].logprob, b[i].logprob, abs_tol=1e-4) for i in a)
 

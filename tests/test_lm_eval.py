@@ -162,7 +162,7 @@ def requests(count, seed=0):
     def words(low, high):
         return " ".join(rng.choice([*WORDS, "é", "\n", "日"], int(rng.integers(low, high))))
 
-    found = {"loglikelihood": [], "loglikelihood_rolling": [], "generate_until": []}
+    arguments = {"loglikelihood": [], "loglikelihood_rolling": [], "generate_until": []}
     contexts = ["", "a ", "two  spaces \n", "</s>the", "<|end|>the", words(90, 120)]  # the last one is cut
     for i in range(count):
         context = contexts[i // 4 % len(contexts)] if i % 8 < 4 else words(1, 30)
@@ -170,13 +170,13 @@ def requests(count, seed=0):
             case 0 | 1:  # several of one context, and one after several contexts
                 scored = " stone" if i % 12 == 1 else f" {words(1, 5)}"
                 # At a text's own leading space transformers 5 reads tokenizer.model in another way: see tests/text.
-                found["loglikelihood"].append((context, scored if context else scored[1:]))
+                arguments["loglikelihood"].append((context, scored if context else scored[1:]))
             case 2:
-                found["loglikelihood_rolling"].append(("" if i == 2 else words(1, 140),))
+                arguments["loglikelihood_rolling"].append(("" if i == 2 else words(1, 140),))
             case 3:
                 most = {"max_gen_toks": int(rng.integers(1, 24))} if i % 8 == 3 else {"max_new_tokens": 9}
-                found["generate_until"].append((context or "a", GENERATION[i // 4 % len(GENERATION)] | most))
-    return found
+                arguments["generate_until"].append((context or "a", GENERATION[i // 4 % len(GENERATION)] | most))
+    return arguments
 
 
 def compare(hf, ours, count):
@@ -316,8 +316,8 @@ def test_conversations_as_hf_writes_them(both, template, written, monkeypatch, c
         assert ours.apply_chat_template(history) == hf.apply_chat_template(history)
     assert ("no system role: so the system message is left out" in caplog.text) == (template.startswith(NO_SYSTEM[:20]))
     # Text that is said elsewhere too, and after it, by the template.
-    for said in ("yes", " yes \n", "s", "</s>", "Be brief."):
-        for history in ([user, answer | {"content": said}], [system, user, answer | {"content": said}], [user]):
+    for reply in ("yes", " yes \n", "s", "</s>", "Be brief."):
+        for history in ([user, answer | {"content": reply}], [system, user, answer | {"content": reply}], [user]):
             text = ours.apply_chat_template(history, False)
             if "upper" in written:  # which transformers refuses, as it looks for the message's own text too
                 assert text.endswith(f">{history[-1]['content'].upper()}")

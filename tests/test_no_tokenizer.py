@@ -80,13 +80,13 @@ def test_what_needs_text_says_what_is_missing(llm, bare, cli):
         (lambda: llm.generate([PROMPTS[0]], SamplingParams(stop=["x"])), ("stop", "stop_token_ids")),
         (lambda: llm.generate([PROMPTS[0]], SamplingParams(bad_words=["x"])), ("bad_words", "bad_words_ids")),
     ]:
-        said = line(call)
-        assert all(fact in said for fact in (*facts, str(bare), "has none", "tokenizer=PATH")), said
+        message = line(call)
+        assert all(fact in message for fact in (*facts, str(bare), "has none", "tokenizer=PATH")), message
     (output,) = llm.generate(["hello"], on_error="return", use_tqdm=False)
     assert "tokenizer" in output.error
-    said = cli("generate", "x", "-m", bare)
-    assert (said.code, said.out) == (2, "")
-    assert "text: needs a tokenizer" in said.err
+    result = cli("generate", "x", "-m", bare)
+    assert (result.code, result.out) == (2, "")
+    assert "text: needs a tokenizer" in result.err
 
 
 def test_throughput(llm):
@@ -120,9 +120,9 @@ def test_a_tokenizer_from_elsewhere(bare, whole, llm, cli):
         (output,) = other.generate("hello", params, use_tqdm=False)
         assert output.outputs[0].text
         assert output.outputs[0].token_ids == other.generate([output.prompt_token_ids], params)[0].outputs[0].token_ids
-    said = cli("generate", "hello", "-m", bare, "--tokenizer", whole, "--max-tokens", "4", "--temperature", "0")
-    assert said.code == 0
-    assert said.out
+    result = cli("generate", "hello", "-m", bare, "--tokenizer", whole, "--max-tokens", "4", "--temperature", "0")
+    assert result.code == 0
+    assert result.out
     refusal(bare, "none", "no such folder", kind=FileNotFoundError, tokenizer=f"{bare}/none")
     refusal(bare, bare, "tokenizer.json", "tokenizer.model", kind=FileNotFoundError, tokenizer=bare)
     refusal(bare, "tokenizer is 5", "folder", tokenizer=5)

@@ -47,18 +47,18 @@ def test_links(tmp_path):
     folder, other = tmp_path / "model", tmp_path / "model-2"
     (folder / "sub").mkdir(parents=True)
     other.mkdir()
-    for place in (folder, other):
-        (place / "file").touch()
+    for directory in (folder, other):
+        (directory / "file").touch()
     (folder / "within").symlink_to("file")
     (folder / "out").symlink_to("../model-2/file")
     (folder / "away").symlink_to(other)
     (folder / "gone").symlink_to("/nowhere/at/all")
     (tmp_path / "alias").symlink_to(folder)
-    for place in (folder, tmp_path / "alias", Path(os.path.relpath(folder))):
-        assert inside(place, "within", "x") == place / "within"
+    for directory in (folder, tmp_path / "alias", Path(os.path.relpath(folder))):
+        assert inside(directory, "within", "x") == directory / "within"
         for name in ("out", "away/file", "gone"):
             with pytest.raises(ValueError, match=r"^x: .* is a link that leads out of its folder: put a copy"):
-                inside(place, name, "x")
+                inside(directory, name, "x")
 
 
 def test_links_of_the_cache_of_the_hub(tmp_path):
@@ -76,7 +76,7 @@ def test_links_of_the_cache_of_the_hub(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "problem"),
+    ("location", "problem"),
     [
         ("", "a name is missing"),
         ("file://", "a name is missing"),
@@ -89,16 +89,16 @@ def test_links_of_the_cache_of_the_hub(tmp_path):
         ("a\udcffb", "it is not UTF-8"),
     ],
 )
-def test_what_is_no_place(given, problem):
+def test_what_is_no_place(location, problem):
     with pytest.raises(ValueError, match=rf"^output .*: .*{problem}") as error:
-        locate(given, "output")
+        locate(location, "output")
     assert "\n" not in str(error.value)
 
 
 def test_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/me")
-    for given, path in {
+    for location, path in {
         "a": tmp_path / "a",
         "a/.": tmp_path / "a",
         "a//b/": tmp_path / "a/b",
@@ -108,9 +108,9 @@ def test_places(tmp_path, monkeypatch):
         f"file://{tmp_path}/a": tmp_path / "a",
         "/": "/",
     }.items():
-        fs, found = locate(given, "output")
+        fs, result = locate(location, "output")
         assert isinstance(fs, LocalFileSystem)
-        assert found == local(given, "output") == str(path)
+        assert result == local(location, "output") == str(path)
     assert locate("memory://a/b/", "output")[1] == "/a/b"
     with pytest.raises(ValueError, match=r"^--plot memory://a: is not on this machine"):
         local("memory://a", "--plot")

@@ -69,8 +69,8 @@ def test_as_the_weights_that_it_stands_for(checkpoints, dequantized, name, schem
     with LLM(dequantized(name, scheme), **OPTIONS) as llm:
         expected = llm.score(PROMPTS)
         same = llm.generate(PROMPTS, GREEDY)
-    for one, other in zip(scored, expected, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+    for score, other in zip(scored, expected, strict=True):
+        np.testing.assert_allclose(score.logprobs, other.logprobs, atol=2e-5)
     assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in same]
 
 
@@ -84,15 +84,15 @@ def test_as_the_weights_that_it_stands_for(checkpoints, dequantized, name, schem
     ],
 )
 def test_the_same_on_several_devices(checkpoints, scheme, mesh):
-    found = []
-    for place in (None, mesh):
-        with LLM(checkpoints("llama").folder, quantization=scheme, mesh=place, **OPTIONS) as llm:
-            found.append(([o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY)], llm.score(PROMPTS)))
+    results = []
+    for spec in (None, mesh):
+        with LLM(checkpoints("llama").folder, quantization=scheme, mesh=spec, **OPTIONS) as llm:
+            results.append(([o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY)], llm.score(PROMPTS)))
             params = llm.engine.runner.params
-    (alone, scores), (split, others) = found
+    (alone, scores), (split, others) = results
     assert alone == split
-    for one, other in zip(scores, others, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=3e-5)
+    for score, other in zip(scores, others, strict=True):
+        np.testing.assert_allclose(score.logprobs, other.logprobs, atol=3e-5)
     weight, scales = (params[f"model.layers.0.mlp.up_proj.weight{end}"] for end in ("", "_scale"))
     assert (weight.dtype.itemsize, scales.dtype) == (1, np.float32)
     assert weight.sharding.shard_shape(weight.shape)[0] == scales.sharding.shard_shape(scales.shape)[0]
@@ -160,8 +160,8 @@ def test_schemes_with_blocks(tmp_path, scheme, mesh):
     with LLM(write_checkpoint(tmp_path / "m", CONFIG, tensors), quantization=scheme, mesh=mesh, **OPTIONS) as llm:
         got = llm.score(PROMPTS)
         params = llm.engine.runner.params
-    for one, other in zip(got, expected, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    for score, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(score.logprobs, other.logprobs, atol=1e-4)
     weight, scales = (params[f"model.layers.0.mlp.down_proj.weight{end}"] for end in ("", "_scale"))
     assert (weight.dtype.itemsize, scales.dtype) == (1, np.float32)
     size, parts = {"int4": (32, 2), "int4-g128": (128, 2)}.get(scheme, (128, 1))
@@ -186,12 +186,12 @@ def test_blocks_that_do_not_divide(tmp_path, scheme, mesh, changed, what):
 def test_what_groups_do_not_divide_is_left_as_it_is(caplog, tmp_path):
     """And said, with why; patterns are no different. Only where nothing is left to quantize that is an error."""
     config = CONFIG | {"intermediate_size": 40}
-    said = "is left in float32: groups of 32 don't divide the 40 inputs, as int4 needs"
+    reason = "is left in float32: groups of 32 don't divide the 40 inputs, as int4 needs"
     for quantization in ("int4", {"*.mlp.*": "int4"}):
         caplog.clear()
         with caplog.at_level("WARNING", "jaxinfer"):
             model = AbstractModel.from_config(config, "float32", quantization)
-        assert caplog.messages == [f"quantization is {quantization!r}: model.layers.*.mlp.down_proj.weight {said}"]
+        assert caplog.messages == [f"quantization is {quantization!r}: model.layers.*.mlp.down_proj.weight {reason}"]
         assert model.abstract["model.layers.0.mlp.down_proj.weight"].dtype == np.float32
         assert model.abstract["model.layers.0.mlp.up_proj.weight"].dtype == np.uint8
     with pytest.raises(
@@ -216,12 +216,12 @@ def test_tables_with_blocks(tmp_path):
     folder = write_checkpoint(tmp_path / "m", config, tensors)
     table = "model.embed_tokens.weight"
     left = write_checkpoint(tmp_path / "left", config, tensors | {table: of_blocks(tensors[table], "int4")})
-    found = []
+    scores = []
     for model, options in ((left, {}), (folder, {"quantization": {"*.embed_tokens.*": "int4"}, "mesh": "tensor=2"})):
         with LLM(model, **OPTIONS, **options) as llm:
-            found.append(llm.score(PROMPTS))
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+            scores.append(llm.score(PROMPTS))
+    for score, other in zip(*scores, strict=True):
+        np.testing.assert_allclose(score.logprobs, other.logprobs, atol=1e-4)
 
 
 def test_patterns(checkpoints):

@@ -44,15 +44,15 @@ for number, code in enumerate(sys.argv[1:], 1):
 
 def shell_commands() -> list[tuple[str, str | None]]:
     """Each command and, in console blocks, what it prints."""
-    found: list[tuple[str, str | None]] = []
+    commands: list[tuple[str, str | None]] = []
     for code in SHELL:
         if code.startswith("$ "):
             for part in re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]:
                 command, _, output = part.partition("\n")
-                found.append((command, output))
+                commands.append((command, output))
         else:
-            found += [(line, None) for line in code.splitlines()]
-    return found
+            commands += [(line, None) for line in code.splitlines()]
+    return commands
 
 
 def same(shown: str, printed: str) -> bool:

@@ -26,20 +26,20 @@ def llm(checkpoints):
         assert llm.stats.pages_used == llm.stats.running == llm.stats.waiting == 0
 
 
-def logprobs(llm: LLM, given: list[int], scored: list[int]) -> np.ndarray:
+def logprobs(llm: LLM, prompt: list[int], scored: list[int]) -> np.ndarray:
     """By a forward over the whole, without a cache."""
-    whole = given + scored
+    whole = prompt + scored
     logits = all_logits(llm, whole[:-1]).astype(np.float64)
     logits -= logits.max(-1, keepdims=True)
     values = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return values[np.arange(len(given) - 1, len(whole) - 1), scored]
+    return values[np.arange(len(prompt) - 1, len(whole) - 1), scored]
 
 
-def check(llm: LLM, output, given: list[int], scored: list[int]) -> None:
+def check(llm: LLM, output, prompt: list[int], scored: list[int]) -> None:
     assert output.error is None
     assert output.token_ids == scored
-    assert output.num_prompt_tokens == len(given)
-    expected = logprobs(llm, given, scored)
+    assert output.num_prompt_tokens == len(prompt)
+    expected = logprobs(llm, prompt, scored)
     np.testing.assert_allclose(output.logprobs, expected, atol=1e-4)
     assert output.logprob == pytest.approx(expected.sum(), abs=1e-3)
     assert output.perplexity == pytest.approx(np.exp(-expected.mean()), rel=1e-4)
@@ -50,7 +50,7 @@ def test_texts_and_continuations(llm):
     for output, text in zip(llm.score(texts), texts, strict=True):
         check(llm, output, text[:1], text[1:])
     pairs = [(ids(a), ids(b)) for a, b in ((1, 1), (100, 1), (1, 100), (130, 120), (7, 9))]
-    outputs = llm.score([given for given, _ in pairs], [scored for _, scored in pairs])
+    outputs = llm.score([prompt for prompt, _ in pairs], [scored for _, scored in pairs])
     for output, pair in zip(outputs, pairs, strict=True):
         check(llm, output, *pair)
     assert [output.index for output in outputs] == list(range(5))
@@ -197,12 +197,12 @@ def test_what_is_no_token_id_is_none_anywhere(llm, bad):
 
 
 def test_ids_may_be_numpys(llm):
-    given = ids(12)
+    tokens = ids(12)
     params = SamplingParams(temperature=0.0, max_tokens=3)
-    for some in (np.array(given), np.array(given, np.uint16), list(np.array(given)), tuple(given)):
-        assert llm.generate({"prompt_token_ids": some}, params)[0].prompt_token_ids == given
-        assert llm.score([some])[0].token_ids == given[1:]
-        assert llm.score([some], [some])[0].token_ids == given
-    two = tuple(np.array(given[:2]))  # a text, and no pair of prompt and continuation
+    for some in (np.array(tokens), np.array(tokens, np.uint16), list(np.array(tokens)), tuple(tokens)):
+        assert llm.generate({"prompt_token_ids": some}, params)[0].prompt_token_ids == tokens
+        assert llm.score([some])[0].token_ids == tokens[1:]
+        assert llm.score([some], [some])[0].token_ids == tokens
+    two = tuple(np.array(tokens[:2]))  # a text, and no pair of prompt and continuation
     (output,) = llm.score_iter([two])
-    assert output.token_ids == given[1:2]
+    assert output.token_ids == tokens[1:2]

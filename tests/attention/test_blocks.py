@@ -13,9 +13,9 @@ V5E, V5P, V6E = "TPU v5 lite", "TPU v5", "TPU v6 lite"
 def sizes(kind, heads, kv_heads, page_size, length, tokens, head_dim=128, dtype="bfloat16", decode_only=False):
     q = jax.ShapeDtypeStruct((tokens, heads, head_dim), jnp.dtype(dtype))
     kv = jax.ShapeDtypeStruct((99, page_size, 2 * kv_heads, head_dim), jnp.dtype(dtype))
-    found = block_sizes(kind, q, kv, -(-length // page_size), decode_only)
-    assert (found.limit is None) == (kind in ("TPU v4", "TPU7x") or dtype != "bfloat16" or head_dim > 128)
-    return found[:2]
+    blocks = block_sizes(kind, q, kv, -(-length // page_size), decode_only)
+    assert (blocks.limit is None) == (kind in ("TPU v4", "TPU7x") or dtype != "bfloat16" or head_dim > 128)
+    return blocks[:2]
 
 
 @pytest.mark.parametrize(("kind", "name"), [(V5E, "TPU v5"), (V5P, "TPU v5"), (V6E, "TPU v6")])
@@ -46,11 +46,11 @@ def test_measured(kind, name):
 def test_nearest(kind, name, asked, nearest, expected):
     """nearest: the table's entry, by heads, key/value heads, page size, tokens, length."""
     heads, kv_heads, page_size, tokens, length = nearest
-    found = sizes(kind, *asked)
+    blocks = sizes(kind, *asked)
     entry = TUNED_BLOCK_SIZES[name][("bfloat16", "bfloat16", heads, kv_heads, 128, page_size, tokens, length)]
-    assert found[0] * asked[2] == entry[0] * page_size
-    assert found[1] == entry[1]
-    assert expected in (None, found)
+    assert blocks[0] * asked[2] == entry[0] * page_size
+    assert blocks[1] == entry[1]
+    assert expected in (None, blocks)
 
 
 def test_more_heads_than_were_measured():

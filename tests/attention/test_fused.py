@@ -100,10 +100,10 @@ def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
         return version
 
     monkeypatch.setattr(fused_module, "version", installed)
-    place = Place("tpu", kind)
-    first = LayerLayout.of(FullAttentionSpec(12, 64), dtype, place).arrays(5, 16)
+    device = Place("tpu", kind)
+    first = LayerLayout.of(FullAttentionSpec(12, 64), dtype, device).arrays(5, 16)
     assert type(first) is InterleavedPages  # heads are padded
-    layout = LayerLayout.of(FullAttentionSpec(8, 64), dtype, place)
+    layout = LayerLayout.of(FullAttentionSpec(8, 64), dtype, device)
     first = layout.arrays(5, 16)
     assert type(first) is expected
     assert layout.backend.partition_spec == PartitionSpec(("data", "fsdp"), None, "kv")

@@ -110,7 +110,7 @@ class Place:
 
 
 @pytest.mark.parametrize(
-    ("attention", "place", "heads", "head_dim", "dtype", "expected"),
+    ("attention", "device", "heads", "head_dim", "dtype", "expected"),
     [
         ("pallas", Place("gpu", "8.0"), 8, 128, "bfloat16", GPU),
         ("pallas", Place("gpu", "10.0"), 1, 64, "float16", GPU),
@@ -126,9 +126,9 @@ class Place:
         ("pallas", Place("tpu"), 8, 128, "float16", "for TPUs is for bfloat16 and float32, and dtype is float16"),
     ],
 )
-def test_what_is_asked_for_is_taken_or_refused(attention, place, heads, head_dim, dtype, expected):
+def test_what_is_asked_for_is_taken_or_refused(attention, device, heads, head_dim, dtype, expected):
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=f"attention is 'pallas': .*{expected}"):
-            LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, place, attention)
+            LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, device, attention)
     else:
-        assert LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, place, attention).backend is expected
+        assert LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, device, attention).backend is expected

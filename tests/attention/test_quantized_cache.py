@@ -46,8 +46,8 @@ def test_as_what_it_stands_for(name, decode, prefill):
     used = live(case.batch)
     np.testing.assert_allclose(np.asarray(out)[used], np.asarray(expected)[used], atol=1e-5)
     assert np.abs(np.asarray(out) - case.out)[used].max() > 1e-4  # the rounding is there
-    for pool, scales, one in zip(cache[:2], cache[2:], after, strict=True):
-        np.testing.assert_allclose(product(pool, scales, name)[1:], np.asarray(one)[1:], rtol=1e-6)
+    for pool, scales, reference in zip(cache[:2], cache[2:], after, strict=True):
+        np.testing.assert_allclose(product(pool, scales, name)[1:], np.asarray(reference)[1:], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -87,14 +87,14 @@ def test_the_layout(platform, heads, name, expected):
 
 
 @pytest.mark.parametrize(
-    ("platform", "heads", "attention", "name", "said"),
+    ("platform", "heads", "attention", "name", "problem"),
     [
         ("tpu", 8, "auto", "int8", "take fp8 or attention='xla'"),
         ("tpu", 1, "auto", "fp8", "saves nothing"),
         ("gpu", 8, "pallas", "int8", "on GPUs only attention='xla'"),
     ],
 )
-def test_what_there_is_no_kernel_for(platform, heads, attention, name, said, monkeypatch):
+def test_what_there_is_no_kernel_for(platform, heads, attention, name, problem, monkeypatch):
     monkeypatch.setattr(type(GPU), "supports", lambda *_: None)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=problem):
         LayerLayout.of(FullAttentionSpec(heads, 128), "bfloat16", Place(platform), attention, name)

@@ -50,8 +50,8 @@ def job(demo, tmp_path):
     """Runs a job of ten rows a part; returns what it says."""
 
     def start(source, output="out", **options):
-        given = {"model": demo, "sampling_params": SHORT, "rows_per_part": 10} | options
-        return run(source, tmp_path / output, **given)
+        options = {"model": demo, "sampling_params": SHORT, "rows_per_part": 10} | options
+        return run(source, tmp_path / output, **options)
 
     return start
 

@@ -16,11 +16,11 @@ def record(i, size=1):
 
 def taken(ahead):
     """All that comes, with waiting."""
-    while (one := next(ahead, None)) is not None:
-        if one is LATER:
+    while (record := next(ahead, None)) is not None:
+        if record is LATER:
             assert ahead.wait(10)
         else:
-            yield one.index
+            yield record.index
 
 
 def test_nothing_is_waited_for():
@@ -68,10 +68,10 @@ def test_an_error_comes_after_what_was_read():
         raise OSError("cut off")
 
     with Ahead(broken()) as ahead:
-        one = taken(ahead)
-        assert [next(one), next(one)] == [0, 1]
+        indices = taken(ahead)
+        assert [next(indices), next(indices)] == [0, 1]
         with pytest.raises(OSError, match="cut off"):
-            next(one)
+            next(indices)
 
 
 def test_who_leaves_is_not_waited_for(monkeypatch):

@@ -283,19 +283,19 @@ def test_another_process_ends_meanwhile(job, rows_file, tmp_path, monkeypatch, n
     """A job that looks at its output while another one ends it finds it complete, whatever it has seen before."""
     source = rows_file(QUESTIONS)
     assert not job(source, name, stop=after_a_part()).complete
-    place = {"_find": begin, "lock": Output}.get(seen, manifest.Manifest)
-    look = getattr(place, seen)
+    owner = {"_find": begin, "lock": Output}.get(seen, manifest.Manifest)
+    look = getattr(owner, seen)
 
     def late(*arguments):
-        monkeypatch.setattr(place, seen, look)
+        monkeypatch.setattr(owner, seen, look)
         if seen in ("_find", "take"):  # after it has looked, and before
-            found = look(*arguments)
+            result = look(*arguments)
             job(source, name)
-            return found
+            return result
         job(source, name)
         return look(*arguments)
 
-    monkeypatch.setattr(place, seen, late)
+    monkeypatch.setattr(owner, seen, late)
     assert job(source, name).rows_now == 0
     job(source, f"expected.{name}")
     got, expected = tmp_path / name, tmp_path / f"expected.{name}"

@@ -45,14 +45,16 @@ def test_rows_with_parameters_of_their_own(demo, job, rows_file, tmp_path):
     first, second = read_rows(tmp_path / "out")
     expected = demo.generate(rows[0]["prompt"], SamplingParams(temperature=0.0, max_tokens=2, logprobs=2))[0].outputs[0]
     assert first["generated_text"] == expected.text
-    assert [[one["token_id"] for one in token] for token in first["logprobs"]] == [list(d) for d in expected.logprobs]
+    assert [[entry["token_id"] for entry in token] for token in first["logprobs"]] == [
+        list(d) for d in expected.logprobs
+    ]
     total = sum(token[0]["logprob"] for token in first["logprobs"])
     assert total == pytest.approx(expected.cumulative_logprob, abs=1e-5)
     params = SamplingParams(temperature=0.9, seed=5, n=2, **SHORT)
     both = demo.generate(rows[1]["prompt"], params)[0].outputs
-    assert second["generated_text"] == [one.text for one in both]
-    assert second["finish_reason"] == [one.finish_reason for one in both]
-    assert second["generated_tokens"] == sum(len(one.token_ids) for one in both)
+    assert second["generated_text"] == [completion.text for completion in both]
+    assert second["finish_reason"] == [completion.finish_reason for completion in both]
+    assert second["generated_tokens"] == sum(len(completion.token_ids) for completion in both)
 
 
 BROKEN = {
@@ -206,7 +208,7 @@ def test_scores(demo, job, rows_file, tmp_path):
     assert text["id"] == 7
     assert (summary.rows, summary.errors, summary.generated_tokens) == (3, 1, 0)
     scores = [*demo.score("What is 1 + 2?"), *demo.score("1 + 2 =", " 3")]
-    assert summary.prompt_tokens == sum(len(one.token_ids) + one.num_prompt_tokens for one in scores)
+    assert summary.prompt_tokens == sum(len(score.token_ids) + score.num_prompt_tokens for score in scores)
     assert summary.tokens_per_second > 0
 
 
@@ -227,10 +229,12 @@ def test_log_probabilities_of_the_prompt(demo, job, rows_file, tmp_path):
     first, *expected = demo.generate(row["prompt"], params)[0].prompt_logprobs
     assert got["prompt_logprobs"][0] is first is None
     for step, wanted in zip(got["prompt_logprobs"][1:], expected, strict=True):
-        assert [(one["token_id"], one["token"], one["rank"]) for one in step] == [
-            (i, one.decoded_token, one.rank) for i, one in wanted.items()
+        assert [(entry["token_id"], entry["token"], entry["rank"]) for entry in step] == [
+            (i, logprob.decoded_token, logprob.rank) for i, logprob in wanted.items()
         ]
-        assert [one["logprob"] for one in step] == pytest.approx([one.logprob for one in wanted.values()], abs=1e-5)
+        assert [entry["logprob"] for entry in step] == pytest.approx(
+            [logprob.logprob for logprob in wanted.values()], abs=1e-5
+        )
     job(rows_file([row]), "out.parquet", sampling_params=SHORT | {"prompt_logprobs": 0, "n": 2})
     assert json.loads(read_rows(tmp_path / "out.parquet")[0]["prompt_logprobs"]) == got["prompt_logprobs"]
 

@@ -19,8 +19,8 @@ def shard(demo, rows_file, tmp_path):
     """Runs one shard of a job with five parts."""
 
     def start(which, output="out", **options):
-        given = {"sampling_params": {"max_tokens": 2}, "rows_per_part": 5} | options
-        return run(rows_file(ROWS), tmp_path / output, model=demo, shard=which, **given)
+        options = {"sampling_params": {"max_tokens": 2}, "rows_per_part": 5} | options
+        return run(rows_file(ROWS), tmp_path / output, model=demo, shard=which, **options)
 
     return start
 
@@ -38,8 +38,8 @@ def test_a_folder_that_shards_share(shard, tmp_path, format, count):
     merged = merge(tmp_path / "out")
     assert (merged.complete, merged.rows, merged.errors) == (True, 23, 0)
     assert parts(tmp_path / "out") == parts(tmp_path / "whole")
-    one, other = (json.loads((tmp_path / name / "_manifest.json").read_text()) for name in ("out", "whole"))
-    assert one == other
+    joined, whole = (json.loads((tmp_path / name / "_manifest.json").read_text()) for name in ("out", "whole"))
+    assert joined == whole
     assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(tmp_path / "whole"))
     assert merge(tmp_path / "out") == merged  # once more
     assert shard("1/2", format=format).rows == 23  # complete
@@ -153,7 +153,7 @@ def test_a_part_that_was_changed(shard, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "environment", "expected"),
+    ("spec", "environment", "expected"),
     [
         (None, {}, (0, 1)),
         ("2/4", {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (2, 4)),
@@ -163,14 +163,14 @@ def test_a_part_that_was_changed(shard, tmp_path):
         (None, {"TPU_WORKER_ID": "WARNING: no number", "TPU_WORKER_HOSTNAMES": "localhost"}, (0, 1)),
     ],
 )
-def test_which_shard(given, environment, expected):
-    assert parse_shard(given, environment) == expected
+def test_which_shard(spec, environment, expected):
+    assert parse_shard(spec, environment) == expected
 
 
-@pytest.mark.parametrize("given", ["4/4", "1", "-1/2", "a/b", "1/0", ""])
-def test_no_such_shard(given):
+@pytest.mark.parametrize("spec", ["4/4", "1", "-1/2", "a/b", "1/0", ""])
+def test_no_such_shard(spec):
     with pytest.raises(ValueError, match="shard is"):
-        parse_shard(given, {})
+        parse_shard(spec, {})
 
 
 def test_what_is_left_at_the_very_end(shard, tmp_path):

@@ -76,7 +76,7 @@ class Case:
 
 
 def numbers(row):
-    return [one["logprob"] for token in row.get("logprobs") or () for one in token]
+    return [entry["logprob"] for token in row.get("logprobs") or () for entry in token]
 
 
 @pytest.fixture(scope="module")

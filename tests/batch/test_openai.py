@@ -27,16 +27,16 @@ def row(body: Any, url: Any = CHAT, task: str = "generate", options: Any = None,
 
 
 def chat(**body: Any) -> Ask:
-    found = row({"model": "gpt", "messages": USER} | body)
-    assert found.error is None
-    assert found.custom_id == "a"
-    return found.ask
+    request = row({"model": "gpt", "messages": USER} | body)
+    assert request.error is None
+    assert request.custom_id == "a"
+    return request.ask
 
 
 def complete(**body: Any) -> Ask:
-    found = row({"model": "gpt", "prompt": "hi"} | body, COMPLETIONS)
-    assert found.error is None
-    return found.ask
+    request = row({"model": "gpt", "prompt": "hi"} | body, COMPLETIONS)
+    assert request.error is None
+    return request.ask
 
 
 def test_openais_defaults_and_not_the_checkpoints():
@@ -91,11 +91,11 @@ def test_a_body_may_be_json_in_text():
 def test_other_rows_may_have_such_columns():
     line = {"custom_id": 5, "method": "POST", "url": "x", "body": "x"}
     for columns in (line | {"prompt": "hi"}, line | {"text": "hi"}):
-        found = Parser("generate", GREEDY).parse(Record(0, "rows.jsonl:1", columns))
-        assert (found.openai, found.error, found.columns) == (False, None, columns)
-    found = Parser("generate", GREEDY).parse(Record(0, "rows.jsonl:1", {"url": "x", "body": "of a web page"}))
-    assert not found.openai
-    assert "has none of prompt" in found.error
+        request = Parser("generate", GREEDY).parse(Record(0, "rows.jsonl:1", columns))
+        assert (request.openai, request.error, request.columns) == (False, None, columns)
+    request = Parser("generate", GREEDY).parse(Record(0, "rows.jsonl:1", {"url": "x", "body": "of a web page"}))
+    assert not request.openai
+    assert "has none of prompt" in request.error
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -161,9 +161,9 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changed", "problem"), BAD)
 def test_bad_lines(changed, problem):
-    found = row(**{"body": {"messages": USER}} | changed)
-    check_refused(found, problem)
-    assert found.custom_id == (None if "custom_id" in changed else "a")
+    request = row(**{"body": {"messages": USER}} | changed)
+    check_refused(request, problem)
+    assert request.custom_id == (None if "custom_id" in changed else "a")
 
 
 @pytest.mark.parametrize(("changed", "problem"), BAD_CHAT)
@@ -176,16 +176,16 @@ def test_bad_completions(changed, problem):
     check_refused(row({"prompt": "hi"} | changed, COMPLETIONS), problem)
 
 
-def check_refused(found: Row, problem: str) -> None:
-    assert found.ask is None
-    assert found.error.startswith("rows.jsonl:4: ")
-    assert problem in found.error
-    answer = response_line(found, None, model="m")
+def check_refused(request: Row, problem: str) -> None:
+    assert request.ask is None
+    assert request.error.startswith("rows.jsonl:4: ")
+    assert problem in request.error
+    answer = response_line(request, None, model="m")
     json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
-    assert answer["custom_id"] == found.custom_id
+    assert answer["custom_id"] == request.custom_id
     assert answer["response"]["status_code"] == 400
     assert answer["response"]["body"]["error"] == {
-        "message": found.error,
+        "message": request.error,
         "type": "invalid_request_error",
         "param": None,
         "code": None,
@@ -250,8 +250,8 @@ def test_a_completion_comes_back():
 
 def test_logprobs_of_a_chat():
     def content(**body: Any) -> list[Any]:
-        found = row({"messages": USER, "logprobs": True} | body)
-        return response_line(found, output(), model="m")["response"]["body"]["choices"][0]["logprobs"]["content"]
+        request = row({"messages": USER, "logprobs": True} | body)
+        return response_line(request, output(), model="m")["response"]["body"]["choices"][0]["logprobs"]["content"]
 
     hi = {"token": "hi", "logprob": -2.0, "bytes": [104, 105]}
     ho = {"token": "ho", "logprob": -0.5, "bytes": [104, 111]}
@@ -293,8 +293,8 @@ def test_lines_through_a_model(checkpoints):
     (choice,) = bodies[0]["choices"]
     assert choice["message"]["content"] == outputs[0].outputs[0].text
     assert len(choice["logprobs"]["content"]) == bodies[0]["usage"]["completion_tokens"]
-    for one, completion in zip(bodies[1]["choices"], outputs[1].outputs, strict=True):
-        assert one["text"] == completion.text
-        logprobs = one["logprobs"]
+    for choice, completion in zip(bodies[1]["choices"], outputs[1].outputs, strict=True):
+        assert choice["text"] == completion.text
+        logprobs = choice["logprobs"]
         lengths = {len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs")}
         assert lengths == {len(completion.token_ids)}

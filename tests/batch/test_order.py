@@ -68,23 +68,23 @@ def test_rows_with_nothing_to_run_take_places_too():
 
     works = ordered(source())
     for window, expected in enumerate([[5], None, None], 1):
-        one = next(works)
-        assert (one and one.prompt) == expected
+        work = next(works)
+        assert (work and work.prompt) == expected
         assert len(read) <= window * order.ROWS + 2
-    assert [one for one in works if one] == [Work([9 * order.ROWS], 10)]
+    assert [work for work in works if work] == [Work([9 * order.ROWS], 10)]
 
 
 def test_rows_that_are_slow_to_come_keep_nobody_waiting():
-    one, two = Work([1], 1), Work([2], 2)
+    first, second = Work([1], 1), Work([2], 2)
     waits = []
 
     def wait(seconds):
         waits.append(seconds)
         return len(waits) < 3
 
-    assert [*ordered(iter([one, LATER, LATER, two]), wait)] == [two, one]  # within a window's patience
+    assert [*ordered(iter([first, LATER, LATER, second]), wait)] == [second, first]  # within a window's patience
     assert all(0 <= seconds <= order.PATIENCE for seconds in waits)
-    assert [*ordered(iter([one, LATER, LATER, LATER, two]), wait)] == [one, LATER, two]
+    assert [*ordered(iter([first, LATER, LATER, LATER, second]), wait)] == [first, LATER, second]
 
 
 @given(st.lists(st.none() | st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=40), st.integers(1, 9))
@@ -92,5 +92,5 @@ def test_every_row_once(prompts, size):
     rows = [prompt and Work(prompt, len(prompt) + i) for i, prompt in enumerate(prompts)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order, "ROWS", size)
-        got = [one for one in ordered(iter(rows)) if one]
-    assert sorted(got) == sorted(one for one in rows if one)
+        got = [work for work in ordered(iter(rows)) if work]
+    assert sorted(got) == sorted(work for work in rows if work)

@@ -58,12 +58,12 @@ def test_csv(job, rows_file, tmp_path):
         summary = job(tmp_path / "rows.csv", name, format=format, rows_per_part=1, token_ids=True)
         assert (summary.rows, summary.errors) == (2, 0)
     with open(tmp_path / "out.csv", newline="") as file:
-        found = list(csv.DictReader(file, strict=True))
-    assert [(row["id"], row["a, b"], row["prompt"], row["error"]) for row in found] == [
+        rows = list(csv.DictReader(file, strict=True))
+    assert [(row["id"], row["a, b"], row["prompt"], row["error"]) for row in rows] == [
         (str(i), "é", text, "") for i, text in enumerate(texts)
     ]
     job(rows_file([{"prompt": text} for text in texts]), "expected", token_ids=True)
-    for row, wanted in zip(found, read_rows(tmp_path / "expected"), strict=True):
+    for row, wanted in zip(rows, read_rows(tmp_path / "expected"), strict=True):
         assert (row["generated_text"], row["finish_reason"]) == (wanted["generated_text"], wanted["finish_reason"])
         assert json.loads(row["token_ids"]) == wanted["token_ids"]
         assert int(row["generated_tokens"]) == wanted["generated_tokens"]

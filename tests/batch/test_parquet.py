@@ -104,9 +104,9 @@ def test_nothing_is_lost(sample, rows):
         for column, value in row.items():
             if value is not None:
                 kept = got.get(column)
-                found = others[column] if kept is None else json.loads(kept) if kinds[column] == "json" else kept
-                assert found == value
-                assert isinstance(value, bool) == isinstance(found, bool)
+                restored = others[column] if kept is None else json.loads(kept) if kinds[column] == "json" else kept
+                assert restored == value
+                assert isinstance(value, bool) == isinstance(restored, bool)
 
 
 def typed(start=0):
@@ -132,18 +132,18 @@ def test_columns_of_parquet_keep_their_types(tmp_path):
         pq.write_table(table, tmp_path / f"{i}.parquet", row_group_size=2)
     sources = find_sources([str(tmp_path)])
     schema = common_schema(sources)
-    found = [*records(sources)]
+    inputs = [*records(sources)]
     kinds = dict.fromkeys(schema.names, "as read") | {"error": "string"}
     wanted = pa.concat_tables(tables)
     for rows in ([0, 1, 2, 3, 4, 5], [1, 2], [4], []):
-        got = written([{"error": "e"}] * len(rows), kinds, [found[i].origin for i in rows], schema)
+        got = written([{"error": "e"}] * len(rows), kinds, [inputs[i].origin for i in rows], schema)
         assert got.column_names == [*kinds]
         for name in schema.names:
             assert got.schema.field(name).type == schema.field(name).type
             assert str(got[name].to_pylist()) == str(
                 wanted[name].take(pa.array(rows, pa.int64())).to_pylist()
             )  # nan is not nan
-    got = written([{}, {}], kinds, [found[0].origin, None], schema)
+    got = written([{}, {}], kinds, [inputs[0].origin, None], schema)
     assert got["id"].to_pylist() == [0, None]  # of a row that could not be read
 
 
@@ -154,9 +154,9 @@ def test_files_of_several_schemas(tmp_path):
         sources = find_sources([str(tmp_path)])
         return common_schema(sources), [*records(sources)]
 
-    wide, found = schema({"a": pa.array([1], pa.int32())}, {"a": [2**40], "b": ["x"]}, {"a": pa.nulls(1)})
+    wide, inputs = schema({"a": pa.array([1], pa.int32())}, {"a": [2**40], "b": ["x"]}, {"a": pa.nulls(1)})
     assert [str(field.type) for field in wide] == ["int64", "string"]
-    got = written([{}, {}, {}], {"a": "as read", "b": "as read"}, [record.origin for record in found], wide)
+    got = written([{}, {}, {}], {"a": "as read", "b": "as read"}, [record.origin for record in inputs], wide)
     assert got.to_pylist() == [{"a": 1, "b": None}, {"a": 2**40, "b": "x"}, {"a": None, "b": None}]
     assert schema({"a": [1]}, {"a": ["x"]})[0] is None
     assert schema({"a": [2**60 + 1]}, {"a": [0.5]})[0] is None  # no number is rounded

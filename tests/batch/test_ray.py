@@ -44,54 +44,54 @@ def predictor(**options):
 def both(tmp_path, table, id_column="id", batches=3, **options):
     """The rows of jaxinfer.batch.run, and those of a Predictor that has them in batches."""
     pq.write_table(table, tmp_path / "rows.parquet")
-    given = {"sampling_params": {"max_tokens": 8}} | SIZES | options
-    run(tmp_path / "rows.parquet", tmp_path / "out", model=MODEL_DIR, format="parquet", **given)
+    options = {"sampling_params": {"max_tokens": 8}} | SIZES | options
+    run(tmp_path / "rows.parquet", tmp_path / "out", model=MODEL_DIR, format="parquet", **options)
     expected = read_rows(tmp_path / "out")
     assert all("other_columns" not in row for row in expected)
     predict = predictor(id_column=id_column, **options)
     size = -(-len(table) // batches)
     # Last batch first: nothing may depend on what was there before.
     done = [predict(table.slice(start, size)) for start in range(0, len(table), size)][::-1]
-    found = pa.concat_tables(done[::-1]).to_pylist()
-    for name in {"logprobs", "prompt_logprobs"} & found[0].keys() - expected[0].keys():  # there for rows that ask
-        assert all(row.pop(name) is None for row in found)
-    return expected, found
+    answers = pa.concat_tables(done[::-1]).to_pylist()
+    for name in {"logprobs", "prompt_logprobs"} & answers[0].keys() - expected[0].keys():  # there for rows that ask
+        assert all(row.pop(name) is None for row in answers)
+    return expected, answers
 
 
 def test_equal_to_a_job(tmp_path):
     prompts = [f"What is {i} + {i + 7}?" for i in range(20)]
     params = [HOT if i % 2 else None for i in range(20)]  # those without a seed too: ids are row numbers
     table = pa.table({"id": range(20), "prompt": prompts, "params": params})
-    expected, found = both(tmp_path, table)
-    assert found == expected
-    assert len({row["generated_text"] for row in found}) == 20
+    expected, answers = both(tmp_path, table)
+    assert answers == expected
+    assert len({row["generated_text"] for row in answers}) == 20
 
 
 @pytest.mark.parametrize("options", [{"task": "score", "token_ids": True}, {"task": "chat", "token_ids": True}])
 def test_tasks(tmp_path, options):
     texts = ["What is 1 + 2?", "What is 1 + 3?", "", "Sort the words: b a."]
-    expected, found = both(tmp_path, pa.table({"id": range(4), "text": texts}), batches=2, **options)
-    assert list(found[0]) == list(expected[0])
-    for one, other in zip(found, expected, strict=True):
-        assert (one.pop("error") is None) == (other.pop("error") is None) == bool(one["text"])
+    expected, answers = both(tmp_path, pa.table({"id": range(4), "text": texts}), batches=2, **options)
+    assert list(answers[0]) == list(expected[0])
+    for answer, other in zip(answers, expected, strict=True):
+        assert (answer.pop("error") is None) == (other.pop("error") is None) == bool(answer["text"])
         for name, value in other.items():
             measured = value is not None and ("logprob" in name or "perplexity" in name)
-            assert one[name] == (pytest.approx(value, rel=1e-4) if measured else value)
+            assert answer[name] == (pytest.approx(value, rel=1e-4) if measured else value)
 
 
 def test_bad_rows(tmp_path):
     prompts = ["What is 1 + 2?", "", None, "many " * 400, "What is 1 + 3?"]
-    expected, found = both(tmp_path, pa.table({"id": ["a", "b", "c", "d", "e"], "prompt": prompts}))
-    assert [row["generated_text"] for row in found] == [row["generated_text"] for row in expected]
-    for number, (one, other) in enumerate(zip(found, expected, strict=True), 1):
+    expected, answers = both(tmp_path, pa.table({"id": ["a", "b", "c", "d", "e"], "prompt": prompts}))
+    assert [row["generated_text"] for row in answers] == [row["generated_text"] for row in expected]
+    for number, (answer, other) in enumerate(zip(answers, expected, strict=True), 1):
         if other["error"] is None:
-            assert one["error"] is None
+            assert answer["error"] is None
         else:
-            place = f"{tmp_path}/rows.parquet:{number}: "
-            assert other["error"].removeprefix(place) == one["error"].removeprefix(f"id '{one['id']}': ")
-            assert other["error"].startswith(place)
-            assert one["error"].startswith("id '")
-    assert sum(row["error"] is None for row in found) == 2
+            prefix = f"{tmp_path}/rows.parquet:{number}: "
+            assert other["error"].removeprefix(prefix) == answer["error"].removeprefix(f"id '{answer['id']}': ")
+            assert other["error"].startswith(prefix)
+            assert answer["error"].startswith("id '")
+    assert sum(row["error"] is None for row in answers) == 2
 
 
 def test_seeds_without_ids():
@@ -143,30 +143,30 @@ def example(*arguments: object) -> Iterator[subprocess.Popen[bytes]]:
     environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
     temporary = tempfile.mkdtemp(prefix="ray-")  # short: the names of sockets are limited
     command = [sys.executable, "-c", DRIVER, temporary, EXAMPLE, *arguments]
-    with open(f"{temporary}/said", "w+") as said:
-        process = subprocess.Popen([str(part) for part in command], env=environment, stdout=said, stderr=said)
+    with open(f"{temporary}/log", "w+") as log:
+        process = subprocess.Popen([str(part) for part in command], env=environment, stdout=log, stderr=log)
         try:
             yield process
             code = process.wait(SECONDS)
-            said.seek(0)
-            assert code == 0, said.read()
+            log.seek(0)
+            assert code == 0, log.read()
         finally:
             family = [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
-            for one in family:
+            for member in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+                    member.kill()
             process.wait()
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def actors(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The processes that have a model."""
-    found = []
-    for one in psutil.Process(process.pid).children(recursive=True):
+    processes = []
+    for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "MapBatches(Predictor)" in " ".join(one.cmdline()):
-                found.append(one)
-    return found
+            if "MapBatches(Predictor)" in " ".join(child.cmdline()):
+                processes.append(child)
+    return processes
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_on_ray(tmp_path, kill):
     files = tmp_path.glob("answers/*.parquet")
     answers = sorted((row for file in files for row in pq.read_table(file).to_pylist()), key=lambda row: row["id"])
     assert [row["id"] for row in answers] == list(range(rows))
-    for one, other in zip(answers, expected, strict=True):
-        assert (one["error"] is None) == (other["error"] is None) == bool(one["prompt"])
+    for answer, other in zip(answers, expected, strict=True):
+        assert (answer["error"] is None) == (other["error"] is None) == bool(answer["prompt"])
         for name in ("prompt", "generated_text", "finish_reason", "prompt_tokens", "generated_tokens"):
-            assert one[name] == other[name]
+            assert answer[name] == other[name]

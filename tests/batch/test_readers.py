@@ -39,21 +39,21 @@ def values(folder, name: str, content: bytes) -> list[object]:
     return [record.error or record.value for record in read(folder, name, content)]
 
 
-def places(found: list[Record]) -> list[str]:
-    return [record.where.rsplit("/", 1)[-1] for record in found]
+def places(records: list[Record]) -> list[str]:
+    return [record.where.rsplit("/", 1)[-1] for record in records]
 
 
 @pytest.mark.parametrize("suffix", PACK)
 def test_json_lines(tmp_path, suffix):
-    found = read(tmp_path, f"a.jsonl{suffix}", PACK[suffix](ROWS))
-    assert [json.loads(r.value) if r.index != 2 else r.value for r in found] == [
+    records = read(tmp_path, f"a.jsonl{suffix}", PACK[suffix](ROWS))
+    assert [json.loads(r.value) if r.index != 2 else r.value for r in records] == [
         {"prompt": "a"},
         {"prompt": "b"},
         b"broken",
         {"prompt": "c"},
     ]
-    assert places(found) == [f"a.jsonl{suffix}:{n}" for n in (1, 4, 5, 6)]
-    assert [r.index for r in found] == [0, 1, 2, 3]
+    assert places(records) == [f"a.jsonl{suffix}:{n}" for n in (1, 4, 5, 6)]
+    assert [r.index for r in records] == [0, 1, 2, 3]
 
 
 def test_text_is_a_prompt_a_line(tmp_path):
@@ -64,9 +64,9 @@ def test_text_is_a_prompt_a_line(tmp_path):
 
 
 def test_empty_lines_of_text_are_rows_where_lines_count(tmp_path):
-    found = read(tmp_path, "a.txt", b"one\n\n two \r\n\r\nlast\n\n", empty_lines=True)
-    assert [record.value["text"] for record in found] == ["one", "", " two ", "", "last", ""]
-    assert places(found) == [f"a.txt:{n}" for n in range(1, 7)]
+    records = read(tmp_path, "a.txt", b"one\n\n two \r\n\r\nlast\n\n", empty_lines=True)
+    assert [record.value["text"] for record in records] == ["one", "", " two ", "", "last", ""]
+    assert places(records) == [f"a.txt:{n}" for n in range(1, 7)]
     assert [len(read(tmp_path, "a.jsonl", b"{}\n\n{}\n", empty_lines=flag)) for flag in (False, True)] == [2, 2]
 
 
@@ -74,11 +74,11 @@ def test_empty_lines_of_text_are_rows_where_lines_count(tmp_path):
 def test_arrays(tmp_path, suffix):
     rows = [{"a": '}],[{"\\', "b": [[1, {"c": "\\"}], 2]}, {"é\n": "\\\\\\"}, 3, "x,]", {}]
     for content in (json.dumps(rows), json.dumps(rows, indent=2), "\ufeff \r\n" + json.dumps(rows) + "\n\n"):
-        found = read(tmp_path, f"a.json{suffix}", PACK[suffix](content.encode()))
-        assert [json.loads(record.value) for record in found] == rows
-        assert [record.index for record in found] == list(range(5))
-    found = read(tmp_path, f"b.json{suffix}", PACK[suffix](json.dumps([{"a": 1}, {"b": 2}], indent=1).encode()))
-    assert places(found) == [f"b.json{suffix}:{n}" for n in (2, 5)]
+        records = read(tmp_path, f"a.json{suffix}", PACK[suffix](content.encode()))
+        assert [json.loads(record.value) for record in records] == rows
+        assert [record.index for record in records] == list(range(5))
+    records = read(tmp_path, f"b.json{suffix}", PACK[suffix](json.dumps([{"a": 1}, {"b": 2}], indent=1).encode()))
+    assert places(records) == [f"b.json{suffix}:{n}" for n in (2, 5)]
     for none in (b"[]", b" [\n] ", b"", b"\n"):
         assert read(tmp_path, f"b.json{suffix}", PACK[suffix](none)) == []
     assert values(tmp_path, f"b.json{suffix}", PACK[suffix](b'{"a": 1}\n{"a": [2]}\n')) == [b'{"a": 1}', b'{"a": [2]}']
@@ -87,8 +87,8 @@ def test_arrays(tmp_path, suffix):
 def test_broken_elements_of_arrays_leave_the_others_alone(tmp_path, monkeypatch):
     content = b'[{"a": 1}, {"a" 2}, , {"a": [3}},\n{"a": 4}, %s, {"a": 5},]' % (b'"' + b"x" * 2000 + b'"')
     monkeypatch.setattr(readers, "MAX_LINE", 1000)
-    found = values(tmp_path, "a.json", content)
-    assert found == [b'{"a": 1}', b'{"a" 2}', b"", b'{"a": [3}}', b'{"a": 4}', readers.TOO_LONG, b'{"a": 5}', b""]
+    contents = values(tmp_path, "a.json", content)
+    assert contents == [b'{"a": 1}', b'{"a" 2}', b"", b'{"a": [3}}', b'{"a": 4}', readers.TOO_LONG, b'{"a": 5}', b""]
 
 
 @pytest.mark.parametrize(
@@ -109,40 +109,40 @@ JSON = st.recursive(
 def test_elements_do_not_depend_on_how_they_are_read(rows, size, escaped):
     content = b"\n" + json.dumps(rows, ensure_ascii=escaped, indent=1).encode()
     pieces = iter([content[i : i + size] for i in range(0, len(content), size)])
-    found = [*elements(pieces, 10**6)]
-    assert [json.loads(element) for _, element in found] == rows
-    assert all(content.split(b"\n")[number - 1].strip()[:1] == element[:1] for number, element in found)
+    numbered = [*elements(pieces, 10**6)]
+    assert [json.loads(element) for _, element in numbered] == rows
+    assert all(content.split(b"\n")[number - 1].strip()[:1] == element[:1] for number, element in numbered)
 
 
 def test_a_slow_pipe_gives_what_is_there():
     ends = os.pipe()
     with open(ends[0]) as reading, open(ends[1], "wb", buffering=0) as writing, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", reading)
-        found = records(find_sources(["-"]))
+        reader = records(find_sources(["-"]))
         for i in range(3):
             writing.write(b"%d\n" % i)
-            assert next(found).value == b"%d" % i
+            assert next(reader).value == b"%d" % i
 
 
 def test_csv(tmp_path):
     content = '\ufeffid,text,\r\n1,"two\r\nlines, ""quoted""",\n\n2,é,x\n'.encode()
-    found = read(tmp_path, "a.csv", content)
-    assert [r.value for r in found] == [
+    records = read(tmp_path, "a.csv", content)
+    assert [r.value for r in records] == [
         {"id": "1", "text": 'two\r\nlines, "quoted"', "": ""},
         {"id": "2", "text": "é", "": "x"},
     ]
-    assert places(found) == ["a.csv:2", "a.csv:5"]
+    assert places(records) == ["a.csv:2", "a.csv:5"]
 
 
 def test_broken_rows_of_csv_leave_the_others_alone(tmp_path):
     content = b'a,b\n1,2\n3\n4,5,6\n"7"x,8\n9,"\xff"\n"long\ntext",10\n11,12\n13,"never closed\n14,15\n'
-    found = values(tmp_path, "a.csv", content)
-    assert [i for i, value in enumerate(found) if isinstance(value, str)] == [1, 2, 3, 7]
-    assert "1 fields, where the first row has 2" in found[1]
-    assert "quote" in found[3]
-    assert "quote" in found[7]
-    assert found[4] == {"a": "9", "b": "\udcff"}
-    assert found[5:7] == [{"a": "long\ntext", "b": "10"}, {"a": "11", "b": "12"}]
+    contents = values(tmp_path, "a.csv", content)
+    assert [i for i, value in enumerate(contents) if isinstance(value, str)] == [1, 2, 3, 7]
+    assert "1 fields, where the first row has 2" in contents[1]
+    assert "quote" in contents[3]
+    assert "quote" in contents[7]
+    assert contents[4] == {"a": "9", "b": "\udcff"}
+    assert contents[5:7] == [{"a": "long\ntext", "b": "10"}, {"a": "11", "b": "12"}]
 
 
 @pytest.mark.parametrize("header", [b"a,a\n", b'"a\n'])
@@ -166,9 +166,9 @@ def table() -> pa.Table:
 
 def test_parquet(tmp_path):
     pq.write_table(table(), tmp_path / "a.parquet", row_group_size=2)
-    found = [*records(find_sources([str(tmp_path / "a.parquet")]))]
-    assert places(found) == ["a.parquet:1", "a.parquet:2", "a.parquet:3"]
-    assert found[0].value == {
+    rows = [*records(find_sources([str(tmp_path / "a.parquet")]))]
+    assert places(rows) == ["a.parquet:1", "a.parquet:2", "a.parquet:3"]
+    assert rows[0].value == {
         "prompt": "a",
         "when": "1970-01-01 00:00:00.000000001Z",
         "price": Decimal("1.50"),
@@ -177,7 +177,7 @@ def test_parquet(tmp_path):
         "kind": "x",
         "half": 1.5,
     }
-    assert set(found[1].value.values()) == {None, "y", "1970-01-01 00:00:00.000000002Z"}
+    assert set(rows[1].value.values()) == {None, "y", "1970-01-01 00:00:00.000000002Z"}
 
 
 def test_one_value_of_parquet_that_is_not_utf8_is_one_bad_row(tmp_path):
@@ -187,10 +187,10 @@ def test_one_value_of_parquet_that_is_not_utf8_is_one_bad_row(tmp_path):
     pq.write_table(
         pa.table({"prompt": pa.Array.from_buffers(pa.string(), len(texts), buffers)}), tmp_path / "a.parquet"
     )
-    found = [*records(find_sources([str(tmp_path / "a.parquet")]))]
-    assert [r.index for r in found if r.error] == [1]
-    assert "utf-8" in found[1].error
-    assert [r.value for r in found if not r.error] == [{"prompt": "a"}] + [{"prompt": "c"}] * 600
+    rows = [*records(find_sources([str(tmp_path / "a.parquet")]))]
+    assert [r.index for r in rows if r.error] == [1]
+    assert "utf-8" in rows[1].error
+    assert [r.value for r in rows if not r.error] == [{"prompt": "a"}] + [{"prompt": "c"}] * 600
 
 
 @pytest.fixture
@@ -247,7 +247,7 @@ def test_rows_from_elsewhere_and_from_stdin(monkeypatch):
 @given(st.lists(st.binary(max_size=8)), st.integers(1, 5), st.sampled_from(["", ".gz", ".zst"]))
 @settings(deadline=None)
 def test_lines_do_not_depend_on_how_they_are_read(lines, size, suffix):
-    content = b"\n".join(one.replace(b"\n", b"") for one in lines)
+    content = b"\n".join(part.replace(b"\n", b"") for part in lines)
     half = len(content) // 2
     packed = PACK[suffix](content[:half]) + (b"\0\0" if suffix == ".gz" else b"") + PACK[suffix](content[half:])
     source = Source(f"a.jsonl{suffix}", f"memory://a.jsonl{suffix}", 0)
@@ -255,9 +255,9 @@ def test_lines_do_not_depend_on_how_they_are_read(lines, size, suffix):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "PIECE", size)
         patch.setattr(packing, "PACKED_PIECE", size)
-        found = [(int(r.where.rsplit(":")[-1]), r.value) for r in records([source])]
+        numbered = [(int(r.where.rsplit(":")[-1]), r.value) for r in records([source])]
     whole = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    assert found == [(i, one) for i, one in enumerate(whole, 1) if one.strip()]
+    assert numbered == [(i, part) for i, part in enumerate(whole, 1) if part.strip()]
 
 
 def test_a_line_without_end_is_a_bad_row_and_not_kept(tmp_path, monkeypatch):
@@ -281,14 +281,14 @@ def test_packed_files_that_are_cut_or_damaged_say_where(tmp_path, suffix):
     packed = PACK[suffix](b"\n".join(noise[i : i + 100] for i in range(0, len(noise), 100)))
     assert len(read(tmp_path, f"a.jsonl{suffix}", packed)) == 400
     for content in (packed[:-1], packed[: len(packed) // 2], packed + packed[:7], packed + b"rubbish", b"{}\n"):
-        found: list[Record] = []
+        intact: list[Record] = []
         (tmp_path / f"a.jsonl{suffix}").write_bytes(content)
         reading = records(find_sources([str(tmp_path / f"a.jsonl{suffix}")]))
-        problem = line(lambda reading=reading, found=found: found.extend(reading), OSError)
+        problem = line(lambda reading=reading, intact=intact: intact.extend(reading), OSError)
         assert f"a.jsonl{suffix}: can't be read on after line" in problem
-        rows = int(found[-1].where.rsplit(":")[-1]) if found else 0
+        rows = int(intact[-1].where.rsplit(":")[-1]) if intact else 0
         assert f"line {rows}:" in problem
-        assert b"".join(r.value for r in found) == noise[: 100 * rows]  # nothing but whole lines
+        assert b"".join(r.value for r in intact) == noise[: 100 * rows]  # nothing but whole lines
     damaged = bytearray(packed)
     damaged[len(packed) // 2] ^= 0x55
     assert "after line" in line(lambda: read(tmp_path, f"a.jsonl{suffix}", bytes(damaged)), OSError)

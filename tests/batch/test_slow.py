@@ -14,7 +14,6 @@ class Slowly:
     """Records that come as they are let go."""
 
     def __init__(self, monkeypatch, rows):
-        self.given = []
         self.go = queue.Queue()
 
         def records(sources, start, **_):

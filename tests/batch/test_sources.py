@@ -130,11 +130,11 @@ def test_unknown_suffixes_are_refused(name):
 
 def test_what_is_not_there_is_refused(folder):
     os.mkdir("empty")
-    for given in ("nope.jsonl", "nope", "*.jsonl", "empty", "empty/*", "memory://nope/x.jsonl", "nope/"):
-        assert given in line(lambda given=given: find_sources([given]), FileNotFoundError)
+    for pattern in ("nope.jsonl", "nope", "*.jsonl", "empty", "empty/*", "memory://nope/x.jsonl", "nope/"):
+        assert pattern in line(lambda pattern=pattern: find_sources([pattern]), FileNotFoundError)
     os.symlink("nowhere", "empty/lost.jsonl")
-    for given in ("empty", "empty/*", "empty/lost.jsonl"):
-        assert "empty/lost.jsonl" in line(lambda given=given: find_sources([given]), FileNotFoundError)
+    for pattern in ("empty", "empty/*", "empty/lost.jsonl"):
+        assert "empty/lost.jsonl" in line(lambda pattern=pattern: find_sources([pattern]), FileNotFoundError)
     assert "stdin" in line(lambda: find_sources([]))
 
 

@@ -14,10 +14,10 @@ Stored = tuple[dict[str, np.ndarray], np.ndarray]
 
 
 class Case(NamedTuple):
-    """said: quantization_config. store: a linear's tensors by what is added to its name, and the weight [out, in].
+    """config: quantization_config. store: a linear's tensors by what is added to its name, and the weight [out, in].
     scheme: what it is kept in, None for floats."""
 
-    said: dict[str, Any]
+    config: dict[str, Any]
     store: Callable[[np.ndarray], Stored]
     scheme: str | None
 
@@ -65,10 +65,17 @@ def gptq(bits: int, size: int, *, sym: bool = True, act: bool = False, version: 
             "g_idx": order.astype(np.int32),
         }, left
 
-    said = {"quant_method": "gptq", "bits": bits, "group_size": size, "sym": sym, "desc_act": act, "damp_percent": 0.1}
-    said |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
+    config = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": size,
+        "sym": sym,
+        "desc_act": act,
+        "damp_percent": 0.1,
+    }
+    config |= {"checkpoint_format": "gptq_v2"} if version == 2 else {}
     name = {(4, 32): "int4", (4, 128): "int4-g128", (8, 32): "int8-g32"}.get((bits, size), "")
-    return Case(said, store, None if act or not name else name + "-zeros" * (not sym))
+    return Case(config, store, None if act or not name else name + "-zeros" * (not sym))
 
 
 def awq(size: int) -> Case:
@@ -78,8 +85,8 @@ def awq(size: int) -> Case:
         packed = {"qweight": words(values.T, 4, order), "qzeros": words(zeros.T, 4, order)}
         return packed | {"scales": scales.T.astype(np.float16)}, left
 
-    said = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}
-    return Case(said | {"modules_to_not_convert": ["k_proj"]}, store, "int4-zeros")
+    config = {"quant_method": "awq", "bits": 4, "group_size": size, "zero_point": True, "version": "gemm"}
+    return Case(config | {"modules_to_not_convert": ["k_proj"]}, store, "int4-zeros")
 
 
 def compressed(
@@ -107,8 +114,8 @@ def compressed(
 
 def compressed_case(kind: str, weights: Any, inputs: Any, store: Any, scheme: str | None) -> Case:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
-    said = {"quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed"}
-    return Case(said | {"config_groups": {"group_0": group}, "ignore": ["re:.*k_proj", "lm_head"]}, store, scheme)
+    config = {"quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed"}
+    return Case(config | {"config_groups": {"group_0": group}, "ignore": ["re:.*k_proj", "lm_head"]}, store, scheme)
 
 
 def fp8(high: int, wide: int, method: str) -> Case:
@@ -134,8 +141,8 @@ def fp8(high: int, wide: int, method: str) -> Case:
 
     scheme = "fp8-block" if (high, wide) == (128, 128) else "fp8" if not wide else None
     if method == "fp8":
-        said = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
-        return Case(said | ({"weight_block_size": [high, wide]} if wide else {}), store, scheme)
+        config = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3"}
+        return Case(config | ({"weight_block_size": [high, wide]} if wide else {}), store, scheme)
     strategy = "block" if wide else "channel" if high else "tensor"
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False}
     weights |= {"block_structure": [high, wide]} if wide else {}
@@ -178,14 +185,14 @@ def quantized(tensors: dict[str, np.ndarray], case: Case) -> tuple[dict[str, np.
         "lm_head",
         "wte",
         "wpe",
-        *(["k_proj"] if case.said["quant_method"] in ("awq", "compressed-tensors") else []),
+        *(["k_proj"] if case.config["quant_method"] in ("awq", "compressed-tensors") else []),
     ]
     for name, tensor in tensors.items():
         if tensor.ndim < 2 or any(part in name for part in plain):
             stored[name] = left[name] = tensor
             continue
         in_out = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
-        found, weight = case.store(tensor.T if in_out else tensor)
-        stored |= {name.removesuffix("weight") + suffix: value for suffix, value in found.items()}
+        arrays, weight = case.store(tensor.T if in_out else tensor)
+        stored |= {name.removesuffix("weight") + suffix: value for suffix, value in arrays.items()}
         left[name] = np.ascontiguousarray(weight.T if in_out else weight).astype(np.float32)
     return stored, left

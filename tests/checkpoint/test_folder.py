@@ -72,8 +72,8 @@ def test_files_beside_those_of_the_index_are_not_read(sharded: Path) -> None:
 
 
 def linked(sharded: Path, folder: Path, blobs: Path) -> Path:
-    for place in (folder, blobs):
-        place.mkdir(parents=True)
+    for directory in (folder, blobs):
+        directory.mkdir(parents=True)
     for number, name in enumerate([ONE, TWO, INDEX]):
         (sharded / name).rename(blobs / str(number))
         (folder / name).symlink_to(Path(os.path.relpath(blobs, folder)) / str(number))
@@ -81,8 +81,8 @@ def linked(sharded: Path, folder: Path, blobs: Path) -> Path:
 
 
 def test_links_as_in_the_cache_of_the_hub(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    place = tmp_path_factory.mktemp("models--me--tiny")
-    check(linked(sharded, place / "snapshots" / "0123", place / "blobs"))
+    cache = tmp_path_factory.mktemp("models--me--tiny")
+    check(linked(sharded, cache / "snapshots" / "0123", cache / "blobs"))
 
 
 def test_links_within_the_folder(sharded: Path) -> None:
@@ -93,8 +93,8 @@ def test_links_within_the_folder(sharded: Path) -> None:
 
 def test_links_that_lead_out_of_the_folder(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Who made an index and links does not choose which files of this machine are weights."""
-    place = tmp_path_factory.mktemp("elsewhere")
-    text = problems(linked(sharded, place / "model", place / "blobs"))
+    parent = tmp_path_factory.mktemp("elsewhere")
+    text = problems(linked(sharded, parent / "model", parent / "blobs"))
     assert text.count("is a link that leads out of its folder: put a copy of the file there") == 2
 
 
@@ -123,8 +123,8 @@ def problems(folder: Path) -> str:
 )
 def test_an_index_that_names_files_elsewhere(sharded: Path, name: str) -> None:
     (sharded / "sub").mkdir()
-    for place in [sharded / "sub", sharded.parent]:
-        save_file({"d": C}, place / "x.safetensors")
+    for folder in [sharded / "sub", sharded.parent]:
+        save_file({"d": C}, folder / "x.safetensors")
     index(sharded, a=ONE, b=ONE, c=TWO, d=name)
     text = problems(sharded)
     assert (
@@ -198,10 +198,10 @@ def test_several_files_and_no_index(sharded: Path) -> None:
     assert f"several safetensors files (consolidated.safetensors, {ONE}, {TWO})" in problems(sharded)
 
 
-@pytest.mark.parametrize("place", ["model-00003-of-00002.safetensors", "model-00000-of-00002.safetensors", None])
-def test_an_incomplete_set(sharded: Path, place: str | None) -> None:
+@pytest.mark.parametrize("name", ["model-00003-of-00002.safetensors", "model-00000-of-00002.safetensors", None])
+def test_an_incomplete_set(sharded: Path, name: str | None) -> None:
     (sharded / INDEX).unlink()
-    (sharded / TWO).rename(sharded / place if place else sharded / "away")
+    (sharded / TWO).rename(sharded / name if name else sharded / "away")
     assert "is not a complete set of 2" in problems(sharded)
 
 

@@ -51,9 +51,9 @@ def test_plain(tmp_path, config, mesh):
     (tmp_path / "b").mkdir()
     save_file(before, tmp_path / "a" / "model.safetensors")
     model = AbstractModel.from_config(config, "float32")
-    place = jax.devices()[0] if mesh == "one" else make_mesh(mesh, jax.devices(), 4, 2, 16)
+    mesh_or_device = jax.devices()[0] if mesh == "one" else make_mesh(mesh, jax.devices(), 4, 2, 16)
     with Checkpoint(tmp_path / "a") as checkpoint, HfWriter(model, str(tmp_path / "b")) as writer:
-        writer.add(load_params(model, checkpoint, place))
+        writer.add(load_params(model, checkpoint, mesh_or_device))
     after = load_file(tmp_path / "b" / "model.safetensors")
     assert after.keys() == before.keys()
     assert all(np.array_equal(after[name], tensor) for name, tensor in before.items())

@@ -122,8 +122,8 @@ def fill(cache: Path, name: str, revision: str = "main", sha: str = SHA) -> Path
     """A model in the cache as huggingface_hub lays it out."""
     folder = cache / f"models--{name.replace('/', '--')}"
     snapshot = folder / "snapshots" / sha
-    for place in [folder / "blobs", folder / "refs", snapshot]:
-        place.mkdir(parents=True, exist_ok=True)
+    for directory in [folder / "blobs", folder / "refs", snapshot]:
+        directory.mkdir(parents=True, exist_ok=True)
     (folder / "refs" / revision).write_text(sha)
     (folder / "blobs" / "b10b").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/b10b")

@@ -20,7 +20,7 @@ CONFIG = LLAMA | {"vocab_size": 41, "intermediate_size": 22}  # which four devic
 PLACES = {"one": None, "fsdp=2,tensor=4": None, "data=2,tensor=2": None}
 
 
-def place(spec):
+def mesh_or_device(spec):
     return jax.devices()[0] if spec == "one" else make_mesh(spec, jax.devices(), 4, 2, 16)
 
 
@@ -35,7 +35,7 @@ def source(tmp_path_factory):
 
 def loaded(source, model, where):
     with Checkpoint(source) as checkpoint:
-        return load_params(model, checkpoint, place(where))
+        return load_params(model, checkpoint, mesh_or_device(where))
 
 
 def write(folder: Path, params) -> Converted:
@@ -55,7 +55,7 @@ def write(folder: Path, params) -> Converted:
 )
 def test_on_another_mesh(source, tmp_path, scheme, before, after):
     model = AbstractModel.from_config(CONFIG, "float32", scheme)
-    got = restore(model, write(tmp_path, loaded(source, model, before)), place(after))
+    got = restore(model, write(tmp_path, loaded(source, model, before)), mesh_or_device(after))
     expected = loaded(source, model, after)
     assert got.keys() == expected.keys()
     for name, array in expected.items():
@@ -67,7 +67,7 @@ def test_in_another_dtype(source, tmp_path):
     """What is quantized stays as it is, and all else is rounded."""
     model = AbstractModel.from_config(CONFIG, "float32", "int8")
     narrow = AbstractModel.from_config(CONFIG, "bfloat16", "int8")
-    got = restore(narrow, write(tmp_path, loaded(source, model, "one")), place("one"))
+    got = restore(narrow, write(tmp_path, loaded(source, model, "one")), mesh_or_device("one"))
     for name, array in loaded(source, narrow, "one").items():
         assert got[name].dtype == array.dtype
         assert np.asarray(got[name]).tobytes() == np.asarray(array).tobytes(), name
@@ -90,10 +90,10 @@ def test_a_manifest_does_not_say_where_weights_are(source, tmp_path, elsewhere):
     (tmp_path / "other").mkdir()
     (tmp_path / "mine").mkdir()
     write(tmp_path / "other", params)
-    said = json.loads((tmp_path / "other" / MANIFEST).read_text())
+    fields = json.loads((tmp_path / "other" / MANIFEST).read_text())
     if elsewhere is not None:
         elsewhere = elsewhere.replace("{other}", str(tmp_path / "other" / WEIGHTS))
-    (tmp_path / "mine" / MANIFEST).write_text(json.dumps(said | {"weights": elsewhere}))
+    (tmp_path / "mine" / MANIFEST).write_text(json.dumps(fields | {"weights": elsewhere}))
     with pytest.raises(ValueError, match=r"jaxinfer\.json: says that weights are .*; they are in weights/ beside it"):
         Converted(tmp_path / "mine")
 
@@ -109,7 +109,7 @@ def test_weights_that_are_links(source, tmp_path):
     file.unlink()
     file.symlink_to(other / WEIGHTS / file.relative_to(mine / WEIGHTS))
     with pytest.raises(ValueError, match="is a link that leads out of its folder"):
-        restore(model, Converted(mine), place("one"))
+        restore(model, Converted(mine), mesh_or_device("one"))
     shutil.rmtree(mine / WEIGHTS)
     (mine / WEIGHTS).symlink_to(other / WEIGHTS)
     with pytest.raises(ValueError, match="is a link that leads out of its folder"):
@@ -130,7 +130,7 @@ def test_damaged(source, tmp_path):
             if left is not None:
                 file.write_bytes(left)
             with pytest.raises(ValueError) as error:
-                restore(model, Converted(tmp_path), place("one"))
+                restore(model, Converted(tmp_path), mesh_or_device("one"))
             problem = f"damaged or cut off: files that are missing or have another size: {file.relative_to(weights)}"
             assert f"{weights}: {problem};" in str(error.value)
             assert "\n" not in str(error.value)
@@ -138,10 +138,10 @@ def test_damaged(source, tmp_path):
     altered = weights / "_METADATA"
     altered.write_bytes(bytes(255 - byte for byte in altered.read_bytes()))
     with pytest.raises(ValueError, match="damaged or cut off"):
-        restore(model, Converted(tmp_path), place("one"))
+        restore(model, Converted(tmp_path), mesh_or_device("one"))
     shutil.rmtree(weights)
     with pytest.raises(ValueError, match="damaged or cut off"):
-        restore(model, Converted(tmp_path), place("one"))
+        restore(model, Converted(tmp_path), mesh_or_device("one"))
 
 
 def test_of_another_model(source, tmp_path):
@@ -154,12 +154,16 @@ def test_of_another_model(source, tmp_path):
         ({"vocab_size": 43}, "wrong shapes"),
     ):
         with pytest.raises(ValueError, match=problem):
-            restore(AbstractModel.from_config(CONFIG | changed, "float32", "int8"), Converted(tmp_path), place("one"))
+            restore(
+                AbstractModel.from_config(CONFIG | changed, "float32", "int8"),
+                Converted(tmp_path),
+                mesh_or_device("one"),
+            )
     with pytest.raises(ValueError, match="wrong dtypes"):
-        restore(AbstractModel.from_config(CONFIG, "float32", "fp8"), Converted(tmp_path), place("one"))
-    said = json.loads((tmp_path / MANIFEST).read_text())
+        restore(AbstractModel.from_config(CONFIG, "float32", "fp8"), Converted(tmp_path), mesh_or_device("one"))
+    fields = json.loads((tmp_path / MANIFEST).read_text())
     for wrong in ({"format": 2}, {"files": {"a": None}}, {"tensors": []}, {"tensors": {"a": {"shape": ["x"]}}}):
-        (tmp_path / MANIFEST).write_text(json.dumps(said | wrong))
+        (tmp_path / MANIFEST).write_text(json.dumps(fields | wrong))
         with pytest.raises(ValueError, match=f"{tmp_path / MANIFEST}.*convert") as error:
             Converted(tmp_path)
         assert "\n" not in str(error.value)
@@ -167,7 +171,7 @@ def test_of_another_model(source, tmp_path):
 
 def test_sizes_that_can_not_be(tmp_path):
     for value in (-1, 1.5, True, "8", None, [], {}, 2**63, 10**400, math.nan, math.inf):
-        for said in (
+        for fields in (
             {"files": {"a": value}, "tensors": {}},
             {"files": {}, "tensors": {"a": {"shape": [2, value], "dtype": "float32"}}},
             {"files": {}, "tensors": {"a": {"shape": value, "dtype": "float32"}}},
@@ -175,8 +179,8 @@ def test_sizes_that_can_not_be(tmp_path):
             {"files": {}, "tensors": {"a": {"shape": [2], "dtype": value}}},
             {"files": {}, "tensors": {"a": {"shape": [2], "dtype": "V9999999999"}}},
         ):
-            if said != {"files": {}, "tensors": {"a": {"shape": [], "dtype": "float32"}}}:
-                (tmp_path / MANIFEST).write_text(json.dumps({"format": 1, **said}))
+            if fields != {"files": {}, "tensors": {"a": {"shape": [], "dtype": "float32"}}}:
+                (tmp_path / MANIFEST).write_text(json.dumps({"format": 1, **fields}))
                 with pytest.raises(
                     ValueError, match=f"{tmp_path / MANIFEST}: not what jaxinfer convert writes"
                 ) as error:

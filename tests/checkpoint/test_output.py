@@ -13,8 +13,8 @@ from jaxinfer.checkpoint.output import put, renamed, written
 from jaxinfer.places import locate
 
 
-def make(place, content, meanwhile=lambda path: None, replaces=False):
-    with renamed(str(place), replaces) as path:
+def make(folder, content, meanwhile=lambda path: None, replaces=False):
+    with renamed(str(folder), replaces) as path:
         put(os.path.join(path, "file"), content)
         meanwhile(path)
 
@@ -25,31 +25,31 @@ def fail(path):
 
 def test_two_at_once(tmp_path):
     """They don't see each other; who is second says so, and the first one's folder stays as it is."""
-    place = tmp_path / "new"
+    folder = tmp_path / "new"
     with pytest.raises(OSError, match=r"new: another process has written it, .* is removed"):
-        make(place, b"slow", lambda _: make(place, b"fast"))
+        make(folder, b"slow", lambda _: make(folder, b"fast"))
     assert os.listdir(tmp_path) == ["new"]
-    assert (place / "file").read_bytes() == b"fast"
+    assert (folder / "file").read_bytes() == b"fast"
 
 
 def test_two_at_once_that_replace(tmp_path):
-    place = tmp_path / "new"
-    make(place, b"old")
-    make(place, b"slow", lambda _: make(place, b"fast", replaces=True), replaces=True)
+    folder = tmp_path / "new"
+    make(folder, b"old")
+    make(folder, b"slow", lambda _: make(folder, b"fast", replaces=True), replaces=True)
     assert os.listdir(tmp_path) == ["new"]
-    assert (place / "file").read_bytes() == b"slow"
+    assert (folder / "file").read_bytes() == b"slow"
 
 
 def test_what_fails_leaves_what_was_there(tmp_path):
-    place = tmp_path / "new"
+    folder = tmp_path / "new"
     with pytest.raises(RuntimeError):
-        make(place, b"half", fail)
+        make(folder, b"half", fail)
     assert os.listdir(tmp_path) == []
-    make(place, b"old")
+    make(folder, b"old")
     with pytest.raises(RuntimeError):
-        make(place, b"half", fail, replaces=True)
+        make(folder, b"half", fail, replaces=True)
     assert os.listdir(tmp_path) == ["new"]
-    assert (place / "file").read_bytes() == b"old"
+    assert (folder / "file").read_bytes() == b"old"
 
 
 def test_what_was_killed_is_removed_by_the_next(tmp_path):
@@ -61,8 +61,8 @@ with renamed(sys.argv[1]) as path:
     open(os.path.join(path, "file"), "w").close()
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    place = tmp_path / "new"
-    subprocess.run([sys.executable, "-c", script, place])
+    folder = tmp_path / "new"
+    subprocess.run([sys.executable, "-c", script, folder])
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".new.")
     others = {".new.mine.tmp", ".new.tmp", "new.01234567.tmp", ".newer.01234567.tmp"}
@@ -74,9 +74,9 @@ with renamed(sys.argv[1]) as path:
 
     with pytest.raises(OSError, match="another process"):
         make(
-            place,
+            folder,
             b"slow",
-            lambda slow: make(place, b"fast", lambda fast: while_the_fast_one_is_at_work(slow, fast)),
+            lambda slow: make(folder, b"fast", lambda fast: while_the_fast_one_is_at_work(slow, fast)),
         )
     assert {*os.listdir(tmp_path)} == others | {"new"}
 

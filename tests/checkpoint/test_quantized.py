@@ -32,24 +32,24 @@ ARCHITECTURES = {
 }
 
 
-def loaded(folder, config, stored, place=None, **options):
+def loaded(folder, config, stored, mesh=None, **options):
     folder.mkdir(exist_ok=True)
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in stored.items()}, folder / "model.safetensors")
     model = AbstractModel.from_config(config, "float32", **options)
     with Checkpoint(folder) as checkpoint:
-        return model, load_params(model, checkpoint, place or jax.devices()[0])
+        return model, load_params(model, checkpoint, mesh or jax.devices()[0])
 
 
-def check(config, case, tmp_path, place=None):
+def check(config, case, tmp_path, mesh=None):
     stored, left = quantized(random_tensors(config), case)
-    model, params = loaded(tmp_path / "a", config | {"quantization_config": case.said}, stored, place)
-    plain, expected = loaded(tmp_path / "b", config, left, place)
+    model, params = loaded(tmp_path / "a", config | {"quantization_config": case.config}, stored, mesh)
+    plain, expected = loaded(tmp_path / "b", config, left, mesh)
     for name, weight in expected.items():
         got = params[name]
         if name in model.quantized:
             zeros = np.asarray(params.get(f"{name}_zero", 0), np.int32)
             got = real(got, params[f"{name}_scale"], model.quantized[name], zeros)
-        got, weight = (np.asarray(one)[tuple(map(slice, plain.abstract[name].shape))] for one in (got, weight))
+        got, weight = (np.asarray(array)[tuple(map(slice, plain.abstract[name].shape))] for array in (got, weight))
         np.testing.assert_allclose(got, weight, rtol=1e-6, atol=1e-7, err_msg=name)
     return model
 
@@ -79,8 +79,8 @@ def test_what_they_stand_for(name, tmp_path):
 def test_architectures_and_meshes(architecture, name, mesh, tmp_path):
     """Fused and transposed tensors, biases, padded weights."""
     config = ARCHITECTURES[architecture]
-    place = mesh and make_mesh(mesh, jax.devices(), 4, 4 if architecture == "gpt2" else 2, 64)
-    check(config, CASES[name], tmp_path, place)
+    device_mesh = mesh and make_mesh(mesh, jax.devices(), 4, 4 if architecture == "gpt2" else 2, 64)
+    check(config, CASES[name], tmp_path, device_mesh)
 
 
 @pytest.mark.slow
@@ -90,25 +90,25 @@ def test_logits(name, mesh, tmp_path):
     case, prompts = CASES[name], [[5, 17, 200, 33], list(range(40, 100))]
     options = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "page_size": 8, "max_model_len": 64}
     stored, left = quantized(random_tensors(CONFIG), case)
-    found = []
-    for folder, config, tensors, place in (
-        ("a", {"quantization_config": case.said}, stored, mesh),
+    scores = []
+    for folder, config, tensors, spec in (
+        ("a", {"quantization_config": case.config}, stored, mesh),
         ("b", {}, left, None),
     ):
-        with LLM(write_checkpoint(tmp_path / folder, CONFIG | config, tensors), mesh=place, **options) as llm:
-            found.append(llm.score(prompts))
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+        with LLM(write_checkpoint(tmp_path / folder, CONFIG | config, tensors), mesh=spec, **options) as llm:
+            scores.append(llm.score(prompts))
+    for score, other in zip(*scores, strict=True):
+        np.testing.assert_allclose(score.logprobs, other.logprobs, atol=1e-4)
 
 
 def changed(name, path, value):
-    said = copy.deepcopy(CASES[name].said)
+    config = copy.deepcopy(CASES[name].config)
     *parents, last = path.split(".")
-    inner = said
+    inner = config
     for parent in parents:
         inner = inner[parent]
     inner[last] = value
-    return said
+    return config
 
 
 WEIGHTS, INPUTS = "config_groups.group_0.weights", "config_groups.group_0.input_activations"
@@ -166,12 +166,12 @@ def test_damaged(name, suffix, value, what, tmp_path):
     key = f"model.layers.0.mlp.up_proj.{suffix}"
     stored = {n: t for n, t in stored.items() if n != key} | ({} if value is None else {key: value})
     with pytest.raises(ValueError, match=what):
-        loaded(tmp_path / "m", SMALL | {"quantization_config": CASES[name].said}, stored)
+        loaded(tmp_path / "m", SMALL | {"quantization_config": CASES[name].config}, stored)
 
 
 def test_a_quantization_beside_the_checkpoints_own(tmp_path):
     """The same is no contradiction."""
-    config = SMALL | {"quantization_config": CASES["int8 w8a16"].said}
+    config = SMALL | {"quantization_config": CASES["int8 w8a16"].config}
     same = {"*.k_proj.*": "none", "lm_head.*": "none", "model.layers.*": "int8"}
     assert (
         AbstractModel.from_config(config, "float32", same).quantized
@@ -185,11 +185,11 @@ def test_a_quantization_beside_the_checkpoints_own(tmp_path):
 
 def test_targets():
     """Names come before classes, and what is ignored before both."""
-    said = copy.deepcopy(CASES["int4"].said)
-    other = copy.deepcopy(CASES["int8 w8a16"].said["config_groups"]["group_0"])
-    said["config_groups"]["group_1"] = other | {"targets": ["re:.*down_proj", "model.layers.0.self_attn.k_proj"]}
-    said["ignore"] = ["model.layers.0.self_attn.k_proj", "lm_head"]
-    model = AbstractModel.from_config(SMALL | {"quantization_config": said}, "float32")
+    config = copy.deepcopy(CASES["int4"].config)
+    other = copy.deepcopy(CASES["int8 w8a16"].config["config_groups"]["group_0"])
+    config["config_groups"]["group_1"] = other | {"targets": ["re:.*down_proj", "model.layers.0.self_attn.k_proj"]}
+    config["ignore"] = ["model.layers.0.self_attn.k_proj", "lm_head"]
+    model = AbstractModel.from_config(SMALL | {"quantization_config": config}, "float32")
     names = {name.split(".")[-2]: scheme.name for name, scheme in model.quantized.items()}
     assert names["down_proj"] == "int8"
     assert names["up_proj"] == names["o_proj"] == "int4"
@@ -200,7 +200,7 @@ def test_plan(tmp_path, cli):
     """From config.json alone."""
     bytes_of = {}
     for name in ("gptq", "gptq in another order"):
-        config = CONFIG | {"quantization_config": CASES[name].said}
+        config = CONFIG | {"quantization_config": CASES[name].config}
         (tmp_path / "config.json").write_text(json.dumps(config))
         done = cli("plan", "--model", tmp_path, "--topology", "l4-1", "--json")
         assert done.code == 0, done.err
@@ -245,9 +245,9 @@ def test_by_the_package_itself(layout, bits, kind, strategy, symmetric):
     parts = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
     stored = compressor.compress(parts, scheme)
     expected = compressor.decompress(dict(stored), scheme)["weight"].float().numpy()
-    said = {"quant_method": "compressed-tensors", "format": layout, "ignore": []}
-    said |= {"config_groups": {"group_0": json.loads(scheme.model_dump_json())}}
-    form = stored_quantization({"quantization_config": said}).format_of("model.layers.0.mlp.up_proj", "Linear")
+    config = {"quant_method": "compressed-tensors", "format": layout, "ignore": []}
+    config |= {"config_groups": {"group_0": json.loads(scheme.model_dump_json())}}
+    form = stored_quantization({"quantization_config": config}).format_of("model.layers.0.mlp.up_proj", "Linear")
     arrays = {
         name: tensor.view(torch.int8).numpy().view(formats.FP8)
         if tensor.dtype == torch.float8_e4m3fn
@@ -255,7 +255,7 @@ def test_by_the_package_itself(layout, bits, kind, strategy, symmetric):
         for name, tensor in stored.items()
     }
     wanted = wanted_tensors(form, 48, 96)
-    assert {name for name, one in wanted.items() if not one.optional} <= arrays.keys() <= wanted.keys()
+    assert {name for name, tensor in wanted.items() if not tensor.optional} <= arrays.keys() <= wanted.keys()
     for name, array in arrays.items():
         assert array.shape in wanted[name].shapes
         assert array.dtype in wanted[name].dtypes
@@ -265,7 +265,7 @@ def test_by_the_package_itself(layout, bits, kind, strategy, symmetric):
 @pytest.mark.parametrize("name", ["gptq with zero points", "gptq 8 bits", "int4 of 128", "deepseek", "int8 w8a8"])
 def test_written_again(name, tmp_path):
     """In the format of compressed-tensors, from which the same parameters come, to the bit."""
-    config = CONFIG | {"quantization_config": CASES[name].said}
+    config = CONFIG | {"quantization_config": CASES[name].config}
     model, params = loaded(tmp_path / "a", config, quantized(random_tensors(CONFIG), CASES[name])[0])
     (tmp_path / "b").mkdir()
     with HfWriter(model, str(tmp_path / "b")) as writer:
@@ -289,8 +289,8 @@ def test_zeros_in_the_middle_whichever_version_stored_them(bits, version, act, s
     """`sym` says what they are, and writers disagree on the version."""
     case = formats.gptq(bits, size, act=act)
     stored, weight = case.store(np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32))
-    said = {**case.said, "checkpoint_format": version}
-    form = stored_quantization({"quantization_config": said}).format_of("model.layers.0.mlp.up_proj", "Linear")
+    config = {**case.config, "checkpoint_format": version}
+    form = stored_quantization({"quantization_config": config}).format_of("model.layers.0.mlp.up_proj", "Linear")
     groups, rows = stored["scales"].shape
     for zero in (2 ** (bits - 1), 2 ** (bits - 1) - 1):
         stored["qzeros"] = formats.words(np.full((groups, rows), zero), bits)
@@ -321,7 +321,7 @@ def test_zeros_in_the_middle_whichever_version_stored_them(bits, version, act, s
 )
 def test_names_of_what_is_not_converted(name, left_out, plain, kept):
     """As transformers reads them: a name, the end of one, or a regular expression for its beginning."""
-    said = {**CASES[name].said, "modules_to_not_convert": [left_out]}
-    format_of = stored_quantization({"quantization_config": said}).format_of
+    config = {**CASES[name].config, "modules_to_not_convert": [left_out]}
+    format_of = stored_quantization({"quantization_config": config}).format_of
     assert format_of(plain, "Linear") is None
     assert format_of(kept, "Linear") is not None

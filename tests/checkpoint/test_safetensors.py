@@ -285,14 +285,14 @@ def mutate(content: bytes, random: random.Random) -> bytes:
         del out[start : start + random.randint(1, 16)]
     else:
         names = [name for name in header if name != "__metadata__"]
-        one, two = random.choice(names), random.choice(names)
+        first, second = random.choice(names), random.choice(names)
         if kind == 7:
             field = random.choice(["data_offsets", "shape", "dtype"])
-            header[one][field], header[two][field] = header[two][field], header[one][field]
+            header[first][field], header[second][field] = header[second][field], header[first][field]
         elif kind == 8:
-            header[one]["dtype"] = random.choice([*DTYPES, "F4", "", None, 7])
+            header[first]["dtype"] = random.choice([*DTYPES, "F4", "", None, 7])
         else:
-            values = header[one][random.choice(["shape", "data_offsets"])]
+            values = header[first][random.choice(["shape", "data_offsets"])]
             if values:
                 values[random.randrange(len(values))] = random.choice([-1, 0, 1, 2, 3, 2**31, 2**62, 2**63, 2**64, 0.5])
         return pack(header, data)

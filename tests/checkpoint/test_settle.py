@@ -37,8 +37,10 @@ def settled(folder, config, tensors):
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors")
     with Checkpoint(folder) as checkpoint:
-        found = as_stored(config, checkpoint)
-        return found, load_params(AbstractModel.from_config(found, "float32"), checkpoint, jax.devices()[0])
+        settled_config = as_stored(config, checkpoint)
+        return settled_config, load_params(
+            AbstractModel.from_config(settled_config, "float32"), checkpoint, jax.devices()[0]
+        )
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
@@ -50,12 +52,12 @@ def test_a_tied_model_with_a_head(tmp_path, config, prefixed):
     other = weight.copy()
     other[-1, -1] += 1
     if not prefixed:
-        tensors = {name.removeprefix(f"{embedding.split('.')[0]}."): one for name, one in tensors.items()}
-    found, params = settled(tmp_path, config, tensors | {HEAD: weight.copy()})
-    assert found == config
+        tensors = {name.removeprefix(f"{embedding.split('.')[0]}."): tensor for name, tensor in tensors.items()}
+    settled_config, params = settled(tmp_path, config, tensors | {HEAD: weight.copy()})
+    assert settled_config == config
     assert HEAD not in params
-    found, params = settled(tmp_path, config, tensors | {HEAD: other})
-    assert found == config | {"tie_word_embeddings": False}
+    settled_config, params = settled(tmp_path, config, tensors | {HEAD: other})
+    assert settled_config == config | {"tie_word_embeddings": False}
     np.testing.assert_array_equal(params[HEAD], other)
     np.testing.assert_array_equal(params[embedding], weight)
 
@@ -64,8 +66,8 @@ def test_a_tied_model_with_a_head(tmp_path, config, prefixed):
 def test_a_tied_model_with_the_head_alone(tmp_path, config):
     tensors = random_tensors(config)
     weight = tensors.pop(EMBEDDINGS[config["model_type"]])
-    found, params = settled(tmp_path, config, tensors | {HEAD: weight})
-    assert found == config
+    settled_config, params = settled(tmp_path, config, tensors | {HEAD: weight})
+    assert settled_config == config
     np.testing.assert_array_equal(params[EMBEDDINGS[config["model_type"]]], weight)
     # A head is no embedding of a model that is not tied.
     with pytest.raises(ValueError, match=f"missing tensors: {EMBEDDINGS[config['model_type']]}"):
@@ -93,13 +95,13 @@ def test_a_head_that_is_quantized_is_one_of_its_own(tmp_path):
     case = CASES["int4"]
     tensors, _ = quantized(random_tensors(LLAMA | {"tie_word_embeddings": False}), case)
     stored, _ = case.store(tensors.pop(HEAD))
-    said = {**case.said, "ignore": ["re:.*k_proj"]}
-    found, params = settled(
+    quantization = {**case.config, "ignore": ["re:.*k_proj"]}
+    settled_config, params = settled(
         tmp_path,
-        LLAMA | {"quantization_config": said},
+        LLAMA | {"quantization_config": quantization},
         {n: np.ascontiguousarray(t) for n, t in (tensors | {f"lm_head.{n}": t for n, t in stored.items()}).items()},
     )
-    assert not found["tie_word_embeddings"]
+    assert not settled_config["tie_word_embeddings"]
     assert {HEAD, f"{HEAD}_scale"} <= params.keys()
 
 
@@ -149,15 +151,15 @@ def test_linears_are_quantized_that_have_such_tensors(tmp_path, name, left_out):
     tensors, _ = quantized(floats, case)
     tensors = {n: np.ascontiguousarray(t) for n, t in tensors.items() if "k_proj" not in n}
     tensors |= {n: t for n, t in floats.items() if "k_proj" in n}
-    field = "ignore" if "ignore" in case.said else "modules_to_not_convert"
-    said = {**case.said, field: left_out if field != "ignore" else ["lm_head"]}
-    found, _ = settled(tmp_path, config | {"quantization_config": said}, tensors)
-    model = AbstractModel.from_config(found, "float32")
+    field = "ignore" if "ignore" in case.config else "modules_to_not_convert"
+    quantization = {**case.config, field: left_out if field != "ignore" else ["lm_head"]}
+    settled_config, _ = settled(tmp_path, config | {"quantization_config": quantization}, tensors)
+    model = AbstractModel.from_config(settled_config, "float32")
     linears = {n.removesuffix(".weight") for n, spec in model.params.items() if spec.stored}
     plain = {n.removesuffix(".weight") for n, t in tensors.items() if n.endswith("weight") and t.dtype == np.float32}
     assert any("k_proj" in module for module in plain)
     assert not linears & plain
     assert "model.layers.0.mlp.up_proj" in linears
-    said = {**case.said, field: ["re:.*k_proj" if field == "ignore" else "k_proj", "lm_head"]}
-    right, _ = settled(tmp_path, config | {"quantization_config": said}, tensors)
-    assert right == config | {"quantization_config": said}  # what is right stays as it was
+    quantization = {**case.config, field: ["re:.*k_proj" if field == "ignore" else "k_proj", "lm_head"]}
+    right, _ = settled(tmp_path, config | {"quantization_config": quantization}, tensors)
+    assert right == config | {"quantization_config": quantization}  # what is right stays as it was

@@ -13,15 +13,15 @@ SHORT = ["--max-tokens", "8"]
 def answers(model):
     """By the Python interface: the answers to "hi" and "more", with and without a system message."""
     params = SamplingParams(temperature=0.0, max_tokens=8)
-    found = {}
+    texts = {}
     with LLM(model) as llm:
         for system in (None, "be brief"):
             messages = [] if system is None else [{"role": "system", "content": system}]
             for turn in ("hi", "more"):
                 messages.append({"role": "user", "content": turn})
-                found[system, turn] = llm.chat(messages, params)[0].outputs[0].text
-                messages.append({"role": "assistant", "content": found[system, turn]})
-    return found
+                texts[system, turn] = llm.chat(messages, params)[0].outputs[0].text
+                messages.append({"role": "assistant", "content": texts[system, turn]})
+    return texts
 
 
 def test_each_line_is_a_turn(cli, model, answers):

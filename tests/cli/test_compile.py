@@ -71,15 +71,15 @@ def test_killed(model, tmp_path):
 def test_for_a_slice(cli, model, tmp_path, topology):
     pytest.importorskip("libtpu")
     out = tmp_path / "programs"
-    code, said, err = cli("compile", model, "--topology", topology, *FEW, "-o", out)
+    code, stdout, err = cli("compile", model, "--topology", topology, *FEW, "-o", out)
     assert code == 0, err
-    assert said.startswith("6 programs, ")
+    assert stdout.startswith("6 programs, ")
     manifest = json.loads((out / "manifest.json").read_text())
     environment = manifest["environment"]
     assert environment["device"] == "TPU v5 lite"
     assert len(environment["devices"]) == int(topology[-1])
     assert manifest["options"]["mesh"].endswith(f"tensor={topology[-1]}")
-    code, said, err = cli("generate", "--compiled", out, "--max-tokens", "1", "a")
+    code, stdout, err = cli("generate", "--compiled", out, "--max-tokens", "1", "a")
     assert code == 0
     assert f"not used: compiled for {topology[-1]} devices of TPU v5 lite, and this is cpu" in err
 
@@ -90,8 +90,8 @@ def test_a_deployment(cli, model, tmp_path):
     file = tmp_path / "small.yaml"
     file.write_text(f"model: {model}\ntopology: v5e-1\nmax_num_seqs: 1\nmax_num_batched_tokens: 4\nmax_model_len: 32\n")
     out = tmp_path / "programs"
-    code, said, _ = cli("compile", file, "--max-model-len", "16", "-o", out, "--json")
-    assert (code, json.loads(said)["topology"]) == (0, "v5e-1")
+    code, stdout, _ = cli("compile", file, "--max-model-len", "16", "-o", out, "--json")
+    assert (code, json.loads(stdout)["topology"]) == (0, "v5e-1")
     assert json.loads((out / "manifest.json").read_text())["options"]["max_model_len"] == 16
 
 

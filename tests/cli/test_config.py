@@ -29,9 +29,9 @@ def test_chat(cli, config):
 
 def test_score(cli, config):
     text = json.dumps({"text": "x" * 50}).encode()
-    said = cli("score", "-", "--config", config, stdin=text)
-    assert said.code == 1
-    assert "max_model_len" in said.err
+    result = cli("score", "-", "--config", config, stdin=text)
+    assert result.code == 1
+    assert "max_model_len" in result.err
 
 
 @pytest.mark.slow

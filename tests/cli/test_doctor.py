@@ -17,20 +17,20 @@ def test_doctor(cli, monkeypatch, tmp_path):
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert (code, err) == (0, "")
-    found = json.loads(out)
-    assert f"jax {jax.__version__}" in found["versions"]
-    assert found["devices"] == [f"cpu:{i} cpu" for i in range(8)]
-    assert found["attention"] == ("a CPU kernel" if kernels().level else "plain XLA")
-    used = [line for line in found["attention backends"] if line.endswith(": used")]
-    assert used == [f"{found['attention'].partition(':')[0]}: used"]
-    assert "JAX's ragged paged attention kernel: it is for TPUs, and this is cpu" in found["attention backends"]
-    assert len(found["attention backends"]) == len(BACKENDS)
-    assert found["CPU kernels"].startswith(kernels().level or "none, XLA computes everything: ")
-    assert kernels().why in found["CPU kernels"]
-    assert found["compilation cache"] == f"{tmp_path}: 0 files, 0 MiB"
+    report = json.loads(out)
+    assert f"jax {jax.__version__}" in report["versions"]
+    assert report["devices"] == [f"cpu:{i} cpu" for i in range(8)]
+    assert report["attention"] == ("a CPU kernel" if kernels().level else "plain XLA")
+    used = [line for line in report["attention backends"] if line.endswith(": used")]
+    assert used == [f"{report['attention'].partition(':')[0]}: used"]
+    assert "JAX's ragged paged attention kernel: it is for TPUs, and this is cpu" in report["attention backends"]
+    assert len(report["attention backends"]) == len(BACKENDS)
+    assert report["CPU kernels"].startswith(kernels().level or "none, XLA computes everything: ")
+    assert kernels().why in report["CPU kernels"]
+    assert report["compilation cache"] == f"{tmp_path}: 0 files, 0 MiB"
     monkeypatch.setenv("JAXINFER_CACHE_DIR", "off")
     table = cli("doctor")
-    assert all(name in table.out for name in found)
+    assert all(name in table.out for name in report)
 
 
 def test_without_a_device_all_else_is_said(cli, monkeypatch, model):
@@ -42,29 +42,29 @@ def test_without_a_device_all_else_is_said(cli, monkeypatch, model):
     monkeypatch.setenv("JAXINFER_CACHE_DIR", "off")
     monkeypatch.setattr(jax, "local_devices", fail)
     code, out, err = cli("doctor", "--json", "--model", model)
-    found = json.loads(out)
+    report = json.loads(out)
     assert code == 2
-    assert found["devices"].startswith("JAX_PLATFORMS is 'cpu': there is no such device here")
-    assert err == f"jaxinfer: error: {found['devices']}\n"
-    assert f"jax {jax.__version__}" in found["versions"]
-    assert found["CPU kernels"].endswith("; not used" if kernels().level else kernels().why)
+    assert report["devices"].startswith("JAX_PLATFORMS is 'cpu': there is no such device here")
+    assert err == f"jaxinfer: error: {report['devices']}\n"
+    assert f"jax {jax.__version__}" in report["versions"]
+    assert report["CPU kernels"].endswith("; not used" if kernels().level else kernels().why)
 
 
 def test_a_model(cli, monkeypatch, model, tmp_path):
     monkeypatch.setenv("JAXINFER_CACHE_DIR", "off")
-    found = json.loads(cli("doctor", "--json", "-m", model, "--max-model-len", 64).out)
-    assert found["the model's precision"] == "float32"
+    report = json.loads(cli("doctor", "--json", "-m", model, "--max-model-len", 64).out)
+    assert report["the model's precision"] == "float32"
     why = (
         "the kernel is for head sizes that are multiples of 16, and the model has 8"
         if kernels().level
         else kernels().why
     )
-    assert found["the model's attention"] == f"plain XLA: {why}"
-    assert found["the model's context"].startswith("64 tokens, ")
+    assert report["the model's attention"] == f"plain XLA: {why}"
+    assert report["the model's context"].startswith("64 tokens, ")
     wider = json.loads((model / "config.json").read_text()) | {"head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(wider))
-    found = json.loads(cli("doctor", "--json", "-m", tmp_path).out)
-    assert found["the model's attention"] == ("a CPU kernel" if kernels().level else f"plain XLA: {kernels().why}")
+    report = json.loads(cli("doctor", "--json", "-m", tmp_path).out)
+    assert report["the model's attention"] == ("a CPU kernel" if kernels().level else f"plain XLA: {kernels().why}")
     assert "no/such" in cli("doctor", "-m", "no/such").error()
 
 

@@ -134,12 +134,21 @@ def test_several_continuations_with_log_probabilities(cli, model):
     code, out, err = cli("generate", "one", "two", *options, *more, "--json")
     assert (code, err) == (0, "")
     records = [json.loads(line) for line in out.splitlines()]
-    assert [(one["prompt"], one["index"]) for one in records] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
-    for record, completion in zip(records, [one for output in expected for one in output.outputs], strict=True):
+    assert [(record["prompt"], record["index"]) for record in records] == [
+        ("one", 0),
+        ("one", 1),
+        ("two", 0),
+        ("two", 1),
+    ]
+    for record, completion in zip(
+        records, [completion for output in expected for completion in output.outputs], strict=True
+    ):
         assert record["token_ids"] == completion.token_ids
-        for place, step, token in zip(record["logprobs"], completion.logprobs, completion.token_ids, strict=True):
-            assert place[0]["token_id"] == token
-            assert [one["logprob"] for one in place] == pytest.approx([one.logprob for one in step.values()], abs=1e-5)
+        for entries, step, token in zip(record["logprobs"], completion.logprobs, completion.token_ids, strict=True):
+            assert entries[0]["token_id"] == token
+            assert [entry["logprob"] for entry in entries] == pytest.approx(
+                [logprob.logprob for logprob in step.values()], abs=1e-5
+            )
     text = cli("generate", "one", *options, "--frequency-penalty", 0.5).out
     first, second = (completion.text for completion in expected[0].outputs)
     assert text == f"==> one, 1 of 2 <==\n{first}\n\n==> one, 2 of 2 <==\n{second}\n"
@@ -162,10 +171,10 @@ def test_a_chat_template_of_one_s_own(cli, model, tmp_path):
 
 def test_stop_strings_may_be_repeated(cli, model, expected):
     text = text_of(expected, "one")
-    found = next(c for c in text[2:] if c.isascii())
-    options = ["-m", model, *SHORT, "--stop", "never there", "--stop", found, "--json"]
+    stop = next(c for c in text[2:] if c.isascii())
+    options = ["-m", model, *SHORT, "--stop", "never there", "--stop", stop, "--json"]
     record = json.loads(cli("generate", "one", *options).out)
-    assert record["text"] == text[: text.index(found)]
+    assert record["text"] == text[: text.index(stop)]
     assert record["finish_reason"] == "stop"
 
 
@@ -181,12 +190,12 @@ def test_dtype_and_max_model_len_arrive(cli, model):
 def test_verbosity(cli, model, monkeypatch):
     monkeypatch.setattr("jaxinfer.engine.sizing.CPU_SHARE", 1e-12)
     monkeypatch.setattr("jaxinfer.engine.load._available", lambda device, share, slots: 50_000)
-    said = {flag: cli("generate", "one", "-m", model, *SHORT, *flag.split()).err for flag in ("", "-q", "-v", "-vv")}
+    logs = {flag: cli("generate", "one", "-m", model, *SHORT, *flag.split()).err for flag in ("", "-q", "-v", "-vv")}
     warning = "jaxinfer: warning: max_model_len is 176 of the model's 256 tokens: more does not fit in the KV cache\n"
-    assert said[""] == warning
-    assert said["-q"] == ""
-    assert said["-v"].startswith(warning + "jaxinfer: info: loaded ")
-    assert "jaxinfer: info: attention: plain XLA: " in said["-v"]
+    assert logs[""] == warning
+    assert logs["-q"] == ""
+    assert logs["-v"].startswith(warning + "jaxinfer: info: loaded ")
+    assert "jaxinfer: info: attention: plain XLA: " in logs["-v"]
     assert "Traceback" in cli("generate", "x" * 300, "-m", model, "-vv").err
     assert cli("generate", "x" * 300, "-m", model, "-q").error().startswith("the prompt has 300 tokens")
 
@@ -255,10 +264,10 @@ def test_what_was_printed_stays(capsys):
 
 def test_answers_stand_below_their_prompts(cli, model):
     """Also where the second one is done first."""
-    given = ["-m", model, "--max-tokens", "40", "--json", "--temperature", "0"]
-    one, two = (json.loads(cli("generate", prompt, *given).out)["text"] for prompt in ("one", "two words"))
-    stop = next(character for character in two if character not in one)  # ends the second one alone
-    printed = cli("generate", "one", "two words", *given, "--stop", stop).out
+    options = ["-m", model, "--max-tokens", "40", "--json", "--temperature", "0"]
+    first, second = (json.loads(cli("generate", prompt, *options).out)["text"] for prompt in ("one", "two words"))
+    stop = next(character for character in second if character not in first)  # ends the second one alone
+    printed = cli("generate", "one", "two words", *options, "--stop", stop).out
     records = [json.loads(line) for line in printed.splitlines()]
     assert [record["prompt"] for record in records] == ["one", "two words"]
-    assert [record["text"] for record in records] == [one, two[: two.index(stop)]]
+    assert [record["text"] for record in records] == [first, second[: second.index(stop)]]

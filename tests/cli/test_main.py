@@ -70,12 +70,12 @@ def test_help_shows_what_is_in_brackets(cli):
         yield command.help or ""
         for parameter in command.params:
             yield getattr(parameter, "help", None) or ""
-        for one in getattr(command, "commands", {}).values():
-            yield from texts(one)
+        for subcommand in getattr(command, "commands", {}).values():
+            yield from texts(subcommand)
 
-    found = list(texts(typer.main.get_command(app)))
-    assert len(found) > 200
-    for text in found:
+    help_texts = list(texts(typer.main.get_command(app)))
+    assert len(help_texts) > 200
+    for text in help_texts:
         assert Text.from_markup(text).plain == text.replace("\\[", "[")
     assert "'.[plot]'" in cli("compare", "--help").out
 

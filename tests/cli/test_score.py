@@ -54,8 +54,8 @@ def test_rolling_scores_the_first_token_too_and_texts_of_any_length(cli, model, 
     assert "max_model_len" in out
     code, out, err = cli("score", file, "-m", model, "--json", "--rolling")
     assert code == 0, (out, err)
-    one, many = map(json.loads, out.splitlines())
-    assert one["tokens"] == 1
+    single, many = map(json.loads, out.splitlines())
+    assert single["tokens"] == 1
     assert many["tokens"] > 256
     pair = b'{"prompt": "a", "continuation": "b"}'
     assert "has a continuation" in cli("score", "-", "-m", model, "--rolling", "--json", stdin=pair).err

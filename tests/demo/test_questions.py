@@ -37,10 +37,10 @@ def asked(question: Question) -> tuple[object, ...]:
     calendar = re.findall(
         "before|after|mon|tue|wed|thu|fri|sat|sun|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec", text
     )
-    place = re.findall("|".join([*ORDINALS, "last"]), text)
+    ordinals = re.findall("|".join([*ORDINALS, "last"]), text)
     in_order = question.family in ("sequence", "weekday", "month", "date")
     numbers_asked = numbers(text) if in_order else unordered
-    return (question.family, *numbers_asked, *re.findall(r"[\"'](\w+)[\"']", text), *calendar, *place)
+    return (question.family, *numbers_asked, *re.findall(r"[\"'](\w+)[\"']", text), *calendar, *ordinals)
 
 
 def in_digits(words: str) -> int:
@@ -169,10 +169,10 @@ def test_words():
         n = int(next(iter(re.findall(r"\d+", q.answer)), 1))  # 1 is "once"
         assert n == (len(re.findall(letter[0], word)) if letter else len(word))
     for q in samples("letter"):
-        (place,) = re.findall("|".join([*ORDINALS, "last"]), q.text)
+        (ordinal,) = re.findall("|".join([*ORDINALS, "last"]), q.text)
         (word,), (answer,) = re.findall('"(.+?)"', q.text), re.findall('"(.+?)"', q.answer)
-        assert list(word)[-1 if place == "last" else ORDINALS.index(place)] == answer
-        assert place in q.answer
+        assert list(word)[-1 if ordinal == "last" else ORDINALS.index(ordinal)] == answer
+        assert ordinal in q.answer
 
 
 def test_days_and_dates():

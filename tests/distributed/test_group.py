@@ -32,10 +32,10 @@ class Members:
 
     def __enter__(self):
         for process in self.processes:
-            said = b""  # and not a byte more: what comes after is for communicate
-            while not said.endswith(b"\n") and (one := os.read(process.stdout.fileno(), 1)):
-                said += one
-            assert said == b"joined\n", process.communicate()
+            output = b""  # and not a byte more: what comes after is for communicate
+            while not output.endswith(b"\n") and (byte := os.read(process.stdout.fileno(), 1)):
+                output += byte
+            assert output == b"joined\n", process.communicate()
         return self
 
     def __exit__(self, *_):

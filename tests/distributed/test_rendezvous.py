@@ -34,14 +34,14 @@ def places(size, host="127.0.0.1"):
 def joined(them, timeout=20.0):
     """What each one gets: links and a port, or its error."""
 
-    def one(place):
+    def outcome(member):
         try:
-            return join(place, timeout)
+            return join(member, timeout)
         except Exception as error:
             return error
 
     with ThreadPoolExecutor(len(them)) as pool:
-        results = list(pool.map(one, them))
+        results = list(pool.map(outcome, them))
     yield results
     for links, _ in (result for result in results if isinstance(result, tuple)):
         for link in links.values():
@@ -80,9 +80,9 @@ def test_what_follows_the_welcome_is_kept(monkeypatch):
     """Process 0 goes on at once, and more than one frame may come with its last word."""
     read = Link.read_one
 
-    def late(link, *given):
+    def late(link, *arguments):
         time.sleep(0.3)
-        return read(link, *given)
+        return read(link, *arguments)
 
     first, second = places(2)
     with ThreadPoolExecutor(1) as pool:
@@ -127,7 +127,7 @@ def test_another_number_of_processes():
 def test_another_version(monkeypatch):
     facts = rendezvous._facts
     monkeypatch.setattr(
-        rendezvous, "_facts", lambda place: facts(place) | ({"the version of jax": "0.1"} if place.rank else {})
+        rendezvous, "_facts", lambda member: facts(member) | ({"the version of jax": "0.1"} if member.rank else {})
     )
     for error in errors_of(places(2)):
         assert str(error).startswith("the version of jax is 0.1 in process 1, at 127.0.0.1, and 0.")
@@ -146,9 +146,9 @@ def test_strangers_are_sent_away(caplog):
     first, second = places(2)
     with ThreadPoolExecutor(1) as pool:
         leader = pool.submit(join, first, 30.0)
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x02\x00\x00\x00\x02{}", b"\x02\xff\xff\xff\xff", NESTED, b""):
+        for message in (b"GET / HTTP/1.1\r\n\r\n", b"\x02\x00\x00\x00\x02{}", b"\x02\xff\xff\xff\xff", NESTED, b""):
             with connected(first) as stranger:
-                stranger.sendall(said)
+                stranger.sendall(message)
         links, _ = join(second, 30.0)
         (own,) = links.values()
         assert list(leader.result()[0]) == [1]
@@ -163,20 +163,20 @@ def test_who_drips_bytes_keeps_nobody_waiting(caplog, monkeypatch):
     first, second, third = places(3)
     gone = {}
 
-    def drip(one, began):
+    def drip(stranger, began):
         try:
-            one.sendall(b"\x02\x00\x00\xea\x60")
+            stranger.sendall(b"\x02\x00\x00\xea\x60")
             while True:
-                one.sendall(b" ")
+                stranger.sendall(b" ")
                 time.sleep(0.05)
         except OSError:
-            gone[one] = time.monotonic() - began
+            gone[stranger] = time.monotonic() - began
 
     with ThreadPoolExecutor(6) as pool, contextlib.ExitStack() as stack:
         leader = pool.submit(join, first, 20.0)
         strangers = [stack.enter_context(connected(first)) for _ in range(4)]
-        for one in strangers:
-            pool.submit(drip, one, time.monotonic())
+        for stranger in strangers:
+            pool.submit(drip, stranger, time.monotonic())
         time.sleep(0.2)
         began = time.monotonic()
         links = [pool.submit(join, second, 20.0)]
@@ -186,7 +186,7 @@ def test_who_drips_bytes_keeps_nobody_waiting(caplog, monkeypatch):
         assert max(gone.values()) < 5
         links.append(pool.submit(join, third, 20.0))
         assert sorted(leader.result()[0]) == [1, 2]
-        for link in [*leader.result()[0].values(), *(one.result()[0][0] for one in links)]:
+        for link in [*leader.result()[0].values(), *(future.result()[0][0] for future in links)]:
             link.close()
     assert "it did not say who it is within 1 s" in caplog.text
 
@@ -223,13 +223,13 @@ def test_more_strangers_than_there_is_room_for(monkeypatch, caplog):
 def test_a_follower_keeps_its_own_time(monkeypatch):
     """Where something that never comes to an end answers in place of process 0."""
     monkeypatch.setattr(rendezvous, "HANDSHAKE", 0.5)
-    for said in (b"", b'\x01\x00\x00\x00\x0d{"nonce":"a"}'):  # no hello, and no welcome
+    for message in (b"", b'\x01\x00\x00\x00\x0d{"nonce":"a"}'):  # no hello, and no welcome
         with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
             follower = pool.submit(join, Place("127.0.0.1", server.getsockname()[1], 2, 1), 0.5)
             connection, _ = server.accept()
             began = time.monotonic()
             with connection:
-                connection.sendall(said + b"\x03\x00\x00\xff\xff" if said else b"\x01\x00\x00\xff\xff")
+                connection.sendall(message + b"\x03\x00\x00\xff\xff" if message else b"\x01\x00\x00\xff\xff")
                 while not follower.done() and time.monotonic() - began < 10:
                     with contextlib.suppress(OSError):
                         connection.sendall(b" ")
@@ -251,10 +251,10 @@ def test_a_welcome_without_a_proof():
 
 
 @contextlib.contextmanager
-def connected(place):
+def connected(address):
     while True:
         with contextlib.suppress(ConnectionRefusedError):
-            connection = socket.create_connection((place.host, place.port))
+            connection = socket.create_connection((address.host, address.port))
             break
         time.sleep(0.01)
     with connection:
@@ -306,7 +306,7 @@ def test_something_else_answers():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
         (("here", 2, 0), r"^coordinator is 'here': it must be HOST:PORT of process 0, such as 10.0.0.2:8476$"),
         (("here:0", 2, 0), "^coordinator is 'here:0': it must be"),
@@ -318,9 +318,9 @@ def test_something_else_answers():
         ((None, 2, 1), "^coordinator is missing"),
     ],
 )
-def test_places_that_can_not_be(given, message):
+def test_places_that_can_not_be(arguments, message):
     with pytest.raises(ValueError, match=message):
-        find_place(*given, timeout=1.0)
+        find_place(*arguments, timeout=1.0)
 
 
 def test_places():

@@ -88,22 +88,22 @@ def change(folder, path, value):
     file = folder / "manifest.json"
     manifest = json.loads(file.read_text())
     *outer, name = path.split(".")
-    place = manifest
-    for one in outer:
-        place = place[one]
-    place[name] = value
+    section = manifest
+    for key in outer:
+        section = section[key]
+    section[name] = value
     file.write_text(json.dumps(manifest))
 
 
 def test_another_process_compiles_nothing(model, expected, original):
-    found, said = elsewhere(model, compiled=original)
-    assert found["tokens"] == expected
-    assert (found["compilations"], found["compiled"]) == (0, 0)
-    assert found["max_model_len"] == 64  # as it was compiled for, without being asked
-    assert found["pages"] == 2 * 64 // 8 + 1
-    assert said == ""
-    found, _ = elsewhere(model)
-    assert found["compiled"] >= 3  # the count counts
+    result, stderr = elsewhere(model, compiled=original)
+    assert result["tokens"] == expected
+    assert (result["compilations"], result["compiled"]) == (0, 0)
+    assert result["max_model_len"] == 64  # as it was compiled for, without being asked
+    assert result["pages"] == 2 * 64 // 8 + 1
+    assert stderr == ""
+    result, _ = elsewhere(model)
+    assert result["compiled"] >= 3  # the count counts
 
 
 def test_every_program_is_there(model, original):
@@ -118,11 +118,11 @@ def test_on_a_mesh(model, expected, tmp_path, mesh):
     """Two of this process's eight devices; elsewhere, two of two, and one, which is not enough."""
     folder = tmp_path / "two"
     ship(*local_programs(config_of(model), OPTIONS | {"mesh": mesh}), str(folder), lambda: None)
-    found, said = elsewhere(model, devices=2, compiled=folder)
-    assert (found["tokens"], found["compiled"], said) == (expected, 0, "")
-    found, said = elsewhere(model, devices=1, compiled=folder)
-    assert found["tokens"] == expected
-    assert "not used: compiled for 2 devices, and there are 1" in said
+    result, stderr = elsewhere(model, devices=2, compiled=folder)
+    assert (result["tokens"], result["compiled"], stderr) == (expected, 0, "")
+    result, stderr = elsewhere(model, devices=1, compiled=folder)
+    assert result["tokens"] == expected
+    assert "not used: compiled for 2 devices, and there are 1" in stderr
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,13 @@ def test_on_a_mesh(model, expected, tmp_path, mesh):
 )
 def test_what_differs_is_said(model, expected, folder, caplog, path, value, fact):
     change(folder, path, value)
-    said = []
-    with LLM(model, compiled=folder, on_progress=said.append) as llm:
+    messages = []
+    with LLM(model, compiled=folder, on_progress=messages.append) as llm:
         assert llm.engine.runner.compilations > 0
         assert tokens(llm) == expected
     assert f"compiled programs in {folder}: not used: " in caplog.text
     assert fact in caplog.text
-    assert any(fact in text for text in said)
+    assert any(fact in text for text in messages)
 
 
 HOSTILE = (0, -1, 10**9, 10**30, 1.5, True, None, "8", [], {}, math.nan, math.inf)
@@ -172,7 +172,7 @@ def test_sizes_that_can_not_be(model, folder, path):
     """They are looked at before anything is made of them."""
     for value in HOSTILE:
         change(folder, path, value)
-        assert "page_size is" in (said := refused(model, folder)) or "manifest.json " in said
+        assert "page_size is" in (reason := refused(model, folder)) or "manifest.json " in reason
 
 
 def test_options_and_devices_that_can_not_be(model, folder):
@@ -190,9 +190,9 @@ def test_options_and_devices_that_can_not_be(model, folder):
 
 
 def refused(model, folder):
-    said = []
-    assert open_folder(folder, config_of(model), jax.local_devices(), {}, said.append) is None
-    (text,) = said
+    messages = []
+    assert open_folder(folder, config_of(model), jax.local_devices(), {}, messages.append) is None
+    (text,) = messages
     assert text.startswith("not used: ")
     assert "\n" not in text
     return text

@@ -18,7 +18,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "options.md"
 
 def table() -> str:
     """As docs/options.md is to have it."""
-    rows = [f"| `{name}` | {one.option.details or one.option.help} |" for name, one in OPTIONS.items()]
+    rows = [f"| `{name}` | {declared.option.details or declared.option.help} |" for name, declared in OPTIONS.items()]
     return "\n".join(["| option | meaning |", "|---|---|", *rows]) + "\n"
 
 
@@ -32,25 +32,25 @@ def test_options_of_the_command_line_have_the_declared_types():
     @grouped
     def command(*, batching: BatchingOptions, load: ModelOptions) -> None: ...
 
-    found = inspect.signature(command).parameters
-    shown = {name: one for name, one in found.items() if name in OPTIONS}
-    assert {*found} - {*shown} == {"model", "config"}
+    parameters = inspect.signature(command).parameters
+    shown = {name: parameter for name, parameter in parameters.items() if name in OPTIONS}
+    assert {*parameters} - {*shown} == {"model", "config"}
     for name, parameter in shown.items():
-        (kind, said), declared = get_args(parameter.annotation), OPTIONS[name]
+        (kind, option), declared = get_args(parameter.annotation), OPTIONS[name]
         assert parameter.default is None
-        assert said.help == declared.option.help != ""
+        assert option.help == declared.option.help != ""
         *kinds, none = get_args(kind)
         assert none is type(None)
         if declared.choices:
             assert get_args(kinds[0]) == declared.choices
-            assert said.metavar is None
+            assert option.metavar is None
         else:
             assert set(kinds) <= set(declared.kinds)
-            assert said.metavar == declared.option.metavar
+            assert option.metavar == declared.option.metavar
 
 
 def test_defaults_are_right_themselves():
-    assert check_options({}) == {name: one.option.default for name, one in OPTIONS.items()}
+    assert check_options({}) == {name: declared.option.default for name, declared in OPTIONS.items()}
     assert list(OPTIONS) == list(EngineConfig.__annotations__)
 
 

@@ -156,6 +156,6 @@ def test_what_is_not_done_is_named_once_and_loads(caplog, field, value):
 def test_what_decides_nothing_is_not_mentioned(caplog):
     idle = {"num_beams": 1, "encoder_repetition_penalty": 1.0, "top_h": None, "use_cache": True, "max_length": 4096}
     with caplog.at_level(logging.WARNING, "jaxinfer"):
-        given = idle | {"length_penalty": 1.0, "suppress_tokens": [-1, 300], "forced_bos_token_id": 300}
-        assert params_of(given) == SamplingParams(temperature=0.0, max_tokens=NEW, suppress_tokens=())
+        fields = idle | {"length_penalty": 1.0, "suppress_tokens": [-1, 300], "forced_bos_token_id": 300}
+        assert params_of(fields) == SamplingParams(temperature=0.0, max_tokens=NEW, suppress_tokens=())
     assert not caplog.records

@@ -32,19 +32,19 @@ PARAMETERS = {
 def test_those_that_are_there(file):
     from jaxinfer.plan.slices import names
 
-    one = read_deployment(file)
-    assert file.name.endswith(f"_{one.topology}.yaml")
-    assert one.topology in names()
-    assert set(one.options) >= {"dtype", "max_model_len", "max_num_seqs", "architecture"}
-    assert parse_mesh(one.options.get("mesh", "tensor=1"))
+    deployment = read_deployment(file)
+    assert file.name.endswith(f"_{deployment.topology}.yaml")
+    assert deployment.topology in names()
+    assert set(deployment.options) >= {"dtype", "max_model_len", "max_num_seqs", "architecture"}
+    assert parse_mesh(deployment.options.get("mesh", "tensor=1"))
 
 
 @pytest.mark.parametrize("model", PARAMETERS)
 def test_architectures_are_the_published_ones(model):
-    found = [one.architecture for one in map(read_deployment, FILES) if one.model == model]
-    assert found
-    assert all(one == found[0] for one in found)
-    abstract = AbstractModel.from_config(found[0], "bfloat16").abstract
+    architectures = [deployment.architecture for deployment in map(read_deployment, FILES) if deployment.model == model]
+    assert architectures
+    assert all(architecture == architectures[0] for architecture in architectures)
+    abstract = AbstractModel.from_config(architectures[0], "bfloat16").abstract
     assert sum(math.prod(shape.shape) for shape in abstract.values()) == PARAMETERS[model]
 
 
@@ -88,9 +88,9 @@ def test_there_is_no_other():
 def test_what_is_refused(tmp_path, text, number, facts):
     file = tmp_path / "deployment.yaml"
     file.write_text(text)
-    said = line(lambda: read_deployment(file))
-    assert said.startswith(f"{file}:{number}: " if number else f"{file}: ")
-    assert all(fact in said for fact in facts), said
+    message = line(lambda: read_deployment(file))
+    assert message.startswith(f"{file}:{number}: " if number else f"{file}: ")
+    assert all(fact in message for fact in facts), message
 
 
 def test_numbers_as_json_writes_them(tmp_path):
@@ -147,7 +147,7 @@ def test_an_llm_from_one(deployment, checkpoints):
 def test_another_model_than_the_architecture(deployment, checkpoints):
     architecture = yaml.safe_load(deployment().read_text())["architecture"]
     folder = checkpoints("llama").folder
-    for field, value, said in [
+    for field, value, problem in [
         ("num_hidden_layers", 3, f"num_layers is {architecture['num_hidden_layers']}, and the deployment's"),
         ("vocab_size", 1000, "architecture says 1000"),
         ("model_type", "mistral", "model_type is 'llama'"),
@@ -155,7 +155,7 @@ def test_another_model_than_the_architecture(deployment, checkpoints):
     ]:
         file = deployment(architecture=architecture | {field: value})
         text = line(lambda file=file: LLM.from_config(file))
-        assert said in text
+        assert problem in text
         assert field == "hidden_size" or text.startswith(str(folder / "config.json"))
     qwen = checkpoints("qwen3").folder
     assert "model_type is 'qwen3'" in line(lambda: LLM.from_config(deployment(), model=qwen))

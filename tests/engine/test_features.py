@@ -195,10 +195,10 @@ def test_iteration_reads_no_further_than_it_needs(llm, in_order):
     outputs = llm.generate_iter(source, SamplingParams(max_tokens=3, **GREEDY), in_order=in_order)
     assert source.read == 0
     places = []
-    for given, output in enumerate(itertools.islice(outputs, 2000), 1):
+    for count, output in enumerate(itertools.islice(outputs, 2000), 1):
         places.append(output.index)
         assert output.prompt_token_ids[0] == (output.index + 1) % 250
-        assert source.read - given <= 4 * ROWS
+        assert source.read - count <= 4 * ROWS
     assert (places == sorted(places)) if in_order else (sorted(places)[:1900] == list(range(1900)))
     outputs.close()
     settled(llm)

@@ -58,12 +58,12 @@ def lowered(attention: str) -> dict[str, str]:
     # Newer JAX asks which GPU it is for; older takes a Hopper where there is none.
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=None, platform="gpu")
     mesh = AbstractMesh((1,), ("all",), axis_types=(AxisType.Auto,), abstract_device=device)
-    found = {}
+    texts = {}
     for key in (("decode", 8), ("forward", 64)):
         with jax.sharding.use_abstract_mesh(mesh):
             traced = jax.jit(programs[key].function(), donate_argnums=1).trace(*programs[key].arguments)
-        found[key[0]] = traced.lower(lowering_platforms=("cuda",)).as_text()
-    return found
+        texts[key[0]] = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return texts
 
 
 @pytest.mark.usefixtures("_allowed")
@@ -148,13 +148,13 @@ def test_the_same_tokens(checkpoints, monkeypatch):
     prompts = [list(range(3, 3 + length)) for length in (5, 90, 33, 1)]
     options = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "mesh": "data=2,tensor=2"}
     sampling = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-    found = []
+    tokens = []
     for attention, kind in (("pallas", type(GPU)), ("xla", XLAAttention)):
         with LLM(checkpoints("llama").folder, attention=attention, **options) as llm:
             outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
-            found.append([output.outputs[0].token_ids for output in outputs])
+            tokens.append([output.outputs[0].token_ids for output in outputs])
             assert isinstance(llm.engine.runner.programs.layer_map.backends[0], kind)
-    assert found[0] == found[1]
+    assert tokens[0] == tokens[1]
 
 
 def test_refused_on_a_cpu(cli):

@@ -96,8 +96,8 @@ def test_the_same_tokens_and_half_of_the_weights(wide):  # noqa: F811
         assert refused == "there was an LLM in this program already: on several hosts it can have one"
         code, (also_read,), err = hosts.end(1)  # nothing else happens there
         assert code == 0, err
-        for one in (read, also_read):
-            assert 0.45 < one["read"] / one["of"] < 0.55, (read, also_read)  # what is padding is not read
+        for counts in (read, also_read):
+            assert 0.45 < counts["read"] / counts["of"] < 0.55, (read, also_read)  # what is padding is not read
 
 
 @pytest.mark.slow
@@ -127,8 +127,8 @@ def test_rows_on_both_hosts(wide, mesh):  # noqa: F811
         tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, PARAMS * 3, use_tqdm=False)]
         (scored,) = llm.score([prompts[1]], use_tqdm=False)
     with Hosts.of(wide, "many", options, options) as hosts:
-        code, (read, found, logprob), err = hosts.end(0)
-        assert (code, found) == (0, tokens), err
+        code, (read, token_ids, logprob), err = hosts.end(0)
+        assert (code, token_ids) == (0, tokens), err
         assert logprob == pytest.approx(scored.logprob, abs=1e-4)
         code, (also_read,), err = hosts.end(1)
         assert code == 0, err
@@ -238,12 +238,12 @@ def test_compiled_ahead_for_both(wide, cli, tmp_path, monkeypatch):  # noqa: F81
         assert follower[:2] == (0, []), follower
         assert "Compiling" in err  # what is counted below
     with Hosts(*commands(*asked, "--compiled", out)) as hosts:
-        (code, (found,), err), follower = hosts.end(0), hosts.end(1)
-        assert (code, found["token_ids"]) == (0, expected["token_ids"]), err
+        (code, (record,), err), follower = hosts.end(0), hosts.end(1)
+        assert (code, record["token_ids"]) == (0, expected["token_ids"]), err
         assert follower[:2] == (0, []), follower
-        for said in (err, follower[2]):
-            assert "Compiling" not in said
-            assert "not used" not in said
+        for log in (err, follower[2]):
+            assert "Compiling" not in log
+            assert "not used" not in log
     first, (*second,) = commands(*asked, "--compiled", out)
     second[second.index(out)] = shutil.copytree(out, tmp_path / "copy")
     (second[second.index(tmp_path / "copy")] / "manifest.json").write_text("{}")

@@ -66,12 +66,12 @@ def test_an_error_of_the_device_reaches_all_who_wait(llm, expected, slowly):
     slow = slowly(llm)
     stream = llm.stream("two", GREEDY)
     other = llm.generate_iter(iter(["one"]), GREEDY)
-    said = []
+    errors = []
 
     def run():
         with pytest.raises(RuntimeError, match="the device is gone") as caught:
             list(other)
-        said.append(caught)
+        errors.append(caught)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -80,7 +80,7 @@ def test_an_error_of_the_device_reaches_all_who_wait(llm, expected, slowly):
     with pytest.raises(RuntimeError, match="the device is gone"):
         list(stream)
     thread.join(20)
-    assert len(said) == 1
+    assert len(errors) == 1
     slow.stop()
     assert [output.outputs[0].text for output in llm.generate(["one", "two"], GREEDY)] == expected
 

@@ -22,24 +22,24 @@ def call():
     """What the host gives a decoding call, and the same without its values."""
     rng = np.random.default_rng(0)
     row = rng.integers(0, 99, 3, np.int32)
-    given = (
+    arguments = (
         DecodeRows(row, row, row, (Table(rng.integers(0, 99, (3, 5), np.int32), row), None)),
         SamplingArrays.of_rows([], 3),
         np.int32(7),
     )
-    return given, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
+    return arguments, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
 
 
 def test_a_call_as_bytes():
-    given, abstract = call()
-    other, given, abstract = ("sample", 3), (given, given), (abstract, abstract)
-    said, _, data = pack([(KEY, given[0]), (other, given[1])]).partition(b"\n")
-    assert json.loads(said) == ["call", [*KEY], [*other]]
+    arguments, abstract = call()
+    other, arguments, abstract = ("sample", 3), (arguments, arguments), (abstract, abstract)
+    header, _, data = pack([(KEY, arguments[0]), (other, arguments[1])]).partition(b"\n")
+    assert json.loads(header) == ["call", [*KEY], [*other]]
     same = unpack(memoryview(data), abstract)
-    assert jax.tree.structure(same) == jax.tree.structure(given)
-    for one, other in zip(jax.tree.leaves(same), jax.tree.leaves(given), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
+    assert jax.tree.structure(same) == jax.tree.structure(arguments)
+    for leaf, other in zip(jax.tree.leaves(same), jax.tree.leaves(arguments), strict=True):
+        assert leaf.dtype == other.dtype
+        np.testing.assert_array_equal(leaf, other)
     for wrong in (data[:-1], data + b"\0", b""):
         with pytest.raises(ValueError, match=f"^process 0 sent {len(wrong)} bytes for a call, which are not what"):
             unpack(memoryview(wrong), abstract)

@@ -64,11 +64,11 @@ def test_the_request_ends_with_an_error_and_others_go_on(llm, good, setting):
     params = SamplingParams(**GREEDY | setting, seed=3)
     prompts = [[4, BAD], GOOD, [BAD], GOOD]
     known = next((p, o) for p, o in good if p.temperature == params.temperature)
-    first, one, second, other = llm.generate(prompts, [params, known[0], params, good[0][0]])
+    first, finite, second, other = llm.generate(prompts, [params, known[0], params, good[0][0]])
     check(first, [], 2)
     check(second, [], 1)
-    assert one.error is other.error is None
-    assert one.outputs[0].token_ids == known[1].outputs[0].token_ids
+    assert finite.error is other.error is None
+    assert finite.outputs[0].token_ids == known[1].outputs[0].token_ids
     assert other.outputs[0].token_ids == good[0][1].outputs[0].token_ids
     if setting.get("logprobs"):
         assert first.outputs[0].logprobs == []
@@ -78,14 +78,14 @@ def test_on_a_mesh(llm, good):
     """Also where one shard of rows has a mask and the other one none, and the vocabulary is split within a word of it:
     no device may wait for the others there."""
     masked, plain = good[0][0].with_changes(max_tokens=1), SamplingParams(temperature=0.0, max_tokens=1)
-    given = [[4, BAD], GOOD, [BAD], GOOD], [plain, masked, plain, masked]
+    arguments = [[4, BAD], GOOD, [BAD], GOOD], [plain, masked, plain, masked]
     with LLM(llm.folder, max_num_seqs=8, max_num_batched_tokens=64, page_size=8, mesh="data=2,tensor=2") as split:
-        first, one, second, other = split.generate(*given)
+        first, finite, second, other = split.generate(*arguments)
         (scored,) = split.score([[4, BAD, 9]])
     check(first, [], 2)
     check(second, [], 1)
-    assert one.error is other.error is None
-    assert one.outputs[0].token_ids == other.outputs[0].token_ids == good[0][1].outputs[0].token_ids[:1]
+    assert finite.error is other.error is None
+    assert finite.outputs[0].token_ids == other.outputs[0].token_ids == good[0][1].outputs[0].token_ids[:1]
     assert "NaN or infinite" in scored.error
     assert not scored.is_greedy
 
@@ -162,7 +162,7 @@ def test_of_many_callers_one(llm):
 
             return await asyncio.gather(*map(last, [GOOD, [BAD], GOOD]))
 
-    one, bad, other = asyncio.run(all_of_them())
+    finite, bad, other = asyncio.run(all_of_them())
     check(bad, [], 1)
-    assert one.error is other.error is None
-    assert one.outputs[0].token_ids == other.outputs[0].token_ids
+    assert finite.error is other.error is None
+    assert finite.outputs[0].token_ids == other.outputs[0].token_ids

@@ -84,7 +84,7 @@ def test_min_tokens_and_stop_ids(llm):
 
 
 @pytest.mark.parametrize(
-    "given",
+    "fields",
     [
         {"allowed_token_ids": [0], "min_tokens": 5, "stop_token_ids": [0]},
         {"allowed_token_ids": [0, 1], "min_length": 3, "stop_token_ids": [0, 1], "top_k": 5, "top_p": 0.9},
@@ -93,12 +93,12 @@ def test_min_tokens_and_stop_ids(llm):
         {"suppress_tokens": list(range(300))},
     ],
 )
-def test_parameters_that_leave_no_token_are_refused(llm, given):
+def test_parameters_that_leave_no_token_are_refused(llm, fields):
     """Each excludes what it does, so there is no answer; what can be seen beforehand is."""
-    text = line(lambda: llm.generate([5, 6], SamplingParams(max_tokens=9, **given)))
+    text = line(lambda: llm.generate([5, 6], SamplingParams(max_tokens=9, **fields)))
     assert text.startswith("sampling parameters ")
     assert text.endswith("leave no token to sample: exclude fewer")
-    assert all((name in text) == (name not in ("top_k", "top_p")) for name in given)
+    assert all((name in text) == (name not in ("top_k", "top_p")) for name in fields)
 
 
 def test_parameters_that_leave_no_token_on_the_way(llm, expected):

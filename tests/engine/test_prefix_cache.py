@@ -98,8 +98,8 @@ def test_prompts_of_another_salt_share_nothing(checkpoints):
 
     def hits(salt):
         before = llm.stats.hit_tokens
-        given = {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})
-        (output,) = llm.generate([given], params, use_tqdm=False)
+        request = {"prompt_token_ids": prompt} | ({"cache_salt": salt} if salt else {})
+        (output,) = llm.generate([request], params, use_tqdm=False)
         tokens.add(tuple(output.outputs[0].token_ids))
         return llm.stats.hit_tokens - before
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from jaxinfer.engine.pages import PageAllocator
 from jaxinfer.engine.request import Held
 from tests.engine.device import KINDS, NEVER, Device, Stops, make, most_pages, pages_of, request
+from tests.engine.operations import sequences
 
 # Few different beginnings, so that they really meet in the prefix cache.
 PROMPTS = st.builds(
@@ -19,15 +20,11 @@ PROMPTS = st.builds(
 )
 STOPS = st.builds(lambda device, host: Stops(device, host), *[st.integers(2, 30) | st.just(NEVER)] * 2)
 KIND = st.sampled_from(["plain"] * 4 + list(KINDS))
-OPERATIONS = st.one_of(
+OPERATIONS = sequences(
     st.tuples(st.just("add"), PROMPTS, st.integers(1, 16), st.integers(0, 2), KIND, STOPS),
     st.tuples(st.just("add"), PROMPTS, st.integers(1, 16)),
-    st.tuples(st.just("launch"), st.integers(1, 8)),
-    st.tuples(st.just("launch"), st.integers(1, 8)),
-    st.tuples(st.just("take")),
-    st.tuples(st.just("abort"), st.integers(0, 100)),
+    min_size=10,
 )
-RESTART = st.tuples(st.just("restart"))
 IN_FLIGHT = 2
 
 
@@ -63,7 +60,7 @@ def test_any_sequence_of_events():
         max_rows=st.integers(1, 5),
         more_tokens=st.integers(0, 12),
         prefix_caching=st.sampled_from([True, True, True, False]),
-        operations=st.lists(st.one_of(*[OPERATIONS] * 9, RESTART), min_size=10, max_size=60),
+        operations=OPERATIONS,
     )
     def run(num_pages, page_size, max_rows, more_tokens, prefix_caching, operations):
         max_tokens = max_rows + more_tokens
@@ -227,14 +224,14 @@ def test_what_was_used_least_recently_is_evicted_first():
 
 
 def test_keys_are_secret_and_depend_on_all_tokens_before():
-    one, other = (make(9, 2).cache for _ in range(2))
+    first, second = (make(9, 2).cache for _ in range(2))
     keys = []
     for cache, tokens, salt in (
-        (one, [1, 2, 3, 4, 5], ""),
-        (one, [2, 1, 3, 4], ""),
-        (other, [1, 2, 3, 4], ""),
-        (one, [1, 2, 3, 4], "a"),
-        (one, [1, 2, 3, 4], "\ud800"),
+        (first, [1, 2, 3, 4, 5], ""),
+        (first, [2, 1, 3, 4], ""),
+        (second, [1, 2, 3, 4], ""),
+        (first, [1, 2, 3, 4], "a"),
+        (first, [1, 2, 3, 4], "\ud800"),
     ):
         asked = request(0, tokens, 1)
         asked.cache_salt = salt
@@ -325,7 +322,7 @@ def test_any_sequence_of_events_with_windows():
         max_rows=st.integers(1, 5),
         more_tokens=st.integers(0, 12),
         windows=st.lists(st.none() | st.integers(1, 12), min_size=1, max_size=3),
-        operations=st.lists(st.one_of(*[OPERATIONS] * 9, RESTART), min_size=10, max_size=60),
+        operations=OPERATIONS,
     )
     def run(num_pages, page_size, max_rows, more_tokens, windows, operations):
         device = Device(make(num_pages, page_size, max_rows, max_rows + more_tokens, windows=windows))
@@ -368,11 +365,11 @@ def test_a_window_needs_no_more_of_a_beginning_than_it_sees(monkeypatch):
         device.scheduler.cache.publish(asked, 0)
         # The first group without its first page and its last but three. Before token 64 the window sees into pages 14
         # and 15 alone, before token 60 into 13 and 14, before token 48 into 10 and 11.
-        found = []
+        counts = []
         for pages in ((), (15,), (14,)):
             lost |= {(windows.index(8), asked.keys[page]) for page in (0, 12, *pages)}
             if windows == [8, None]:
                 lost.add((1, asked.keys[0]))
-            found.append(cached(device, prompt))
-        assert found == expected
+            counts.append(cached(device, prompt))
+        assert counts == expected
         lost.clear()

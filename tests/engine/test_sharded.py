@@ -133,11 +133,11 @@ def test_eight_devices_and_what_does_not_divide(wide, which, request):
     with LLM(wide, **OPTIONS) as llm:
         alone, scored = llm.generate(prompts, params), llm.score(prompts)
     together = split.generate(prompts, params)
-    for one, other in zip(together, alone, strict=True):
-        assert one.outputs[0].token_ids == other.outputs[0].token_ids
-        assert (one.outputs[0].logprobs is None) == (other.outputs[0].logprobs is None)
-    for one, other in zip(split.score(prompts), scored, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    for output, other in zip(together, alone, strict=True):
+        assert output.outputs[0].token_ids == other.outputs[0].token_ids
+        assert (output.outputs[0].logprobs is None) == (other.outputs[0].logprobs is None)
+    for score, other in zip(split.score(prompts), scored, strict=True):
+        np.testing.assert_allclose(score.logprobs, other.logprobs, atol=1e-5)
 
 
 def test_sampling_from_parts_of_the_vocabulary(checkpoints):
@@ -150,22 +150,22 @@ def test_sampling_from_parts_of_the_vocabulary(checkpoints):
         SamplingParams(temperature=1.0, seed=3, allowed_token_ids=[1, 2, 150, 299], max_tokens=12),
         SamplingParams(temperature=0.7, min_p=0.05, seed=4, max_tokens=12, prompt_logprobs=2),
     ]
-    found = []
+    results = []
     for mesh in (None, "tensor=4"):
         with LLM(checkpoints("llama").folder, mesh=mesh, **OPTIONS) as llm:
             outputs = llm.generate(prompts, params)
-            found.append(
+            results.append(
                 ([o.outputs[0].token_ids for o in outputs], outputs[0].outputs[0].logprobs, llm.score(prompts))
             )
             slots = llm.engine.runner.state.slots
             assert slots.in_output.sharding.shard_shape(slots.in_output.shape)[1] == (75 if mesh else 300)
-    (alone, ours, scores), (split, theirs, others) = found
+    (alone, ours, scores), (split, theirs, others) = results
     assert alone == split
-    for one, other in zip(ours, theirs, strict=True):
-        assert list(one) == list(other)
-        assert [p.rank for p in one.values()] == [p.rank for p in other.values()]
-    for one, other in zip(scores, others, strict=True):
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    for step, other in zip(ours, theirs, strict=True):
+        assert list(step) == list(other)
+        assert [p.rank for p in step.values()] == [p.rank for p in other.values()]
+    for score, other in zip(scores, others, strict=True):
+        np.testing.assert_allclose(score.logprobs, other.logprobs, atol=1e-5)
 
 
 def test_each_device_holds_its_part_and_no_more(split):

@@ -8,17 +8,14 @@ from hypothesis import strategies as st
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.shards import DataParallelScheduler
 from tests.engine.device import make, most_pages, pages_of, request
+from tests.engine.operations import sequences
 
-OPERATIONS = st.one_of(
+OPERATIONS = sequences(
     st.tuples(st.just("add"), st.integers(1, 8), st.integers(1, 20), st.integers(0, 2)),
     st.tuples(st.just("add"), st.integers(1, 20), st.integers(1, 12), st.integers(0, 2)),
     st.tuples(st.just("add"), st.just(3), st.just(16), st.just(0)),
-    st.tuples(st.just("launch"), st.integers(1, 8)),
-    st.tuples(st.just("launch"), st.integers(1, 8)),
-    st.tuples(st.just("take")),
-    st.tuples(st.just("abort"), st.integers(0, 100)),
+    min_size=20,
 )
-RESTART = st.tuples(st.just("restart"))
 
 
 class Devices:
@@ -110,7 +107,7 @@ def test_any_sequence_of_events():
         page_size=st.integers(2, 4),
         max_rows=st.integers(2, 4),
         more_tokens=st.integers(0, 12),
-        operations=st.lists(st.one_of(*[OPERATIONS] * 9, RESTART), min_size=20, max_size=60),
+        operations=OPERATIONS,
     )
     def run(count, num_pages, page_size, max_rows, more_tokens, operations):
         sizes = {"num_pages": num_pages, "page_size": page_size, "max_rows": max_rows}

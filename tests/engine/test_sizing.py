@@ -23,7 +23,7 @@ def layout(bytes_per_token: int) -> CacheLayout:
 
 def size(**changes: Any) -> Sizes:
     """1 KiB a token, 16 KiB a page."""
-    given = {
+    arguments = {
         "layout": layout(1024),
         "page_size": 16,
         "reach": 32,
@@ -32,7 +32,7 @@ def size(**changes: Any) -> Sizes:
         "max_context": 1000,
         "available": GIB,
     }
-    return size_cache(**(given | changes))
+    return size_cache(**(arguments | changes))
 
 
 def test_no_more_than_all_sequences_at_full_length_need():
@@ -107,9 +107,9 @@ class Chip:
 
 def test_memory_is_asked_of_a_device_of_this_host(monkeypatch):
     """On several hosts the first device of the mesh is another one's for most of them, and JAX refuses to say."""
-    place = jax.devices()[0]
+    device = jax.devices()[0]
     monkeypatch.setattr(jax, "local_devices", lambda: [Chip()])
     for placed in ("placed_decode_state", "placed_hidden"):
         monkeypatch.setattr(load, placed, lambda *_: ())
-    given = check_options({"memory_utilization": 0.95})
-    assert load._available(AbstractModel.from_config(CONFIG, "float32"), place, given) == pytest.approx(600, abs=1)
+    options = check_options({"memory_utilization": 0.95})
+    assert load._available(AbstractModel.from_config(CONFIG, "float32"), device, options) == pytest.approx(600, abs=1)

@@ -225,7 +225,7 @@ def hostile(i):
 
 
 def test_hostile_requests_harm_nobody(llm, checkpoints):
-    async def one(engine, prompt, params, **options):
+    async def last_output(engine, prompt, params, **options):
         return [output async for output in engine.generate(prompt, params, **options)][-1]
 
     async def run():
@@ -234,9 +234,9 @@ def test_hostile_requests_harm_nobody(llm, checkpoints):
             for i in range(300):
                 if i % 10 == 5:
                     prompt, params, options = hostile(i // 10)
-                    tasks.append(asyncio.create_task(one(engine, prompt, params, **options)))
+                    tasks.append(asyncio.create_task(last_output(engine, prompt, params, **options)))
                 else:
-                    tasks.append(asyncio.create_task(one(engine, *work(i))))
+                    tasks.append(asyncio.create_task(last_output(engine, *work(i))))
             results = await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.to_thread(settled, engine)
             assert not engine._open
@@ -278,12 +278,12 @@ def test_closing_ends_those_that_have_not_begun(checkpoints, slowly):
         engine = AsyncEngine(checkpoints("llama").folder, **OPTIONS)
         slow = slowly(engine, 0.05)
 
-        async def one(i):
+        async def finish_reason(i):
             return [output async for output in engine.generate(work(i)[0], LONG)][-1].outputs[0].finish_reason
 
-        running = [asyncio.create_task(one(i)) for i in range(4)]
+        running = [asyncio.create_task(finish_reason(i)) for i in range(4)]
         await asyncio.to_thread(slow.until, 2)
-        late = [asyncio.create_task(one(i)) for i in range(20)]
+        late = [asyncio.create_task(finish_reason(i)) for i in range(20)]
         await asyncio.sleep(0)  # they are submitted; the thread is within a call
         await asyncio.to_thread(engine.close)
         reasons = await asyncio.wait_for(asyncio.gather(*running, *late), 20)
@@ -304,9 +304,9 @@ def test_a_closed_event_loop_harms_nobody(checkpoints, llm):
     for _ in range(random.Random(0).randrange(3, 6)):
         asyncio.run(leave())
 
-    async def one():
+    async def token_ids():
         return [output async for output in engine.generate(*work(4))][-1].outputs[0].token_ids
 
-    assert asyncio.run(one()) == llm.generate([work(4)[0]], work(4)[1], use_tqdm=False)[0].outputs[0].token_ids
+    assert asyncio.run(token_ids()) == llm.generate([work(4)[0]], work(4)[1], use_tqdm=False)[0].outputs[0].token_ids
     settled(engine)
     engine.close()

@@ -56,8 +56,8 @@ for case in json.loads(sys.argv[1]):
         asked.clear()
         compiled = programs[key].lower().compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
-        found = {kind: re.findall(rf"= \\w+\\[([\\d,]*)\\]\\S* {kind}(?:-start)?\\(", text)
-                 for kind in ("all-reduce", "all-gather")}
+        collectives = {kind: re.findall(rf"= \\w+\\[([\\d,]*)\\]\\S* {kind}(?:-start)?\\(", text)
+                       for kind in ("all-reduce", "all-gather")}
         params, changed, read, *_ = programs[key].arguments
         if key[0] == "forward":  # which does without what the head alone has
             params = {name: params[name] for name in params if name not in programs.model.head}
@@ -70,7 +70,7 @@ for case in json.loads(sys.argv[1]):
             "blocks": sorted(set(asked)), "scattered": re.findall(r"bf16\\[1025,[\\d,]*\\]\\S* scatter\\(", text),
             "fused": len(set(re.findall(r"%(RPA[\\w.-]*) = [^\\n]*tpu_custom_call", text))),
             "copied": re.findall(r"= (?:bf16|f8e4m3fn)\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
-        } | found))
+        } | collectives))
 """
 QUIET = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 MIB = 2**20

@@ -18,7 +18,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 @pytest.fixture(scope="module")
 def llm(checkpoints):
-    said = []
+    messages = []
     with LLM(
         checkpoints("llama").folder,
         warmup=True,
@@ -27,10 +27,10 @@ def llm(checkpoints):
         page_size=4,
         max_model_len=128,
         kv_cache_memory=100 * 1024,
-        on_progress=said.append,
+        on_progress=messages.append,
     ) as llm:
         count = llm.engine.runner.compilations - 1  # without the one that made the cache
-        assert f"compiled {count} of {count} programs" in said
+        assert f"compiled {count} of {count} programs" in messages
         yield llm
 
 

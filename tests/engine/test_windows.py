@@ -40,8 +40,8 @@ def prompts() -> list[list[int]]:
     return [shared[: 40 * i] + rng.integers(0, 250, 1 + 7 * i).tolist() for i in range(6)]
 
 
-def check(llm, outputs, given=None):
-    for prompt, output in zip(given or prompts(), outputs, strict=True):
+def check(llm, outputs, inputs=None):
+    for prompt, output in zip(inputs or prompts(), outputs, strict=True):
         tokens = output.outputs[0].token_ids
         values = np.sort(all_logits(llm, prompt + tokens, LENGTH)[len(prompt) - 1 : -1], axis=-1)
         expected = all_logits(llm, prompt + tokens, LENGTH)[len(prompt) - 1 : -1].argmax(axis=-1).tolist()
@@ -98,8 +98,8 @@ def test_with_hardly_any_room(folder):
 @pytest.mark.parametrize("mesh", [pytest.param("data=2", marks=pytest.mark.slow), "fsdp=2,tensor=2"])
 def test_over_a_mesh(folder, mesh):
     with LLM(folder, mesh=mesh, **OPTIONS) as llm:
-        given = prompts()[1:5]
-        check(llm, llm.generate([{"prompt_token_ids": prompt} for prompt in given], GREEDY), given)
+        inputs = prompts()[1:5]
+        check(llm, llm.generate([{"prompt_token_ids": prompt} for prompt in inputs], GREEDY), inputs)
         assert len(llm.engine.scheduler.shards) == 2
 
 
@@ -122,14 +122,14 @@ def layout(windows, context=32768):
 )
 def test_groups(windows, groups, arrays):
     """Layers of one geometry share arrays; each group has as many layers as the smallest kind."""
-    found = layout(windows)
-    assert [list(group.layers) for group in found.groups] == groups
-    assert [pool.size for pool in found.pools] == [arrays]
-    assert found.bytes_per_token == len(windows) * 2 * 2 * 16 * 4
-    for group in found.groups:
+    cache_layout = layout(windows)
+    assert [list(group.layers) for group in cache_layout.groups] == groups
+    assert [pool.size for pool in cache_layout.pools] == [arrays]
+    assert cache_layout.bytes_per_token == len(windows) * 2 * 2 * 16 * 4
+    for group in cache_layout.groups:
         assert group.window == (windows[group.layers[0]] if windows[group.layers[0]] != 32768 else None)
         assert group.arrays == tuple(range(len(group.layers)))
-    assert len(found.arrays([9], 16, 4)) == arrays
+    assert len(cache_layout.arrays([9], 16, 4)) == arrays
 
 
 def test_what_a_long_context_takes():
@@ -139,9 +139,12 @@ def test_what_a_long_context_takes():
     assert both.needed(16384, 16, 32) == (1024 + 7,)  # of half the bytes
     assert window.needed(16384, 16, 32) == (7,)
     assert both.needed(48, 16, 32) == (6,)
-    sizes = [one.least(16384, 16, 32, 1) for one in (both, full, window)]
+    sizes = [cache_layout.least(16384, 16, 32, 1) for cache_layout in (both, full, window)]
     assert sizes == [1032 * 4096, 1025 * 8192, 8 * 8192]
-    assert [one.capacity([1025], 16384, 16, 32) for one in (full, window)] == [16384, 16384 * 1024 // 7]
+    assert [cache_layout.capacity([1025], 16384, 16, 32) for cache_layout in (full, window)] == [
+        16384,
+        16384 * 1024 // 7,
+    ]
 
 
 MIXED = {

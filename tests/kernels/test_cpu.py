@@ -134,11 +134,11 @@ def test_attention_and_int4_always_the_same_bits():
     out = [jax.ShapeDtypeStruct((5, 300), jnp.float32)]
     product = functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=True)
     calls = (jax.jit(attend), (q, cu_q_lens, kv_lens, pages, *pool)), (jax.jit(product), (x, values, scales))
-    for call, given in calls:
-        first = np.asarray(jax.tree.leaves(call(*given))[0])
+    for call, arguments in calls:
+        first = np.asarray(jax.tree.leaves(call(*arguments))[0])
         assert np.abs(first).max() > 0
         for _ in range(1000):
-            np.testing.assert_array_equal(jax.tree.leaves(call(*given))[0], first)
+            np.testing.assert_array_equal(jax.tree.leaves(call(*arguments))[0], first)
 
 
 @needs_them
@@ -179,13 +179,13 @@ def test_where_they_apply():
 @needs_them
 def test_of_many_and_its_gradient():
     x, w = random((3, 4, 64), "float32"), random((24, 64), "float32")
-    expected = jnp.stack([by_xla(one, w) for one in x])
+    expected = jnp.stack([by_xla(matrix, w) for matrix in x])
     for axes, some in (((0, None), w), ((0, 0), jnp.stack([w] * 3))):
         got = jax.jit(jax.vmap(by_them, in_axes=axes))(x, some)
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
-    found = [jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), argnums=(0, 1))(x[0], w) for f in (by_xla, by_them)]
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+    gradients = [jax.grad(lambda x, w, f=f: jnp.sum(f(x, w) ** 2), argnums=(0, 1))(x[0], w) for f in (by_xla, by_them)]
+    for gradient, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(gradient, other, rtol=1e-3, atol=1e-3)
     assert jax.grad(lambda x: jnp.sum(by_them(x, random((24, 64), "int8"))))(x[0]).shape == (4, 64)
 
 
@@ -197,7 +197,7 @@ def test_at_once(kind):
     if kind in SCHEMES:
         scheme = SCHEMES[kind]
         made = (quantize(random((n, 64), "float32"), scheme) for n in (24, 7, 40))
-        weights = [QArray(*map(jnp.asarray, one), scheme) for one in made]
+        weights = [QArray(*map(jnp.asarray, arrays), scheme) for arrays in made]
     else:
         weights = [Dense(jnp.asarray(random((n, 64), kind))) for n in (24, 7, 40)]
     together = jax.jit(lambda x, w: dots(x, w))
@@ -217,8 +217,10 @@ def test_on_a_mesh():
     np.testing.assert_allclose(own(x, w), by_xla(x, w), rtol=1e-4, atol=1e-4)
     rows = (PartitionSpec("data"), PartitionSpec()), PartitionSpec("data")
     for axes in (("heads", "embed"), ("embed", "mlp"), None):
-        one = functools.partial(by_them, axes=axes)
-        call = jax.shard_map(one, mesh=mesh, axis_names={"data"}, in_specs=rows[0], out_specs=rows[1], check_vma=False)
+        kernel = functools.partial(by_them, axes=axes)
+        call = jax.shard_map(
+            kernel, mesh=mesh, axis_names={"data"}, in_specs=rows[0], out_specs=rows[1], check_vma=False
+        )
         split = NamedSharding(mesh, PartitionSpec() if axes is None else on_axes(axes, TENSOR))
         placed = jax.device_put(w, split)
         program = jax.jit(call).lower(x, placed).compile()
@@ -263,8 +265,8 @@ def test_no_access_out_of_bounds_and_nothing_undefined(tmp_path):
     subprocess.run(["g++", *flags, *include, str(FOLDER / "handlers.cc"), "-o", str(library)], check=True)
     # libstdc++ too, or the sanitizer doesn't find what throws exceptions.
     find = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
-    found = [subprocess.run(one, check=True, capture_output=True, text=True).stdout.strip() for one in find]
-    environment = os.environ | {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "XLA_FLAGS": ""}
+    libraries = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() for command in find]
+    environment = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.under_sanitizers", library],
         env=environment,

@@ -146,11 +146,11 @@ def test_a_family_from_outside(known, tmp_path, cli, monkeypatch, as_module):
     assert architecture(config) is architecture({"model_type": "mine"}) is MINE
     assert "MineForCausalLM" in line(lambda: architecture(refused))
     params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-    found = []
-    for one in (plain, folder):
-        with LLM(one, **OPTIONS) as llm:
-            found.append(llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids)
-    assert found[0] == found[1]
+    tokens = []
+    for model in (plain, folder):
+        with LLM(model, **OPTIONS) as llm:
+            tokens.append(llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids)
+    assert tokens[0] == tokens[1]
     change(folder, mine=2)
     refusal(folder, "config.json: mine is 2")
     rows = json.loads(cli("models", "--json").out)

@@ -74,7 +74,7 @@ def test_read_and_written(name):
     for region in [region.tensor for region in source.regions(whole(shape))]:
         written = ~np.isnan(again[region])
         np.testing.assert_array_equal(again[region][written], tensors[region][written])
-    assert sum((~np.isnan(one)).sum() for one in again.values()) == weight.size
+    assert sum((~np.isnan(array)).sum() for array in again.values()) == weight.size
 
 
 def test_nothing_is_copied_where_one_tensor_is_all():

@@ -75,8 +75,8 @@ class LatentMixer(nnx.Module):
             seen = batch.segment_ids[:, None] == batch.segment_ids[None]
             seen &= jnp.arange(len(x), dtype=jnp.int32)[None] < batch.cu_q_lens[-1]
         else:
-            page, place = batch.slot_mapping(cache.shape[1])
-            cache = write_latents(cache, new, page, place)
+            page, offset = batch.slot_mapping(cache.shape[1])
+            cache = write_latents(cache, new, page, offset)
             keys = gather_latents(cache, batch.pages)[batch.segment_ids]
             at = jnp.arange(keys.shape[1], dtype=jnp.int32)[None]
             seen = at < batch.kv_lens[batch.segment_ids][:, None]

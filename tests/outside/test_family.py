@@ -139,7 +139,7 @@ def test_to_orbax_and_to_hf_and_back(folders, tmp_path, scheme):
 def test_calibrated(folders, tmp_path, method):
     """Two kinds of layers, and experts: of which nobody says what goes in, so they are rounded to the nearest."""
     texts = ["".join(map(chr, RNG.integers(40, 90, 60))) for _ in range(4)]
-    found = {}
+    outputs = {}
     for form in ("orbax", "hf"):
         calibrate(
             folders["state"], tmp_path / form, texts, scheme="int4", method=method, format=form, show_progress=False
@@ -147,8 +147,8 @@ def test_calibrated(folders, tmp_path, method):
         with LLM(tmp_path / form, **OPTIONS) as llm:
             assert set(llm.model.quantized) > {"layers.0.experts.up", "layers.0.mixer.into.weight"}
             check(llm, PROMPTS[:2])
-            found[form] = generated(llm, PROMPTS[:2])
-    assert found["orbax"] == found["hf"]
+            outputs[form] = generated(llm, PROMPTS[:2])
+    assert outputs["orbax"] == outputs["hf"]
 
 
 def test_planned(folders):

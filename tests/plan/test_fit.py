@@ -18,18 +18,20 @@ from tests.plan.test_roofline import CONFIG
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-def deployment(name):
+def deployment_of(name):
     return read_deployment(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_deployments_fit_by_their_shapes(file):
-    one = read_deployment(file)
-    found = fit(model_of(one.architecture), find_place(one.topology, compiles=False), **one.options)
-    assert found.devices == len(found.target.devices)
-    assert found.sizes.max_model_len == one.options["max_model_len"]
-    assert found.cache_tokens >= 4 * found.sizes.max_model_len
-    assert found.held < 0.85 * found.target.chip.memory
+    deployment = read_deployment(file)
+    result = fit(
+        model_of(deployment.architecture), find_place(deployment.topology, compiles=False), **deployment.options
+    )
+    assert result.devices == len(result.target.devices)
+    assert result.sizes.max_model_len == deployment.options["max_model_len"]
+    assert result.cache_tokens >= 4 * result.sizes.max_model_len
+    assert result.held < 0.85 * result.target.chip.memory
 
 
 # In CI: two layers, and few sequences, as sampling for many takes long to compile. With -m long: all of all.
@@ -46,9 +48,9 @@ CUT = {"max_num_seqs": 16, "max_num_batched_tokens": 256}
 def test_deployments_compile(file, cut):
     """The prediction within 3% of what the compiler reports, and room for all."""
     pytest.importorskip("libtpu")
-    one = read_deployment(file)
-    architecture = one.architecture | {"num_hidden_layers": 2} if cut else one.architecture
-    plan = make_plan(architecture, find_place(one.topology), **one.options | (CUT if cut else {}))
+    deployment = read_deployment(file)
+    architecture = deployment.architecture | {"num_hidden_layers": 2} if cut else deployment.architecture
+    plan = make_plan(architecture, find_place(deployment.topology), **deployment.options | (CUT if cut else {}))
     arguments = max(program.arguments for program in plan.programs)
     print(f"{file.stem}: {plan.total / GIB:.2f} GiB, padding {plan.padding / arguments:.2%}")
     for program in plan.programs:
@@ -59,36 +61,43 @@ def test_deployments_compile(file, cut):
 
 def test_remedies():
     """More chips, and shorter sequences: each of them does fit."""
-    one = deployment("llama-3.1-8b_v6e-1")
-    model = model_of(one.architecture, "float32")
-    place = find_place("v6e-1", compiles=False)
-    options = one.options | {"dtype": "float32"}
+    deployment = deployment_of("llama-3.1-8b_v6e-1")
+    model = model_of(deployment.architecture, "float32")
+    hardware = find_place("v6e-1", compiles=False)
+    options = deployment.options | {"dtype": "float32"}
     with pytest.raises(DoesNotFit, match=r"v6e-1: needs .* of a chip's 31\.25, .*: tensor=2 or dtype bfloat16$"):
-        fit(model, place, **options)
-    model = model_of(one.architecture)
+        fit(model, hardware, **options)
+    model = model_of(deployment.architecture)
     with pytest.raises(DoesNotFit) as caught:
-        fit(model, place, **one.options | {"max_model_len": 131072})
-    found = re.search(r": tensor=(\d+) or max_model_len ≤ (\d+)$", str(caught.value))
-    assert found, caught.value
-    assert fit(model, place, **one.options | {"max_model_len": int(found[2])})
+        fit(model, hardware, **deployment.options | {"max_model_len": 131072})
+    match = re.search(r": tensor=(\d+) or max_model_len ≤ (\d+)$", str(caught.value))
+    assert match, caught.value
+    assert fit(model, hardware, **deployment.options | {"max_model_len": int(match[2])})
     with pytest.raises(DoesNotFit):
-        fit(model, place, **one.options | {"max_model_len": int(found[2]) + 16})
-    assert fit(model, place.with_devices(int(found[1])), **one.options | {"max_model_len": 131072, "mesh": None})
+        fit(model, hardware, **deployment.options | {"max_model_len": int(match[2]) + 16})
+    assert fit(
+        model, hardware.with_devices(int(match[1])), **deployment.options | {"max_model_len": 131072, "mesh": None}
+    )
 
 
 def test_the_cache_is_as_large_as_it_is_told_to_be():
-    one = deployment("llama-3.1-8b_v6e-1")
-    place = find_place("v6e-1", compiles=False)
-    assert fit(model_of(one.architecture), place, **one.options | {"kv_cache_memory": 2 * GIB}).sizes.bytes <= 2 * GIB
+    deployment = deployment_of("llama-3.1-8b_v6e-1")
+    hardware = find_place("v6e-1", compiles=False)
+    assert (
+        fit(
+            model_of(deployment.architecture), hardware, **deployment.options | {"kv_cache_memory": 2 * GIB}
+        ).sizes.bytes
+        <= 2 * GIB
+    )
 
 
 def test_windows_leave_room():
     """Mistral 7B as it was first: of 32,768 tokens its layers keep 4,096, and a chunk while a prompt is computed."""
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     config = {"model_type": "mistral", "vocab_size": 32000, "num_hidden_layers": 32, "max_position_embeddings": 32768}
-    place, options = find_place("v6e-1", compiles=False), {"max_num_seqs": 64, "max_model_len": 32768}
+    hardware, options = find_place("v6e-1", compiles=False), {"max_num_seqs": 64, "max_model_len": 32768}
     whole, windowed = (
-        fit(model_of(config | shape | {"sliding_window": window}), place, **options) for window in (None, 4096)
+        fit(model_of(config | shape | {"sliding_window": window}), hardware, **options) for window in (None, 4096)
     )
     assert whole.programs.layout.bytes_per_token == windowed.programs.layout.bytes_per_token
     assert whole.rows_of(32768) == 3
@@ -101,30 +110,30 @@ def test_windows_leave_room():
 
 def test_heads_are_kept_no_more_often_than_they_must():
     """Eight key/value heads on sixteen chips: twice."""
-    one = deployment("llama-3.3-70b_v6e-16")
-    found = fit(model_of(one.architecture), find_place("v6e-16", compiles=False), **one.options)
-    assert found.sizes.bytes == found.sizes.num_pages * found.sizes.page_size * 80 * 2 * 128 * 2
+    deployment = deployment_of("llama-3.3-70b_v6e-16")
+    result = fit(model_of(deployment.architecture), find_place("v6e-16", compiles=False), **deployment.options)
+    assert result.sizes.bytes == result.sizes.num_pages * result.sizes.page_size * 80 * 2 * 128 * 2
 
 
 def test_a_sweep_ranks_what_fits():
-    one = deployment("llama-3.3-70b_v6e-8")
-    model = model_of(one.architecture)
-    options = {name: value for name, value in one.options.items() if name != "mesh"}
+    deployment = deployment_of("llama-3.3-70b_v6e-8")
+    model = model_of(deployment.architecture)
+    options = {name: value for name, value in deployment.options.items() if name != "mesh"}
     topologies = ["v5e-8", "v6e-8", "h200-4", "v5p-8"]
-    found, refused = sweep(model, topologies, 1024, **options)
-    assert [c.rate for c in found] == sorted((c.rate for c in found), reverse=True)
-    assert {c.fit.target.name for c in found} == {"v6e-8", "h200-4", "v5p-8"}  # 131 GiB of weights in 8 x 15.75: no
+    candidates, refused = sweep(model, topologies, 1024, **options)
+    assert [c.rate for c in candidates] == sorted((c.rate for c in candidates), reverse=True)
+    assert {c.fit.target.name for c in candidates} == {"v6e-8", "h200-4", "v5p-8"}  # 131 GiB of weights in 8 x 15.75: no
     assert refused
-    for candidate in found:
+    for candidate in candidates:
         assert candidate.rows * 1024 <= candidate.fit.cache_tokens
         assert candidate.fit.devices == len(candidate.fit.target.devices)
 
 
 def test_every_mesh_of_a_sweep_uses_all_devices():
-    model = model_of(deployment("llama-3.1-8b_v5e-8").architecture)
-    found = list(meshes(model, find_place("v5e-8", compiles=False)))
-    assert "tensor=8" in found
-    for spec in found:
+    model = model_of(deployment_of("llama-3.1-8b_v5e-8").architecture)
+    specs = list(meshes(model, find_place("v5e-8", compiles=False)))
+    assert "tensor=8" in specs
+    for spec in specs:
         sizes = parse_mesh(spec)
         count = 1
         for size in sizes.values():
@@ -136,9 +145,17 @@ def test_sweeping_from_the_command_line(cli, tmp_path):
     file = CONFIGS[1]
     best = json.loads(cli("plan", file, "--sweep", "--json").out)
     assert best[0]["tokens_per_second_per_chip"] >= best[-1]["tokens_per_second_per_chip"] > 0
-    assert {one["topology"].split("-")[0] for one in best} >= {"v4", "v5e", "v5p", "v6e", "tpu7x", "h100", "a100"}
+    assert {candidate["topology"].split("-")[0] for candidate in best} >= {
+        "v4",
+        "v5e",
+        "v5p",
+        "v6e",
+        "tpu7x",
+        "h100",
+        "a100",
+    }
     only = json.loads(cli("plan", file, "--sweep", "--topology", "v6e-4", "--json").out)
-    assert {one["topology"] for one in only} == {"v6e-4"}
+    assert {candidate["topology"] for candidate in only} == {"v6e-4"}
     assert "from shapes alone" in cli("plan", file, "--sweep").out
     assert "leave --mesh out" in cli("plan", file, "--sweep", "--mesh", "tensor=4").error()
     assert "a plan compiles anew" in cli("plan", file, "--sweep", "--compiled", "programs").error()
@@ -149,11 +166,11 @@ def test_sweeping_from_the_command_line(cli, tmp_path):
 
 
 def test_a_cache_that_a_chip_has_no_room_for():
-    one = deployment("llama-3.1-8b_v6e-1")
-    place = find_place("v6e-1", compiles=False)
+    deployment = deployment_of("llama-3.1-8b_v6e-1")
+    hardware = find_place("v6e-1", compiles=False)
     for size in (10**13, 20 * GIB):  # 15 GiB of weights on 31.25
         with pytest.raises(DoesNotFit, match=f"kv_cache_memory is {size:,}, and beside weights a chip has "):
-            fit(model_of(one.architecture), place, **one.options | {"kv_cache_memory": size})
+            fit(model_of(deployment.architecture), hardware, **deployment.options | {"kv_cache_memory": size})
 
 
 def test_sequences_are_no_longer_than_the_model_takes(cli, tmp_path):
@@ -163,7 +180,7 @@ def test_sequences_are_no_longer_than_the_model_takes(cli, tmp_path):
     for options, length in (((), 256), (("--max-model-len", "100"), 100), (("--context", "99"), 99)):
         figures = json.loads(cli(*arguments, *options, "--json").out)
         assert figures["context"] == length
-        assert all(one["fits"] for one in figures["decode"])
+        assert all(estimate["fits"] for estimate in figures["decode"])
         assert f"{length:,} tokens of context" in cli(*arguments, *options, "--sweep").out
     for more in ((), ("--sweep",)):
         for wanted in ("1000000", "257"):

@@ -42,15 +42,15 @@ def test_without_the_compiler(cli, model, monkeypatch):
 @pytest.mark.parametrize("name", ["v5e-1", "v5e-16", "v5p-8", "v4-16", "v6e-8", "tpu7x-4", "v7x-4"])
 def test_devices_that_are_not_there(name):
     pytest.importorskip("libtpu")
-    found = find_place(name)
-    assert found.devices[0].platform == "tpu"
-    assert len(found.devices) == {"v5e-1": 1, "v5e-16": 16, "v5p-8": 4, "v4-16": 8}.get(name, 8)
+    hardware = find_place(name)
+    assert hardware.devices[0].platform == "tpu"
+    assert len(hardware.devices) == {"v5e-1": 1, "v5e-16": 16, "v5p-8": 4, "v4-16": 8}.get(name, 8)
 
 
 @pytest.mark.parametrize(("name", "count"), [("h100", 1), ("h100-4", 4), ("T4-8", 8), ("v6e-4", 4), ("tpu7x-4", 8)])
 def test_devices_for_their_shapes(name, count):
-    found = find_place(name, compiles=False)
-    assert (len(found.devices), found.compiles) == (count, False)
+    hardware = find_place(name, compiles=False)
+    assert (len(hardware.devices), hardware.compiles) == (count, False)
 
 
 @pytest.mark.slow
@@ -66,18 +66,25 @@ def test_a_plan(cli, model):
     assert sizes["total"] == sum(sizes[name] for name in parts)
     assert sizes["free"] == sizes["memory"] - sizes["total"] > 0
     assert figures["cache_tokens"] == 8 * 256  # eight sequences of the longest kind
-    assert [one["program"].split(",")[0] for one in figures["programs"]] == ["decode", "forward", "sample", "score"]
+    assert [program["program"].split(",")[0] for program in figures["programs"]] == [
+        "decode",
+        "forward",
+        "sample",
+        "score",
+    ]
     for program in figures["programs"]:
-        kinds = {kind: one["bytes"] for kind, one in program["collectives"].items()}
+        kinds = {kind: collective["bytes"] for kind, collective in program["collectives"].items()}
         if program["program"].startswith(("decode", "forward")):  # two reductions a layer, and the embedding's
             assert program["collectives"]["all-reduce"]["count"] > 5
             assert kinds.pop("all-reduce") > 2**13
         assert all(size < 2**17 for size in kinds.values())  # no whole row of logits
     # What of it is predicted from shapes, and what the compiler reports.
     held = sizes["weights"] + sizes["cache"] + sizes["slots"] + sizes["hidden_states"]
-    assert held == pytest.approx(max(one["arguments"] for one in figures["programs"]), rel=0.03)
-    assert [one["rows"] for one in figures["decode"]] == [1, 2, 4, 8]
-    assert all(one["flops"] > 0 and one["bytes_moved"] > 0 for one in [*figures["decode"], figures["prefill"]])
+    assert held == pytest.approx(max(program["arguments"] for program in figures["programs"]), rel=0.03)
+    assert [estimate["rows"] for estimate in figures["decode"]] == [1, 2, 4, 8]
+    assert all(
+        estimate["flops"] > 0 and estimate["bytes_moved"] > 0 for estimate in [*figures["decode"], figures["prefill"]]
+    )
     table = cli("plan", model / "config.json", "--topology", "v5e-1", *arguments[:-1])
     assert table.code == 0
     assert "v5e-1, tensor=1" in table.out
@@ -167,12 +174,12 @@ def test_gpus_are_planned_from_shapes(cli, model):
 def test_a_gpu_without_bfloat16(cli, model):
     """What the engine takes there: choose_dtype."""
     config = json.loads((model / "config.json").read_text())
-    for said, there, elsewhere in (("bfloat16", "float16", "bfloat16"), ("float32", "float32", "float32")):
-        (model / "config.json").write_text(json.dumps(config | {"dtype": said}))
+    for dtype, there, elsewhere in (("bfloat16", "float16", "bfloat16"), ("float32", "float32", "float32")):
+        (model / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
         assert json.loads(cli("plan", model, "--topology", "t4", "--json").out)["dtype"] == there
         assert json.loads(cli("plan", model, "--topology", "l4", "--json").out)["dtype"] == elsewhere
         device = find_place("t4").devices[0]
-        assert choose_dtype("auto", config | {"dtype": said}, None, device) == there
+        assert choose_dtype("auto", config | {"dtype": dtype}, None, device) == there
     assert "a GPU of 7.5" in cli("plan", model, "--topology", "t4", "--attention", "pallas").error()
     assert "dtype is float32" in cli("plan", model, "--topology", "l4", "--attention", "pallas").error()
 
@@ -184,13 +191,13 @@ def test_a_picture(cli, model, tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
     assert cli("plan", model, "--topology", "h100", "--plot", file).code == 0  # it is replaced
     (tmp_path / "folder.png").mkdir()
-    for name, said in [
+    for name, problem in [
         ("plan.svg", "a .png file"),
         ("none/plan.png", "no folder"),
         ("folder.png", "a .png file"),
         ("n" * 252 + ".png", "File name too long"),
     ]:
-        assert said in cli("plan", model, "--topology", "h100", "--plot", tmp_path / name).error()
+        assert problem in cli("plan", model, "--topology", "h100", "--plot", tmp_path / name).error()
     assert "is not on this machine" in cli("plan", model, "--topology", "h100", "--plot", "memory://x.png").error()
     assert sorted(os.listdir(tmp_path)) == ["config.json", "folder.png", "plan.png"]
     assert "only one" in cli("plan", model, "--sweep", "--plot", file).error()

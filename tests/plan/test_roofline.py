@@ -27,29 +27,29 @@ CHIP = Chip("made up", 10**9, bandwidth=1e3, flops=1e4, link=1e2)
 
 def bound(config, dtype, tensor, tokens, context, rows, platform="gpu"):
     model = AbstractModel.from_config(config, dtype)
-    place = [Device(i, platform) for i in range(tensor)]
-    layout = cache_layout(model, make_mesh(f"tensor={tensor}", place, 4, 2, 32) or place[0])
+    devices = [Device(i, platform) for i in range(tensor)]
+    layout = cache_layout(model, make_mesh(f"tensor={tensor}", devices, 4, 2, 32) or devices[0])
     return roofline.bound(model, CHIP, layout, tensor, tokens, context, rows)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 def test_decoding(tensor):
-    one = bound(CONFIG, "bfloat16", tensor, tokens=3, context=50, rows=3)
+    estimate = bound(CONFIG, "bfloat16", tensor, tokens=3, context=50, rows=3)
     kept = 2 // min(tensor, 2)  # key/value heads of a chip
-    assert one.memory == pytest.approx(((BODY + HEAD) * 2 / tensor + 3 * 50 * 2 * 2 * kept * 8 * 2) / 1e3)
+    assert estimate.memory == pytest.approx(((BODY + HEAD) * 2 / tensor + 3 * 50 * 2 * 2 * kept * 8 * 2) / 1e3)
     attention = 2 * 2 * 4 * 8 * 3 * 50  # q.k and p.v, two layers, 32 features, 3 tokens, 50 keys
-    assert one.compute == pytest.approx(2 * (3 * (BODY + HEAD) + attention) / tensor / 1e4)
-    assert one.links == pytest.approx(5 * 2 * 3 * 32 * 2 * (tensor - 1) / tensor / 1e2)
-    assert (one.flops, one.moved) == (one.compute * CHIP.flops, one.memory * CHIP.bandwidth)
-    assert one.seconds == max(one.memory, one.compute, one.links)
-    assert one.tokens_per_second == pytest.approx(3 / one.seconds)
+    assert estimate.compute == pytest.approx(2 * (3 * (BODY + HEAD) + attention) / tensor / 1e4)
+    assert estimate.links == pytest.approx(5 * 2 * 3 * 32 * 2 * (tensor - 1) / tensor / 1e2)
+    assert (estimate.flops, estimate.moved) == (estimate.compute * CHIP.flops, estimate.memory * CHIP.bandwidth)
+    assert estimate.seconds == max(estimate.memory, estimate.compute, estimate.links)
+    assert estimate.tokens_per_second == pytest.approx(3 / estimate.seconds)
 
 
 def test_a_prompt_sees_half_of_itself_on_average_and_needs_one_tokens_logits():
-    one = bound(CONFIG, "float32", 1, tokens=99, context=99, rows=1)
-    assert one.compute == pytest.approx(2 * (99 * BODY + HEAD + 2 * 2 * 4 * 8 * 99 * 50) / 1e4)
-    assert one.links == 0
-    assert one.binds == "compute"
+    estimate = bound(CONFIG, "float32", 1, tokens=99, context=99, rows=1)
+    assert estimate.compute == pytest.approx(2 * (99 * BODY + HEAD + 2 * 2 * 4 * 8 * 99 * 50) / 1e4)
+    assert estimate.links == 0
+    assert estimate.binds == "compute"
 
 
 def test_a_tied_head_is_multiplied_too():
@@ -67,9 +67,9 @@ def test_padding_of_the_cache_is_read_and_multiplied():
 
 def test_of_a_window_no_more_is_read_than_it_sees():
     config = CONFIG | {"model_type": "mistral", "sliding_window": 20}
-    one = bound(config, "bfloat16", 1, tokens=3, context=50, rows=3)
-    assert one.moved == (BODY + HEAD) * 2 + 3 * 20 * 2 * 2 * 2 * 8 * 2
-    assert one.flops == 2 * (3 * (BODY + HEAD) + 2 * 2 * 4 * 8 * 3 * 20)
+    estimate = bound(config, "bfloat16", 1, tokens=3, context=50, rows=3)
+    assert estimate.moved == (BODY + HEAD) * 2 + 3 * 20 * 2 * 2 * 2 * 8 * 2
+    assert estimate.flops == 2 * (3 * (BODY + HEAD) + 2 * 2 * 4 * 8 * 3 * 20)
     assert bound(config, "bfloat16", 1, 3, 15, 3) == bound(CONFIG, "bfloat16", 1, 3, 15, 3)
     prompt = bound(config, "float32", 1, tokens=99, context=99, rows=1)
     seen = sum(min(i + 1, 20) for i in range(99))

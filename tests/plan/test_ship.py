@@ -33,7 +33,7 @@ def programs():
 
 def names(url):
     fs, path = fsspec.core.url_to_fs(url)
-    return sorted(one.rsplit("/", 1)[1] for one in fs.ls(path, detail=False)) if fs.exists(path) else []
+    return sorted(file.rsplit("/", 1)[1] for file in fs.ls(path, detail=False)) if fs.exists(path) else []
 
 
 class Stopped(Exception):
@@ -78,7 +78,7 @@ def test_all_or_nothing(programs, output):
     again, before = (
         Manifest.parse(content) for content in (fs.cat_file(f"{path}/manifest.json"), files["manifest.json"])
     )
-    signatures = [{name: one["signature"] for name, one in each.programs.items()} for each in (again, before)]
+    signatures = [{name: program["signature"] for name, program in each.programs.items()} for each in (again, before)]
     assert signatures[0] == signatures[1]  # digests may differ: XLA does not always write the same bytes
     assert replace(again, programs={}) == replace(before, programs={})
     if not output.startswith("memory"):

@@ -55,7 +55,7 @@ def test_those_that_take_for_ever(pattern):
 def test_a_config_says_which_field():
     weights = {"type": "int", "num_bits": 8, "strategy": "channel"}
     group = {"targets": ["Linear"], "weights": weights, "format": "int-quantized"}
-    said = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["re:(.*)*x"]}
-    stored = stored_quantization({"quantization_config": said})
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["re:(.*)*x"]}
+    stored = stored_quantization({"quantization_config": config})
     with pytest.raises(ValueError, match=r"targets or ignore is 're:\(\.\*\)\*x': it repeats too much: .*; or take"):
         stored.format_of(NAME, "Linear")

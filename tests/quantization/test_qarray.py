@@ -30,7 +30,7 @@ def real(values, scales, scheme=SCHEMES["int8"], zeros=0):
         values = halves - 16 * (halves > 7)
     rows, columns = values.shape
     high, wide = scheme.rows, scheme.columns or columns
-    scales, zeros = (np.kron(one, np.ones((high, wide)))[:rows, :columns] for one in (scales, zeros + 0 * scales))
+    scales, zeros = (np.kron(array, np.ones((high, wide)))[:rows, :columns] for array in (scales, zeros + 0 * scales))
     return (values.astype(np.float64) - zeros) * scales
 
 
@@ -42,28 +42,28 @@ SHAPES = {"int4": (24, 96), "int4-g128": (24, 384), "fp8-block": (300, 200)}
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
 def test_the_nearest_values(name, dtype, monkeypatch):
     shape = SHAPES.get(name, (24, 40))
-    scheme, given = SCHEMES[name], weight(*shape, dtype=dtype)
+    scheme, matrix = SCHEMES[name], weight(*shape, dtype=dtype)
     monkeypatch.setattr(quantizing, "BLOCK", 100)  # few rows at a time
-    values, scales = quantize(given, scheme)
+    values, scales = quantize(matrix, scheme)
     of_scales = {"int4": (24, 3), "int4-g128": (24, 3), "fp8-block": (3, 2)}.get(name, (24, 1))
     assert (values.dtype, scales.dtype, scales.shape) == (jnp.dtype(scheme.values), np.float32, of_scales)
-    error = np.abs(real(values, scales, scheme) - given.astype(np.float64))
-    steps = real(np.full(given.shape, 1), scales, dataclasses.replace(scheme, packed=1))
+    error = np.abs(real(values, scales, scheme) - matrix.astype(np.float64))
+    steps = real(np.full(matrix.shape, 1), scales, dataclasses.replace(scheme, packed=1))
     if scheme.values == "float8_e4m3fn":
-        assert np.all(error <= np.maximum(np.abs(given.astype(np.float64)) * 2**-4, steps * 2**-10) * 1.001)
+        assert np.all(error <= np.maximum(np.abs(matrix.astype(np.float64)) * 2**-4, steps * 2**-10) * 1.001)
     else:
         assert np.all(error <= steps * 0.501)
         assert np.abs(real(values, np.ones_like(scales), scheme)).max() == {"int8": 127, "uint8": 7}[scheme.values]
     assert not np.any(real(values, scales, scheme)[3])
-    assert np.array_equal(quantize(np.asfortranarray(given), scheme)[0], values)
+    assert np.array_equal(quantize(np.asfortranarray(matrix), scheme)[0], values)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_is_refused(bad):
-    given = weight()
-    given[5, 6] = bad
+    matrix = weight()
+    matrix[5, 6] = bad
     with pytest.raises(ValueError, match="not finite, which can't be quantized to int8"):
-        quantize(given, SCHEMES["int8"])
+        quantize(matrix, SCHEMES["int8"])
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8"])
@@ -175,17 +175,17 @@ def test_no_copy_is_made_of_a_table_of_16_bits(dtype):
 def test_of_more_axes(name):
     """Each matrix as if it were alone, and one of them taken out is a weight."""
     scheme, shape = SCHEMES[name], SHAPES.get(name, (24, 40))
-    given = np.stack([weight(*shape) for _ in range(3)])
-    values, scales = quantize(given, scheme)
+    stack = np.stack([weight(*shape) for _ in range(3)])
+    values, scales = quantize(stack, scheme)
     held = QArray(jnp.asarray(values), jnp.asarray(scales), scheme, ("experts", "mlp", "embed"))
-    assert held.shape == given.shape
+    assert held.shape == stack.shape
     assert held.array_axes[0] == held.axes
     x = jnp.asarray(RNG.normal(size=(5, shape[1])), jnp.float32)
-    for i, matrix in enumerate(given):
+    for i, matrix in enumerate(stack):
         alone = QArray(*map(jnp.asarray, quantize(matrix, scheme)), scheme, ("mlp", "embed"))
         assert (held[i].axes, held[i].shape) == (alone.axes, alone.shape)
         np.testing.assert_array_equal(dot(x, held[i]), dot(x, alone))
-    dense = Dense(jnp.asarray(given), ("experts", "mlp", "embed"))
+    dense = Dense(jnp.asarray(stack), ("experts", "mlp", "embed"))
     assert (dense[1].axes, dense[1:].axes, dense[1:].shape) == (dense.axes[1:], dense.axes, (2, *shape))
 
 
@@ -198,5 +198,5 @@ def test_kinds_are_multiplied_in_groups():
         for n, k in ((4, "int4"), (16, "int8"))
     ]
     mixed = [plain[0], fewer[0], plain[1], fewer[1]]
-    for got, one in zip(dots(x, mixed), mixed, strict=True):
-        np.testing.assert_array_equal(got, dot(x, one))
+    for got, matrix in zip(dots(x, mixed), mixed, strict=True):
+        np.testing.assert_array_equal(got, dot(x, matrix))

@@ -29,9 +29,9 @@ def test_ids_are_integers_of_any_kind(ids):
         bad_words_ids=[ids],
         logit_bias=dict.fromkeys(ids, 1.0),
     )
-    for name, found in params.named_ids():
-        assert list(found) == ([] if name.startswith("forced") else [3, 4])
-        assert all(type(i) is int for i in found)
+    for name, values in params.named_ids():
+        assert list(values) == ([] if name.startswith("forced") else [3, 4])
+        assert all(type(i) is int for i in values)
 
 
 @pytest.mark.parametrize("ids", NO_IDS, ids=repr)
@@ -39,10 +39,10 @@ def test_nothing_else_is_made_an_id(ids):
     assert not are_ids(ids)
     assert line(lambda: token_ids(ids, "it must be")).startswith("it must be a list of token ids, not ")
     for name in ("stop_token_ids", "allowed_token_ids", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids"):
-        given = [ids] if name == "bad_words_ids" else ids
-        if given is None or isinstance(given, int):
+        value = [ids] if name == "bad_words_ids" else ids
+        if value is None or isinstance(value, int):
             continue  # not given; a list of one
-        assert f"sampling parameter {name} is " in line(lambda name=name, given=given: SamplingParams(**{name: given}))
+        assert f"sampling parameter {name} is " in line(lambda name=name, value=value: SamplingParams(**{name: value}))
 
 
 @pytest.mark.parametrize("key", ["3", 3.0, True, -1, 2**31])
@@ -52,13 +52,13 @@ def test_only_ids_are_biased(key):
 
 def test_what_was_given_may_change_and_the_parameters_do_not():
     bias, ids, words, stop, sequences = {5: 100.0}, [5, 6], ["a"], ["b"], [[1, 2]]
-    given = {"logit_bias": bias, "allowed_token_ids": ids, "bad_words": words, "stop": stop}
-    params = SamplingParams(**given, bad_words_ids=sequences, suppress_tokens=ids)
+    fields = {"logit_bias": bias, "allowed_token_ids": ids, "bad_words": words, "stop": stop}
+    params = SamplingParams(**fields, bad_words_ids=sequences, suppress_tokens=ids)
     before = dataclasses.asdict(params)
     bias.clear()
     sequences[0].append(3)
-    for one in (ids, words, stop, sequences):
-        one.append(one[0])
+    for values in (ids, words, stop, sequences):
+        values.append(values[0])
     assert dataclasses.asdict(params) == before
     assert params.logit_bias == {5: 100.0}
     assert params.bad_words_ids == ((1, 2),)

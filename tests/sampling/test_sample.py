@@ -272,8 +272,8 @@ def test_transformers_own_filters(name, values):
         theirs.EtaLogitsWarper(0.002),
     ]
     expected = torch.tensor(logits.astype(np.float64))
-    for one in chain:
-        expected = one(None, expected)
+    for processor in chain:
+        expected = processor(None, expected)
     assert ((np.asarray(run_filter(logits, together)) > -np.inf) != (expected.numpy() > -np.inf)).mean() < 1e-3
 
 

@@ -126,33 +126,33 @@ def test_a_block_of_rows_at_a_time(monkeypatch, wanted):
     state = filled(rng, params, slots, histories)
     sampling = SamplingArrays.of_rows([RowSampling(p, 9, STOP_IDS, 4) for p in params], len(params))
     logits = 3 * rng.standard_normal((len(params), VOCAB), np.float32)
-    given = logits, sampling, np.full(len(params), 7, np.int32), state, slots
-    expected = jax.jit(draw)(*given)
+    arguments = logits, sampling, np.full(len(params), 7, np.int32), state, slots
+    expected = jax.jit(draw)(*arguments)
     monkeypatch.setattr("jaxinfer.sampling.sample.BLOCK", 5 * 4 * VOCAB)
-    program = jax.jit(lambda *given: draw(*given))  # or it would be that of before
-    assert "5,77" in str(program.trace(*given).jaxpr)
-    found = program(*given)
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert (wanted == "greedy") == (not np.asarray(found[1].top).any())
+    program = jax.jit(lambda *arguments: draw(*arguments))  # or it would be that of before
+    assert "5,77" in str(program.trace(*arguments).jaxpr)
+    result = program(*arguments)
+    jax.tree.map(np.testing.assert_array_equal, result, expected)
+    assert (wanted == "greedy") == (not np.asarray(result[1].top).any())
 
 
 def test_counts_end_where_they_would_overflow():
     """A token that is written 40,000 times, then in chunks of many copies, as after a preemption: never fewer."""
     counts = np.zeros((3, VOCAB), np.uint16)
     counts[1, 5] = MOST_COPIES - 2
-    one, ones = np.ones(1, np.int32), np.ones(70_000, np.int32)
+    slot, slots = np.ones(1, np.int32), np.ones(70_000, np.int32)
     add = jax.jit(count)
     for seen in (MOST_COPIES - 1, MOST_COPIES, MOST_COPIES, MOST_COPIES):
-        counts = np.array(add(counts, one, 5 * one, one > 0))
+        counts = np.array(add(counts, slot, 5 * slot, slot > 0))
         assert copies(counts, np.array([1]))[0, 5] == seen
     tokens = np.where(np.arange(70_000) % 2 == 0, 5, 6).astype(np.int32)
     for _ in range(3):
-        counts = np.array(add(counts, ones, tokens, ones > 0))
+        counts = np.array(add(counts, slots, tokens, slots > 0))
         assert np.asarray(copies(counts, np.array([1])))[0, 5:7].tolist() == [MOST_COPIES, MOST_COPIES]
-    counts = np.array(add(np.zeros_like(counts), ones[:9], tokens[:9], np.arange(9) < 7))
+    counts = np.array(add(np.zeros_like(counts), slots[:9], tokens[:9], np.arange(9) < 7))
     assert np.asarray(copies(counts, np.array([1])))[0, 5:7].tolist() == [4, 3]
     assert not counts[[0, 2]].any()
-    same = np.array(add(counts, one, 5 * one, one < 0))
+    same = np.array(add(counts, slot, 5 * slot, slot < 0))
     np.testing.assert_array_equal(same, counts)
 
 

@@ -22,17 +22,17 @@ WRITES = {
     "as JSON": "{{ m.content | tojson }}<end>",
     "the same at its end": "{{ m.content }}yes<end>",
 }
-SAID = ["yes", "yes ", "yes\n\n", " yes", "y", "<think>\nhm\n</think>yes", "<end>", "Say"]
+CONTENTS = ["yes", "yes ", "yes\n\n", " yes", "y", "<think>\nhm\n</think>yes", "<end>", "Say"]
 
 
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("said", SAID)
-def test_as_transformers(write: str, said: str) -> None:
+@pytest.mark.parametrize("content", CONTENTS)
+def test_as_transformers(write: str, content: str) -> None:
     template = LOOP.replace("BODY|", HEADER + WRITES[write])
-    messages = [USER, {"role": "assistant", "content": said}]
+    messages = [USER, {"role": "assistant", "content": content}]
     ours = render(template, messages, continue_final_message=True)
-    known = write in ("trimmed, a space after it",) and said != said.rstrip()
-    known = known or (write == "as JSON" and "\n" in said) or (write == "without thoughts" and "</think>" in said)
+    known = write in ("trimmed, a space after it",) and content != content.rstrip()
+    known = known or (write == "as JSON" and "\n" in content) or (write == "without thoughts" and "</think>" in content)
     if not known:
         assert ours == transformers_renders(template, messages, continue_final_message=True)
     # What follows the last message is gone, and what comes before stays as it was written.
@@ -43,8 +43,8 @@ def test_as_transformers(write: str, said: str) -> None:
 def test_what_transformers_gets_wrong() -> None:
     """A header's newline goes with a message trimmed to nothing; a space of the template's is taken for the mark's."""
     trimmed = LOOP.replace("BODY|", HEADER + WRITES["trimmed"])
-    for said in ("", " \n"):
-        messages = [USER, {"role": "assistant", "content": said}]
+    for content in ("", " \n"):
+        messages = [USER, {"role": "assistant", "content": content}]
         assert render(trimmed, messages, continue_final_message=True).endswith("<assistant>\n")
         assert transformers_renders(trimmed, messages, continue_final_message=True).endswith("<assistant>")
     spaced = LOOP.replace("BODY|", HEADER + WRITES["trimmed, a space after it"])
@@ -73,10 +73,10 @@ def test_parts_and_other_fields() -> None:
         assert render(template, messages, continue_final_message=True).endswith(f"<assistant>\n{expected}")
     for read in ("reasoning_content", "thinking"):
         template = LOOP.replace("BODY|", "<t>{{ m." + read + " }}</t>{{ m.content }}<end>")
-        for given in ("reasoning", "reasoning_content", "thinking"):
-            messages = [USER, {"role": "assistant", "content": "a", given: "so far"}]
-            seen = render(template, messages, continue_final_message=given)
-            assert seen == transformers_renders(template, messages, continue_final_message=given)
+        for field in ("reasoning", "reasoning_content", "thinking"):
+            messages = [USER, {"role": "assistant", "content": "a", field: "so far"}]
+            seen = render(template, messages, continue_final_message=field)
+            assert seen == transformers_renders(template, messages, continue_final_message=field)
             assert seen.endswith("<t>so far")
 
 

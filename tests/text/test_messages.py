@@ -72,11 +72,11 @@ def test_null_is_there_for_templates_that_ask_for_it() -> None:
         assert render(template, [ASK, message]) == "q|calls1|"
 
 
-@pytest.mark.parametrize("given", ["reasoning", "reasoning_content", "thinking"])
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content", "thinking"])
 @pytest.mark.parametrize("read", ["reasoning", "reasoning_content", "thinking"])
-def test_reasoning_is_one_thing(given: str, read: str) -> None:
+def test_reasoning_is_one_thing(field: str, read: str) -> None:
     template = LOOP.replace("BODY", "{{ m." + read + " }}{{ m.content }}")
-    for messages in ([ASK, {"role": "assistant", "content": "a", given: "because"}], [ASK, ASK | {given: ""}]):
+    for messages in ([ASK, {"role": "assistant", "content": "a", field: "because"}], [ASK, ASK | {field: ""}]):
         seen = render(template, messages)
         assert seen in ("q|becausea|", "q|q|")
         if read != "reasoning":  # transformers does not fill that one

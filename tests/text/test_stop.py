@@ -45,7 +45,7 @@ def test_what_may_not_end_yet(before: str, after: str, stops: list[str], cuts: l
         for i in range(1, len(after) + 1)
         if f"{before}{after[:i]}".endswith(stop)
     ]
-    end, stop = min(ends, key=lambda found: (found[0], -len(found[1])), default=(None, None))
+    end, stop = min(ends, key=lambda match: (match[0], -len(match[1])), default=(None, None))
     edges = [0, *sorted(min(cut, len(before)) for cut in cuts), len(before)]
     watcher = StopStrings(stops)
     text = "".join(watcher.push(before[a:b], may_end=False) for a, b in pairwise(edges))

@@ -339,13 +339,13 @@ def test_ids_that_can_not_be(llama3: Path, sp_bpe: Path, tmp_path: Path) -> None
 
 def test_a_giant_id_takes_no_memory(llama3: Path, sp_bpe: Path, tmp_path: Path) -> None:
     """There is no set, list or array of all ids up to the largest."""
-    one, two, three = (shutil.copytree(f, tmp_path / n) for f, n in ((llama3, "a"), (sp_bpe, "b"), (sp_bpe, "c")))
-    content = json.loads((one / "tokenizer.json").read_text())
+    first, second, third = (shutil.copytree(f, tmp_path / n) for f, n in ((llama3, "a"), (sp_bpe, "b"), (sp_bpe, "c")))
+    content = json.loads((first / "tokenizer.json").read_text())
     content["model"]["vocab"]["<x>"] = 2**31 - 1
-    write(one, tokenizer_json=content)
-    write(two, added_tokens_json={"<x>": 2**31 - 1})
-    write(three, tokenizer_config_json={"added_tokens_decoder": {str(2**31 - 1): {"content": "<x>"}}})
-    for folder in (one, two, three):
+    write(first, tokenizer_json=content)
+    write(second, added_tokens_json={"<x>": 2**31 - 1})
+    write(third, tokenizer_config_json={"added_tokens_decoder": {str(2**31 - 1): {"content": "<x>"}}})
+    for folder in (first, second, third):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         tokenizer = load_tokenizer(folder)
         assert tokenizer.encode("hello <x>")

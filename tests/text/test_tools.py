@@ -14,13 +14,13 @@ class Unit(enum.Enum):
     FAHRENHEIT = "f"
 
 
-def weather(place: str, unit: Unit = Unit.CELSIUS, days: int | None = None) -> dict[str, float]:
+def weather(location: str, unit: Unit = Unit.CELSIUS, days: int | None = None) -> dict[str, float]:
     """
     Looks up the weather,
     in more than one line.
 
     Args:
-        place: Where: a town,
+        location: Where: a town,
             with its country.
         unit: The unit
         days: How many days (choices: [1, 3, 7])
@@ -28,7 +28,7 @@ def weather(place: str, unit: Unit = Unit.CELSIUS, days: int | None = None) -> d
     Returns:
         The temperature of each day.
     """
-    raise NotImplementedError(place, unit, days)
+    raise NotImplementedError(location, unit, days)
 
 
 def everything(

@@ -181,9 +181,9 @@ def test_ctrl_c(cloud):
     while "WAITING" not in process.stderr.readline():
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "j may still be there and cost money; the same command goes on" in said
+    assert "j may still be there and cost money; the same command goes on" in stderr
     assert cloud.left
 
 

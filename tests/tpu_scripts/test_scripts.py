@@ -84,9 +84,9 @@ def test_ctrl_c(cloud):
     while "WAITING" not in process.stderr.readline():
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "v may still come, and cost money: tpu_scripts/delete.sh v --zone z" in said
+    assert "v may still come, and cost money: tpu_scripts/delete.sh v --zone z" in stderr
 
 
 @pytest.mark.parametrize(("script", "more"), [("install.sh", []), ("generate.sh", ["--", "hello"])])
