@@ -122,7 +122,11 @@ def test_a_sweep_ranks_what_fits():
     topologies = ["v5e-8", "v6e-8", "h200-4", "v5p-8"]
     candidates, refused = sweep(model, topologies, 1024, **options)
     assert [c.rate for c in candidates] == sorted((c.rate for c in candidates), reverse=True)
-    assert {c.fit.target.name for c in candidates} == {"v6e-8", "h200-4", "v5p-8"}  # 131 GiB of weights in 8 x 15.75: no
+    assert {c.fit.target.name for c in candidates} == {
+        "v6e-8",
+        "h200-4",
+        "v5p-8",
+    }  # 131 GiB of weights in 8 x 15.75: no
     assert refused
     for candidate in candidates:
         assert candidate.rows * 1024 <= candidate.fit.cache_tokens
