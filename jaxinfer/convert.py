@@ -26,7 +26,7 @@ from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, converted_co
 from jaxinfer.checkpoint.output import Format, check_destination, put, put_beside, written
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.engine.config import DType, check_options
-from jaxinfer.engine.load import place_for
+from jaxinfer.engine.load import placement_for
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.quantization.schemes import Quantization
 from jaxinfer.sharding import describe
@@ -92,7 +92,7 @@ def convert(
         if settings["dtype"] != "auto":
             config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": str(kept)}
         abstract = AbstractModel.from_config(config, kept, settings["quantization"])
-        placement = place_for(abstract, settings["mesh"])
+        placement = placement_for(abstract, settings["mesh"])
         with writing(output, format, abstract, config, folder) as add:
             times = [time.perf_counter()]
             with bar("Read", weights.nbytes, show_progress) as read:

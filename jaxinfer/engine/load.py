@@ -34,7 +34,15 @@ from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.programs import Programs, cache_layout, placed_decode_state, placed_hidden, placed_params
+from jaxinfer.engine.programs import (
+    MAX_STEPS,
+    Programs,
+    cache_layout,
+    placed_decode_state,
+    placed_hidden,
+    placed_params,
+    reach,
+)
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import DataParallelScheduler
@@ -51,8 +59,6 @@ from jaxinfer.text.base import NoTokenizer, Tokenizer
 from jaxinfer.text.tokenizer import LOOKED_FOR, check_vocabulary, has_tokenizer, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
-
-MAX_STEPS = 32  # tokens a row that one decoding call may produce
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,7 @@ def _devices() -> list[jax.Device]:
     return local_devices() if distributed.group() is None else jax.devices()
 
 
-def place_for(model: AbstractModel, mesh: str | None) -> jax.Device | Mesh:
+def placement_for(model: AbstractModel, mesh: str | None) -> jax.Device | Mesh:
     """What would hold the model here: see EngineConfig."""
     return _placement(model.config, _devices(), mesh)
 
@@ -251,7 +257,7 @@ def _misfit(compiled: Folder, model: AbstractModel, placement: jax.Device | Mesh
         return f"their KV cache of {sizes.bytes:,} bytes does not fit in the {room:,} that are free"
     layout = cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"])
     rows, tokens = limits(settings, placement)
-    pages = sizes.num_pages, sizes.page_size, reach_of(tokens), sizes.max_model_len
+    pages = sizes.num_pages, sizes.page_size, reach(tokens), sizes.max_model_len
     if (size := layout.nbytes(*pages, rows)) != sizes.bytes:
         return f"their KV cache is said to have {sizes.bytes:,} bytes, and has {size:,}"
     if layout.least(sizes.max_model_len, *pages[1:3], rows) > size:
@@ -291,7 +297,7 @@ def sized_programs(
         length = settings["max_model_len"] or model.config.max_context
         sizes = size_cache(
             cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"]),
-            reach=reach_of(max_tokens),
+            reach=reach(max_tokens),
             page_size=page_size(settings["page_size"], placement, max_rows, length),
             max_num_seqs=max_rows,
             max_model_len=settings["max_model_len"],
@@ -349,11 +355,6 @@ def limits(settings: EngineConfig, placement: jax.Device | Mesh) -> tuple[int, i
     if max_tokens < max_rows:
         raise ValueError(f"max_num_batched_tokens is {max_tokens}: it must be at least max_num_seqs, {max_rows}")
     return -(-max_rows // shards), -(-max_tokens // shards)
-
-
-def reach_of(max_tokens: int) -> int:
-    """Most tokens of one sequence that a call writes."""
-    return max(max_tokens, MAX_STEPS)
 
 
 def _available(

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jaxinfer.cache import KVCacheSpec
 from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.params import ParamSpec, quantized
@@ -75,7 +76,7 @@ class AbstractModel:
 
     @cached_property
     def arrays(self) -> dict[str, tuple[ParamSpec, str]]:
-        """The arrays that parameters are weight_dtype as, by name: of which weight, and what is added to its name."""
+        """The arrays that parameters are kept as, by name: of which weight, and what is added to its name."""
         return {spec.name + suffix: (spec, suffix) for spec in self.params.values() for suffix in spec.arrays}
 
     @cached_property
@@ -112,6 +113,11 @@ class AbstractModel:
             (path, variable.replace(self.params[_name(path)].bind(params, rounds))) for path, variable in self._state
         ]
         return cast(CausalLM, nnx.merge(self._graph, nnx.from_flat_state(flat)))
+
+    @cached_property
+    def cache_specs(self) -> tuple[KVCacheSpec | None, ...]:
+        """What each layer keeps of a sequence."""
+        return self.bind(self.abstract).cache_specs()
 
     @cached_property
     def head(self) -> frozenset[str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
-from jaxinfer.engine.load import choose_dtype, limits, reach_of, sized_programs
-from jaxinfer.engine.programs import Programs, cache_layout, placed_decode_state, placed_hidden, placed_params
+from jaxinfer.engine.load import choose_dtype, limits, sized_programs
+from jaxinfer.engine.programs import Programs, cache_layout, placed_decode_state, placed_hidden, placed_params, reach
 from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, longest, page_size
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.slices import GIB, Device, Slice
@@ -115,7 +115,7 @@ def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) ->
     length = settings["max_model_len"] or shape.max_context
     size = page_size(settings["page_size"], placement, rows, length)
     layout = cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"])
-    cache = size, reach_of(tokens), rows
+    cache = size, reach(tokens), rows
     wanted, beside = settings["kv_cache_memory"], max(target.chip.memory - held, 0)
     if wanted is not None and wanted > beside:
         raise DoesNotFit(

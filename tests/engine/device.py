@@ -15,6 +15,7 @@ import pytest
 from jaxinfer.cache import CacheGroup
 from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.pages import PageAllocator
+from jaxinfer.engine.programs import reach
 from jaxinfer.engine.request import Held, Request
 from jaxinfer.engine.scheduler import Scheduler, SchedulerOutput
 from jaxinfer.sampling.params import SamplingParams
@@ -56,8 +57,11 @@ def make(
 ) -> Scheduler:
     """With a cache group for each window, all in one pool."""
     groups = [CacheGroup((i,), (0,), 0, window) for i, window in enumerate(windows)]
-    reach = max(max_tokens, MAX_STEPS)
-    return Scheduler(KVCacheManager(groups, [num_pages], page_size, reach, prefix_caching), max_rows, max_tokens)
+    return Scheduler(
+        KVCacheManager(groups, [num_pages], page_size, reach(max_tokens, MAX_STEPS), prefix_caching),
+        max_rows,
+        max_tokens,
+    )
 
 
 def pool(scheduler: Scheduler) -> PageAllocator:

@@ -1,6 +1,15 @@
 """The programs of an engine: what runs on the devices. A file for each kind: the arrays that it takes, the function."""
 
-from jaxinfer.engine.programs.base import Key, Program, cache_layout, placed_decode_state, placed_hidden, placed_params
+from jaxinfer.engine.programs.base import (
+    MAX_STEPS,
+    Key,
+    Program,
+    cache_layout,
+    placed_decode_state,
+    placed_hidden,
+    placed_params,
+    reach,
+)
 from jaxinfer.engine.programs.decode import Decode, DecodeRows
 from jaxinfer.engine.programs.forward import Forward, ForwardRows
 from jaxinfer.engine.programs.logits import Sampled
@@ -11,6 +20,7 @@ from jaxinfer.engine.programs.state import State
 from jaxinfer.engine.programs.table import Programs
 
 __all__ = [
+    "MAX_STEPS",
     "Decode",
     "DecodeRows",
     "Forward",
@@ -30,4 +40,5 @@ __all__ = [
     "placed_decode_state",
     "placed_hidden",
     "placed_params",
+    "reach",
 ]

@@ -24,13 +24,19 @@ from jaxinfer.sampling.slots import DecodeState
 from jaxinfer.sharding import ROWS, axis_size, devices_of, on_axes, replicated
 
 Key = tuple[str, int]  # of a program: what it does, and for how many tokens or rows
+MAX_STEPS = 32  # tokens a row that one decoding call may produce
+
+
+def reach(max_tokens: int, max_steps: int = MAX_STEPS) -> int:
+    """Most tokens of one sequence that a call writes. max_tokens: of a mixed call; max_steps: of a decoding one."""
+    return max(max_tokens, max_steps)
 
 
 def cache_layout(
     model: AbstractModel, placement: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
 ) -> CacheLayout:
     """How what the model's layers keep is kept there. Raises ValueError if that attention is not to be had."""
-    specs = model.bind(model.abstract).cache_specs()
+    specs = model.cache_specs
     kinds = {spec: LayerLayout.of(spec, model.dtype, placement, attention, kv_cache_dtype) for spec in specs if spec}
     return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context)
 
@@ -114,7 +120,7 @@ class EngineShapes:
     @property
     def reach(self) -> int:
         """Most tokens of one sequence that a call writes."""
-        return max(self.max_tokens, self.max_steps)
+        return reach(self.max_tokens, self.max_steps)
 
     @cached_property
     def page_counts(self) -> tuple[int, ...]:
