@@ -269,7 +269,6 @@ def _misfit(compiled: Folder, model: AbstractModel, placement: jax.Device | Mesh
 
 def make_scheduler(programs: Programs, prefix_caching: bool = True) -> DataParallelScheduler:
     """For calls of these programs."""
-
     groups = programs.layout.groups
     paged = [group for group in groups if group.pool is not None]
 
