@@ -174,20 +174,20 @@ def on_tensor(call: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callab
 
 
 def with_sharding(
-    abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], placement: jax.Device | Mesh, together: Sequence[int]
-) -> Any:
-    """A weight with its sharding on a device; or split over a mesh, and padded to what that divides. together: how many
+    abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], placement: jax.Device | Mesh, multiples: Sequence[int]
+) -> jax.ShapeDtypeStruct:
+    """A weight with its sharding on a device; or split over a mesh, and padded to what that divides. multiples: how many
     places of each axis are not to be split."""
     if not isinstance(placement, Mesh):
         return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=SingleDeviceSharding(placement))
-    shape = padded(abstract.shape, axes, placement, together)
+    shape = padded(abstract.shape, axes, placement, multiples)
     return jax.ShapeDtypeStruct(shape, abstract.dtype, sharding=NamedSharding(placement, partition(axes)))
 
 
-def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, together: Sequence[int]) -> tuple[int, ...]:
-    """The shape with MLP width and vocabulary rounded up to what the mesh divides; together: see with_sharding."""
+def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, multiples: Sequence[int]) -> tuple[int, ...]:
+    """The shape with MLP width and vocabulary rounded up to what the mesh divides; multiples: see with_sharding."""
     tensor = axis_size(mesh, TENSOR)
-    units = (tensor * unit if axis in PADDED else 1 for axis, unit in zip(axes, together, strict=True))
+    units = (tensor * unit if axis in PADDED else 1 for axis, unit in zip(axes, multiples, strict=True))
     return tuple(-(-size // unit) * unit for size, unit in zip(shape, units, strict=True))
 
 

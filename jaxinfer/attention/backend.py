@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.cache import LayerCache
 
@@ -69,6 +70,6 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: Any, spec: AttentionSpec
-    ) -> tuple[jax.Array, Any]:
-        """See `attend`; on one device's part of the heads. batch: a ForwardBatch, which names its backend itself."""
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
+        """See `Attend`."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.attention.backend import AttentionBackend
+from jaxinfer.attention.spec import AttentionSpec
+from jaxinfer.cache import LayerCache
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +37,21 @@ class LayerMap:
     """
 
     places: tuple[tuple[int, int] | None, ...]
-    backends: tuple[AttentionBackend | None, ...]
+    backends: tuple[Attend | None, ...]
     page_size: int
+
+
+class Attend(Protocol):
+    """What a batch knows of an AttentionBackend."""
+
+    @property
+    def partition_spec(self) -> PartitionSpec:
+        """Of the pools' arrays over a mesh."""
+
+    def __call__(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
+        """Writes keys and values into a layer's pools and attends, on one device's part of the heads: see `attend`."""
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +90,7 @@ class ForwardBatch:
     mesh: Mesh | None = field(default=None, metadata={"static": True})
     device_kind: str = field(default="", metadata={"static": True})
     layers: LayerMap | None = field(default=None, metadata={"static": True})
-    backend: AttentionBackend | None = field(default=None, metadata={"static": True})
+    backend: Attend | None = field(default=None, metadata={"static": True})
 
     @property
     def pages(self) -> jax.Array:
@@ -95,7 +109,7 @@ class ForwardBatch:
             for table, backend in zip(self.tables, self.layers.backends, strict=True)
         ]
 
-    def _view(self, table: Table | None, backend: AttentionBackend | None, page_size: int) -> ForwardBatch:
+    def _view(self, table: Table | None, backend: Attend | None, page_size: int) -> ForwardBatch:
         if table is None:
             return self
         view = replace(self, tables=(Table(table.pages),), backend=backend)

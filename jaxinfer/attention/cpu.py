@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 
 from jaxinfer.attention.backend import AttentionCase
 from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.attention.xla import P, XLAAttention, write_split
+from jaxinfer.attention.xla import Pages, XLAAttention, write_split
+from jaxinfer.cache import LayerCache
 from jaxinfer.kernels import cpu
 
 
@@ -24,9 +27,9 @@ class CPUAttention(XLAAttention):
         return cpu.attention_problem(case.dtype.name, case.head_dim, case.queries, case.kept.name)
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: P, batch: ForwardBatch, spec: AttentionSpec
-    ) -> tuple[jax.Array, P]:
-        pools = write_split(k, v, pools, batch)
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
+        pools = write_split(k, v, cast(Pages, pools), batch)
         used = jnp.arange(batch.kv_lens.shape[0], dtype=jnp.int32) < batch.distribution[1]
         kv_lens = jnp.where(used, batch.kv_lens, 0)
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])

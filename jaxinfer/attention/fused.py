@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxinfer.attention.backend import AttentionCase
 from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.tpu import TPUAttention
-from jaxinfer.cache import FusedPages
+from jaxinfer.cache import FusedPages, LayerCache
 from jaxinfer.sharding import tpu_generation
 
 LEAST = 0, 0, 17  # the first version of tokamax that has it so
@@ -48,9 +48,9 @@ class FusedAttention(TPUAttention):
         return FusedPages(jax.ShapeDtypeStruct((num_pages, page_size, heads, 2, width), case.kept))  # type: ignore[arg-type]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: ForwardBatch, spec: AttentionSpec
-    ) -> tuple[jax.Array, Any]:
-        return attend_fused(q, k, v, pools, batch, spec)
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
+        return attend_fused(q, k, v, cast(FusedPages, pools), batch, spec)
 
 
 FUSED = FusedAttention()

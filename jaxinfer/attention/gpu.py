@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.attention.backend import AttentionBackend, AttentionCase
 from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.cache import HeadMajorPages
+from jaxinfer.cache import HeadMajorPages, LayerCache
 from jaxinfer.sharding import KV, ROWS, compute_capability
 
 AMPERE = 8.0  # the compute capability that Triton in JAX begins with
@@ -45,11 +47,11 @@ class GPUAttention(AttentionBackend):
         return HeadMajorPages(pool, pool)  # type: ignore[arg-type]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: HeadMajorPages, batch: ForwardBatch, spec: AttentionSpec
-    ) -> tuple[jax.Array, HeadMajorPages]:
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
         from jaxinfer.attention.gpu_kernel import attend_in_place  # imports Pallas, which takes its time
 
-        return attend_in_place(q, k, v, pools, batch, spec)
+        return attend_in_place(q, k, v, cast(HeadMajorPages, pools), batch, spec)
 
 
 GPU = GPUAttention()

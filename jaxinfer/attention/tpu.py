@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +64,9 @@ class TPUAttention(AttentionBackend):
         return InterleavedPages(jax.ShapeDtypeStruct((num_pages, page_size, 2 * heads, width), case.kept))  # type: ignore[arg-type]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: Any, batch: ForwardBatch, spec: AttentionSpec
-    ) -> tuple[jax.Array, Any]:
-        return attend_packed(q, k, v, pools, batch, spec)
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
+        return attend_packed(q, k, v, cast(InterleavedPages, pools), batch, spec)
 
 
 TPU = TPUAttention()

@@ -11,7 +11,7 @@ among short ones does not make all of them long.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ from jaxinfer.sharding import KV, ROWS
 KEY_BLOCK = 128  # keys a loop step; larger blocks fall out of the CPU's second-level cache
 QUERY_TILE = 128  # most query tokens of one row that a prefill tile holds
 DECODE_PAIRS = 32  # (row, block of keys) at a time beside prefill rows, where there may be few decoding ones
-P = TypeVar("P", bound=HeadMajorPages | QuantizedPages)
+Pages = HeadMajorPages | QuantizedPages
+P = TypeVar("P", bound=Pages)
 NEGATIVE = -1e30  # masks a score; finite, so that a fully masked block gives zeros and not NaN
 
 
@@ -51,9 +52,9 @@ class XLAAttention(AttentionBackend):
         return QuantizedPages(pool, pool, scales, scales)  # type: ignore[arg-type]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: P, batch: ForwardBatch, spec: AttentionSpec
-    ) -> tuple[jax.Array, P]:
-        pools = write_split(k, v, pools, batch)
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+    ) -> tuple[jax.Array, LayerCache]:
+        pools = write_split(k, v, cast(Pages, pools), batch)
         tokens, heads, head_dim = q.shape
         q = q.reshape(tokens, k.shape[1], heads // k.shape[1], head_dim)
         return _attend(q, pools, batch, spec).reshape(tokens, heads, head_dim), pools
@@ -62,7 +63,7 @@ class XLAAttention(AttentionBackend):
 XLA = XLAAttention()
 
 
-def _attend(q: jax.Array, cache: P, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
+def _attend(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
     """q `[T, K, G, d]` -> `[T, K, G, d]`."""
     if batch.decode_only:
         return _decode(q, cache, batch, spec)
@@ -123,7 +124,7 @@ def attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: ForwardBatch,
 
 
 def _key_blocks(
-    cache: P, batch: ForwardBatch, row: jax.Array, block: jax.Array, dtype: jax.typing.DTypeLike
+    cache: Pages, batch: ForwardBatch, row: jax.Array, block: jax.Array, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values of block `block[w]` of row `row[w]`: each `[W * K, KEY_BLOCK, d]` in this dtype.
 
@@ -164,7 +165,7 @@ def _first_block(query: jax.Array, spec: AttentionSpec, size: int) -> jax.Array:
     return jnp.maximum(query - spec.window + 1, 0) // size
 
 
-def _decode(q: jax.Array, cache: P, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
+def _decode(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
     """One query token a row, q `[R, K, G, d]` -> `[R, K, G, d]`; rows from `batch.distribution[0]` on give zeros."""
     rows, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
@@ -217,7 +218,7 @@ def _decode(q: jax.Array, cache: P, batch: ForwardBatch, spec: AttentionSpec) ->
     return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
-def _prefill(q: jax.Array, out: jax.Array, cache: P, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
+def _prefill(q: jax.Array, out: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
     """Rows of several query tokens: fills `out [T + QUERY_TILE, K, G, d]` tile by tile for rows from rows[0] on."""
     tokens, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])

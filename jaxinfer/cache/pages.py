@@ -58,7 +58,7 @@ class FusedPages(NamedTuple):
     kv: jax.Array
 
 
-LayerCache = Any  # the arrays of one layer's cache: a pytree that what attends to it knows
+LayerCache = jax.Array | tuple[jax.Array, ...]  # of one layer: what made it (a backend, or the layer's spec) knows more
 Cache = tuple[LayerCache, ...]
 KV_DTYPES = {"int8": np.dtype(np.int8), "fp8": np.dtype(jnp.float8_e4m3fn)}
 # XLA:CPU, as of JAX 0.10, can't write such floats: it would convert the whole pool there and back for each token.

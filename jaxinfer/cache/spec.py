@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ class KVCacheSpec(ABC):
 
     paged: ClassVar[bool] = True
     window: int | None = None
-    partition_spec: Any = PartitionSpec(ROWS)
+    partition_spec: PartitionSpec | tuple[PartitionSpec, ...] = PartitionSpec(ROWS)
 
     @property
     def heads(self) -> tuple[int, int, int] | None:
@@ -99,7 +99,7 @@ class LatentSpec(KVCacheSpec):
     width: int
 
     def init_cache(self, dtype: np.dtype[Any], count: int, page_size: int) -> LayerCache:
-        return jax.ShapeDtypeStruct((count, page_size, self.width), dtype)
+        return cast(jax.Array, jax.ShapeDtypeStruct((count, page_size, self.width), dtype))
 
 
 def write_latents(pool: jax.Array, new: jax.Array, page: jax.Array, offset: jax.Array) -> jax.Array:
@@ -130,7 +130,7 @@ class RecurrentSpec(KVCacheSpec):
     def init_cache(self, dtype: np.dtype[Any], count: int, page_size: int) -> LayerCache:
         dtypes = self.dtypes or (None,) * len(self.shapes)
         return tuple(
-            jax.ShapeDtypeStruct((count, *shape), dtype if kind is None else jnp.dtype(kind))
+            cast(jax.Array, jax.ShapeDtypeStruct((count, *shape), dtype if kind is None else jnp.dtype(kind)))
             for shape, kind in zip(self.shapes, dtypes, strict=True)
         )
 

@@ -38,7 +38,7 @@ class ScoredSpan(NamedTuple):
     at: slice
 
 
-Call = tuple[Key, tuple[Any, ...]]  # a program's key, and what the host gives it
+Call = tuple[Key, tuple[object, ...]]  # a program's key, and what the host gives it
 
 
 class Built(NamedTuple):

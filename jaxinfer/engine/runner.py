@@ -92,7 +92,7 @@ class Runner:
         self.compile_seconds = 0.0
         self.compilations = 0
         self._compiled = compiled
-        self._executables: dict[Key, Any] = {}
+        self._executables: dict[Key, jax.stages.Compiled] = {}
         self._coming: dict[Key, Future[None]] = {}  # those that threads have begun to compile
         self._abandoned: Future[None] = Future()
         self.batches = BatchBuilder(programs)

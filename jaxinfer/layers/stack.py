@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ def stack(
 ) -> tuple[jax.Array, Cache | None]:
     """The hidden states `[T, D]` after all layers, and the cache with their new keys and values."""
     assert cache is None or batch.layers is not None, "a batch over a cache says which layer has which part of it"
-    arrays, views = list(cache or ()), batch.views()
+    arrays: list[LayerCache | None] = list(cache or ())
+    views = batch.views()
     places = batch.layers.places if batch.layers is not None and cache is not None else ()
     before = x
     for i, layer in enumerate(layers):
@@ -36,7 +37,7 @@ def stack(
         else:
             own, group = location
             x, arrays[own] = run(whole, x, arrays[own], views[group])
-    return x, None if cache is None else tuple(arrays)
+    return x, None if cache is None else cast(Cache, tuple(arrays))
 
 
 def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:

@@ -94,7 +94,7 @@ class AbstractModel:
         """The schemes of those weights that are."""
         return {name: spec.scheme for name, spec in self.params.items() if spec.scheme is not None}
 
-    def with_sharding(self, name: str, placement: jax.Device | Mesh) -> Any:
+    def with_sharding(self, name: str, placement: jax.Device | Mesh) -> jax.ShapeDtypeStruct:
         """An array with its sharding: see ParamSpec."""
         spec, suffix = self.arrays[name]
         return spec.with_sharding(suffix, placement)

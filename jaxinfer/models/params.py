@@ -19,7 +19,7 @@ from jaxinfer.models.sources import Source, whole
 from jaxinfer.quantization.schemes import NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
 from jaxinfer.quantization.stored import Format, Stored
 from jaxinfer.sharding import PADDED, counts, with_sharding
-from jaxinfer.weights import Axes, Dense, QArray
+from jaxinfer.weights import Axes, Dense, QArray, Weight
 from jaxinfer.weights.quantized import axes_of_scales
 
 log = logging.getLogger("jaxinfer")
@@ -91,7 +91,7 @@ class ParamSpec:
             for suffix, (shape, kind) in self.scheme.arrays(*self.shape).items()
         }
 
-    def with_sharding(self, suffix: str, placement: jax.Device | Mesh) -> Any:
+    def with_sharding(self, suffix: str, placement: jax.Device | Mesh) -> jax.ShapeDtypeStruct:
         """One of its arrays abstractly, with its sharding, see `sharding.with_sharding`. Raises ValueError if the mesh
         would split weights that have one scale."""
         if self.scheme is not None and not suffix:
@@ -99,7 +99,7 @@ class ParamSpec:
         array = self.arrays[suffix]
         return with_sharding(array.abstract, array.axes, placement, array.multiples)
 
-    def bind(self, params: Mapping[str, Any], rounds: bool) -> Any:
+    def bind(self, params: Mapping[str, jax.Array], rounds: bool) -> Weight | jax.Array | None:
         """What the module is given in its place; None if it is not among the parameters. rounds: see QArray."""
         if self.name not in params or self.is_embedding is None:
             return params.get(self.name)

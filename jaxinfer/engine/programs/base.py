@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar, cast
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.sampling.slots import DecodeState
 from jaxinfer.sharding import ROWS, axis_size, devices_of, on_axes, replicated
 
+T = TypeVar("T")
 Key = tuple[str, int]  # of a program: what it does, and for how many tokens or rows
 MAX_STEPS = 32  # tokens a row that one decoding call may produce
 
@@ -58,12 +59,12 @@ def placed_decode_state(model: AbstractModel, placement: jax.Device | Mesh, max_
     )
 
 
-def placed_hidden(model: AbstractModel, placement: jax.Device | Mesh, max_tokens: int) -> Any:
+def placed_hidden(model: AbstractModel, placement: jax.Device | Mesh, max_tokens: int) -> jax.Array:
     """Hidden states of `max_tokens` tokens on each shard of rows."""
     mesh = placement if isinstance(placement, Mesh) else None
     sharding = NamedSharding(mesh, PartitionSpec(ROWS)) if mesh is not None else SingleDeviceSharding(placement)
     shape = axis_size(mesh, ROWS) * max_tokens, model.config.hidden_size
-    return jax.ShapeDtypeStruct(shape, model.dtype, sharding=sharding)
+    return cast(jax.Array, jax.ShapeDtypeStruct(shape, model.dtype, sharding=sharding))
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,13 @@ class EngineShapes:
         slots = placed_decode_state(self.model, self.placement, self.max_rows)
         return State(cache, slots, placed_hidden(self.model, self.placement, self.max_tokens))
 
-    def like(self, tree: Any) -> Any:
+    def like(self, tree: T) -> T:
         """Arguments that the host gives, abstractly."""
         return structs(tree, self.whole)
 
-    def ints(self, first: int, *shape: int) -> Any:
+    def ints(self, first: int, *shape: int) -> jax.Array:
         """An array of integers, `first` of each shard of rows, abstractly."""
-        return jax.ShapeDtypeStruct((self.shards * first, *shape), np.int32, sharding=self.whole)
+        return cast(jax.Array, jax.ShapeDtypeStruct((self.shards * first, *shape), np.int32, sharding=self.whole))
 
     def tables(self, rows: int) -> tuple[Table | None, ...]:
         """The page tables of so many rows, abstractly."""
@@ -184,7 +185,7 @@ class EngineShapes:
 
 # A program's function: parameters by name, state that it changes (donated), state that it reads, what the host gives
 # it -> what the host gets, the changed state.
-Function = Callable[..., tuple[Any, State]]
+Function = Callable[..., tuple[object, State]]
 
 
 class Program(ABC):
@@ -211,12 +212,12 @@ class Program(ABC):
 
     @property
     @abstractmethod
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[object, ...]:
         """What the host gives it, abstractly."""
 
     @property
     @abstractmethod
-    def result(self) -> Any:
+    def result(self) -> object:
         """The structure of what the host gets, with anything for leaves."""
 
     @abstractmethod
@@ -224,17 +225,19 @@ class Program(ABC):
         """What it computes."""
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> tuple[object, ...]:
         """All that it takes, abstractly."""
         params, state = {name: self.shapes.params[name] for name in self.weights}, self.shapes.state
         return params, state.only(self.changes), state.only(self.reads), *self.inputs
 
     @property
-    def results(self) -> tuple[Any, State]:
+    def results(self) -> tuple[object, State]:
         """The structure of all that it gives."""
         return self.result, self.shapes.state.only(self.changes)
 
-    def run(self, executable: Any, params: Params, state: State, inputs: tuple[Any, ...]) -> tuple[Any, State]:
+    def run(
+        self, executable: jax.stages.Compiled, params: Params, state: State, inputs: tuple[object, ...]
+    ) -> tuple[object, State]:
         """Calls it, compiled: what the host gets, and the state after it."""
         taken = params if len(self.weights) == len(params) else {name: params[name] for name in self.weights}
         result, changed = executable(taken, state.only(self.changes), state.only(self.reads), *inputs)
@@ -256,7 +259,7 @@ class Program(ABC):
             # JAX has a GPU's from the device, where "gpu" is a family that it knows only if one of it is there.
             return jitted.trace(*self.arguments).lower(lowering_platforms=("tpu",) if on_tpu else None)
 
-    def over_rows(self, function: Function, input_specs: tuple[Any, ...], result: Any) -> Function:
+    def over_rows(self, function: Function, input_specs: tuple[object, ...], result: object) -> Function:
         """A function that is written for one shard of rows, for all of them: each runs its own. What tensor devices do
         within a shard is left to XLA. input_specs, result: how what the host gives and gets is split."""
         mesh, axes = self.shapes.mesh, self.shapes.model.axes
@@ -274,6 +277,6 @@ class Program(ABC):
         )
 
 
-def structs(tree: Any, sharding: Sharding) -> Any:
+def structs(tree: T, sharding: Sharding) -> T:
     """Arrays, abstractly."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    return cast(T, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree))

@@ -56,7 +56,7 @@ class Decode(Program):
     changes = ("cache", "slots")
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[object, ...]:
         shapes = self.shapes
         row, tables = shapes.ints(self.size), shapes.tables(self.size)
         return DecodeRows(row, row, row, tables), sampling_arrays(shapes, self.size), shapes.like(np.int32(0))

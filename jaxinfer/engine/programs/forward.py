@@ -45,7 +45,7 @@ class Forward(Program):
     changes = ("cache", "slots", "hidden")
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[object, ...]:
         ints, rows = self.shapes.ints, self.shapes.max_rows
         token, row, tables = ints(self.size), ints(rows), self.shapes.tables(rows)
         return ForwardBatch(token, token, token, ints(rows + 1), row, tables, ints(3)), ForwardRows(row, row)

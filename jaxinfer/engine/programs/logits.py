@@ -96,7 +96,7 @@ def take(
     )
 
 
-def sampling_arrays(shapes: EngineShapes, rows: int) -> Any:
+def sampling_arrays(shapes: EngineShapes, rows: int) -> SamplingArrays:
     """Abstractly."""
     return shapes.like(SamplingArrays.of_rows([], shapes.shards * rows))
 

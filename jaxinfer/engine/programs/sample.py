@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +58,7 @@ class Sample(Program):
         return self.shapes.model.head
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[object, ...]:
         row = self.shapes.ints(self.size)
         return SampleRows(row, row, row, row), sampling_arrays(self.shapes, self.size)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ class Score(Program):
         return self.shapes.model.head
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[object, ...]:
         token = self.shapes.ints(self.size)
         likeliest = self.shapes.like(np.zeros(self.shapes.shards, bool))
         return (Scored(token, token, self.shapes.ints(1), likeliest),)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +22,7 @@ class Prepare(Program):
     result = None
 
     @property
-    def inputs(self) -> tuple[Any, ...]:
+    def inputs(self) -> tuple[object, ...]:
         masks = Masks.of(self.shapes.model.config.vocab_size, None, [], None)
         return tuple(self.shapes.like((np.int32(0), masks, np.bool_(False))))
 
@@ -47,11 +45,11 @@ class Zeros(Program):
     result = None
 
     @property
-    def results(self) -> tuple[Any, State]:
+    def results(self) -> tuple[object, State]:
         return None, self.shapes.state
 
     def function(self) -> Function:
-        def zeros(*_: Any) -> tuple[None, State]:
+        def zeros(*_: object) -> tuple[None, State]:
             return None, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.shapes.state)
 
         return zeros
