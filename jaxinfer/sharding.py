@@ -176,8 +176,10 @@ def on_tensor(call: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callab
 def with_sharding(
     abstract: jax.ShapeDtypeStruct, axes: Sequence[str | None], placement: jax.Device | Mesh, multiples: Sequence[int]
 ) -> jax.ShapeDtypeStruct:
-    """A weight with its sharding on a device; or split over a mesh, and padded to what that divides. multiples: how many
-    places of each axis are not to be split."""
+    """A weight with its sharding on a device; or split over a mesh, and padded to what that divides.
+
+    multiples: how many places of each axis are not to be split.
+    """
     if not isinstance(placement, Mesh):
         return jax.ShapeDtypeStruct(abstract.shape, abstract.dtype, sharding=SingleDeviceSharding(placement))
     shape = padded(abstract.shape, axes, placement, multiples)
