@@ -101,9 +101,9 @@ def _programs(config: Any, topology: str | None, options: Any) -> tuple[Programs
         return *local_programs(config, options), nullcontext()
     from jaxinfer.plan.compile import refusals
     from jaxinfer.plan.fit import fit, model_of
-    from jaxinfer.plan.places import find_place
+    from jaxinfer.plan.targets import find_target
 
-    target = find_place(topology)
+    target = find_target(topology)
     if not target.compiles:
         raise ValueError(f"topology is {topology!r}: programs of GPUs are compiled where they are; leave it out there")
     held = fit(model_of(config, options.get("dtype", "auto"), target, options.get("quantization")), target, **options)

@@ -107,11 +107,11 @@ def _plan(
     from jaxinfer.models.registry import parse_config
     from jaxinfer.plan.compile import make_plan
     from jaxinfer.plan.figures import context_of, figures
-    from jaxinfer.plan.places import find_place
+    from jaxinfer.plan.targets import find_target
 
     context = context_of(parse_config(config)[1], context, options)  # refused before a minute of compiling
     progress(f"compiling for {topology}, which may take a minute")
-    return figures(make_plan(config, find_place(topology), **options), context)
+    return figures(make_plan(config, find_target(topology), **options), context)
 
 
 def _sweep(

@@ -10,8 +10,8 @@ from jaxinfer.engine.config import EngineConfig
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.figures import decoding
 from jaxinfer.plan.fit import DoesNotFit, Fit, fit
-from jaxinfer.plan.places import GPUS, find_place
 from jaxinfer.plan.slices import GENERATIONS, Slice
+from jaxinfer.plan.targets import GPUS, find_target
 from jaxinfer.sharding import AXES, tensor_sizes
 
 MOST = 64  # devices of a slice
@@ -67,7 +67,7 @@ def sweep(
     max_num_seqs allows."""
     candidates, refused = [], 0
     for name in topologies:
-        target = find_place(name, compiles=False)
+        target = find_target(name, compiles=False)
         for mesh in meshes(model, target):
             try:
                 held = fit(model, target, **options | {"mesh": mesh})

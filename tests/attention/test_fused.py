@@ -13,7 +13,7 @@ from jaxinfer.attention import AttentionSpec, LayerLayout
 from jaxinfer.attention.fused import attend_fused
 from jaxinfer.cache import FullAttentionSpec, FusedPages, InterleavedPages
 from tests.attention.reference import Shape, attend_row, live, ragged
-from tests.attention.test_packed import Place, packed
+from tests.attention.test_packed import FakeDevice, packed
 
 
 def ours(q, k, v, pool, lengths, table, starts, distribution, *, sm_scale, sliding_window):
@@ -100,7 +100,7 @@ def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
         return version
 
     monkeypatch.setattr(fused_module, "version", installed)
-    device = Place("tpu", kind)
+    device = FakeDevice("tpu", kind)
     first = LayerLayout.of(FullAttentionSpec(12, 64), dtype, device).arrays(5, 16)
     assert type(first) is InterleavedPages  # heads are padded
     layout = LayerLayout.of(FullAttentionSpec(8, 64), dtype, device)

@@ -104,7 +104,7 @@ def test_a_row_that_overflows_harms_no_other(decode_only, part):
     check_overflow(run, GPU, decode_only, part)
 
 
-class Place:
+class FakeDevice:
     def __init__(self, platform: str, compute_capability: str | None = None):
         self.platform, self.compute_capability, self.device_kind = platform, compute_capability, "none"
 
@@ -112,18 +112,25 @@ class Place:
 @pytest.mark.parametrize(
     ("attention", "device", "heads", "head_dim", "dtype", "expected"),
     [
-        ("pallas", Place("gpu", "8.0"), 8, 128, "bfloat16", GPU),
-        ("pallas", Place("gpu", "10.0"), 1, 64, "float16", GPU),
-        ("auto", Place("gpu", "9.0"), 8, 128, "bfloat16", XLA),
-        ("xla", Place("gpu", "9.0"), 8, 128, "bfloat16", XLA),
-        ("xla", Place("tpu"), 8, 128, "bfloat16", XLA),
-        ("pallas", Place("gpu", "7.5"), 8, 128, "float16", "capability 8.0 and more, and this is a GPU of 7.5"),
-        ("pallas", Place("gpu", "gfx942"), 8, 128, "float16", "and this is gpu"),
-        ("pallas", Place("cpu"), 8, 128, "float32", "and this is cpu"),
-        ("pallas", Place("gpu", "8.9"), 8, 128, "float32", "bfloat16 and float16, and dtype is float32"),
-        ("pallas", Place("gpu", "8.9"), 8, 80, "bfloat16", "head sizes 16, 32, 64, 128, 256, and the model has 80"),
-        ("pallas", Place("tpu"), 3, 128, "bfloat16", TPU),
-        ("pallas", Place("tpu"), 8, 128, "float16", "for TPUs is for bfloat16 and float32, and dtype is float16"),
+        ("pallas", FakeDevice("gpu", "8.0"), 8, 128, "bfloat16", GPU),
+        ("pallas", FakeDevice("gpu", "10.0"), 1, 64, "float16", GPU),
+        ("auto", FakeDevice("gpu", "9.0"), 8, 128, "bfloat16", XLA),
+        ("xla", FakeDevice("gpu", "9.0"), 8, 128, "bfloat16", XLA),
+        ("xla", FakeDevice("tpu"), 8, 128, "bfloat16", XLA),
+        ("pallas", FakeDevice("gpu", "7.5"), 8, 128, "float16", "capability 8.0 and more, and this is a GPU of 7.5"),
+        ("pallas", FakeDevice("gpu", "gfx942"), 8, 128, "float16", "and this is gpu"),
+        ("pallas", FakeDevice("cpu"), 8, 128, "float32", "and this is cpu"),
+        ("pallas", FakeDevice("gpu", "8.9"), 8, 128, "float32", "bfloat16 and float16, and dtype is float32"),
+        (
+            "pallas",
+            FakeDevice("gpu", "8.9"),
+            8,
+            80,
+            "bfloat16",
+            "head sizes 16, 32, 64, 128, 256, and the model has 80",
+        ),
+        ("pallas", FakeDevice("tpu"), 3, 128, "bfloat16", TPU),
+        ("pallas", FakeDevice("tpu"), 8, 128, "float16", "for TPUs is for bfloat16 and float32, and dtype is float16"),
     ],
 )
 def test_what_is_asked_for_is_taken_or_refused(attention, device, heads, head_dim, dtype, expected):

@@ -78,7 +78,7 @@ def test_nobody_is_there():
     check(ragged(shape, spec, [], []), spec, shape.kv_heads, 1e-5)
 
 
-class Place:
+class FakeDevice:
     def __init__(self, platform: str, device_kind: str = "none"):
         self.platform, self.device_kind = platform, device_kind
 
@@ -102,7 +102,7 @@ class Place:
     ],
 )
 def test_the_layout_suits_the_device(platform, heads, head_dim, dtype, expected):
-    layout = LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, Place(platform))
+    layout = LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, FakeDevice(platform))
     assert (layout.backend is TPU, *layout.kept_heads) == expected
     first = layout.arrays(5, 16)
     nbytes = sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in first)

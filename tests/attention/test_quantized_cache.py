@@ -10,7 +10,7 @@ from jaxinfer.attention import AttentionSpec, LayerLayout, attend
 from jaxinfer.attention.gpu import GPU
 from jaxinfer.cache import FullAttentionSpec, HeadMajorPages, QuantizedPages
 from tests.attention.reference import Shape, live, ragged
-from tests.attention.test_packed import Place
+from tests.attention.test_packed import FakeDevice
 
 run = jax.jit(attend, static_argnums=5)
 DTYPES = {"int8": (np.dtype(np.int8), 127), "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), 448)}
@@ -78,7 +78,7 @@ def test_what_others_left_has_no_influence(name):
     ],
 )
 def test_the_layout(platform, heads, name, expected):
-    layout = LayerLayout.of(FullAttentionSpec(heads, 64), "bfloat16", Place(platform), kv_cache_dtype=name)
+    layout = LayerLayout.of(FullAttentionSpec(heads, 64), "bfloat16", FakeDevice(platform), kv_cache_dtype=name)
     pages, kept, nbytes = expected
     assert (layout.kept_heads[0], layout.dtype, layout.nbytes(1)) == (kept, DTYPES[name][0], nbytes)
     layer = layout.arrays(5, 16)
@@ -97,4 +97,4 @@ def test_the_layout(platform, heads, name, expected):
 def test_what_there_is_no_kernel_for(platform, heads, attention, name, problem, monkeypatch):
     monkeypatch.setattr(type(GPU), "supports", lambda *_: None)
     with pytest.raises(ValueError, match=problem):
-        LayerLayout.of(FullAttentionSpec(heads, 128), "bfloat16", Place(platform), attention, name)
+        LayerLayout.of(FullAttentionSpec(heads, 128), "bfloat16", FakeDevice(platform), attention, name)

@@ -83,19 +83,19 @@ def test_beyond_what_the_model_is_defined_for():
         size(max_model_len=1001)
 
 
-class Place:
+class FakeDevice:
     def __init__(self, platform: str):
         self.platform = platform
 
 
 def test_pages_are_as_large_as_their_table_needs_on_tpu():
-    assert page_size(None, Place("cpu"), 256, 131072) == 16
-    assert page_size(8, Place("gpu"), 256, 131072) == 8
-    assert page_size(None, Place("tpu"), 64, 4096) == 64
-    assert page_size(None, Place("tpu"), 256, 131072) == 512  # 256 rows of 256 pages: 256 KiB
-    assert page_size(256, Place("tpu"), 128, 131072) == 256
+    assert page_size(None, FakeDevice("cpu"), 256, 131072) == 16
+    assert page_size(8, FakeDevice("gpu"), 256, 131072) == 8
+    assert page_size(None, FakeDevice("tpu"), 64, 4096) == 64
+    assert page_size(None, FakeDevice("tpu"), 256, 131072) == 512  # 256 rows of 256 pages: 256 KiB
+    assert page_size(256, FakeDevice("tpu"), 128, 131072) == 256
     with pytest.raises(ValueError, match=r"page_size is 16: on TPU, 256 sequences of up to 131072 tokens need .* 512;"):
-        page_size(16, Place("tpu"), 256, 131072)
+        page_size(16, FakeDevice("tpu"), 256, 131072)
 
 
 class Chip:

@@ -19,7 +19,7 @@ import jaxinfer.attention.fused as fused
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
 from jaxinfer.models.model import AbstractModel
-from jaxinfer.plan.places import find_place
+from jaxinfer.plan.targets import find_target
 from jaxinfer.sharding import make_mesh
 
 LLAMA_8B = {
@@ -42,7 +42,7 @@ def size(tree):
 
 for case in json.loads(sys.argv[1]):
     fused.tokamax_version = tokamax_version if case.get("tokamax") else lambda: None
-    devices = find_place(case["topology"]).devices
+    devices = find_target(case["topology"]).devices
     config = LLAMA_8B | case["config"]
     heads = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
     rows = case["rows"]

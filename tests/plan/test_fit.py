@@ -9,9 +9,9 @@ import pytest
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.plan.compile import make_plan
 from jaxinfer.plan.fit import DoesNotFit, fit, model_of
-from jaxinfer.plan.places import find_place
 from jaxinfer.plan.slices import GIB
 from jaxinfer.plan.sweep import meshes, sweep
+from jaxinfer.plan.targets import find_target
 from jaxinfer.sharding import parse_mesh
 from tests.plan.test_roofline import CONFIG
 
@@ -26,7 +26,7 @@ def deployment_of(name):
 def test_deployments_fit_by_their_shapes(file):
     deployment = read_deployment(file)
     result = fit(
-        model_of(deployment.architecture), find_place(deployment.topology, compiles=False), **deployment.options
+        model_of(deployment.architecture), find_target(deployment.topology, compiles=False), **deployment.options
     )
     assert result.devices == len(result.target.devices)
     assert result.sizes.max_model_len == deployment.options["max_model_len"]
@@ -50,7 +50,7 @@ def test_deployments_compile(file, cut):
     pytest.importorskip("libtpu")
     deployment = read_deployment(file)
     architecture = deployment.architecture | {"num_hidden_layers": 2} if cut else deployment.architecture
-    plan = make_plan(architecture, find_place(deployment.topology), **deployment.options | (CUT if cut else {}))
+    plan = make_plan(architecture, find_target(deployment.topology), **deployment.options | (CUT if cut else {}))
     arguments = max(program.arguments for program in plan.programs)
     print(f"{file.stem}: {plan.total / GIB:.2f} GiB, padding {plan.padding / arguments:.2%}")
     for program in plan.programs:
@@ -63,7 +63,7 @@ def test_remedies():
     """More chips, and shorter sequences: each of them does fit."""
     deployment = deployment_of("llama-3.1-8b_v6e-1")
     model = model_of(deployment.architecture, "float32")
-    hardware = find_place("v6e-1", compiles=False)
+    hardware = find_target("v6e-1", compiles=False)
     options = deployment.options | {"dtype": "float32"}
     with pytest.raises(DoesNotFit, match=r"v6e-1: needs .* of a chip's 31\.25, .*: tensor=2 or dtype bfloat16$"):
         fit(model, hardware, **options)
@@ -82,7 +82,7 @@ def test_remedies():
 
 def test_the_cache_is_as_large_as_it_is_told_to_be():
     deployment = deployment_of("llama-3.1-8b_v6e-1")
-    hardware = find_place("v6e-1", compiles=False)
+    hardware = find_target("v6e-1", compiles=False)
     assert (
         fit(
             model_of(deployment.architecture), hardware, **deployment.options | {"kv_cache_memory": 2 * GIB}
@@ -95,7 +95,7 @@ def test_windows_leave_room():
     """Mistral 7B as it was first: of 32,768 tokens its layers keep 4,096, and a chunk while a prompt is computed."""
     shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     config = {"model_type": "mistral", "vocab_size": 32000, "num_hidden_layers": 32, "max_position_embeddings": 32768}
-    hardware, options = find_place("v6e-1", compiles=False), {"max_num_seqs": 64, "max_model_len": 32768}
+    hardware, options = find_target("v6e-1", compiles=False), {"max_num_seqs": 64, "max_model_len": 32768}
     whole, windowed = (
         fit(model_of(config | shape | {"sliding_window": window}), hardware, **options) for window in (None, 4096)
     )
@@ -111,7 +111,7 @@ def test_windows_leave_room():
 def test_heads_are_kept_no_more_often_than_they_must():
     """Eight key/value heads on sixteen chips: twice."""
     deployment = deployment_of("llama-3.3-70b_v6e-16")
-    result = fit(model_of(deployment.architecture), find_place("v6e-16", compiles=False), **deployment.options)
+    result = fit(model_of(deployment.architecture), find_target("v6e-16", compiles=False), **deployment.options)
     assert result.sizes.bytes == result.sizes.num_pages * result.sizes.page_size * 80 * 2 * 128 * 2
 
 
@@ -135,7 +135,7 @@ def test_a_sweep_ranks_what_fits():
 
 def test_every_mesh_of_a_sweep_uses_all_devices():
     model = model_of(deployment_of("llama-3.1-8b_v5e-8").architecture)
-    specs = list(meshes(model, find_place("v5e-8", compiles=False)))
+    specs = list(meshes(model, find_target("v5e-8", compiles=False)))
     assert "tensor=8" in specs
     for spec in specs:
         sizes = parse_mesh(spec)
@@ -171,7 +171,7 @@ def test_sweeping_from_the_command_line(cli, tmp_path):
 
 def test_a_cache_that_a_chip_has_no_room_for():
     deployment = deployment_of("llama-3.1-8b_v6e-1")
-    hardware = find_place("v6e-1", compiles=False)
+    hardware = find_target("v6e-1", compiles=False)
     for size in (10**13, 20 * GIB):  # 15 GiB of weights on 31.25
         with pytest.raises(DoesNotFit, match=f"kv_cache_memory is {size:,}, and beside weights a chip has "):
             fit(model_of(deployment.architecture), hardware, **deployment.options | {"kv_cache_memory": size})

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from jaxinfer.engine.load import choose_dtype
-from jaxinfer.plan.places import find_place
 from jaxinfer.plan.slices import GENERATIONS, names
+from jaxinfer.plan.targets import find_target
 from tests.plan.test_roofline import CONFIG
 
 SMALL = CONFIG | {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "head_dim": 128}
@@ -30,7 +30,7 @@ def test_names_count_what_google_counts():
 @pytest.mark.parametrize("name", ["v5e-3", "v5e", "v9-8", "v5p-7", "8", "v5e-8-8", "", "h100-9", "h100-0", "t4-"])
 def test_other_names(name):
     with pytest.raises(ValueError, match=r"is not known; there are v4-8, .*v5e-8"):
-        find_place(name)
+        find_target(name)
 
 
 def test_without_the_compiler(cli, model, monkeypatch):
@@ -42,14 +42,14 @@ def test_without_the_compiler(cli, model, monkeypatch):
 @pytest.mark.parametrize("name", ["v5e-1", "v5e-16", "v5p-8", "v4-16", "v6e-8", "tpu7x-4", "v7x-4"])
 def test_devices_that_are_not_there(name):
     pytest.importorskip("libtpu")
-    hardware = find_place(name)
+    hardware = find_target(name)
     assert hardware.devices[0].platform == "tpu"
     assert len(hardware.devices) == {"v5e-1": 1, "v5e-16": 16, "v5p-8": 4, "v4-16": 8}.get(name, 8)
 
 
 @pytest.mark.parametrize(("name", "count"), [("h100", 1), ("h100-4", 4), ("T4-8", 8), ("v6e-4", 4), ("tpu7x-4", 8)])
 def test_devices_for_their_shapes(name, count):
-    hardware = find_place(name, compiles=False)
+    hardware = find_target(name, compiles=False)
     assert (len(hardware.devices), hardware.compiles) == (count, False)
 
 
@@ -178,7 +178,7 @@ def test_a_gpu_without_bfloat16(cli, model):
         (model / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
         assert json.loads(cli("plan", model, "--topology", "t4", "--json").out)["dtype"] == there
         assert json.loads(cli("plan", model, "--topology", "l4", "--json").out)["dtype"] == elsewhere
-        device = find_place("t4").devices[0]
+        device = find_target("t4").devices[0]
         assert choose_dtype("auto", config | {"dtype": dtype}, None, device) == there
     assert "a GPU of 7.5" in cli("plan", model, "--topology", "t4", "--attention", "pallas").error()
     assert "dtype is float32" in cli("plan", model, "--topology", "l4", "--attention", "pallas").error()

@@ -29,7 +29,7 @@ GPUS = {
 }
 
 
-def find_place(name: str, compiles: bool = True) -> Slice:
+def find_target(name: str, compiles: bool = True) -> Slice:
     """The slice `v5e-8`, or 4 GPUs as `h100-4` (`h100` is one). compiles=False: for its shapes alone, as GPUs always
     are. Raises ValueError that lists what there is, or says how to install the TPU compiler."""
     gpu = re.fullmatch(r"(\w+?)(?:-(\d))?", name.strip().lower())
