@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from jaxinfer.distributed.group import Group
 from jaxinfer.distributed.relay import Relay
-from jaxinfer.distributed.rendezvous import Cluster, Kind, find_cluster, join, on_tpu_pod
+from jaxinfer.distributed.rendezvous import Kind, Place, find_place, join, on_tpu_pod
 
 __all__ = ["Group", "Kind", "blamed", "group", "initialize", "on_tpu_pod", "reported"]
 
@@ -26,7 +26,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 _group: Group | None = None
-_cluster: Cluster | None = None
+_cluster: Place | None = None
 
 
 def group() -> Group | None:
@@ -58,7 +58,7 @@ def initialize(
             raise ValueError(f"{name} is {value!r}: it must be seconds, above 0")
     if _cluster is not None and (coordinator, num_processes, process_id) == (None, None, None):
         return
-    cluster = find_cluster(coordinator, num_processes, process_id, timeout)
+    cluster = find_place(coordinator, num_processes, process_id, timeout)
     if cluster is None or cluster == _cluster:
         return
     if _cluster is not None:
@@ -101,7 +101,7 @@ def reported(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     return run
 
 
-def _start_jax(cluster: Cluster, port: int, timeout: float, heartbeat_timeout: float) -> None:
+def _start_jax(cluster: Place, port: int, timeout: float, heartbeat_timeout: float) -> None:
     import jax
 
     options: dict[str, Any] = {

@@ -39,7 +39,7 @@ class Kind(IntEnum):
     HELLO, JOIN, READY, REFUSED, PING, VALUE, VALUES, COMMAND, FAILED, END = range(1, 11)
 
 
-class Cluster(NamedTuple):
+class Place(NamedTuple):
     """The processes that belong together, and which one this is.
 
     host, port: where process 0 is reached.
@@ -67,9 +67,9 @@ class Cluster(NamedTuple):
             return False
 
 
-def find_cluster(
+def find_place(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: float
-) -> Cluster | None:
+) -> Place | None:
     """What is given, and for the rest what JAX finds: on TPU pods, Slurm, Open MPI. None: one process alone.
 
     Raises ValueError.
@@ -95,7 +95,7 @@ def find_cluster(
     size, rank = _integer("num_processes", num_processes, 1, 2**16), _integer("process_id", process_id, 0, 2**16)
     if rank >= size:
         raise ValueError(f"process_id is {rank}: with num_processes {size} it must be from 0 to {size - 1}")
-    return Cluster(host, int(port), size, rank, devices) if size > 1 else None
+    return Place(host, int(port), size, rank, devices) if size > 1 else None
 
 
 def on_tpu_pod() -> bool:
@@ -124,7 +124,7 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     return value
 
 
-def join(cluster: Cluster, timeout: float) -> tuple[dict[int, Link], int]:
+def join(cluster: Place, timeout: float) -> tuple[dict[int, Link], int]:
     """Links to the other processes (those of process 0 to all, the others' to it), and the port of JAX's coordinator.
 
     Raises TimeoutError if they are not all there after `timeout` seconds, and ValueError, in each of them, if they
@@ -136,7 +136,7 @@ def join(cluster: Cluster, timeout: float) -> tuple[dict[int, Link], int]:
     return {0: link}, port
 
 
-def _welcome_all(cluster: Cluster, timeout: float) -> tuple[dict[int, Link], int]:
+def _welcome_all(cluster: Place, timeout: float) -> tuple[dict[int, Link], int]:
     deadline = time.monotonic() + timeout
     links: dict[int, Link] = {}
     proofs: dict[int, str] = {}
@@ -241,7 +241,7 @@ class _Callers:
         log.warning("a connection that was no process of this program was closed: %s", why)
 
 
-def _welcome(caller: _Caller, message: dict[str, Any], cluster: Cluster, links: dict[int, Link]) -> tuple[int, str]:
+def _welcome(caller: _Caller, message: dict[str, Any], cluster: Place, links: dict[int, Link]) -> tuple[int, str]:
     """Which process that is, and how it will know that process 0 has the same secret."""
     link = caller.link
     try:
@@ -275,7 +275,7 @@ def _refuse(link: Link, why: str) -> None:
     link.close()
 
 
-def _join(cluster: Cluster, timeout: float) -> tuple[Link, int]:
+def _join(cluster: Place, timeout: float) -> tuple[Link, int]:
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -315,11 +315,11 @@ def _join(cluster: Cluster, timeout: float) -> tuple[Link, int]:
         raise
 
 
-def _impostor(cluster: Cluster) -> ValueError:
+def _impostor(cluster: Place) -> ValueError:
     return ValueError(f"coordinator {cluster.coordinator}: what answers there is not process 0")
 
 
-def _reach(cluster: Cluster) -> tuple[Link, str]:
+def _reach(cluster: Place) -> tuple[Link, str]:
     """A link to process 0, and the nonce that it gives."""
     deadline = time.monotonic() + HANDSHAKE
     connection = socket.create_connection((cluster.host, cluster.port), timeout=HANDSHAKE)
@@ -353,7 +353,7 @@ def _line(value: object) -> str:
     return " ".join(str(value).split())[:300]
 
 
-def _facts(cluster: Cluster) -> dict[str, Any]:
+def _facts(cluster: Place) -> dict[str, Any]:
     """What has to be the same in all processes."""
     versions = {"jaxinfer": __version__, "jax": version("jax"), "jaxlib": version("jaxlib")}
     return {"num_processes": cluster.size, **{f"the version of {name}": value for name, value in versions.items()}}
@@ -364,7 +364,7 @@ def _proof(what: str, *nonces: str) -> str:
     return hmac.new(os.environ.get(SECRET, "").encode(), "/".join((what, *nonces)).encode(), hashlib.sha256).hexdigest()
 
 
-def _listen(cluster: Cluster) -> socket.socket:
+def _listen(cluster: Place) -> socket.socket:
     try:
         if cluster.local:
             family = socket.AF_INET6 if ":" in cluster.host else socket.AF_INET

@@ -5,10 +5,10 @@ import sys
 import time
 
 from jaxinfer.distributed.group import Group
-from jaxinfer.distributed.rendezvous import Cluster, Kind, join
+from jaxinfer.distributed.rendezvous import Kind, Place, join
 
 port, size, rank = map(int, sys.argv[1:4])
-links, _ = join(Cluster("127.0.0.1", port, size, rank), 60.0)
+links, _ = join(Place("127.0.0.1", port, size, rank), 60.0)
 group = Group(rank, size, links, float(sys.argv[4]))
 atexit.register(group.end)
 print("joined", flush=True)

@@ -12,7 +12,7 @@ import pytest
 
 from jaxinfer.distributed import rendezvous
 from jaxinfer.distributed.links import Link
-from jaxinfer.distributed.rendezvous import Cluster, find_cluster, join, on_tpu_pod
+from jaxinfer.distributed.rendezvous import Place, find_place, join, on_tpu_pod
 
 NESTED = b"\x02\x00\x00\xc3\x50" + b"[" * 50_000  # as JSON
 
@@ -27,7 +27,7 @@ def free_port():
 
 def places(size, host="127.0.0.1"):
     port = free_port()
-    return [Cluster(host, port, size, rank) for rank in range(size)]
+    return [Place(host, port, size, rank) for rank in range(size)]
 
 
 @contextlib.contextmanager
@@ -225,7 +225,7 @@ def test_a_follower_keeps_its_own_time(monkeypatch):
     monkeypatch.setattr(rendezvous, "HANDSHAKE", 0.5)
     for message in (b"", b'\x01\x00\x00\x00\x0d{"nonce":"a"}'):  # no hello, and no welcome
         with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
-            follower = pool.submit(join, Cluster("127.0.0.1", server.getsockname()[1], 2, 1), 0.5)
+            follower = pool.submit(join, Place("127.0.0.1", server.getsockname()[1], 2, 1), 0.5)
             connection, _ = server.accept()
             began = time.monotonic()
             with connection:
@@ -242,7 +242,7 @@ def test_a_follower_keeps_its_own_time(monkeypatch):
 def test_a_welcome_without_a_proof():
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
         port = server.getsockname()[1]
-        follower = pool.submit(join, Cluster("127.0.0.1", port, 2, 1), 10.0)
+        follower = pool.submit(join, Place("127.0.0.1", port, 2, 1), 10.0)
         connection, _ = server.accept()
         with connection:
             connection.sendall(b'\x01\x00\x00\x00\x0d{"nonce":"a"}\x03\x00\x00\x00\x0a{"port":7}')
@@ -297,7 +297,7 @@ def test_process_0_has_to_know_the_secret(monkeypatch):
 def test_something_else_answers():
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
         port = server.getsockname()[1]
-        follower = pool.submit(join, Cluster("127.0.0.1", port, 2, 1), 10.0)
+        follower = pool.submit(join, Place("127.0.0.1", port, 2, 1), 10.0)
         connection, _ = server.accept()
         connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
         with pytest.raises(ValueError, match=rf"^coordinator 127.0.0.1:{port}: what answers there is not process 0"):
@@ -320,13 +320,13 @@ def test_something_else_answers():
 )
 def test_places_that_can_not_be(arguments, message):
     with pytest.raises(ValueError, match=message):
-        find_cluster(*arguments, timeout=1.0)
+        find_place(*arguments, timeout=1.0)
 
 
 def test_places():
-    assert find_cluster("[::1]:80", 2, 1, 1.0) == Cluster("::1", 80, 2, 1)
-    assert find_cluster("a-host:80", 1, 0, 1.0) is None
-    assert find_cluster(None, None, None, 1.0) is None
+    assert find_place("[::1]:80", 2, 1, 1.0) == Place("::1", 80, 2, 1)
+    assert find_place("a-host:80", 1, 0, 1.0) is None
+    assert find_place(None, None, None, 1.0) is None
 
 
 def test_slurm_is_found_as_jax_finds_it(monkeypatch):
@@ -338,7 +338,7 @@ def test_slurm_is_found_as_jax_finds_it(monkeypatch):
         "SLURM_LOCALID": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    assert find_cluster(None, None, None, 1.0) == Cluster("node001", 61447, 2, 1, [0])
+    assert find_place(None, None, None, 1.0) == Place("node001", 61447, 2, 1, [0])
 
 
 def test_tpu_pods(monkeypatch):
