@@ -163,11 +163,10 @@ class BatchBuilder:
 
     def _tables_of(self, shard: int, requests: Sequence[Request], slot: np.ndarray) -> tuple[Table | None, ...]:
         paged = [table for table in self._tables if table is not None]
-        for request in requests:
-            own = self.slot(request)
-            for table, held in zip(paged, request.pages, strict=True):
-                table.fill(own, held)
-        slots = slot + shard * (self._max_rows + 1)
+        offset = shard * (self._max_rows + 1)
+        for group, table in enumerate(paged):
+            table.fill(requests, group, offset)
+        slots = slot + offset
         return tuple(None if table is None else table.of(slots) for table in self._tables)
 
     def _sampling(self, shard: int, requests: Sequence[Request], size: int) -> SamplingArrays:
@@ -185,19 +184,25 @@ class _SlotTable:
     def __init__(self, slots: int, width: int, windowed: bool):
         self._pages = np.zeros((slots, width), np.int32)
         self._first = np.zeros(slots, np.int32)
-        self._filled: list[tuple[Held | None, int]] = [(None, 0)] * slots  # whose pages a row has, and how many
+        self._filled: list[tuple[Held | None, int, int]] = [
+            (None, 0, 0)
+        ] * slots  # whose pages, how many, from which on
         self._windowed = windowed
 
-    def fill(self, slot: int, held: Held) -> None:
-        """Brings a sequence's row up to date."""
-        before, filled = self._filled[slot]
-        row, count = self._pages[slot], min(len(held.pages), self._pages.shape[1])
-        # Of another request, of the same one before a preemption, or with pages that have fallen out of the window.
-        if before is not held or self._first[slot] != held.first:
-            row[:], filled = 0, 0
-        if filled < count:
-            row[filled:count] = held.pages[filled:count]
-        self._filled[slot], self._first[slot] = (held, count), held.first
+    def fill(self, requests: Sequence[Request], group: int, offset: int) -> None:
+        """Brings slots up to date with their sequences' pages of this group. offset: of the shard's slots."""
+        for request in requests:
+            held, slot = request.pages[group], offset + request.slot
+            before, filled, first = self._filled[slot]
+            count = len(held.pages)
+            # Of another request, of the same one before a preemption, or with pages that have fallen out of the window.
+            if before is not held or first != held.first:
+                self._pages[slot], self._first[slot], filled = 0, held.first, 0
+            elif filled == count:
+                continue
+            width = min(count, self._pages.shape[1])
+            self._pages[slot, filled:width] = held.pages[filled:width]
+            self._filled[slot] = held, count, held.first
 
     def of(self, slots: np.ndarray) -> Table:
         return Table(self._pages[slots], self._first[slots] if self._windowed else None)

@@ -87,7 +87,7 @@ class KVCacheManager:
     def reserve(self, rows: Iterable[tuple[Request, int]]) -> bool:
         """Lets go of what fell out of windows, and extends pages to hold so many tokens of each; False, and nothing
         taken, if too few are free."""
-        rows = list(rows)
+        rows = [(request, tokens) for request, tokens in rows if tokens > request.capacity]
         for group in self._windowed:
             for request, _ in rows:
                 held, first = request.pages[group], self.groups[group].first_page(request.computed, self.page_size)
@@ -99,7 +99,10 @@ class KVCacheManager:
 
     def publish(self, request: Request, computed: int) -> None:
         """Lets others find the full pages among the first `computed` tokens, as far as they are still held."""
-        self._extend_keys(request)
+        if not self.prefix_caching:
+            return
+        if len(request.tokens) // self.page_size > len(request.keys):
+            self._extend_keys(request)
         for page in range(request.published, min(computed // self.page_size, len(request.keys))):
             for i, (pool, held) in enumerate(zip(self._pools, request.pages, strict=True)):
                 if 0 <= page - held.first < len(held.pages):
@@ -110,7 +113,7 @@ class KVCacheManager:
         """Gives a request's pages back."""
         for pool, held in zip(self._pools, request.pages, strict=True):
             pool.release(held.pages)
-        request.pages = []
+        request.pages, request.capacity = [], 0
 
     def _grow(self, rows: Sequence[tuple[Request, int]], spare: int = 0) -> bool:
         missing: list[tuple[PageAllocator, Held, int]] = []
@@ -126,6 +129,9 @@ class KVCacheManager:
                 return False
         for pool, held, count in missing:
             held.pages += pool.take(count)
+        if not self._windowed:  # pages that fall out of windows are given back at each call
+            for request, _ in rows:
+                request.capacity = len(request.pages[0].pages) * self.page_size if request.pages else 0
         return True
 
     def _match(self, request: Request) -> int:
@@ -156,8 +162,6 @@ class KVCacheManager:
 
     def _extend_keys(self, request: Request) -> None:
         """Brings the keys of a request up to date: one for each full page of its tokens, which may only have grown."""
-        if not self.prefix_caching:
-            return
         keys, tokens, size = request.keys, request.tokens, self.page_size
         salt = request.cache_salt.encode(errors="surrogatepass")
         start = self._digest(salt) if salt else b""

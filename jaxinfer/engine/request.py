@@ -11,7 +11,7 @@ from jaxinfer.sampling.params import SamplingParams
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Held:
     """A sequence's pages in one group.
 
@@ -24,7 +24,7 @@ class Held:
     first: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """The state of one sequence, in integers: nothing here knows of a device. Calls are scheduled before the tokens of
     the call before have arrived.
@@ -49,6 +49,7 @@ class Request:
     prepared: its slot has been made ready for its penalties and masks.
     forbidden: what is excluded in its slot.
     pages: of each group that has pages, while it runs.
+    capacity: tokens that they have room for without asking; 0 where that is not so simple.
     keys: of its full pages.
     published: how many of its pages others can find.
     hits: tokens that the prefix cache had.
@@ -76,6 +77,7 @@ class Request:
     prepared: bool = False
     forbidden: frozenset[int] = frozenset()
     pages: list[Held] = field(default_factory=list)
+    capacity: int = 0
     keys: list[bytes] = field(default_factory=list)
     published: int = 0
     hits: int = 0

@@ -98,7 +98,7 @@ class Scheduler:
         for request in list(self.running):
             if request.slot < 0 or (request.decoding and not request.room):
                 continue
-            if not self._reserve(request, request.length, may_preempt):
+            if request.length > request.capacity and not self._reserve(request, request.length, may_preempt):
                 schedule.out_of_pages |= not may_preempt
             elif request.decoding:
                 schedule.decode.append(request)
@@ -151,7 +151,7 @@ class Scheduler:
         self.running, self._waiting = [], []
         self._free_slots = list(range(self.max_rows - 1, -1, -1))
         for request in requests:
-            request.pages = []
+            request.pages, request.capacity = [], 0
             request.slot = -1
             self.queue(request)
 

@@ -90,7 +90,7 @@ class DataParallelScheduler:
         for shard in self.shards:
             shard.restart([])
         for request in requests:
-            request.pages = []
+            request.pages, request.capacity = [], 0
             request.slot = -1
             self._queue(request)
 
