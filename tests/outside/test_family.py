@@ -92,8 +92,7 @@ def test_a_dtype_that_its_cache_can_not_have(folders):
         LLM(folders["state"], kv_cache_dtype="int8", **OPTIONS)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "scheme"), [("pages", "int8"), ("state", "int4")])
 def test_quantized(folders, name, scheme):
     with LLM(folders[name], quantization=scheme, **OPTIONS) as llm:
         spec = llm.model.params["layers.0.experts.up"]
@@ -102,8 +101,16 @@ def test_quantized(folders, name, scheme):
         check(llm, PROMPTS[:3])
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "data=2", pytest.param("fsdp=2,tensor=2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("scheme", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("mesh", "scheme"),
+    [
+        ("tensor=2", None),
+        pytest.param("data=2", None, marks=pytest.mark.slow),
+        pytest.param("fsdp=2,tensor=2", "int8", marks=pytest.mark.slow),
+        pytest.param("fsdp=2,tensor=2", None, marks=pytest.mark.long),
+        pytest.param("tensor=2", "int8", marks=pytest.mark.long),
+    ],
+)
 def test_on_a_mesh(folders, mesh, scheme):
     with LLM(folders["state"], mesh=mesh, quantization=scheme, **OPTIONS) as llm:
         up = llm.engine.runner.params["layers.0.experts.up"]
@@ -135,7 +142,7 @@ def test_to_orbax_and_to_hf_and_back(folders, tmp_path, scheme):
         assert written["layers.0.experts.1.up.weight_packed"].shape == (INNER, WIDTH // 4)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_calibrated(folders, tmp_path, method):
     """Two kinds of layers, and experts: of which nobody says what goes in, so they are rounded to the nearest."""
     texts = ["".join(map(chr, RNG.integers(40, 90, 60))) for _ in range(4)]
