@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, on by default: the second start compiles nothing."""
+"""Where compiled programs are kept for the next start: in a folder of ours (`engine/executables.py`), or by JAX."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 VARIABLE = "JAXINFER_CACHE_DIR"
 
 
-def enable_compile_cache() -> None:
-    """Points JAX at the cache: $JAXINFER_CACHE_DIR ("off" for none), else where JAX is already told to keep it, else
-    the user's cache folder. What can be written at a URL (gs://...) JAX finds out when it writes.
+def cache_folder() -> str | None:
+    """A folder or a URL: $JAXINFER_CACHE_DIR, None for "off"; else where JAX is already told to keep it; else in the
+    user's cache folder. What can be written at a URL (gs://...) JAX finds out when it writes.
 
     Raises ValueError if the folder can't be written, or if JAX knows no such URLs.
     """
@@ -22,12 +22,29 @@ def enable_compile_cache() -> None:
 
     named = os.environ.get(VARIABLE) or jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if named == "off":
-        return
+        return None
     if named and "://" in named:
-        kept = _known_url(named)
-    else:
-        kept = _local_folder(named or os.path.join(platformdirs.user_cache_dir("jaxinfer"), "programs"))
-    jax.config.update("jax_compilation_cache_dir", kept)
+        return _known_url(named)
+    return _local_folder(named or os.path.join(platformdirs.user_cache_dir("jaxinfer"), "programs"))
+
+
+def executables_folder() -> Path | None:
+    """Where our own are kept; None where that is off, or JAX keeps them: at a URL, or because somebody told JAX to."""
+    import jax
+
+    folder = cache_folder()
+    alone = jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]
+    return Path(folder) if folder is not None and "://" not in folder and alone else None
+
+
+def enable_compile_cache() -> None:
+    """Has JAX keep them. Raises ValueError: see `cache_folder`."""
+    import jax
+
+    folder = cache_folder()
+    if folder is None:
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
     # JAX skips programs that compile in under a second; a small model's all do, and a start has many of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -15,9 +15,9 @@ import psutil
 
 from jaxinfer.attention import LayerLayout, reasons
 from jaxinfer.cache import FullAttentionSpec
-from jaxinfer.compile_cache import enable_compile_cache
-from jaxinfer.engine.compiled import cpu_features
+from jaxinfer.compile_cache import cache_folder
 from jaxinfer.engine.load import local_programs
+from jaxinfer.engine.serialized import cpu_features
 from jaxinfer.kernels.cpu import LEVELS, kernels
 from jaxinfer.sharding import local_devices
 
@@ -106,11 +106,10 @@ def _cores() -> int:
 
 def _cache() -> str:
     try:
-        enable_compile_cache()
+        folder = cache_folder()
     except ValueError as error:
         return str(error)
-    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if folder is None:
         return "off"
-    sizes = [file.stat().st_size for file in Path(folder).glob("*") if file.is_file()]
+    sizes = [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
     return f"{folder}: {len(sizes)} files, {sum(sizes) / 2**20:.0f} MiB"

@@ -8,12 +8,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 NAME = "jaxinfer-compile"
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+P = ParamSpec("P")
 
 
 @contextlib.contextmanager
@@ -46,6 +47,11 @@ def in_background(
         with contextlib.suppress(IndexError):
             while True:
                 waiting.popleft()[1].cancel()
+
+
+def afterwards(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    """Calls it in a thread of its own that nobody waits for, but the program's end does."""
+    threading.Thread(target=call, name=f"{NAME}-afterwards", args=args, kwargs=kwargs).start()
 
 
 def running() -> bool:

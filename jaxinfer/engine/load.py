@@ -24,13 +24,14 @@ from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
 from jaxinfer.checkpoint.settle import as_stored
-from jaxinfer.compile_cache import enable_compile_cache
+from jaxinfer.compile_cache import enable_compile_cache, executables_folder
 from jaxinfer.distributed import reported
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.compiled import Folder, open_folder
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.defaults import checkpoint_params
 from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.executables import open_executables
 from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.leader import Leader
@@ -109,7 +110,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     settings, options = check_options(options), dict(in_our_words(options))
     say = settings["on_progress"] or (lambda _: None)
     folder = resolve(model, settings["revision"], settings["token"])
-    enable_compile_cache()
+    cache = executables_folder()
     group = distributed.group()
     if group is not None and group.taken:
         raise ValueError("there was an LLM in this program already: on several hosts it can have one")
@@ -161,7 +162,10 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             sizes.max_model_len,
             shape.max_context,
         )
-    runner = Runner(programs, params, say, compiled)
+    kept = open_executables(cache, programs) if cache is not None and group is None and compiled is None else None
+    if kept is None:
+        enable_compile_cache()
+    runner = Runner(programs, params, say, compiled, kept)
     if group is not None:
         if not group.leads:
             follow(group, runner)

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from jaxinfer.distributed import blamed
-from jaxinfer.engine.background import in_background
+from jaxinfer.engine.background import afterwards, in_background
 from jaxinfer.engine.batch_builder import BatchBuilder, Call, ScoredSpan
 from jaxinfer.engine.compiled import Folder
+from jaxinfer.engine.executables import ExecutableCache
 from jaxinfer.engine.leader import Leader
 from jaxinfer.engine.programs import Decode, Key, Prepare, Programs, Sample, Sampled, Score, State, Zeros
 from jaxinfer.engine.request import Request
@@ -83,6 +84,7 @@ class Runner:
         params: Params,
         on_compile: Callable[[str], None] | None = None,
         compiled: Folder | None = None,
+        kept: ExecutableCache | None = None,
     ):
         self.programs = programs
         self.model, self.buckets = programs.model, programs.buckets
@@ -92,6 +94,7 @@ class Runner:
         self.compile_seconds = 0.0
         self.compilations = 0
         self._compiled = compiled
+        self._kept = kept
         self._executables: dict[Key, jax.stages.Compiled] = {}
         self._coming: dict[Key, Future[None]] = {}  # those that threads have begun to compile
         self._abandoned: Future[None] = Future()
@@ -200,10 +203,15 @@ class Runner:
             self.on_compile(what)
 
     def _compile(self, key: Key) -> None:
-        executable = None if self._compiled is None else self._compiled.fetch(self.programs, key)
+        executable = None
+        for earlier in (self._compiled, self._kept):
+            if executable is None and earlier is not None:
+                executable = earlier.fetch(self.programs, key)
         if executable is None:
             executable = self.programs[key].lower().compile()
             self.compilations += 1
+            if self._kept is not None:
+                afterwards(self._kept.store, self.programs, key, executable)
         self._executables[key] = executable
         _trim_memory()  # the compiler leaves a hundred megabytes behind each time
 

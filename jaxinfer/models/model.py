@@ -36,6 +36,7 @@ class AbstractModel:
     dtype: of activations, of the cache and of vectors.
     weight_dtype: of weights that are not quantized.
     quantization: as it was asked for.
+    built_in: its module is this package's own.
     params: a record of each weight, by name; NAME is the array that has its values, NAME_scale its scales.
     """
 
@@ -44,6 +45,7 @@ class AbstractModel:
     dtype: np.dtype[Any]
     weight_dtype: np.dtype[Any]
     quantization: Quantization | None
+    built_in: bool
     params: Mapping[str, ParamSpec]
     _graph: nnx.GraphDef[Any]
     _state: tuple[tuple[tuple[Any, ...], Any], ...]
@@ -72,7 +74,8 @@ class AbstractModel:
         specs = [_spec(path, variable, weights, weight_dtype) for path, variable in flat]
         specs = quantized(specs, quantization, stored, str(weight_dtype) if converted is None else "")
         params = {spec.name: spec for spec in specs}
-        return cls(config, weights, jnp.dtype(dtype), weight_dtype, quantization, params, graph, flat)
+        built_in = architecture.build.__module__.partition(".")[0] == __name__.partition(".")[0]
+        return cls(config, weights, jnp.dtype(dtype), weight_dtype, quantization, built_in, params, graph, flat)
 
     @cached_property
     def arrays(self) -> dict[str, tuple[ParamSpec, str]]:

@@ -16,17 +16,9 @@ from fsspec.implementations.local import LocalFileSystem
 from jaxinfer.checkpoint.output import renamed, unused
 from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
-from jaxinfer.engine.compiled import (
-    MANIFEST,
-    Manifest,
-    describe_model,
-    environment,
-    file_of,
-    name_of,
-    serialize,
-    signature,
-)
+from jaxinfer.engine.compiled import MANIFEST, Manifest, file_of, name_of
 from jaxinfer.engine.programs import Key, Programs
+from jaxinfer.engine.serialized import describe_model, environment, serialize, signature
 from jaxinfer.engine.sizing import Sizes
 from jaxinfer.places import check_new, locate, reached
 from jaxinfer.sharding import describe
