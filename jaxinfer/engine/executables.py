@@ -70,7 +70,11 @@ class ExecutableCache:
         if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
             return  # what comes out of JAX's cache can't be written again on CPU, and nothing says so
         path = self._path(programs, key)
-        content = serialize(programs, key, executable)
+        try:
+            content = serialize(programs, key, executable)
+        except Exception as error:  # of a runtime that does not write programs
+            log.info("%s: the program is not kept for the next start: %s", path, error)
+            return
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
             # Of two that write the same program one stays, whole.
