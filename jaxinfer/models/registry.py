@@ -97,10 +97,16 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
             f"config.json: architectures is {named!r:.100}: supported with model_type {model_type} are "
             f"{', '.join(known)}"
         )
-    source = known[name].source
-    arch = importlib.import_module(source).ARCHITECTURE if isinstance(source, str) else source
-    assert isinstance(arch, Architecture)
-    return arch
+    source: object = known[name].source
+    if isinstance(source, str):
+        try:
+            module = importlib.import_module(source)
+        except ImportError as error:
+            raise ValueError(f"{name} was registered with module {source}, which can't be imported: {error}") from None
+        source = getattr(module, "ARCHITECTURE", None)
+    if not isinstance(source, Architecture):
+        raise ValueError(f"{name} was registered with module {known[name].source}, which has no ARCHITECTURE")
+    return source
 
 
 def parse_config(data: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:

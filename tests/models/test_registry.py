@@ -172,3 +172,16 @@ def test_another_class_of_a_known_type(known):
 def test_what_is_no_architecture(known):
     with pytest.raises(TypeError, match="source is a ModuleMeta"):
         register("MineForCausalLM", "mine", DecoderForCausalLM)
+
+
+@pytest.mark.parametrize(
+    ("module", "problem"),
+    [
+        ("json", "json, which has no ARCHITECTURE"),
+        ("no.such.module", "no.such.module, which can't be imported: No mod"),
+    ],
+)
+def test_a_module_that_has_none(known, module, problem):
+    register("MineForCausalLM", "mine", module)
+    config = {"model_type": "mine", "architectures": ["MineForCausalLM"]}
+    assert f"MineForCausalLM was registered with module {problem}" in line(lambda: architecture(config))
