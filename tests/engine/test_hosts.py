@@ -75,7 +75,9 @@ class Hosts:
         results = []
         for line in out.splitlines():
             try:
-                results.append(json.loads(line))
+                result = json.loads(line)
+                if not isinstance(result, int):  # a piece of what Gloo's threads say at once
+                    results.append(result)
             except ValueError:
                 assert not line or "Gloo" in line or "peer ranks" in line
         return process.returncode, results, err
