@@ -184,9 +184,8 @@ class _SlotTable:
     def __init__(self, slots: int, width: int, windowed: bool):
         self._pages = np.zeros((slots, width), np.int32)
         self._first = np.zeros(slots, np.int32)
-        self._filled: list[tuple[Held | None, int, int]] = [
-            (None, 0, 0)
-        ] * slots  # whose pages, how many, from which on
+        # Of each slot: whose pages, how many, from which on.
+        self._filled: list[tuple[Held | None, int, int]] = [(None, 0, 0)] * slots
         self._windowed = windowed
 
     def fill(self, requests: Sequence[Request], group: int, offset: int) -> None:

@@ -47,7 +47,7 @@ class Manifest:
     """What a folder of programs is for.
 
     environment: of `environment()`.
-    model: of `describe_model()`.
+    model: of `describe_config()`.
     options: those of `LLM` that shape the programs, all of them.
     attention: what attends to each cache group.
     sizes: as in Sizes.

@@ -23,7 +23,7 @@ import psutil
 
 from jaxinfer.engine.compiled import file_of, name_of
 from jaxinfer.engine.programs import Key, Programs
-from jaxinfer.engine.serialized import describe_model, deserialize, environment, serialize, signature
+from jaxinfer.engine.serialized import describe_config, deserialize, environment, serialize, signature
 
 log = logging.getLogger("jaxinfer")
 
@@ -121,7 +121,7 @@ def _digest(programs: Programs) -> str:
     model = programs.model
     facts: dict[str, Any] = {
         "environment": environment(programs.devices),
-        "model": describe_model(model),
+        "model": describe_config(model.config),
         "dtypes": [str(model.dtype), str(model.weight_dtype)],
         "quantized": {name: str(scheme) for name, scheme in model.quantized.items()},
         "attention": programs.layout.names,

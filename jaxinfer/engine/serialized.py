@@ -28,7 +28,6 @@ from jaxinfer.attention.fused import tokamax_version
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.kernels.cpu import kernels
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.model import AbstractModel
 
 SETTINGS = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
 # What of a CPU matters to a compiler; the rest of Linux's list changes with the kernel and the hypervisor.
@@ -56,12 +55,8 @@ def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
     return _plain(facts)
 
 
-def describe_model(model: AbstractModel) -> dict[str, Any]:
-    """Everything of a model that a program depends on."""
-    return describe_config(model.config)
-
-
 def describe_config(config: ModelConfig) -> dict[str, Any]:
+    """Everything of a model that a program depends on."""
     return _plain({"class": type(config).__name__, **dataclasses.asdict(config)})
 
 

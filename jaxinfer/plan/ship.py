@@ -18,7 +18,7 @@ from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.compiled import MANIFEST, Manifest, file_of, name_of
 from jaxinfer.engine.programs import Key, Programs
-from jaxinfer.engine.serialized import describe_model, environment, serialize, signature
+from jaxinfer.engine.serialized import describe_config, environment, serialize, signature
 from jaxinfer.engine.sizing import Sizes
 from jaxinfer.places import check_new, locate, reached
 from jaxinfer.sharding import describe
@@ -82,7 +82,7 @@ def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any
         "kv_cache_dtype": programs.kv_cache_dtype,
         "quantization": programs.model.quantization,
     }
-    model, attention = describe_model(programs.model), programs.layout.names
+    model, attention = describe_config(programs.model.config), programs.layout.names
     return Manifest(environment(programs.devices), model, options, attention, asdict(sizes), written)
 
 
