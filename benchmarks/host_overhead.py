@@ -29,7 +29,7 @@ from rich.table import Table
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.programs import Forward, Key, Sampled
-from jaxinfer.sampling.sample import Logprobs
+from jaxinfer.sampling.logprobs import Logprobs
 
 PROMPTS = range(128, 144)  # tokens: sequences fill their pages at different times
 NARROW = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}

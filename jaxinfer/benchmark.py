@@ -23,7 +23,7 @@ from jaxinfer.engine.batch_builder import BatchBuilder
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.load import make_scheduler
-from jaxinfer.engine.programs import Decode, Forward, Key, Sample
+from jaxinfer.engine.programs import Decode, Forward, FullDecode, FullSample, Key, Sample
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.engine.thread import AnyGroup, Submission
@@ -156,11 +156,12 @@ def programs_in_any_order(llm: LLM, work: Sequence[Work]) -> list[Key]:
     runner = llm.engine.runner
     buckets, most = runner.buckets, min(len(work), runner.max_rows)
     tokens = min(sum(len(request.prompt) for request in work), buckets.tokens[-1])
-    largest = {
-        Decode.kind: Buckets.fit(buckets.decode, most),
-        Forward.kind: Buckets.fit(buckets.tokens, tokens),
-        Sample.kind: Buckets.fit(buckets.sample, most),
-    }
+    largest = {Forward.kind: Buckets.fit(buckets.tokens, tokens)}
+    if any(request.params.is_plain for request in work):
+        largest |= {Decode.kind: Buckets.fit(buckets.decode, most), Sample.kind: Buckets.fit(buckets.sample, most)}
+    if not all(request.params.is_plain for request in work):
+        largest[FullDecode.kind] = Buckets.fit(buckets.full_decode, most)
+        largest[FullSample.kind] = Buckets.fit(buckets.sample, most)
     return [(kind, size) for kind, size in runner.programs.keys() if size <= largest.get(kind, 0)]  # noqa: SIM118
 
 

@@ -14,7 +14,8 @@ from jaxinfer.engine.programs import (
     Decode,
     DecodeRows,
     Forward,
-    ForwardRows,
+    FullDecode,
+    FullSample,
     Key,
     Programs,
     Sample,
@@ -69,10 +70,12 @@ class BatchBuilder:
 
     def build(self, schedules: Sequence[SchedulerOutput]) -> Built:
         """What is called for these schedules, one for each shard of rows."""
+        plain = all(request.params.is_plain for schedule in schedules for request in schedule.requests)
         if not any(schedule.chunks for schedule in schedules):
-            rows = Buckets.fit(self._buckets.decode, max(len(s.decode) for s in schedules))
+            decode, sizes = (Decode, self._buckets.decode) if plain else (FullDecode, self._buckets.full_decode)
+            rows = Buckets.fit(sizes, max(len(s.decode) for s in schedules))
             arrays = [self._decode_arrays(shard, s, rows) for shard, s in enumerate(schedules)]
-            return Built([((Decode.kind, rows), (*_joined(arrays), np.int32(max(s.steps for s in schedules))))], {})
+            return Built([((decode.kind, rows), (*_joined(arrays), np.int32(max(s.steps for s in schedules))))], {})
         length = Buckets.fit(self._buckets.tokens, max(sum(s.counts) for s in schedules))
         arrays = [self._forward_arrays(shard, s, length) for shard, s in enumerate(schedules)]
         calls: list[Call] = [((Forward.kind, length), _joined(arrays))]
@@ -83,7 +86,7 @@ class BatchBuilder:
         if not spans or any(any(schedule.samples) for schedule in schedules):  # something is there to be waited for
             size = Buckets.fit(self._buckets.sample, max(len(s.requests) for s in schedules))
             arrays = [self._sample_arrays(shard, s, size) for shard, s in enumerate(schedules)]
-            calls.append(((Sample.kind, size), _joined(arrays)))
+            calls.append((((Sample if plain else FullSample).kind, size), _joined(arrays)))
         return Built(calls, spans)
 
     def slot(self, request: Request) -> int:
@@ -96,7 +99,7 @@ class BatchBuilder:
         tokens, positions, row = (np.zeros(length, np.int32) for _ in range(3))
         cu_q_lens = np.full(size + 1, total, np.int32)
         cu_q_lens[0] = 0
-        kv_lens, prompt_length = np.zeros(size, np.int32), np.zeros(size, np.int32)
+        kv_lens = np.zeros(size, np.int32)
         slot, _ = self._slots(schedule, size)
         end = len(schedule.decode)  # decoding rows find their token in their slot
         positions[:end] = schedule.start[:end]
@@ -111,12 +114,11 @@ class BatchBuilder:
             row[start:end] = i
             cu_q_lens[i + 1] = end
             kv_lens[i] = past + count
-            prompt_length[i] = request.prompt_length if request.params.has_penalties else 0
         row[total:] = size - 1
         rows = np.array([len(schedule.decode), len(requests), len(requests)], np.int32)
         tables = self._tables_of(shard, requests, slot)
-        arrays: tuple[Any, ...] = tokens, positions, row, cu_q_lens, kv_lens, tables, rows
-        return ForwardBatch(*arrays), ForwardRows(slot, prompt_length)
+        arrays: tuple[Any, ...] = tokens, positions, row, cu_q_lens, kv_lens, tables, rows, slot
+        return (ForwardBatch(*arrays),)
 
     def _sample_arrays(self, shard: int, schedule: SchedulerOutput, size: int) -> tuple[Any, ...]:
         """What one shard gives to a sample."""

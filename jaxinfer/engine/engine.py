@@ -20,7 +20,7 @@ from jaxinfer.engine.shards import DataParallelScheduler
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
-from jaxinfer.sampling.slots import Masks
+from jaxinfer.sampling.slots import Masks, TokenCounts
 from jaxinfer.text.base import Tokenizer
 
 STOP_STRING_STEPS = 8  # rows with stop strings are looked at on the host this often: what comes after one is wasted
@@ -291,15 +291,18 @@ class Engine:
         for request in (request for schedule in schedules for request in schedule.requests):
             params = request.params
             excluded = request.exclusions
-            # All that a sequence leaves in its slot is cleared when the next one begins there.
-            begins = (params.has_penalties or params.has_masks) and not request.prepared
+            if params.has_penalties and not request.prepared:
+                counts = TokenCounts.of(self.vocab_size, request.prompt_token_ids, request.output_token_ids)
+                self.runner.prepare(request, counts)
+            begins = params.has_masks and not request.prepared
+            request.prepared = True
             if begins or (excluded is not None and excluded.follows and request.decoding):
                 forbidden = frozenset(excluded.forbidden(request.tokens)) if excluded is not None else frozenset()
                 if begins or forbidden != request.forbidden:
                     not_first = params.begin_suppress_tokens or ()
                     masks = Masks.of(self.vocab_size, params.allowed_token_ids, forbidden, params.logit_bias, not_first)
-                    self.runner.prepare(request, masks, clear=begins)
-                    request.prepared, request.forbidden = True, forbidden
+                    self.runner.prepare(request, masks)
+                    request.forbidden = forbidden
 
     def _take_in(self, call: Call) -> list[SequenceOutput | Scoring]:
         result = call.launched.wait()

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxinfer.engine.request import FinishReason, Request
-from jaxinfer.sampling.sample import NONE_LEFT, Logprobs
+from jaxinfer.sampling.logprobs import Logprobs
+from jaxinfer.sampling.sampler import NONE_LEFT
 from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.detokenize import Detokenizer
 from jaxinfer.text.stop import StopStrings

@@ -77,7 +77,7 @@ class KVCacheManager:
         """Gives a waiting request pages for all of its tokens, or as many as it ever holds at once, those first that
         others have computed; or nothing, if `spare` pages of each group would not be left."""
         request.pages = [Held() for _ in self.groups]  # a new list each time: whoever has a copy of it tells by it
-        matched = self._match(request) if request.reads_prefix and self.prefix_caching else 0
+        matched = self._match(request) if self.prefix_caching else 0
         if not self._grow([(request, request.length)], spare):
             self.release(request)
             return False

@@ -310,7 +310,7 @@ def sized_programs(
     programs = Programs(
         model,
         placement,
-        Buckets.make(max_rows, max_tokens),
+        Buckets.make(max_rows, max_tokens, devices_of(placement)[0].platform),
         num_pages=sizes.num_pages,
         page_size=sizes.page_size,
         max_model_len=sizes.max_model_len,

@@ -93,11 +93,6 @@ class Request:
         return self.limit - self.length
 
     @property
-    def reads_prefix(self) -> bool:
-        """Whether it may begin with pages that another request has computed: not if its tokens are to be counted."""
-        return not self.params.has_penalties
-
-    @property
     def first_logits(self) -> int:
         """The first token whose logits are wanted: at the latest the last one. Those before it need not be computed."""
         return self.length - 1 if self.scored_from is None else self.scored_from - 1
@@ -106,6 +101,10 @@ class Request:
         """Those of the given tokens from `first` to before `end`."""
         tokens = self.tokens[first : min(end, self.prompt_length)]
         return [*tokens, self.target] if self.target is not None and end > self.prompt_length else tokens
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.tokens[: self.prompt_length]
 
     @property
     def output_token_ids(self) -> list[int]:

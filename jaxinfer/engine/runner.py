@@ -20,12 +20,12 @@ from jaxinfer.engine.batch_builder import BatchBuilder, Call, ScoredSpan
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.executables import ExecutableCache
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.programs import Decode, Key, Prepare, Programs, Sample, Sampled, Score, State, Zeros
+from jaxinfer.engine.programs import Key, PrepareCounts, PrepareMasks, Programs, Sampled, Score, State, Zeros
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.models.model import Params
-from jaxinfer.sampling.sample import Logprobs
-from jaxinfer.sampling.slots import Masks
+from jaxinfer.sampling.logprobs import Logprobs
+from jaxinfer.sampling.slots import Masks, TokenCounts
 
 
 @dataclass
@@ -108,13 +108,15 @@ class Runner:
         """Gives a call to the device, one schedule for each shard of rows, and does not wait for it."""
         built = self.batches.build(schedules)
         results = {key[0]: result for (key, _), result in zip(built.calls, self.call(built.calls), strict=True)}
-        sampled = results.get(Sample.kind, results.get(Decode.kind))
+        scored = results.pop(Score.kind, None)
+        sampled = next((result for result in results.values() if isinstance(result, Sampled)), None)
         rows = len(schedules) * max(len(schedule.requests) for schedule in schedules)
-        return PendingStep(sampled, results.get(Score.kind), _want_logprobs(schedules), built.spans, rows)
+        return PendingStep(sampled, scored, _want_logprobs(schedules), built.spans, rows)
 
-    def prepare(self, request: Request, masks: Masks, clear: bool) -> None:
-        """Makes a sequence's slot ready for its penalties and masks; `clear` forgets the tokens of the one before."""
-        self.call([(Prepare.key, (np.int32(self.batches.slot(request)), masks, np.bool_(clear)))])
+    def prepare(self, request: Request, values: Masks | TokenCounts) -> None:
+        """Makes a sequence's slot ready for its masks or its penalties."""
+        program = PrepareMasks if isinstance(values, Masks) else PrepareCounts
+        self.call([(program.key, (np.int32(self.batches.slot(request)), values))])
 
     def call(self, calls: Sequence[Call]) -> list[Any]:
         """Calls programs one after the other, on all hosts: all of them or none. What each of them gives the host."""

@@ -12,8 +12,8 @@ from jaxinfer.engine.outputs import RequestMetrics, ScoreOutput
 from jaxinfer.engine.request import FinishReason, Request
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.sampling.ids import token_ids
+from jaxinfer.sampling.logprobs import Logprobs
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sampling.sample import Logprobs
 from jaxinfer.text.base import Tokenizer
 
 SCORING = SamplingParams(temperature=0.0, prompt_logprobs=0, detokenize=False)

@@ -200,6 +200,14 @@ class SamplingParams:
         never = self.allowed_token_ids or self.bad_words or self.suppress_tokens or self.bad_words_ids
         return bool(self.logit_bias or never or self.begin_suppress_tokens or self.no_repeat_ngram_size)
 
+    @cached_property  # asked for each row at each step
+    def is_plain(self) -> bool:
+        """Whether temperature, top_k, top_p and min_p are all that is asked for: see `Sampler.full`."""
+        later = self.min_tokens or self.min_length or self.exponential_decay_length_penalty
+        forced = self.forced_bos_token_id is not None or self.forced_eos_token_id is not None
+        cut_off = self.typical_p < 1 or self.epsilon_cutoff > 0 or self.eta_cutoff > 0
+        return not (self.has_penalties or self.has_masks or self.logprobs is not None or later or forced or cut_off)
+
     def least(self, prompt_length: int) -> int:
         """How many tokens come before anything may end the output."""
         return max(self.min_tokens, self.min_length - prompt_length)

@@ -6,7 +6,7 @@ A sequence keeps its slot while it runs. The last slot is nobody's: unused rows 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class DecodeState:
 
     token: i32[S], the last one sampled.
     alive: bool[S], whether it goes on.
-    in_prompt: bool[S, V], kept for rows with penalties only.
+    in_prompt: bool[S, V], for rows with penalties only.
     in_output: u16[S, V], how often (see `count`), likewise.
     allowed: u32[S, 2, V/32], a bit a token, first of the token at which `SamplingArrays.begin` is, then of all others;
         for masked rows only.
@@ -102,17 +102,30 @@ class Masks:
         return Masks(words, ids, values)
 
 
-def prepare_slot(slots: DecodeState, slot: jax.Array, masks: Masks, clear: jax.Array) -> DecodeState:
-    """The slots with new masks in one of them; `clear`: for a new sequence, of which no tokens have been seen."""
-    return DecodeState(
-        token=slots.token,
-        alive=slots.alive,
-        in_prompt=slots.in_prompt.at[slot].set(slots.in_prompt[slot] & ~clear),
-        in_output=slots.in_output.at[slot].set(jnp.where(clear, jnp.uint16(0), slots.in_output[slot])),
-        allowed=slots.allowed.at[slot].set(masks.allowed),
-        bias_ids=slots.bias_ids.at[slot].set(masks.bias_ids),
-        bias=slots.bias.at[slot].set(masks.bias),
-    )
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TokenCounts:
+    """What penalties of a sequence begin with: its tokens so far.
+
+    in_prompt, in_output: see DecodeState.
+    """
+
+    in_prompt: np.ndarray
+    in_output: np.ndarray
+
+    @staticmethod
+    def of(vocab: int, prompt: Sequence[int], output: Sequence[int]) -> TokenCounts:
+        """Those of these ids."""
+        in_prompt = np.zeros(vocab, bool)
+        in_prompt[list(prompt)] = True
+        counts = np.bincount(np.array(output, np.int64), minlength=vocab)
+        return TokenCounts(in_prompt, np.minimum(counts, MOST_COPIES).astype(np.uint16))
+
+
+def prepare_slot(slots: DecodeState, slot: jax.Array, values: Masks | TokenCounts) -> DecodeState:
+    """The slots with these in one of them."""
+    arrays = {field.name: getattr(values, field.name) for field in fields(values)}
+    return replace(slots, **{name: getattr(slots, name).at[slot].set(value) for name, value in arrays.items()})
 
 
 def count(in_output: jax.Array, slot: jax.Array, tokens: jax.Array, wanted: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import pytest
 
 from jaxinfer import LLM
 from jaxinfer.engine.background import in_background, running
-from jaxinfer.engine.programs import Prepare
+from jaxinfer.engine.programs import PrepareMasks
 from jaxinfer.engine.runner import Runner
 
 
@@ -75,9 +75,9 @@ def test_an_interrupted_warm_up_is_taken_up_again(monkeypatch):
     assert compiled == begun
     go_on.set()
     assert runner._ready(keys[:1]) == keys[:1]
-    runner.warm_up([*keys, Prepare.key])
-    assert sorted(compiled) == sorted([*keys, Prepare.key])
-    assert set(runner._executables) == {*keys, Prepare.key}
+    runner.warm_up([*keys, PrepareMasks.key])
+    assert sorted(compiled) == sorted([*keys, PrepareMasks.key])
+    assert set(runner._executables) == {*keys, PrepareMasks.key}
 
 
 def test_a_program_that_did_not_compile_is_compiled_again(monkeypatch):
@@ -93,9 +93,9 @@ def test_a_program_that_did_not_compile_is_compiled_again(monkeypatch):
     runner.leader = runner._compiled = runner.on_compile = None
     runner._executables, runner._coming, runner._abandoned, runner.compile_seconds = {}, {}, Future(), 0.0
     with pytest.raises(RuntimeError, match="no room"):
-        runner._ready([Prepare.key])
+        runner._ready([PrepareMasks.key])
     failing.clear()
-    assert runner._ready([Prepare.key]) == [Prepare.key]
+    assert runner._ready([PrepareMasks.key]) == [PrepareMasks.key]
 
 
 def test_closing_waits_for_no_compiler(checkpoints, monkeypatch):

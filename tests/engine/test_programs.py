@@ -29,9 +29,11 @@ def programs(**fields):
 def test_the_table():
     """Forwards by tokens alone, samples by rows alone."""
     keys = programs().keys()
-    assert len(keys) == len(set(keys)) == 20
+    assert len(keys) == len(set(keys)) == 28
     assert [size for kind, size in keys if kind == "forward"] == [64, 128, 256, 512, 1024, 2048]
     assert [size for kind, size in keys if kind == "sample"] == [16, 256]
+    assert [size for kind, size in keys if kind == "full_sample"] == [16, 256]
+    assert [size for kind, size in keys if kind == "full_decode"] == [1, 4, 16, 64, 256]
     assert [size for kind, size in keys if kind == "score"] == [2048]
 
 
@@ -74,4 +76,8 @@ def test_what_is_called(checkpoints, monkeypatch):
         both = calls(llm.generate, SamplingParams(**greedy, prompt_logprobs=0))
         assert both[0] == [("forward", 32), ("score", 32)], "the first chunk of a prompt ends none"
         assert both[1] == [("forward", 32), ("score", 32), ("sample", 4)]
-        assert calls(llm.generate, SamplingParams(**greedy, repetition_penalty=1.1))[0] == [("prepare slot", 1)]
+        *_, chunk, decode = calls(llm.generate, SamplingParams(**greedy, repetition_penalty=1.1))
+        assert called.count([("prepare counts", 1)]) == 2
+        assert (chunk, decode) == ([("forward", 32), ("full_sample", 4)], [("full_decode", 4)])
+        one_of_two = [SamplingParams(**greedy), SamplingParams(**greedy, logprobs=0)]
+        assert calls(llm.generate, one_of_two)[-2:] == [[("forward", 32), ("full_sample", 4)], [("full_decode", 4)]]

@@ -183,14 +183,14 @@ def test_a_beginning_is_computed_once():
     drain(device)
 
 
-def test_who_wants_all_logits_or_counts_computes_everything():
-    for kind in ("scored", "penalized"):
-        device = Device(make(num_pages=50, max_tokens=64))
-        device.add([1] * 20, 4)
-        drain(device)
-        device.add([1] * 20, 4, kind=kind)
-        assert device.launch(1).start == [0]
-        drain(device)
+@pytest.mark.parametrize(("kind", "start"), [("scored", 0), ("penalized", 16)])
+def test_who_wants_all_logits_computes_everything(kind, start):
+    device = Device(make(num_pages=50, max_tokens=64))
+    device.add([1] * 20, 4)
+    drain(device)
+    device.add([1] * 20, 4, kind=kind)
+    assert device.launch(1).start == [start]
+    drain(device)
 
 
 def cached(device: Device, prompt: list[int]) -> int:

@@ -52,7 +52,7 @@ for case in json.loads(sys.argv[1]):
         Buckets.make(rows, 1024), num_pages=1025, page_size=case.get("page_size", 64), max_model_len=4096,
         max_rows=rows, max_steps=32, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
     )
-    for key in (("decode", rows), ("forward", case["tokens"]), ("sample", rows)):
+    for key in (("full_decode", rows), ("forward", case["tokens"]), ("full_sample", rows)):
         asked.clear()
         compiled = programs[key].lower().compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -114,14 +114,14 @@ def test_compiled_for_a_slice(topology, widths, most):
         assert figures["arguments"] == pytest.approx(figures["held"], rel=0.01)
         assert figures["aliased"] >= figures["changed"]
         kind, rows = figures["key"]
-        assert figures["kernels"] == (layers if kind != "sample" else 0)
+        assert figures["kernels"] == (layers if kind != "full_sample" else 0)
         for device, *_, fast_memory in figures["blocks"]:
             assert device == f"TPU {topology[:2]} lite", "the slice's, not this machine's"
             assert fast_memory
-        assert len(figures["blocks"]) == (kind != "sample")
+        assert len(figures["blocks"]) == (kind != "full_sample")
         assert not figures["copied"]
         reductions = sum(count == rows * width for count in elements(figures["all-reduce"]))
-        assert reductions == (2 * layers + 1 if kind != "sample" else 0)
+        assert reductions == (2 * layers + 1 if kind != "full_sample" else 0)
         others = [c for c in elements(figures["all-reduce"] + figures["all-gather"]) if c != rows * width]
         assert max(others, default=0) <= chips * 128 * 20, "more than the likeliest tokens of each device"
         assert figures["temporaries"] < limit * MIB
@@ -145,7 +145,7 @@ def test_fewer_bits(topology, options, weights):
         assert figures["weights"] == pytest.approx(weights * MIB, rel=1e-3)
         assert figures["arguments"] == pytest.approx(figures["held"], rel=0.01)
         assert figures["aliased"] >= figures["changed"]
-        assert figures["kernels"] == (2 if figures["key"][0] != "sample" else 0)
+        assert figures["kernels"] == (2 if figures["key"][0] != "full_sample" else 0)
         assert not figures["copied"]
         assert figures["temporaries"] < 100 * MIB
 
@@ -177,7 +177,7 @@ def test_the_kernel_compiles(topology):
     )
     case = {"topology": topology, "mesh": "data=1", "rows": 16, "tokens": 128}
     for figures in compiled(*(case | {"config": small | model} for model in models)):
-        assert figures["kernels"] == (figures["key"][0] != "sample")
+        assert figures["kernels"] == (figures["key"][0] != "full_sample")
         assert figures["aliased"] >= figures["changed"]
         assert figures["temporaries"] < figures["cache"]
 
@@ -192,7 +192,7 @@ def test_layers_with_windows_share_arrays_with_those_that_see_everything():
     case = {"topology": "v5e-1", "mesh": "data=1", "rows": 16, "tokens": 128}
     for figures in compiled(case | {"config": widths | mixed | windows}):
         assert figures["cache"] == 1025 * 64 * 2 * 8 * 128 * 2, "of one layer"
-        assert figures["kernels"] == (4 if figures["key"][0] != "sample" else 0)
+        assert figures["kernels"] == (4 if figures["key"][0] != "full_sample" else 0)
         assert figures["aliased"] >= figures["changed"]
         assert not figures["copied"]
         assert figures["temporaries"] < figures["cache"] / 4
@@ -206,7 +206,7 @@ def test_the_kernel_of_tokamax_compiles(topology):
     case = {"topology": topology, "mesh": "tensor=8", "rows": 64, "tokens": 1024, "tokamax": True}
     config = {"num_hidden_layers": 2, "vocab_size": 8192}
     for figures, most in zip(compiled(case | {"config": config}), (80, 160, 60), strict=True):
-        kernels = 3 * 2 if figures["key"][0] != "sample" else 0
+        kernels = 3 * 2 if figures["key"][0] != "full_sample" else 0
         assert figures["fused"] == kernels, "of each layer one for decoding rows and two for chunks"
         assert not figures["blocks"], "JAX's kernel"
         assert not figures["scattered"]

@@ -66,7 +66,7 @@ def test_after_the_warm_up_nothing_compiles(llm):
     made = [anything(rng) for _ in range(500)]
     runner = llm.engine.runner
     buckets = runner.buckets
-    table = len(buckets.decode) + len(buckets.tokens) + len(buckets.sample) + 3
+    table = len(buckets.decode) + len(buckets.full_decode) + len(buckets.tokens) + 2 * len(buckets.sample) + 4
     compilations, seconds = runner.compilations, runner.compile_seconds
     assert compilations == table
     jax.jit(lambda x: x * 3 + 1)(np.arange(7.0))

@@ -172,7 +172,7 @@ def test_compiled_for_a_slice(folders):
     config = json.loads((folders["state"] / "config.json").read_text())
     sizes = {"max_model_len": LENGTH, "max_num_seqs": 4, "max_num_batched_tokens": 32}
     plan = make_plan(config, find_target("v5e-4"), quantization="int8", **sizes)
-    assert [program.key[0] for program in plan.programs] == ["decode", "forward", "sample", "score"]
+    assert [program.key[0] for program in plan.programs] == ["full_decode", "forward", "full_sample", "score"]
 
 
 def test_compiled_ahead(folders, tmp_path):

@@ -67,14 +67,14 @@ def test_a_plan(cli, model):
     assert sizes["free"] == sizes["memory"] - sizes["total"] > 0
     assert figures["cache_tokens"] == 8 * 256  # eight sequences of the longest kind
     assert [program["program"].split(",")[0] for program in figures["programs"]] == [
-        "decode",
+        "full_decode",
         "forward",
-        "sample",
+        "full_sample",
         "score",
     ]
     for program in figures["programs"]:
         kinds = {kind: collective["bytes"] for kind, collective in program["collectives"].items()}
-        if program["program"].startswith(("decode", "forward")):  # two reductions a layer, and the embedding's
+        if program["program"].startswith(("full_decode", "forward")):  # two reductions a layer, and the embedding's
             assert program["collectives"]["all-reduce"]["count"] > 5
             assert kinds.pop("all-reduce") > 2**13
         assert all(size < 2**17 for size in kinds.values())  # no whole row of logits

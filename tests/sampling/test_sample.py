@@ -7,8 +7,10 @@ from scipy import stats
 
 from jaxinfer import SamplingParams
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
+from jaxinfer.sampling.filters import cut_off, filter_top
+from jaxinfer.sampling.logprobs import logprobs, token_logprobs
 from jaxinfer.sampling.params import MAX_LOGPROBS
-from jaxinfer.sampling.sample import NONE_LEFT, NOT_FINITE, _filter, logprobs, sample, stops, token_logprobs
+from jaxinfer.sampling.sampler import NONE_LEFT, NOT_FINITE, Sampler, stops
 from jaxinfer.sampling.slots import DecodeState
 from tests.sampling.reference import distribution, kept
 
@@ -26,8 +28,8 @@ SETTINGS = [
     (1.5, 0.02, 0, 0.95),
 ]
 
-jit_sample = jax.jit(sample)
-run_filter = jax.jit(_filter)
+jit_sample = {full: jax.jit(Sampler(full).tokens) for full in (False, True)}
+run_filter = jax.jit(lambda logits, sampling: cut_off(filter_top(logits, sampling), sampling))
 run_logprobs = jax.jit(logprobs)
 
 
@@ -36,10 +38,10 @@ def no_slots(slots: int, vocab: int) -> DecodeState:
     return jax.tree.map(lambda s: np.ones(s.shape, s.dtype), DecodeState.shapes(slots, vocab))
 
 
-def run_sample(logits, sampling, lengths):
+def run_sample(logits, sampling, lengths, full=True):
     rows, vocab = logits.shape
     slots = no_slots(1, vocab)  # one for all: 20,000 of them take too much memory
-    return jit_sample(logits, sampling, lengths, slots, np.zeros(rows, np.int32))
+    return jit_sample[full](logits, sampling, lengths, slots, np.zeros(rows, np.int32))
 
 
 def arrays(rows: int, seeds=None, stop_ids=(), prompt_length=0, **params) -> SamplingArrays:
@@ -134,6 +136,9 @@ def test_a_draw_depends_on_seed_and_position_alone():
     settings = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}, {"top_k": 9}] * 16
     rows = [RowSampling(SamplingParams(**s), 100 + i, (), 0) for i, s in enumerate(settings)]
     together = np.asarray(run_sample(logits, SamplingArrays.of_rows(rows, 64), lengths))
+    assert all(row.params.is_plain for row in rows)
+    plain = np.asarray(run_sample(logits, SamplingArrays.of_rows(rows, 64), lengths, full=False))
+    np.testing.assert_array_equal(plain, together)
     order = np.random.default_rng(0).permutation(64)
     shuffled = np.asarray(
         run_sample(logits[order], SamplingArrays.of_rows([rows[i] for i in order], 64), lengths[order])
@@ -152,6 +157,36 @@ def test_a_draw_depends_on_seed_and_position_alone():
     for changed in (elsewhere, other):
         np.testing.assert_array_equal(changed[greedy], together[greedy])
         assert (changed != together)[~greedy].mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"repetition_penalty": 1.1},
+        {"logit_bias": {3: 1.0}},
+        {"allowed_token_ids": [3]},
+        {"bad_words_ids": [[3, 4]]},
+        {"suppress_tokens": [3]},
+        {"begin_suppress_tokens": [3]},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words": ["x"]},
+        {"min_tokens": 1},
+        {"min_length": 1},
+        {"forced_bos_token_id": 0},
+        {"forced_eos_token_id": 0},
+        {"exponential_decay_length_penalty": (1, 1.1)},
+        {"typical_p": 0.9},
+        {"epsilon_cutoff": 0.1},
+        {"eta_cutoff": 0.1},
+        {"logprobs": 0},
+    ],
+    ids=str,
+)
+def test_what_a_plain_sampler_would_leave_out(setting):
+    assert not SamplingParams(**setting).is_plain
+    assert SamplingParams(top_p=0.5, top_k=3, min_p=0.1, temperature=0.3, seed=4, stop_token_ids=[1]).is_plain
 
 
 def test_rows_beyond_the_given_ones_are_greedy_and_stop_nowhere():

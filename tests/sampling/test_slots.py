@@ -10,8 +10,9 @@ from jaxinfer import SamplingParams
 from jaxinfer.engine.bad_words import BadWords
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.params import MOST_COPIES
-from jaxinfer.sampling.sample import _decay, _mask, _mask_stop_ids, _penalize, draw, sample
-from jaxinfer.sampling.slots import DecodeState, Masks, copies, count, prepare_slot
+from jaxinfer.sampling.processors import process
+from jaxinfer.sampling.sampler import Sampler
+from jaxinfer.sampling.slots import DecodeState, Masks, TokenCounts, copies, count, prepare_slot
 from jaxinfer.text.tokenizer import load_tokenizer
 from tests.sampling.reference import adjusted
 
@@ -33,10 +34,7 @@ SETTINGS = [
 ]
 
 
-@jax.jit
-def adjust(logits, sampling, length, slots, slot):
-    logits = _mask_stop_ids(_mask(logits, sampling, length, slots, slot), sampling, length)
-    return _penalize(logits, sampling, slots, slot)
+adjust = jax.jit(process)
 
 
 def filled(rng, params, slots, histories):
@@ -45,16 +43,12 @@ def filled(rng, params, slots, histories):
         lambda s: rng.integers(0, 2, s.shape).astype(s.dtype), DecodeState.shapes(len(params), VOCAB)
     )  # what others have left
     prepare = jax.jit(prepare_slot)
-    for p, slot in zip(params, slots, strict=True):
-        if p.has_penalties or p.has_masks:
-            masks = Masks.of(VOCAB, p.allowed_token_ids, [], p.logit_bias)
-            state = prepare(state, np.int32(slot), masks, np.bool_(True))
-    seen, counts = np.array(state.in_prompt), np.array(state.in_output)
-    for p, slot, (prompt, output) in zip(params, slots, histories, strict=True):
+    for p, slot, history in zip(params, slots, histories, strict=True):
+        if p.has_masks:
+            state = prepare(state, np.int32(slot), Masks.of(VOCAB, p.allowed_token_ids, [], p.logit_bias))
         if p.has_penalties:
-            seen[slot, prompt] = True
-            np.add.at(counts[slot], output, 1)
-    return DecodeState(state.token, state.alive, seen, counts, state.allowed, state.bias_ids, state.bias)
+            state = prepare(state, np.int32(slot), TokenCounts.of(VOCAB, *history))
+    return state
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -73,7 +67,7 @@ def test_logits_are_numpys(seed):
         expected = adjusted(logits[i], prompt, output, params[i], STOP_IDS)
         np.testing.assert_allclose(ours[i], expected, rtol=1e-6, atol=1e-6, err_msg=str(SETTINGS[i]))
     np.testing.assert_array_equal(ours[0], logits[0])  # whatever its slot holds
-    drawn = np.asarray(jax.jit(sample)(logits, sampling, length, state, slots))
+    drawn = np.asarray(jax.jit(Sampler().tokens)(logits, sampling, length, state, slots))
     for i, allowed in ((7, [0, 31, 32, 64, 76]), (8, [1, 2, 3])):
         assert drawn[i] in allowed
 
@@ -113,14 +107,16 @@ def test_transformers_processors_agree(checkpoints):
         np.testing.assert_array_equal(adjusted(logits, prompt, output, params, (7, 8)), expected)
 
 
-@pytest.mark.parametrize("wanted", ["everything", "greedy"])
+@pytest.mark.parametrize("wanted", ["everything", "plain", "greedy"])
 def test_a_block_of_rows_at_a_time(monkeypatch, wanted):
     """As all at once, to the bit: 13 rows, five at a time, each with wishes of its own; and where nobody has any."""
+    draw = Sampler(full=wanted == "everything")
     rng = np.random.default_rng(5)
     settings = [s | {"temperature": 0.9 * (i % 3 > 0), "logprobs": i % 2} for i, s in enumerate(SETTINGS)]
     params = [SamplingParams(**s) for s in [*settings, {"top_p": 0.6}]]
-    if wanted == "greedy":
-        params = [SamplingParams(temperature=0.0) for _ in params]
+    if wanted != "everything":
+        params = [SamplingParams(temperature=0.9 * (i % 3 > 0) * (wanted == "plain")) for i, _ in enumerate(params)]
+        assert all(p.is_plain for p in params)
     histories = [([1, 2, 3, 70], [5, 5, 6]) for _ in params]
     slots = rng.permutation(len(params)).astype(np.int32)
     state = filled(rng, params, slots, histories)
@@ -128,12 +124,13 @@ def test_a_block_of_rows_at_a_time(monkeypatch, wanted):
     logits = 3 * rng.standard_normal((len(params), VOCAB), np.float32)
     arguments = logits, sampling, np.full(len(params), 7, np.int32), state, slots
     expected = jax.jit(draw)(*arguments)
-    monkeypatch.setattr("jaxinfer.sampling.sample.BLOCK", 5 * 4 * VOCAB)
+    monkeypatch.setattr("jaxinfer.sampling.sampler.BLOCK", 5 * 4 * VOCAB)
     program = jax.jit(lambda *arguments: draw(*arguments))  # or it would be that of before
     assert "5,77" in str(program.trace(*arguments).jaxpr)
     result = program(*arguments)
     jax.tree.map(np.testing.assert_array_equal, result, expected)
-    assert (wanted == "greedy") == (not np.asarray(result[1].top).any())
+    assert (result[1] is not None and np.asarray(result[1].top).any()) == (wanted == "everything")
+    assert (wanted == "greedy") == (result[0].tolist() == logits.argmax(axis=-1).tolist())
 
 
 def test_counts_end_where_they_would_overflow():
@@ -154,6 +151,12 @@ def test_counts_end_where_they_would_overflow():
     assert not counts[[0, 2]].any()
     same = np.array(add(counts, slot, 5 * slot, slot < 0))
     np.testing.assert_array_equal(same, counts)
+
+
+def test_counts_begin_where_they_would_overflow():
+    counts = TokenCounts.of(VOCAB, [3, 3], [5] * 70_000 + [6])
+    assert np.flatnonzero(counts.in_prompt).tolist() == [3]
+    assert {i: int(n) for i, n in enumerate(counts.in_output) if n} == {5: MOST_COPIES, 6: 1}
 
 
 def test_a_token_far_beyond_the_most_copies_keeps_its_penalties():
@@ -181,14 +184,14 @@ def test_first_and_forced_tokens():
     state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), DecodeState.shapes(4, VOCAB))
     for i, p in enumerate(params):
         masks = Masks.of(VOCAB, None, p.suppress_tokens or (), None, p.begin_suppress_tokens or ())
-        state = jax.jit(prepare_slot)(state, np.int32(i), masks, np.bool_(True))
+        state = jax.jit(prepare_slot)(state, np.int32(i), masks)
     logits = np.zeros((4, VOCAB), np.float32)
     logits[:, [5, 6, 7]] = [5.0, 4.0, 3.0]
     sampling, slots = (
         SamplingArrays.of_rows([r._replace(params=r.params.with_changes(temperature=0.0)) for r in rows], 4),
         np.arange(4, dtype=np.int32),
     )
-    run = jax.jit(sample)
+    run = jax.jit(Sampler().tokens)
     seen = [
         np.asarray(run(logits, sampling, np.array(at, np.int32), state, slots)).tolist()
         for at in ((4, 1, 10, 2), (5, 2, 11, 1))
@@ -205,15 +208,20 @@ def test_stop_ids_gain_as_in_transformers():
     decay = [(2, 1.1), (0, 1.5), (5, 0.5), (30, 2.0), (0, 1.0), (1, 3.0)]
     rows = [RowSampling(SamplingParams(exponential_decay_length_penalty=d), 0, STOP_IDS, 4) for d in decay]
     sampling, length = SamplingArrays.of_rows(rows, 6), np.full(6, 15, np.int32)
-    ours = np.asarray(jax.jit(_decay)(logits, sampling, length))
+    state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), DecodeState.shapes(6, VOCAB))
+
+    def decayed(logits, sampling, length):
+        return np.asarray(adjust(logits, sampling, length, state, np.arange(len(logits), dtype=np.int32)))
+
+    ours = decayed(logits, sampling, length)
     for i, pair in enumerate(decay):
         theirs = ExponentialDecayLengthPenalty(pair, torch.tensor(STOP_IDS), 4)
         expected = theirs(torch.zeros((1, 15), dtype=torch.long), torch.tensor(logits[i : i + 1]))[0].numpy()
         np.testing.assert_allclose(ours[i], expected, rtol=1e-5)
     masked = logits.copy()
     masked[:, STOP_IDS] = -np.inf  # not NaN, as there, where min_tokens is not over yet
-    np.testing.assert_array_equal(np.asarray(jax.jit(_decay)(masked, sampling, length)), masked)
+    np.testing.assert_array_equal(decayed(masked, sampling, length), masked)
     huge = SamplingArrays.of_rows(
         [RowSampling(SamplingParams(exponential_decay_length_penalty=(0, 1e3)), 0, STOP_IDS, 4)], 1
     )
-    assert np.isfinite(np.asarray(jax.jit(_decay)(logits[:1], huge, np.full(1, 2**20, np.int32)))).all()
+    assert np.isfinite(decayed(logits[:1], huge, np.full(1, 2**20, np.int32))).all()

@@ -10,12 +10,12 @@ from jaxinfer.engine.programs.base import (
     placed_params,
     reach,
 )
-from jaxinfer.engine.programs.decode import Decode, DecodeRows
-from jaxinfer.engine.programs.forward import Forward, ForwardRows
+from jaxinfer.engine.programs.decode import Decode, DecodeRows, FullDecode
+from jaxinfer.engine.programs.forward import Forward
 from jaxinfer.engine.programs.logits import Sampled
-from jaxinfer.engine.programs.sample import Sample, SampleRows
+from jaxinfer.engine.programs.sample import FullSample, Sample, SampleRows
 from jaxinfer.engine.programs.score import Score, Scored
-from jaxinfer.engine.programs.slots import Prepare, Zeros
+from jaxinfer.engine.programs.slots import PrepareCounts, PrepareMasks, Zeros
 from jaxinfer.engine.programs.state import State
 from jaxinfer.engine.programs.table import Programs
 
@@ -24,9 +24,11 @@ __all__ = [
     "Decode",
     "DecodeRows",
     "Forward",
-    "ForwardRows",
+    "FullDecode",
+    "FullSample",
     "Key",
-    "Prepare",
+    "PrepareCounts",
+    "PrepareMasks",
     "Program",
     "Programs",
     "Sample",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,15 @@ from jaxinfer.engine.programs.logits import (
     Sampled,
     anywhere,
     logits_of,
-    parts_of_logits,
     sampled,
+    sampler_of,
     sampling_arrays,
     take,
 )
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.arrays import SamplingArrays
-from jaxinfer.sampling.sample import Logprobs, draw
+from jaxinfer.sampling.logprobs import Logprobs
 from jaxinfer.sharding import ROWS
 
 
@@ -50,9 +50,11 @@ class DecodeRows:
 
 class Decode(Program):
     """Up to `max_steps` tokens of each of up to `size` rows; `steps`, i32[], says how many this time. A row ends at one
-    of its stop ids or after `samples` tokens; the call ends when all rows have."""
+    of its stop ids or after `samples` tokens; the call ends when all rows have. All of them are plain
+    (`SamplingParams.is_plain`)."""
 
     kind = "decode"
+    full: ClassVar = False
     changes = ("cache", "slots")
 
     @property
@@ -63,11 +65,11 @@ class Decode(Program):
 
     @property
     def result(self) -> Sampled:
-        return sampled(self.shapes)
+        return sampled(self.shapes, self.full)
 
     def function(self) -> Function:
         model, mesh, max_steps = self.shapes.model, self.shapes.mesh, self.shapes.max_steps
-        kind, parts = self.shapes.devices[0].device_kind, parts_of_logits(model, mesh)
+        kind, sampler = self.shapes.devices[0].device_kind, sampler_of(model, mesh, self.full)
         layers = self.shapes.layer_map
 
         def decode(
@@ -79,7 +81,7 @@ class Decode(Program):
             size = slot.shape[0]
             index = jnp.arange(size, dtype=jnp.int32)
 
-            def advance(i: jax.Array, active: jax.Array, state: State) -> tuple[jax.Array, Logprobs, State]:
+            def advance(i: jax.Array, active: jax.Array, state: State) -> tuple[jax.Array, Logprobs | None, State]:
                 positions = jnp.asarray(rows.positions) + i
                 batch = ForwardBatch(
                     tokens=state.slots.token[slot],
@@ -97,8 +99,8 @@ class Decode(Program):
                 )
                 hidden, cache = module.hidden(batch, state.cache)
                 assert cache is not None
-                tokens, info = draw(logits(hidden), sampling, positions + 1, state.slots, slot, parts)
-                slots = take(state.slots, slot, tokens, active, sampling, positions + 1)
+                tokens, info = sampler(logits(hidden), sampling, positions + 1, state.slots, slot)
+                slots = take(state.slots, slot, tokens, active, sampling, positions + 1, sampler.full)
                 return tokens, info, State(cache, slots)
 
             active = (jnp.asarray(rows.samples) > 0) & state.slots.alive[slot]
@@ -124,3 +126,10 @@ class Decode(Program):
 
         input_specs = PartitionSpec(ROWS), PartitionSpec(ROWS), PartitionSpec()
         return self.over_rows(decode, input_specs, SAMPLED)
+
+
+class FullDecode(Decode):
+    """The same for rows of any parameters."""
+
+    kind = "full_decode"
+    full = True

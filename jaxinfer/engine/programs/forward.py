@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -16,21 +14,8 @@ from jaxinfer.attention import ForwardBatch
 from jaxinfer.engine.programs.base import Function, Program
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
-from jaxinfer.sampling.slots import DecodeState, count
+from jaxinfer.sampling.slots import DecodeState
 from jaxinfer.sharding import ROWS
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ForwardRows:
-    """The rows of a forward.
-
-    slot: i32[R], each row's own.
-    prompt_length: i32[R], of rows with penalties; 0 for the others.
-    """
-
-    slot: jax.Array | np.ndarray
-    prompt_length: jax.Array | np.ndarray
 
 
 class Forward(Program):
@@ -48,7 +33,7 @@ class Forward(Program):
     def inputs(self) -> tuple[object, ...]:
         ints, rows = self.shapes.ints, self.shapes.max_rows
         token, row, tables = ints(self.size), ints(rows), self.shapes.tables(rows)
-        return ForwardBatch(token, token, token, ints(rows + 1), row, tables, ints(3)), ForwardRows(row, row)
+        return (ForwardBatch(token, token, token, ints(rows + 1), row, tables, ints(3), slots=row),)
 
     @property
     def result(self) -> None:
@@ -58,42 +43,24 @@ class Forward(Program):
         model, mesh, kind = self.shapes.model, self.shapes.mesh, self.shapes.devices[0].device_kind
         layers = self.shapes.layer_map
 
-        def forward(
-            params: Params, state: State, read: State, batch: ForwardBatch, rows: ForwardRows
-        ) -> tuple[None, State]:
+        def forward(params: Params, state: State, read: State, batch: ForwardBatch) -> tuple[None, State]:
             slots = state.slots
-            slot = jnp.asarray(rows.slot)
-            token_slot = slot[batch.segment_ids]
+            slot = jnp.asarray(batch.slots)
             decoding = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.distribution[0]
-            tokens = jnp.where(decoding, slots.token[token_slot], batch.tokens)
+            tokens = jnp.where(decoding, slots.token[slot[batch.segment_ids]], batch.tokens)
             # A decoding row that has stopped in a call whose tokens the host has not seen yet: it must write nothing.
             decodes = jnp.arange(slot.shape[0], dtype=jnp.int32) < batch.distribution[0]
             kv_lens = jnp.where(decodes & ~slots.alive[slot], 0, batch.kv_lens)
             static: Any = {"mesh": mesh, "device_kind": kind, "layers": layers}
-            batch = dataclasses.replace(batch, tokens=tokens, kv_lens=kv_lens, slots=slot, **static)
+            batch = dataclasses.replace(batch, tokens=tokens, kv_lens=kv_lens, **static)
             hidden, cache = model.bind(params).hidden(batch, state.cache)
             assert cache is not None
             slots = _begin(slots, jnp.where(decodes, slots.alive.shape[0], slot))
-            slots = _count_prompt(slots, batch, token_slot, decoding, jnp.asarray(rows.prompt_length))
             return None, State(cache, slots, lax.dynamic_update_slice_in_dim(state.hidden, hidden, 0, 0))
 
-        return self.over_rows(forward, (PartitionSpec(ROWS),) * 2, PartitionSpec())
+        return self.over_rows(forward, (PartitionSpec(ROWS),), PartitionSpec())
 
 
 def _begin(slots: DecodeState, slot: jax.Array) -> DecodeState:
     """Sequences whose prompts are computed are alive, whatever the slots' last ones were."""
     return dataclasses.replace(slots, alive=slots.alive.at[slot].set(True, mode="drop"))
-
-
-def _count_prompt(
-    slots: DecodeState, batch: ForwardBatch, token_slot: jax.Array, decoding: jax.Array, prompt_length: jax.Array
-) -> DecodeState:
-    """Notes the chunk's tokens of rows with penalties (those after the prompt are output, computed once more)."""
-    nobody = slots.token.shape[0]
-    live = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.cu_q_lens[-1]
-    length = prompt_length[batch.segment_ids]
-    counted = (length > 0) & ~decoding & live
-    of_prompt = batch.positions < length
-    seen = slots.in_prompt.at[jnp.where(counted & of_prompt, token_slot, nobody), batch.tokens].set(True, mode="drop")
-    output = count(slots.in_output, token_slot, batch.tokens, counted & ~of_prompt)
-    return dataclasses.replace(slots, in_prompt=seen, in_output=output)

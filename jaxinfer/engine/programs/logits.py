@@ -17,7 +17,8 @@ from jaxinfer.engine.programs.base import EngineShapes
 from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.sampling.arrays import SamplingArrays
-from jaxinfer.sampling.sample import Logprobs, no_logprobs, stops
+from jaxinfer.sampling.logprobs import Logprobs, no_logprobs
+from jaxinfer.sampling.sampler import Sampler, stops
 from jaxinfer.sampling.slots import DecodeState, count
 from jaxinfer.sharding import ROWS, TENSOR, axis_size
 
@@ -31,7 +32,7 @@ class Sampled:
 
     tokens: i32[S, R], as `sample` has them.
     count: i32[R], how many of the S are real.
-    logprobs: with the same leading axes.
+    logprobs: with the same leading axes; None of a plain sampler.
     """
 
     tokens: jax.Array | np.ndarray
@@ -59,10 +60,10 @@ def logits_of(module: CausalLM, model: AbstractModel, mesh: Mesh | None) -> Logi
     return logits
 
 
-def parts_of_logits(model: AbstractModel, mesh: Mesh | None) -> int:
-    """Over how many devices they are split, where the vocabulary can be: see `logits_of`."""
+def sampler_of(model: AbstractModel, mesh: Mesh | None, full: bool) -> Sampler:
+    """For logits that are split over devices where the vocabulary can be: see `logits_of`."""
     parts = axis_size(mesh, TENSOR)
-    return 1 if model.config.vocab_size % parts else parts
+    return Sampler(full, 1 if model.config.vocab_size % parts else parts)
 
 
 def anywhere(condition: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -82,8 +83,9 @@ def take(
     taken: jax.Array,
     sampling: SamplingArrays,
     length: jax.Array,
+    full: bool,
 ) -> DecodeState:
-    """The slots after rows of `length` tokens have sampled `tokens`, where `taken`."""
+    """The slots after rows of `length` tokens have sampled `tokens`, where `taken`; full: see Sampler."""
     nobody = slots.token.shape[0]
     at = jnp.where(taken, slot, nobody)
     alive = ~stops(tokens, sampling, length)
@@ -92,7 +94,9 @@ def take(
         slots,
         token=slots.token.at[at].set(tokens, mode="drop"),
         alive=slots.alive.at[at].set(alive, mode="drop"),
-        in_output=count(slots.in_output, slot, tokens, taken & jnp.asarray(sampling.penalized)),
+        in_output=count(slots.in_output, slot, tokens, taken & jnp.asarray(sampling.penalized))
+        if full
+        else slots.in_output,
     )
 
 
@@ -106,7 +110,7 @@ def logprobs(shapes: EngineShapes) -> Logprobs:
     return jax.eval_shape(lambda: no_logprobs(1, shapes.model.config.vocab_size))
 
 
-def sampled(shapes: EngineShapes) -> Sampled:
+def sampled(shapes: EngineShapes, full: bool) -> Sampled:
     """Its structure."""
     info = logprobs(shapes)
-    return Sampled(info.rank, info.rank, info)
+    return Sampled(info.rank, info.rank, info if full else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,15 @@ from jaxinfer.engine.programs.logits import (
     Sampled,
     anywhere,
     logits_of,
-    parts_of_logits,
     sampled,
+    sampler_of,
     sampling_arrays,
     take,
 )
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.arrays import SamplingArrays
-from jaxinfer.sampling.sample import Logprobs, draw, no_logprobs
+from jaxinfer.sampling.logprobs import Logprobs
 from jaxinfer.sharding import ROWS
 
 
@@ -47,9 +48,10 @@ class SampleRows:
 
 
 class Sample(Program):
-    """A token of each of up to `size` rows, after a forward."""
+    """A token of each of up to `size` rows, all of them plain (`SamplingParams.is_plain`), after a forward."""
 
     kind = "sample"
+    full: ClassVar = False
     changes = ("slots",)
     reads = ("hidden",)
 
@@ -64,11 +66,11 @@ class Sample(Program):
 
     @property
     def result(self) -> Sampled:
-        return sampled(self.shapes)
+        return sampled(self.shapes, self.full)
 
     def function(self) -> Function:
         model, mesh = self.shapes.model, self.shapes.mesh
-        parts = parts_of_logits(model, mesh)
+        sampler = sampler_of(model, mesh, self.full)
 
         def sample(
             params: Params, state: State, read: State, rows: SampleRows, sampling: SamplingArrays
@@ -79,12 +81,19 @@ class Sample(Program):
             # A row may have stopped in a call whose tokens the host has not seen yet.
             count = jnp.where(slots.alive[slot], jnp.asarray(rows.samples), 0)
 
-            def chosen() -> tuple[jax.Array, Logprobs]:
-                return draw(logits(hidden[rows.logits_indices]), sampling, length, slots, slot, parts)
+            def chosen() -> tuple[jax.Array, Logprobs | None]:
+                return sampler(logits(hidden[rows.logits_indices]), sampling, length, slots, slot)
 
-            nothing = jnp.zeros_like(slot), no_logprobs(slot.shape[0], model.config.vocab_size)
+            nothing = sampler.nothing(slot.shape[0], model.config.vocab_size)
             tokens, info = lax.cond(anywhere(jnp.any(count > 0), mesh), chosen, lambda: nothing)
-            slots = take(slots, slot, tokens, count > 0, sampling, length)
+            slots = take(slots, slot, tokens, count > 0, sampling, length, sampler.full)
             return Sampled(tokens[None], count, jax.tree.map(lambda x: x[None], info)), State(slots=slots)
 
         return self.over_rows(sample, (PartitionSpec(ROWS),) * 2, SAMPLED)
+
+
+class FullSample(Sample):
+    """The same for rows of any parameters."""
+
+    kind = "full_sample"
+    full = True

@@ -14,7 +14,8 @@ from jaxinfer.engine.programs.base import Function, Program
 from jaxinfer.engine.programs.logits import logits_of, logprobs, most
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
-from jaxinfer.sampling.sample import Logprobs, in_blocks, no_logprobs, token_logprobs
+from jaxinfer.sampling.logprobs import Logprobs, no_logprobs, token_logprobs
+from jaxinfer.sampling.sampler import in_blocks
 from jaxinfer.sharding import FSDP, ROWS, axis_size
 
 BLOCK = 128  # tokens: their logits are 65 MB for a vocabulary of 128,000

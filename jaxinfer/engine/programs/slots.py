@@ -9,30 +9,45 @@ import numpy as np
 from jaxinfer.engine.programs.base import Function, Program
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
-from jaxinfer.sampling.slots import Masks, prepare_slot
+from jaxinfer.sampling.slots import Masks, TokenCounts, prepare_slot
 
 
-class Prepare(Program):
-    """Makes a slot ready for another sequence, or for other masks."""
+class PrepareMasks(Program):
+    """Puts a sequence's masks into its slot."""
 
-    kind = "prepare slot"
+    kind = "prepare masks"
     key = (kind, 1)
     changes = ("slots",)
     weights = ()
     result = None
 
     @property
+    def values(self) -> Masks | TokenCounts:
+        """What the host gives it beside the slot; any."""
+        return Masks.of(self.shapes.model.config.vocab_size, None, [], None)
+
+    @property
     def inputs(self) -> tuple[object, ...]:
-        masks = Masks.of(self.shapes.model.config.vocab_size, None, [], None)
-        return tuple(self.shapes.like((np.int32(0), masks, np.bool_(False))))
+        return tuple(self.shapes.like((np.int32(0), self.values)))
 
     def function(self) -> Function:
         def prepare(
-            params: Params, state: State, read: State, slot: jax.Array, masks: Masks, clear: jax.Array
+            params: Params, state: State, read: State, slot: jax.Array, values: Masks | TokenCounts
         ) -> tuple[None, State]:
-            return None, State(slots=prepare_slot(state.slots, slot, masks, clear))
+            return None, State(slots=prepare_slot(state.slots, slot, values))
 
         return prepare
+
+
+class PrepareCounts(PrepareMasks):
+    """Puts into its slot which tokens a sequence with penalties has."""
+
+    kind = "prepare counts"
+    key = (kind, 1)
+
+    @property
+    def values(self) -> TokenCounts:
+        return TokenCounts.of(self.shapes.model.config.vocab_size, [], [])
 
 
 class Zeros(Program):

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jaxinfer.engine.programs.base import EngineShapes, Key, Program
-from jaxinfer.engine.programs.decode import Decode
+from jaxinfer.engine.programs.decode import Decode, FullDecode
 from jaxinfer.engine.programs.forward import Forward
-from jaxinfer.engine.programs.sample import Sample
+from jaxinfer.engine.programs.sample import FullSample, Sample
 from jaxinfer.engine.programs.score import Score
-from jaxinfer.engine.programs.slots import Prepare, Zeros
+from jaxinfer.engine.programs.slots import PrepareCounts, PrepareMasks, Zeros
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,11 @@ class Programs(EngineShapes):
             *(Decode(self, rows) for rows in self.buckets.decode),
             *(Forward(self, tokens) for tokens in self.buckets.tokens),
             *(Sample(self, rows) for rows in self.buckets.sample),
+            *(FullDecode(self, rows) for rows in self.buckets.full_decode),
+            *(FullSample(self, rows) for rows in self.buckets.sample),
             Score(self, self.max_tokens),
-            Prepare(self),
+            PrepareMasks(self),
+            PrepareCounts(self),
             Zeros(self),
         ]
         return {program.key: program for program in programs}
@@ -40,4 +43,4 @@ class Programs(EngineShapes):
     def largest(self) -> list[Key]:
         """Of those that need most memory."""
         tokens, rows = self.max_tokens, self.max_rows
-        return [(Decode.kind, rows), (Forward.kind, tokens), (Sample.kind, rows), (Score.kind, tokens)]
+        return [(FullDecode.kind, rows), (Forward.kind, tokens), (FullSample.kind, rows), (Score.kind, tokens)]
