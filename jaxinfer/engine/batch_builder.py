@@ -47,10 +47,12 @@ class Built(NamedTuple):
 
     calls: programs, one after the other, and what the host gives them.
     spans: by request, where its scored tokens' log-probabilities will be.
+    next: of the program that the step after this one is likely to call, if it is another.
     """
 
     calls: list[Call]
     spans: dict[int, ScoredSpan]
+    next: Sequence[Key] = ()
 
 
 class BatchBuilder:
@@ -72,10 +74,9 @@ class BatchBuilder:
         """What is called for these schedules, one for each shard of rows."""
         plain = all(request.params.is_plain for schedule in schedules for request in schedule.requests)
         if not any(schedule.chunks for schedule in schedules):
-            decode, sizes = (Decode, self._buckets.decode) if plain else (FullDecode, self._buckets.full_decode)
-            rows = Buckets.fit(sizes, max(len(s.decode) for s in schedules))
-            arrays = [self._decode_arrays(shard, s, rows) for shard, s in enumerate(schedules)]
-            return Built([((decode.kind, rows), (*_joined(arrays), np.int32(max(s.steps for s in schedules))))], {})
+            key = self._decode_key(max(len(s.decode) for s in schedules), plain)
+            arrays = [self._decode_arrays(shard, s, key[1]) for shard, s in enumerate(schedules)]
+            return Built([(key, (*_joined(arrays), np.int32(max(s.steps for s in schedules))))], {})
         length = Buckets.fit(self._buckets.tokens, max(sum(s.counts) for s in schedules))
         arrays = [self._forward_arrays(shard, s, length) for shard, s in enumerate(schedules)]
         calls: list[Call] = [((Forward.kind, length), _joined(arrays))]
@@ -87,7 +88,15 @@ class BatchBuilder:
             size = Buckets.fit(self._buckets.sample, max(len(s.requests) for s in schedules))
             arrays = [self._sample_arrays(shard, s, size) for shard, s in enumerate(schedules)]
             calls.append((((Sample if plain else FullSample).kind, size), _joined(arrays)))
-        return Built(calls, spans)
+        # Where no prompt is left to be computed, all rows that have room decode next.
+        going_on = max(sum(request.room > 0 for request in s.requests) for s in schedules)
+        over = all(all(s.samples) and sum(s.counts) < self._max_tokens for s in schedules)
+        return Built(calls, spans, [self._decode_key(going_on, plain)] if over and going_on else [])
+
+    def _decode_key(self, rows: int, plain: bool) -> Key:
+        """Of the program that decodes so many rows of each shard."""
+        decode, sizes = (Decode, self._buckets.decode) if plain else (FullDecode, self._buckets.full_decode)
+        return decode.kind, Buckets.fit(sizes, rows)
 
     def slot(self, request: Request) -> int:
         """A request's among those of all shards."""

@@ -107,7 +107,9 @@ class Runner:
     def launch(self, schedules: Sequence[SchedulerOutput]) -> PendingStep:
         """Gives a call to the device, one schedule for each shard of rows, and does not wait for it."""
         built = self.batches.build(schedules)
-        results = {key[0]: result for (key, _), result in zip(built.calls, self.call(built.calls), strict=True)}
+        results = {
+            key[0]: result for (key, _), result in zip(built.calls, self.call(built.calls, built.next), strict=True)
+        }
         scored = results.pop(Score.kind, None)
         sampled = next((result for result in results.values() if isinstance(result, Sampled)), None)
         rows = len(schedules) * max(len(schedule.requests) for schedule in schedules)
@@ -118,11 +120,12 @@ class Runner:
         program = PrepareMasks if isinstance(values, Masks) else PrepareCounts
         self.call([(program.key, (np.int32(self.batches.slot(request)), values))])
 
-    def call(self, calls: Sequence[Call]) -> list[Any]:
-        """Calls programs one after the other, on all hosts: all of them or none. What each of them gives the host."""
+    def call(self, calls: Sequence[Call], then: Sequence[Key] = ()) -> list[Any]:
+        """Calls programs one after the other, on all hosts: all of them or none. What each of them gives the host.
+        then: what is likely to be called next."""
         if self.leader is not None:
             return self.leader.call(calls, self._call)
-        return self._call(calls)
+        return self._call(calls, then)
 
     def recover(self) -> None:
         """After a broken-off call (Ctrl-C): the state was donated to it, and its result may never have arrived."""
@@ -164,27 +167,29 @@ class Runner:
         what = "loaded" if self._compiled else "compiled"
         self._prepare(keys, lambda done, count: f"{what} {done} of {count} programs")
 
-    def _call(self, calls: Sequence[Call]) -> list[Any]:
-        executables = self._ready([key for key, _ in calls])
+    def _call(self, calls: Sequence[Call], then: Sequence[Key] = ()) -> list[Any]:
+        executables = self._ready([key for key, _ in calls], then)
         results = []
         for executable, (key, inputs) in zip(executables, calls, strict=True):
             result, self.state = self.programs[key].run(executable, self.params, self.state, inputs)
             results.append(result)
         return results
 
-    def _ready(self, keys: Sequence[Key]) -> list[Any]:
-        """Programs that were compiled ahead: a bucket compiles once, and never behind our back."""
+    def _ready(self, keys: Sequence[Key], then: Sequence[Key] = ()) -> list[Any]:
+        """Programs that were compiled ahead: a bucket compiles once, and never behind our back. While some of them are
+        waited for, those of `then` are begun where a thread has nothing to do."""
         if missing := [key for key in keys if key not in self._executables]:
             words = " and ".join(f"{kind} for {size} tokens" for kind, size in missing)
             what = f"{'loading' if self._compiled else 'compiling'} {words}"
-            self._prepare(missing, lambda done, count: "generating" if done == count else what)
+            self._prepare(missing, lambda done, count: "generating" if done == count else what, then)
         return [self._executables[key] for key in keys]
 
-    def _prepare(self, keys: Sequence[Key], words: Callable[[int, int], str]) -> None:
+    def _prepare(self, keys: Sequence[Key], words: Callable[[int, int], str], then: Sequence[Key] = ()) -> None:
         """Waits until these programs are there, which other threads compile: Ctrl-C is heard at once, and what had
         begun by then is there later for whoever needs it. words: what is said when so many are done, of how many."""
         missing = [key for key in keys if key not in self._executables]
-        anew = [key for key in missing if key not in self._coming or self._coming[key].done()]
+        coming = [key for key in then if key not in self._executables]
+        anew = [key for key in (*missing, *coming) if key not in self._coming or self._coming[key].done()]
         start = time.perf_counter()
         try:
             with in_background(self._compile, anew) as futures:

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from jaxinfer import LLM
+from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.background import in_background, running
 from jaxinfer.engine.programs import PrepareMasks
 from jaxinfer.engine.runner import Runner
@@ -119,3 +119,25 @@ def test_closing_waits_for_no_compiler(checkpoints, monkeypatch):
             list(stream)
     finally:
         go_on.set()
+
+
+def test_what_comes_next_compiles_beside_what_is_waited_for(checkpoints, monkeypatch):
+    """Decoding, while a prompt's programs are compiled; not where no token comes after the first."""
+    begun, compiled, compile_one = threading.Event(), [], Runner._compile
+
+    def compile_slowly(self, key):
+        compiled.append(key)
+        if key[0] == "decode":
+            begun.set()
+        elif key[0] == "forward" and most > 1:
+            assert begun.wait(60)
+        compile_one(self, key)
+
+    monkeypatch.setattr(Runner, "_compile", compile_slowly)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for most in (1, 2):
+        compiled.clear()
+        with LLM(checkpoints("llama").folder, max_num_seqs=4, max_num_batched_tokens=32) as llm:
+            llm.generate(["a", "b"], SamplingParams(max_tokens=most, ignore_eos=True), use_tqdm=False)
+        expected = [("zeros", 1), ("forward", 32), ("sample", 4), ("decode", 2)]
+        assert compiled == expected[: 2 + most]

@@ -57,7 +57,7 @@ def test_what_is_called(checkpoints, monkeypatch):
     """Nobody pays for what nobody asks: a text that is scored samples nothing, and others score nothing."""
     called, call = [], Runner._call
     monkeypatch.setattr(
-        Runner, "_call", lambda self, calls: called.append([key for key, _ in calls]) or call(self, calls)
+        Runner, "_call", lambda self, calls, *rest: called.append([key for key, _ in calls]) or call(self, calls, *rest)
     )
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 32}
     with LLM(checkpoints("llama").folder, **sizes) as llm:

@@ -69,7 +69,10 @@ def test_all_or_nothing(programs, output):
     assert names(output) == NAMES
     fs, path = fsspec.core.url_to_fs(output)
     files = {name: fs.cat_file(f"{path}/{name}") for name in NAMES}
-    assert (done.programs, done.bytes) == (len(NAMES) - 1, sum(len(files[name]) for name in NAMES if name != "manifest.json"))
+    assert (done.programs, done.bytes) == (
+        len(NAMES) - 1,
+        sum(len(files[name]) for name in NAMES if name != "manifest.json"),
+    )
     # Once more: until it is done, what was there stays, or does not count.
     with pytest.raises(Stopped):
         ship(*programs, output, stop_after(4))
