@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,26 +16,15 @@ def filter_top(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
 
 
 def _filter_top(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
-    vocab = logits.shape[1]
     top = jnp.max(logits, axis=-1, keepdims=True)
     # log(0) is minus infinity: min_p = 0 excludes nothing.
     logits = jnp.where(logits >= top + jnp.log(sampling.min_p)[:, None], logits, -jnp.inf)
-    weights, ordered = jnp.exp(logits - top), _ordered(logits)
-    # First the k likeliest, counted (exactly, as long as a vocabulary has less than 2**24), then of these the mass p:
-    # two thresholds from one loop, as each would be compiled.
-    k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab).astype(jnp.float32)
-    p = jnp.asarray(sampling.top_p)
-
-    def find(i: jax.Array, low: jax.Array) -> jax.Array:
-        def measure(threshold: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(ordered >= threshold[:, None], jnp.where(i == 0, 1, weights), 0), axis=-1)
-
-        least = jnp.where(i == 0, k, p * measure(low))
-        everything = jnp.where(i == 0, k >= vocab, p >= 1)
-        return _bisect(low, ordered, everything, lambda threshold: measure(threshold) >= least)
-
-    threshold = lax.fori_loop(0, 2, find, jnp.zeros(logits.shape[0], jnp.uint32))
-    return jnp.where(ordered >= threshold[:, None], logits, -jnp.inf)
+    # The k likeliest are counted in floats, which is exact as long as a vocabulary has less than 2**24.
+    k = jnp.asarray(sampling.top_k)
+    k = jnp.where((k > 0) & (k < logits.shape[1]), k.astype(jnp.float32), jnp.inf)
+    logits = _likeliest(logits, jnp.ones_like(logits), k)
+    weights, p = jnp.exp(logits - top), jnp.asarray(sampling.top_p)
+    return _likeliest(logits, weights, jnp.where(p < 1, p * jnp.sum(weights, axis=-1), jnp.inf))
 
 
 def cut_off(logits: jax.Array, sampling: SamplingArrays) -> jax.Array:
@@ -55,12 +42,7 @@ def _cut_off(logits: jax.Array, typical: jax.Array, epsilon: jax.Array, eta: jax
     # The tokens whose surprise is nearest to the expected one, as many as have a share of `typical`.
     values, entropy = values_and_entropy(logits)
     nearness = _ordered(-jnp.abs(values + entropy[:, None]))
-    weights = jnp.exp(values)
-
-    def enough(threshold: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(nearness >= threshold[:, None], weights, 0), axis=-1) >= typical
-
-    threshold = _bisect(jnp.zeros(logits.shape[0], jnp.uint32), nearness, typical >= 1, enough)
+    threshold = _threshold(nearness, jnp.exp(values), jnp.where(typical < 1, typical, jnp.inf))
     logits = jnp.where(nearness >= threshold[:, None], logits, -jnp.inf)
 
     def above(logits: jax.Array, least: jax.Array, values: jax.Array) -> jax.Array:
@@ -78,21 +60,20 @@ def _ordered(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, ~bits, bits | jnp.uint32(0x80000000))
 
 
-def _bisect(
-    low: jax.Array, ordered: jax.Array, everything: jax.Array, enough: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """The highest threshold from `low` on, u32[R], at which the logits of at least that are enough.
+def _likeliest(logits: jax.Array, values: jax.Array, least: jax.Array) -> jax.Array:
+    """The logits of the fewest likeliest tokens whose values f32[R, V] come to `least`, f32[R], and of their ties."""
+    ordered = _ordered(logits)
+    return jnp.where(ordered >= _threshold(ordered, values, least)[:, None], logits, -jnp.inf)
 
-    A bisection over the 32 bits of a float: exact, without sorting the vocabulary. Rows where `everything` is set
-    keep `low`. `enough(threshold u32[R]) -> bool[R]` must hold at `low` and be monotone; ordered: see `_ordered`.
-    """
 
-    def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = state  # enough at low; not at high
-        middle = low + (high - low) // 2
-        fine = enough(middle)
-        return jnp.where(fine, middle, low), jnp.where(fine, high, middle)
+def _threshold(ordered: jax.Array, values: jax.Array, least: jax.Array) -> jax.Array:
+    """The highest t, u32[R], such that the values of what is t or more in `ordered` come to `least`; 0 where that is
+    infinite. Found bit by bit: exact, without sorting the vocabulary."""
 
-    high = jnp.where(everything, low, jnp.max(ordered, axis=-1)) + jnp.uint32(1)
-    low, _ = lax.while_loop(lambda s: jnp.any(s[1] - s[0] > 1), halve, (low, high))
-    return low
+    def next_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
+        higher = threshold | jnp.uint32(0x80000000) >> i.astype(jnp.uint32)
+        total = jnp.sum(jnp.where(ordered >= higher[:, None], values, 0), axis=-1)
+        return jnp.where(total >= least, higher, threshold)
+
+    bits = jnp.where(jnp.any(least < jnp.inf), jnp.int32(32), jnp.int32(0))
+    return lax.fori_loop(jnp.int32(0), bits, next_bit, jnp.zeros(ordered.shape[0], jnp.uint32))

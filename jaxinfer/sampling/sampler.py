@@ -18,6 +18,7 @@ from jax import lax
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.filters import cut_off, filter_top
 from jaxinfer.sampling.logprobs import Logprobs, logprobs, no_logprobs
+from jaxinfer.sampling.noise import gumbel
 from jaxinfer.sampling.processors import is_early, process
 from jaxinfer.sampling.slots import DecodeState
 
@@ -83,11 +84,11 @@ class Sampler:
             if self.full:
                 kept = cut_off(kept, sampling)
             # Gumbel-max: argmax of logits plus Gumbel noise is a draw from their softmax.
-            keys = jax.vmap(jax.random.fold_in)(
-                jax.random.wrap_key_data(jnp.asarray(sampling.seed), impl="threefry2x32"), length
-            )
-            noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-            drawn = jnp.argmax(kept + noise, axis=-1).astype(jnp.int32)
+            noisy = kept + gumbel(jnp.asarray(sampling.seed), length, logits.shape[1])
+            # Not jnp.argmax: on CPU that makes the noise one number after the other, in five times the time.
+            is_highest = noisy == jnp.max(noisy, axis=-1, keepdims=True)
+            tokens = jnp.arange(logits.shape[1], dtype=jnp.int32)
+            drawn = jnp.min(jnp.where(is_highest, tokens, logits.shape[1] - 1), axis=-1)
             return jnp.where(sampling.temperature > 0, drawn, greedy)
 
         return _sound(highest, lax.cond(jnp.any(sampling.temperature > 0), draw, lambda: greedy))
