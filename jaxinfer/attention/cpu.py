@@ -24,6 +24,8 @@ class CPUAttention(XLAAttention):
     def supports(self, case: AttentionCase) -> str | None:
         if case.device.platform != "cpu":
             return f"it is for CPUs, and this is {case.device.platform}"
+        if case.capped:
+            return "the kernel has no soft cap"
         return cpu.attention_problem(case.dtype.name, case.head_dim, case.queries, case.kept.name)
 
     def __call__(

@@ -33,6 +33,8 @@ class FusedAttention(TPUAttention):
     def supports(self, case: AttentionCase) -> str | None:
         if (problem := super().supports(case)) is not None:
             return problem
+        if case.capped:
+            return "it is not tried with a soft cap"
         if case.kept != jnp.bfloat16:
             return f"it is for a cache in bfloat16, and this is kept as {case.kept}"
         if (tpu_generation(case.device.device_kind) or 0) < 5:

@@ -12,8 +12,10 @@ class AttentionSpec:
     scale: the scores are `scale * q . k`.
     causal: token i sees only positions <= i.
     window: None, or token i sees only positions > i - window (transformers' sliding window).
+    soft_cap: None, or scores stay below it, by a tanh (Gemma 2).
     """
 
     scale: float
     causal: bool = True
     window: int | None = None
+    soft_cap: float | None = None

@@ -116,6 +116,7 @@ def attend_packed(
             jnp.maximum(count, 1)[None],
             sm_scale=spec.scale,
             sliding_window=spec.window,
+            soft_cap=spec.soft_cap,
             k_scale=scale,
             v_scale=scale,
             num_kv_pages_per_block=blocks.pages,

@@ -106,13 +106,19 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _scores(queries: jax.Array, keys: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """Of queries `[B, Q, d]` and keys `[B, S, d]`, before masks."""
+    scores = _dot(queries, keys, (2, 2)) * spec.scale
+    return scores if spec.soft_cap is None else jnp.tanh(scores / spec.soft_cap) * spec.soft_cap
+
+
 def attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
     """See `attend`; within the batch alone."""
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     queries = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)
     queries = queries.reshape(kv_heads, -1, head_dim)
-    scores = _dot(queries, k.transpose(1, 0, 2), (2, 2)).reshape(kv_heads, -1, tokens, tokens) * spec.scale
+    scores = _scores(queries, k.transpose(1, 0, 2), spec).reshape(kv_heads, -1, tokens, tokens)
     seen = (batch.segment_ids[:, None] == batch.segment_ids[None, :]) & sees(
         batch.positions[:, None], batch.positions[None, :], spec
     )
@@ -186,7 +192,7 @@ def _decode(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec
         block = jnp.where(live, item - (ends - blocks)[row] + first[row], 0)
         keys, values = _key_blocks(cache, batch, row, block, q.dtype)
         queries = flat[row].reshape(pairs * kv_heads, group, head_dim)
-        scores = _dot(queries, keys, (2, 2)) * spec.scale
+        scores = _scores(queries, keys, spec)
         position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
         seen = sees(last[row][:, None], position, spec) & live[:, None]
         scores = jnp.where(jnp.repeat(seen, kv_heads, axis=0)[:, None, :], scores, NEGATIVE)
@@ -242,7 +248,7 @@ def _prefill(q: jax.Array, out: jax.Array, cache: Pages, batch: ForwardBatch, sp
         def body(block: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
             top, total, acc = state
             keys, values = _key_blocks(cache, batch, row[None], block[None], q.dtype)
-            scores = (_dot(queries, keys, (2, 2)) * spec.scale).reshape(kv_heads, group, tile, size)
+            scores = _scores(queries, keys, spec).reshape(kv_heads, group, tile, size)
             seen = sees(position[:, None], block * size + jnp.arange(size, dtype=jnp.int32), spec)
             scores = jnp.where(seen, scores, NEGATIVE).reshape(kv_heads, -1, size)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))

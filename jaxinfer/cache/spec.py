@@ -21,12 +21,14 @@ class KVCacheSpec(ABC):
     paged: it keeps pages of tokens; else one slot a sequence.
     window: how many tokens a query sees, its own the last of them, so that pages with older ones can be used again;
         None: all.
+    capped: scores have a soft cap, which not all that attends has.
     partition_spec: how a mesh splits the arrays, one for all or a tree of them; pages and slots come first, and are
         split over ROWS.
     """
 
     paged: ClassVar[bool] = True
     window: int | None = None
+    capped: bool = False
     partition_spec: PartitionSpec | tuple[PartitionSpec, ...] = PartitionSpec(ROWS)
 
     @property
@@ -53,11 +55,12 @@ class FullAttentionSpec(KVCacheSpec):
     """Keys and values of all tokens.
 
     num_kv_heads, head_dim: of K heads, each of that size.
-    queries: query heads that have one of them; backends ask.
+    queries: query heads that have one of them; backends ask, and whether they are `capped`.
     """
 
     num_kv_heads: int
     head_dim: int
+    capped: bool = field(default=False, kw_only=True)
     queries: int = field(default=1, compare=False, kw_only=True)
 
     @property
@@ -81,11 +84,13 @@ class SlidingWindowSpec(FullAttentionSpec):
     window: int
 
 
-def attention_spec(num_kv_heads: int, head_dim: int, window: int | None, queries: int) -> FullAttentionSpec:
+def attention_spec(
+    num_kv_heads: int, head_dim: int, window: int | None, queries: int, capped: bool = False
+) -> FullAttentionSpec:
     """That of an attention layer; window: None sees all."""
     if window is None:
-        return FullAttentionSpec(num_kv_heads, head_dim, queries=queries)
-    return SlidingWindowSpec(num_kv_heads, head_dim, window, queries=queries)
+        return FullAttentionSpec(num_kv_heads, head_dim, queries=queries, capped=capped)
+    return SlidingWindowSpec(num_kv_heads, head_dim, window, queries=queries, capped=capped)
 
 
 @dataclass(frozen=True)

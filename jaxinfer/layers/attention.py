@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
@@ -9,12 +11,19 @@ from jax.typing import DTypeLike
 from jaxinfer.attention import AttentionSpec, ForwardBatch, attend
 from jaxinfer.cache import LayerCache, attention_spec
 from jaxinfer.layers.linear import Linear, linears
-from jaxinfer.layers.norm import RMSNorm
-from jaxinfer.layers.rotary import rotate
+from jaxinfer.layers.rotary import Rope
+
+Norm = Callable[[jax.Array], jax.Array]
+Angles = Mapping[Rope, tuple[jax.Array, jax.Array]]
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query attention (Ainslie et al., arXiv:2305.13245): H query heads share K key/value heads."""
+    """Grouped-query attention (Ainslie et al., arXiv:2305.13245): H query heads share K key/value heads.
+
+    qk_norm: makes the norm of queries, or of keys, from how many heads there are; None: they have none. It is called
+        with `[T, heads, head_dim]`.
+    rope: how positions turn them, after the norms; None: not at all.
+    """
 
     def __init__(
         self,
@@ -25,8 +34,9 @@ class SelfAttention(nnx.Module):
         head_dim: int,
         qkv_bias: bool,
         out_bias: bool,
-        qk_norm_eps: float | None,
         spec: AttentionSpec,
+        rope: Rope | None,
+        qk_norm: Callable[[int], Norm] | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -35,22 +45,26 @@ class SelfAttention(nnx.Module):
         self.k_proj = Linear(features, kv, axes=("kv_heads", "embed"), bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(features, kv, axes=("kv_heads", "embed"), bias=qkv_bias, dtype=dtype, rngs=rngs)
         self.o_proj = Linear(inside, features, axes=("embed", "heads"), bias=out_bias, dtype=dtype, rngs=rngs)
-        if qk_norm_eps is not None:
-            self.q_norm = RMSNorm(head_dim, eps=qk_norm_eps, dtype=dtype, axes=(None,))
-            self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps, dtype=dtype, axes=(None,))
-        self.qk_norm = qk_norm_eps is not None
+        if qk_norm is not None:
+            self.q_norm, self.k_norm = qk_norm(num_heads), qk_norm(num_kv_heads)
+        self.qk_norm = qk_norm is not None
         self.head_dim = head_dim
-        self.spec = spec
-        self.cache_spec = attention_spec(num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads)
+        self.spec, self.rope = spec, rope
+        self.cache_spec = attention_spec(
+            num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads, spec.soft_cap is not None
+        )
 
     def __call__(
-        self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], cache: LayerCache | None, batch: ForwardBatch
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
     ) -> tuple[jax.Array, LayerCache | None]:
-        """`x [T, D]` -> `[T, D]` and the layer's cache with this step's keys and values."""
+        """`x [T, D]` -> `[T, D]` and the layer's cache with this step's keys and values. angles: of each embedding that
+        a layer has, cos and sin."""
         tokens = x.shape[0]
         projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (out.reshape(tokens, -1, self.head_dim) for out in projected)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, cache = attend(rotate(q, cos_sin), rotate(k, cos_sin), v, cache, batch, self.spec)
+        if self.rope is not None:
+            q, k = (self.rope.rotate(heads, angles[self.rope]) for heads in (q, k))
+        out, cache = attend(q, k, v, cache, batch, self.spec)
         return self.o_proj(out.reshape(tokens, -1)), cache

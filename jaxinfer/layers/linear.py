@@ -67,6 +67,12 @@ def head_logits(x: jax.Array, head: Linear | Embedding, mesh: Mesh | None) -> ja
     """Logits float32 `[N, V]` of `x [N, D]`. Where `fsdp` splits the head's weights they stay where they are, too: each
     device multiplies its columns with those of all, and the products are summed."""
     weight = head.weight.get_value()
+    if isinstance(head, Linear) and head.bias is not None:
+        return _without_bias(x, weight, mesh) + head.bias.get_value().astype(jnp.float32)
+    return _without_bias(x, weight, mesh)
+
+
+def _without_bias(x: jax.Array, weight: Weight, mesh: Mesh | None) -> jax.Array:
     if axis_size(mesh, (FSDP,)) == 1:
         return dot(x, weight, "float32")
     columns = lax.all_to_all(x, FSDP, 1, 0, tiled=True)

@@ -14,7 +14,7 @@ import numpy as np
 class Rope:
     """Frequencies of the rotation, with one scaling kind out of KINDS.
 
-    head_dim: even; half as many frequencies.
+    dim: how many of a head's dimensions turn, the first ones: even; half as many frequencies.
     theta: base of the periods.
     kind: how checkpoints stretch them:
         default  not at all.
@@ -28,11 +28,12 @@ class Rope:
     beta_fast, beta_slow: yarn: the same.
     truncate: yarn: whole dimensions as the ramp's ends.
     attention_factor: yarn: scales cos and sin.
+    interleaved: dimension 2i turns with 2i + 1 (GPT-J's layout), not i with i + dim/2 (GPT-NeoX's).
     """
 
     KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
-    head_dim: int
+    dim: int
     theta: float = 10000.0
     kind: str = "default"
     factor: float = 1.0
@@ -43,10 +44,11 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    interleaved: bool = False
 
     def inv_freq(self) -> np.ndarray:
-        """Radians a position, float32 `[head_dim / 2]`."""
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float32) / np.float32(self.head_dim)
+        """Radians a position, float32 `[dim / 2]`."""
+        exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
         periods = np.float32(self.theta) ** exponents
         base = np.float32(1) / periods
         if self.kind in ("default", "dynamic"):
@@ -69,27 +71,33 @@ class Rope:
         def dimension(turns: float) -> float:
             """The dimension that turns this many times within the pretraining context."""
             period = self.original_context / (turns * 2 * math.pi)
-            return self.head_dim * math.log(period) / (2 * math.log(self.theta))
+            return self.dim * math.log(period) / (2 * math.log(self.theta))
 
         low, high = dimension(self.beta_fast), dimension(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, self.head_dim - 1)
+        low, high = max(low, 0), min(high, self.dim - 1)
         if low == high:
             high += 0.001
-        index = np.arange(self.head_dim // 2, dtype=np.float32)
+        index = np.arange(self.dim // 2, dtype=np.float32)
         stretch = np.clip((index - np.float32(low)) / np.float32(high - low), np.float32(0), np.float32(1))
         return stretch * base / factor + (1 - stretch) * base
 
     def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """cos and sin of each token's angles, float32 `[T, head_dim / 2]`."""
+        """cos and sin of each token's angles, float32 `[T, dim / 2]`."""
         angles = positions.astype(jnp.float32)[:, None] * self.inv_freq()[None, :]
         scale = np.float32(self.attention_factor)
         return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
-
-def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates `x [T, heads, d]`; dimension i turns with i + d/2 (Hugging Face's layout), in float32."""
-    cos, sin = (a[:, None, :] for a in cos_sin)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    def rotate(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Rotates `x [T, heads, d]` by what `cos_sin` gives, in float32; dimensions from `dim` on stay."""
+        cos, sin = (a[:, None, :] for a in cos_sin)
+        turned, rest = x[..., : self.dim].astype(jnp.float32), x[..., self.dim :]
+        if self.interleaved:
+            pairs = turned.reshape(*turned.shape[:-1], -1, 2)
+            first, second = pairs[..., 0], pairs[..., 1]
+        else:
+            first, second = jnp.split(turned, 2, axis=-1)
+        both = first * cos - second * sin, second * cos + first * sin
+        turned = jnp.stack(both, axis=-1).reshape(turned.shape) if self.interleaved else jnp.concatenate(both, axis=-1)
+        return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)

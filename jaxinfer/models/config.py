@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxinfer.errors import CheckpointError
@@ -98,15 +98,18 @@ class ConfigReader:
             raise self.error(name, f"jaxinfer supports only {wanted} here, because the arithmetic would differ")
 
 
-def rope_of(fields: ConfigReader, head_dim: int) -> tuple[Rope, int]:
+def rope_of(
+    fields: ConfigReader, head_dim: int, *, interleaved: bool = False, default_partial: float | None = None
+) -> tuple[Rope, int]:
     """The rotary embedding and the most positions it is good for.
+
+    interleaved: see Rope. default_partial: which share of a head's dimensions turns, where nothing is said; None: it
+    is all, and may be nothing else.
 
     Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (transformers 4,
     with `type` or `rope_type`). Definitions are those of transformers.
     """
     data = fields.data
-    if head_dim % 2:
-        raise ValueError(f"{fields.where}: head_dim is {head_dim}: rotary embeddings need an even number")
     context = fields.integer("max_position_embeddings", 2048)
     parameters: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
@@ -125,29 +128,43 @@ def rope_of(fields: ConfigReader, head_dim: int) -> tuple[Rope, int]:
             parameters.setdefault(name, data[name])
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     rope = ConfigReader(parameters, f"{fields.where}: rope_parameters")
-    rope.refuse("partial_rotary_factor", 1, 1.0)
     rope.refuse("mrope_section")
+    if default_partial is None:
+        rope.refuse("partial_rotary_factor", 1, 1.0)
+    share = rope.number("partial_rotary_factor", default_partial or 1.0)
+    if share > 1:
+        raise rope.error("partial_rotary_factor", "it must be at most 1")
+    dim = int(head_dim * share)
+    if dim % 2 or not dim:
+        part = "" if share == 1 else f", of which partial_rotary_factor {share:g} leaves {dim}"
+        raise ValueError(f"{fields.where}: head_dim is {head_dim}{part}: rotary embeddings need an even number")
+    scaled, context = _scaled_rope(rope, dim, context)
+    return replace(scaled, interleaved=interleaved), context
+
+
+def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]:
+    """The embedding of some dimensions, and how far it reaches if the model is trained for `context`."""
     kind = rope.choice("rope_type", "default", Rope.KINDS)
     theta = rope.number("rope_theta", 10000.0, minimum=1.0)
     if kind == "default":
-        return Rope(head_dim, theta), context
+        return Rope(dim, theta), context
     if kind == "dynamic":
         rope.number("factor")
-        return Rope(head_dim, theta, kind), context
+        return Rope(dim, theta, kind), context
     original = rope.integer("original_max_position_embeddings", context)
-    if kind == "yarn" and parameters.get("factor") is None:
+    if kind == "yarn" and rope.data.get("factor") is None:
         factor = context / original
     else:
         factor = rope.number("factor")
     if kind == "linear":
-        return Rope(head_dim, theta, kind, factor), _stretched(rope, context * max(factor, 1.0))
+        return Rope(dim, theta, kind, factor), _stretched(rope, context * max(factor, 1.0))
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise rope.error("high_freq_factor", f"it must be above low_freq_factor, {low:g}")
-        return Rope(head_dim, theta, kind, factor, original, low, high), context
+        return Rope(dim, theta, kind, factor, original, low, high), context
     yarn = Rope(
-        head_dim,
+        dim,
         theta,
         kind,
         factor,

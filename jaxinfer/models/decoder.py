@@ -1,21 +1,24 @@
-"""The decoder that Llama, Mistral and Qwen share: pre-norm, rotary grouped-query attention, gated MLP.
+"""What decoders share: their configuration, and a layer that is Llama's, with rotary grouped-query attention and a
+gated MLP, each behind a norm. Families whose layer is another have it in a file of their own.
 
 Module attributes carry Hugging Face's names, so the path of a weight is its name in the checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, ForwardBatch
 from jaxinfer.cache import LayerCache
-from jaxinfer.layers.attention import SelfAttention
+from jaxinfer.layers.attention import Angles, Norm, SelfAttention
 from jaxinfer.layers.linear import Embedding, Linear, head_logits
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.norm import RMSNorm
@@ -30,40 +33,58 @@ IGNORED = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_fr
 
 @dataclass(frozen=True)
 class DecoderConfig(ModelConfig):
-    """Everything that shapes a decoder of this family.
+    """What shapes a decoder.
 
     intermediate_size: the width of MLPs.
     activation: of MLPs, a name in ACTIVATIONS.
-    norm_eps: of RMS norms.
-    rope: the rotary embedding.
+    norm_eps: of norms.
+    ropes: of each layer, its rotary embedding; None: it has none.
     windows: of each layer, how many tokens a query sees; None: all.
-    qkv_bias, out_bias, mlp_bias: which projections have one.
-    qk_norm: queries and keys are normed, head by head.
+    scale: of attention scores.
+    soft_cap: attention scores stay below it, by a tanh; None: they may be anything.
+    qkv_bias, out_bias, mlp_bias, head_bias: which projections have one.
+    qk_norm: queries and keys are normed.
+    embedding_scale, residual_scale, logit_scale: factors of embeddings, of what a block adds to the hidden states, and
+        of logits.
+    logit_soft_cap: the same of logits.
     """
 
     intermediate_size: int
     activation: str
     norm_eps: float
-    rope: Rope
+    ropes: tuple[Rope | None, ...]
     windows: tuple[int | None, ...]
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
+    scale: float
+    soft_cap: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    qk_norm: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_soft_cap: float | None = None
 
 
 def decoder_config(
     fields: ConfigReader,
     *,
-    windows: tuple[int | None, ...] | None = None,
     default_kv_heads: int | None = None,
     default_head_dim: int | None = None,
-    qkv_bias: bool = False,
-    out_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
+    default_activation: str = "silu",
+    default_tied: bool = False,
+    norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
+    interleaved: bool = False,
+    default_partial: float | None = None,
+    **more: Any,
 ) -> DecoderConfig:
-    """Reads the fields that all architectures of the family share."""
+    """Reads the fields that most architectures have.
+
+    default_...: what transformers takes where a field is absent. norm_eps: the field's name, and its default.
+    interleaved, default_partial: see `rope_of`. more: what else there is to say, of the
+    configuration's own fields.
+    """
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", default_kv_heads or heads)
@@ -73,7 +94,7 @@ def decoder_config(
         raise fields.error("hidden_size", f"without head_dim it must be a multiple of num_attention_heads, {heads}")
     head_dim = fields.integer("head_dim", default_head_dim or hidden // heads)
     layers = num_layers(fields)
-    rope, context = rope_of(fields, head_dim)
+    rope, context = rope_of(fields, head_dim, interleaved=interleaved, default_partial=default_partial)
     return DecoderConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
@@ -82,22 +103,60 @@ def decoder_config(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_context=context,
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", default_tied),
         intermediate_size=fields.integer("intermediate_size"),
-        activation=fields.choice("hidden_act", "silu", tuple(ACTIVATIONS)),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=rope,
-        windows=windows if windows is not None else (None,) * layers,
-        qkv_bias=qkv_bias,
-        out_bias=out_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
+        activation=fields.choice("hidden_act", default_activation, tuple(ACTIVATIONS)),
+        norm_eps=fields.number(*norm_eps),
+        **({"ropes": (rope,) * layers, "windows": (None,) * layers, "scale": head_dim**-0.5} | more),
     )
 
 
 def num_layers(fields: ConfigReader) -> int:
     """The number of layers, within reason."""
     return fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
+
+
+def rms_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
+    """Of hidden states."""
+    return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+
+
+def self_attention(
+    config: DecoderConfig,
+    layer: int,
+    *,
+    qk_norm: Callable[[int], Norm] | None = None,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> SelfAttention:
+    """A layer's. qk_norm: see SelfAttention; where config has one and nothing is said, it is head by head."""
+    if config.qk_norm and qk_norm is None:
+        qk_norm = lambda _: RMSNorm(config.head_dim, eps=config.norm_eps, dtype=dtype, axes=(None,))  # noqa: E731
+    return SelfAttention(
+        config.hidden_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        qkv_bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        spec=AttentionSpec(config.scale, window=config.windows[layer], soft_cap=config.soft_cap),
+        rope=config.ropes[layer],
+        qk_norm=qk_norm,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def gated_mlp(config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> GatedMLP:
+    """A layer's."""
+    return GatedMLP(
+        config.hidden_size,
+        config.intermediate_size,
+        activation=config.activation,
+        bias=config.mlp_bias,
+        dtype=dtype,
+        rngs=rngs,
+    )
 
 
 class DecoderLayer(nnx.Module):
@@ -114,68 +173,78 @@ class DecoderLayer(nnx.Module):
     )
 
     def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        spec = AttentionSpec(scale=config.head_dim**-0.5, window=config.windows[layer])
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-        self.self_attn = SelfAttention(
-            config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            qkv_bias=config.qkv_bias,
-            out_bias=config.out_bias,
-            qk_norm_eps=config.norm_eps if config.qk_norm else None,
-            spec=spec,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-        self.mlp = GatedMLP(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.activation,
-            bias=config.mlp_bias,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.input_layernorm = rms_norm(config, dtype)
+        self.self_attn = self_attention(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = rms_norm(config, dtype)
+        self.mlp = gated_mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], cache: LayerCache | None, batch: ForwardBatch
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
     ) -> tuple[jax.Array, LayerCache | None]:
-        attended, cache = self.self_attn(self.input_layernorm(x), cos_sin, cache, batch)
+        attended, cache = self.self_attn(self.input_layernorm(x), angles, cache, batch)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers, final norm."""
+    """Embedding, layers, final norm.
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    layer, norm: make a layer, and a norm.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer: Callable[..., Any],
+        norm: Callable[[DecoderConfig, DTypeLike], Norm],
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
-        self.rope = config.rope
+        self.layers = nnx.List([layer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_layers)])
+        self.norm = norm(config, dtype)
 
 
 class DecoderForCausalLM(CausalLM):
-    """A decoder with its output head."""
+    """A decoder with its output head.
+
+    layer, norm: a family's own, where they differ.
+    """
+
+    layer: ClassVar[Callable[..., Any]] = DecoderLayer
+    norm: ClassVar[Callable[[Any, DTypeLike], Norm]] = staticmethod(rms_norm)
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.model = Decoder(config, dtype=dtype, rngs=rngs)
+        self.model = Decoder(config, type(self).layer, type(self).norm, dtype=dtype, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(
-                config.hidden_size, config.vocab_size, axes=("vocab", "embed"), dtype=dtype, rngs=rngs
+                config.hidden_size,
+                config.vocab_size,
+                axes=("vocab", "embed"),
+                bias=config.head_bias,
+                dtype=dtype,
+                rngs=rngs,
             )
-        self.tied = config.tie_word_embeddings
+        self.config = config
 
     def embed(self, batch: ForwardBatch) -> jax.Array:
-        return self.model.embed_tokens(batch.tokens, batch.mesh)
+        x = self.model.embed_tokens(batch.tokens, batch.mesh)
+        return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
-    def blocks(self) -> Sequence[DecoderLayer]:
+    def blocks(self) -> Sequence[Any]:
         return list(self.model.layers)
 
-    def runner(self, batch: ForwardBatch) -> RunLayer[DecoderLayer]:
-        cos_sin = self.model.rope.cos_sin(batch.positions)
-        return lambda layer, x, cache, view: layer(x, cos_sin, cache, view)
+    def runner(self, batch: ForwardBatch) -> RunLayer[Any]:
+        angles = {rope: rope.cos_sin(batch.positions) for rope in self.config.ropes if rope is not None}
+        return lambda layer, x, cache, view: layer(x, angles, cache, view)
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-        return head_logits(self.model.norm(x), self.model.embed_tokens if self.tied else self.lm_head, mesh)
+        config = self.config
+        head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
+        logits = head_logits(self.model.norm(x), head, mesh)
+        if config.logit_scale != 1:
+            logits = logits * jnp.float32(config.logit_scale)
+        if config.logit_soft_cap is not None:
+            logits = jnp.tanh(logits / config.logit_soft_cap) * config.logit_soft_cap
+        return logits

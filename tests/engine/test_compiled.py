@@ -138,7 +138,7 @@ def test_on_a_mesh(model, expected, tmp_path, mesh):
         ("environment.features", ["x86_64", "avx1024"], "compiled for a CPU with "),
         ("environment.settings.enable_x64", True, "setting enable_x64 was True and is False"),
         ("environment.settings.XLA_FLAGS", ["--fast"], "setting XLA_FLAGS was ['--fast'] and is ['--xla_b"),
-        ("model.rope.theta", 5.0, "the model's rope was "),
+        ("model.ropes", [], "the model's ropes was [] and is "),
         ("model.hidden_size", 64, "the model's hidden_size was 64 and is 32"),
         ("model.class", "GPT2Config", "the model's class was 'GPT2Config' and is 'DecoderConfig'"),
         ("sizes.bytes", 10**15, "their KV cache of 1,000,000,000,000,000 bytes does not fit in the "),

@@ -4,42 +4,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.layers.rotary import Rope, rotate
+from jaxinfer.layers.rotary import Rope
 from jaxinfer.models.config import ConfigReader, rope_of
 
 
 def test_pairs_turn_by_position_times_frequency():
     """Dimensions i and i + d/2 are the real and imaginary part of a number that is multiplied by e^(i angle)."""
-    rope = Rope(head_dim=16, theta=100.0)
+    rope = Rope(dim=16, theta=100.0)
     positions = np.array([0, 1, 7, 1000], np.int32)
     x = np.random.default_rng(0).standard_normal((4, 3, 16)).astype(np.float32)
     frequencies = 100.0 ** (-np.arange(8) / 8)
     turned = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * positions[:, None, None] * frequencies)
-    result = np.asarray(rotate(jnp.asarray(x), rope.cos_sin(jnp.asarray(positions))))
+    result = np.asarray(rope.rotate(jnp.asarray(x), rope.cos_sin(jnp.asarray(positions))))
     np.testing.assert_allclose(result, np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
     np.testing.assert_allclose(result[0], x[0])  # position 0 stays as it is
 
 
 def test_scores_depend_on_distance_alone():
-    rope = Rope(head_dim=32)
+    rope = Rope(dim=32)
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.standard_normal((1, 1, 32)).astype(np.float32)) for _ in range(2))
 
     def score(query: int, key: int) -> float:
         at = [rope.cos_sin(jnp.asarray([p], jnp.int32)) for p in (query, key)]
-        return jnp.sum(rotate(q, at[0]) * rotate(k, at[1])).item()
+        return jnp.sum(rope.rotate(q, at[0]) * rope.rotate(k, at[1])).item()
 
     assert score(5, 3) == pytest.approx(score(105, 103), abs=1e-4)
     assert score(5, 3) != pytest.approx(score(5, 4), abs=1e-2)
 
 
 def test_low_precision_is_turned_in_float32():
-    rope = Rope(head_dim=8)
+    rope = Rope(dim=8)
     cos_sin = rope.cos_sin(jnp.asarray([3, 50_000], jnp.int32))
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 8)), jnp.bfloat16)
-    result = rotate(x, cos_sin)
+    result = rope.rotate(x, cos_sin)
     assert result.dtype == jnp.bfloat16
-    expected = rotate(x.astype(jnp.float32), cos_sin).astype(jnp.bfloat16)
+    expected = rope.rotate(x.astype(jnp.float32), cos_sin).astype(jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(result, np.float32), np.asarray(expected, np.float32))
 
 
@@ -67,7 +67,7 @@ def test_frequencies_are_transformers(name):
     config = transformers.LlamaConfig(
         hidden_size=head_dim * 4,
         num_attention_heads=4,
-        head_dim=head_dim,
+        dim=head_dim,
         max_position_embeddings=context,
         rope_parameters=dict(parameters),
     )

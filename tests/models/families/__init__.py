@@ -1,0 +1,68 @@
+"""What each family is tried with: a file a family, which has VARIANTS, and MUTANTS of them.
+
+A variant is a configuration of transformers that changes arithmetic. A mutant breaks one rule of the family: it has to
+be seen, by far, or the variant's numbers say nothing about that rule.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VOCAB = 300
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model of transformers.
+
+    config: its configuration's class, and fields: of that.
+    change: what is done to the saved folder afterwards.
+    auto: the class of transformers that makes the model.
+    """
+
+    config: str
+    fields: dict[str, Any]
+    change: Callable[[Path], None] | None = None
+    auto: str = "AutoModelForCausalLM"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A variant with a rule broken.
+
+    variant: its name.
+    change: of our configuration.
+    """
+
+    variant: str
+    change: Callable[[Any], Any] = field(repr=False)
+
+
+def _all(name: str) -> dict[str, Any]:
+    modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    return {key: value for module in modules for key, value in getattr(module, name).items()}
+
+
+def variants() -> dict[str, Variant]:
+    """Of all families, by name: the model_type, and what is special."""
+    return _all("VARIANTS")
+
+
+def mutants() -> dict[str, Mutant]:
+    """Of all families."""
+    return _all("MUTANTS")
