@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.rotary import Rope
 
+FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types
 _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
 MAX_LAYERS = 1000  # each takes time to build, even without its weights
 _LARGEST_NUMBER = 1e15  # nor any other number; float32 must hold what is computed from it, and from what is above 0
@@ -99,12 +100,17 @@ class ConfigReader:
 
 
 def rope_of(
-    fields: ConfigReader, head_dim: int, *, interleaved: bool = False, default_partial: float | None = None
+    fields: ConfigReader,
+    head_dim: int,
+    *,
+    interleaved: bool = False,
+    default_partial: float | None = None,
+    layer_type: str | None = None,
 ) -> tuple[Rope, int]:
     """The rotary embedding and the most positions it is good for.
 
     interleaved: see Rope. default_partial: which share of a head's dimensions turns, where nothing is said; None: it
-    is all, and may be nothing else.
+    is all, and may be nothing else. layer_type: of which layers, where config.json may have settings for each type.
 
     Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (transformers 4,
     with `type` or `rope_type`). Definitions are those of transformers.
@@ -119,7 +125,13 @@ def rope_of(
         if not isinstance(part, dict):
             raise fields.error(name, "it must be an object or null")
         if any(isinstance(value, dict) for value in part.values()):
-            raise fields.error(name, "one setting per layer type is not supported; jaxinfer knows one for all layers")
+            if layer_type is None:
+                raise fields.error(
+                    name, "settings per layer type are not supported here; it must be one for all layers"
+                )
+            part = part.get(layer_type)
+            if not isinstance(part, dict):
+                raise fields.error(name, f"it must have an object for {layer_type}")
         if parameters and part and part != parameters:
             raise fields.error("rope_scaling", "rope_parameters is there too and says otherwise; remove one of them")
         parameters |= part
@@ -198,14 +210,24 @@ def _yarn_attention_factor(rope: ConfigReader, factor: float) -> float:
 
 def windows_of(fields: ConfigReader, num_layers: int, window: int | None, first: int = 0) -> tuple[int | None, ...]:
     """Each layer's sliding window: by `layer_types` where given, else `window` from layer `first` on."""
+    if fields.data.get("layer_types") is None:
+        return tuple(window if i >= first else None for i in range(num_layers))
+    types = layer_types_of(fields, num_layers)
+    if SLIDING in types and window is None:
+        raise fields.error("layer_types", "it names sliding_attention but no sliding_window is in use")
+    return tuple(window if t == SLIDING else None for t in types)
+
+
+def layer_types_of(
+    fields: ConfigReader, num_layers: int, is_full: Callable[[int], bool] = lambda _: True
+) -> tuple[str, ...]:
+    """FULL or SLIDING for each layer: by `layer_types` where given, else by what `is_full` says of its number."""
     types = fields.data.get("layer_types")
     if types is None:
-        return tuple(window if i >= first else None for i in range(num_layers))
+        return tuple(FULL if is_full(i) else SLIDING for i in range(num_layers))
     if not isinstance(types, list) or len(types) != num_layers:
         raise fields.error("layer_types", f"it must list one kind for each of the {num_layers} layers")
-    unknown = sorted({str(t) for t in types} - {"full_attention", "sliding_attention"})
+    unknown = sorted({str(t) for t in types} - {FULL, SLIDING})
     if unknown:
         raise fields.error("layer_types", f"{', '.join(unknown)} is not supported, only full_/sliding_attention")
-    if "sliding_attention" in types and window is None:
-        raise fields.error("layer_types", "it names sliding_attention but no sliding_window is in use")
-    return tuple(window if t == "sliding_attention" else None for t in types)
+    return tuple(types)

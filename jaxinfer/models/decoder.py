@@ -83,7 +83,7 @@ def decoder_config(
 
     default_...: what transformers takes where a field is absent. norm_eps: the field's name, and its default.
     interleaved, default_partial: see `rope_of`. more: what else there is to say, of the
-    configuration's own fields.
+    configuration's own fields; with ropes goes max_context.
     """
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
@@ -94,7 +94,9 @@ def decoder_config(
         raise fields.error("hidden_size", f"without head_dim it must be a multiple of num_attention_heads, {heads}")
     head_dim = fields.integer("head_dim", default_head_dim or hidden // heads)
     layers = num_layers(fields)
-    rope, context = rope_of(fields, head_dim, interleaved=interleaved, default_partial=default_partial)
+    if "ropes" not in more:
+        rope, context = rope_of(fields, head_dim, interleaved=interleaved, default_partial=default_partial)
+        more |= {"ropes": (rope,) * layers, "max_context": context}
     return DecoderConfig(
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
@@ -102,12 +104,11 @@ def decoder_config(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_context=context,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default_tied),
         intermediate_size=fields.integer("intermediate_size"),
         activation=fields.choice("hidden_act", default_activation, tuple(ACTIVATIONS)),
         norm_eps=fields.number(*norm_eps),
-        **({"ropes": (rope,) * layers, "windows": (None,) * layers, "scale": head_dim**-0.5} | more),
+        **({"windows": (None,) * layers, "scale": head_dim**-0.5} | more),
     )
 
 

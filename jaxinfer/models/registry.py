@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class Entry(NamedTuple):
 # By the class that config.json names in `architectures`.
 REGISTRY: dict[str, Entry] = {
     "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
+    "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
     "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
@@ -85,7 +87,9 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
     model_type, named = data.get("model_type"), data.get("architectures")
     known = {name: entry for name, entry in REGISTRY.items() if entry.model_type == model_type}
     if not known:
-        raise CheckpointError(f"model_type {model_type!r:.100} is not supported; known are {', '.join(model_types())}")
+        near = difflib.get_close_matches(str(model_type), model_types(), 1)
+        guess = f", and {near[0]!r} is" if near else ""
+        raise CheckpointError(f"model_type {model_type!r:.100} is not supported{guess}; `jaxinfer models` lists all")
     if named is not None and not (isinstance(named, list) and all(isinstance(class_name, str) for class_name in named)):
         raise CheckpointError(f"config.json: architectures is {named!r:.100}: it must be a list of names of classes")
     name = named[0] if named else None
