@@ -87,7 +87,7 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
     model_type, named = data.get("model_type"), data.get("architectures")
     known = {name: entry for name, entry in REGISTRY.items() if entry.model_type == model_type}
     if not known:
-        near = difflib.get_close_matches(str(model_type), model_types(), 1)
+        near = difflib.get_close_matches(model_type, model_types(), 1) if isinstance(model_type, str) else []
         guess = f", and {near[0]!r} is" if near else ""
         raise CheckpointError(f"model_type {model_type!r:.100} is not supported{guess}; `jaxinfer models` lists all")
     if named is not None and not (isinstance(named, list) and all(isinstance(class_name, str) for class_name in named)):
