@@ -53,6 +53,11 @@ class ConfigReader:
     def error(self, name: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {name} is {self.data.get(name)!r:.100}: {problem}")
 
+    def filled(self, defaults: Mapping[str, Any]) -> ConfigReader:
+        """The same, with these fields where they are absent or null."""
+        missing = {name: value for name, value in defaults.items() if self.data.get(name) is None}
+        return ConfigReader({**self.data, **missing}, self.where)
+
     def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = _LARGEST) -> int:
         value = self.data.get(name)
         value = default if value is None else value

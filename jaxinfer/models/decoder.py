@@ -38,6 +38,7 @@ class DecoderConfig(ModelConfig):
     intermediate_size: the width of MLPs.
     activation: of MLPs, a name in ACTIVATIONS.
     norm_eps: of norms.
+    norm_offset: is added to their weights.
     ropes: of each layer, its rotary embedding; None: it has none.
     windows: of each layer, how many tokens a query sees; None: all.
     scale: of attention scores.
@@ -55,6 +56,7 @@ class DecoderConfig(ModelConfig):
     ropes: tuple[Rope | None, ...]
     windows: tuple[int | None, ...]
     scale: float
+    norm_offset: float = 0.0
     soft_cap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -73,6 +75,7 @@ def decoder_config(
     default_kv_heads: int | None = None,
     default_head_dim: int | None = None,
     default_activation: str = "silu",
+    activation_field: str = "hidden_act",
     default_tied: bool = False,
     norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
     interleaved: bool = False,
@@ -81,8 +84,8 @@ def decoder_config(
 ) -> DecoderConfig:
     """Reads the fields that most architectures have.
 
-    default_...: what transformers takes where a field is absent. norm_eps: the field's name, and its default.
-    interleaved, default_partial: see `rope_of`. more: what else there is to say, of the
+    default_...: what transformers takes where a field is absent. activation_field: its name. norm_eps: the field's
+    name, and its default. interleaved, default_partial: see `rope_of`. more: what else there is to say, of the
     configuration's own fields; with ropes goes max_context.
     """
     hidden = fields.integer("hidden_size")
@@ -106,7 +109,7 @@ def decoder_config(
         head_dim=head_dim,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default_tied),
         intermediate_size=fields.integer("intermediate_size"),
-        activation=fields.choice("hidden_act", default_activation, tuple(ACTIVATIONS)),
+        activation=fields.choice(activation_field, default_activation, tuple(ACTIVATIONS)),
         norm_eps=fields.number(*norm_eps),
         **({"windows": (None,) * layers, "scale": head_dim**-0.5} | more),
     )
@@ -119,7 +122,7 @@ def num_layers(fields: ConfigReader) -> int:
 
 def rms_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
     """Of hidden states."""
-    return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+    return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
 
 
 def self_attention(
@@ -132,7 +135,9 @@ def self_attention(
 ) -> SelfAttention:
     """A layer's. qk_norm: see SelfAttention; where config has one and nothing is said, it is head by head."""
     if config.qk_norm and qk_norm is None:
-        qk_norm = lambda _: RMSNorm(config.head_dim, eps=config.norm_eps, dtype=dtype, axes=(None,))  # noqa: E731
+        qk_norm = lambda _: RMSNorm(  # noqa: E731
+            config.head_dim, eps=config.norm_eps, dtype=dtype, axes=(None,), offset=config.norm_offset
+        )
     return SelfAttention(
         config.hidden_size,
         num_heads=config.num_heads,

@@ -55,6 +55,9 @@ class Entry(NamedTuple):
 # By the class that config.json names in `architectures`.
 REGISTRY: dict[str, Entry] = {
     "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
+    "Gemma2ForCausalLM": Entry("gemma2", "jaxinfer.models.gemma2", "Gemma 2"),
+    "Gemma3ForCausalLM": Entry("gemma3_text", "jaxinfer.models.gemma3", "Gemma 3 (270M, 1B, text of the others)"),
+    "GemmaForCausalLM": Entry("gemma", "jaxinfer.models.gemma", "Gemma, CodeGemma"),
     "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
     "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
