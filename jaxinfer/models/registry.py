@@ -59,6 +59,7 @@ REGISTRY: dict[str, Entry] = {
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
     "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
     "Olmo2ForCausalLM": Entry("olmo2", "jaxinfer.models.olmo2", "OLMo 2"),
+    "Olmo3ForCausalLM": Entry("olmo3", "jaxinfer.models.olmo3", "Olmo 3, Olmo 3.1"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
 }
