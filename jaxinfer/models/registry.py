@@ -55,6 +55,7 @@ class Entry(NamedTuple):
 # By the class that config.json names in `architectures`.
 REGISTRY: dict[str, Entry] = {
     "CohereForCausalLM": Entry("cohere", "jaxinfer.models.cohere", "Command R, Command R+, Aya 23, Aya Expanse"),
+    "Cohere2ForCausalLM": Entry("cohere2", "jaxinfer.models.cohere2", "Command R7B, Command A"),
     "Exaone4ForCausalLM": Entry("exaone4", "jaxinfer.models.exaone4", "EXAONE 4.0"),
     "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
     "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
