@@ -50,6 +50,11 @@ class ConfigReader:
         self.data = data
         self.where = where
 
+    def with_defaults(self, **defaults: Any) -> ConfigReader:
+        """The same, where fields that are absent or null have these values."""
+        given = {name: value for name, value in self.data.items() if value is not None}
+        return ConfigReader({**self.data, **defaults, **given}, self.where)
+
     def error(self, name: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {name} is {self.data.get(name)!r:.100}: {problem}")
 
@@ -220,6 +225,18 @@ def windows_of(fields: ConfigReader, num_layers: int, window: int | None, first:
     types = layer_types_of(fields, num_layers)
     if SLIDING in types and window is None:
         raise fields.error("layer_types", "it names sliding_attention but no sliding_window is in use")
+    return tuple(window if t == SLIDING else None for t in types)
+
+
+def periodic_windows(fields: ConfigReader, num_layers: int, period: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window, of 4096 where the field is absent: by `layer_types` where given, else all layers
+    have it but each `period`-th."""
+    types = layer_types_of(fields, num_layers, lambda i: (i + 1) % period == 0)
+    if "sliding_window" in fields.data and fields.data["sliding_window"] is None:
+        if SLIDING in types:
+            raise fields.error("sliding_window", "there are layers of sliding_attention: it must be an integer")
+        return (None,) * num_layers
+    window = fields.integer("sliding_window", 4096)
     return tuple(window if t == SLIDING else None for t in types)
 
 

@@ -45,6 +45,7 @@ class DecoderConfig(ModelConfig):
     soft_cap: attention scores stay below it, by a tanh; None: they may be anything.
     qkv_bias, out_bias, mlp_bias, head_bias: which projections have one.
     qk_norm: queries and keys are normed.
+    qkv_clip: queries, keys and values are cut off there.
     embedding_scale, residual_scale, logit_scale: factors of embeddings, of what a block adds to the hidden states, and
         of logits.
     logit_soft_cap: the same of logits.
@@ -63,6 +64,7 @@ class DecoderConfig(ModelConfig):
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    qkv_clip: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -148,6 +150,7 @@ def self_attention(
         spec=AttentionSpec(config.scale, window=config.windows[layer], soft_cap=config.soft_cap),
         rope=config.ropes[layer],
         qk_norm=qk_norm,
+        clip=config.qkv_clip,
         dtype=dtype,
         rngs=rngs,
     )
