@@ -54,6 +54,7 @@ class Entry(NamedTuple):
 
 # By the class that config.json names in `architectures`.
 REGISTRY: dict[str, Entry] = {
+    "Ernie4_5ForCausalLM": Entry("ernie4_5", "jaxinfer.models.ernie4_5", "ERNIE 4.5 0.3B"),
     "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
     "Glm4ForCausalLM": Entry("glm4", "jaxinfer.models.glm4", "GLM-4-0414 9B and 32B, GLM-Z1"),
     "GlmForCausalLM": Entry("glm", "jaxinfer.models.glm", "GLM-4 9B, GLM-Edge"),
