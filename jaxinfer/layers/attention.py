@@ -23,6 +23,7 @@ class SelfAttention(nnx.Module):
     qk_norm: makes the norm of queries, or of keys, from how many heads there are; None: they have none. It is called
         with `[T, heads, head_dim]`.
     rope: how positions turn them, after the norms; None: not at all.
+    norm_after_rope: the norms come after instead.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class SelfAttention(nnx.Module):
         spec: AttentionSpec,
         rope: Rope | None,
         qk_norm: Callable[[int], Norm] | None = None,
+        norm_after_rope: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -47,7 +49,7 @@ class SelfAttention(nnx.Module):
         self.o_proj = Linear(inside, features, axes=("embed", "heads"), bias=out_bias, dtype=dtype, rngs=rngs)
         if qk_norm is not None:
             self.q_norm, self.k_norm = qk_norm(num_heads), qk_norm(num_kv_heads)
-        self.qk_norm = qk_norm is not None
+        self.qk_norm, self.norm_after_rope = qk_norm is not None, norm_after_rope
         self.head_dim = head_dim
         self.spec, self.rope = spec, rope
         self.cache_spec = attention_spec(
@@ -62,9 +64,11 @@ class SelfAttention(nnx.Module):
         tokens = x.shape[0]
         projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (out.reshape(tokens, -1, self.head_dim) for out in projected)
-        if self.qk_norm:
+        if self.qk_norm and not self.norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = (self.rope.rotate(heads, angles[self.rope]) for heads in (q, k))
+        if self.qk_norm and self.norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend(q, k, v, cache, batch, self.spec)
         return self.o_proj(out.reshape(tokens, -1)), cache
