@@ -132,10 +132,12 @@ def self_attention(
     layer: int,
     *,
     qk_norm: Callable[[int], Norm] | None = None,
+    norm_after_rope: bool = False,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> SelfAttention:
-    """A layer's. qk_norm: see SelfAttention; where config has one and nothing is said, it is head by head."""
+    """A layer's. qk_norm, norm_after_rope: see SelfAttention; where config has a norm and nothing is said, it is by
+    heads."""
     if config.qk_norm and qk_norm is None:
         qk_norm = lambda _: RMSNorm(  # noqa: E731
             config.head_dim, eps=config.norm_eps, dtype=dtype, axes=(None,), offset=config.norm_offset
@@ -151,6 +153,7 @@ def self_attention(
         rope=config.ropes[layer],
         qk_norm=qk_norm,
         clip=config.qkv_clip,
+        norm_after_rope=norm_after_rope,
         dtype=dtype,
         rngs=rngs,
     )

@@ -58,7 +58,7 @@ def gemma_config(fields: ConfigReader, **more: Any) -> DecoderConfig:
 
 def parse(fields: ConfigReader) -> DecoderConfig:
     """`gelu` is what first releases called its approximation."""
-    config = gemma_config(fields.filled(DEFAULTS))
+    config = gemma_config(fields.with_defaults(**DEFAULTS))
     if config.activation == "gelu":
         config = replace(config, activation=TANH_GELU)
     fields.refuse("hidden_activation", config.activation)

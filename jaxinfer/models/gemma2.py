@@ -77,7 +77,7 @@ def cap(fields: ConfigReader, name: str, default: float | None) -> float | None:
 
 def parse(fields: ConfigReader) -> DecoderConfig:
     """Layers slide by turns, from the first one on."""
-    fields = fields.filled(DEFAULTS)
+    fields = fields.with_defaults(**DEFAULTS)
     return gemma2_config(
         fields,
         layer_types_of(fields, num_layers(fields), lambda i: i % 2 == 1),

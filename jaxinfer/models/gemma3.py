@@ -33,7 +33,7 @@ def typed_rope(fields: ConfigReader, layer_type: str) -> tuple[Rope, int]:
 def parse(fields: ConfigReader) -> DecoderConfig:
     """Of `sliding_window_pattern` layers the last one is full."""
     fields.refuse("attn_logit_softcapping")
-    fields = fields.filled(DEFAULTS)
+    fields = fields.with_defaults(**DEFAULTS)
     pattern = fields.integer("sliding_window_pattern", 6)
     types = layer_types_of(fields, num_layers(fields), lambda i: (i + 1) % pattern == 0)
     typed = {layer_type: typed_rope(fields, layer_type) for layer_type in THETAS}
