@@ -50,6 +50,10 @@ class ConfigReader:
         self.data = data
         self.where = where
 
+    def with_defaults(self, **fields: Any) -> ConfigReader:
+        """The same, with fields that hold where they are absent (null stays null)."""
+        return ConfigReader(fields | dict(self.data), self.where)
+
     def error(self, name: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {name} is {self.data.get(name)!r:.100}: {problem}")
 

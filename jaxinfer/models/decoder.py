@@ -20,8 +20,8 @@ from jaxinfer.attention import AttentionSpec, ForwardBatch
 from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import Angles, Norm, SelfAttention
 from jaxinfer.layers.linear import Embedding, Linear, head_logits
-from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
-from jaxinfer.layers.norm import RMSNorm
+from jaxinfer.layers.mlp import ACTIVATIONS, MLP, GatedMLP
+from jaxinfer.layers.norm import LayerNorm, RMSNorm
 from jaxinfer.layers.rotary import Rope
 from jaxinfer.layers.stack import RunLayer
 from jaxinfer.models.causal import CausalLM, SmoothingPairs
@@ -122,6 +122,11 @@ def rms_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
     return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
 
 
+def layer_norm(config: DecoderConfig, dtype: DTypeLike) -> LayerNorm:
+    """Of hidden states, with weights and biases."""
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+
+
 def self_attention(
     config: DecoderConfig,
     layer: int,
@@ -160,10 +165,23 @@ def gated_mlp(config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Gat
     )
 
 
+def plain_mlp(config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MLP:
+    """A layer's, without a gate."""
+    return MLP(
+        config.hidden_size,
+        config.intermediate_size,
+        activation=config.activation,
+        bias=config.mlp_bias,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
 class DecoderLayer(nnx.Module):
     """Attention, then MLP, each behind a norm and added to the hidden states.
 
     SMOOTHING_PAIRS: what feeds its linears, see `calibrate`.
+    make_norm, make_mlp: a family's own, where they differ.
     """
 
     SMOOTHING_PAIRS: SmoothingPairs = (
@@ -172,12 +190,15 @@ class DecoderLayer(nnx.Module):
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         ("mlp.up_proj", ("mlp.down_proj",)),
     )
+    make_norm: ClassVar[Callable[[Any, DTypeLike], Norm]] = staticmethod(rms_norm)
+    make_mlp: ClassVar[Callable[..., Any]] = staticmethod(gated_mlp)
 
     def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.input_layernorm = rms_norm(config, dtype)
+        make_norm, make_mlp = type(self).make_norm, type(self).make_mlp
+        self.input_layernorm = make_norm(config, dtype)
         self.self_attn = self_attention(config, layer, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = rms_norm(config, dtype)
-        self.mlp = gated_mlp(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = make_norm(config, dtype)
+        self.mlp = make_mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch

@@ -54,12 +54,19 @@ class Entry(NamedTuple):
 
 # By the class that config.json names in `architectures`.
 REGISTRY: dict[str, Entry] = {
+    "ArceeForCausalLM": Entry("arcee", "jaxinfer.models.arcee", "AFM 4.5B"),
     "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
+    "GPTNeoXForCausalLM": Entry("gpt_neox", "jaxinfer.models.gpt_neox", "Pythia, GPT-NeoX 20B, Dolly 2, RedPajama"),
     "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
     "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
+    "OPTForCausalLM": Entry("opt", "jaxinfer.models.opt", "OPT 125M to 66B, Galactica"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
+    "SeedOssForCausalLM": Entry("seed_oss", "jaxinfer.models.seed_oss", "Seed-OSS 36B"),
+    "SmolLM3ForCausalLM": Entry("smollm3", "jaxinfer.models.smollm3", "SmolLM3 3B"),
+    "StableLmForCausalLM": Entry("stablelm", "jaxinfer.models.stablelm", "StableLM 3B, StableLM 2, Stable Code"),
+    "Starcoder2ForCausalLM": Entry("starcoder2", "jaxinfer.models.starcoder2", "StarCoder2"),
 }
 
 
