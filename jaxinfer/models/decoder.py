@@ -44,6 +44,7 @@ class DecoderConfig(ModelConfig):
     soft_cap: attention scores stay below it, by a tanh; None: they may be anything.
     qkv_bias, out_bias, mlp_bias, head_bias: which projections have one.
     qk_norm: queries and keys are normed.
+    parallel: attention and MLP both take a layer's input, and are added to it together.
     embedding_scale, residual_scale, logit_scale: factors of embeddings, of what a block adds to the hidden states, and
         of logits.
     logit_soft_cap: the same of logits.
@@ -61,6 +62,7 @@ class DecoderConfig(ModelConfig):
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    parallel: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -181,7 +183,7 @@ class DecoderLayer(nnx.Module):
     """Attention, then MLP, each behind a norm and added to the hidden states.
 
     SMOOTHING_PAIRS: what feeds its linears, see `calibrate`.
-    make_norm, make_mlp: a family's own, where they differ.
+    make_norm, make_attention, make_mlp: a family's own, where they differ.
     """
 
     SMOOTHING_PAIRS: SmoothingPairs = (
@@ -191,14 +193,15 @@ class DecoderLayer(nnx.Module):
         ("mlp.up_proj", ("mlp.down_proj",)),
     )
     make_norm: ClassVar[Callable[[Any, DTypeLike], Norm]] = staticmethod(rms_norm)
+    make_attention: ClassVar[Callable[..., SelfAttention]] = staticmethod(self_attention)
     make_mlp: ClassVar[Callable[..., Any]] = staticmethod(gated_mlp)
 
     def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        make_norm, make_mlp = type(self).make_norm, type(self).make_mlp
-        self.input_layernorm = make_norm(config, dtype)
-        self.self_attn = self_attention(config, layer, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = make_norm(config, dtype)
-        self.mlp = make_mlp(config, dtype=dtype, rngs=rngs)
+        make = type(self)
+        self.input_layernorm = make.make_norm(config, dtype)
+        self.self_attn = make.make_attention(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = make.make_norm(config, dtype)
+        self.mlp = make.make_mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
