@@ -20,8 +20,8 @@ from jaxinfer.attention import AttentionSpec, ForwardBatch
 from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import Angles, Norm, SelfAttention
 from jaxinfer.layers.linear import Embedding, Linear, head_logits
-from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
-from jaxinfer.layers.norm import RMSNorm
+from jaxinfer.layers.mlp import ACTIVATIONS, MLP, GatedMLP
+from jaxinfer.layers.norm import LayerNorm, RMSNorm
 from jaxinfer.layers.rotary import Rope
 from jaxinfer.layers.stack import RunLayer
 from jaxinfer.models.causal import CausalLM, SmoothingPairs
@@ -46,6 +46,7 @@ class DecoderConfig(ModelConfig):
     qkv_bias, out_bias, mlp_bias, head_bias: which projections have one.
     qk_norm: queries and keys are normed.
     qkv_clip: queries, keys and values are cut off there.
+    parallel: attention and MLP both take a layer's input, and are added to it together.
     embedding_scale, residual_scale, logit_scale: factors of embeddings, of what a block adds to the hidden states, and
         of logits.
     logit_soft_cap: the same of logits.
@@ -65,6 +66,7 @@ class DecoderConfig(ModelConfig):
     head_bias: bool = False
     qk_norm: bool = False
     qkv_clip: float | None = None
+    parallel: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -127,6 +129,11 @@ def rms_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
     return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
 
 
+def layer_norm(config: DecoderConfig, dtype: DTypeLike) -> LayerNorm:
+    """Of hidden states, with weights and biases."""
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+
+
 def self_attention(
     config: DecoderConfig,
     layer: int,
@@ -171,10 +178,23 @@ def gated_mlp(config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Gat
     )
 
 
+def plain_mlp(config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MLP:
+    """A layer's, without a gate."""
+    return MLP(
+        config.hidden_size,
+        config.intermediate_size,
+        activation=config.activation,
+        bias=config.mlp_bias,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
 class DecoderLayer(nnx.Module):
     """Attention, then MLP, each behind a norm and added to the hidden states.
 
     SMOOTHING_PAIRS: what feeds its linears, see `calibrate`.
+    make_norm, make_attention, make_mlp: a family's own, where they differ.
     """
 
     SMOOTHING_PAIRS: SmoothingPairs = (
@@ -183,12 +203,16 @@ class DecoderLayer(nnx.Module):
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         ("mlp.up_proj", ("mlp.down_proj",)),
     )
+    make_norm: ClassVar[Callable[..., Norm]] = staticmethod(rms_norm)
+    make_attention: ClassVar[Callable[..., SelfAttention]] = staticmethod(self_attention)
+    make_mlp: ClassVar[Callable[..., Any]] = staticmethod(gated_mlp)
 
     def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.input_layernorm = rms_norm(config, dtype)
-        self.self_attn = self_attention(config, layer, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = rms_norm(config, dtype)
-        self.mlp = gated_mlp(config, dtype=dtype, rngs=rngs)
+        make = type(self)
+        self.input_layernorm = make.make_norm(config, dtype)
+        self.self_attn = make.make_attention(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = make.make_norm(config, dtype)
+        self.mlp = make.make_mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
@@ -225,7 +249,7 @@ class DecoderForCausalLM(CausalLM):
     """
 
     layer: ClassVar[Callable[..., Any]] = DecoderLayer
-    norm: ClassVar[Callable[[Any, DTypeLike], Norm]] = staticmethod(rms_norm)
+    norm: ClassVar[Callable[..., Norm]] = staticmethod(rms_norm)
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.model = Decoder(config, type(self).layer, type(self).norm, dtype=dtype, rngs=rngs)

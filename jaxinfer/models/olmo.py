@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxinfer.layers.norm import LayerNorm
@@ -24,18 +23,14 @@ class OlmoLayer(DecoderLayer):
     """Norms have nothing to smooth with, nor have values that are cut off."""
 
     SMOOTHING_PAIRS: SmoothingPairs = (("mlp.up_proj", ("mlp.down_proj",)),)
-
-    def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        super().__init__(config, layer, dtype=dtype, rngs=rngs)
-        self.input_layernorm = bare_norm(config, dtype)  # type: ignore[assignment]
-        self.post_attention_layernorm = bare_norm(config, dtype)  # type: ignore[assignment]
+    make_norm = staticmethod(bare_norm)
 
 
 class OlmoForCausalLM(DecoderForCausalLM):
     """OLMo with its head."""
 
     layer = OlmoLayer
-    norm = staticmethod(bare_norm)  # type: ignore[assignment]
+    norm = staticmethod(bare_norm)
 
 
 def parse(fields: ConfigReader) -> DecoderConfig:

@@ -54,6 +54,7 @@ class Entry(NamedTuple):
 
 # By the class that config.json names in `architectures`.
 REGISTRY: dict[str, Entry] = {
+    "ArceeForCausalLM": Entry("arcee", "jaxinfer.models.arcee", "AFM 4.5B"),
     "Cohere2ForCausalLM": Entry("cohere2", "jaxinfer.models.cohere2", "Command R7B, Command A"),
     "CohereForCausalLM": Entry("cohere", "jaxinfer.models.cohere", "Command R, Command R+, Aya 23, Aya Expanse"),
     "Ernie4_5ForCausalLM": Entry("ernie4_5", "jaxinfer.models.ernie4_5", "ERNIE 4.5 0.3B"),
@@ -64,6 +65,7 @@ REGISTRY: dict[str, Entry] = {
     "Glm4ForCausalLM": Entry("glm4", "jaxinfer.models.glm4", "GLM-4-0414 9B and 32B, GLM-Z1"),
     "GlmForCausalLM": Entry("glm", "jaxinfer.models.glm", "GLM-4 9B, GLM-Edge"),
     "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
+    "GPTNeoXForCausalLM": Entry("gpt_neox", "jaxinfer.models.gpt_neox", "Pythia, GPT-NeoX 20B, Dolly 2, RedPajama"),
     "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
     "HunYuanDenseV1ForCausalLM": Entry("hunyuan_v1_dense", "jaxinfer.models.hunyuan_v1_dense", "Hunyuan 0.5B to 7B"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
@@ -71,10 +73,15 @@ REGISTRY: dict[str, Entry] = {
     "Olmo2ForCausalLM": Entry("olmo2", "jaxinfer.models.olmo2", "OLMo 2"),
     "Olmo3ForCausalLM": Entry("olmo3", "jaxinfer.models.olmo3", "Olmo 3, Olmo 3.1"),
     "OlmoForCausalLM": Entry("olmo", "jaxinfer.models.olmo", "OLMo 1B, OLMo 7B"),
+    "OPTForCausalLM": Entry("opt", "jaxinfer.models.opt", "OPT 125M to 66B, Galactica"),
     "Phi3ForCausalLM": Entry("phi3", "jaxinfer.models.phi3", "Phi-3, Phi-4"),
     "PhiForCausalLM": Entry("phi", "jaxinfer.models.phi", "Phi-1, Phi-1.5, Phi-2"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
+    "SeedOssForCausalLM": Entry("seed_oss", "jaxinfer.models.seed_oss", "Seed-OSS 36B"),
+    "SmolLM3ForCausalLM": Entry("smollm3", "jaxinfer.models.smollm3", "SmolLM3 3B"),
+    "StableLmForCausalLM": Entry("stablelm", "jaxinfer.models.stablelm", "StableLM 3B, StableLM 2, Stable Code"),
+    "Starcoder2ForCausalLM": Entry("starcoder2", "jaxinfer.models.starcoder2", "StarCoder2"),
 }
 
 
