@@ -32,16 +32,9 @@ def test_null_is_no_cap():
         ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, ("linear", 1e6), ("default", 1e4)),
         ({"rope_parameters": {}}, ("default", 1e6), ("default", 1e4)),
         ({"rope_parameters": {FULL: {"rope_type": "linear", "factor": 2}}}, ("linear", 1e6), ("default", 1e4)),
-        (
-            {"rope_parameters": {FULL: {"rope_theta": 9.0}, SLIDING: None}, "rope_theta": 7.0},
-            ("default", 9),
-            ("default", 1e4),
-        ),
-        (
-            {"rope_parameters": {SLIDING: {"rope_type": "linear", "factor": 2}}, "rope_theta": 7.0},
-            None,
-            ("linear", 1e4),
-        ),
+        ({"rope_parameters": {FULL: {"rope_theta": 9.0}, SLIDING: None}}, ("default", 9), ("default", 1e4)),
+        ({"rope_parameters": {SLIDING: {"rope_type": "linear", "factor": 2}}}, ("default", 1e6), ("linear", 1e4)),
+        ({"rope_parameters": {FULL: {}, SLIDING: {}}, "rope_theta": 7.0}, ("default", 7), ("default", 1e4)),
     ],
 )
 def test_rotary_embeddings_by_type(fields, full, sliding):
