@@ -62,7 +62,7 @@ REGISTRY: dict[str, Entry] = {
     "HunYuanDenseV1ForCausalLM": Entry("hunyuan_v1_dense", "jaxinfer.models.hunyuan_v1_dense", "Hunyuan 0.5B to 7B"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
     "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
-    "Phi3ForCausalLM": Entry("phi3", "jaxinfer.models.phi3", "Phi-3, Phi-4"),
+    "Phi3ForCausalLM": Entry("phi3", "jaxinfer.models.phi3", "Phi-3 (4k), Phi-4"),
     "PhiForCausalLM": Entry("phi", "jaxinfer.models.phi", "Phi-1, Phi-1.5, Phi-2"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
