@@ -192,7 +192,7 @@ class DecoderLayer(nnx.Module):
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         ("mlp.up_proj", ("mlp.down_proj",)),
     )
-    make_norm: ClassVar[Callable[[Any, DTypeLike], Norm]] = staticmethod(rms_norm)
+    make_norm: ClassVar[Callable[..., Norm]] = staticmethod(rms_norm)
     make_attention: ClassVar[Callable[..., SelfAttention]] = staticmethod(self_attention)
     make_mlp: ClassVar[Callable[..., Any]] = staticmethod(gated_mlp)
 
@@ -238,7 +238,7 @@ class DecoderForCausalLM(CausalLM):
     """
 
     layer: ClassVar[Callable[..., Any]] = DecoderLayer
-    norm: ClassVar[Callable[[Any, DTypeLike], Norm]] = staticmethod(rms_norm)
+    norm: ClassVar[Callable[..., Norm]] = staticmethod(rms_norm)
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.model = Decoder(config, type(self).layer, type(self).norm, dtype=dtype, rngs=rngs)
