@@ -38,12 +38,14 @@ class DecoderConfig(ModelConfig):
     intermediate_size: the width of MLPs.
     activation: of MLPs, a name in ACTIVATIONS.
     norm_eps: of norms.
+    norm_offset: is added to their weights.
     ropes: of each layer, its rotary embedding; None: it has none.
     windows: of each layer, how many tokens a query sees; None: all.
     scale: of attention scores.
     soft_cap: attention scores stay below it, by a tanh; None: they may be anything.
     qkv_bias, out_bias, mlp_bias, head_bias: which projections have one.
     qk_norm: queries and keys are normed.
+    qkv_clip: queries, keys and values are cut off there.
     parallel: attention and MLP both take a layer's input, and are added to it together.
     embedding_scale, residual_scale, logit_scale: factors of embeddings, of what a block adds to the hidden states, and
         of logits.
@@ -56,12 +58,14 @@ class DecoderConfig(ModelConfig):
     ropes: tuple[Rope | None, ...]
     windows: tuple[int | None, ...]
     scale: float
+    norm_offset: float = 0.0
     soft_cap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    qkv_clip: float | None = None
     parallel: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
@@ -75,6 +79,7 @@ def decoder_config(
     default_kv_heads: int | None = None,
     default_head_dim: int | None = None,
     default_activation: str = "silu",
+    activation_field: str = "hidden_act",
     default_tied: bool = False,
     norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
     interleaved: bool = False,
@@ -83,8 +88,8 @@ def decoder_config(
 ) -> DecoderConfig:
     """Reads the fields that most architectures have.
 
-    default_...: what transformers takes where a field is absent. norm_eps: the field's name, and its default.
-    interleaved, default_partial: see `rope_of`. more: what else there is to say, of the
+    default_...: what transformers takes where a field is absent. activation_field: its name. norm_eps: the field's
+    name, and its default. interleaved, default_partial: see `rope_of`. more: what else there is to say, of the
     configuration's own fields; with ropes goes max_context.
     """
     hidden = fields.integer("hidden_size")
@@ -108,7 +113,7 @@ def decoder_config(
         head_dim=head_dim,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default_tied),
         intermediate_size=fields.integer("intermediate_size"),
-        activation=fields.choice("hidden_act", default_activation, tuple(ACTIVATIONS)),
+        activation=fields.choice(activation_field, default_activation, tuple(ACTIVATIONS)),
         norm_eps=fields.number(*norm_eps),
         **({"windows": (None,) * layers, "scale": head_dim**-0.5} | more),
     )
@@ -121,7 +126,7 @@ def num_layers(fields: ConfigReader) -> int:
 
 def rms_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
     """Of hidden states."""
-    return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+    return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
 
 
 def layer_norm(config: DecoderConfig, dtype: DTypeLike) -> LayerNorm:
@@ -134,12 +139,16 @@ def self_attention(
     layer: int,
     *,
     qk_norm: Callable[[int], Norm] | None = None,
+    norm_after_rope: bool = False,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> SelfAttention:
-    """A layer's. qk_norm: see SelfAttention; where config has one and nothing is said, it is head by head."""
+    """A layer's. qk_norm, norm_after_rope: see SelfAttention; where config has a norm and nothing is said, it is by
+    heads."""
     if config.qk_norm and qk_norm is None:
-        qk_norm = lambda _: RMSNorm(config.head_dim, eps=config.norm_eps, dtype=dtype, axes=(None,))  # noqa: E731
+        qk_norm = lambda _: RMSNorm(  # noqa: E731
+            config.head_dim, eps=config.norm_eps, dtype=dtype, axes=(None,), offset=config.norm_offset
+        )
     return SelfAttention(
         config.hidden_size,
         num_heads=config.num_heads,
@@ -150,6 +159,8 @@ def self_attention(
         spec=AttentionSpec(config.scale, window=config.windows[layer], soft_cap=config.soft_cap),
         rope=config.ropes[layer],
         qk_norm=qk_norm,
+        clip=config.qkv_clip,
+        norm_after_rope=norm_after_rope,
         dtype=dtype,
         rngs=rngs,
     )

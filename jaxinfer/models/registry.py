@@ -55,12 +55,27 @@ class Entry(NamedTuple):
 # By the class that config.json names in `architectures`.
 REGISTRY: dict[str, Entry] = {
     "ArceeForCausalLM": Entry("arcee", "jaxinfer.models.arcee", "AFM 4.5B"),
+    "Cohere2ForCausalLM": Entry("cohere2", "jaxinfer.models.cohere2", "Command R7B, Command A"),
+    "CohereForCausalLM": Entry("cohere", "jaxinfer.models.cohere", "Command R, Command R+, Aya 23, Aya Expanse"),
+    "Ernie4_5ForCausalLM": Entry("ernie4_5", "jaxinfer.models.ernie4_5", "ERNIE 4.5 0.3B"),
+    "Exaone4ForCausalLM": Entry("exaone4", "jaxinfer.models.exaone4", "EXAONE 4.0"),
+    "Gemma2ForCausalLM": Entry("gemma2", "jaxinfer.models.gemma2", "Gemma 2"),
+    "Gemma3ForCausalLM": Entry("gemma3_text", "jaxinfer.models.gemma3", "Gemma 3 (270M, 1B, text of the others)"),
+    "GemmaForCausalLM": Entry("gemma", "jaxinfer.models.gemma", "Gemma, CodeGemma"),
+    "Glm4ForCausalLM": Entry("glm4", "jaxinfer.models.glm4", "GLM-4-0414 9B and 32B, GLM-Z1"),
+    "GlmForCausalLM": Entry("glm", "jaxinfer.models.glm", "GLM-4 9B, GLM-Edge"),
     "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
     "GPTNeoXForCausalLM": Entry("gpt_neox", "jaxinfer.models.gpt_neox", "Pythia, GPT-NeoX 20B, Dolly 2, RedPajama"),
     "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
+    "HunYuanDenseV1ForCausalLM": Entry("hunyuan_v1_dense", "jaxinfer.models.hunyuan_v1_dense", "Hunyuan 0.5B to 7B"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
     "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
+    "Olmo2ForCausalLM": Entry("olmo2", "jaxinfer.models.olmo2", "OLMo 2"),
+    "Olmo3ForCausalLM": Entry("olmo3", "jaxinfer.models.olmo3", "Olmo 3, Olmo 3.1"),
+    "OlmoForCausalLM": Entry("olmo", "jaxinfer.models.olmo", "OLMo 1B, OLMo 7B"),
     "OPTForCausalLM": Entry("opt", "jaxinfer.models.opt", "OPT 125M to 66B, Galactica"),
+    "Phi3ForCausalLM": Entry("phi3", "jaxinfer.models.phi3", "Phi-3, Phi-4"),
+    "PhiForCausalLM": Entry("phi", "jaxinfer.models.phi", "Phi-1, Phi-1.5, Phi-2"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
     "SeedOssForCausalLM": Entry("seed_oss", "jaxinfer.models.seed_oss", "Seed-OSS 36B"),
@@ -94,7 +109,7 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
     model_type, named = data.get("model_type"), data.get("architectures")
     known = {name: entry for name, entry in REGISTRY.items() if entry.model_type == model_type}
     if not known:
-        near = difflib.get_close_matches(str(model_type), model_types(), 1)
+        near = difflib.get_close_matches(model_type, model_types(), 1) if isinstance(model_type, str) else []
         guess = f", and {near[0]!r} is" if near else ""
         raise CheckpointError(f"model_type {model_type!r:.100} is not supported{guess}; `jaxinfer models` lists all")
     if named is not None and not (isinstance(named, list) and all(isinstance(class_name, str) for class_name in named)):
