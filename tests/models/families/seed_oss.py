@@ -1,11 +1,22 @@
+import json
 from dataclasses import replace
 
 from tests.models.families import BASE, Mutant, Variant
 
+
+def with_nulls(folder):
+    """Where null is another thing than nothing."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"head_dim": None, "num_key_value_heads": None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 VARIANTS = {
     "seed_oss": Variant("SeedOssConfig", BASE | {"head_dim": 16}),
     "seed_oss-null-tied": Variant(
-        "SeedOssConfig", BASE | {"head_dim": None, "num_key_value_heads": None, "tie_word_embeddings": True}
+        "SeedOssConfig",
+        BASE | {"head_dim": None, "num_key_value_heads": None, "tie_word_embeddings": True},
+        with_nulls,
     ),
     "seed_oss-out_bias": Variant(
         "SeedOssConfig", BASE | {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True, "rope_theta": 5e3}
