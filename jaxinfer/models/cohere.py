@@ -61,7 +61,7 @@ class CohereForCausalLM(DecoderForCausalLM):
     """Command R with its (normally tied) head."""
 
     layer = CohereLayer
-    norm = staticmethod(layer_norm)  # type: ignore[assignment]
+    norm = staticmethod(layer_norm)
 
 
 def parse_shared(fields: ConfigReader, qk_norm: bool = False) -> DecoderConfig:

@@ -183,7 +183,7 @@ def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]
         rope.number("factor")
         return Rope(dim, theta, kind), context
     if kind == "longrope":
-        return _longrope(rope, dim, theta, context), context
+        return _longrope(rope, dim, theta, context)
     original = rope.integer("original_max_position_embeddings", context)
     if kind == "yarn" and rope.data.get("factor") is None:
         factor = context / original
@@ -210,25 +210,20 @@ def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]
     return yarn, max(context, _stretched(rope, original * factor))
 
 
-def _longrope(rope: ConfigReader, dim: int, theta: float, context: int) -> Rope:
-    """With the short factors. Beyond the original context there are others, for all positions of a sequence: what is
-    kept of it would have to be computed again."""
+def _longrope(rope: ConfigReader, dim: int, theta: float, context: int) -> tuple[Rope, int]:
+    """With the short factors (arXiv:2402.13753), up to the original context: beyond it there are others for all
+    positions of a sequence, and what is kept of it would have to be computed again."""
     original = rope.integer("original_max_position_embeddings", context, minimum=2)
     factor = rope.number("factor", context / original)
-    if context > original:
-        raise rope.error(
-            "rope_type",
-            f"its change of factors beyond original_max_position_embeddings, {original}, is not supported; for shorter "
-            f"contexts set max_position_embeddings to {original}, and factor here to {factor!r}",
-        )
     attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-    return Rope(
+    short = Rope(
         dim,
         theta,
         "longrope",
         short_factors=rope.numbers("short_factor", dim // 2),
         attention_factor=rope.number("attention_factor", attention_factor),
     )
+    return short, min(context, original)
 
 
 def _stretched(rope: ConfigReader, context: float) -> int:

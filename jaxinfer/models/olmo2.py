@@ -82,7 +82,7 @@ class Olmo2ForCausalLM(DecoderForCausalLM):
     """OLMo 2 with its head."""
 
     layer = Olmo2Layer
-    norm = staticmethod(wide_norm)  # type: ignore[assignment]
+    norm = staticmethod(wide_norm)
 
 
 def parse(fields: ConfigReader) -> DecoderConfig:

@@ -89,7 +89,7 @@ class PhiForCausalLM(DecoderForCausalLM):
     """Phi with its head."""
 
     layer = PhiLayer
-    norm = staticmethod(layer_norm)  # type: ignore[assignment]
+    norm = staticmethod(layer_norm)
 
 
 def source(name: str) -> Source:

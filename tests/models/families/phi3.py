@@ -12,6 +12,9 @@ VARIANTS = {
     ),
     "phi3-partial": Variant("Phi3Config", BASE | {"partial_rotary_factor": 0.5}),
     "phi3-longrope": Variant("Phi3Config", LONG),
+    "phi3-longrope-beyond": Variant(
+        "Phi3Config", LONG | {"max_position_embeddings": 2048, "rope_parameters": {**ROPE, "factor": None} | FACTORS}
+    ),
     "phi3-longrope-factor": Variant(
         "Phi3Config", LONG | {"rope_parameters": ROPE | FACTORS | {"attention_factor": 1.7}, "rope_theta": 300.0}
     ),
