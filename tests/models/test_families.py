@@ -16,6 +16,7 @@ from jaxinfer.checkpoint.load import load_params
 from jaxinfer.models import model as models
 from tests.checkpoints import same_tokens, write_tokenizer
 from tests.models.families import VOCAB, Variant, mutants, variants
+from tests.models.table import families, row
 
 VARIANTS, MUTANTS = variants(), mutants()
 TOLERANCE = 1e-4  # of the largest logit
@@ -133,3 +134,10 @@ def test_mutants_are_seen(checkpoints, monkeypatch, name):
         found = reference(checkpoints.root, mutant.variant, scale)
         errors.append(error(logits(abstract(found), found), found.logits))
     assert max(errors) > 100 * TOLERANCE
+
+
+def test_the_table_in_the_documents_is_of_these():
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    for family in families():
+        line = row(*family, "")
+        assert line[: line.rindex("|  |")] in text, "python -m tests.models.table > docs/families.md"

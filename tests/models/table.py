@@ -1,0 +1,59 @@
+"""The table of docs/families.md: `python -m tests.models.table > docs/families.md`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from jaxinfer.models.registry import REGISTRY
+from tests.models.families import mutants, variants
+
+HEAD = """# Families, and how they are tested
+
+Each family is compared with transformers in float32, on tiny models whose parameters are all random, at two scales: the
+logits of 70 tokens, and the tokens that are chosen greedily. Variants are the configurations that change arithmetic; a
+mutant breaks one rule of the family (a window by one, an epsilon, a cap, a multiplier), and has to be off by 1e-2 of
+the largest logit at least. The worst difference is of all variants, in shares of the largest logit.
+
+Made by `python -m tests.models.table`.
+
+| model_type | models | variants | mutants | worst difference |
+|---|---|---|---|---|
+"""
+
+
+def families() -> list[tuple[str, str, list[str], int]]:
+    """Of each model_type that has variants: how its models are known, its variants, how many mutants."""
+    known = {entry.model_type: entry.known_as for entry in REGISTRY.values()}
+    rows = []
+    for model_type in sorted(known):
+        own = [name for name in variants() if name.split("-")[0] == model_type]
+        count = sum(mutant.variant in own for mutant in mutants().values())
+        if own:
+            rows.append((model_type, known[model_type], own, count))
+    return rows
+
+
+def row(model_type: str, known_as: str, names: list[str], count: int, worst: str) -> str:
+    """A line of the table."""
+    return f"| `{model_type}` | {known_as} | {len(names)} | {count} | {worst} |"
+
+
+def main() -> None:
+    """Prints it."""
+    from tests.models.test_families import SCALES, abstract, error, logits, reference
+
+    root = Path(os.environ.get("JAXINFER_TEST_CHECKPOINTS") or tempfile.mkdtemp())
+    print(HEAD, end="")
+    for model_type, known_as, names, count in families():
+        worst = 0.0
+        for name in names:
+            found = [reference(root, name, scale) for scale in SCALES]
+            model = abstract(found[0])
+            worst = max(worst, *(error(logits(model, each), each.logits) for each in found))
+        print(row(model_type, known_as, names, count, f"{worst:.1e}"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
