@@ -23,6 +23,7 @@ class SelfAttention(nnx.Module):
     qk_norm: makes the norm of queries, or of keys, from how many heads there are; None: they have none. It is called
         with `[T, heads, head_dim]`.
     rope: how positions turn them, after the norms; None: not at all.
+    query_rope: the same of queries, where it is not that of keys.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class SelfAttention(nnx.Module):
         out_bias: bool,
         spec: AttentionSpec,
         rope: Rope | None,
+        query_rope: Rope | None = None,
         qk_norm: Callable[[int], Norm] | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
@@ -49,7 +51,7 @@ class SelfAttention(nnx.Module):
             self.q_norm, self.k_norm = qk_norm(num_heads), qk_norm(num_kv_heads)
         self.qk_norm = qk_norm is not None
         self.head_dim = head_dim
-        self.spec, self.rope = spec, rope
+        self.spec, self.rope, self.query_rope = spec, rope, query_rope
         self.cache_spec = attention_spec(
             num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads, spec.soft_cap is not None
         )
@@ -65,6 +67,7 @@ class SelfAttention(nnx.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
-            q, k = (self.rope.rotate(heads, angles[self.rope]) for heads in (q, k))
+            of_queries = self.rope if self.query_rope is None else self.query_rope
+            q, k = of_queries.rotate(q, angles[of_queries]), self.rope.rotate(k, angles[self.rope])
         out, cache = attend(q, k, v, cache, batch, self.spec)
         return self.o_proj(out.reshape(tokens, -1)), cache

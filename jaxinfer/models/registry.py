@@ -4,51 +4,29 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
+from jaxinfer.models.architecture import Architecture as Architecture
+from jaxinfer.models.wrapped import MISTRAL3, QWEN2_VL, QWEN3_VL, Wrapped
 
 if TYPE_CHECKING:
-    from flax import nnx
-    from jax.typing import DTypeLike
-
-    from jaxinfer.models.causal import CausalLM
-    from jaxinfer.models.config import ConfigReader, ModelConfig
-    from jaxinfer.models.weights import ParamMapping
-
-
-class Build(Protocol):
-    """Makes the module of a configuration; under `nnx.eval_shape` nothing is allocated."""
-
-    def __call__(self, config: Any, *, dtype: DTypeLike, rngs: nnx.Rngs) -> CausalLM: ...
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """An architecture: config.json to configuration, configuration to module, module to checkpoint tensors.
-
-    parse: reads and checks the fields.
-    build: makes the module.
-    weights: says how checkpoints differ from the module.
-    """
-
-    parse: Callable[[ConfigReader], ModelConfig]
-    build: Build
-    weights: Callable[[ModelConfig], ParamMapping]
+    from jaxinfer.models.config import ModelConfig
 
 
 class Entry(NamedTuple):
     """A line of the registry.
 
     model_type: config.json's.
-    source: the Architecture, or the module that has it as ARCHITECTURE, imported when it is needed.
+    source: the Architecture, or the module that has it as ARCHITECTURE, imported when it is needed; or what holds a
+        text model that has one.
     known_as: models of the kind.
     """
 
     model_type: str
-    source: str | Architecture
+    source: str | Architecture | Wrapped
     known_as: str
 
 
@@ -57,16 +35,22 @@ REGISTRY: dict[str, Entry] = {
     "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
     "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
+    "Ministral3ForCausalLM": Entry("ministral3", "jaxinfer.models.ministral3", "the text model of Ministral 3"),
+    "MinistralForCausalLM": Entry("ministral", "jaxinfer.models.ministral", "Ministral 8B"),
+    "Mistral3ForConditionalGeneration": Entry("mistral3", MISTRAL3, "Mistral Small 3.1 and 3.2, Ministral 3 (text)"),
     "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
+    "Qwen2VLForConditionalGeneration": Entry("qwen2_vl", QWEN2_VL, "Qwen2-VL (text)"),
+    "Qwen2_5_VLForConditionalGeneration": Entry("qwen2_5_vl", QWEN2_VL, "Qwen2.5-VL (text)"),
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
+    "Qwen3VLForConditionalGeneration": Entry("qwen3_vl", QWEN3_VL, "Qwen3-VL, dense (text)"),
 }
 
 
-def register(name: str, model_type: str, source: str | Architecture, known_as: str = "") -> None:
+def register(name: str, model_type: str, source: str | Architecture | Wrapped, known_as: str = "") -> None:
     """Lets models load whose config.json has the class `name` in `architectures`, and this `model_type`; from outside
     of the package, too. source: see Entry. Takes the place of what was registered under the same name."""
-    if not isinstance(source, str | Architecture):
+    if not isinstance(source, str | Architecture | Wrapped):
         raise TypeError(f"source is a {type(source).__name__}: it must be an Architecture, or a module that has one")
     REGISTRY[name] = Entry(model_type, source, known_as)
 
@@ -93,7 +77,7 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
     if named is not None and not (isinstance(named, list) and all(isinstance(class_name, str) for class_name in named)):
         raise CheckpointError(f"config.json: architectures is {named!r:.100}: it must be a list of names of classes")
     name = named[0] if named else None
-    bodies = {class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model" for class_name in known}
+    bodies = {re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", n) + "Model" for n in known}
     if name is None or name in bodies:
         name = next(iter(known))
     if name not in known:
@@ -102,6 +86,10 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
             f"{', '.join(known)}"
         )
     source: object = known[name].source
+    if isinstance(source, Wrapped):
+        from jaxinfer.models.unwrap import text_architecture
+
+        return text_architecture(source, data)
     if isinstance(source, str):
         try:
             module = importlib.import_module(source)
