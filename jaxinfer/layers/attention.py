@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -22,8 +23,10 @@ class SelfAttention(nnx.Module):
 
     qk_norm: makes the norm of queries, or of keys, from how many heads there are; None: they have none. It is called
         with `[T, heads, head_dim]`.
-    rope: how positions turn them, after the norms; None: not at all.
+    clip: queries, keys and values are cut off there, after the norms; None: nowhere.
+    rope: how positions turn them, after that; None: not at all.
     query_rope: the same of queries, where it is not that of keys.
+    norm_after_rope: the norms come after that instead.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class SelfAttention(nnx.Module):
         rope: Rope | None,
         query_rope: Rope | None = None,
         qk_norm: Callable[[int], Norm] | None = None,
+        clip: float | None = None,
+        norm_after_rope: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -49,8 +54,8 @@ class SelfAttention(nnx.Module):
         self.o_proj = Linear(inside, features, axes=("embed", "heads"), bias=out_bias, dtype=dtype, rngs=rngs)
         if qk_norm is not None:
             self.q_norm, self.k_norm = qk_norm(num_heads), qk_norm(num_kv_heads)
-        self.qk_norm = qk_norm is not None
-        self.head_dim = head_dim
+        self.qk_norm, self.norm_after_rope = qk_norm is not None, norm_after_rope
+        self.head_dim, self.clip = head_dim, clip
         self.spec, self.rope, self.query_rope = spec, rope, query_rope
         self.cache_spec = attention_spec(
             num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads, spec.soft_cap is not None
@@ -64,10 +69,14 @@ class SelfAttention(nnx.Module):
         tokens = x.shape[0]
         projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (out.reshape(tokens, -1, self.head_dim) for out in projected)
-        if self.qk_norm:
+        if self.qk_norm and not self.norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = (jnp.clip(heads, -self.clip, self.clip) for heads in (q, k, v))
         if self.rope is not None:
             of_queries = self.rope if self.query_rope is None else self.query_rope
             q, k = of_queries.rotate(q, angles[of_queries]), self.rope.rotate(k, angles[self.rope])
+        if self.qk_norm and self.norm_after_rope:
+            q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend(q, k, v, cache, batch, self.spec)
         return self.o_proj(out.reshape(tokens, -1)), cache

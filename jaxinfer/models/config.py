@@ -50,6 +50,11 @@ class ConfigReader:
         self.data = data
         self.where = where
 
+    def with_defaults(self, **defaults: Any) -> ConfigReader:
+        """The same, where fields that are absent or null have these values."""
+        given = {name: value for name, value in self.data.items() if value is not None}
+        return ConfigReader({**self.data, **defaults, **given}, self.where)
+
     def error(self, name: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {name} is {self.data.get(name)!r:.100}: {problem}")
 
@@ -76,6 +81,14 @@ class ConfigReader:
             least = f"{'above' if above and minimum else 'of at least'} {lowest:g}"
             raise self.error(name, f"it must be a number {least} and at most {_LARGEST_NUMBER:g}")
         return float(value)
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of so many numbers above 0."""
+        values = self.data.get(name)
+        if not isinstance(values, list) or len(values) != count:
+            raise self.error(name, f"it must be a list of {count} numbers")
+        items = ConfigReader({f"{name}[{i}]": value for i, value in enumerate(values)}, self.where)
+        return tuple(items.number(item) for item in items.data)
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self.data.get(name)
@@ -107,16 +120,34 @@ def rope_of(
     default_partial: float | None = None,
     layer_type: str | None = None,
 ) -> tuple[Rope, int]:
-    """The rotary embedding and the most positions it is good for.
+    """The rotary embedding and the most positions it is good for. Definitions are those of transformers.
 
     interleaved: see Rope. default_partial: which share of a head's dimensions turns, where nothing is said; None: it
-    is all, and may be nothing else. layer_type: of which layers, where config.json may have settings for each type.
+    is all, and may be nothing else. layer_type: see `rope_parameters`.
+    """
+    context = fields.integer("max_position_embeddings", 2048)
+    rope = rope_parameters(fields, layer_type)
+    rope.refuse("mrope_section")
+    if default_partial is None:
+        rope.refuse("partial_rotary_factor", 1, 1.0)
+    share = rope.number("partial_rotary_factor", default_partial or 1.0)
+    if share > 1:
+        raise rope.error("partial_rotary_factor", "it must be at most 1")
+    dim = int(head_dim * share)
+    if dim % 2 or not dim:
+        part = "" if share == 1 else f", of which partial_rotary_factor {share:g} leaves {dim}"
+        raise ValueError(f"{fields.where}: head_dim is {head_dim}{part}: rotary embeddings need an even number")
+    scaled, context = _scaled_rope(rope, dim, context)
+    return replace(scaled, interleaved=interleaved), context
 
-    Reads both spellings: `rope_parameters` (transformers 5) and `rope_theta` with `rope_scaling` (transformers 4,
-    with `type` or `rope_type`). Definitions are those of transformers.
+
+def rope_parameters(fields: ConfigReader, layer_type: str | None = None) -> ConfigReader:
+    """What config.json says of rotary embeddings, in both spellings: `rope_parameters` (transformers 5), and
+    `rope_theta` with `rope_scaling` (transformers 4, with `type` or `rope_type`).
+
+    layer_type: of which layers, where there may be settings for each type.
     """
     data = fields.data
-    context = fields.integer("max_position_embeddings", 2048)
     parameters: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         part = data.get(name)
@@ -139,19 +170,7 @@ def rope_of(
         if data.get(name) is not None:
             parameters.setdefault(name, data[name])
     parameters.setdefault("rope_type", parameters.get("type", "default"))
-    rope = ConfigReader(parameters, f"{fields.where}: rope_parameters")
-    rope.refuse("mrope_section")
-    if default_partial is None:
-        rope.refuse("partial_rotary_factor", 1, 1.0)
-    share = rope.number("partial_rotary_factor", default_partial or 1.0)
-    if share > 1:
-        raise rope.error("partial_rotary_factor", "it must be at most 1")
-    dim = int(head_dim * share)
-    if dim % 2 or not dim:
-        part = "" if share == 1 else f", of which partial_rotary_factor {share:g} leaves {dim}"
-        raise ValueError(f"{fields.where}: head_dim is {head_dim}{part}: rotary embeddings need an even number")
-    scaled, context = _scaled_rope(rope, dim, context)
-    return replace(scaled, interleaved=interleaved), context
+    return ConfigReader(parameters, f"{fields.where}: rope_parameters")
 
 
 def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]:
@@ -163,6 +182,8 @@ def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]
     if kind == "dynamic":
         rope.number("factor")
         return Rope(dim, theta, kind), context
+    if kind == "longrope":
+        return _longrope(rope, dim, theta, context), context
     original = rope.integer("original_max_position_embeddings", context)
     if kind == "yarn" and rope.data.get("factor") is None:
         factor = context / original
@@ -187,6 +208,27 @@ def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]
         attention_factor=_yarn_attention_factor(rope, factor),
     )
     return yarn, max(context, _stretched(rope, original * factor))
+
+
+def _longrope(rope: ConfigReader, dim: int, theta: float, context: int) -> Rope:
+    """With the short factors. Beyond the original context there are others, for all positions of a sequence: what is
+    kept of it would have to be computed again."""
+    original = rope.integer("original_max_position_embeddings", context, minimum=2)
+    factor = rope.number("factor", context / original)
+    if context > original:
+        raise rope.error(
+            "rope_type",
+            f"its change of factors beyond original_max_position_embeddings, {original}, is not supported; for shorter "
+            f"contexts set max_position_embeddings to {original}, and factor here to {factor!r}",
+        )
+    attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return Rope(
+        dim,
+        theta,
+        "longrope",
+        short_factors=rope.numbers("short_factor", dim // 2),
+        attention_factor=rope.number("attention_factor", attention_factor),
+    )
 
 
 def _stretched(rope: ConfigReader, context: float) -> int:
@@ -215,6 +257,18 @@ def windows_of(fields: ConfigReader, num_layers: int, window: int | None, first:
     types = layer_types_of(fields, num_layers)
     if SLIDING in types and window is None:
         raise fields.error("layer_types", "it names sliding_attention but no sliding_window is in use")
+    return tuple(window if t == SLIDING else None for t in types)
+
+
+def periodic_windows(fields: ConfigReader, num_layers: int, period: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window, of 4096 where the field is absent: by `layer_types` where given, else all layers
+    have it but each `period`-th."""
+    types = layer_types_of(fields, num_layers, lambda i: (i + 1) % period == 0)
+    if "sliding_window" in fields.data and fields.data["sliding_window"] is None:
+        if SLIDING in types:
+            raise fields.error("sliding_window", "there are layers of sliding_attention: it must be an integer")
+        return (None,) * num_layers
+    window = fields.integer("sliding_window", 4096)
     return tuple(window if t == SLIDING else None for t in types)
 
 

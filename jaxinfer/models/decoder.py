@@ -20,8 +20,8 @@ from jaxinfer.attention import AttentionSpec, ForwardBatch
 from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import Angles, Norm, SelfAttention
 from jaxinfer.layers.linear import Embedding, Linear, head_logits
-from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
-from jaxinfer.layers.norm import RMSNorm
+from jaxinfer.layers.mlp import ACTIVATIONS, MLP, GatedMLP
+from jaxinfer.layers.norm import LayerNorm, RMSNorm
 from jaxinfer.layers.rotary import Rope
 from jaxinfer.layers.stack import RunLayer
 from jaxinfer.models.causal import CausalLM, SmoothingPairs
@@ -38,12 +38,15 @@ class DecoderConfig(ModelConfig):
     intermediate_size: the width of MLPs.
     activation: of MLPs, a name in ACTIVATIONS.
     norm_eps: of norms.
+    norm_offset: is added to their weights.
     ropes: of each layer, its rotary embedding; None: it has none.
     windows: of each layer, how many tokens a query sees; None: all.
     scale: of attention scores.
     soft_cap: attention scores stay below it, by a tanh; None: they may be anything.
     qkv_bias, out_bias, mlp_bias, head_bias: which projections have one.
     qk_norm: queries and keys are normed.
+    qkv_clip: queries, keys and values are cut off there.
+    parallel: attention and MLP both take a layer's input, and are added to it together.
     embedding_scale, residual_scale, logit_scale: factors of embeddings, of what a block adds to the hidden states, and
         of logits.
     logit_soft_cap: the same of logits.
@@ -55,12 +58,15 @@ class DecoderConfig(ModelConfig):
     ropes: tuple[Rope | None, ...]
     windows: tuple[int | None, ...]
     scale: float
+    norm_offset: float = 0.0
     soft_cap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    qkv_clip: float | None = None
+    parallel: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -73,6 +79,7 @@ def decoder_config(
     default_kv_heads: int | None = None,
     default_head_dim: int | None = None,
     default_activation: str = "silu",
+    activation_field: str = "hidden_act",
     default_tied: bool = False,
     norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
     interleaved: bool = False,
@@ -81,8 +88,8 @@ def decoder_config(
 ) -> DecoderConfig:
     """Reads the fields that most architectures have.
 
-    default_...: what transformers takes where a field is absent. norm_eps: the field's name, and its default.
-    interleaved, default_partial: see `rope_of`. more: what else there is to say, of the
+    default_...: what transformers takes where a field is absent. activation_field: its name. norm_eps: the field's
+    name, and its default. interleaved, default_partial: see `rope_of`. more: what else there is to say, of the
     configuration's own fields; with ropes goes max_context.
     """
     hidden = fields.integer("hidden_size")
@@ -106,7 +113,7 @@ def decoder_config(
         head_dim=head_dim,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", default_tied),
         intermediate_size=fields.integer("intermediate_size"),
-        activation=fields.choice("hidden_act", default_activation, tuple(ACTIVATIONS)),
+        activation=fields.choice(activation_field, default_activation, tuple(ACTIVATIONS)),
         norm_eps=fields.number(*norm_eps),
         **({"windows": (None,) * layers, "scale": head_dim**-0.5} | more),
     )
@@ -119,7 +126,12 @@ def num_layers(fields: ConfigReader) -> int:
 
 def rms_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
     """Of hidden states."""
-    return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
+    return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
+
+
+def layer_norm(config: DecoderConfig, dtype: DTypeLike) -> LayerNorm:
+    """Of hidden states, with weights and biases."""
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
 
 
 def self_attention(
@@ -127,12 +139,16 @@ def self_attention(
     layer: int,
     *,
     qk_norm: Callable[[int], Norm] | None = None,
+    norm_after_rope: bool = False,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> SelfAttention:
-    """A layer's. qk_norm: see SelfAttention; where config has one and nothing is said, it is head by head."""
+    """A layer's. qk_norm, norm_after_rope: see SelfAttention; where config has a norm and nothing is said, it is by
+    heads."""
     if config.qk_norm and qk_norm is None:
-        qk_norm = lambda _: RMSNorm(config.head_dim, eps=config.norm_eps, dtype=dtype, axes=(None,))  # noqa: E731
+        qk_norm = lambda _: RMSNorm(  # noqa: E731
+            config.head_dim, eps=config.norm_eps, dtype=dtype, axes=(None,), offset=config.norm_offset
+        )
     return SelfAttention(
         config.hidden_size,
         num_heads=config.num_heads,
@@ -143,6 +159,8 @@ def self_attention(
         spec=AttentionSpec(config.scale, window=config.windows[layer], soft_cap=config.soft_cap),
         rope=config.ropes[layer],
         qk_norm=qk_norm,
+        clip=config.qkv_clip,
+        norm_after_rope=norm_after_rope,
         dtype=dtype,
         rngs=rngs,
     )
@@ -160,10 +178,23 @@ def gated_mlp(config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Gat
     )
 
 
+def plain_mlp(config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MLP:
+    """A layer's, without a gate."""
+    return MLP(
+        config.hidden_size,
+        config.intermediate_size,
+        activation=config.activation,
+        bias=config.mlp_bias,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
 class DecoderLayer(nnx.Module):
     """Attention, then MLP, each behind a norm and added to the hidden states.
 
     SMOOTHING_PAIRS: what feeds its linears, see `calibrate`.
+    make_norm, make_attention, make_mlp: a family's own, where they differ.
     """
 
     SMOOTHING_PAIRS: SmoothingPairs = (
@@ -172,12 +203,16 @@ class DecoderLayer(nnx.Module):
         ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
         ("mlp.up_proj", ("mlp.down_proj",)),
     )
+    make_norm: ClassVar[Callable[..., Norm]] = staticmethod(rms_norm)
+    make_attention: ClassVar[Callable[..., SelfAttention]] = staticmethod(self_attention)
+    make_mlp: ClassVar[Callable[..., Any]] = staticmethod(gated_mlp)
 
     def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.input_layernorm = rms_norm(config, dtype)
-        self.self_attn = self_attention(config, layer, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = rms_norm(config, dtype)
-        self.mlp = gated_mlp(config, dtype=dtype, rngs=rngs)
+        make = type(self)
+        self.input_layernorm = make.make_norm(config, dtype)
+        self.self_attn = make.make_attention(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = make.make_norm(config, dtype)
+        self.mlp = make.make_mlp(config, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
@@ -214,7 +249,7 @@ class DecoderForCausalLM(CausalLM):
     """
 
     layer: ClassVar[Callable[..., Any]] = DecoderLayer
-    norm: ClassVar[Callable[[Any, DTypeLike], Norm]] = staticmethod(rms_norm)
+    norm: ClassVar[Callable[..., Norm]] = staticmethod(rms_norm)
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.model = Decoder(config, type(self).layer, type(self).norm, dtype=dtype, rngs=rngs)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture as Architecture
-from jaxinfer.models.wrapped import MISTRAL3, QWEN2_VL, QWEN3_VL, Wrapped
+from jaxinfer.models.wrapped import GEMMA3, MISTRAL3, QWEN2_VL, QWEN3_VL, Wrapped
 
 if TYPE_CHECKING:
     from jaxinfer.models.config import ModelConfig
@@ -32,18 +32,41 @@ class Entry(NamedTuple):
 
 # By the class that config.json names in `architectures`.
 REGISTRY: dict[str, Entry] = {
+    "ArceeForCausalLM": Entry("arcee", "jaxinfer.models.arcee", "AFM 4.5B"),
+    "Cohere2ForCausalLM": Entry("cohere2", "jaxinfer.models.cohere2", "Command R7B, Command A"),
+    "CohereForCausalLM": Entry("cohere", "jaxinfer.models.cohere", "Command R, Command R+, Aya 23, Aya Expanse"),
+    "Ernie4_5ForCausalLM": Entry("ernie4_5", "jaxinfer.models.ernie4_5", "ERNIE 4.5 0.3B"),
+    "Exaone4ForCausalLM": Entry("exaone4", "jaxinfer.models.exaone4", "EXAONE 4.0"),
+    "Gemma2ForCausalLM": Entry("gemma2", "jaxinfer.models.gemma2", "Gemma 2"),
+    "Gemma3ForCausalLM": Entry("gemma3_text", "jaxinfer.models.gemma3", "Gemma 3 (270M, 1B, text of the others)"),
+    "Gemma3ForConditionalGeneration": Entry("gemma3", GEMMA3, "Gemma 3 4B, 12B and 27B, MedGemma (text)"),
+    "GemmaForCausalLM": Entry("gemma", "jaxinfer.models.gemma", "Gemma, CodeGemma"),
+    "Glm4ForCausalLM": Entry("glm4", "jaxinfer.models.glm4", "GLM-4-0414 9B and 32B, GLM-Z1"),
+    "GlmForCausalLM": Entry("glm", "jaxinfer.models.glm", "GLM-4 9B, GLM-Edge"),
     "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
+    "GPTNeoXForCausalLM": Entry("gpt_neox", "jaxinfer.models.gpt_neox", "Pythia, GPT-NeoX 20B, Dolly 2, RedPajama"),
     "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
+    "HunYuanDenseV1ForCausalLM": Entry("hunyuan_v1_dense", "jaxinfer.models.hunyuan_v1_dense", "Hunyuan 0.5B to 7B"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
     "Ministral3ForCausalLM": Entry("ministral3", "jaxinfer.models.ministral3", "the text model of Ministral 3"),
     "MinistralForCausalLM": Entry("ministral", "jaxinfer.models.ministral", "Ministral 8B"),
     "Mistral3ForConditionalGeneration": Entry("mistral3", MISTRAL3, "Mistral Small 3.1 and 3.2, Ministral 3 (text)"),
     "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
+    "Olmo2ForCausalLM": Entry("olmo2", "jaxinfer.models.olmo2", "OLMo 2"),
+    "Olmo3ForCausalLM": Entry("olmo3", "jaxinfer.models.olmo3", "Olmo 3, Olmo 3.1"),
+    "OlmoForCausalLM": Entry("olmo", "jaxinfer.models.olmo", "OLMo 1B, OLMo 7B"),
+    "OPTForCausalLM": Entry("opt", "jaxinfer.models.opt", "OPT 125M to 66B, Galactica"),
+    "Phi3ForCausalLM": Entry("phi3", "jaxinfer.models.phi3", "Phi-3, Phi-4"),
+    "PhiForCausalLM": Entry("phi", "jaxinfer.models.phi", "Phi-1, Phi-1.5, Phi-2"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
     "Qwen2VLForConditionalGeneration": Entry("qwen2_vl", QWEN2_VL, "Qwen2-VL (text)"),
     "Qwen2_5_VLForConditionalGeneration": Entry("qwen2_5_vl", QWEN2_VL, "Qwen2.5-VL (text)"),
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
     "Qwen3VLForConditionalGeneration": Entry("qwen3_vl", QWEN3_VL, "Qwen3-VL, dense (text)"),
+    "SeedOssForCausalLM": Entry("seed_oss", "jaxinfer.models.seed_oss", "Seed-OSS 36B"),
+    "SmolLM3ForCausalLM": Entry("smollm3", "jaxinfer.models.smollm3", "SmolLM3 3B"),
+    "StableLmForCausalLM": Entry("stablelm", "jaxinfer.models.stablelm", "StableLM 3B, StableLM 2, Stable Code"),
+    "Starcoder2ForCausalLM": Entry("starcoder2", "jaxinfer.models.starcoder2", "StarCoder2"),
 }
 
 
@@ -71,7 +94,7 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
     model_type, named = data.get("model_type"), data.get("architectures")
     known = {name: entry for name, entry in REGISTRY.items() if entry.model_type == model_type}
     if not known:
-        near = difflib.get_close_matches(str(model_type), model_types(), 1)
+        near = difflib.get_close_matches(model_type, model_types(), 1) if isinstance(model_type, str) else []
         guess = f", and {near[0]!r} is" if near else ""
         raise CheckpointError(f"model_type {model_type!r:.100} is not supported{guess}; `jaxinfer models` lists all")
     if named is not None and not (isinstance(named, list) and all(isinstance(class_name, str) for class_name in named)):

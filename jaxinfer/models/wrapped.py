@@ -65,6 +65,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 VISUAL = (r"(model\.)?visual\..+",)
 LLAVA = (r"(model\.)?(vision_tower|multi_modal_projector)\..+",)
 
+GEMMA3 = Wrapped({"gemma3_text": "jaxinfer.models.gemma3"}, LLAVA, tied=True)
 QWEN2_VL = Wrapped(
     dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_vl", "qwen2_5_vl"), "jaxinfer.models.qwen2_vl"),
     VISUAL,

@@ -19,6 +19,8 @@ from jaxinfer.errors import UnsupportedError
 from jaxinfer.models import mistral
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import REGISTRY, architecture, parse_config
+from tests.checkpoints import same_tokens
+from tests.models.test_families import PROMPT, TOKENS, reference
 from tests.plain import CONFIG, random_tensors, write_checkpoint
 from tests.refusals import line, refusal
 
@@ -144,7 +146,7 @@ def test_every_wrapper_has_its_modules(name):
     """By all of its text models' names."""
     entry = REGISTRY[name]
     for kind in entry.source.texts:
-        text = {"model_type": kind, "rope_parameters": {"rope_type": "default"}, **dict(list(CONFIG.items())[1:])}
+        text = CONFIG | {"model_type": kind}
         text.pop("head_dim")
         _, config = parse_config({"model_type": entry.model_type, "architectures": [name], "text_config": text})
         assert config.hidden_size == CONFIG["hidden_size"]
@@ -171,6 +173,19 @@ def test_end_to_end(tmp_path, tensors, cli):
     assert len({str([output.outputs[0].token_ids for output in outputs]) for outputs in tokens.values()}) == 1
     assert "language_model.model.norm.weight" not in load_file(tmp_path / "hf" / "model.safetensors")
     assert cli("plan", folder, "--topology", "h100-1").out
+
+
+@pytest.mark.parametrize("name", ["mistral3-in-the-model", "ministral3-window", "qwen2_vl-flat"])
+def test_engines_against_transformers(checkpoints, name):
+    """Through the cache, with pages that a window has left behind."""
+    found = reference(checkpoints.root, name, "large")
+    params = SamplingParams(max_tokens=TOKENS - PROMPT, temperature=0.0, ignore_eos=True)
+    options = {"page_size": 16, "max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 96}
+    with LLM(found.folder, dtype="float32", **options) as llm:
+        for prompt in (PROMPT, 40):  # the longer one in two chunks
+            wanted = found.tokens[prompt:]
+            made = llm.generate([found.tokens[:prompt]], params, use_tqdm=False)[0].outputs[0].token_ids
+            assert same_tokens(list(made[: len(wanted)]), wanted, found.gaps[prompt - 1 : -1])
 
 
 def refuses_images(llm):

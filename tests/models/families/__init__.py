@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,11 @@ class Mutant:
 
     variant: str
     change: Callable[[Any], Any] = field(repr=False)
+
+
+def of_ropes(**changes: Any) -> Callable[[Any], Any]:
+    """A mutant's change of the rotary embeddings of all layers."""
+    return lambda config: replace(config, ropes=tuple(rope and replace(rope, **changes) for rope in config.ropes))
 
 
 def _all(name: str) -> dict[str, Any]:

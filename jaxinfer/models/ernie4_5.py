@@ -1,0 +1,27 @@
+"""ERNIE 4.5, dense (Baidu, 2025): Llama's layer, whose heads' dimensions turn in pairs."""
+
+from __future__ import annotations
+
+from jaxinfer.models.config import ConfigReader
+from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, decoder_config
+from jaxinfer.models.llama import weights
+from jaxinfer.models.registry import Architecture
+
+
+def parse(fields: ConfigReader) -> DecoderConfig:
+    """`use_bias` covers all projections. Where heads and their size are null, not absent, they follow from others."""
+    bias = fields.boolean("use_bias", False)
+    return decoder_config(
+        fields.with_defaults(max_position_embeddings=131072, rope_theta=500000.0),
+        default_kv_heads=None if "num_key_value_heads" in fields.data else 2,
+        default_head_dim=None if "head_dim" in fields.data else 128,
+        default_tied=True,
+        norm_eps=("rms_norm_eps", 1e-5),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=bias,
+        interleaved=True,
+    )
+
+
+ARCHITECTURE = Architecture(parse, DecoderForCausalLM, weights)

@@ -1,0 +1,94 @@
+"""OLMo 2 (arXiv:2501.00656): norms come after attention and MLP, and there is one over all heads of queries, and of
+keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxinfer.attention import ForwardBatch
+from jaxinfer.cache import LayerCache
+from jaxinfer.layers.attention import Angles, Norm
+from jaxinfer.layers.norm import HeadsRMSNorm, RMSNorm
+from jaxinfer.models.causal import SmoothingPairs
+from jaxinfer.models.config import ConfigReader
+from jaxinfer.models.decoder import (
+    DecoderConfig,
+    DecoderForCausalLM,
+    decoder_config,
+    gated_mlp,
+    rms_norm,
+    self_attention,
+)
+from jaxinfer.models.llama import weights
+from jaxinfer.models.registry import Architecture
+
+
+class PostNormLayer(nnx.Module):
+    """Attention, then MLP, each with a norm of what it adds to the hidden states.
+
+    SMOOTHING_PAIRS: what feeds its linears, see `calibrate`; the hidden states, which feed the others, are not normed.
+    """
+
+    SMOOTHING_PAIRS: SmoothingPairs = (
+        ("self_attn.v_proj", ("self_attn.o_proj",)),
+        ("mlp.up_proj", ("mlp.down_proj",)),
+    )
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layer: int,
+        *,
+        norm: Callable[[DecoderConfig, DTypeLike], Norm] = rms_norm,
+        qk_norm: Callable[[int], Norm] | None = None,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.self_attn = self_attention(config, layer, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = norm(config, dtype)
+        self.mlp = gated_mlp(config, dtype=dtype, rngs=rngs)
+        self.post_feedforward_layernorm = norm(config, dtype)
+
+    def __call__(
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
+    ) -> tuple[jax.Array, LayerCache | None]:
+        attended, cache = self.self_attn(x, angles, cache, batch)
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(x)), cache
+
+
+def wide_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
+    """Of hidden states."""
+    return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, wide=True)
+
+
+class Olmo2Layer(PostNormLayer):
+    """Its norms multiply before they round."""
+
+    def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        def qk_norm(heads: int) -> HeadsRMSNorm:
+            axis = "heads" if heads == config.num_heads else "kv_heads"
+            size = heads * config.head_dim
+            return HeadsRMSNorm(size, eps=config.norm_eps, dtype=dtype, axes=(axis,), wide=True)
+
+        super().__init__(config, layer, norm=wide_norm, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
+
+
+class Olmo2ForCausalLM(DecoderForCausalLM):
+    """OLMo 2 with its head."""
+
+    layer = Olmo2Layer
+    norm = staticmethod(wide_norm)
+
+
+def parse(fields: ConfigReader) -> DecoderConfig:
+    """`attention_bias` covers all four projections."""
+    bias = fields.boolean("attention_bias", False)
+    return decoder_config(fields, norm_eps=("rms_norm_eps", 1e-5), qkv_bias=bias, out_bias=bias, qk_norm=True)
+
+
+ARCHITECTURE = Architecture(parse, Olmo2ForCausalLM, weights)
