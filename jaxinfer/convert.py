@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,8 @@ from jaxinfer.engine.load import placement_for
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.quantization.schemes import Quantization
 from jaxinfer.sharding import describe
+
+log = logging.getLogger("jaxinfer")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def writing(
     folder: where all else is that belongs to the checkpoint. Raises ValueError for what the format can't have."""
     beside(folder)  # what can't be copied shows now
     if format == "hf":
+        if model.weights.beside:
+            log.warning("%s: the text model alone is written, without what sees or hears", output)
         with written(output) as path:
             with HfWriter(model, path) as writer:
                 yield writer.add

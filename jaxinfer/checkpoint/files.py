@@ -9,6 +9,8 @@ from typing import Any
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.registry import model_types
+from jaxinfer.models.wrapped import lifted
+from jaxinfer.quantization.stored import QUANTIZATION_FIELDS
 
 MAX_JSON_BYTES = 100_000_000  # the largest tokenizers have about 35 MB
 
@@ -77,7 +79,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = check_folder(folder) / "config.json"
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file; give the folder of a checkpoint in Hugging Face's format")
-    config = read_json(path)
+    config = lifted(read_json(path), *QUANTIZATION_FIELDS)
     model_type, known = config.get("model_type"), model_types()
     if model_type in known:
         return config

@@ -20,11 +20,14 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.models.params import ParamSpec
 from jaxinfer.models.sources import Index, Region, shape_of, whole
+from jaxinfer.models.weights import ParamMapping
 from jaxinfer.quantization.quantize import quantize
 from jaxinfer.quantization.schemes import SCALE, Scheme
 from jaxinfer.quantization.stored import Format
 from jaxinfer.sharding import parts
 
+# transformers' names of what others have otherwise.
+OTHER_SCALES = {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 
 
@@ -214,9 +217,9 @@ def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:
     known: set[str] = set()
     missing, duplicate, shapes, types = [], [], [], []
     for name, wanted in _wanted(model).items():
-        names = [n for n in weights.spellings(name) if n in stored]
-        if not names and tied and name == weights.embedding and weights.head in stored:
-            names = [weights.head]  # saved with the head alone
+        names = [n for n in _spellings(weights, name) if n in stored]
+        if not names and tied and name == weights.embedding:
+            names = [n for n in weights.spellings(weights.head) if n in stored]  # saved with the head alone
         if not names:
             if not wanted.optional:
                 missing.append(name)
@@ -233,7 +236,7 @@ def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:
         elif info.dtype not in wanted.dtypes:
             read = "" if wanted.dtypes is FLOATS else f" instead of {' or '.join(map(str, wanted.dtypes))}"
             types.append(f"{names[0]} is {info.dtype}{read}")
-    known |= {weights.head} if tied else set()
+    known |= set(weights.spellings(weights.head)) if tied else set()
     unknown = [n for n in stored if n not in known and not weights.is_ignored(n)]
     problems = [
         f"{label}: {some(dict.fromkeys(names))}"
@@ -249,6 +252,13 @@ def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:
     if problems:
         raise CheckpointError(f"{checkpoint.folder}: does not fit its config.json: {'; '.join(problems)}")
     return located
+
+
+def _spellings(weights: ParamMapping, name: str) -> list[str]:
+    """The names that a tensor may have."""
+    base, _, kind = name.rpartition(".")
+    names = [name, *([f"{base}.{OTHER_SCALES[kind]}"] if kind in OTHER_SCALES else [])]
+    return [spelling for name in names for spelling in weights.spellings(name)]
 
 
 def _converted(

@@ -16,6 +16,7 @@ from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights
 from jaxinfer.models.registry import parse_config
 from jaxinfer.models.weights import ParamMapping
+from jaxinfer.models.wrapped import untied
 from jaxinfer.quantization.stored import leaving, stored_quantization
 
 BLOCK = 2**22  # elements that are compared at a time
@@ -35,7 +36,7 @@ def as_stored(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     architecture, parsed = parse_config(config)
     names = architecture.weights(parsed)
     if parsed.tie_word_embeddings and _has_own_head(weights, names):
-        content["tie_word_embeddings"] = False
+        content = untied(content)
         log.warning("%s: has a head of its own, which is used, although config.json ties it", weights.folder)
     stored = stored_quantization(config) if isinstance(weights, Checkpoint) else None
     if stored is not None and isinstance(weights, Checkpoint):
@@ -49,10 +50,13 @@ def as_stored(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
 def _has_own_head(weights: Weights, names: ParamMapping) -> bool:
     if not isinstance(weights, Checkpoint):
         return names.head in weights.tensors
-    if any(names.head.removesuffix("weight") + suffix in weights.tensors for suffix in PACKED):
+    heads = names.spellings(names.head)
+    if any(head.removesuffix("weight") + suffix in weights.tensors for head in heads for suffix in PACKED):
         return True
-    head = weights.tensors.get(names.head)
-    embedding = next((weights.tensors[n] for n in names.spellings(names.embedding) if n in weights.tensors), None)
+    head, embedding = (
+        next((weights.tensors[n] for n in spellings if n in weights.tensors), None)
+        for spellings in (heads, names.spellings(names.embedding))
+    )
     if head is None or embedding is None:
         return False
     if head.shape != embedding.shape or not {head.dtype, embedding.dtype} <= set(FLOATS) or len(head.shape) != 2:
@@ -71,10 +75,10 @@ def _linears(weights: Checkpoint, names: ParamMapping) -> tuple[list[str], list[
     plain: list[str] = []
     packed: list[str] = []
     for name, info in weights.tensors.items():
-        module, _, kind = name.rpartition(".")
-        if kind not in ("weight", *PACKED) or len(info.shape) != 2 or name in names.spellings(names.embedding):
+        kind = name.rpartition(".")[2]
+        if kind not in ("weight", *PACKED) or len(info.shape) != 2 or names.is_ignored(name):
             continue
-        if not name.startswith((names.prefix, names.head.removesuffix("weight"))):
-            module = names.prefix + module
-        (plain if kind == "weight" and info.dtype in FLOATS else packed).append(module)
+        module = names.own(name).removesuffix(f".{kind}")
+        if f"{module}.weight" != names.embedding:
+            (plain if kind == "weight" and info.dtype in FLOATS else packed).append(module)
     return plain, packed

@@ -53,6 +53,7 @@ from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import parse_config
+from jaxinfer.models.wrapped import TEXT, with_text
 from jaxinfer.quantization.stored import asked_for, check_stored
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, local_devices, make_mesh
@@ -126,7 +127,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     tokenizer = _tokenizer(folder, settings)
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
-    asked = checkpoint_params(generation_config, config, folder, shape.vocab_size)
+    asked = checkpoint_params(generation_config, with_text(config), folder, shape.vocab_size)
     compiled = None
     with open_weights(folder) as checkpoint:
         config = as_stored(config, checkpoint)
@@ -207,6 +208,9 @@ def check_architecture(wanted: Mapping[str, Any], config: Mapping[str, Any], pat
         _, expected = parse_config(wanted)
     except ValueError as error:
         raise ValueError(str(error).replace("config.json", "architecture", 1)) from None
+    if type(actual) is not type(expected):
+        kind, other = ((fields.get(TEXT) or {}).get("model_type") for fields in (config, wanted))
+        raise _disagreement(path, f"{TEXT}.model_type", kind, other)
     for field in dataclasses.fields(actual):
         value, other = getattr(actual, field.name), getattr(expected, field.name)
         if value != other:
@@ -329,7 +333,8 @@ def choose_dtype(
     names = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
     if wanted != "auto":
         return np.dtype(names[wanted])
-    name = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
+    fields = with_text(config)
+    name = str(fields.get("dtype", fields.get("torch_dtype"))).removeprefix("torch.")
     tensors = checkpoint.tensors.values() if checkpoint else ()
     unknown = np.dtype(np.float32 if checkpoint else ml_dtypes.bfloat16)
     stored = next((info.dtype for info in tensors if info.dtype in FLOATS), unknown)
@@ -400,5 +405,5 @@ def _eos_token_ids(
     folder: Path, generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer_id: int | None
 ) -> list[int]:
     """All EOS ids of generation_config.json; else those of config.json; else the tokenizer's."""
-    ids = generation.get("eos_token_id") or eos_token_ids(config, folder / "config.json")
+    ids = generation.get("eos_token_id") or eos_token_ids(with_text(config), folder / "config.json")
     return ids or ([] if tokenizer_id is None else [tokenizer_id])

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxinfer.errors import RequestError
+from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.sampling.ids import are_ids, token_ids
 from jaxinfer.text.base import Tokenizer
+from jaxinfer.text.messages import TOWERS
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 BYTES = bytes | bytearray | memoryview  # sequences of integers, which are no token ids
@@ -34,6 +35,8 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Encoded:
     cache_salt. Raises RequestError."""
     salt = ""
     if isinstance(prompt, Mapping):
+        if "multi_modal_data" in prompt:
+            raise UnsupportedError(f"a prompt has multi_modal_data; only text is supported{TOWERS}", "prompt")
         if set(prompt) - {"cache_salt"} not in ({"prompt"}, {"prompt_token_ids"}):
             raise RequestError(
                 f"a prompt as a dict has either prompt or prompt_token_ids, not {list(prompt)}", "prompt"

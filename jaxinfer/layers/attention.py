@@ -25,6 +25,7 @@ class SelfAttention(nnx.Module):
         with `[T, heads, head_dim]`.
     clip: queries, keys and values are cut off there, after the norms; None: nowhere.
     rope: how positions turn them, after that; None: not at all.
+    query_rope: the same of queries, where it is not that of keys.
     norm_after_rope: the norms come after that instead.
     """
 
@@ -39,6 +40,7 @@ class SelfAttention(nnx.Module):
         out_bias: bool,
         spec: AttentionSpec,
         rope: Rope | None,
+        query_rope: Rope | None = None,
         qk_norm: Callable[[int], Norm] | None = None,
         clip: float | None = None,
         norm_after_rope: bool = False,
@@ -54,7 +56,7 @@ class SelfAttention(nnx.Module):
             self.q_norm, self.k_norm = qk_norm(num_heads), qk_norm(num_kv_heads)
         self.qk_norm, self.norm_after_rope = qk_norm is not None, norm_after_rope
         self.head_dim, self.clip = head_dim, clip
-        self.spec, self.rope = spec, rope
+        self.spec, self.rope, self.query_rope = spec, rope, query_rope
         self.cache_spec = attention_spec(
             num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads, spec.soft_cap is not None
         )
@@ -72,7 +74,8 @@ class SelfAttention(nnx.Module):
         if self.clip is not None:
             q, k, v = (jnp.clip(heads, -self.clip, self.clip) for heads in (q, k, v))
         if self.rope is not None:
-            q, k = (self.rope.rotate(heads, angles[self.rope]) for heads in (q, k))
+            of_queries = self.rope if self.query_rope is None else self.query_rope
+            q, k = of_queries.rotate(q, angles[of_queries]), self.rope.rotate(k, angles[self.rope])
         if self.qk_norm and self.norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
         out, cache = attend(q, k, v, cache, batch, self.spec)

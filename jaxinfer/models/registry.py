@@ -4,51 +4,29 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
+from jaxinfer.models.architecture import Architecture as Architecture
+from jaxinfer.models.wrapped import GEMMA3, MISTRAL3, QWEN2_VL, QWEN3_VL, Wrapped
 
 if TYPE_CHECKING:
-    from flax import nnx
-    from jax.typing import DTypeLike
-
-    from jaxinfer.models.causal import CausalLM
-    from jaxinfer.models.config import ConfigReader, ModelConfig
-    from jaxinfer.models.weights import ParamMapping
-
-
-class Build(Protocol):
-    """Makes the module of a configuration; under `nnx.eval_shape` nothing is allocated."""
-
-    def __call__(self, config: Any, *, dtype: DTypeLike, rngs: nnx.Rngs) -> CausalLM: ...
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """An architecture: config.json to configuration, configuration to module, module to checkpoint tensors.
-
-    parse: reads and checks the fields.
-    build: makes the module.
-    weights: says how checkpoints differ from the module.
-    """
-
-    parse: Callable[[ConfigReader], ModelConfig]
-    build: Build
-    weights: Callable[[ModelConfig], ParamMapping]
+    from jaxinfer.models.config import ModelConfig
 
 
 class Entry(NamedTuple):
     """A line of the registry.
 
     model_type: config.json's.
-    source: the Architecture, or the module that has it as ARCHITECTURE, imported when it is needed.
+    source: the Architecture, or the module that has it as ARCHITECTURE, imported when it is needed; or what holds a
+        text model that has one.
     known_as: models of the kind.
     """
 
     model_type: str
-    source: str | Architecture
+    source: str | Architecture | Wrapped
     known_as: str
 
 
@@ -61,6 +39,7 @@ REGISTRY: dict[str, Entry] = {
     "Exaone4ForCausalLM": Entry("exaone4", "jaxinfer.models.exaone4", "EXAONE 4.0"),
     "Gemma2ForCausalLM": Entry("gemma2", "jaxinfer.models.gemma2", "Gemma 2"),
     "Gemma3ForCausalLM": Entry("gemma3_text", "jaxinfer.models.gemma3", "Gemma 3 (270M, 1B, text of the others)"),
+    "Gemma3ForConditionalGeneration": Entry("gemma3", GEMMA3, "Gemma 3 4B, 12B and 27B, MedGemma (text)"),
     "GemmaForCausalLM": Entry("gemma", "jaxinfer.models.gemma", "Gemma, CodeGemma"),
     "Glm4ForCausalLM": Entry("glm4", "jaxinfer.models.glm4", "GLM-4-0414 9B and 32B, GLM-Z1"),
     "GlmForCausalLM": Entry("glm", "jaxinfer.models.glm", "GLM-4 9B, GLM-Edge"),
@@ -69,6 +48,9 @@ REGISTRY: dict[str, Entry] = {
     "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
     "HunYuanDenseV1ForCausalLM": Entry("hunyuan_v1_dense", "jaxinfer.models.hunyuan_v1_dense", "Hunyuan 0.5B to 7B"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
+    "Ministral3ForCausalLM": Entry("ministral3", "jaxinfer.models.ministral3", "the text model of Ministral 3"),
+    "MinistralForCausalLM": Entry("ministral", "jaxinfer.models.ministral", "Ministral 8B"),
+    "Mistral3ForConditionalGeneration": Entry("mistral3", MISTRAL3, "Mistral Small 3.1 and 3.2, Ministral 3 (text)"),
     "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
     "Olmo2ForCausalLM": Entry("olmo2", "jaxinfer.models.olmo2", "OLMo 2"),
     "Olmo3ForCausalLM": Entry("olmo3", "jaxinfer.models.olmo3", "Olmo 3, Olmo 3.1"),
@@ -77,7 +59,10 @@ REGISTRY: dict[str, Entry] = {
     "Phi3ForCausalLM": Entry("phi3", "jaxinfer.models.phi3", "Phi-3, Phi-4"),
     "PhiForCausalLM": Entry("phi", "jaxinfer.models.phi", "Phi-1, Phi-1.5, Phi-2"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
+    "Qwen2VLForConditionalGeneration": Entry("qwen2_vl", QWEN2_VL, "Qwen2-VL (text)"),
+    "Qwen2_5_VLForConditionalGeneration": Entry("qwen2_5_vl", QWEN2_VL, "Qwen2.5-VL (text)"),
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
+    "Qwen3VLForConditionalGeneration": Entry("qwen3_vl", QWEN3_VL, "Qwen3-VL, dense (text)"),
     "SeedOssForCausalLM": Entry("seed_oss", "jaxinfer.models.seed_oss", "Seed-OSS 36B"),
     "SmolLM3ForCausalLM": Entry("smollm3", "jaxinfer.models.smollm3", "SmolLM3 3B"),
     "StableLmForCausalLM": Entry("stablelm", "jaxinfer.models.stablelm", "StableLM 3B, StableLM 2, Stable Code"),
@@ -85,10 +70,10 @@ REGISTRY: dict[str, Entry] = {
 }
 
 
-def register(name: str, model_type: str, source: str | Architecture, known_as: str = "") -> None:
+def register(name: str, model_type: str, source: str | Architecture | Wrapped, known_as: str = "") -> None:
     """Lets models load whose config.json has the class `name` in `architectures`, and this `model_type`; from outside
     of the package, too. source: see Entry. Takes the place of what was registered under the same name."""
-    if not isinstance(source, str | Architecture):
+    if not isinstance(source, str | Architecture | Wrapped):
         raise TypeError(f"source is a {type(source).__name__}: it must be an Architecture, or a module that has one")
     REGISTRY[name] = Entry(model_type, source, known_as)
 
@@ -115,7 +100,7 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
     if named is not None and not (isinstance(named, list) and all(isinstance(class_name, str) for class_name in named)):
         raise CheckpointError(f"config.json: architectures is {named!r:.100}: it must be a list of names of classes")
     name = named[0] if named else None
-    bodies = {class_name.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Model" for class_name in known}
+    bodies = {re.sub(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$", "", n) + "Model" for n in known}
     if name is None or name in bodies:
         name = next(iter(known))
     if name not in known:
@@ -124,6 +109,10 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
             f"{', '.join(known)}"
         )
     source: object = known[name].source
+    if isinstance(source, Wrapped):
+        from jaxinfer.models.unwrap import text_architecture
+
+        return text_architecture(source, data)
     if isinstance(source, str):
         try:
             module = importlib.import_module(source)

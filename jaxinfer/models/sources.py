@@ -5,6 +5,7 @@ Transposed(Tensor("h.0.mlp.c_fc.weight"))              stored [in, out]
 Part(Tensor("attn.qkv.weight"), start=8, total=24)     rows from 8 on, of 24
 Stack((Tensor("experts.0.up.weight"), ...))            its first axis is over tensors
 Concat((Tensor("gate.weight"), Tensor("up.weight")), (8, 16))     one after the other, 8 and 16 rows
+Renamed(Tensor("model.norm.weight"), "model.", "language_model.model.")     under another name
 """
 
 from __future__ import annotations
@@ -82,6 +83,29 @@ class Tensor(Source):
 
     def regions(self, index: Index) -> Iterator[Region]:
         yield Region(self.name, index, slices(whole(shape_of(index))))
+
+
+@dataclass(frozen=True)
+class Renamed(Source):
+    """Tensors whose names begin differently.
+
+    source: of these tensors.
+    old, new: what names begin with there, and in the checkpoint.
+    """
+
+    source: Source
+    old: str
+    new: str
+
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        return {self._name(name): size for name, size in self.source.tensors(shape).items()}
+
+    def regions(self, index: Index) -> Iterator[Region]:
+        for region in self.source.regions(index):
+            yield replace(region, tensor=self._name(region.tensor))
+
+    def _name(self, name: str) -> str:
+        return self.new + name.removeprefix(self.old) if name.startswith(self.old) else name
 
 
 @dataclass(frozen=True)

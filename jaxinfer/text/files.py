@@ -69,7 +69,9 @@ def _is_id(value: object) -> TypeGuard[int]:
 
 def model_token_id(folder: Path, name: str) -> int | None:
     """`bos_token_id` and such as the config.json in a folder has them."""
-    value = read_json(folder / "config.json").get(name)
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")  # of models that also see or hear
+    value = text.get(name) if config.get(name) is None and isinstance(text, dict) else config.get(name)
     if isinstance(value, list) and value:
         value = value[0]
     return value if _is_id(value) else None

@@ -19,6 +19,8 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 # Parts that are text, and the field that it is in.
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 
+TOWERS = ": of models that take images, video or audio, jaxinfer runs the text model and not yet what sees or hears"
+
 TEXT = Takes()
 
 
@@ -79,7 +81,7 @@ def _part(part: dict[str, Any], where: str) -> dict[str, Any]:
     kind = part["type"]
     name = _TEXTS.get(kind) if isinstance(kind, str) else None
     if name is None:
-        raise UnsupportedError.at(where, f"content has a part of type {kind!r:.40}; only text is supported")
+        raise UnsupportedError.at(where, f"content has a part of type {kind!r:.40}; only text is supported{TOWERS}")
     if not isinstance(part.get(name), str):
         raise RequestError.at(where, f"text of a part must be text, found {part.get(name)!r:.80}")
     known = "thinking" if kind == "thinking" else "text"
