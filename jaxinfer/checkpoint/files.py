@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.errors import CheckpointError
-from jaxinfer.models.registry import model_types
+from jaxinfer.models.registry import model_types, nearest
 from jaxinfer.models.wrapped import lifted
 from jaxinfer.quantization.stored import QUANTIZATION_FIELDS
 
@@ -80,15 +80,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.lexists(path):
         raise FileNotFoundError(f"{path}: no such file; give the folder of a checkpoint in Hugging Face's format")
     config = lifted(read_json(path), *QUANTIZATION_FIELDS)
-    model_type, known = config.get("model_type"), model_types()
-    if model_type in known:
+    model_type = config.get("model_type")
+    if model_type in model_types():
         return config
     if model_type is None:
         problem = "has no model_type"
     else:
         problem = f"model_type {short(model_type)} is not supported"
     remote = "; it needs code of its own (auto_map), which is never run" if "auto_map" in config else ""
-    raise CheckpointError(f"{path}: {problem}{remote}; supported are {', '.join(sorted(known))}")
+    raise CheckpointError(f"{path}: {problem}{remote}{nearest(model_type)}")
 
 
 def read_generation_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ def models(as_json: JSON = False) -> None:
         print(json.dumps([dict(zip(("model_type", "hf_class", "known_as"), row, strict=True)) for row in rows]))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("model_type", "class", "models")
+    table = Table(Column("model_type", no_wrap=True), Column("class", no_wrap=True), "models")
     for name, entry in REGISTRY.items():
         table.add_row(entry.model_type, name, entry.known_as)
     Console().print(table)

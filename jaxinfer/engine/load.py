@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import psutil
 from jax.sharding import Mesh
@@ -20,8 +19,7 @@ from jax.sharding import Mesh
 from jaxinfer import distributed
 from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
 from jaxinfer.checkpoint.hub import resolve
-from jaxinfer.checkpoint.load import FLOATS
-from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
+from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.compile_cache import enable_compile_cache, executables_folder
@@ -30,6 +28,7 @@ from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.compiled import Folder, open_folder
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.defaults import checkpoint_params
+from jaxinfer.engine.dtypes import choose_dtype, computes_in
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.executables import open_executables
 from jaxinfer.engine.follower import agree, follow
@@ -49,14 +48,13 @@ from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import DataParallelScheduler
 from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, device_bytes, page_size, size_cache
 from jaxinfer.errors import CheckpointError
-from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import parse_config
 from jaxinfer.models.wrapped import TEXT, with_text
 from jaxinfer.quantization.stored import asked_for, check_stored
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sharding import ROWS, axis_size, compute_capability, describe, devices_of, local_devices, make_mesh
+from jaxinfer.sharding import ROWS, axis_size, describe, devices_of, local_devices, make_mesh
 from jaxinfer.text.base import NoTokenizer, Tokenizer
 from jaxinfer.text.tokenizer import LOOKED_FOR, check_vocabulary, has_tokenizer, load_tokenizer
 
@@ -324,35 +322,6 @@ def sized_programs(
         kv_cache_dtype=settings["kv_cache_dtype"],
     )
     return programs, sizes
-
-
-def choose_dtype(
-    wanted: str, config: Mapping[str, Any], checkpoint: Weights | None, placement: jax.Device | Mesh
-) -> np.dtype[Any]:
-    """The dtype of weights: see EngineConfig. Without a checkpoint, what it stores is taken for bfloat16."""
-    names = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-    if wanted != "auto":
-        return np.dtype(names[wanted])
-    fields = with_text(config)
-    name = str(fields.get("dtype", fields.get("torch_dtype"))).removeprefix("torch.")
-    tensors = checkpoint.tensors.values() if checkpoint else ()
-    unknown = np.dtype(np.float32 if checkpoint else ml_dtypes.bfloat16)
-    stored = next((info.dtype for info in tensors if info.dtype in FLOATS), unknown)
-    dtype = np.dtype(names[name]) if name in names else stored
-    device = devices_of(placement)[0]
-    if device.platform == "cpu" and computes_in(dtype, placement) == dtype:
-        return np.dtype(np.float32)
-    if (compute_capability(device) or 8.0) < 8.0 and dtype != np.float32:
-        return np.dtype(np.float16)
-    return dtype
-
-
-def computes_in(dtype: np.dtype[Any], placement: jax.Device | Mesh) -> np.dtype[Any]:
-    """The dtype of activations and cache where weights have this one: the same, but float32 for bfloat16 where a kernel
-    multiplies the two, which is as fast and more exact."""
-    on_cpu = devices_of(placement)[0].platform == "cpu"
-    wide = on_cpu and dtype == ml_dtypes.bfloat16 and multiplies("float32", "bfloat16")
-    return np.dtype(np.float32) if wide else dtype
 
 
 def limits(settings: EngineConfig, placement: jax.Device | Mesh) -> tuple[int, int]:

@@ -83,6 +83,12 @@ def model_types() -> list[str]:
     return list(dict.fromkeys(entry.model_type for entry in REGISTRY.values()))
 
 
+def nearest(model_type: object) -> str:
+    """What to say of one that is not known."""
+    near = difflib.get_close_matches(model_type, model_types(), 1) if isinstance(model_type, str) else []
+    return (f", and {near[0]!r} is" if near else "") + "; `jaxinfer models` lists all"
+
+
 def architecture(data: Mapping[str, Any]) -> Architecture:
     """The architecture of a config.json's content: that of the class which comes first in `architectures`, which has to
     be one of its `model_type`. Raises CheckpointError that lists what is known.
@@ -94,9 +100,7 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
     model_type, named = data.get("model_type"), data.get("architectures")
     known = {name: entry for name, entry in REGISTRY.items() if entry.model_type == model_type}
     if not known:
-        near = difflib.get_close_matches(model_type, model_types(), 1) if isinstance(model_type, str) else []
-        guess = f", and {near[0]!r} is" if near else ""
-        raise CheckpointError(f"model_type {model_type!r:.100} is not supported{guess}; `jaxinfer models` lists all")
+        raise CheckpointError(f"model_type {model_type!r:.100} is not supported{nearest(model_type)}")
     if named is not None and not (isinstance(named, list) and all(isinstance(class_name, str) for class_name in named)):
         raise CheckpointError(f"config.json: architectures is {named!r:.100}: it must be a list of names of classes")
     name = named[0] if named else None

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
-from jaxinfer.engine.load import choose_dtype, limits, sized_programs
+from jaxinfer.engine.dtypes import choose_dtype
+from jaxinfer.engine.load import limits, sized_programs
 from jaxinfer.engine.programs import Programs, cache_layout, placed_decode_state, placed_hidden, placed_params, reach
 from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, longest, page_size
 from jaxinfer.models.model import AbstractModel

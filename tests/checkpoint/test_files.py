@@ -72,8 +72,8 @@ def test_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "has no model_type; supported are gpt2, llama, "),
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are gpt2, llama, "),
+        ({}, "has no model_type; `jaxinfer models` lists all"),
+        ({"model_type": "lama"}, "model_type 'lama' is not supported, and 'llama' is; `jaxinfer models` lists all"),
         ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
         ({"model_type": "x" * 1000}, r"\(1002 characters\) is not supported"),
         ({"model_type": "mine", "auto_map": {"AutoModel": "mine.Mine"}}, "'mine' is not supported; .* never run"),

@@ -113,7 +113,7 @@ def test_models(cli):
     code, out, err = cli("models", "--json")
     assert (code, err) == (0, "")
     assert [row["model_type"] for row in json.loads(out)] == model_types()
-    assert json.loads(out)[1]["hf_class"] == "LlamaForCausalLM"
+    assert {row["model_type"]: row["hf_class"] for row in json.loads(out)}["llama"] == "LlamaForCausalLM"
     table = cli("models")
     assert all(name in table.out for name in model_types())
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from jaxinfer.engine.load import choose_dtype
+from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.plan.slices import GENERATIONS, names
 from jaxinfer.plan.targets import find_target
 from tests.plan.test_roofline import CONFIG
