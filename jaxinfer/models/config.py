@@ -258,11 +258,16 @@ def windows_of(fields: ConfigReader, num_layers: int, window: int | None, first:
 def periodic_windows(fields: ConfigReader, num_layers: int, period: int) -> tuple[int | None, ...]:
     """Each layer's sliding window, of 4096 where the field is absent: by `layer_types` where given, else all layers
     have it but each `period`-th."""
-    types = layer_types_of(fields, num_layers, lambda i: (i + 1) % period == 0)
-    if "sliding_window" in fields.data and fields.data["sliding_window"] is None:
+    return typed_windows(fields, layer_types_of(fields, num_layers, lambda i: (i + 1) % period == 0))
+
+
+def typed_windows(fields: ConfigReader, types: Sequence[str]) -> tuple[int | None, ...]:
+    """Each layer's sliding window, of 4096 where the field is absent; null is for models of which no layer slides."""
+    if fields.data.get("sliding_window", True) is None:
         if SLIDING in types:
-            raise fields.error("sliding_window", "there are layers of sliding_attention: it must be an integer")
-        return (None,) * num_layers
+            problem = "some layers have sliding_attention; it must be an integer, or absent"
+            raise fields.error("sliding_window", problem)
+        return (None,) * len(types)
     window = fields.integer("sliding_window", 4096)
     return tuple(window if t == SLIDING else None for t in types)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jaxinfer.layers.stack import RunLayer
 from jaxinfer.models.causal import CausalLM, SmoothingPairs
 from jaxinfer.models.config import MAX_LAYERS, ConfigReader, ModelConfig, rope_of
 
+M = TypeVar("M", GatedMLP, MLP)
 # Old checkpoints carry the rotary frequencies; they follow from config.json.
 IGNORED = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
 
@@ -166,9 +168,18 @@ def self_attention(
     )
 
 
-def gated_mlp(config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> GatedMLP:
-    """A layer's."""
-    return GatedMLP(
+def head_norm_attention(config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> SelfAttention:
+    """A layer's, whose queries and keys have layer norms with weights of each head's own, if they have norms."""
+
+    def norm(heads: int) -> LayerNorm:
+        axes = "heads" if heads == config.num_heads else "kv_heads", None
+        return LayerNorm((heads, config.head_dim), eps=config.norm_eps, dtype=dtype, axes=axes, bias=False)
+
+    return self_attention(config, layer, qk_norm=norm if config.qk_norm else None, dtype=dtype, rngs=rngs)
+
+
+def _mlp(kind: type[M], config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> M:
+    return kind(
         config.hidden_size,
         config.intermediate_size,
         activation=config.activation,
@@ -178,16 +189,7 @@ def gated_mlp(config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Gat
     )
 
 
-def plain_mlp(config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> MLP:
-    """A layer's, without a gate."""
-    return MLP(
-        config.hidden_size,
-        config.intermediate_size,
-        activation=config.activation,
-        bias=config.mlp_bias,
-        dtype=dtype,
-        rngs=rngs,
-    )
+gated_mlp, plain_mlp = partial(_mlp, GatedMLP), partial(_mlp, MLP)  # a layer's, with a gate and without
 
 
 class DecoderLayer(nnx.Module):
@@ -220,6 +222,43 @@ class DecoderLayer(nnx.Module):
         attended, cache = self.self_attn(self.input_layernorm(x), angles, cache, batch)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class UngatedLayer(DecoderLayer):
+    """The same with an MLP without a gate: nothing is a channel's factor of what its activation makes."""
+
+    SMOOTHING_PAIRS: SmoothingPairs = (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("self_attn.v_proj", ("self_attn.o_proj",)),
+        ("post_attention_layernorm", ("mlp.up_proj",)),
+    )
+    make_mlp = staticmethod(plain_mlp)
+
+
+class ParallelLayer(DecoderLayer):
+    """Attention and MLP of the same normed hidden states, both added to them."""
+
+    SMOOTHING_PAIRS: SmoothingPairs = (
+        (
+            "input_layernorm",
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
+        ),
+        ("self_attn.v_proj", ("self_attn.o_proj",)),
+        ("mlp.up_proj", ("mlp.down_proj",)),
+    )
+
+    def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        make = type(self)
+        self.input_layernorm = make.make_norm(config, dtype)
+        self.self_attn = make.make_attention(config, layer, dtype=dtype, rngs=rngs)
+        self.mlp = make.make_mlp(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
+    ) -> tuple[jax.Array, LayerCache | None]:
+        normed = self.input_layernorm(x)
+        attended, cache = self.self_attn(normed, angles, cache, batch)
+        return x + attended + self.mlp(normed), cache
 
 
 class Decoder(nnx.Module):

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import Angles
-from jaxinfer.models.config import SLIDING, ConfigReader, layer_types_of
+from jaxinfer.models.config import ConfigReader, layer_types_of, typed_windows
 from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, num_layers, rms_norm
 from jaxinfer.models.gemma import GemmaLayer, gemma_config
 from jaxinfer.models.llama import weights
@@ -55,14 +55,10 @@ class Gemma2ForCausalLM(DecoderForCausalLM):
 
 def gemma2_config(fields: ConfigReader, layer_types: tuple[str, ...], **more: Any) -> DecoderConfig:
     """What Gemma 3 has in common with it. more: see `decoder_config`."""
-    slides = fields.data.get("sliding_window", True) is not None
-    window = fields.integer("sliding_window", 4096) if slides else None
-    if window is None and SLIDING in layer_types:
-        raise fields.error("sliding_window", "some layers have sliding_attention; it must be an integer, or absent")
     return gemma_config(
         fields,
         activation_field="hidden_activation",
-        windows=tuple(window if kind == SLIDING else None for kind in layer_types),
+        windows=typed_windows(fields, layer_types),
         scale=fields.number("query_pre_attn_scalar", 256.0) ** -0.5,
         **more,
     )

@@ -11,19 +11,11 @@ import jax
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import Angles
-from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.config import ConfigReader, ModelConfig
-from jaxinfer.models.decoder import (
-    DecoderConfig,
-    DecoderForCausalLM,
-    DecoderLayer,
-    decoder_config,
-    layer_norm,
-    plain_mlp,
-)
+from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, UngatedLayer, decoder_config, layer_norm
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Concat, Part, Source, Tensor
-from jaxinfer.models.weights import ParamMapping
+from jaxinfer.models.weights import ParamMapping, spelled
 
 NAMES = {
     "model.embed_tokens.": "gpt_neox.embed_in.",
@@ -38,16 +30,10 @@ NAMES = {
 IGNORED = (r"layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",)
 
 
-class GPTNeoXLayer(DecoderLayer):
+class GPTNeoXLayer(UngatedLayer):
     """The MLP takes the layer's input, or, in a few models, what attention makes of it."""
 
-    SMOOTHING_PAIRS: SmoothingPairs = (
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        ("self_attn.v_proj", ("self_attn.o_proj",)),
-        ("post_attention_layernorm", ("mlp.up_proj",)),
-    )
     make_norm = staticmethod(layer_norm)
-    make_mlp = staticmethod(plain_mlp)
 
     def __init__(self, config: DecoderConfig, layer: int, **options: object):
         super().__init__(config, layer, **options)  # type: ignore[arg-type]
@@ -95,8 +81,7 @@ def parse(fields: ConfigReader) -> DecoderConfig:
 
 def source(name: str, config: ModelConfig) -> Source:
     """Of each head, its rows of q, k and v are fused in `query_key_value`, one head after the other."""
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
+    name = spelled(name, NAMES)
     if match := re.fullmatch(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)", name):
         parent, which, kind = match.groups()
         fused = Tensor(f"{parent}.attention.query_key_value.{kind}")

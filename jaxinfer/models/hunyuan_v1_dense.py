@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from flax import nnx
-from jax.typing import DTypeLike
+from functools import partial
 
 from jaxinfer.models.config import ConfigReader, ModelConfig, rope_parameters
 from jaxinfer.models.decoder import (
@@ -12,8 +11,6 @@ from jaxinfer.models.decoder import (
     DecoderForCausalLM,
     DecoderLayer,
     decoder_config,
-    gated_mlp,
-    rms_norm,
     self_attention,
 )
 from jaxinfer.models.registry import Architecture
@@ -46,11 +43,7 @@ def rope_fields(fields: ConfigReader) -> ConfigReader:
 class HunYuanLayer(DecoderLayer):
     """Queries and keys are normed after they are turned."""
 
-    def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.input_layernorm = rms_norm(config, dtype)
-        self.self_attn = self_attention(config, layer, norm_after_rope=True, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = rms_norm(config, dtype)
-        self.mlp = gated_mlp(config, dtype=dtype, rngs=rngs)
+    make_attention = staticmethod(partial(self_attention, norm_after_rope=True))
 
 
 class HunYuanDenseV1ForCausalLM(DecoderForCausalLM):

@@ -3,31 +3,28 @@ keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import LayerCache
-from jaxinfer.layers.attention import Angles, Norm
+from jaxinfer.layers.attention import Angles, SelfAttention
 from jaxinfer.layers.norm import HeadsRMSNorm, RMSNorm
 from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.config import ConfigReader
 from jaxinfer.models.decoder import (
     DecoderConfig,
     DecoderForCausalLM,
+    DecoderLayer,
     decoder_config,
-    gated_mlp,
-    rms_norm,
     self_attention,
 )
 from jaxinfer.models.llama import weights
 from jaxinfer.models.registry import Architecture
 
 
-class PostNormLayer(nnx.Module):
+class PostNormLayer(DecoderLayer):
     """Attention, then MLP, each with a norm of what it adds to the hidden states.
 
     SMOOTHING_PAIRS: what feeds its linears, see `calibrate`; the hidden states, which feed the others, are not normed.
@@ -38,20 +35,12 @@ class PostNormLayer(nnx.Module):
         ("mlp.up_proj", ("mlp.down_proj",)),
     )
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        layer: int,
-        *,
-        norm: Callable[[DecoderConfig, DTypeLike], Norm] = rms_norm,
-        qk_norm: Callable[[int], Norm] | None = None,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        self.self_attn = self_attention(config, layer, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = norm(config, dtype)
-        self.mlp = gated_mlp(config, dtype=dtype, rngs=rngs)
-        self.post_feedforward_layernorm = norm(config, dtype)
+    def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        make = type(self)
+        self.self_attn = make.make_attention(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = make.make_norm(config, dtype)
+        self.mlp = make.make_mlp(config, dtype=dtype, rngs=rngs)
+        self.post_feedforward_layernorm = make.make_norm(config, dtype)
 
     def __call__(
         self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
@@ -66,16 +55,21 @@ def wide_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
     return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, wide=True)
 
 
+def attention(config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> SelfAttention:
+    """A layer's; norms of queries and keys are over all heads."""
+
+    def norm(heads: int) -> HeadsRMSNorm:
+        axes = ("heads" if heads == config.num_heads else "kv_heads",)
+        return HeadsRMSNorm(heads * config.head_dim, eps=config.norm_eps, dtype=dtype, axes=axes, wide=True)
+
+    return self_attention(config, layer, qk_norm=norm, dtype=dtype, rngs=rngs)
+
+
 class Olmo2Layer(PostNormLayer):
     """Its norms multiply before they round."""
 
-    def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        def qk_norm(heads: int) -> HeadsRMSNorm:
-            axis = "heads" if heads == config.num_heads else "kv_heads"
-            size = heads * config.head_dim
-            return HeadsRMSNorm(size, eps=config.norm_eps, dtype=dtype, axes=(axis,), wide=True)
-
-        super().__init__(config, layer, norm=wide_norm, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
+    make_norm = staticmethod(wide_norm)
+    make_attention = staticmethod(attention)
 
 
 class Olmo2ForCausalLM(DecoderForCausalLM):

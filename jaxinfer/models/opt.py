@@ -21,7 +21,7 @@ from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, num_layers, plain_mlp, self_attention
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Source, Tensor
-from jaxinfer.models.weights import ParamMapping
+from jaxinfer.models.weights import ParamMapping, spelled
 
 OFFSET = 2  # the first positions of the table are nobody's
 NAMES = {
@@ -170,9 +170,7 @@ class OPTForCausalLM(DecoderForCausalLM):
 
 def source(name: str) -> Source:
     """OPT's names are others."""
-    for ours, theirs in NAMES.items():
-        name = name.replace(ours, theirs)
-    return Tensor(re.sub(r"^model\.", "model.decoder.", name))
+    return Tensor(re.sub(r"^model\.", "model.decoder.", spelled(name, NAMES)))
 
 
 def weights(config: ModelConfig) -> ParamMapping:

@@ -6,25 +6,19 @@ from __future__ import annotations
 import re
 from functools import partial
 
-import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jaxinfer.attention import ForwardBatch
-from jaxinfer.cache import LayerCache
-from jaxinfer.layers.attention import Angles, SelfAttention
-from jaxinfer.layers.norm import LayerNorm
-from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.decoder import (
     IGNORED,
     DecoderConfig,
     DecoderForCausalLM,
     DecoderLayer,
+    ParallelLayer,
     decoder_config,
-    gated_mlp,
+    head_norm_attention,
     layer_norm,
-    self_attention,
 )
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Source, Stack, Tensor
@@ -33,49 +27,18 @@ from jaxinfer.models.weights import ParamMapping
 DEFAULTS = {"num_key_value_heads": 32, "max_position_embeddings": 4096}
 
 
-def attention(config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> SelfAttention:
-    """A layer's; where there are norms of queries and keys, each head has its own weights."""
-
-    def norm(heads: int) -> LayerNorm:
-        axes = "heads" if heads == config.num_heads else "kv_heads", None
-        return LayerNorm((heads, config.head_dim), eps=config.norm_eps, dtype=dtype, axes=axes, bias=False)
-
-    return self_attention(config, layer, qk_norm=norm if config.qk_norm else None, dtype=dtype, rngs=rngs)
-
-
 class StableLMLayer(DecoderLayer):
     """Llama's, with layer norms."""
 
     make_norm = staticmethod(layer_norm)
-    make_attention = staticmethod(attention)
+    make_attention = staticmethod(head_norm_attention)
 
 
-class ParallelStableLMLayer(nnx.Module):
-    """Attention and MLP have one norm.
+class ParallelStableLMLayer(ParallelLayer):
+    """The same, with attention and MLP behind one norm."""
 
-    SMOOTHING_PAIRS: what feeds its linears, see `calibrate`.
-    """
-
-    SMOOTHING_PAIRS: SmoothingPairs = (
-        (
-            "input_layernorm",
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
-        ),
-        ("self_attn.v_proj", ("self_attn.o_proj",)),
-        ("mlp.up_proj", ("mlp.down_proj",)),
-    )
-
-    def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.input_layernorm = layer_norm(config, dtype)
-        self.self_attn = attention(config, layer, dtype=dtype, rngs=rngs)
-        self.mlp = gated_mlp(config, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
-    ) -> tuple[jax.Array, LayerCache | None]:
-        normed = self.input_layernorm(x)
-        attended, cache = self.self_attn(normed, angles, cache, batch)
-        return x + attended + self.mlp(normed), cache
+    make_norm = staticmethod(layer_norm)
+    make_attention = staticmethod(head_norm_attention)
 
 
 def make_layer(

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 
-from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.decoder import (
     IGNORED,
     DecoderConfig,
     DecoderForCausalLM,
-    DecoderLayer,
+    UngatedLayer,
     decoder_config,
     layer_norm,
     num_layers,
-    plain_mlp,
 )
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Source, Tensor
@@ -28,16 +26,10 @@ DEFAULTS = {
 }
 
 
-class Starcoder2Layer(DecoderLayer):
+class Starcoder2Layer(UngatedLayer):
     """Layer norms, and no gate."""
 
-    SMOOTHING_PAIRS: SmoothingPairs = (
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        ("self_attn.v_proj", ("self_attn.o_proj",)),
-        ("post_attention_layernorm", ("mlp.up_proj",)),
-    )
     make_norm = staticmethod(layer_norm)
-    make_mlp = staticmethod(plain_mlp)
 
 
 class Starcoder2ForCausalLM(DecoderForCausalLM):

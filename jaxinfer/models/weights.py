@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from jaxinfer.models.sources import Source, Tensor
+
+
+def spelled(name: str, names: Mapping[str, str]) -> str:
+    """A name with parts of it as checkpoints have them."""
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 @dataclass(frozen=True)

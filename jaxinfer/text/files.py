@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from jaxinfer.errors import CheckpointError
+from jaxinfer.models.wrapped import with_text
 
 __all__ = ["AddedToken", "TokenFiles", "model_token_id", "one_line", "read_json"]
 
@@ -69,9 +70,7 @@ def _is_id(value: object) -> TypeGuard[int]:
 
 def model_token_id(folder: Path, name: str) -> int | None:
     """`bos_token_id` and such as the config.json in a folder has them."""
-    config = read_json(folder / "config.json")
-    text = config.get("text_config")  # of models that also see or hear
-    value = text.get(name) if config.get(name) is None and isinstance(text, dict) else config.get(name)
+    value = with_text(read_json(folder / "config.json")).get(name)
     if isinstance(value, list) and value:
         value = value[0]
     return value if _is_id(value) else None

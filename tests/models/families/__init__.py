@@ -13,17 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-VOCAB = 300
-BASE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
+from tests.checkpoints import BASE, VOCAB
+
+__all__ = ["BASE", "VOCAB", "Mutant", "Variant", "mutants", "of_ropes", "variants"]
 
 
 @dataclass(frozen=True)
