@@ -104,7 +104,7 @@ def test_the_programs_of_a_measurement(llm, monkeypatch, input_lens, output_lens
     together, any_order = programs_together(llm, work), programs_in_any_order(llm, work)
     called = []
     ready = llm.engine.runner._ready
-    monkeypatch.setattr(llm.engine.runner, "_ready", lambda keys: called.extend(keys) or ready(keys))
+    monkeypatch.setattr(llm.engine.runner, "_ready", lambda keys, then: called.extend(keys) or ready(keys, then))
     generate(llm, work)
     assert set(called) == set(together)
     called.clear()
