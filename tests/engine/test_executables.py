@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxinfer import LLM, SamplingParams
+from jaxinfer import LLM, SamplingParams, private_folder
 from jaxinfer.compile_cache import executables_folder, without_compile_cache
 from jaxinfer.engine import executables, load, serialized
 from jaxinfer.engine.background import running
-from jaxinfer.engine.executables import DIGEST, ExecutableCache, open_executables
+from jaxinfer.engine.executables import ExecutableCache, open_executables
 from jaxinfer.engine.load import local_programs
+from jaxinfer.private_folder import DIGEST, PrivateFolder
 from tests import kept as kept_programs
 from tests.devices import simulated
 from tests.engine.test_compiled import SCRIPT
@@ -112,17 +113,17 @@ def test_an_engine_finds_them_and_goes_on_without(model, alone, tmp_path, monkey
 def test_what_is_not_the_same_is_elsewhere(model, programs, changes, tmp_path):
     with jax.default_device(jax.devices()[0]):
         other, _ = local_programs(json.loads((model / "config.json").read_text()), OPTIONS | changes)
-    assert open_executables(tmp_path, other).folder != open_executables(tmp_path, programs).folder
+    assert open_executables(tmp_path, other).own != open_executables(tmp_path, programs).own
 
 
 def test_nor_is_that_of_other_sources_or_machines(programs, tmp_path, monkeypatch):
-    before = open_executables(tmp_path, programs).folder
-    assert open_executables(tmp_path, programs).folder == before
+    before = open_executables(tmp_path, programs).own
+    assert open_executables(tmp_path, programs).own == before
     with monkeypatch.context() as patch:
         patch.setattr(serialized, "_source", lambda: "changed")
-        assert open_executables(tmp_path, programs).folder != before
+        assert open_executables(tmp_path, programs).own != before
     monkeypatch.setattr(serialized, "cpu_features", lambda: ["avx1024"])
-    assert open_executables(tmp_path, programs).folder != before
+    assert open_executables(tmp_path, programs).own != before
 
 
 class Run:
@@ -135,7 +136,7 @@ class Run:
 @pytest.mark.parametrize("damage", ["truncated", "a bit", "empty", "foreign"])
 def test_damaged(kept, programs, caplog, damage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (path,) = files(kept.folder)
+    (path,) = files(kept.folder.path)
     content = bytearray(path.read_bytes())
     content[-10] ^= 1
     foreign = b"x" * DIGEST + pickle.dumps(Run())
@@ -148,7 +149,7 @@ def test_damaged(kept, programs, caplog, damage, tmp_path, monkeypatch):
 
 def test_of_another_jax(kept, programs, caplog):
     """The digest is right, and JAX can't read it."""
-    (path,) = files(kept.folder)
+    (path,) = files(kept.folder.path)
     path.write_bytes(hashlib.sha256(b"old").digest() + b"old")
     assert kept.fetch(programs, KEY) is None
     assert "JAX can't read it" in caplog.text
@@ -156,7 +157,7 @@ def test_of_another_jax(kept, programs, caplog):
 
 
 def test_a_link_is_not_followed(kept, programs, caplog, tmp_path):
-    (path,) = files(kept.folder)
+    (path,) = files(kept.folder.path)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     assert kept.fetch(programs, KEY) is None
@@ -208,7 +209,7 @@ def test_of_another_user(programs, caplog, tmp_path, monkeypatch):
 def test_on_a_shared_file_system(programs, caplog, tmp_path, monkeypatch):
     kinds = {"/": "ext4", str(tmp_path): "nfs4"}
     mounts = [SimpleNamespace(mountpoint=folder, fstype=kind) for folder, kind in kinds.items()]
-    monkeypatch.setattr(executables.psutil, "disk_partitions", lambda all: mounts)
+    monkeypatch.setattr(private_folder.psutil, "disk_partitions", lambda all: mounts)
     assert open_executables(tmp_path, programs) is None
     assert "it is on a file system that other machines share (nfs4): set JAXINFER_CACHE_DIR to a local" in caplog.text
 
@@ -217,12 +218,12 @@ def test_a_full_disk(kept, programs, caplog, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    (path,) = files(kept.folder)
+    (path,) = files(kept.folder.path)
     path.unlink()
-    monkeypatch.setattr(executables.os, "replace", full)
+    monkeypatch.setattr(private_folder.os, "replace", full)
     kept.store(programs, KEY, kept_programs._lower(programs[KEY]).compile())
     assert "No space left on device; the program is not kept for the next start" in caplog.text
-    assert not files(kept.folder)
+    assert not files(kept.folder.path)
 
 
 def test_those_used_longest_ago_go(programs, tmp_path, monkeypatch):
@@ -241,7 +242,9 @@ def test_where_jax_keeps_them(alone, monkeypatch, tmp_path):
     assert executables_folder() == tmp_path
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     assert executables_folder() is None
-    ExecutableCache(tmp_path).store(None, None, None)  # what came out of JAX's cache is not written
+    ExecutableCache(PrivateFolder(tmp_path / "own"), "").store(
+        None, None, None
+    )  # what came out of JAX's cache is not written
     jax.config.update("jax_compilation_cache_dir", None)
     for name in ("gs://bucket/programs", "off"):
         monkeypatch.setenv("JAXINFER_CACHE_DIR", name)
