@@ -43,8 +43,8 @@ def identity(program: Program) -> Hashable:
     leaves, tree = jax.tree.flatten((program.arguments, programs.state))
     arrays = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
     held = (
-        model._graph,
-        repr(model.config),
+        model._module()[0],
+        model.declared.described,
         model.dtype,
         model.weight_dtype,
         tuple(sorted(model.quantized.items(), key=str)),

@@ -14,7 +14,7 @@ import numpy as np
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights
-from jaxinfer.models.registry import parse_config
+from jaxinfer.models.declared import Declarations
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.models.wrapped import untied
 from jaxinfer.quantization.stored import leaving, stored_quantization
@@ -25,17 +25,17 @@ PACKED = ("qweight", "weight_packed")  # what a quantized linear has in place of
 log = logging.getLogger("jaxinfer")
 
 
-def as_stored(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+def as_stored(config: Mapping[str, Any], weights: Weights, declarations: Declarations | None = None) -> dict[str, Any]:
     """A config.json's content as it would be, had it been written for these weights.
 
     `tie_word_embeddings` is false where there is a head with values of its own; what was saved twice, or as the head
-    alone, stays tied. Quantized linears are those that have such tensors, however config.json names the others. Raises
-    ValueError for a config.json that is none.
+    alone, stays tied. Quantized linears are those that have such tensors, however config.json names the others.
+    declarations: of earlier starts. Raises ValueError for a config.json that is none.
     """
     content = dict(config)
-    architecture, parsed = parse_config(config)
-    names = architecture.weights(parsed)
-    if parsed.tie_word_embeddings and _has_own_head(weights, names):
+    declared = (declarations or Declarations()).config(config)
+    names = declared.weights
+    if declared.config.tie_word_embeddings and _has_own_head(weights, names):
         content = untied(content)
         log.warning("%s: has a head of its own, which is used, although config.json ties it", weights.folder)
     stored = stored_quantization(config) if isinstance(weights, Checkpoint) else None

@@ -21,13 +21,12 @@ import jax
 from jaxinfer.engine.config import check_options, which
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.engine.serialized import (
-    describe_config,
     deserialize,
     environment,
     signature,
 )
 from jaxinfer.engine.sizing import Sizes
-from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.config import ModelConfig, describe_config
 from jaxinfer.models.registry import parse_config
 from jaxinfer.places import locate
 from jaxinfer.sharding import parse_mesh

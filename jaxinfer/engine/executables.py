@@ -17,7 +17,8 @@ import jax
 
 from jaxinfer.engine.compiled import file_of, name_of
 from jaxinfer.engine.programs import Key, Programs
-from jaxinfer.engine.serialized import describe_config, deserialize, environment, serialize, signature
+from jaxinfer.engine.serialized import code, deserialize, environment, serialize, signature
+from jaxinfer.models.declared import Declarations
 from jaxinfer.private_folder import PrivateFolder
 
 log = logging.getLogger("jaxinfer")
@@ -75,6 +76,16 @@ class ExecutableCache:
         return f"{self.own}/{signature(programs, key)[:16]}-{file_of(name_of(key))}"
 
 
+def open_declarations(root: Path) -> Declarations:
+    """What architectures said in earlier starts, in the folder `root` beside the programs."""
+    path = root / "declarations"
+    try:
+        return Declarations(PrivateFolder(path), code())
+    except OSError as error:
+        log.warning("%s is not used for what models declare: %s", path, error.strerror)
+        return Declarations()
+
+
 def open_executables(root: Path, programs: Programs) -> ExecutableCache | None:
     """Those of this engine in the folder `root`, which is made if need be. None, and a line in the log that says why,
     if others could write there. None too for a family from outside of the package: nobody sees a change of its code."""
@@ -95,7 +106,7 @@ def _digest(programs: Programs) -> str:
     model = programs.model
     facts: dict[str, Any] = {
         "environment": environment(programs.devices),
-        "model": describe_config(model.config),
+        "model": model.declared.described,
         "dtypes": [str(model.dtype), str(model.weight_dtype)],
         "quantized": {name: str(scheme) for name, scheme in model.quantized.items()},
         "attention": programs.layout.names,

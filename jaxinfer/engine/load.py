@@ -30,7 +30,7 @@ from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.defaults import checkpoint_params
 from jaxinfer.engine.dtypes import choose_dtype, computes_in
 from jaxinfer.engine.engine import Engine
-from jaxinfer.engine.executables import open_executables
+from jaxinfer.engine.executables import open_declarations, open_executables
 from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.leader import Leader
@@ -49,6 +49,7 @@ from jaxinfer.engine.shards import DataParallelScheduler
 from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, device_bytes, page_size, size_cache
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.declared import Declarations
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import parse_config
 from jaxinfer.models.wrapped import TEXT, with_text
@@ -120,7 +121,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
         check_architecture(settings["architecture"], config, folder / "config.json")
     # The cheap files first: what is wrong with them shows before gigabytes are read.
     generation_config = read_generation_config(folder)
-    shape = parse_config(config)[1]
+    declarations = Declarations() if cache is None or group is not None else open_declarations(cache)
+    shape = declarations.config(config).config
     check_stored(config)
     tokenizer = _tokenizer(folder, settings)
     check_vocabulary(tokenizer, shape.vocab_size)
@@ -128,7 +130,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     asked = checkpoint_params(generation_config, with_text(config), folder, shape.vocab_size)
     compiled = None
     with open_weights(folder) as checkpoint:
-        config = as_stored(config, checkpoint)
+        config = as_stored(config, checkpoint, declarations)
         settings["quantization"] = options["quantization"] = asked_for(settings["quantization"], config)
         if settings["compiled"] is not None:
             compiled = open_folder(settings["compiled"], config, devices, options, say)
@@ -137,7 +139,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             checkpoint.check(settings["quantization"])
         placement = _placement(shape, devices, settings["mesh"])
         dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
-        abstract = AbstractModel.from_config(config, computes_in(dtype, placement), settings["quantization"], dtype)
+        computed = computes_in(dtype, placement)
+        abstract = AbstractModel.from_config(config, computed, settings["quantization"], dtype, declarations)
         # Refuses what can't be, before the weights are read.
         cache_layout(abstract, placement, settings["attention"], settings["kv_cache_dtype"])
         if group is not None:

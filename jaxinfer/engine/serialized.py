@@ -7,7 +7,6 @@ complaint, so what they were compiled for is compared before they are looked at.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -27,7 +26,6 @@ from jaxinfer import __version__
 from jaxinfer.attention.fused import tokamax_version
 from jaxinfer.engine.programs import Key, Programs
 from jaxinfer.kernels.cpu import kernels
-from jaxinfer.models.config import ModelConfig
 
 SETTINGS = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
 # What of a CPU matters to a compiler; the rest of Linux's list changes with the kernel and the hypervisor.
@@ -38,7 +36,7 @@ def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
     """All that compiled programs depend on besides model and sizes. devices: those of the mesh, in its order."""
     kind = devices[0].platform
     facts: dict[str, Any] = {
-        "jaxinfer": f"{__version__} ({_source()})",
+        "jaxinfer": code(),
         "jax": jax.__version__,
         "jaxlib": version("jaxlib"),
         "device": kind if kind == "cpu" else devices[0].device_kind,
@@ -55,9 +53,9 @@ def environment(devices: Sequence[jax.Device]) -> dict[str, Any]:
     return _plain(facts)
 
 
-def describe_config(config: ModelConfig) -> dict[str, Any]:
-    """Everything of a model that a program depends on."""
-    return _plain({"class": type(config).__name__, **dataclasses.asdict(config)})
+def code() -> str:
+    """Tells versions and copies of this package from each other."""
+    return f"{__version__} ({_source()})"
 
 
 def signature(programs: Programs, key: Key) -> str:
@@ -107,7 +105,7 @@ def _plain(value: Any) -> Any:
 
 @functools.cache
 def _source() -> str:
-    """Tells copies of this package from each other: a change anywhere may change a program."""
+    """Of all files: a change anywhere may change a program."""
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):

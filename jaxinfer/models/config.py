@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +40,13 @@ class ModelConfig:
     head_dim: int
     max_context: int
     tie_word_embeddings: bool
+
+
+def describe_config(config: ModelConfig) -> dict[str, Any]:
+    """Everything of a model that a program depends on, as it comes back from JSON."""
+    content = {"class": type(config).__name__, **dataclasses.asdict(config)}
+    described: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    return described
 
 
 class ConfigReader:

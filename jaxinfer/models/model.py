@@ -2,53 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, cast
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxinfer.cache import KVCacheSpec
-from jaxinfer.models.causal import CausalLM
+from jaxinfer.models import registry
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.declared import Declarations, Declared, DeclaredModule
 from jaxinfer.models.params import ParamSpec, quantized
-from jaxinfer.models.registry import parse_config
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.quantization.schemes import SCALE, Quantization, Scheme
 from jaxinfer.quantization.stored import asked_for, converted_quantization, stored_quantization
 from jaxinfer.weights import Axes
 
+if TYPE_CHECKING:  # a start whose programs are there builds no module
+    from jaxinfer.models.causal import CausalLM
+
 Params = dict[str, jax.Array]  # by name in the checkpoint's spelling, "model.layers.0.mlp.up_proj.weight"
+
+
+Module = tuple[Any, tuple[tuple[tuple[Any, ...], Any], ...]]  # what Flax makes of one: its graph, its variables by path
 
 
 @dataclass(frozen=True)
 class AbstractModel:
     """What derives from the one declaration of the weights in the modules.
 
-    config: of the architecture.
-    weights: how checkpoints differ from the modules.
+    declared, declared_module: what the architecture makes of config.json.
     dtype: of activations, of the cache and of vectors.
     weight_dtype: of weights that are not quantized.
     quantization: as it was asked for.
-    built_in: its module is this package's own.
     params: a record of each weight, by name; NAME is the array that has its values, NAME_scale its scales.
     """
 
-    config: ModelConfig
-    weights: ParamMapping
+    declared: Declared
+    declared_module: DeclaredModule
     dtype: np.dtype[Any]
     weight_dtype: np.dtype[Any]
     quantization: Quantization | None
-    built_in: bool
     params: Mapping[str, ParamSpec]
-    _graph: nnx.GraphDef[Any]
-    _state: tuple[tuple[tuple[Any, ...], Any], ...]
+    _module: Callable[[], Module]
 
     @classmethod
     def from_config(
@@ -57,25 +58,41 @@ class AbstractModel:
         dtype: DTypeLike,
         quantization: Quantization | None = None,
         weight_dtype: DTypeLike | None = None,
+        declarations: Declarations | None = None,
     ) -> AbstractModel:
-        """Builds the module of a config.json's content abstractly: nothing is allocated. weight_dtype: None is `dtype`.
-        Raises ValueError."""
-        weight_dtype = jnp.dtype(dtype if weight_dtype is None else weight_dtype)
-        architecture, config = parse_config(data)
-        module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
-        graph, state = nnx.split(module)
-        flat = tuple(nnx.to_flat_state(state))
+        """Of a config.json's content: the module is built abstractly, nothing is allocated. weight_dtype: None is
+        `dtype`; declarations: of earlier starts. Raises ValueError."""
+        declarations, dtype = declarations or Declarations(), jnp.dtype(dtype)
+        weight_dtype = dtype if weight_dtype is None else jnp.dtype(weight_dtype)
+        dtypes = dtype, weight_dtype
+        declared, module = declarations.config(data), cache(lambda: _build(data, dtype))
         quantization, converted = asked_for(quantization, data), converted_quantization(data)
         if converted is not None and quantization not in (None, converted):
             raise ValueError(f"quantization is {quantization!r}: the checkpoint was converted, to {converted!r}")
         quantization = quantization if converted is None else converted
         stored = stored_quantization(data) if converted is None else None
-        weights = architecture.weights(config)
-        specs = [_spec(path, variable, weights, weight_dtype) for path, variable in flat]
-        specs = quantized(specs, quantization, stored, str(weight_dtype) if converted is None else "")
-        params = {spec.name: spec for spec in specs}
-        built_in = architecture.build.__module__.partition(".")[0] == __name__.partition(".")[0]
-        return cls(config, weights, jnp.dtype(dtype), weight_dtype, quantization, built_in, params, graph, flat)
+        kept = declarations.module(data, declared.built_in, dtypes, lambda: _declare(data, module(), *dtypes))
+        specs = quantized(kept.params, quantization, stored, str(weight_dtype) if converted is None else "")
+        return cls(declared, kept, dtype, weight_dtype, quantization, {spec.name: spec for spec in specs}, module)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.declared.config
+
+    @property
+    def weights(self) -> ParamMapping:
+        """How checkpoints differ from the module."""
+        return self.declared.weights
+
+    @property
+    def built_in(self) -> bool:
+        """Its module is this package's own."""
+        return self.declared.built_in
+
+    @property
+    def cache_specs(self) -> tuple[KVCacheSpec | None, ...]:
+        """What each layer keeps of a sequence."""
+        return self.declared_module.cache_specs
 
     @cached_property
     def arrays(self) -> dict[str, tuple[ParamSpec, str]]:
@@ -110,27 +127,14 @@ class AbstractModel:
     def bind(self, params: Mapping[str, Any]) -> CausalLM:
         """The module on these parameters, which may be those alone that are used; cheap enough only for tracing, so
         call it inside a jitted function."""
-
         rounds = self.weight_dtype == jnp.bfloat16
-        flat = [
-            (path, variable.replace(self.params[_name(path)].bind(params, rounds))) for path, variable in self._state
-        ]
-        return cast(CausalLM, nnx.merge(self._graph, nnx.from_flat_state(flat)))
-
-    @cached_property
-    def cache_specs(self) -> tuple[KVCacheSpec | None, ...]:
-        """What each layer keeps of a sequence."""
-        return self.bind(self.abstract).cache_specs()
+        return _bind(self._module(), lambda name: self.params[name].bind(params, rounds))
 
     @cached_property
     def head(self) -> frozenset[str]:
         """The parameters that logits are made with."""
-        x = jax.ShapeDtypeStruct((1, self.config.hidden_size), self.dtype)
-        traced = jax.make_jaxpr(lambda params, x: self.bind(params).logits(x))(dict(self.abstract), x).jaxpr
-        used = {id(value) for equation in traced.eqns for value in equation.invars}
-        return frozenset(
-            name for name, value in zip(sorted(self.abstract), traced.invars[:-1], strict=True) if id(value) in used
-        )
+        weights = set(self.declared_module.head)
+        return frozenset(name for name, (spec, _) in self.arrays.items() if spec.name in weights)
 
     def random_params(self, seed: int = 0) -> Params:
         """Weights as the modules initialize them: matrices normal with deviation 0.02, norms one, biases zero; not for
@@ -160,9 +164,46 @@ class _OneKey:
         return self._key
 
 
-def _spec(path: tuple[Any, ...], variable: Any, weights: ParamMapping, weight_dtype: np.dtype[Any]) -> ParamSpec:
+def _build(data: Mapping[str, Any], dtype: np.dtype[Any]) -> Module:
+    from flax import nnx
+
+    architecture, config = registry.parse_config(data)
+    module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
+    graph, state = nnx.split(module)
+    return graph, tuple(nnx.to_flat_state(state))
+
+
+def _bind(module: Module, value: Callable[[str], Any]) -> CausalLM:
+    """The module with these values of its variables."""
+    from flax import nnx
+
+    graph, variables = module
+    flat = [(path, variable.replace(value(_name(path)))) for path, variable in variables]
+    return cast("CausalLM", nnx.merge(graph, nnx.from_flat_state(flat)))
+
+
+def _declare(
+    data: Mapping[str, Any], module: Module, dtype: np.dtype[Any], weight_dtype: np.dtype[Any]
+) -> DeclaredModule:
+    """What a module says of itself."""
+    architecture, config = registry.parse_config(data)
+    weights = architecture.weights(config)
+    specs = {_name(path): _spec(_name(path), variable, weights, weight_dtype) for path, variable in module[1]}
+    values = {name: spec.arrays[""].abstract for name, spec in specs.items()}
+
+    def bound(params: Mapping[str, Any]) -> CausalLM:
+        return _bind(module, lambda name: specs[name].bind(params, False))
+
+    x = jax.ShapeDtypeStruct((1, config.hidden_size), dtype)
+    traced = jax.make_jaxpr(lambda params, x: bound(params).logits(x))(values, x).jaxpr
+    used = {id(value) for equation in traced.eqns for value in equation.invars}
+    head = [name for name, value in zip(sorted(values), traced.invars[:-1], strict=True) if id(value) in used]
+    return DeclaredModule(tuple(specs.values()), bound(values).cache_specs(), tuple(head))
+
+
+def _spec(name: str, variable: Any, weights: ParamMapping, weight_dtype: np.dtype[Any]) -> ParamSpec:
     """Of what a module declares."""
-    name, value, about = _name(path), variable.get_value(), variable.get_metadata()
+    value, about = variable.get_value(), variable.get_metadata()
     is_embedding = about.get("is_embedding")
     dtype = jnp.dtype(value.dtype) if is_embedding is None else weight_dtype
     return ParamSpec(name, value.shape, dtype, about["axes"], is_embedding, weights.source(name))

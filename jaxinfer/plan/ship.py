@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
@@ -18,7 +19,7 @@ from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.compiled import MANIFEST, Manifest, file_of, name_of
 from jaxinfer.engine.programs import Key, Programs
-from jaxinfer.engine.serialized import describe_config, environment, serialize, signature
+from jaxinfer.engine.serialized import environment, serialize, signature
 from jaxinfer.engine.sizing import Sizes
 from jaxinfer.places import check_new, locate, reached
 from jaxinfer.sharding import describe
@@ -82,7 +83,7 @@ def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any
         "kv_cache_dtype": programs.kv_cache_dtype,
         "quantization": programs.model.quantization,
     }
-    model, attention = describe_config(programs.model.config), programs.layout.names
+    model, attention = json.loads(programs.model.declared.described), programs.layout.names
     return Manifest(environment(programs.devices), model, options, attention, asdict(sizes), written)
 
 

@@ -37,6 +37,7 @@ with LLM(sys.argv[1], **json.loads(sys.argv[2])) as llm:
         "compilations": llm.engine.runner.compilations,
         "compiled": sum("backend_compile" in event for event in events),
         "traced": sum("trace" in event for event in events),
+        "flax": "flax" in sys.modules,
         "max_model_len": llm.sizes.max_model_len,
         "pages": llm.sizes.num_pages,
     }))

@@ -14,6 +14,7 @@ from jaxinfer.attention import ForwardBatch
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.models import model as models
+from jaxinfer.models import registry
 from tests.checkpoints import same_tokens, write_tokenizer
 from tests.models.families import VOCAB, Variant, mutants, variants
 from tests.models.table import families, row
@@ -127,8 +128,8 @@ def test_logits_and_greedy_tokens(checkpoints, name):
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_seen(checkpoints, monkeypatch, name):
-    mutant, parse = MUTANTS[name], models.parse_config
-    monkeypatch.setattr(models, "parse_config", lambda data: (parse(data)[0], mutant.change(parse(data)[1])))
+    mutant, parse = MUTANTS[name], registry.parse_config
+    monkeypatch.setattr(registry, "parse_config", lambda data: (parse(data)[0], mutant.change(parse(data)[1])))
     errors = []
     for scale in SCALES:
         found = reference(checkpoints.root, mutant.variant, scale)

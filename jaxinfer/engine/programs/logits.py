@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,15 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.engine.programs.base import EngineShapes
-from jaxinfer.models.causal import CausalLM
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.logprobs import Logprobs, no_logprobs
 from jaxinfer.sampling.sampler import Sampler, stops
 from jaxinfer.sampling.slots import DecodeState, count
 from jaxinfer.sharding import ROWS, TENSOR, axis_size
+
+if TYPE_CHECKING:
+    from jaxinfer.models.causal import CausalLM
 
 LogitsOf = Callable[[jax.Array], jax.Array]
 
