@@ -65,7 +65,7 @@ class Decode(Program):
 
     @property
     def result(self) -> Sampled:
-        return sampled(self.shapes, self.full)
+        return sampled(self.full)
 
     def function(self) -> Function:
         model, mesh, max_steps = self.shapes.model, self.shapes.mesh, self.shapes.max_steps

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxinfer.engine.programs.base import EngineShapes
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.sampling.arrays import SamplingArrays
-from jaxinfer.sampling.logprobs import Logprobs, no_logprobs
+from jaxinfer.sampling.logprobs import Logprobs
 from jaxinfer.sampling.sampler import Sampler, stops
 from jaxinfer.sampling.slots import DecodeState, count
 from jaxinfer.sharding import ROWS, TENSOR, axis_size
@@ -107,12 +107,13 @@ def sampling_arrays(shapes: EngineShapes, rows: int) -> SamplingArrays:
     return shapes.like(SamplingArrays.of_rows([], shapes.shards * rows))
 
 
-def logprobs(shapes: EngineShapes) -> Logprobs:
+def logprobs() -> Logprobs:
     """Their structure."""
-    return jax.eval_shape(lambda: no_logprobs(1, shapes.model.config.vocab_size))
+    leaf: Any = np.int32(0)
+    return Logprobs(leaf, leaf, leaf, leaf)
 
 
-def sampled(shapes: EngineShapes, full: bool) -> Sampled:
+def sampled(full: bool) -> Sampled:
     """Its structure."""
-    info = logprobs(shapes)
+    info = logprobs()
     return Sampled(info.rank, info.rank, info if full else None)

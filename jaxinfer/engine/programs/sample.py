@@ -66,7 +66,7 @@ class Sample(Program):
 
     @property
     def result(self) -> Sampled:
-        return sampled(self.shapes, self.full)
+        return sampled(self.full)
 
     def function(self) -> Function:
         model, mesh = self.shapes.model, self.shapes.mesh

@@ -56,7 +56,7 @@ class Score(Program):
 
     @property
     def result(self) -> Logprobs:
-        return logprobs(self.shapes)
+        return logprobs()
 
     def function(self) -> Function:
         model, mesh, vocab = self.shapes.model, self.shapes.mesh, self.shapes.model.config.vocab_size
