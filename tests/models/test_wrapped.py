@@ -195,7 +195,9 @@ def refuses_images(llm):
         lambda: llm.chat([{"role": "user", "content": [image]}], PARAMS, use_tqdm=False, chat_template=template),
         lambda: llm.generate({"prompt": "x", "multi_modal_data": {"image": 1}}, PARAMS, use_tqdm=False),
     ):
-        assert "runs the text model and not yet what sees" in line(call, UnsupportedError)
+        assert "text is supported: Mistral 3's vision tower is not loaded, its text model alone is" in line(
+            call, UnsupportedError
+        )
 
 
 def test_fields_of_the_text_model_are_found(tmp_path):
