@@ -24,6 +24,7 @@ from jaxinfer.sharding import KV, ROWS
 
 LANES = 128  # the last axis of an array comes in multiples of this
 SUBLANES = 8
+WORD = 4  # bytes of a lane
 
 
 class TPUAttention(AttentionBackend):
@@ -39,6 +40,13 @@ class TPUAttention(AttentionBackend):
             return f"it is for TPUs, and this is {case.device.platform}"
         if case.dtype not in (jnp.bfloat16, jnp.float32):
             return f"the kernel for TPUs is for bfloat16 and float32, and dtype is {case.dtype}"
+        heads = case.num_kv_heads // case.parts
+        if case.head_dim > LANES and 2 * _padded_heads(heads, case.kept) * case.kept.itemsize > WORD:
+            # It loads every n-th row of a block, which the compiler does for rows of 128 only.
+            return (
+                f"the kernel for TPUs reads heads of more than {LANES} where a device has one of them in bfloat16, and "
+                f"each has {heads} of {case.head_dim} in {case.kept}: take more `tensor`"
+            )
         return None
 
     def refusal(self, case: AttentionCase) -> str | None:
@@ -74,7 +82,7 @@ TPU = TPUAttention()
 
 def _padded_heads(heads: int, dtype: np.dtype[Any]) -> int:
     """The keys and values of a device have to fill whole tiles, which may have 1, 2, 4 or 8 rows of 4 bytes a lane."""
-    packing = 4 // dtype.itemsize
+    packing = WORD // dtype.itemsize
     rows = -(-2 * heads // packing)
     rows = 1 << (rows - 1).bit_length() if rows < SUBLANES else -(-rows // SUBLANES) * SUBLANES
     return rows * packing // 2

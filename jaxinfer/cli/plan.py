@@ -165,6 +165,7 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
     from jaxinfer.checkpoint.settle import as_stored
     from jaxinfer.engine.load import check_architecture
     from jaxinfer.models.registry import parse_config
+    from jaxinfer.models.wrapped import TIED, untied, with_text
 
     declared = deployment.architecture if deployment else None
     path = Path(model).expanduser()
@@ -173,13 +174,15 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
         if deployment is not None and not folder.exists():
             raise ValueError(f"{deployment.path}: architecture is missing, and {model} is no folder with a config.json")
         config = read_config(folder)
-        if declared is not None:
-            check_architecture(declared, config, folder / "config.json")
         try:
             with open_weights(folder) as weights:
-                return as_stored(config, weights)
+                config = as_stored(config, weights)
         except (OSError, ValueError):  # none are needed: then config.json is all that there is
-            return config
+            if declared is not None and with_text(declared).get(TIED) is False:  # which only they may say
+                config = untied(config)
+        if declared is not None:
+            check_architecture(declared, config, folder / "config.json")
+        return config
     assert deployment is not None
     try:
         parse_config(declared)

@@ -117,8 +117,6 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     devices = _devices()
     check_cache_memory(settings["kv_cache_memory"], _memory())
     config = read_config(folder)
-    if settings["architecture"] is not None:
-        check_architecture(settings["architecture"], config, folder / "config.json")
     # The cheap files first: what is wrong with them shows before gigabytes are read.
     generation_config = read_generation_config(folder)
     declarations = Declarations() if cache is None or group is not None else open_declarations(cache)
@@ -131,6 +129,8 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     compiled = None
     with open_weights(folder) as checkpoint:
         config = as_stored(config, checkpoint, declarations)
+        if settings["architecture"] is not None:
+            check_architecture(settings["architecture"], config, folder / "config.json")
         settings["quantization"] = options["quantization"] = asked_for(settings["quantization"], config)
         if settings["compiled"] is not None:
             compiled = open_folder(settings["compiled"], config, devices, options, say)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.sampling.ids import are_ids, token_ids
 from jaxinfer.text.base import Tokenizer
-from jaxinfer.text.messages import TOWERS
+from jaxinfer.text.files import why_only_text
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 BYTES = bytes | bytearray | memoryview  # sequences of integers, which are no token ids
@@ -36,7 +36,8 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Encoded:
     salt = ""
     if isinstance(prompt, Mapping):
         if "multi_modal_data" in prompt:
-            raise UnsupportedError(f"a prompt has multi_modal_data; only text is supported{TOWERS}", "prompt")
+            why = why_only_text(tokenizer.folder)
+            raise UnsupportedError(f"a prompt has multi_modal_data; only text is supported: {why}", "prompt")
         if set(prompt) - {"cache_salt"} not in ({"prompt"}, {"prompt_token_ids"}):
             raise RequestError(
                 f"a prompt as a dict has either prompt or prompt_token_ids, not {list(prompt)}", "prompt"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture as Architecture
-from jaxinfer.models.wrapped import GEMMA3, MISTRAL3, QWEN2_VL, QWEN3_VL, Wrapped
+from jaxinfer.models.wrapped import GEMMA3, MISTRAL3, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, Wrapped
 
 if TYPE_CHECKING:
     from jaxinfer.models.config import ModelConfig
@@ -60,7 +60,7 @@ REGISTRY: dict[str, Entry] = {
     "PhiForCausalLM": Entry("phi", "jaxinfer.models.phi", "Phi-1, Phi-1.5, Phi-2"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
     "Qwen2VLForConditionalGeneration": Entry("qwen2_vl", QWEN2_VL, "Qwen2-VL (text)"),
-    "Qwen2_5_VLForConditionalGeneration": Entry("qwen2_5_vl", QWEN2_VL, "Qwen2.5-VL (text)"),
+    "Qwen2_5_VLForConditionalGeneration": Entry("qwen2_5_vl", QWEN2_5_VL, "Qwen2.5-VL (text)"),
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
     "Qwen3VLForConditionalGeneration": Entry("qwen3_vl", QWEN3_VL, "Qwen3-VL, dense (text)"),
     "SeedOssForCausalLM": Entry("seed_oss", "jaxinfer.models.seed_oss", "Seed-OSS 36B"),
@@ -81,6 +81,15 @@ def register(name: str, model_type: str, source: str | Architecture | Wrapped, k
 def model_types() -> list[str]:
     """All that are known."""
     return list(dict.fromkeys(entry.model_type for entry in REGISTRY.values()))
+
+
+def only_text(data: Mapping[str, Any]) -> str:
+    """Why a model of a config.json's content takes nothing but text, as a clause."""
+    model_type = data.get("model_type")
+    for entry in REGISTRY.values():
+        if entry.model_type == model_type and isinstance(entry.source, Wrapped):
+            return f"{entry.source.name or model_type}'s {entry.source.tower} is not loaded, its text model alone is"
+    return f"{model_type} is a text model" if model_type in model_types() else "jaxinfer runs text models"
 
 
 def nearest(model_type: object) -> str:

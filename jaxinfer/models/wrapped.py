@@ -7,7 +7,7 @@ projectors. These are known by name and never read; a tensor that nobody knows i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 TEXT = "text_config"
@@ -26,6 +26,8 @@ class Wrapped:
     flat: older config.json files have no `text_config`, and its fields themselves.
     bodies: what the names of its body begin with, here and in other checkpoints.
     heads: what comes before the head's name in others.
+    name: what the family is called; "": its model_type.
+    tower: what lies beside the text model.
     """
 
     texts: Mapping[str, str]
@@ -34,6 +36,8 @@ class Wrapped:
     flat: bool = False
     bodies: tuple[str, ...] = BODIES
     heads: tuple[str, ...] = ("language_model.",)
+    name: str = ""
+    tower: str = "vision tower"
 
 
 def with_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -65,12 +69,19 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 VISUAL = (r"(model\.)?visual\..+",)
 LLAVA = (r"(model\.)?(vision_tower|multi_modal_projector)\..+",)
 
-GEMMA3 = Wrapped({"gemma3_text": "jaxinfer.models.gemma3"}, LLAVA, tied=True)
+GEMMA3 = Wrapped({"gemma3_text": "jaxinfer.models.gemma3"}, LLAVA, tied=True, name="Gemma 3")
 QWEN2_VL = Wrapped(
     dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_vl", "qwen2_5_vl"), "jaxinfer.models.qwen2_vl"),
     VISUAL,
     flat=True,
     bodies=("model.language_model.", "language_model.", "model."),
+    name="Qwen2-VL",
 )
-QWEN3_VL = Wrapped({"qwen3_vl_text": "jaxinfer.models.qwen3_vl", "qwen3_vl": "jaxinfer.models.qwen3_vl"}, VISUAL)
-MISTRAL3 = Wrapped({"mistral": "jaxinfer.models.mistral", "ministral3": "jaxinfer.models.ministral3"}, LLAVA, tied=True)
+QWEN2_5_VL = replace(QWEN2_VL, name="Qwen2.5-VL")
+QWEN3_VL = Wrapped(dict.fromkeys(("qwen3_vl_text", "qwen3_vl"), "jaxinfer.models.qwen3_vl"), VISUAL, name="Qwen3-VL")
+MISTRAL3 = Wrapped(
+    {"mistral": "jaxinfer.models.mistral", "ministral3": "jaxinfer.models.ministral3"},
+    LLAVA,
+    tied=True,
+    name="Mistral 3",
+)

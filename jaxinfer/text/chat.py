@@ -95,7 +95,7 @@ class ChatTemplates:
         def write(conversation: list[dict[str, Any]]) -> str:
             return self._in_one_line(renderer.render, source, values | {"messages": conversation})
 
-        conversation = normalize_messages(messages, self._in_one_line(renderer.takes, source))
+        conversation = normalize_messages(messages, self._in_one_line(renderer.takes, source), self.folder)
         if not continue_final_message:
             return write(conversation)
         field = "content" if continue_final_message is True else continue_final_message

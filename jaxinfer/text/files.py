@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from jaxinfer.errors import CheckpointError
+from jaxinfer.models.registry import only_text
 from jaxinfer.models.wrapped import with_text
 
-__all__ = ["AddedToken", "TokenFiles", "model_token_id", "one_line", "read_json"]
+__all__ = ["AddedToken", "TokenFiles", "model_token_id", "one_line", "read_json", "why_only_text"]
 
 MAX_ID = 2**31 - 1  # ids are int32 on devices
 
@@ -74,6 +75,11 @@ def model_token_id(folder: Path, name: str) -> int | None:
     if isinstance(value, list) and value:
         value = value[0]
     return value if _is_id(value) else None
+
+
+def why_only_text(folder: Path | None) -> str:
+    """What to say to who sends something else to the model in a folder."""
+    return only_text({} if folder is None else read_json(folder / "config.json"))
 
 
 class TokenFiles:

@@ -7,9 +7,11 @@ arguments are an object where the API sends JSON in text, and reasoning is there
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxinfer.errors import RequestError, UnsupportedError
+from jaxinfer.text.files import why_only_text
 from jaxinfer.text.template_takes import Takes
 
 __all__ = ["REASONING", "normalize_messages", "plain"]
@@ -19,14 +21,17 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 # Parts that are text, and the field that it is in.
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 
-TOWERS = ": of models that take images, video or audio, jaxinfer runs the text model and not yet what sees or hears"
-
 TEXT = Takes()
 
 
-def normalize_messages(messages: object, takes: Takes = TEXT) -> list[dict[str, Any]]:
+class _NoText(UnsupportedError):
+    """A part is no text, whatever the model."""
+
+
+def normalize_messages(messages: object, takes: Takes = TEXT, folder: Path | None = None) -> list[dict[str, Any]]:
     """A copy of `messages`, a list of {"role": ..., "content": text or typed parts, ...}, for a template that `takes`
-    these forms. Messages may also be dataclasses or pydantic models. Given its own result it returns the same.
+    these forms. Messages may also be dataclasses or pydantic models. Given its own result it returns the same. Folder:
+    the checkpoint's, of which errors say what it does not take.
 
     Raises RequestError for what is no such list, for values that are not plain JSON, and for parts other than text.
     """
@@ -37,7 +42,12 @@ def normalize_messages(messages: object, takes: Takes = TEXT) -> list[dict[str, 
         )
     if not messages:
         raise RequestError.at("messages", 'the list is empty; start with {"role": "user", "content": "..."}')
-    return [_message(plain(message, f"messages[{i}]"), f"messages[{i}]", takes) for i, message in enumerate(messages)]
+    try:
+        return [
+            _message(plain(message, f"messages[{i}]"), f"messages[{i}]", takes) for i, message in enumerate(messages)
+        ]
+    except _NoText as error:
+        raise UnsupportedError(f"{error}: {why_only_text(folder)}", error.param) from None
 
 
 def _message(original: Any, where: str, takes: Takes) -> dict[str, Any]:
@@ -81,7 +91,7 @@ def _part(part: dict[str, Any], where: str) -> dict[str, Any]:
     kind = part["type"]
     name = _TEXTS.get(kind) if isinstance(kind, str) else None
     if name is None:
-        raise UnsupportedError.at(where, f"content has a part of type {kind!r:.40}; only text is supported{TOWERS}")
+        raise _NoText.at(where, f"content has a part of type {kind!r:.40}; only text is supported")
     if not isinstance(part.get(name), str):
         raise RequestError.at(where, f"text of a part must be text, found {part.get(name)!r:.80}")
     known = "thinking" if kind == "thinking" else "text"

@@ -29,9 +29,11 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 # What a request begins with: its bytes, and the seconds, bytes and characters that its render may take.
 HEADER = struct.Struct(">QdQQ")
@@ -46,6 +48,37 @@ class _GenerationBlock(Extension):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
+
+
+class _Dict:
+    """In place of the type, of which `dict.update(message, ...)` would be a way around immutability."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """Without names that Python itself asks objects for, such as `__html__`. (Its attributes are the template's: no
+    method of ours is found on it.)"""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *given = args
+        attributes = dict(*given, **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"{name[:40]!r} is no name for an attribute of a namespace: it begins with an underscore")
 
 
 def _raise_exception(message: object) -> None:
@@ -69,7 +102,12 @@ def _tojson(
 def _environment() -> jinja2.Environment:
     extensions: list[str | type[Extension]] = [_GenerationBlock, "jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    functions: dict[str, Callable[..., Any]] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    functions: dict[str, Callable[..., Any]] = {
+        "dict": _Dict(),
+        "namespace": _Namespace,
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+    }
     environment.globals.update(functions)
     environment.filters["tojson"] = _tojson
     return environment

@@ -91,7 +91,9 @@ class FakeDevice:
         ("tpu", 8, 128, "bfloat16", (True, 8, 128)),
         ("tpu", 1, 64, "bfloat16", (True, 1, 128)),  # padded
         ("tpu", 2, 80, "float32", (True, 2, 128)),
-        ("tpu", 8, 256, "bfloat16", (True, 8, 256)),
+        ("tpu", 1, 256, "bfloat16", (True, 1, 256)),  # the compiler takes no more of them, and none in float32
+        ("tpu", 8, 256, "bfloat16", (False, 8, 256)),
+        ("tpu", 1, 256, "float32", (False, 1, 256)),
         ("tpu", 3, 128, "bfloat16", (True, 4, 128)),  # to what fills tiles
         ("tpu", 12, 64, "bfloat16", (True, 16, 128)),
         ("tpu", 12, 64, "float32", (True, 12, 128)),

@@ -8,6 +8,7 @@ import pytest
 
 from jaxinfer.attention import AttentionSpec, LayerLayout, attend
 from jaxinfer.attention.gpu import GPU
+from jaxinfer.attention.tpu import TPU
 from jaxinfer.cache import FullAttentionSpec, HeadMajorPages, QuantizedPages
 from tests.attention.reference import Shape, live, ragged
 from tests.attention.test_packed import FakeDevice
@@ -98,3 +99,11 @@ def test_what_there_is_no_kernel_for(platform, heads, attention, name, problem, 
     monkeypatch.setattr(type(GPU), "supports", lambda *_: None)
     with pytest.raises(ValueError, match=problem):
         LayerLayout.of(FullAttentionSpec(heads, 128), "bfloat16", FakeDevice(platform), attention, name)
+
+
+def test_heads_that_only_fewer_bits_make_small_enough():
+    """On TPUs: two of 256 in bfloat16 are more than the kernel takes, and in fp8 they are not."""
+    spec, device = FullAttentionSpec(2, 256), FakeDevice("tpu")
+    assert LayerLayout.of(spec, "bfloat16", device, kv_cache_dtype="fp8").backend is TPU
+    with pytest.raises(ValueError, match=r"and each has 2 of 256 in bfloat16: take more `tensor`"):
+        LayerLayout.of(spec, "bfloat16", device, "pallas")

@@ -171,7 +171,7 @@ def test_the_kernel_compiles(topology):
     """Head sizes and numbers of heads that are padded, windows, one and many key/value heads."""
     small = {"num_hidden_layers": 1, "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "head_dim": 64}
     models = (
-        {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 128},
+        {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256},
         {"num_attention_heads": 12, "num_key_value_heads": 12},
         {"model_type": "mistral", "num_attention_heads": 6, "num_key_value_heads": 3, "sliding_window": 100},
     )

@@ -195,7 +195,9 @@ def refuses_images(llm):
         lambda: llm.chat([{"role": "user", "content": [image]}], PARAMS, use_tqdm=False, chat_template=template),
         lambda: llm.generate({"prompt": "x", "multi_modal_data": {"image": 1}}, PARAMS, use_tqdm=False),
     ):
-        assert "runs the text model and not yet what sees" in line(call, UnsupportedError)
+        assert "text is supported: Mistral 3's vision tower is not loaded, its text model alone is" in line(
+            call, UnsupportedError
+        )
 
 
 def test_fields_of_the_text_model_are_found(tmp_path):
@@ -255,3 +257,20 @@ def test_another_architecture_than_the_deployments(tmp_path, tensors):
     refusal(folder, "num_layers is 2", architecture=WRAPPED | {"text_config": TEXT | {"num_hidden_layers": 3}})
     other = TEXT | {"model_type": "ministral3"}
     refusal(folder, "text_config", architecture=WRAPPED | {"text_config": other})
+
+
+def test_a_deployment_of_a_head_that_only_weights_tell_of(tmp_path, tensors, cli):
+    """As of Mistral Small: config.json says nothing, which ties embedding and head."""
+    silent = {name: value for name, value in WRAPPED.items() if name != "tie_word_embeddings"}
+    silent["text_config"] = {name: value for name, value in TEXT.items() if name != "tie_word_embeddings"}
+    folder = write_checkpoint(tmp_path / "model", silent, spelt(tensors) | TOWER)
+    file = tmp_path / "deployment.yaml"
+    fields = f"model: {folder}\ntopology: h100-1\n" + "".join(f"{n}: {v}\n" for n, v in OPTIONS.items())
+    file.write_text(f"{fields}architecture: {json.dumps(WRAPPED)}\n")
+    with LLM.from_config(file):
+        pass
+    planned = json.loads(cli("plan", file, "--json").out)["bytes"]["weights"]
+    (folder / "model.safetensors").unlink()
+    assert json.loads(cli("plan", file, "--json").out)["bytes"]["weights"] == planned
+    tied = json.loads(cli("plan", folder, "--topology", "h100-1", "--json").out)["bytes"]["weights"]
+    assert tied < planned

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -13,21 +12,15 @@ from jaxinfer.plan.slices import GIB
 from jaxinfer.plan.sweep import meshes, sweep
 from jaxinfer.plan.targets import find_target
 from jaxinfer.sharding import parse_mesh
+from tests.deployments import FILES, deployment_of, model_of_deployment
 from tests.plan.test_roofline import CONFIG
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
-
-def deployment_of(name):
-    return read_deployment(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_deployments_fit_by_their_shapes(file):
     deployment = read_deployment(file)
-    result = fit(
-        model_of(deployment.architecture), find_target(deployment.topology, compiles=False), **deployment.options
-    )
+    target = find_target(deployment.topology, compiles=False)
+    result = fit(model_of_deployment(deployment), target, **deployment.options)
     assert result.devices == len(result.target.devices)
     assert result.sizes.max_model_len == deployment.options["max_model_len"]
     assert result.cache_tokens >= 4 * result.sizes.max_model_len
@@ -41,8 +34,8 @@ CUT = {"max_num_seqs": 16, "max_num_batched_tokens": 256}
 @pytest.mark.parametrize(
     ("file", "cut"),
     [
-        *(pytest.param(f, True, id="cut", marks=pytest.mark.slow) for f in CONFIGS if f.stem == "llama-3.1-8b_v5e-8"),
-        *(pytest.param(f, False, id=f.stem, marks=pytest.mark.long) for f in CONFIGS),
+        *(pytest.param(f, True, id="cut", marks=pytest.mark.slow) for f in FILES if f.stem == "llama-3.1-8b_v5e-8"),
+        *(pytest.param(f, False, id=f.stem, marks=pytest.mark.long) for f in FILES),
     ],
 )
 def test_deployments_compile(file, cut):
@@ -67,7 +60,7 @@ def test_remedies():
     options = deployment.options | {"dtype": "float32"}
     with pytest.raises(DoesNotFit, match=r"v6e-1: needs .* of a chip's 31\.25, .*: tensor=2 or dtype bfloat16$"):
         fit(model, hardware, **options)
-    model = model_of(deployment.architecture)
+    model = model_of_deployment(deployment)
     with pytest.raises(DoesNotFit) as caught:
         fit(model, hardware, **deployment.options | {"max_model_len": 131072})
     match = re.search(r": tensor=(\d+) or max_model_len ≤ (\d+)$", str(caught.value))
@@ -84,9 +77,7 @@ def test_the_cache_is_as_large_as_it_is_told_to_be():
     deployment = deployment_of("llama-3.1-8b_v6e-1")
     hardware = find_target("v6e-1", compiles=False)
     assert (
-        fit(
-            model_of(deployment.architecture), hardware, **deployment.options | {"kv_cache_memory": 2 * GIB}
-        ).sizes.bytes
+        fit(model_of_deployment(deployment), hardware, **deployment.options | {"kv_cache_memory": 2 * GIB}).sizes.bytes
         <= 2 * GIB
     )
 
@@ -108,16 +99,37 @@ def test_windows_leave_room():
     assert windowed.sizes.bytes <= whole.sizes.bytes
 
 
+@pytest.mark.parametrize(
+    ("name", "plain", "more"),
+    [
+        ("gemma-3-27b_v6e-4", {"sliding_window_pattern": 1}, 4.5),  # a layer of six sees all
+        ("olmo-3-32b_v6e-8", {"layer_types": ["full_attention"] * 64}, 2.5),  # a layer of four
+    ],
+)
+def test_windows_of_deployments_leave_room(name, plain, more):
+    """For as many times more tokens than if every layer saw everything: in Gemma 3 27B of 131072 they take a sixth."""
+    deployment = deployment_of(name)
+    whole = dict(deployment.architecture)
+    inner = whole.get("text_config")
+    whole |= plain if inner is None else {"text_config": inner | plain}
+    target = find_target(deployment.topology, compiles=False)
+    options = deployment.options | {"max_model_len": 65536}
+    windowed, seen = (fit(model, target, **options) for model in (model_of_deployment(deployment), model_of(whole)))
+    assert windowed.weights == seen.weights
+    assert windowed.cache_tokens > more * seen.cache_tokens
+    assert windowed.sizes.bytes <= seen.sizes.bytes * 1.05
+
+
 def test_heads_are_kept_no_more_often_than_they_must():
     """Eight key/value heads on sixteen chips: twice."""
     deployment = deployment_of("llama-3.3-70b_v6e-16")
-    result = fit(model_of(deployment.architecture), find_target("v6e-16", compiles=False), **deployment.options)
+    result = fit(model_of_deployment(deployment), find_target("v6e-16", compiles=False), **deployment.options)
     assert result.sizes.bytes == result.sizes.num_pages * result.sizes.page_size * 80 * 2 * 128 * 2
 
 
 def test_a_sweep_ranks_what_fits():
     deployment = deployment_of("llama-3.3-70b_v6e-8")
-    model = model_of(deployment.architecture)
+    model = model_of_deployment(deployment)
     options = {name: value for name, value in deployment.options.items() if name != "mesh"}
     topologies = ["v5e-8", "v6e-8", "h200-4", "v5p-8"]
     candidates, refused = sweep(model, topologies, 1024, **options)
@@ -134,7 +146,7 @@ def test_a_sweep_ranks_what_fits():
 
 
 def test_every_mesh_of_a_sweep_uses_all_devices():
-    model = model_of(deployment_of("llama-3.1-8b_v5e-8").architecture)
+    model = model_of_deployment(deployment_of("llama-3.1-8b_v5e-8"))
     specs = list(meshes(model, find_target("v5e-8", compiles=False)))
     assert "tensor=8" in specs
     for spec in specs:
@@ -146,7 +158,7 @@ def test_every_mesh_of_a_sweep_uses_all_devices():
 
 
 def test_sweeping_from_the_command_line(cli, tmp_path):
-    file = CONFIGS[1]
+    file = deployment_of("llama-3.1-8b_v5e-4").path
     best = json.loads(cli("plan", file, "--sweep", "--json").out)
     assert best[0]["tokens_per_second_per_chip"] >= best[-1]["tokens_per_second_per_chip"] > 0
     assert {candidate["topology"].split("-")[0] for candidate in best} >= {
@@ -174,7 +186,7 @@ def test_a_cache_that_a_chip_has_no_room_for():
     hardware = find_target("v6e-1", compiles=False)
     for size in (10**13, 20 * GIB):  # 15 GiB of weights on 31.25
         with pytest.raises(DoesNotFit, match=f"kv_cache_memory is {size:,}, and beside weights a chip has "):
-            fit(model_of(deployment.architecture), hardware, **deployment.options | {"kv_cache_memory": size})
+            fit(model_of_deployment(deployment), hardware, **deployment.options | {"kv_cache_memory": size})
 
 
 def test_sequences_are_no_longer_than_the_model_takes(cli, tmp_path):
