@@ -11,6 +11,7 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.rotary import Rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types
+PER_LAYER = "per_layer_config"  # other fields for single layers, which no model here has
 _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
 MAX_LAYERS = 1000  # each takes time to build, even without its weights
 _LARGEST_NUMBER = 1e15  # nor any other number; float32 must hold what is computed from it, and from what is above 0
@@ -54,6 +55,10 @@ class ConfigReader:
         """The same, where fields that are absent or null have these values."""
         given = {name: value for name, value in self.data.items() if value is not None}
         return ConfigReader({**self.data, **defaults, **given}, self.where)
+
+    def with_absent(self, **defaults: Any) -> ConfigReader:
+        """The same, where fields that are absent have these values: null means something else."""
+        return ConfigReader({**defaults, **self.data}, self.where)
 
     def error(self, name: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {name} is {self.data.get(name)!r:.100}: {problem}")

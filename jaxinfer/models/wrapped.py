@@ -26,6 +26,7 @@ class Wrapped:
     flat: older config.json files have no `text_config`, and its fields themselves.
     bodies: what the names of its body begin with, here and in other checkpoints.
     heads: what comes before the head's name in others.
+    unread: fields that it computes without in here, and that may say nothing.
     """
 
     texts: Mapping[str, str]
@@ -34,6 +35,7 @@ class Wrapped:
     flat: bool = False
     bodies: tuple[str, ...] = BODIES
     heads: tuple[str, ...] = ("language_model.",)
+    unread: tuple[str, ...] = ()
 
 
 def with_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -65,7 +67,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 VISUAL = (r"(model\.)?visual\..+",)
 LLAVA = (r"(model\.)?(vision_tower|multi_modal_projector)\..+",)
 
-GEMMA3 = Wrapped({"gemma3_text": "jaxinfer.models.gemma3"}, LLAVA, tied=True)
+GEMMA3 = Wrapped({"gemma3_text": "jaxinfer.models.gemma3"}, LLAVA, tied=True, unread=("final_logit_softcapping",))
 QWEN2_VL = Wrapped(
     dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_vl", "qwen2_5_vl"), "jaxinfer.models.qwen2_vl"),
     VISUAL,
