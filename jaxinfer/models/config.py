@@ -178,6 +178,11 @@ def rope_parameters(fields: ConfigReader, layer_type: str | None = None) -> Conf
     return ConfigReader(parameters, f"{fields.where}: rope_parameters")
 
 
+def check_typed(fields: ConfigReader, parameters: Mapping[str, Any]) -> None:
+    """Refuses what settings of one layer type may not say, as transformers reads it only beside all of them."""
+    ConfigReader(parameters, f"{fields.where}: rope_parameters").refuse("truncate", True)
+
+
 def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]:
     """The embedding of some dimensions, and how far it reaches if the model is trained for `context`."""
     kind = rope.choice("rope_type", "default", Rope.KINDS)

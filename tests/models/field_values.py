@@ -139,17 +139,24 @@ VALUES: dict[str, Values] = {
     "summary_activation": (ABSENT, "tanh"),
 }
 # Whatever the classes say, models compute with them.
-NOT_NULL = ("logit_scale", "layer_norm_eps", "max_window_layers", "image_token_index")
+NOT_NULL = {
+    "head_dim": ("glm", "hunyuan_v1_dense", "ministral"),
+    "sliding_window": ("cohere2", "gemma2", "gemma3", "gemma3_text", "ministral", "olmo3"),
+    "logit_scale": ("cohere",),
+    "layer_norm_eps": ("cohere",),
+    "max_window_layers": ("qwen2_vl", "qwen2_5_vl"),
+    "image_token_index": ("gemma3",),
+}
 BOOL = (ABSENT, True, False)
 
 
-def options(field: dataclasses.Field[Any]) -> Values:
+def options(family: str, field: dataclasses.Field[Any]) -> Values:
     """What it may be. Raises KeyError of one that nobody knows."""
     kinds = typing.get_args(field.type) or (field.type,)
     values = VALUES.get(field.name, BOOL if bool in kinds else None)
     if values is None:
         raise KeyError(f"{field.name}: {field.type}: say in VALUES what it may be")
-    null = type(None) in kinds and field.name not in NOT_NULL
+    null = type(None) in kinds and family not in NOT_NULL.get(field.name, ())
     return (*values, None) if null and not callable(values) else values
 
 
@@ -170,7 +177,7 @@ def draw(case: Case, config: type) -> dict[str, Any]:
     drawn: dict[str, Any] = {}
     fields = {field.name: field for field in own_fields(config)}
     for name in sorted(fields.keys() - {LAST, "text_config", *FIXED}, key=lambda name: (name not in FIRST, name)):
-        values = options(fields[name])
+        values = options(case.family, fields[name])
         drawn[name] = values(case, drawn) if callable(values) else case.pick(name, values)
         null = callable(values) and type(None) in typing.get_args(fields[name].type)
         if null and case.pick(f"{name} is null", (1, 0, 0, 0)) and drawn.get("sliding_window", ABSENT) is not None:

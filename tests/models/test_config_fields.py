@@ -153,6 +153,17 @@ def test_fields_of_all_families(family):
             assert "\n" not in str(caught.value), (field.name, value)
 
 
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+def test_what_transformers_does_not_read_of_one_layer_type(family):
+    full = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}
+    ropes = {"full_attention": full, "sliding_attention": {"rope_type": "default"}}
+    data = BASE | {"model_type": family, "rope_parameters": ropes}
+    with pytest.raises(ValueError, match="rope_parameters: truncate is False"):
+        parse_config(data)
+    full["truncate"] = True
+    parse_config(data)
+
+
 def test_fields_that_the_architecture_cannot_do_without(tmp_path):
     for base, model_type in ((BASE, "llama"), (GPT2, "gpt2")):
         good = base | {"model_type": model_type}
