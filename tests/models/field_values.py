@@ -109,7 +109,7 @@ VALUES: dict[str, Values] = {
     "hidden_size": lambda case, fields: case.pick("hidden_size", _hidden_sizes(fields["num_attention_heads"])),
     **dict.fromkeys(("num_attention_heads", "n_head"), (4, 2, 6, 3, 1)),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), (2, 3, 1)),
-    **dict.fromkeys(("intermediate_size", "ffn_dim"), (40, 16, 1, 57)),
+    **dict.fromkeys(("intermediate_size", "ffn_dim"), (40, 16, 8, 57)),
     "n_inner": (ABSENT, 40, 57),
     "vocab_size": (97, 40, 128),
     "num_key_value_heads": _key_value_heads,
