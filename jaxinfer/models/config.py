@@ -13,6 +13,7 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.rotary import Rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types
+PER_LAYER = "per_layer_config"  # other fields for single layers, which no model here has
 _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
 MAX_LAYERS = 1000  # each takes time to build, even without its weights
 _LARGEST_NUMBER = 1e15  # nor any other number; float32 must hold what is computed from it, and from what is above 0
@@ -63,6 +64,10 @@ class ConfigReader:
         """The same, where fields that are absent or null have these values."""
         given = {name: value for name, value in self.data.items() if value is not None}
         return ConfigReader({**self.data, **defaults, **given}, self.where)
+
+    def with_absent(self, **defaults: Any) -> ConfigReader:
+        """The same, where fields that are absent have these values: null means something else."""
+        return ConfigReader({**defaults, **self.data}, self.where)
 
     def error(self, name: str, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.where}: {name} is {self.data.get(name)!r:.100}: {problem}")
@@ -180,6 +185,11 @@ def rope_parameters(fields: ConfigReader, layer_type: str | None = None) -> Conf
             parameters.setdefault(name, data[name])
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     return ConfigReader(parameters, f"{fields.where}: rope_parameters")
+
+
+def check_typed(fields: ConfigReader, parameters: Mapping[str, Any]) -> None:
+    """Refuses what settings of one layer type may not say, as transformers reads it only beside all of them."""
+    ConfigReader(parameters, f"{fields.where}: rope_parameters").refuse("truncate", True)
 
 
 def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]:

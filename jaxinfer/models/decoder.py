@@ -90,18 +90,18 @@ def decoder_config(
 ) -> DecoderConfig:
     """Reads the fields that most architectures have.
 
-    default_...: what transformers takes where a field is absent. activation_field: its name. norm_eps: the field's
-    name, and its default. interleaved, default_partial: see `rope_of`. more: what else there is to say, of the
-    configuration's own fields; with ropes goes max_context.
+    default_...: what transformers takes where a field is absent; None: what follows from others. activation_field: its
+        name.
+    norm_eps: the field's name, and its default. interleaved, default_partial: see `rope_of`.
+    more: what else there is to say, of the configuration's own fields; with ropes goes max_context.
     """
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
-    kv_heads = fields.integer("num_key_value_heads", default_kv_heads or heads)
+    derived = {"num_key_value_heads": heads, "head_dim": hidden // heads}  # what null means, whatever the default
+    absent = fields.with_absent(num_key_value_heads=default_kv_heads, head_dim=default_head_dim)
+    kv_heads, head_dim = (absent.integer(name, value) for name, value in derived.items())
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", f"it must divide num_attention_heads, {heads}")
-    if fields.data.get("head_dim") is None and default_head_dim is None and hidden % heads:
-        raise fields.error("hidden_size", f"without head_dim it must be a multiple of num_attention_heads, {heads}")
-    head_dim = fields.integer("head_dim", default_head_dim or hidden // heads)
     layers = num_layers(fields)
     if "ropes" not in more:
         rope, context = rope_of(fields, head_dim, interleaved=interleaved, default_partial=default_partial)

@@ -9,12 +9,12 @@ from jaxinfer.models.registry import Architecture
 
 
 def parse(fields: ConfigReader) -> DecoderConfig:
-    """`use_bias` covers all projections. Where heads and their size are null, not absent, they follow from others."""
+    """`use_bias` covers all projections."""
     bias = fields.boolean("use_bias", False)
     return decoder_config(
         fields.with_defaults(max_position_embeddings=131072, rope_theta=500000.0),
-        default_kv_heads=None if "num_key_value_heads" in fields.data else 2,
-        default_head_dim=None if "head_dim" in fields.data else 128,
+        default_kv_heads=2,
+        default_head_dim=128,
         default_tied=True,
         norm_eps=("rms_norm_eps", 1e-5),
         qkv_bias=bias,

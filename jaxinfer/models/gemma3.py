@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jaxinfer.layers.rotary import Rope
-from jaxinfer.models.config import FULL, SLIDING, ConfigReader, layer_types_of, rope_of
+from jaxinfer.models.config import FULL, SLIDING, ConfigReader, check_typed, layer_types_of, rope_of
 from jaxinfer.models.decoder import DecoderConfig, num_layers
 from jaxinfer.models.gemma2 import DEFAULTS as GEMMA2
 from jaxinfer.models.gemma2 import Gemma2ForCausalLM, cap, gemma2_config
@@ -26,7 +26,9 @@ def typed_rope(fields: ConfigReader, layer_type: str) -> tuple[Rope, int]:
     if isinstance(parameters, Mapping):
         if parameters and not {FULL, SLIDING} & parameters.keys():
             raise fields.error("rope_parameters", f"it must have an object for {FULL}, and one for {SLIDING}")
-        data["rope_parameters"] = parameters.get(layer_type)
+        data["rope_parameters"] = own = parameters.get(layer_type)
+        if isinstance(own, Mapping):
+            check_typed(fields, own)
     return rope_of(ConfigReader(data, fields.where), fields.integer("head_dim"))
 
 

@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
 
 def parse(fields: ConfigReader) -> DecoderConfig:
     """`sliding_window: null` means none. Without `layer_types` it is that of all layers."""
-    fields = ConfigReader({**DEFAULTS, **fields.data}, fields.where)
+    fields = fields.with_absent(**DEFAULTS)
     window = None if fields.data["sliding_window"] is None else fields.integer("sliding_window")
     return decoder_config(fields, windows=windows_of(fields, num_layers(fields), window))
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxinfer.models import olmo2
-from jaxinfer.models.config import FULL, SLIDING, ConfigReader, periodic_windows, rope_of
+from jaxinfer.models.config import FULL, SLIDING, ConfigReader, check_typed, periodic_windows, rope_of
 from jaxinfer.models.decoder import DecoderConfig
 from jaxinfer.models.llama import weights
 from jaxinfer.models.registry import Architecture
@@ -43,6 +43,7 @@ def parse(fields: ConfigReader) -> DecoderConfig:
     windows = periodic_windows(fields, config.num_layers, 4)
     ropes, contexts = {}, {}
     for kind, parameters in settings.items():
+        check_typed(fields, parameters)
         own = {"max_position_embeddings": shared.get("max_position_embeddings"), "rope_parameters": parameters}
         ropes[kind], contexts[kind] = rope_of(ConfigReader(own, fields.where), config.head_dim)
     return replace(

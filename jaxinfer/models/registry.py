@@ -139,10 +139,11 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
 
 def parse_config(data: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     """The architecture and checked configuration of a config.json's content. Raises ValueError naming the field."""
-    from jaxinfer.models.config import ConfigReader
+    from jaxinfer.models.config import PER_LAYER, ConfigReader
 
     arch = architecture(data)
     fields = ConfigReader(data)
     for name in ("is_encoder_decoder", "add_cross_attention"):
         fields.refuse(name, False)
+    fields.refuse(PER_LAYER, {})
     return arch, arch.parse(fields)

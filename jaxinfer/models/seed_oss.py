@@ -21,8 +21,7 @@ DEFAULTS = {
 def parse(fields: ConfigReader) -> DecoderConfig:
     """`attention_bias` covers q, k and v; `attention_out_bias` the projection after. A head size or key/value heads
     that are null are not the default, but what follows from the heads."""
-    absent = {name: value for name, value in DEFAULTS.items() if name not in fields.data}
-    config = parse_llama(fields.with_defaults(**absent))
+    config = parse_llama(fields.with_absent(**DEFAULTS))
     return replace(config, out_bias=fields.boolean("attention_out_bias", False))
 
 

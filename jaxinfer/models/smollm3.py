@@ -43,8 +43,7 @@ def windows(fields: ConfigReader, turning: list[bool]) -> tuple[int | None, ...]
 def parse(fields: ConfigReader) -> DecoderConfig:
     """Llama's, and which layers turn and which slide. Where key/value heads are null, not absent, there are as many as
     query heads."""
-    absent = {name: value for name, value in DEFAULTS.items() if name not in fields.data}
-    config = parse_llama(fields.with_defaults(**absent))
+    config = parse_llama(fields.with_absent(**DEFAULTS))
     turning = turning_layers(fields)
     ropes = tuple(rope if turns else None for rope, turns in zip(config.ropes, turning, strict=True))
     return replace(config, ropes=ropes, windows=windows(fields, turning))

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture
-from jaxinfer.models.config import ConfigReader
+from jaxinfer.models.config import PER_LAYER, ConfigReader
 from jaxinfer.models.sources import Renamed, Source
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.models.wrapped import TEXT, TIED, Wrapped
@@ -30,6 +30,9 @@ def text_fields(wrapped: Wrapped, fields: ConfigReader) -> ConfigReader:
     version of transformers which one does."""
     inner = fields.data.get(TEXT)
     text = fields if inner is None else ConfigReader(inner, f"{fields.where}: {TEXT}")
+    text.refuse(PER_LAYER, {})
+    for name in wrapped.unread:
+        text.refuse(name)
     said = [part.boolean(TIED, False) for part in (fields, text)]
     tied = any(said) or (fields.data.get(TIED) is None and wrapped.tied)
     return ConfigReader({**text.data, TIED: tied}, text.where)

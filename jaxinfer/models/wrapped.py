@@ -28,6 +28,7 @@ class Wrapped:
     heads: what comes before the head's name in others.
     name: what the family is called; "": its model_type.
     tower: what lies beside the text model.
+    unread: fields that it computes without in here, and that may say nothing.
     """
 
     texts: Mapping[str, str]
@@ -38,6 +39,7 @@ class Wrapped:
     heads: tuple[str, ...] = ("language_model.",)
     name: str = ""
     tower: str = "vision tower"
+    unread: tuple[str, ...] = ()
 
 
 def with_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -69,7 +71,13 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 VISUAL = (r"(model\.)?visual\..+",)
 LLAVA = (r"(model\.)?(vision_tower|multi_modal_projector)\..+",)
 
-GEMMA3 = Wrapped({"gemma3_text": "jaxinfer.models.gemma3"}, LLAVA, tied=True, name="Gemma 3")
+GEMMA3 = Wrapped(
+    {"gemma3_text": "jaxinfer.models.gemma3"},
+    LLAVA,
+    tied=True,
+    unread=("final_logit_softcapping",),
+    name="Gemma 3",
+)
 QWEN2_VL = Wrapped(
     dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_vl", "qwen2_5_vl"), "jaxinfer.models.qwen2_vl"),
     VISUAL,

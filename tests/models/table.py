@@ -16,6 +16,9 @@ logits of 70 tokens, and the tokens that are chosen greedily. Variants are the c
 mutant breaks one rule of the family (a window by one, an epsilon, a cap, a multiplier), and has to be off by 1e-2 of
 the largest logit at least. The worst difference is of all variants, in shares of the largest logit.
 
+Besides, all fields of each family's configuration class take random legal values: logits are those of transformers, or
+the field is refused by name. `python -m tests.models.random_fields` prints how many are refused, and why is said there.
+
 Made by `python -m tests.models.table`.
 
 | model_type | models | variants | mutants | worst difference |

@@ -2,10 +2,14 @@
 
 import json
 import math
+import typing
 
 import pytest
 
+from jaxinfer.models.registry import model_types, parse_config
 from tests.checkpoints import BASE, GPT2, VARIANTS, rope
+from tests.models.families import variants
+from tests.models.field_values import FIXED, INERT, own_fields, text_class
 from tests.refusals import HUGE, refusal
 
 COUNTS = [-1, 0, 1.5, True, math.nan, math.inf, "8", [8], 2**40, HUGE]
@@ -103,6 +107,61 @@ def test_rope_fields(kind, field, tmp_path):
         for spelling in (new, old):
             (tmp_path / "config.json").write_text(json.dumps(spelling))
             refusal(tmp_path, "config.json", field)
+
+
+# Of fields of all families, by what their class says; some say 0, 1, 1.5, or null, and mean it.
+BAD_VALUES = {
+    int: [-1, True, math.nan, math.inf, "8", [8], HUGE],
+    float: [-1.0, True, math.nan, math.inf, "1", [1], 1e300, 5e-324, HUGE],
+    bool: ["true", [], 2],
+    str: NAMES,
+    list: [2, "full_attention", ["chunked_attention"] * 2, []],
+    dict: [5, "default", {"rope_type": 5}, {"rope_type": "default", "rope_theta": -1}],
+}
+
+
+def kind_of(field):
+    """What a field is."""
+    kinds = {typing.get_origin(kind) or kind for kind in typing.get_args(field.type) or (field.type,)}
+    return next(kind for kind in (list, dict, float, bool, int, str) if kind in kinds)
+
+
+@pytest.mark.parametrize("family", model_types())
+def test_fields_of_all_families(family):
+    pytest.importorskip("transformers")
+    found = [variant.fields for name, variant in variants().items() if name.partition("-")[0] == family]
+    good = found[0] if found else GPT2 if family == "gpt2" else BASE
+    inside = good.get("text_config", good)
+    own = own_fields(text_class(family))
+    if "use_sliding_window" in {field.name for field in own}:
+        inside = inside | {"use_sliding_window": True, "sliding_window": 9}
+
+    def parse(**change):
+        text = {name: value for name, value in (inside | change).items() if value is not ...}
+        parse_config({"model_type": family} | ({**good, "text_config": text} if "text_config" in good else text))
+
+    parse()
+    with pytest.raises(ValueError, match="per_layer_config is "):
+        parse(per_layer_config={"0": {"hidden_act": "relu"}})
+    for field in own:
+        if field.name in (*INERT, *FIXED):
+            continue
+        others = {"layer_types": ...} if field.name in ("max_window_layers", "sliding_window_pattern") else {}
+        for value in BAD_VALUES[kind_of(field)]:
+            with pytest.raises(ValueError, match=rf"{field.name}\b") as caught:
+                parse(**others | {field.name: value})
+            assert "\n" not in str(caught.value), (field.name, value)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+def test_what_transformers_does_not_read_of_one_layer_type(family):
+    full = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": False}
+    ropes = {"full_attention": full, "sliding_attention": {"rope_type": "default"}}
+    data = BASE | {"model_type": family, "rope_parameters": ropes}
+    with pytest.raises(ValueError, match="rope_parameters: truncate is False"):
+        parse_config(data)
+    full["truncate"] = True
+    parse_config(data)
 
 
 def test_fields_that_the_architecture_cannot_do_without(tmp_path):

@@ -1,0 +1,267 @@
+"""Which legal values each field of the families' configuration classes in transformers may have, at random.
+
+Values of one field are taken in turn, in an order of their own, so a few cases have several of each. ABSENT is one.
+Which combinations are legal is for transformers to say: see random_fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+TOKENS = 30
+ABSENT = object()
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+# Fields that change nothing of what is computed for a text, and why; they are drawn all the same.
+OF_TRAINING = "of training, or of initial weights"
+OF_GENERATION = "of generation, which requests and generation_config.json say"
+OF_IMAGES = "of images, which are not read"
+INERT = {
+    **dict.fromkeys(
+        ("attention_dropout", "hidden_dropout", "classifier_dropout", "residual_dropout", "embedding_dropout"),
+        OF_TRAINING,
+    ),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "layerdrop"), OF_TRAINING),
+    **dict.fromkeys(("initializer_range", "init_std"), OF_TRAINING),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "eod_token_id", "use_cache"), OF_GENERATION),
+    "pretraining_tp": "transformers 5 reads it no more",
+    "reorder_and_upcast_attn": "scores are always float32",
+    "is_decoder": "transformers reads it nowhere",
+    **dict.fromkeys(("summary_type", "summary_use_proj", "summary_activation"), "of another head"),
+    **dict.fromkeys(("summary_proj_to_labels", "summary_first_dropout"), "of another head"),
+    **dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), OF_IMAGES),
+    **dict.fromkeys(("boi_token_index", "eoi_token_index", "image_token_index"), OF_IMAGES),
+}
+# The same, but with one value: others need a tower that fits.
+FIXED = dict.fromkeys(
+    (
+        "vision_config",
+        "mm_tokens_per_image",
+        "projector_hidden_act",
+        "vision_feature_layer",
+        "multimodal_projector_bias",
+        "spatial_merge_size",
+    ),
+    OF_IMAGES,
+)
+
+# All of transformers; prelu and xielu have parameters of their own.
+ACTIVATIONS = (
+    *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
+    *("gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu"),
+    *("relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "xielu"),
+)
+EPSILONS = (ABSENT, 1e-6, 1e-5, 1e-12, 1e-3, 0.1, 0.0)
+FACTORS = (ABSENT, 0.3, 1.0, 1.7)
+RATES = (ABSENT, 0.0, 0.3)
+IDS = (ABSENT, 0, 7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One of a family's; index: which one."""
+
+    family: str
+    index: int
+
+    def pick(self, name: str, options: Sequence[Any]) -> Any:
+        """One of the options: in as many cases as there are, each once."""
+        turn, place = divmod(self.index, len(options))
+        return random.Random(f"{self.family} {name} {turn} {len(options)}").sample(options, len(options))[place]
+
+    def rng(self, name: str) -> random.Random:
+        return random.Random(f"{self.family} {name} {self.index}")
+
+
+def _hidden_sizes(heads: int) -> Sequence[int]:
+    """Not many that heads don't divide: many classes allow none."""
+    return (24, 48, 32) if 32 % heads == 0 else (24, 48, 24, 48, 32)
+
+
+def _key_value_heads(case: Case, fields: dict[str, Any]) -> Any:
+    heads = fields["num_attention_heads"]
+    return case.pick("num_key_value_heads", [n for n in range(1, heads + 1) if heads % n == 0])
+
+
+def _layer_types(case: Case, fields: dict[str, Any]) -> Any:
+    """Some slide, where there is a window."""
+    window = fields["sliding_window"] is not None and fields.get("use_sliding_window", True) is True
+    if case.pick("layer_types", (True, True, False)) or fields["sliding_window"] is None:
+        return case.rng("layer_types").choices((FULL, SLIDING if window else FULL), k=fields["num_hidden_layers"])
+    return ABSENT
+
+
+def _no_rope_layers(case: Case, fields: dict[str, Any]) -> Any:
+    if case.pick("no_rope_layers", (True, False)):
+        return case.rng("no_rope_layers").choices((0, 1), k=fields["num_hidden_layers"])
+    return ABSENT
+
+
+Values = Sequence[Any] | Callable[[Case, dict[str, Any]], Any]
+# By name, for all families; None is one more where the class says so. Functions take what was drawn before.
+VALUES: dict[str, Values] = {
+    "n_embd": (24, 48, 36),
+    "hidden_size": lambda case, fields: case.pick("hidden_size", _hidden_sizes(fields["num_attention_heads"])),
+    **dict.fromkeys(("num_attention_heads", "n_head"), (4, 2, 6, 3, 1)),
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), (2, 3, 1)),
+    **dict.fromkeys(("intermediate_size", "ffn_dim"), (40, 16, 8, 57)),
+    "n_inner": (ABSENT, 40, 57),
+    "vocab_size": (97, 40, 128),
+    "num_key_value_heads": _key_value_heads,
+    "head_dim": (ABSENT, 8, 12, 16, 4),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), (64, 32, 100, ABSENT)),
+    "original_max_position_embeddings": (ABSENT, 32, 64),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), EPSILONS),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), (ABSENT, *ACTIVATIONS)),
+    "sliding_window": (ABSENT, 5, 9, 20, 1, 4096),
+    "sliding_window_pattern": (ABSENT, 1, 2, 3, "LG"),
+    "max_window_layers": (ABSENT, 0, 1, 2),
+    "layer_types": _layer_types,
+    "no_rope_layers": _no_rope_layers,
+    "no_rope_layer_interval": (ABSENT, 1, 2, 3),
+    "query_pre_attn_scalar": (ABSENT, 1, 6, 16),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (ABSENT, 0.5, 3.0)),
+    **dict.fromkeys(("logit_scale", "embedding_multiplier", "logits_scaling", "residual_multiplier"), FACTORS),
+    "attention_multiplier": FACTORS,
+    "clip_qkv": (ABSENT, 0.3, 1.5),
+    "word_embed_proj_dim": (ABSENT, 16, 33),
+    **{name: RATES for name in INERT if "drop" in name or name in ("initializer_range", "init_std")},
+    **{name: IDS for name in INERT if name.endswith(("_token_id", "_token_index"))},
+    "eos_token_id": (*IDS, [3, 5]),
+    "pad_token_id": (0, 7),  # the default is outside of a small vocabulary
+    "pretraining_tp": (ABSENT, 1, 2),
+    "summary_type": (ABSENT, "first", "mean"),
+    "summary_activation": (ABSENT, "tanh"),
+}
+# Whatever the classes say, models compute with them.
+NOT_NULL = {
+    "head_dim": ("glm", "hunyuan_v1_dense", "ministral"),
+    "sliding_window": ("cohere2", "gemma2", "gemma3", "gemma3_text", "ministral", "olmo3"),
+    "logit_scale": ("cohere",),
+    "layer_norm_eps": ("cohere",),
+    "max_window_layers": ("qwen2_vl", "qwen2_5_vl"),
+    "image_token_index": ("gemma3",),
+}
+BOOL = (ABSENT, True, False)
+
+
+def options(family: str, field: dataclasses.Field[Any]) -> Values:
+    """What it may be. Raises KeyError of one that nobody knows."""
+    kinds = typing.get_args(field.type) or (field.type,)
+    values = VALUES.get(field.name, BOOL if bool in kinds else None)
+    if values is None:
+        raise KeyError(f"{field.name}: {field.type}: say in VALUES what it may be")
+    null = type(None) in kinds and family not in NOT_NULL.get(field.name, ())
+    return (*values, None) if null and not callable(values) else values
+
+
+def own_fields(config: type) -> list[dataclasses.Field[Any]]:
+    """Those of a class that not all classes have."""
+    import transformers
+
+    common = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
+    return [field for field in dataclasses.fields(config) if field.name not in common]
+
+
+# What others depend on, and what depends on others.
+FIRST, LAST = ("num_attention_heads", "num_hidden_layers", "sliding_window", "use_sliding_window"), "rope_parameters"
+
+
+def draw(case: Case, config: type) -> dict[str, Any]:
+    """Values of the fields of a class."""
+    drawn: dict[str, Any] = {}
+    fields = {field.name: field for field in own_fields(config)}
+    for name in sorted(fields.keys() - {LAST, "text_config", *FIXED}, key=lambda name: (name not in FIRST, name)):
+        values = options(case.family, fields[name])
+        drawn[name] = values(case, drawn) if callable(values) else case.pick(name, values)
+        null = callable(values) and type(None) in typing.get_args(fields[name].type)
+        if null and case.pick(f"{name} is null", (1, 0, 0, 0)) and drawn.get("sliding_window", ABSENT) is not None:
+            drawn[name] = None
+    given = {name: value for name, value in drawn.items() if value is not ABSENT}
+    if LAST in fields and (case.pick(LAST, (True, True, True, True, False)) or case.family in SECTIONS):
+        given[LAST] = _ropes(case, config, given)
+    return given
+
+
+SECTIONS = ("qwen2_vl", "qwen2_5_vl")  # their rotary embeddings have sections, and there is no default for small heads
+PHI3 = ("default", "longrope", "su", "yarn")
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
+
+
+def _ropes(case: Case, config: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """Rotary embeddings; transformers says in what form: by layer types, or one."""
+    try:
+        known = config(**fields)
+    except Exception:  # it will be discarded
+        return {}
+    head_dim = getattr(known, "head_dim", None) or fields["hidden_size"] // fields["num_attention_heads"]
+    default = known.rope_parameters
+    if SLIDING in default:
+        return {kind: _rope(case, f" {kind}", head_dim, default[kind]) for kind in (SLIDING, FULL)}
+    return _rope(case, "", head_dim, default)
+
+
+def _rope(case: Case, suffix: str, head_dim: int, default: dict[str, Any]) -> dict[str, Any]:
+    def pick(name: str, *values: Any) -> Any:
+        return case.pick(name + suffix, values)
+
+    phi3 = case.family == "phi3"
+    kind = said = pick("rope_type", *(PHI3 if phi3 else KINDS))
+    if phi3 and kind != "default":
+        kind = "longrope"
+    rope: dict[str, Any] = {"rope_type": said, "rope_theta": pick("rope_theta", ABSENT, 100.0, 10000.0, 5e5)}
+    if "partial_rotary_factor" in default or kind == "proportional":
+        rope["partial_rotary_factor"] = pick("partial_rotary_factor", ABSENT, 0.5, 1.0, 0.75)
+    if kind not in ("default", "longrope"):
+        rope["factor"] = pick("factor", 1.0, 4.0, 2)
+    if kind in ("yarn", "llama3", "longrope"):
+        rope["original_max_position_embeddings"] = pick("original", 32, 64)
+    if kind == "yarn":
+        rope["attention_factor"] = pick("attention_factor", ABSENT, 0.7)
+        rope["beta_fast"], rope["beta_slow"] = pick("beta_fast", ABSENT, 16, 4.0), pick("beta_slow", ABSENT, 2)
+        rope["mscale"], rope["mscale_all_dim"] = pick("mscale", ABSENT, 0.7, 0.0), pick("mscale_all_dim", ABSENT, 0.4)
+        rope["truncate"] = pick("truncate", ABSENT, False, True)
+    if kind == "llama3":
+        rope["low_freq_factor"], rope["high_freq_factor"] = pick("low", 1.0, 0.5), pick("high", 4.0, 2)
+    if kind == "longrope":
+        share = rope.get("partial_rotary_factor", ABSENT)
+        share = default.get("partial_rotary_factor", 1.0) if share is ABSENT else share
+        dim = int(head_dim * share)
+        for name in ("short_factor", "long_factor"):
+            rng = case.rng(name + suffix)
+            rope[name] = [round(rng.uniform(1, 3), 2) for _ in range(dim // 2)]
+        rope["attention_factor"], rope["factor"] = pick("attention_factor", ABSENT, 1.3), pick("factor", ABSENT, 4.0)
+    if "llama_4_scaling_beta" in default:
+        rope["llama_4_scaling_beta"] = pick("beta", 0.1, 0.0, 2.0)
+        rope["original_max_position_embeddings"] = pick("original", 4, 32)
+    if case.family in SECTIONS:
+        half = head_dim // 2
+        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
+    return {name: value for name, value in rope.items() if value is not ABSENT}
+
+
+@functools.cache
+def families() -> dict[str, tuple[type, type | None]]:
+    """By model_type, the class, and that of the text model inside."""
+    from transformers import CONFIG_MAPPING
+
+    from jaxinfer.models.registry import model_types
+
+    found = {}
+    for family in model_types():
+        config = CONFIG_MAPPING[family]
+        inside = config.sub_configs_defaults.get("text_config")
+        text = None if inside is None else CONFIG_MAPPING[inside.model_type or f"{family}_text"]
+        found[family] = (config, text)
+    return found
+
+
+def text_class(family: str) -> type:
+    """The class that says what the text model is."""
+    outer, inside = families()[family]
+    return inside or outer
