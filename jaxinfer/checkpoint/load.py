@@ -229,10 +229,8 @@ def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:
             duplicate.append(f"{names[0]} (also as {names[1]})")
         info = stored[names[0]]
         located[name] = names[0]
-        if info.shape not in wanted.shapes:
-            shapes.append(
-                f"{names[0]} {list(info.shape)} instead of {' or '.join(str(list(s)) for s in wanted.shapes)}"
-            )
+        if not wanted.fits(info.shape):
+            shapes.append(f"{names[0]} {list(info.shape)} instead of {wanted.wanted}")
         elif info.dtype not in wanted.dtypes:
             read = "" if wanted.dtypes is FLOATS else f" instead of {' or '.join(map(str, wanted.dtypes))}"
             types.append(f"{names[0]} is {info.dtype}{read}")

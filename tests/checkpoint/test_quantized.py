@@ -28,6 +28,7 @@ ARCHITECTURES = {
     "llama": SMALL,
     "qwen3": SMALL | {"model_type": "qwen3"},
     "qwen2": SMALL | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "phi3": SMALL | {"model_type": "phi3"},
     "gpt2": {"model_type": "gpt2", "vocab_size": 300, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64},
 }
 
@@ -47,8 +48,8 @@ def check(config, case, tmp_path, mesh=None):
     for name, weight in expected.items():
         got = params[name]
         if name in model.quantized:
-            zeros = np.asarray(params.get(f"{name}_zero", 0), np.int32)
-            got = real(got, params[f"{name}_scale"], model.quantized[name], zeros)
+            zeros, biases = (np.asarray(params.get(name + suffix, 0), np.float32) for suffix in ("_zero", "_bias"))
+            got = real(got, params[f"{name}_scale"], model.quantized[name], zeros, biases)
         got, weight = (np.asarray(array)[tuple(map(slice, plain.abstract[name].shape))] for array in (got, weight))
         np.testing.assert_allclose(got, weight, rtol=1e-6, atol=1e-7, err_msg=name)
     return model
@@ -60,7 +61,7 @@ def test_what_they_stand_for(name, tmp_path):
     model = check(config, case, tmp_path)
     linear = "model.layers.0.mlp.up_proj.weight"
     assert model.params[linear].stored is not None
-    assert model.params["lm_head.weight"].stored is None
+    assert (model.params["lm_head.weight"].stored is None) == (not name.startswith("mlx"))
     kept = model.quantized.get(linear)
     assert (kept and kept.name) == case.scheme
 
@@ -74,6 +75,10 @@ def test_what_they_stand_for(name, tmp_path):
         ("qwen2", "gptq of 128", None),  # where a weight has fewer inputs, it is converted
         ("gpt2", "gptq", None),
         ("gpt2", "gptq with zero points", "tensor=2"),
+        ("qwen3", "nf4", "tensor=2"),  # blocks of 64 go on from row to row of 96
+        ("phi3", "fp4", "tensor=2"),
+        ("qwen2", "mlx 2", "fsdp=2,tensor=2"),
+        ("phi3", "mlx 3", "tensor=2"),  # down_proj is left in floats
     ],
 )
 def test_architectures_and_meshes(architecture, name, mesh, tmp_path):
@@ -117,7 +122,13 @@ WEIGHTS, INPUTS = "config_groups.group_0.weights", "config_groups.group_0.input_
 @pytest.mark.parametrize(
     ("name", "path", "value"),
     [
-        ("awq", "quant_method", "bitsandbytes"),
+        ("awq", "quant_method", "quark"),
+        ("nf4", "load_in_4bit", False),
+        ("nf4", "bnb_4bit_quant_type", "af4"),
+        ("nf4", "bnb_4bit_blocksize", 48),
+        ("mlx 4", "bits", 7),
+        ("mlx 4", "group_size", 16),
+        ("mlx 4", "mode", "mxfp4"),
         ("awq", "version", "gemv"),
         ("awq", "bits", 3),
         ("gptq", "bits", 3),
@@ -167,6 +178,20 @@ def test_damaged(name, suffix, value, what, tmp_path):
     stored = {n: t for n, t in stored.items() if n != key} | ({} if value is None else {key: value})
     with pytest.raises(ValueError, match=what):
         loaded(tmp_path / "m", SMALL | {"quantization_config": CASES[name].config}, stored)
+
+
+def test_of_single_modules():
+    """Mixed-bit recipes of MLX: what is said of a module, or that it is left."""
+    own = {"lm_head": {"group_size": 32, "bits": 6, "mode": "affine"}, "model.layers.0.mlp.up_proj": False}
+    config = SMALL | {"quantization": CASES["mlx 4"].config | own}
+    names = {name.split(".")[-2]: s.name for name, s in AbstractModel.from_config(config, "float32").quantized.items()}
+    assert names["lm_head"] == "int8-g32-biases"
+    assert names["embed_tokens"] == names["gate_proj"] == "int4-g64-biases"
+    assert "up_proj" not in names
+    assert "down_proj" not in names  # its 96 inputs are no groups of 64
+    config["quantization"]["lm_head"] = {"group_size": 64, "bits": 9}
+    with pytest.raises(ValueError, match=r"quantization_config.lm_head.bits is 9: 2, 3, 4, 5, 6, 8 can be read"):
+        AbstractModel.from_config(config, "float32")
 
 
 def test_a_quantization_beside_the_checkpoints_own(tmp_path):
