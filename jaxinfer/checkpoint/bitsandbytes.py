@@ -44,8 +44,8 @@ def values_and_scales(form: Format, stored: Mapping[str, Host], rows: int, colum
     if not np.allclose(stored["weight.quant_map"], TABLES[form.table], rtol=0, atol=1e-6):
         raise ValueError(f"has a quant_map that is not that of {form.table}")
     packed = np.ascontiguousarray(stored["weight"]).reshape(-1).view(np.uint8)
-    if packed.size < -(-rows * columns // 2):
-        raise ValueError(f"has {packed.size} bytes of values instead of {-(-rows * columns // 2)}")
+    if not 0 <= packed.size - (size := -(-rows * columns // 2)) < stored["weight"].itemsize:
+        raise ValueError(f"has {packed.size} bytes of values instead of {size}")
     values = np.empty((packed.size, 2), np.uint8)
     values[:, 0], values[:, 1] = packed >> 4, packed & 15
     size = math.gcd(form.columns, columns)

@@ -193,6 +193,8 @@ def decode(form: Format, stored: Mapping[str, Host], rows: int, columns: int) ->
         return Decoded(form, values, None, scales)
     if form.layout == "mlx":
         scales, biases = (stored[name].astype(np.float32) for name in ("scales", "biases"))
+        if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
+            raise ValueError("has scales or biases that are not finite")
         return Decoded(form, _unpacked(stored["weight"], form.bits), None, scales, biases=biases)
     order = stored.get("g_idx", stored.get("weight_g_idx"))
     groups = -(-columns // form.columns) if form.columns else 1

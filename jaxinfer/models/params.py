@@ -151,9 +151,13 @@ def quantized(
         why = f"; {next(iter(left))}" if left else ""
         raise ValueError(f"quantization is {quantization!r}: none of the model's weights is meant by it{why}")
     for why, names in left.items() if dtype_name else ():
-        which = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-        log.warning("quantization is %r: %s is left in %s: %s", quantization, which, dtype_name, why)
+        log.warning("quantization is %r: %s is left in %s: %s", quantization, in_short(names), dtype_name, why)
     return _with_multiples(result)
+
+
+def in_short(names: Iterable[str]) -> str:
+    """Names of weights, of all layers together."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
 def _as_stored(spec: ParamSpec, stored: Stored) -> ParamSpec:

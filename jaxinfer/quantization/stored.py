@@ -307,7 +307,7 @@ def _bitsandbytes(fields: Config) -> Callable[[str, str], Format | None]:
         form = Format("plain", 8, scale="SCB")
     else:
         one_of(fields, "load_in_4bit", True)
-        table = one_of(fields, TABLE, *TABLES)
+        table = one_of(fields, TABLE, None, *TABLES) or "fp4"
         size = one_of(fields, BLOCK_SIZE, None, *BLOCK_SIZES) or 64
         form = Format("bitsandbytes", 4, columns=size, table=table)
     plain = _left_out(fields) if any(fields.get(name) is not None for name in _LEFT_OUT) else ["lm_head"]

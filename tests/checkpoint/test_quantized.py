@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxinfer import LLM
+from jaxinfer.attention import ForwardBatch
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hf import HfWriter, config_of
 from jaxinfer.checkpoint.load import load_params
@@ -88,8 +89,56 @@ def test_architectures_and_meshes(architecture, name, mesh, tmp_path):
     check(config, CASES[name], tmp_path, device_mesh)
 
 
+def forward(model, params, mesh=None):
+    """Logits of a few tokens."""
+    batch = dataclasses.replace(ForwardBatch.of_sequences([[5, 17, 200, 33]]), mesh=mesh)
+    return np.asarray(jax.jit(lambda params, batch: model.bind(params)(batch, None)[0])(params, batch))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "mesh", "bits"),
+    [("llama", "nf4", "tensor=2", 4.5), ("qwen2", "mlx 3", "tensor=2", 5), ("phi3", "mlx 8", None, 9)],
+)
+def test_logits_of_packed_weights(architecture, name, mesh, bits, tmp_path):
+    """As the floats that they stand for give them; and they have as many bytes as packed."""
+    config = ARCHITECTURES[architecture] | {"hidden_size": 128, "intermediate_size": 128}
+    case = CASES[name]
+    stored, left = quantized(random_tensors(config), case)
+    expected = forward(*loaded(tmp_path / "b", config, left))
+    mesh = mesh and make_mesh(mesh, jax.devices(), 4, 2, 64)
+    model, params = loaded(tmp_path / "a", config | {"quantization_config": case.config}, stored, mesh)
+    np.testing.assert_allclose(forward(model, params, mesh)[:, : expected.shape[1]], expected, rtol=1e-4, atol=1e-4)
+    for spec in model.params.values():
+        if spec.scheme is not None:
+            packed = sum(params[spec.name + suffix].nbytes for suffix in spec.arrays) * 8
+            assert packed == bits * np.prod(spec.shape)
+    assert all(spec.scheme for spec in model.params.values() if spec.stored)
+    assert any(spec.scheme for spec in model.params.values())
+
+
+def test_what_is_converted_is_said_once(tmp_path, caplog):
+    """Blocks of 64 that go on over rows of 100 inputs have as few as four of them in common with each row."""
+    config = SMALL | {"intermediate_size": 100, "num_hidden_layers": 2}
+    stored, left = quantized(random_tensors(config), CASES["nf4"])
+    model, params = loaded(tmp_path / "a", config | {"quantization_config": CASES["nf4"].config}, stored)
+    (line,) = (record.getMessage() for record in caplog.records if "converted" in record.getMessage())
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert "model.layers.*.mlp.down_proj.weight can't be kept packed as stored: converted to float32" in line
+    assert "51,200 bytes instead of 9," in line
+    assert name not in model.quantized
+    np.testing.assert_allclose(np.asarray(params[name]), left[name], rtol=1e-6)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "mesh"), [("gptq with zero points", "fsdp=2,tensor=2"), ("deepseek", "tensor=2")])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("gptq with zero points", "fsdp=2,tensor=2"),
+        ("deepseek", "tensor=2"),
+        ("nf4", "fsdp=2,tensor=2"),
+        ("mlx 4", "fsdp=2,tensor=2"),
+    ],
+)
 def test_logits(name, mesh, tmp_path):
     """From end to end, beside the checkpoint of floats that they stand for."""
     case, prompts = CASES[name], [[5, 17, 200, 33], list(range(40, 100))]
@@ -159,6 +208,10 @@ def test_what_is_not_supported(name, path, value):
     assert "\n" not in str(error.value)
 
 
+STATE = "weight.quant_state.bitsandbytes__nf4"
+NF4 = {"blocksize": 64, "quant_type": "nf4", "shape": [96, 64]}
+
+
 @pytest.mark.parametrize(
     ("name", "suffix", "value", "what"),
     [
@@ -170,11 +223,64 @@ def test_what_is_not_supported(name, path, value):
         ("gptq", "g_idx", np.zeros(64, np.int32), "inputs that are not in the order of their groups"),
         ("gptq in another order", "g_idx", np.full(64, 2, np.int32), "has groups from 2 to 2 in g_idx, of 2"),
         ("int4", "weight_shape", np.array([96, 65]), r"has \[96, 65\] in weight_shape instead of \[96, 64\]"),
+        ("nf4", "weight.absmax", None, "missing tensors: model.layers.0.mlp.up_proj.weight.absmax"),
+        ("nf4", "weight.absmax", np.zeros(95, np.uint8), r"wrong shapes: .*absmax \[95\] instead of \[96\]"),
+        ("nf4", "weight.absmax", np.ones(96, np.float32), "up_proj: has scales of scales, and an absmax in float32"),
+        ("nf4", "weight.quant_map", np.zeros(15, np.float32), r"wrong shapes: .*quant_map \[15\] instead of \[16\]"),
+        (
+            "nf4",
+            "weight.quant_map",
+            np.full(16, np.nan, np.float32),
+            "up_proj: has a quant_map that is not that of nf4",
+        ),
+        ("nf4", "weight.quant_map", np.linspace(-1, 1, 16, dtype=np.float32), "a quant_map that is not that of nf4"),
+        ("nf4", "weight.nested_absmax", None, "up_proj: has an absmax in uint8, and no nested_absmax or"),
+        ("nf4", "weight.nested_quant_map", None, "up_proj: has an absmax in uint8, and no nested_absmax or"),
+        ("nf4", "weight.nested_absmax", np.full(1, np.inf, np.float32), "up_proj: has an absmax that is not finite"),
+        ("nf4", STATE, None, "missing tensors: .*up_proj.weight.quant_state.bitsandbytes__nf4"),
+        ("nf4", STATE, {}, "up_proj: has blocksize None in its quant_state: 32, 64"),
+        ("nf4", STATE, {"blocksize": 64.0}, r"up_proj: has blocksize 64\.0 in its quant_state"),
+        ("nf4", STATE, {"blocksize": 2**70}, "up_proj: has blocksize 1180591620717411303424 in its quant_state"),
+        (
+            "nf4",
+            STATE,
+            {"blocksize": 128, "quant_type": "nf4"},
+            "up_proj: has blocksize 128 in its quant_state instead",
+        ),
+        (
+            "nf4",
+            STATE,
+            {"blocksize": 64, "quant_type": "fp4"},
+            "up_proj: has quant_type 'fp4' in its quant_state instead",
+        ),
+        ("nf4", STATE, NF4 | {"shape": [96, 2**40]}, r"has shape \[96, 1099511627776\] in its quant_state instead of"),
+        ("nf4", STATE, NF4 | {"shape": "x" * 999}, "has shape 'x{99} in its quant_state instead of"),
+        ("nf4", STATE, NF4, "up_proj: has nested_offset None and nested_blocksize None in its quant_state"),
+        ("nf4", STATE, NF4 | {"nested_blocksize": 256, "nested_offset": float("inf")}, "an absmax that is not finite"),
+        ("nf4", STATE, NF4 | {"nested_blocksize": 2**60, "nested_offset": 0.5}, "nested_blocksize 1152921504606846976"),
+        ("nf4", STATE, [64], "up_proj: has a quant_state that is no JSON object"),
+        ("nf4", STATE, np.frombuffer(b"[" * 4000, np.uint8), "up_proj: has a quant_state that is no JSON object"),
+        ("nf4", STATE, np.zeros(5000, np.uint8), r"wrong shapes: .*nf4 \[5000\] instead of at most \[4096\]"),
+        ("nf4", "weight", np.zeros((3072, 1), np.float32), "up_proj: has 12288 bytes of values"),
+        ("nf4", "weight", np.zeros((1536, 1), np.uint8), "up_proj: has 1536 bytes of values instead of 3072"),
+        ("llm.int8", "weight_format", np.array([1], np.uint8), r"up_proj: has weight_format \[1\]: 0, rows one after"),
+        ("llm.int8", "SCB", None, "missing tensors: model.layers.0.mlp.up_proj.SCB"),
+        ("mlx 2", "biases", None, "missing tensors: model.layers.0.mlp.up_proj.biases"),
+        (
+            "mlx 2",
+            "weight",
+            np.zeros((96, 5), np.uint32),
+            r"wrong shapes: .*up_proj.weight \[96, 5\] instead of \[96, 4\]",
+        ),
+        ("mlx 4", "biases", np.zeros((96, 2), np.float16), r"wrong shapes: .*biases \[96, 2\] instead of \[96, 1\]"),
+        ("mlx 4", "scales", np.full((96, 1), np.nan, np.float16), "up_proj: has scales or biases that are not finite"),
     ],
 )
 def test_damaged(name, suffix, value, what, tmp_path):
     stored, _ = quantized(random_tensors(SMALL), CASES[name])
     key = f"model.layers.0.mlp.up_proj.{suffix}"
+    if isinstance(value, dict | list):
+        value = np.frombuffer(json.dumps(value).encode(), np.uint8)
     stored = {n: t for n, t in stored.items() if n != key} | ({} if value is None else {key: value})
     with pytest.raises(ValueError, match=what):
         loaded(tmp_path / "m", SMALL | {"quantization_config": CASES[name].config}, stored)
