@@ -12,10 +12,14 @@ from safetensors.numpy import save_file
 
 from jaxinfer import LLM
 from jaxinfer.attention import ForwardBatch
+from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hf import HfWriter, config_of
 from jaxinfer.checkpoint.load import load_params
+from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.checkpoint.quantized import decode, wanted_tensors
+from jaxinfer.checkpoint.settle import as_stored
+from jaxinfer.convert import convert
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.quantization.stored import stored_quantization
 from jaxinfer.sharding import make_mesh
@@ -410,6 +414,29 @@ def test_written_again(name, tmp_path):
     assert again.keys() == params.keys()
     for key, array in params.items():
         np.testing.assert_array_equal(np.asarray(again[key]), np.asarray(array), err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["nf4 of 128", "mlx 3"])
+def test_converted(name, tmp_path):
+    """In Orbax's format they stay as they are; compressed-tensors has no form for them."""
+    config = CONFIG | {"num_hidden_layers": 1}
+    stored, _ = quantized(random_tensors(config), CASES[name])
+    said = {n: value for n, value in CASES[name].config.items() if n != "bnb_4bit_blocksize"}
+    folder = write_checkpoint(tmp_path / "a", config | {"quantization_config": said}, stored)
+    with pytest.raises(
+        ValueError, match=r"format hf: .* is in \S+, which compressed-tensors has no form for: use format"
+    ):
+        convert(folder, tmp_path / "c", format="hf", show_progress=False)
+    convert(folder, tmp_path / "b", show_progress=False)
+    both = []
+    for place in (folder, tmp_path / "b"):
+        with open_weights(place) as weights:
+            model = AbstractModel.from_config(as_stored(read_config(place), weights), "float32")
+            both.append(load_weights(model, weights, jax.devices()[0]))
+    assert both[0].keys() == both[1].keys()
+    assert any(array.dtype == np.uint8 for array in both[1].values())
+    for key, array in both[0].items():
+        np.testing.assert_array_equal(np.asarray(both[1][key]), np.asarray(array), err_msg=key)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

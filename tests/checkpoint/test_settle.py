@@ -205,9 +205,11 @@ def test_linears_of_mlx_are_those_that_have_scales(tmp_path):
     own = {"language_model.model.layers.0.mlp.up_proj": more.config}
     settled_config, params = settled(tmp_path, config | {"quantization": CASES["mlx 4"].config | own}, tensors)
     model = AbstractModel.from_config(settled_config, "float32")
-    schemes = {name.removeprefix("model.language_model."): scheme.name for name, scheme in model.quantized.items()}
+    schemes = {name.removeprefix("model."): scheme.name for name, scheme in model.quantized.items()}
     assert schemes["embed_tokens.weight"] == schemes["layers.0.mlp.gate_proj.weight"] == "int4-g64-biases"
     assert schemes["layers.0.mlp.up_proj.weight"] == "int8-g64-biases"
     assert "layers.0.self_attn.k_proj.weight" not in schemes
-    np.testing.assert_array_equal(np.asarray(params[plain + "weight"]), floats[plain + "weight"])
+    np.testing.assert_array_equal(
+        np.asarray(params["model.layers.0.self_attn.k_proj.weight"]), floats[plain + "weight"]
+    )
     assert params["lm_head.weight"].dtype == np.uint8
