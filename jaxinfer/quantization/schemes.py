@@ -83,9 +83,9 @@ SCHEMES = {
         Scheme("int8-w8a8", "int8", 127.0, activations=True),
         Scheme("int4", "uint8", 7.0, columns=32, packed=2),
         Scheme("int4-g128", "uint8", 7.0, columns=128, packed=2),
+        Scheme("nf4", "uint8", 1.0, columns=64, packed=2, table="nf4"),
         Scheme("fp8", "float8_e4m3fn", 448.0),
         Scheme("fp8-block", "float8_e4m3fn", 448.0, rows=128, columns=128),
-        Scheme("nf4", "uint8", 1.0, columns=64, packed=2, table="nf4"),
     )
 }
 NONE = "none"
