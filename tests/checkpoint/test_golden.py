@@ -58,10 +58,9 @@ def test_what_they_read(case):
     held = QArray(arrays[""], arrays["_scale"], scheme, bias=arrays.get("_bias"))
     rows = take(held, jnp.arange(shape[0]), "float32")
     np.testing.assert_allclose(rows, expected, rtol=1e-6, atol=1e-6)
-    for tokens in (1, 9):
-        x = np.random.default_rng(0).standard_normal((tokens, shape[1]), np.float32)
-        exact = x.astype(np.float64) @ expected.T.astype(np.float64)
-        np.testing.assert_allclose(dot(jnp.asarray(x), held), exact, rtol=1e-5, atol=2e-5)
+    x = np.random.default_rng(0).standard_normal((3, shape[1]), np.float32)
+    exact = x.astype(np.float64) @ expected.T.astype(np.float64)
+    np.testing.assert_allclose(dot(jnp.asarray(x), held), exact, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", [case for case in GOLDEN if " nf4 " in case and case.endswith("/64")])

@@ -164,7 +164,7 @@ def test_which_weights():
 @pytest.mark.parametrize("wrong", ["int3", "", 8, True, {}, {"*": "int3"}, {"*": None}, {3: "int8"}, ["int8"]])
 def test_what_is_not_a_scheme(wrong):
     with pytest.raises(
-        ValueError, match=r"^quantization (is|has) .*one of int8, int8-w8a8, int4, int4-g128, fp8, fp8-b"
+        ValueError, match=r"^quantization (is|has) .*one of int8, int8-w8a8, int4, int4-g128, nf4, fp8, fp8-b"
     ):
         check_quantization(wrong)
 
