@@ -136,6 +136,8 @@ def check_method(scheme: str, method: str) -> Scheme:
     chosen = SCHEMES[scheme]
     if chosen.rows > 1:
         raise ValueError(f"scheme is {scheme!r}: its scales are of several rows, which no method is for: use convert")
+    if chosen.table:
+        raise ValueError(f"scheme is {scheme!r}: its values are no steps of one size, which methods need: use convert")
     if chosen.activations != (method == "smoothquant") and method != "gptq":
         fitting = "smoothquant and gptq are" if chosen.activations else "awq and gptq are"
         raise ValueError(f"method is {method!r}, and scheme {scheme!r}: {fitting} for that")

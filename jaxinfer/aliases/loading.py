@@ -120,7 +120,7 @@ LOADING = Words(
             "enable_sleep_mode": "LLM.close() frees the memory",
             "device device_map": "JAX_PLATFORMS says which devices are used, and mesh how many",
             "allow_deprecated_quantization": "what is read needs no leave",
-            "load_in_8bit load_in_4bit quantization_config": "here it is quantization, as int8 or int4",
+            "load_in_8bit load_in_4bit quantization_config": "here it is quantization, as int8, int4 or nf4",
             "kv_transfer_config kv_events_config ec_transfer_config weight_transfer_config afd_config "
             "additional_config override_neuron_config enable_fault_tolerance engine_recovery_timeout": NOTHING,
             "intial_incremental_detokenization_offset tokens_only": "leave it out",

@@ -18,6 +18,7 @@ from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.params import ParamSpec
 from jaxinfer.models.sources import Index, shape_of, slices, whole
 from jaxinfer.quantization.schemes import SCALE, ZERO, Scheme
+from jaxinfer.quantization.stored import QUANTIZATION_FIELDS
 
 Host = np.ndarray[Any, Any]
 FLOAT, INT, PACKED = "float-quantized", "int-quantized", "pack-quantized"
@@ -27,6 +28,11 @@ def check_hf(model: AbstractModel) -> None:
     """Raises ValueError if the model's quantization has no form in compressed-tensors."""
     for name in model.quantized:
         spec = model.params[name]
+        if spec.scheme is not None and (spec.scheme.table or spec.scheme.biases):
+            raise ValueError(
+                f"format hf: {name} is in {spec.scheme.name}, which compressed-tensors has no form for: use format "
+                "orbax"
+            )
         shapes = spec.source.tensors(spec.shape)
         regions = spec.source.regions(whole(spec.shape))
         cut = next((r for r in regions if r.transposed or r.stored != whole(shapes[r.tensor])), None)
@@ -44,7 +50,7 @@ def check_hf(model: AbstractModel) -> None:
 
 def config_of(model: AbstractModel, config: Mapping[str, Any]) -> dict[str, Any]:
     """The content of config.json, with the model's quantization."""
-    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    plain = {name: value for name, value in config.items() if name not in QUANTIZATION_FIELDS}
     return plain if not model.quantized else plain | {"quantization_config": _quantization_config(model)}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,13 +19,15 @@ from jaxinfer.checkpoint.quantized import Wanted, check_range, decode, wanted_te
 from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.model import AbstractModel, Params
-from jaxinfer.models.params import ParamSpec
+from jaxinfer.models.params import ParamSpec, in_short
 from jaxinfer.models.sources import Index, Region, shape_of, whole
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.quantization.quantize import quantize
 from jaxinfer.quantization.schemes import SCALE, Scheme
 from jaxinfer.quantization.stored import Format
 from jaxinfer.sharding import parts
+
+log = logging.getLogger("jaxinfer")
 
 # transformers' names of what others have otherwise.
 OTHER_SCALES = {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}
@@ -47,6 +50,7 @@ def load_params(
     misshaped and wrongly typed tensor.
     """
     tensors = _Tensors(checkpoint, _locate(model, checkpoint), on_tensor)
+    _say_converted(model, checkpoint, tensors.located)
     params: Params = {}
     memory = HugePages()
     for spec in model.params.values():
@@ -196,10 +200,10 @@ def _put(whole: Any, held: Iterable[tuple[Index, list[Any], Host]], where: str, 
     return jax.make_array_from_single_device_arrays(whole.shape, whole.sharding, arrays)
 
 
-def _wanted(model: AbstractModel) -> dict[str, Wanted]:
+def _wanted(specs: Iterable[ParamSpec]) -> dict[str, Wanted]:
     """The tensors that there should be."""
     wanted: dict[str, Wanted] = {}
-    for spec in model.params.values():
+    for spec in specs:
         if spec.stored is None:
             wanted |= {name: Wanted((shape,), FLOATS) for name, shape in spec.source.tensors(spec.shape).items()}
             continue
@@ -209,6 +213,21 @@ def _wanted(model: AbstractModel) -> dict[str, Wanted]:
     return wanted
 
 
+def _say_converted(model: AbstractModel, checkpoint: Checkpoint, located: Mapping[str, str]) -> None:
+    """What becomes floats, in one line for all."""
+    converted = {spec.name: spec for spec in model.params.values() if spec.stored is not None and spec.scheme is None}
+    if converted:
+        names = {located[name] for name in _wanted(converted.values()) if name in located}
+        log.warning(
+            "%s: %s can't be kept packed as stored: converted to %s, %s bytes instead of %s",
+            checkpoint.folder,
+            in_short(converted),
+            model.weight_dtype,
+            f"{sum(array.nbytes for spec in converted.values() for array in spec.arrays.values()):,}",
+            f"{sum(checkpoint.tensors[name].nbytes for name in names):,}",
+        )
+
+
 def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:
     """The name in the checkpoint of each tensor, with or without the model's prefix; or one ValueError."""
     weights, tied = model.weights, model.config.tie_word_embeddings
@@ -216,7 +235,7 @@ def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:
     located: dict[str, str] = {}
     known: set[str] = set()
     missing, duplicate, shapes, types = [], [], [], []
-    for name, wanted in _wanted(model).items():
+    for name, wanted in _wanted(model.params.values()).items():
         names = [n for n in _spellings(weights, name) if n in stored]
         if not names and tied and name == weights.embedding:
             names = [n for n in weights.spellings(weights.head) if n in stored]  # saved with the head alone
@@ -229,10 +248,8 @@ def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:
             duplicate.append(f"{names[0]} (also as {names[1]})")
         info = stored[names[0]]
         located[name] = names[0]
-        if info.shape not in wanted.shapes:
-            shapes.append(
-                f"{names[0]} {list(info.shape)} instead of {' or '.join(str(list(s)) for s in wanted.shapes)}"
-            )
+        if not wanted.fits(info.shape):
+            shapes.append(f"{names[0]} {list(info.shape)} instead of {wanted.wanted}")
         elif info.dtype not in wanted.dtypes:
             read = "" if wanted.dtypes is FLOATS else f" instead of {' or '.join(map(str, wanted.dtypes))}"
             types.append(f"{names[0]} is {info.dtype}{read}")

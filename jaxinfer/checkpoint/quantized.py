@@ -11,10 +11,14 @@ Of a linear `X [out, in]`, with G groups of inputs and n = 32 / bits:
   `X.scales [G, out]`, `X.g_idx [in]`. A weight is (value - zero) * scale.
 - awq: `X.qweight` int32 `[in, out / 8]` and `X.qzeros` int32 `[G, out / 8]`, packed along out in the order 0, 2, 4, 6,
   1, 3, 5, 7; `X.scales [G, out]`.
+- mlx: `X.weight` uint32 `[out, in / n]`, the bits of a row's values one after the other, from the lowest on, also where
+  32 bits are no whole number of them; `X.scales [out, G]` and `X.biases [out, G]`. A weight is value * scale + bias.
+- bitsandbytes: see bitsandbytes.py. In eight bits it is as plain, with scales `X.SCB [out]` of 127.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +26,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxinfer.quantization.quantize import BLOCK
-from jaxinfer.quantization.schemes import SCALE, ZERO, Scheme
+from jaxinfer.checkpoint.bitsandbytes import NESTED, STATE, STATE_BYTES, STORAGE, blocks, values_and_scales
+from jaxinfer.quantization.quantize import BLOCK, pack
+from jaxinfer.quantization.schemes import BIAS, SCALE, TABLES, ZERO, Scheme
 from jaxinfer.quantization.stored import Format
 
 Host = np.ndarray[Any, Any]
@@ -39,16 +44,41 @@ class Wanted:
 
     shapes, dtypes: those that it may have.
     optional: whether it may be missing.
+    most: how many bytes it may have instead, along one axis.
     """
 
     shapes: tuple[Shape, ...]
     dtypes: tuple[np.dtype[Any], ...]
     optional: bool = False
+    most: int = 0
+
+    def fits(self, shape: Shape) -> bool:
+        return shape in self.shapes or (len(shape) == 1 and shape[0] <= self.most)
+
+    @property
+    def wanted(self) -> str:
+        """The shapes, for a message."""
+        return " or ".join(str(list(shape)) for shape in self.shapes) or f"at most [{self.most}]"
 
 
 def wanted_tensors(form: Format, rows: int, columns: int) -> dict[str, Wanted]:
     """The tensors of a linear, by what is added to its name."""
-    words = (INTEGERS[0],)
+    words, bytes_, singles = ((np.dtype(kind),) for kind in (np.int32, np.uint8, np.float32))
+    if form.layout == "bitsandbytes":
+        count, size = blocks(form, rows, columns), -(-rows * columns // 2)
+        return {
+            "weight": Wanted(tuple((-(-size // n), 1) for n in (1, 2, 4)), STORAGE),
+            "weight.absmax": Wanted(((count,),), singles + bytes_),
+            "weight.quant_map": Wanted(((16,),), singles),
+            STATE + form.table: Wanted((), bytes_, most=STATE_BYTES),
+            "weight.nested_absmax": Wanted(((-(-count // NESTED),),), singles, optional=True),
+            "weight.nested_quant_map": Wanted(((256,),), singles, optional=True),
+        }
+    if form.layout == "mlx":
+        values = Wanted(((rows, columns * form.bits // 32),), (np.dtype(np.uint32),))
+        return {"weight": values} | dict.fromkeys(
+            ("scales", "biases"), Wanted(((rows, columns // form.columns),), SCALES)
+        )
     fit = 32 // form.bits
     groups = -(-columns // form.columns) if form.columns else 1
     order = Wanted(((columns,),), INTEGERS, optional=form.ordered)
@@ -66,6 +96,8 @@ def wanted_tensors(form: Format, rows: int, columns: int) -> dict[str, Wanted]:
     tensors = {form.scale: Wanted(shapes, SCALES)}
     if form.inputs:
         tensors["input_scale"] = Wanted(((), (1,), (1, 1)), SCALES)
+    if form.scale == "SCB":
+        tensors["weight_format"] = Wanted(((), (1,)), bytes_, optional=True)
     if form.layout == "plain":
         kind = np.dtype(ml_dtypes.float8_e4m3fn if form.floats else np.int8)
         zero = {"weight_zero_point": Wanted(shapes, (np.dtype(np.int8),))} if form.zeros else {}
@@ -84,50 +116,63 @@ def wanted_tensors(form: Format, rows: int, columns: int) -> dict[str, Wanted]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A linear: `(values - zeros) * scales`.
+    """A linear: `(values - zeros) * scales + biases`.
 
     form: how it was stored.
-    values: `[out, in]`, as they are, or unsigned.
+    values: `[out, in]`, as they are, or unsigned, or places in the format's table.
     zeros: integers `[out, G]`; None: zero.
     scales: f32 `[out, G]`, or for blocks of rows `[out / rows, G]`.
     order: i64 `[in]`, the group of each input; None: they are in order.
+    biases: f32 `[out, G]`; None: zero.
     """
 
     form: Format
     values: Host
     zeros: Host | None
     scales: Host
-    order: Host | None
+    order: Host | None = None
+    biases: Host | None = None
 
     def rows(self, part: slice) -> Decoded:
         """Some rows; only of formats that have scales for each."""
         assert self.form.rows == 1
-        zeros = None if self.zeros is None else self.zeros[part]
-        return Decoded(self.form, self.values[part], zeros, self.scales[part], self.order)
+        zeros, biases = (None if array is None else array[part] for array in (self.zeros, self.biases))
+        return Decoded(self.form, self.values[part], zeros, self.scales[part], self.order, biases)
 
     def kept(self, scheme: Scheme) -> dict[str, Host]:
-        """The arrays of `Scheme.arrays`, with the same values to the bit. Raises ValueError if they can't hold them."""
-        values, zeros, half = self.values, self.zeros, 2 ** (self.form.bits - 1)
-        if zeros is not None and self.form.layout != "plain":
-            values, zeros = values ^ np.uint8(half), (zeros.astype(np.int16) - half).astype(np.int8)  # two's complement
-            values = values[:, ::2] & 15 | values[:, 1::2] << 4 if scheme.packed == 2 else values.view(np.int8)
+        """The arrays of `Scheme.arrays`, with the same values to the bit; but a bias in float32 may be rounded, when
+        what is taken off the values to make them signed is added to it."""
+        values, zeros, biases, half = self.values, self.zeros, self.biases, 2 ** (self.form.bits - 1)
+        if self.form.layout != "plain" and not scheme.table:
+            values = values - np.uint8(half)
+            zeros = None if zeros is None else (zeros.astype(np.int16) - half).astype(np.int8)
+            biases = None if biases is None else biases + np.float32(half) * self.scales
+        values = pack(values) if scheme.packed == 2 else values.view(scheme.values)
         rows = len(self.values) if self.form.rows == 0 else len(self.scales)
         arrays = {"": values, SCALE: np.broadcast_to(self.scales, (rows, self.scales.shape[1]))}
-        return arrays | ({ZERO: zeros} if scheme.zeros and zeros is not None else {})
+        more = {ZERO: zeros, BIAS: biases}
+        return arrays | {
+            suffix: array for suffix, array in more.items() if suffix in scheme.companions and array is not None
+        }
 
     def floats(self, dtype: np.dtype[Any]) -> Host:
         """The weight in this dtype, computed in float32 a few rows at a time."""
         count, columns = self.values.shape
         order = self.order
         if order is None:
-            order = np.arange(columns) // (self.form.columns or columns)
+            order = np.arange(columns) // (
+                columns // self.scales.shape[1] if self.form.table else self.form.columns or columns
+            )
         result = np.empty((count, columns), dtype)
         for start in range(0, count, size := max(BLOCK // columns, 1)):
             rows = np.arange(start, min(start + size, count))
-            some = self.values[rows].astype(np.float32)
+            some = self.values[rows]
+            some = np.asarray(TABLES[self.form.table], np.float32)[some] if self.form.table else some.astype(np.float32)
             if self.zeros is not None:
                 some -= self.zeros[rows].astype(np.float32)[:, order]
             some *= self.scales[rows // self.form.rows if self.form.rows else rows * 0][:, order]
+            if self.biases is not None:
+                some += self.biases[rows][:, order]
             with np.errstate(over="ignore"):
                 result[rows] = some
         check_range(result)
@@ -143,6 +188,14 @@ def check_range(cast: Host, where: str = "") -> None:
 def decode(form: Format, stored: Mapping[str, Host], rows: int, columns: int) -> Decoded:
     """What is in the tensors of a linear, by what is added to its name; those that are optional may be missing. Raises
     ValueError where they contradict each other."""
+    if form.layout == "bitsandbytes":
+        values, scales = values_and_scales(form, stored, rows, columns)
+        return Decoded(form, values, None, scales)
+    if form.layout == "mlx":
+        scales, biases = (stored[name].astype(np.float32) for name in ("scales", "biases"))
+        if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
+            raise ValueError("has scales or biases that are not finite")
+        return Decoded(form, _unpacked(stored["weight"], form.bits), None, scales, biases=biases)
     order = stored.get("g_idx", stored.get("weight_g_idx"))
     groups = -(-columns // form.columns) if form.columns else 1
     if order is not None and (order.min() < 0 or order.max() >= groups):
@@ -163,6 +216,10 @@ def decode(form: Format, stored: Mapping[str, Host], rows: int, columns: int) ->
         return Decoded(form, values[:rows, :columns], zeros, scales, order)
     scales = stored[form.scale].astype(np.float32)
     scales = scales.reshape(-(-rows // form.rows) if form.rows else 1, groups)
+    if form.scale == "SCB":
+        scales /= np.float32(127)
+        if (kind := stored.get("weight_format")) is not None and kind != 0:
+            raise ValueError(f"has weight_format {kind}: 0, rows one after the other, can be read")
     point = stored.get("weight_zero_point")
     if form.layout == "plain":
         return Decoded(form, stored["weight"], None if point is None else point.reshape(scales.shape), scales, order)
@@ -187,6 +244,17 @@ def _middle(form: Format, stored: Host) -> Host:
 
 
 def _unpacked(words: Host, bits: int) -> Host:
-    """int32 `[n, m]` as the uint8 `[n, 32 m / bits]` that are in them, those in the lowest bits first."""
+    """int32 or uint32 `[n, m]` as the uint8 `[n, 32 m / bits]` that are in them, those in the lowest bits first."""
     whole = np.ascontiguousarray(words).view(np.uint8)
-    return whole if bits == 8 else np.stack([whole & 15, whole >> 4], axis=-1).reshape(len(whole), -1)
+    if bits == 8:
+        return whole
+    count = 8 // math.gcd(bits, 8)  # values, in whole bytes
+    whole = whole.reshape(len(whole), -1, bits * count // 8)
+    values = np.empty((*whole.shape[:2], count), np.uint8)
+    for i in range(count):
+        at, shift = divmod(i * bits, 8)
+        values[..., i] = whole[..., at] >> shift
+        if shift + bits > 8:
+            values[..., i] |= whole[..., at + 1] << (8 - shift)
+    values &= 2**bits - 1
+    return values.reshape(len(whole), -1)

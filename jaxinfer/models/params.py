@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer.models.sources import Source, whole
-from jaxinfer.quantization.schemes import NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
+from jaxinfer.quantization.schemes import BIAS, NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
 from jaxinfer.quantization.stored import Format, Stored
 from jaxinfer.sharding import PADDED, counts, with_sharding
 from jaxinfer.weights import Axes, Dense, QArray, Weight
@@ -105,8 +105,8 @@ class ParamSpec:
             return params.get(self.name)
         if self.scheme is None:
             return Dense(params[self.name], self.axes)
-        zeros = params[self.name + ZERO] if self.scheme.zeros else None
-        return QArray(params[self.name], params[self.name + SCALE], self.scheme, self.axes, rounds, zeros)
+        zeros, biases = (params.get(self.name + suffix) for suffix in (ZERO, BIAS))
+        return QArray(params[self.name], params[self.name + SCALE], self.scheme, self.axes, rounds, zeros, biases)
 
     def _check_split(self, scheme: Scheme, placement: jax.Device | Mesh) -> None:
         block = (*(1,) * (len(self.shape) - 2), *scheme.block)
@@ -151,14 +151,18 @@ def quantized(
         why = f"; {next(iter(left))}" if left else ""
         raise ValueError(f"quantization is {quantization!r}: none of the model's weights is meant by it{why}")
     for why, names in left.items() if dtype_name else ():
-        which = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
-        log.warning("quantization is %r: %s is left in %s: %s", quantization, which, dtype_name, why)
+        log.warning("quantization is %r: %s is left in %s: %s", quantization, in_short(names), dtype_name, why)
     return _with_multiples(result)
+
+
+def in_short(names: Iterable[str]) -> str:
+    """Names of weights, of all layers together."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
 def _as_stored(spec: ParamSpec, stored: Stored) -> ParamSpec:
     """With the checkpoint's own format. Raises ValueError where a weight is cut out of what can't be cut."""
-    if spec.is_embedding:
+    if spec.is_embedding and not stored.tables:
         return spec
     regions = list(spec.source.regions(whole(spec.shape)))
     shapes = spec.source.tensors(spec.shape)
@@ -166,7 +170,8 @@ def _as_stored(spec: ParamSpec, stored: Stored) -> ParamSpec:
     form, *others = (stored.format_of(*kind) for kind in sorted(kinds))
     if any(other != form for other in others):
         raise ValueError(f"config.json: quantization_config: {spec.name} is of tensors that are not quantized alike")
-    if form is None:
+    # mlx-lm leaves those alone that its groups don't divide.
+    if form is None or (form.biases and spec.shape[-1] % form.columns):
         return spec
     for region in regions:
         if region.transposed and form.layout != "gptq":

@@ -7,7 +7,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  numpy's names of fewer bits
 import numpy as np
 
-from jaxinfer.quantization.schemes import SCALE, Scheme
+from jaxinfer.quantization.schemes import SCALE, TABLES, Scheme
 
 BLOCK = 2**20  # weights that are quantized at a time: what is needed for that are a few times 4 MB
 Host = np.ndarray[Any, Any]
@@ -37,13 +37,26 @@ def _quantize(weight: Host, scheme: Scheme, values: Host, scales: Host) -> None:
             raise ValueError(f"has values that are not finite, which can't be quantized to {scheme.name}")
         scale = np.maximum(largest / np.float32(scheme.largest), np.finfo(np.float32).tiny)
         blocks /= scale
-        if scheme.values != "float8_e4m3fn":
+        if scheme.table:
+            some = _places(some, TABLES[scheme.table])
+        elif scheme.values != "float8_e4m3fn":
             np.rint(some, out=some)
         scales[start // high : -(-(start + rows) // high)] = scale[:, 0, :, 0]
         values[start : start + rows] = pack(some) if scheme.packed == 2 else some[:rows, :columns]
 
 
 def pack(values: Host) -> Host:
-    """Integers from -8 to 7, `[..., in]`, as uint8 `[..., in / 2]`: that of the even column in the low four bits."""
+    """Integers of four bits, signed or not, `[..., in]`, as uint8 `[..., in / 2]`: that of the even column in the low
+    four bits."""
     low = values.astype(np.int8).view(np.uint8) & 15
     return low[..., ::2] | low[..., 1::2] << 4
+
+
+def _places(scaled: Host, table: tuple[float, ...]) -> Host:
+    """Where in a table each one's nearest number is."""
+    order = np.argsort(table, kind="stable").astype(np.uint8)
+    numbers = np.asarray(table)[order]
+    places = np.zeros(scaled.shape, np.uint8)
+    for middle in ((numbers[1:] + numbers[:-1]) / 2).astype(np.float32):
+        places += scaled > middle
+    return order[places]

@@ -8,6 +8,19 @@ from dataclasses import dataclass
 
 Quantization = str | Mapping[str, str]
 
+_FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)  # a sign, two bits of exponent and one of mantissa; the largest becomes one
+# What values of four bits stand for, of a block whose largest is one: nf4 are quantiles of the normal distribution
+# (Dettmers et al., arXiv:2305.14314, appendix E), fp4 is bitsandbytes' own.
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (*(value / 12 for value in _FP4), *(-value / 12 for value in _FP4)),
+}
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -19,6 +32,8 @@ class Scheme:
     rows, columns: of a block; columns 0: all of them, one scale for each output channel.
     packed: how many values a byte has: 2 are two's complement, that of the even column in the low four bits.
     zeros: what is scaled is the value less the block's zero point, int8; only checkpoints have them.
+    biases: to what is scaled the block's bias is added, float32; only checkpoints have them.
+    table: of TABLES, whose numbers are scaled: values are places in it, unsigned.
     activations: those that the weight is multiplied with are quantized too, to int8 with a scale for each token, and
         products are summed in int32.
     """
@@ -30,6 +45,8 @@ class Scheme:
     columns: int = 0
     packed: int = 1
     zeros: bool = False
+    biases: bool = False
+    table: str = ""
     activations: bool = False
 
     def arrays(self, *shape: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -42,12 +59,13 @@ class Scheme:
         blocks = *first, -(-rows // self.rows), groups
         values = *first, rows, columns // self.packed
         arrays: dict[str, tuple[tuple[int, ...], str]] = {"": (values, self.values), SCALE: (blocks, "float32")}
-        return arrays | ({ZERO: (blocks, "int8")} if self.zeros else {})
+        kinds = {ZERO: "int8", BIAS: "float32"}
+        return arrays | {suffix: (blocks, kinds[suffix]) for suffix in self.companions[1:]}
 
     @property
     def companions(self) -> tuple[str, ...]:
         """What is added to a weight's name for the arrays of its blocks."""
-        return (SCALE, ZERO) if self.zeros else (SCALE,)
+        return (SCALE, *([ZERO] if self.zeros else []), *([BIAS] if self.biases else []))
 
     @property
     def block(self) -> tuple[int, int]:
@@ -57,6 +75,7 @@ class Scheme:
 
 SCALE = "_scale"  # NAME_scale has the scales of NAME; compressed-tensors calls them so, too
 ZERO = "_zero"
+BIAS = "_bias"
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
@@ -64,6 +83,7 @@ SCHEMES = {
         Scheme("int8-w8a8", "int8", 127.0, activations=True),
         Scheme("int4", "uint8", 7.0, columns=32, packed=2),
         Scheme("int4-g128", "uint8", 7.0, columns=128, packed=2),
+        Scheme("nf4", "uint8", 1.0, columns=64, packed=2, table="nf4"),
         Scheme("fp8", "float8_e4m3fn", 448.0),
         Scheme("fp8-block", "float8_e4m3fn", 448.0, rows=128, columns=128),
     )
@@ -77,6 +97,7 @@ METHODS = {
     "gptq_marlin": "gptq",
     "compressed-tensors": "compressed-tensors",
     "fp8": "fp8",
+    "bitsandbytes": "bitsandbytes",
 }
 
 

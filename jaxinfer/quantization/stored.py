@@ -2,25 +2,32 @@
 
 Formats: compressed-tensors (https://github.com/vllm-project/compressed-tensors), GPTQ (Frantar et al.,
 arXiv:2210.17323) as AutoGPTQ and GPTQModel write it, AWQ (Lin et al., arXiv:2306.00978) as AutoAWQ does in its version
-"gemm", and fp8 as DeepSeek and transformers' FineGrainedFP8Config do. How their tensors are laid out is in
-checkpoint/quantized.py.
+"gemm", fp8 as DeepSeek and transformers' FineGrainedFP8Config do, bitsandbytes (Dettmers et al., arXiv:2305.14314) as
+transformers writes it, and MLX's affine quantization (https://ml-explore.github.io/mlx, `mlx.core.quantize`) as mlx-lm
+does. How their tensors are laid out is in checkpoint/quantized.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from re import Pattern
 from typing import Any
 
+from jaxinfer.quantization.fields import Config, block, group_size, names, one_of, unsupported
 from jaxinfer.quantization.patterns import compile_pattern
-from jaxinfer.quantization.schemes import METHODS, SCHEMES, Quantization, Scheme, check_quantization
+from jaxinfer.quantization.schemes import METHODS, SCHEMES, TABLES, Quantization, Scheme, check_quantization
 
-Config = Mapping[str, Any]
-QUANTIZATION_FIELDS = ("quantization_config", "compression_config")
+QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 OURS = "jaxinfer"  # the method of converted checkpoints
-_LEFT_OUT = ("modules_to_not_convert", "ignored_layers")
+_LEFT_OUT = ("modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules")
+MLX = "mlx"  # which has no `quant_method`
+MLX_BITS, MLX_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+BLOCK_SIZE, TABLE = "bnb_4bit_blocksize", "bnb_4bit_quant_type"  # the first is ours: only the tensors say it
+BLOCK_SIZES = tuple(2**n for n in range(5, 13))
+LEAST = 8  # inputs with one scale: scales are then as large as the values
 _ONLY = ("modules_in_block_to_quantize", "inside_layer_modules")
 
 
@@ -28,11 +35,14 @@ _ONLY = ("modules_in_block_to_quantize", "inside_layer_modules")
 class Format:
     """How a linear `[out, in]` is stored.
 
-    layout: "plain", values as they are, or how several of them are packed into an int32: "packed", "gptq", "awq".
+    layout: "plain", values as they are, or how several of them are packed: "packed", "gptq", "awq", "bitsandbytes",
+        "mlx".
     bits: of a value.
     floats: e4m3, not integers.
     rows, columns: of a block with one scale; 0: all.
     zeros: blocks have a zero point, too.
+    biases: blocks have a bias, too, which is added to what is scaled.
+    table: whose numbers are scaled; blocks then go on from row to row.
     offset: what is added to zero points that are stored.
     ordered: input i is in group i // columns; else there is a tensor that says it.
     activations: they are quantized to int8 for each token.
@@ -46,6 +56,8 @@ class Format:
     rows: int = 1
     columns: int = 0
     zeros: bool = False
+    biases: bool = False
+    table: str = ""
     offset: int = 0
     ordered: bool = True
     activations: bool = False
@@ -62,11 +74,17 @@ class Format:
             return scheme if self.columns == scheme.columns else None
         if not self.columns:
             return SCHEMES["int8-w8a8" if self.activations else "int8"] if self.bits == 8 else None
-        base = SCHEMES["int4" if self.bits == 4 else "int8"]
-        name = f"{base.name}-g{self.columns}"
-        scheme = SCHEMES.get(name) or dataclasses.replace(base, name=name, columns=self.columns)
+        base, size = SCHEMES["int4" if self.bits <= 4 else "int8"], self.columns
+        if self.table:
+            # A block that ends within a row is as many smaller ones, with the same scale.
+            base, size = dataclasses.replace(SCHEMES["nf4"], name=self.table, table=self.table), math.gcd(size, columns)
+        name = f"{base.name}-g{size}"
+        scheme = SCHEMES.get(name) or dataclasses.replace(base, name=name, columns=size)
         scheme = base if scheme.columns == base.columns else scheme
         scheme = dataclasses.replace(scheme, name=f"{scheme.name}-zeros", zeros=True) if self.zeros else scheme
+        scheme = dataclasses.replace(scheme, name=f"{scheme.name}-biases", biases=True) if self.biases else scheme
+        if self.table and size < LEAST:
+            return None
         try:
             scheme.arrays(rows, columns)
         except ValueError:
@@ -80,10 +98,12 @@ class Stored:
 
     method: its `quant_method`.
     format_of: of a module's name and class ("Linear" or "Conv1D"), its Format, None if it is not quantized.
+    tables: embeddings are quantized, too.
     """
 
     method: str
     format_of: Callable[[str, str], Format | None]
+    tables: bool = False
 
 
 def converted_quantization_config(quantization: Quantization | None) -> Config:
@@ -128,9 +148,9 @@ def stored_quantization(config: Config) -> Stored | None:
     if fields is None:
         return None
     if not isinstance(fields, Mapping):
-        raise _unsupported("", fields, "an object is needed")
-    method = _one_of(fields, "quant_method", *_READERS)
-    return Stored(method, _READERS[method](fields))
+        raise unsupported("", fields, "an object is needed")
+    method = MLX if _is_mlx(fields) else one_of(fields, "quant_method", *(n for n in _READERS if n != MLX))
+    return Stored(method, _READERS[method](fields), method == MLX)
 
 
 def check_stored(config: Config) -> None:
@@ -143,29 +163,43 @@ def leaving(config: Config, modules: Sequence[str]) -> dict[str, Any]:
     """The config.json's content of a checkpoint that is quantized but for just these modules, whatever it said."""
     field = next(n for n in QUANTIZATION_FIELDS if config.get(n) is not None)
     fields = dict(config[field])
-    if fields["quant_method"] == "compressed-tensors":
-        fields["ignore"] = [*_names(fields, "ignore"), *modules]
+    if fields.get("quant_method") == "compressed-tensors":
+        fields["ignore"] = [*names(fields, "ignore"), *modules]
+    elif _is_mlx(fields):
+        fields |= dict.fromkeys(modules, False)
     else:
         fields = {name: value for name, value in fields.items() if name not in (*_LEFT_OUT, *_ONLY)}
         fields[_LEFT_OUT[0]] = list(modules)
     return {**config, field: fields}
 
 
+def respelled(config: Config, said: Config, own: Callable[[str], str]) -> dict[str, Any]:
+    """The config.json's content of a checkpoint of bitsandbytes with what its tensors have said, and of one of MLX with
+    modules by their own names; others as they are."""
+    field = next(n for n in QUANTIZATION_FIELDS if config.get(n) is not None)
+    fields = config[field]
+    if _is_mlx(fields):
+        fields = {own(name) if isinstance(value, Mapping | bool) else name: value for name, value in fields.items()}
+    elif fields.get("quant_method") == "bitsandbytes":
+        fields = {**fields, **said}
+    return {**config, field: fields}
+
+
 def _compressed_tensors(fields: Config) -> Callable[[str, str], Format | None]:
-    _one_of(fields, "quantization_status", None, "compressed")
-    _one_of(fields, "kv_cache_scheme", None, remedy="; kv_cache_dtype quantizes the cache without it: remove the field")
+    one_of(fields, "quantization_status", None, "compressed")
+    one_of(fields, "kv_cache_scheme", None, remedy="; kv_cache_dtype quantizes the cache without it: remove the field")
     for name in ("transform_config", "sparsity_config"):
         part = fields.get(name) or {}
         if part and (name == "transform_config" or part.get("format", "dense") != "dense"):
-            raise _unsupported(name, part)
+            raise unsupported(name, part)
     groups = fields.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
-        raise _unsupported("config_groups", groups, "groups by name are needed")
+        raise unsupported("config_groups", groups, "groups by name are needed")
     formats = [
-        (_names(group, "targets"), _of_group(group, fields.get("format"), f"config_groups.{name}."))
+        (names(group, "targets"), _of_group(group, fields.get("format"), f"config_groups.{name}."))
         for name, group in groups.items()
     ]
-    ignored = _names(fields, "ignore")
+    ignored = names(fields, "ignore")
 
     def format_of(module: str, kind: str) -> Format | None:
         if any(_matches(target, module, kind) for target in ignored):
@@ -182,39 +216,37 @@ def _compressed_tensors(fields: Config) -> Callable[[str, str], Format | None]:
 
 def _of_group(group: Config, default: Any, where: str) -> Format:
     layout = {"format": group.get("format") or default}
-    named = _one_of(
+    named = one_of(
         layout, "format", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", where=where
     )
-    _one_of(group, "output_activations", None, where=where)
+    one_of(group, "output_activations", None, where=where)
     weights, inputs = group.get("weights"), group.get("input_activations")
     if not isinstance(weights, Mapping):
-        raise _unsupported(f"{where}weights", weights, "an object is needed")
+        raise unsupported(f"{where}weights", weights, "an object is needed")
     of = f"{where}weights."
-    floats = _one_of(weights, "type", "int", "float", where=of) == "float"
+    floats = one_of(weights, "type", "int", "float", where=of) == "float"
     packed = named == "pack-quantized"
-    bits = _one_of(weights, "num_bits", *((4, 8) if packed else (8,)), where=of)
-    _one_of(weights, "dynamic", None, False, where=of)
+    bits = one_of(weights, "num_bits", *((4, 8) if packed else (8,)), where=of)
+    one_of(weights, "dynamic", None, False, where=of)
     if floats and packed:
-        raise _unsupported(f"{of}type", "float", "pack-quantized has int")
-    strategy = _one_of(weights, "strategy", *("tensor", "channel", "group", *(["block"] if floats else [])), where=of)
+        raise unsupported(f"{of}type", "float", "pack-quantized has int")
+    strategy = one_of(weights, "strategy", *("tensor", "channel", "group", *(["block"] if floats else [])), where=of)
     rows, columns = 0 if strategy == "tensor" else 1, 0
     if strategy == "block":
-        rows, columns = _block(weights, "block_structure", of)
+        rows, columns = block(weights, "block_structure", of)
     elif strategy == "group":
-        columns = _group_size(weights, "group_size", of)
+        columns = group_size(weights, "group_size", of)
     zeros = weights.get("symmetric", True) is False
     activations = False
     if inputs is not None:
         of = f"{where}input_activations."
-        if _one_of(inputs, "type", "float" if floats else "int", where=of) == "int":
-            _one_of(inputs, "num_bits", 8, where=of)
-            _one_of(inputs, "dynamic", True, where=of)
-            _one_of(inputs, "symmetric", True, where=of)
-            _one_of(inputs, "strategy", "token", where=of)
+        if one_of(inputs, "type", "float" if floats else "int", where=of) == "int":
+            one_of(inputs, "num_bits", 8, where=of)
+            one_of(inputs, "dynamic", True, where=of)
+            one_of(inputs, "symmetric", True, where=of)
+            one_of(inputs, "strategy", "token", where=of)
             if zeros or columns:
-                raise _unsupported(
-                    f"{of}num_bits", 8, "weights have one scale for each channel then, and no zero point"
-                )
+                raise unsupported(f"{of}num_bits", 8, "weights have one scale for each channel then, and no zero point")
             activations = True
     return Format(
         "packed" if packed else "plain",
@@ -230,17 +262,17 @@ def _of_group(group: Config, default: Any, where: str) -> Format:
 
 
 def _gptq(fields: Config) -> Callable[[str, str], Format | None]:
-    bits = _one_of(fields, "bits", 4, 8)
-    kind = _one_of(fields, "checkpoint_format", None, "gptq", "gptq_v2")
-    _one_of(fields, "pack_dtype", None, "int32")
-    _one_of(fields, "dynamic", None, {})
+    bits = one_of(fields, "bits", 4, 8)
+    kind = one_of(fields, "checkpoint_format", None, "gptq", "gptq_v2")
+    one_of(fields, "pack_dtype", None, "int32")
+    one_of(fields, "dynamic", None, {})
     blocks = next((fields[name] for name in _ONLY if fields.get(name)), None)
     only = [str(name) for block in blocks or () for name in ([block] if isinstance(block, str) else block)]
     # The first version stores zero points less one.
     form = Format(
         "gptq",
         bits,
-        columns=_group_size(fields, "group_size"),
+        columns=group_size(fields, "group_size"),
         zeros=fields.get("sym", True) is False,
         offset=0 if kind == "gptq_v2" else 1,
         ordered=not fields.get("desc_act"),
@@ -250,9 +282,9 @@ def _gptq(fields: Config) -> Callable[[str, str], Format | None]:
 
 
 def _awq(fields: Config) -> Callable[[str, str], Format | None]:
-    bits = _one_of(fields, "bits" if "bits" in fields else "w_bit", 4)
-    _one_of(fields, "version", None, "gemm", "GEMM")
-    size = _group_size(fields, "group_size" if "group_size" in fields else "q_group_size")
+    bits = one_of(fields, "bits" if "bits" in fields else "w_bit", 4)
+    one_of(fields, "version", None, "gemm", "GEMM")
+    size = group_size(fields, "group_size" if "group_size" in fields else "q_group_size")
     plain = ["lm_head", *_left_out(fields)]
     return _but(
         Format("awq", bits, columns=size, zeros=True), plain, lambda module: not any(n in module for n in plain)
@@ -260,14 +292,49 @@ def _awq(fields: Config) -> Callable[[str, str], Format | None]:
 
 
 def _fp8(fields: Config) -> Callable[[str, str], Format | None]:
-    _one_of(fields, "fmt", None, "e4m3")
-    static = _one_of(fields, "activation_scheme", None, "dynamic", "static") == "static"
+    one_of(fields, "fmt", None, "e4m3")
+    static = one_of(fields, "activation_scheme", None, "dynamic", "static") == "static"
     if fields.get("weight_block_size") is None:
         form = Format("plain", 8, True, 0, 0, inputs=static)
     else:
-        rows, columns = _block(fields, "weight_block_size", "")
+        rows, columns = block(fields, "weight_block_size", "")
         form = Format("plain", 8, True, rows, columns, scale="weight_scale_inv", inputs=static)
     return _but(form, ["lm_head", *_left_out(fields)])
+
+
+def _bitsandbytes(fields: Config) -> Callable[[str, str], Format | None]:
+    if one_of(fields, "load_in_8bit", None, False, True):
+        form = Format("plain", 8, scale="SCB")
+    else:
+        one_of(fields, "load_in_4bit", True)
+        table = one_of(fields, TABLE, None, *TABLES) or "fp4"
+        size = one_of(fields, BLOCK_SIZE, None, *BLOCK_SIZES) or 64
+        form = Format("bitsandbytes", 4, columns=size, table=table)
+    plain = _left_out(fields) if any(fields.get(name) is not None for name in _LEFT_OUT) else ["lm_head"]
+    return _but(form, plain)
+
+
+def _is_mlx(fields: Config) -> bool:
+    return fields.get("quant_method") is None and {"group_size", "bits"} <= fields.keys()
+
+
+def _mlx(fields: Config) -> Callable[[str, str], Format | None]:
+    """What is said of a module comes before what is said of all."""
+
+    def form(fields: Config, where: str = "") -> Format:
+        one_of(fields, "mode", None, "affine", where=where)
+        bits = one_of(fields, "bits", *MLX_BITS, where=where)
+        size = one_of(fields, "group_size", *MLX_SIZES, where=where)
+        return Format("mlx", bits, columns=size, biases=True, scale="scales")
+
+    default = form(fields)
+    own: dict[str, Format | None] = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            own[name] = form(value, f"{name}.")
+        elif isinstance(value, bool):
+            own[name] = default if value else None
+    return lambda module, _: own.get(module, default)
 
 
 _READERS: dict[str, Callable[[Config], Callable[[str, str], Format | None]]] = {
@@ -275,6 +342,8 @@ _READERS: dict[str, Callable[[Config], Callable[[str, str], Format | None]]] = {
     "gptq": _gptq,
     "awq": _awq,
     "fp8": _fp8,
+    "bitsandbytes": _bitsandbytes,
+    MLX: _mlx,
 }
 
 
@@ -304,7 +373,7 @@ def _pattern(name: str) -> Pattern[str] | None:
 
 def _left_out(fields: Config) -> list[str]:
     """Names of modules that are not quantized."""
-    return [name for field in _LEFT_OUT for name in _names(fields, field)]
+    return [name for field in _LEFT_OUT for name in names(fields, field)]
 
 
 def _matches(target: str, module: str, kind: str) -> bool:
@@ -312,42 +381,5 @@ def _matches(target: str, module: str, kind: str) -> bool:
         try:
             return compile_pattern(target[3:]).match(module) is not None
         except ValueError as error:
-            raise _unsupported("targets or ignore", target, str(error)) from None
+            raise unsupported("targets or ignore", target, str(error)) from None
     return target in (module, kind)
-
-
-def _one_of(fields: Config, name: str, *values: Any, where: str = "", remedy: str = "") -> Any:
-    value = fields.get(name) if isinstance(fields, Mapping) else fields
-    if not any(type(value) is type(option) and value == option for option in values):
-        choice = ", ".join("nothing" if option is None else repr(option) for option in values)
-        raise _unsupported(f"{where}{name}", value, f"{choice} can be read{remedy}")
-    return value
-
-
-def _group_size(fields: Config, name: str, where: str = "") -> int:
-    """0: all of them."""
-    size = fields.get(name)
-    if type(size) is not int or (size < 1 and size != -1):
-        raise _unsupported(f"{where}{name}", size, "a number, or -1, is needed")
-    return max(size, 0)
-
-
-def _block(fields: Config, name: str, where: str) -> tuple[int, int]:
-    block = fields.get(name)
-    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise _unsupported(f"{where}{name}", block, "two numbers are needed")
-    return block[0], block[1]
-
-
-def _names(fields: Config, name: str) -> list[str]:
-    names = fields.get(name) or []
-    if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
-        raise _unsupported(name, names, "a list of names is needed")
-    return names
-
-
-def _unsupported(name: str, value: Any, why: str = "it is not supported") -> ValueError:
-    field = f"quantization_config.{name}" if name else "quantization_config"
-    return ValueError(
-        f"config.json: {field} is {value!r:.100}: {why}; or take the original checkpoint, and `quantization`"
-    )

@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 
 from jaxinfer.kernels.cpu import products_int4
 from jaxinfer.quantization.activations import quantize_last
-from jaxinfer.quantization.schemes import Scheme
-from jaxinfer.weights.products import on_each, on_each_already, products
+from jaxinfer.quantization.schemes import TABLES, Scheme
+from jaxinfer.weights.products import by_xla, on_each, on_each_already, products
 from jaxinfer.weights.weight import Axes, Weight
 
 PRODUCT = 2**22  # weights that are dequantized at a time, where they have to be
@@ -32,6 +32,9 @@ class QArray(Weight):
     axes: see Weight.
     rounds: activations in float32 that it is multiplied with may be rounded to bfloat16 where that is faster.
     zero_point: of a scheme that has them, and then it is `(qvalue - zero_point) * scale`.
+    bias: of a scheme that has them, and then it is `qvalue * scale + bias`.
+
+    Of a scheme with a table it is that table's number at `qvalue` that is scaled.
 
     Scales of whole channels are applied to the product, and weights with others dequantized to x's dtype some rows at a
     time, so that no weight is ever there in full.
@@ -43,6 +46,7 @@ class QArray(Weight):
     axes: Axes | None = field(default=None, metadata={"static": True})
     rounds: bool = field(default=False, metadata={"static": True})
     zero_point: jax.Array | None = None
+    bias: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,14 +78,17 @@ class QArray(Weight):
         values = self.qvalue.at[ids].get(mode="clip")
         block = ids // self.scheme.rows
         scales = self.scale.at[block].get(mode="clip")
-        zeros = None if self.zero_point is None else self.zero_point.at[block].get(mode="clip")
-        parts = _dequantized(values, scales, zeros, self.scheme, dtype)
+        zeros, biases = (
+            None if array is None else array.at[block].get(mode="clip") for array in (self.zero_point, self.bias)
+        )
+        parts = _dequantized(values, scales, zeros, biases, self.scheme, dtype)
         return jnp.stack(parts, axis=-1).reshape(len(ids), -1)
 
     def __getitem__(self, index: int | slice) -> Self:
-        qvalue, zero_point = self.qvalue[index], None if self.zero_point is None else self.zero_point[index]
+        qvalue, scale = self.qvalue[index], self.scale[index]
+        zero_point, bias = (None if array is None else array[index] for array in (self.zero_point, self.bias))
         axes = self.axes and self.axes[len(self.axes) - qvalue.ndim :]
-        return replace(self, qvalue=qvalue, scale=self.scale[index], zero_point=zero_point, axes=axes)
+        return replace(self, qvalue=qvalue, scale=scale, zero_point=zero_point, bias=bias, axes=axes)
 
 
 def axes_of_scales(axes: Axes, scheme: Scheme) -> Axes:
@@ -103,11 +110,19 @@ def _rows_in_turn(x: jax.Array, weights: Sequence[QArray]) -> list[jax.Array]:
     def by_loop() -> list[jax.Array]:
         return [_by_loop(x, weight) for weight in weights]
 
-    if weights[0].scheme.packed == 1 or weights[0].scheme.rows > 1:
-        return by_loop()
-    zeros = ((weight.zero_point,) if weight.zero_point is not None else () for weight in weights)
-    arrays = [(weight.qvalue, weight.scale, *own) for weight, own in zip(weights, zeros, strict=True)]
-    return products_int4(x, arrays, by_loop, weights[0].rounds)
+    scheme = weights[0].scheme
+    if scheme.packed == 1 or scheme.rows > 1 or scheme.table:
+        outs = by_loop()
+    else:
+        zeros = ((weight.zero_point,) if weight.zero_point is not None else () for weight in weights)
+        arrays = [(weight.qvalue, weight.scale, *own) for weight, own in zip(weights, zeros, strict=True)]
+        outs = products_int4(x, arrays, by_loop, weights[0].rounds)
+    if not scheme.biases:
+        return outs
+    # A block's bias is multiplied with the sum of its inputs: a small product beside the other.
+    sums = jnp.sum(x.astype(jnp.float32).reshape(x.shape[0], -1, scheme.columns), axis=2)
+    biases = [weight.bias for weight in weights if weight.bias is not None]
+    return [out + more for out, more in zip(outs, by_xla(sums, biases), strict=True)]
 
 
 def _by_loop(x: jax.Array, weight: QArray) -> jax.Array:
@@ -124,7 +139,7 @@ def _by_loop(x: jax.Array, weight: QArray) -> jax.Array:
             return jnp.repeat(blocks, scheme.rows, axis=0)[:size]
 
         zeros = None if weight.zero_point is None else of_rows(weight.zero_point)
-        parts = _dequantized(values, of_rows(weight.scale), zeros, scheme, x.dtype)
+        parts = _dequantized(values, of_rows(weight.scale), zeros, None, scheme, x.dtype)
         outs = (products(x, (part,), [None])[0] for x, part in zip(columns, parts, strict=True))
         return sum(outs, start=jnp.float32(0))
 
@@ -147,11 +162,18 @@ def _rows(array: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
 
 
 def _dequantized(
-    values: jax.Array, scales: jax.Array, zeros: jax.Array | None, scheme: Scheme, dtype: DTypeLike
+    values: jax.Array,
+    scales: jax.Array,
+    zeros: jax.Array | None,
+    biases: jax.Array | None,
+    scheme: Scheme,
+    dtype: DTypeLike,
 ) -> list[jax.Array]:
     """Rows of a weight in this dtype: all columns, or where bytes have two values the even and the odd ones, as putting
-    them together costs more on TPU than the rest. scales, zeros: of each row."""
-    if scheme.packed == 2:
+    them together costs more on TPU than the rest. scales, zeros, biases: of each row."""
+    if scheme.table:
+        parts = [_looked_up(half, TABLES[scheme.table]) for half in (values & 15, values >> 4)]
+    elif scheme.packed == 2:
         high = lax.bitcast_convert_type(values, jnp.int8)
         parts = [lax.shift_right_arithmetic(half, jnp.int8(4)) for half in (high << 4, high)]
     else:
@@ -163,4 +185,16 @@ def _dequantized(
 
     parts = [part.astype(jnp.float32) for part in parts]
     parts = parts if zeros is None else [part - of_columns(zeros) for part in parts]
-    return [(part * of_columns(scales)).astype(dtype) for part in parts]
+    parts = [part * of_columns(scales) for part in parts]
+    parts = parts if biases is None else [part + of_columns(biases) for part in parts]
+    return [part.astype(dtype) for part in parts]
+
+
+def _looked_up(places: jax.Array, table: tuple[float, ...]) -> jax.Array:
+    """A table's numbers, each place's bits taking one half of what is left: 15 selects in the loop that scales them. Of
+    a gather the compiler for TPU makes the same, of more instructions."""
+    numbers = [jnp.float32(number) for number in table]
+    for bit in range(4):
+        odd = places & (1 << bit) != 0
+        numbers = [jnp.where(odd, high, low) for low, high in zip(numbers[::2], numbers[1::2], strict=True)]
+    return numbers[0]

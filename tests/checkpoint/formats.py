@@ -3,11 +3,14 @@ that they stand for. Nothing here is the package's."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+
+from jaxinfer.quantization.schemes import TABLES
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 Stored = tuple[dict[str, np.ndarray], np.ndarray]
@@ -150,6 +153,70 @@ def fp8(high: int, wide: int, method: str) -> Case:
     return compressed_case("float-quantized", weights, inputs, store, scheme)
 
 
+def bitsandbytes(table: str, size: int = 64, nested: bool = False) -> Case:
+    numbers = np.array(TABLES[table], np.float32)
+
+    def store(weight: np.ndarray) -> Stored:
+        count = -(-weight.size // size)
+        blocks = np.zeros((count, size), np.float32)
+        blocks.reshape(-1)[: weight.size] = weight.reshape(-1)
+        scales = np.abs(blocks).max(axis=1)
+        state: dict[str, Any] = {"quant_type": table, "blocksize": size, "shape": list(weight.shape)}
+        tensors = {"weight.quant_map": numbers}
+        if nested:
+            mean = float(scales.mean())
+            state |= {"nested_blocksize": 256, "nested_offset": mean, "nested_dtype": "float32"}
+            # Not of bitsandbytes' shape, which nothing depends on.
+            code = np.linspace(-1, 1, 256, dtype=np.float32)
+            most = np.array([np.abs(scales[i : i + 256] - mean).max() for i in range(0, count, 256)], np.float32)
+            each = np.repeat(most, 256)[:count]
+            places = np.abs((scales - mean)[:, None] / each[:, None] - code).argmin(axis=1).astype(np.uint8)
+            tensors |= {"weight.absmax": places, "weight.nested_absmax": most, "weight.nested_quant_map": code}
+            scales = code[places] * each + np.float32(mean)
+        else:
+            tensors["weight.absmax"] = scales
+        chosen = np.abs(blocks[..., None] / scales[:, None, None] - numbers).argmin(axis=-1)
+        left = (numbers[chosen] * scales[:, None]).reshape(-1)[: weight.size].reshape(weight.shape)
+        halves = chosen.reshape(-1)[: weight.size].reshape(-1, 2).astype(np.uint8)
+        tensors["weight"] = (halves[:, :1] << 4) | halves[:, 1:]
+        tensors[f"weight.quant_state.bitsandbytes__{table}"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        return tensors, left
+
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": table}
+    return Case(
+        config | ({"bnb_4bit_blocksize": size} if size != 64 else {}), store, table + f"-g{size}" * (size != 64)
+    )
+
+
+def llm_int8() -> Case:
+    def store(weight: np.ndarray) -> Stored:
+        largest = np.abs(weight).max(axis=1)
+        values = np.round(weight * 127 / largest[:, None]).astype(np.int8)
+        tensors = {"weight": values, "SCB": largest, "weight_format": np.array(0, np.uint8)}
+        return tensors, values * (largest[:, None] / np.float32(127))
+
+    return Case({"quant_method": "bitsandbytes", "load_in_8bit": True}, store, "int8")
+
+
+def mlx(bits: int, size: int) -> Case:
+    def store(weight: np.ndarray) -> Stored:
+        groups = weight.reshape(len(weight), -1, size)
+        low, high = groups.min(axis=2), groups.max(axis=2)
+        scales = ((low - high) / (2**bits - 1)).astype(np.float16)  # negative, as MLX's often are
+        biases = high.astype(np.float16)
+        of_scales, of_biases = (array.astype(np.float32)[..., None] for array in (scales, biases))
+        values = np.clip(np.round((groups - of_biases) / of_scales), 0, 2**bits - 1).astype(np.uint8)
+        stream = np.unpackbits(values.reshape(len(weight), -1, 1), axis=2, bitorder="little")[..., :bits]
+        packed = np.packbits(stream.reshape(len(weight), -1), axis=1, bitorder="little").view(np.uint32)
+        left = (values * of_scales + of_biases).reshape(weight.shape)
+        return {"weight": packed, "scales": scales, "biases": biases}, left
+
+    config = {"group_size": size, "bits": bits, "mode": "affine"}
+    base = "int4" if bits <= 4 else "int8"
+    name = base if (base, size) == ("int4", 32) else f"{base}-g{size}"
+    return Case(config, store, f"{name}-biases")
+
+
 TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 CASES = {
     "int8 w8a16": compressed(8),
@@ -173,6 +240,15 @@ CASES = {
     "gptq with zero points": gptq(4, 32, sym=False),
     "gptq version 2": gptq(4, 32, version=2),
     "awq": awq(32),
+    "nf4": bitsandbytes("nf4", nested=True),
+    "fp4": bitsandbytes("fp4"),
+    "nf4 of 128": bitsandbytes("nf4", 128),
+    "llm.int8": llm_int8(),
+    "mlx 2": mlx(2, 32),
+    "mlx 3": mlx(3, 64),
+    "mlx 4": mlx(4, 64),
+    "mlx 6": mlx(6, 128),
+    "mlx 8": mlx(8, 64),
 }
 
 
@@ -180,15 +256,12 @@ def quantized(tensors: dict[str, np.ndarray], case: Case) -> tuple[dict[str, np.
     """A checkpoint's tensors with its linears in a format, and with what they stand for."""
     stored: dict[str, np.ndarray] = {}
     left: dict[str, np.ndarray] = {}
-    plain = [
-        "embed",
-        "lm_head",
-        "wte",
-        "wpe",
-        *(["k_proj"] if case.config["quant_method"] in ("awq", "compressed-tensors") else []),
-    ]
+    method = case.config.get("quant_method")  # MLX has none
+    plain = ["embed", "lm_head", "wte", "wpe"] if method else []
+    plain += ["k_proj"] if method in ("awq", "compressed-tensors") else []
     for name, tensor in tensors.items():
-        if tensor.ndim < 2 or any(part in name for part in plain):
+        whole = method or tensor.shape[-1] % case.config["group_size"] == 0
+        if tensor.ndim < 2 or not whole or any(part in name for part in plain):
             stored[name] = left[name] = tensor
             continue
         in_out = any(part in name for part in ("c_attn", "c_proj", "c_fc"))

@@ -28,6 +28,7 @@ ARCHITECTURES = {
     "llama": SMALL,
     "qwen3": SMALL | {"model_type": "qwen3"},
     "qwen2": SMALL | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "phi3": SMALL | {"model_type": "phi3"},
     "gpt2": {"model_type": "gpt2", "vocab_size": 300, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64},
 }
 
@@ -47,8 +48,8 @@ def check(config, case, tmp_path, mesh=None):
     for name, weight in expected.items():
         got = params[name]
         if name in model.quantized:
-            zeros = np.asarray(params.get(f"{name}_zero", 0), np.int32)
-            got = real(got, params[f"{name}_scale"], model.quantized[name], zeros)
+            zeros, biases = (np.asarray(params.get(name + suffix, 0), np.float32) for suffix in ("_zero", "_bias"))
+            got = real(got, params[f"{name}_scale"], model.quantized[name], zeros, biases)
         got, weight = (np.asarray(array)[tuple(map(slice, plain.abstract[name].shape))] for array in (got, weight))
         np.testing.assert_allclose(got, weight, rtol=1e-6, atol=1e-7, err_msg=name)
     return model
@@ -60,7 +61,7 @@ def test_what_they_stand_for(name, tmp_path):
     model = check(config, case, tmp_path)
     linear = "model.layers.0.mlp.up_proj.weight"
     assert model.params[linear].stored is not None
-    assert model.params["lm_head.weight"].stored is None
+    assert (model.params["lm_head.weight"].stored is None) == (not name.startswith("mlx"))
     kept = model.quantized.get(linear)
     assert (kept and kept.name) == case.scheme
 
@@ -74,6 +75,10 @@ def test_what_they_stand_for(name, tmp_path):
         ("qwen2", "gptq of 128", None),  # where a weight has fewer inputs, it is converted
         ("gpt2", "gptq", None),
         ("gpt2", "gptq with zero points", "tensor=2"),
+        ("qwen3", "nf4", "tensor=2"),  # blocks of 64 go on from row to row of 96
+        ("phi3", "fp4", "tensor=2"),
+        ("qwen2", "mlx 2", "fsdp=2,tensor=2"),
+        ("phi3", "mlx 3", "tensor=2"),  # down_proj is left in floats
     ],
 )
 def test_architectures_and_meshes(architecture, name, mesh, tmp_path):
@@ -84,7 +89,15 @@ def test_architectures_and_meshes(architecture, name, mesh, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "mesh"), [("gptq with zero points", "fsdp=2,tensor=2"), ("deepseek", "tensor=2")])
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("gptq with zero points", "fsdp=2,tensor=2"),
+        ("deepseek", "tensor=2"),
+        ("nf4", "fsdp=2,tensor=2"),
+        ("mlx 4", "fsdp=2,tensor=2"),
+    ],
+)
 def test_logits(name, mesh, tmp_path):
     """From end to end, beside the checkpoint of floats that they stand for."""
     case, prompts = CASES[name], [[5, 17, 200, 33], list(range(40, 100))]
@@ -117,7 +130,13 @@ WEIGHTS, INPUTS = "config_groups.group_0.weights", "config_groups.group_0.input_
 @pytest.mark.parametrize(
     ("name", "path", "value"),
     [
-        ("awq", "quant_method", "bitsandbytes"),
+        ("awq", "quant_method", "quark"),
+        ("nf4", "load_in_4bit", False),
+        ("nf4", "bnb_4bit_quant_type", "af4"),
+        ("nf4", "bnb_4bit_blocksize", 48),
+        ("mlx 4", "bits", 7),
+        ("mlx 4", "group_size", 16),
+        ("mlx 4", "mode", "mxfp4"),
         ("awq", "version", "gemv"),
         ("awq", "bits", 3),
         ("gptq", "bits", 3),

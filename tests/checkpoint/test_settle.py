@@ -163,3 +163,53 @@ def test_linears_are_quantized_that_have_such_tensors(tmp_path, name, left_out):
     quantization = {**case.config, field: ["re:.*k_proj" if field == "ignore" else "k_proj", "lm_head"]}
     right, _ = settled(tmp_path, config | {"quantization_config": quantization}, tensors)
     assert right == config | {"quantization_config": quantization}  # what is right stays as it was
+
+
+@pytest.mark.parametrize("storage", [np.uint8, ml_dtypes.bfloat16, np.float32])
+def test_what_bitsandbytes_says_beside_the_weights(tmp_path, storage):
+    """Kind and block size; values are bytes of floats, too; and which linears are quantized."""
+    config = LLAMA | {"tie_word_embeddings": False, "hidden_size": 128, "intermediate_size": 128}
+    floats = random_tensors(config)
+    tensors, _ = quantized(floats, CASES["nf4 of 128"])
+    tensors = {n: np.ascontiguousarray(t) for n, t in tensors.items() if "k_proj" not in n}
+    tensors = {
+        n: t.reshape(-1).view(storage)[:, None] if t.dtype == np.uint8 and t.ndim == 2 else t
+        for n, t in tensors.items()
+    }
+    tensors |= {n: t for n, t in floats.items() if "k_proj" in n}
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    settled_config, params = settled(tmp_path, config | {"quantization_config": quantization}, tensors)
+    model = AbstractModel.from_config(settled_config, "float32")
+    assert {scheme.name for scheme in model.quantized.values()} == {"nf4-g128"}
+    plain = {
+        name.split(".")[-2] for name, spec in model.params.items() if spec.is_embedding is False and not spec.stored
+    }
+    assert plain == {"k_proj", "lm_head"}
+    _, expected = settled(tmp_path, config | {"quantization_config": CASES["nf4 of 128"].config}, tensors)
+    assert all(np.array_equal(np.asarray(params[name]), np.asarray(array)) for name, array in expected.items())
+
+
+def test_linears_of_mlx_are_those_that_have_scales(tmp_path):
+    """Tables, too; and modules may be called as they are in the file."""
+    text = LLAMA | {"model_type": "mistral", "tie_word_embeddings": False, "hidden_size": 64, "num_key_value_heads": 4}
+    config = {"model_type": "mistral3", "text_config": text, "tie_word_embeddings": False}
+    floats, more = random_tensors(config), CASES["mlx 8"]
+    tensors, left = quantized(floats, CASES["mlx 4"])
+    linear = "model.language_model.layers.0.mlp.up_proj."
+    stored, left[linear + "weight"] = more.store(floats[linear + "weight"])
+    tensors |= {linear + suffix: tensor for suffix, tensor in stored.items()}
+    plain = "model.language_model.layers.0.self_attn.k_proj."
+    tensors = {n: np.ascontiguousarray(t) for n, t in tensors.items() if not n.startswith(plain)}
+    tensors[plain + "weight"] = floats[plain + "weight"]
+    tensors = {n.replace("model.language_model.", "language_model.model."): t for n, t in tensors.items()}
+    own = {"language_model.model.layers.0.mlp.up_proj": more.config}
+    settled_config, params = settled(tmp_path, config | {"quantization": CASES["mlx 4"].config | own}, tensors)
+    model = AbstractModel.from_config(settled_config, "float32")
+    schemes = {name.removeprefix("model."): scheme.name for name, scheme in model.quantized.items()}
+    assert schemes["embed_tokens.weight"] == schemes["layers.0.mlp.gate_proj.weight"] == "int4-g64-biases"
+    assert schemes["layers.0.mlp.up_proj.weight"] == "int8-g64-biases"
+    assert "layers.0.self_attn.k_proj.weight" not in schemes
+    np.testing.assert_array_equal(
+        np.asarray(params["model.layers.0.self_attn.k_proj.weight"]), floats[plain + "weight"]
+    )
+    assert params["lm_head.weight"].dtype == np.uint8

@@ -55,7 +55,7 @@ LLAMA_LIKE = {
         *({"rope_type": "default", "rope_theta": theta} for theta in [*NUMBERS, 1]),
     ],
     "rope_scaling": [{"type": "linear", "factor": 2.0}, [1]],  # beside the rope_parameters that is there
-    "quantization_config": [{"quant_method": "bitsandbytes", "load_in_4bit": True}],
+    "quantization_config": [{"quant_method": "quark"}, {"quant_method": "bitsandbytes", "load_in_4bit": "yes"}],
     "is_encoder_decoder": [True],
 }
 WINDOWED = {

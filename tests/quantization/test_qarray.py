@@ -9,7 +9,7 @@ import pytest
 
 from jaxinfer.quantization import quantize as quantizing
 from jaxinfer.quantization.quantize import quantize
-from jaxinfer.quantization.schemes import SCHEMES, check_quantization, scheme_of
+from jaxinfer.quantization.schemes import SCHEMES, TABLES, check_quantization, scheme_of
 from jaxinfer.weights import Dense, QArray, dot, dots, quantized, take
 
 RNG = np.random.default_rng(0)
@@ -22,20 +22,23 @@ def weight(rows=24, columns=40, dtype=np.float32):
     return values.astype(dtype)
 
 
-def real(values, scales, scheme=SCHEMES["int8"], zeros=0):
+def real(values, scales, scheme=SCHEMES["int8"], zeros=0, biases=0):
     """What they stand for: of each byte of int4 the low half first; each scale for its block."""
     values, scales = np.asarray(values), np.asarray(scales, np.float64)
     if scheme.packed == 2:
         halves = np.stack([values % 16, values // 16], axis=-1).reshape(len(values), -1).astype(int)
-        values = halves - 16 * (halves > 7)
+        values = np.asarray(TABLES[scheme.table])[halves] if scheme.table else halves - 16 * (halves > 7)
     rows, columns = values.shape
     high, wide = scheme.rows, scheme.columns or columns
-    scales, zeros = (np.kron(array, np.ones((high, wide)))[:rows, :columns] for array in (scales, zeros + 0 * scales))
-    return (values.astype(np.float64) - zeros) * scales
+    scales, zeros, biases = (
+        np.kron(array, np.ones((high, wide)))[:rows, :columns]
+        for array in (scales, zeros + 0 * scales, biases + 0 * scales)
+    )
+    return (values.astype(np.float64) - zeros) * scales + biases
 
 
 # Blocks of the last rows and columns are cut, groups are not.
-SHAPES = {"int4": (24, 96), "int4-g128": (24, 384), "fp8-block": (300, 200)}
+SHAPES = {"int4": (24, 96), "int4-g128": (24, 384), "fp8-block": (300, 200), "nf4": (24, 192)}
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -45,10 +48,14 @@ def test_the_nearest_values(name, dtype, monkeypatch):
     scheme, matrix = SCHEMES[name], weight(*shape, dtype=dtype)
     monkeypatch.setattr(quantizing, "BLOCK", 100)  # few rows at a time
     values, scales = quantize(matrix, scheme)
-    of_scales = {"int4": (24, 3), "int4-g128": (24, 3), "fp8-block": (3, 2)}.get(name, (24, 1))
+    of_scales = {"int4": (24, 3), "int4-g128": (24, 3), "fp8-block": (3, 2), "nf4": (24, 3)}.get(name, (24, 1))
     assert (values.dtype, scales.dtype, scales.shape) == (jnp.dtype(scheme.values), np.float32, of_scales)
     error = np.abs(real(values, scales, scheme) - matrix.astype(np.float64))
     steps = real(np.full(matrix.shape, 1), scales, dataclasses.replace(scheme, packed=1))
+    if scheme.table:
+        table = np.asarray(TABLES[scheme.table]) * steps[..., None]
+        np.testing.assert_allclose(error, np.abs(table - matrix.astype(float)[..., None]).min(axis=-1), rtol=1e-3)
+        return
     if scheme.values == "float8_e4m3fn":
         assert np.all(error <= np.maximum(np.abs(matrix.astype(np.float64)) * 2**-4, steps * 2**-10) * 1.001)
     else:
@@ -157,7 +164,7 @@ def test_which_weights():
 @pytest.mark.parametrize("wrong", ["int3", "", 8, True, {}, {"*": "int3"}, {"*": None}, {3: "int8"}, ["int8"]])
 def test_what_is_not_a_scheme(wrong):
     with pytest.raises(
-        ValueError, match=r"^quantization (is|has) .*one of int8, int8-w8a8, int4, int4-g128, fp8, fp8-b"
+        ValueError, match=r"^quantization (is|has) .*one of int8, int8-w8a8, int4, int4-g128, nf4, fp8, fp8-b"
     ):
         check_quantization(wrong)
 
