@@ -137,7 +137,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             checkpoint.check(settings["quantization"])
         placement = _placement(shape, devices, settings["mesh"])
         dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
-        abstract = AbstractModel.from_config(config, computes_in(dtype, placement), settings["quantization"], dtype)
+        abstract = _model(config, dtype, placement, settings)
         # Refuses what can't be, before the weights are read.
         cache_layout(abstract, placement, settings["attention"], settings["kv_cache_dtype"])
         if group is not None:
@@ -154,6 +154,14 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     if compiled is not None and (problem := _misfit(compiled, abstract, placement, settings)):
         compiled.complain(problem)
         compiled, settings["max_model_len"] = None, options.get("max_model_len")
+        abstract = _model(config, dtype, placement, settings)
+    if abstract.config.max_context > shape.max_context:
+        log.warning(
+            "max_model_len is %d, beyond the original context of %d tokens: sequences of any length are computed with "
+            "the factors for long ones (longrope); leave it out for those for short ones",
+            settings["max_model_len"],
+            shape.max_context,
+        )
     programs, sizes = sized_programs(abstract, placement, settings, _available(abstract, placement, settings), compiled)
     if settings["max_model_len"] is None and sizes.max_model_len < shape.max_context:
         log.warning(
@@ -234,9 +242,17 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     check_cache_memory(settings["kv_cache_memory"], _memory())
     placement = _placement(parse_config(config)[1], devices, settings["mesh"])
     dtype = choose_dtype(settings["dtype"], config, None, placement)
-    model = AbstractModel.from_config(config, computes_in(dtype, placement), settings["quantization"], dtype)
+    model = _model(config, dtype, placement, settings)
     weights = device_bytes(placed_params(model, placement))
     return sized_programs(model, placement, settings, _available(model, placement, settings, weights=weights))
+
+
+def _model(
+    config: Mapping[str, Any], dtype: np.dtype[Any], placement: jax.Device | Mesh, settings: EngineConfig
+) -> AbstractModel:
+    return AbstractModel.from_config(
+        config, computes_in(dtype, placement), settings["quantization"], dtype, settings["max_model_len"]
+    )
 
 
 def _devices() -> list[jax.Device]:

@@ -57,11 +57,13 @@ class AbstractModel:
         dtype: DTypeLike,
         quantization: Quantization | None = None,
         weight_dtype: DTypeLike | None = None,
+        max_model_len: int | None = None,
     ) -> AbstractModel:
         """Builds the module of a config.json's content abstractly: nothing is allocated. weight_dtype: None is `dtype`.
-        Raises ValueError."""
+        max_model_len: see `ModelConfig.for_length`. Raises ValueError."""
         weight_dtype = jnp.dtype(dtype if weight_dtype is None else weight_dtype)
         architecture, config = parse_config(data)
+        config = config.for_length(max_model_len)
         module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
         graph, state = nnx.split(module)
         flat = tuple(nnx.to_flat_state(state))
