@@ -175,7 +175,13 @@ def test_end_to_end(tmp_path, tensors, cli):
     assert cli("plan", folder, "--topology", "h100-1").out
 
 
-@pytest.mark.parametrize("name", ["mistral3-in-the-model", "ministral3-window", "qwen2_vl-flat"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mistral3-in-the-model", "ministral3-window", "qwen2_vl-flat"),
+        pytest.param("gemma2-window", marks=pytest.mark.slow),  # with a soft cap, too
+    ],
+)
 def test_engines_against_transformers(checkpoints, name):
     """Through the cache, with pages that a window has left behind."""
     found = reference(checkpoints.root, name, "large")
