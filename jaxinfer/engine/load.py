@@ -89,10 +89,9 @@ class Loaded:
     def describe(self) -> str:
         """Weights and cache in one line."""
         model = self.engine.runner.model
-        weights = sum(a.size * a.dtype.itemsize for a in model.abstract.values())
         sizes = self.sizes
         return (
-            f"weights {weights / 2**30:.2f} GiB in {model.precision}, KV cache {sizes.bytes / 2**30:.2f} GiB in "
+            f"weights {model.nbytes / 2**30:.2f} GiB in {model.precision}, KV cache {sizes.bytes / 2**30:.2f} GiB in "
             f"{self.engine.runner.programs.layout.dtype} for "
             f"{self.engine.runner.programs.cache_tokens} tokens, max_model_len {sizes.max_model_len}"
             + (f", {describe(mesh)}" if (mesh := self.engine.runner.programs.mesh) else "")
@@ -144,12 +143,12 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             agree(group, settings, config, dtype, checkpoint, placement, compiled)
         done = 0
 
-        def on_tensor(nbytes: int) -> None:
+        def on_array(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            say(f"loading weights {done / max(checkpoint.nbytes, 1):.0%}")
+            say(f"loading weights {done / abstract.nbytes:.0%}")
 
-        params = load_weights(abstract, checkpoint, placement, on_tensor)
+        params = load_weights(abstract, checkpoint, placement, on_array)
 
     if compiled is not None and (problem := _misfit(compiled, abstract, placement, settings)):
         compiled.complain(problem)

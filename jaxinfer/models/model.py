@@ -90,6 +90,11 @@ class AbstractModel:
         return {name: spec.arrays[suffix].abstract for name, (spec, suffix) in self.arrays.items()}
 
     @cached_property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        return sum(array.nbytes for spec in self.params.values() for array in spec.arrays.values())
+
+    @cached_property
     def axes(self) -> dict[str, Axes]:
         """Their logical axes."""
         return {name: spec.arrays[suffix].axes for name, (spec, suffix) in self.arrays.items()}
