@@ -43,8 +43,8 @@ def load_params(
     quantized, all columns of its rows, as they share a scale, and all of those that the checkpoint has quantized. On a
     mesh MLP width and vocabulary are padded with zeros to what it divides.
 
-    `on_array` is told the bytes of each parameter that is there, `model.nbytes` in all. Raises one ValueError with every
-    missing, unknown, duplicate, misshaped and wrongly typed tensor.
+    `on_array` is told the bytes of each parameter that is there, `model.nbytes` in all. Raises one ValueError with all
+    missing, unknown, duplicate, misshaped and wrongly typed tensors.
     """
     tensors = _Tensors(checkpoint, _locate(model, checkpoint))
     params: Params = {}
