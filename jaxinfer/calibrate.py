@@ -107,7 +107,7 @@ def calibrate(
         config = as_stored(config, checkpoint)
         plain = AbstractModel.from_config(config, "float32")
         sequences = _cut(encoded, min(max_length, plain.config.max_context), max_tokens)
-        kept = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
+        kept = stored_dtype(config, checkpoint) if dtype == "auto" else jnp.dtype(dtype)
         target = AbstractModel.from_config(config, kept, scheme)
         layers = Layers(plain, device, sequences)
         if method != "gptq":

@@ -22,7 +22,7 @@ from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.hf import HfWriter, config_of
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
-from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
+from jaxinfer.checkpoint.open import Weights, dtypes_of, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, converted_config, manifest, save
 from jaxinfer.checkpoint.output import Format, check_destination, put, put_beside, written
 from jaxinfer.checkpoint.settle import as_stored
@@ -91,14 +91,14 @@ def convert(
         config = as_stored(config, weights)
         if isinstance(weights, Converted):
             weights.check(settings["quantization"])
-        kept = stored_dtype(weights) if settings["dtype"] == "auto" else jnp.dtype(settings["dtype"])
+        kept = stored_dtype(config, weights) if settings["dtype"] == "auto" else jnp.dtype(settings["dtype"])
         if settings["dtype"] != "auto":
             config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": str(kept)}
         abstract = AbstractModel.from_config(config, kept, settings["quantization"])
         placement = placement_for(abstract, settings["mesh"])
         with writing(output, format, abstract, config, folder) as add:
             times = [time.perf_counter()]
-            with bar("Read", weights.nbytes, show_progress) as read:
+            with bar("Read", abstract.nbytes, show_progress) as read:
                 params = load_weights(abstract, weights, placement, read)
             times.append(time.perf_counter())
             size = sum(array.nbytes for array in params.values())
@@ -142,10 +142,10 @@ def writing(
         params.clear()
 
 
-def stored_dtype(weights: Weights) -> np.dtype[Any]:
+def stored_dtype(config: Mapping[str, Any], weights: Weights) -> np.dtype[Any]:
     """The smallest dtype that holds all that is not quantized as it is. What quantized weights have beside them, scales
     above all, does not count."""
-    stored = {info.dtype for name, info in weights.tensors.items() if name.endswith((".weight", ".bias"))}
+    stored = {dtype for name, dtype in dtypes_of(config, weights).items() if name.endswith((".weight", ".bias"))}
     stored &= set(FLOATS)
     return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 

@@ -24,8 +24,6 @@ class CPUAttention(XLAAttention):
     def supports(self, case: AttentionCase) -> str | None:
         if case.device.platform != "cpu":
             return f"it is for CPUs, and this is {case.device.platform}"
-        if case.capped:
-            return "the kernel has no soft cap"
         return cpu.attention_problem(case.dtype.name, case.head_dim, case.queries, case.kept.name)
 
     def __call__(
@@ -35,7 +33,8 @@ class CPUAttention(XLAAttention):
         used = jnp.arange(batch.kv_lens.shape[0], dtype=jnp.int32) < batch.distribution[1]
         kv_lens = jnp.where(used, batch.kv_lens, 0)
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
-        out = cpu.attend(grouped, pools, batch.cu_q_lens, kv_lens, batch.pages, spec.scale, spec.window)
+        how = spec.scale, spec.window, spec.soft_cap
+        out = cpu.attend(grouped, pools, batch.cu_q_lens, kv_lens, batch.pages, *how)
         return out.reshape(q.shape), pools
 
 

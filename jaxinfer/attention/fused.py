@@ -33,8 +33,6 @@ class FusedAttention(TPUAttention):
     def supports(self, case: AttentionCase) -> str | None:
         if (problem := super().supports(case)) is not None:
             return problem
-        if case.capped:
-            return "it is not tried with a soft cap"
         if case.kept != jnp.bfloat16:
             return f"it is for a cache in bfloat16, and this is kept as {case.kept}"
         if (tpu_generation(case.device.device_kind) or 0) < 5:
@@ -93,6 +91,7 @@ def attend_fused(
         jnp.stack([decoding, decoding, count]),  # the rest are rows of any number of tokens
         sm_scale=spec.scale,
         sliding_window=spec.window,
+        soft_cap=spec.soft_cap,
     )
     live = (jnp.arange(q.shape[0], dtype=jnp.int32) < batch.cu_q_lens[-1]) & used[batch.segment_ids]
     return jnp.where(live[:, None, None], out, jnp.zeros((), q.dtype)), FusedPages(kv)

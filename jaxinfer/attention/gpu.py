@@ -32,8 +32,6 @@ class GPUAttention(AttentionBackend):
             return (
                 f"kernels are for TPUs and for NVIDIA GPUs of compute capability {AMPERE} and more, and this is {here}"
             )
-        if case.capped:
-            return "the kernel for GPUs has no soft cap"
         if case.dtype.itemsize != 2:
             return f"the kernel for GPUs is for bfloat16 and float16, and dtype is {case.dtype}"
         if case.head_dim not in HEADS:

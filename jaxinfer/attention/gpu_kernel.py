@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton
 
 from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.attention.xla import NEGATIVE, sees, write_split
+from jaxinfer.attention.xla import NEGATIVE, capped, sees, write_split
 from jaxinfer.cache import HeadMajorPages
 
 KEYS = 64  # of a block; with values and queries they fit in 99 KB of shared memory, twice. Not tuned, for want of a GPU
@@ -117,6 +117,7 @@ def _kernel(
         page = triton.load(pages.at[row, position // page_size], mask=own, other=0)
         at = page[:, None], head, (position % page_size)[:, None], column
         scores = _dot(queries, triton.load(k.at[at], mask=own[:, None], other=0.0), 1) * spec.scale
+        scores = capped(scores, spec)
         scores = jnp.where(sees((base + token)[:, None], position[None, :], spec), scores, NEGATIVE)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         keep = jnp.exp(top - new_top)

@@ -108,7 +108,11 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 def _scores(queries: jax.Array, keys: jax.Array, spec: AttentionSpec) -> jax.Array:
     """Of queries `[B, Q, d]` and keys `[B, S, d]`, before masks."""
-    scores = _dot(queries, keys, (2, 2)) * spec.scale
+    return capped(_dot(queries, keys, (2, 2)) * spec.scale, spec)
+
+
+def capped(scores: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """Below the soft cap, if there is one."""
     return scores if spec.soft_cap is None else jnp.tanh(scores / spec.soft_cap) * spec.soft_cap
 
 

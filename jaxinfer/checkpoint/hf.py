@@ -16,7 +16,7 @@ import numpy as np
 from jaxinfer.checkpoint.write import Layout, SafetensorsWriter
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.params import ParamSpec
-from jaxinfer.models.sources import Index, shape_of, slices, whole
+from jaxinfer.models.sources import Region, Shape, shape_of, slices, whole
 from jaxinfer.quantization.schemes import SCALE, ZERO, Scheme
 from jaxinfer.quantization.stored import QUANTIZATION_FIELDS
 
@@ -26,20 +26,26 @@ FLOAT, INT, PACKED = "float-quantized", "int-quantized", "pack-quantized"
 
 def check_hf(model: AbstractModel) -> None:
     """Raises ValueError if the model's quantization has no form in compressed-tensors."""
+    schemes: dict[str, Scheme | None] = {}  # of each tensor
+    for name, spec in model.params.items():
+        shapes = spec.source.tensors(spec.shape)
+        for region in spec.source.regions(whole(spec.shape)):
+            if schemes.setdefault(region.tensor, spec.scheme) != spec.scheme:
+                raise ValueError(
+                    f"format hf: {name} is a part of {region.tensor}, of which others are quantized in another way: "
+                    "use format orbax, or one scheme for all of them"
+                )
+            if spec.scheme is not None and not _has_rows_of(region, shapes[region.tensor], spec.scheme):
+                raise ValueError(
+                    f"format hf: {name} lies the other way round in {region.tensor}, or is a part of it that shares "
+                    "scales with others, which compressed-tensors has no form for: use format orbax, or no quantization"
+                )
     for name in model.quantized:
         spec = model.params[name]
         if spec.scheme is not None and (spec.scheme.table or spec.scheme.biases):
             raise ValueError(
                 f"format hf: {name} is in {spec.scheme.name}, which compressed-tensors has no form for: use format "
                 "orbax"
-            )
-        shapes = spec.source.tensors(spec.shape)
-        regions = spec.source.regions(whole(spec.shape))
-        cut = next((r for r in regions if r.transposed or r.stored != whole(shapes[r.tensor])), None)
-        if cut is not None:
-            raise ValueError(
-                f"format hf: {name} is a part of {cut.tensor}, or lies the other way round in it, which "
-                "compressed-tensors has no form for: use format orbax, or no quantization"
             )
         if spec.is_embedding:
             raise ValueError(
@@ -60,16 +66,14 @@ class HfWriter:
     def __init__(self, model: AbstractModel, folder: str) -> None:
         check_hf(model)
         self.model = model
-        self._waiting: dict[str, tuple[Host, int]] = {}  # tensors that are not complete, and what of them is missing
-        self._layouts: dict[str, Layout] = {}
+        # Tensors that are not complete, as arrays by suffix, and how many numbers are missing.
+        self._waiting: dict[str, tuple[dict[str, Host], int]] = {}
+        layouts: dict[str, Layout] = {}
         for spec in model.params.values():
-            if spec.scheme is not None:
-                for tensor, shape in spec.source.tensors(spec.shape).items():
-                    self._layouts |= _layouts(tensor, shape, spec.scheme)
-            else:
-                shapes = spec.source.tensors(spec.shape).items()
-                self._layouts |= {tensor: Layout(shape, np.dtype(spec.dtype)) for tensor, shape in shapes}
-        self.file = SafetensorsWriter(folder, self._layouts)
+            for tensor, shape in spec.source.tensors(spec.shape).items():
+                plain = {tensor: Layout(shape, np.dtype(spec.dtype))}
+                layouts |= plain if spec.scheme is None else _layouts(tensor, shape, spec.scheme)
+        self.file = SafetensorsWriter(folder, layouts)
 
     def add(self, params: Mapping[str, Any]) -> None:
         """Writes these, without padding; a quantized weight's scales come with it."""
@@ -86,27 +90,54 @@ class HfWriter:
         self.file.__exit__(*error)
 
     def _add(self, spec: ParamSpec, arrays: dict[str, Host]) -> None:
-        for region in spec.source.regions(whole(spec.shape)):
-            if spec.scheme is None:
-                self._piece(region.tensor, region.stored, region.turned(arrays[""][region.index]))
-            else:  # whole tensors alone: see check_hf
-                slices = {suffix: array[region.index[:-2]] for suffix, array in arrays.items()}
-                for tensor, value in _tensors(region.tensor, slices, spec.scheme).items():
-                    self.file.write(tensor, value)
-
-    def _piece(self, tensor: str, index: Index, value: Host) -> None:
         """Tensors are written when they are complete."""
-        layout = self._layouts[tensor]
-        if shape_of(index) == layout.shape:
-            self.file.write(tensor, value)
-            return
-        held, missing = self._waiting.pop(tensor, (np.empty(0), math.prod(layout.shape)))
-        held = held if held.shape == layout.shape else np.empty(layout.shape, layout.dtype)
-        held[slices(index)] = value
-        if missing > value.size:
-            self._waiting[tensor] = held, missing - value.size
-        else:
-            self.file.write(tensor, held)
+        shapes, scheme = spec.source.tensors(spec.shape), spec.scheme
+        for region in spec.source.regions(whole(spec.shape)):
+            shape = shapes[region.tensor]
+            full = {"": shape} if scheme is None else {suffix: s for suffix, (s, _) in scheme.arrays(*shape).items()}
+            pieces = {suffix: _piece(region, suffix, arrays[suffix], scheme) for suffix in full}
+            if shape_of(region.stored) != shape:
+                held, missing = self._waiting.pop(region.tensor, ({}, math.prod(shape)))
+                for suffix, piece in pieces.items():
+                    if suffix not in held:
+                        held[suffix] = np.empty(full[suffix], piece.dtype)
+                    held[suffix][_place(region, suffix, scheme)] = piece
+                if missing := missing - math.prod(shape_of(region.stored)):
+                    self._waiting[region.tensor] = held, missing
+                    continue
+                pieces = held
+            tensors = {region.tensor: pieces[""]} if scheme is None else _tensors(region.tensor, pieces, scheme)
+            for tensor, value in tensors.items():
+                self.file.write(tensor, value)
+
+
+def _has_rows_of(region: Region, shape: Shape, scheme: Scheme) -> bool:
+    """Whether it is whole rows of a tensor, and all that have one scale."""
+    start, stop = region.stored[-2]
+    cut = start % scheme.rows or (stop % scheme.rows and stop != shape[-2])
+    return not (region.transposed or cut or region.stored[-1] != (0, shape[-1]))
+
+
+def _piece(region: Region, suffix: str, array: Host, scheme: Scheme | None) -> Host:
+    """Of one of a weight's arrays."""
+    if scheme is None:
+        return region.turned(array[region.index])
+    *leading, rows, _ = region.index
+    assert isinstance(rows, slice)
+    return array[(*leading, _blocks(rows.start, rows.stop, suffix, scheme))]
+
+
+def _place(region: Region, suffix: str, scheme: Scheme | None) -> tuple[slice, ...]:
+    """Where that is in the tensor's."""
+    if scheme is None:
+        return slices(region.stored)
+    return (_blocks(*region.stored[-2], suffix, scheme),)
+
+
+def _blocks(start: int, stop: int, suffix: str, scheme: Scheme) -> slice:
+    """Rows of an array, by rows of the weight: of scales there may be one for several."""
+    unit = scheme.rows if suffix else 1
+    return slice(start // unit, -(-stop // unit))
 
 
 def _layouts(tensor: str, shape: tuple[int, ...], scheme: Scheme) -> dict[str, Layout]:
@@ -163,12 +194,15 @@ def _format(scheme: Scheme) -> str:
 def _quantization_config(model: AbstractModel) -> dict[str, Any]:
     by_scheme: dict[str, list[str]] = {}
     plain: list[str] = []
+    seen: set[str] = set()
     for spec in model.params.values():
-        linears = [tensor.removesuffix(".weight") for tensor in spec.source.tensors(spec.shape)]
+        tensors = [tensor for tensor in spec.source.tensors(spec.shape) if tensor not in seen]
+        seen.update(tensors)  # several weights may be parts of one
+        linears = [tensor.removesuffix(".weight") for tensor in tensors]
         if spec.scheme is not None:
             by_scheme.setdefault(spec.scheme.name, []).extend(linears)
         elif spec.is_embedding is False:
-            plain += [linear for linear in linears if linear not in plain[-1:]]  # several may be parts of one
+            plain += linears
     if model.config.tie_word_embeddings:
         plain.append("lm_head")  # which others have as a linear, too
     schemes = {scheme.name: scheme for scheme in model.quantized.values()}

@@ -38,7 +38,7 @@ def load_params(
     model: AbstractModel,
     checkpoint: Checkpoint,
     placement: jax.Device | Mesh,
-    on_tensor: Callable[[int], None] | None = None,
+    on_array: Callable[[int], None] | None = None,
     only: Collection[str] | None = None,
 ) -> Params:
     """All parameters of `model`, or `only` some of them, in its dtype, on the device, or split over the mesh. Host
@@ -46,10 +46,10 @@ def load_params(
     quantized, all columns of its rows, as they share a scale, and all of those that the checkpoint has quantized. On a
     mesh MLP width and vocabulary are padded with zeros to what it divides.
 
-    `on_tensor` is told the bytes of each tensor read. Raises one ValueError with every missing, unknown, duplicate,
-    misshaped and wrongly typed tensor.
+    `on_array` is told the bytes of each parameter that is there, `model.nbytes` in all. Raises one ValueError with all
+    missing, unknown, duplicate, misshaped and wrongly typed tensors.
     """
-    tensors = _Tensors(checkpoint, _locate(model, checkpoint), on_tensor)
+    tensors = _Tensors(checkpoint, _locate(model, checkpoint))
     _say_converted(model, checkpoint, tensors.located)
     params: Params = {}
     memory = HugePages()
@@ -62,14 +62,16 @@ def load_params(
             held = parts(array.sharding, array.shape).items()
             each = ((index, devices, part_of(suffix, index)) for index, devices in held)
             params[spec.name + suffix] = _put(array, each, tensors.where(spec), memory)
+            if on_array is not None:
+                on_array(spec.arrays[suffix].nbytes)
     return params
 
 
 class _Tensors:
     """Those of a checkpoint, by the names that they should have."""
 
-    def __init__(self, checkpoint: Checkpoint, located: dict[str, str], on_tensor: Callable[[int], None] | None):
-        self._checkpoint, self.located, self._on_tensor = checkpoint, located, on_tensor
+    def __init__(self, checkpoint: Checkpoint, located: dict[str, str]):
+        self._checkpoint, self.located = checkpoint, located
 
     def where(self, spec: ParamSpec) -> str:
         """A weight's first tensor, for messages."""
@@ -78,10 +80,7 @@ class _Tensors:
         return f"{self._checkpoint.folder}: {name}"
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Host:
-        value = self._checkpoint.read(self.located[name], index)
-        if self._on_tensor is not None:
-            self._on_tensor(value.nbytes)
-        return value
+        return self._checkpoint.read(self.located[name], index)
 
 
 def _part_of(spec: ParamSpec, tensors: _Tensors) -> Callable[[str, Index], Host]:

@@ -31,7 +31,8 @@ def as_stored(config: Mapping[str, Any], weights: Weights, declarations: Declara
 
     `tie_word_embeddings` is false where there is a head with values of its own; what was saved twice, or as the head
     alone, stays tied. Quantized linears are those that have such tensors, however config.json names the others; and
-    what bitsandbytes says beside them counts. declarations: of earlier starts. Raises ValueError for a config.json that is none.
+    what bitsandbytes says beside them counts. declarations: of earlier starts. Raises ValueError for a config.json
+    that is none.
     """
     content = dict(config)
     declared = (declarations or Declarations()).config(config)

@@ -106,5 +106,6 @@ def _programs(config: Any, topology: str | None, options: Any) -> tuple[Programs
     target = find_target(topology)
     if not target.compiles:
         raise ValueError(f"topology is {topology!r}: programs of GPUs are compiled where they are; leave it out there")
-    held = fit(model_of(config, options.get("dtype", "auto"), target, options.get("quantization")), target, **options)
+    asked = options.get("quantization"), options.get("max_model_len")
+    held = fit(model_of(config, options.get("dtype", "auto"), target, *asked), target, **options)
     return held.programs, held.sizes, refusals(held)

@@ -109,7 +109,8 @@ def _plan(
     from jaxinfer.plan.figures import context_of, figures
     from jaxinfer.plan.targets import find_target
 
-    context = context_of(parse_config(config)[1], context, options)  # refused before a minute of compiling
+    shape = parse_config(config)[1].for_length(options.get("max_model_len"))
+    context = context_of(shape, context, options)  # refused before a minute of compiling
     progress(f"compiling for {topology}, which may take a minute")
     return figures(make_plan(config, find_target(topology), **options), context)
 
@@ -122,7 +123,8 @@ def _sweep(
     from jaxinfer.plan.fit import DoesNotFit, model_of
     from jaxinfer.plan.sweep import places, sweep
 
-    model = model_of(config, options.get("dtype", "auto"), quantization=options.get("quantization"))
+    asked = options.get("quantization"), options.get("max_model_len")
+    model = model_of(config, options.get("dtype", "auto"), None, *asked)
     context = context_of(model.config, context, options)
     candidates, refused = sweep(model, places() if topology is None else [topology], context, **options)
     if not candidates:

@@ -198,7 +198,7 @@ def _differences(
     if lacking := [feature for feature in old.get("features", []) if feature not in here.get("features", [])]:
         differences.append(f"compiled for a CPU with {', '.join(lacking)}")
     differences += _compare("setting", old["settings"], here["settings"])
-    model = parse_config(config)[1]
+    model = parse_config(config)[1].for_length(manifest.options["max_model_len"])
     differences += _compare("the model's", manifest.model, describe_config(model))
     differences += _contradictions(manifest, model)
     asked = {name: value for name, value in options.items() if name in manifest.options and value not in (None, "auto")}

@@ -99,7 +99,7 @@ class EngineConfig(TypedDict, total=False):
         Option(
             help="Most tokens of prompt and answer together.",
             details="most tokens of prompt and output together; default: what the checkpoint is made for, or what fits "
-            "in the cache",
+            "in the cache; with longrope it [decides on the factors](models.md)",
             metavar="N",
             low=2,
             shapes_programs=True,

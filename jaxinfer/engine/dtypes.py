@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.load import FLOATS
-from jaxinfer.checkpoint.open import Weights
+from jaxinfer.checkpoint.open import Weights, dtypes_of
 from jaxinfer.kernels.cpu import multiplies
 from jaxinfer.models.wrapped import with_text
 from jaxinfer.sharding import compute_capability, devices_of
@@ -26,10 +26,13 @@ def choose_dtype(
         return np.dtype(names[wanted])
     fields = with_text(config)
     name = str(fields.get("dtype", fields.get("torch_dtype"))).removeprefix("torch.")
-    tensors = checkpoint.tensors.values() if checkpoint else ()
-    unknown = np.dtype(np.float32 if checkpoint else ml_dtypes.bfloat16)
-    stored = next((info.dtype for info in tensors if info.dtype in FLOATS), unknown)
-    dtype = np.dtype(names[name]) if name in names else stored
+    if name in names:
+        dtype = np.dtype(names[name])
+    elif checkpoint is None:
+        dtype = np.dtype(ml_dtypes.bfloat16)
+    else:
+        stored = dtypes_of(config, checkpoint).values()
+        dtype = next((dtype for dtype in stored if dtype in FLOATS), np.dtype(np.float32))
     device = devices_of(placement)[0]
     if device.platform == "cpu" and computes_in(dtype, placement) == dtype:
         return np.dtype(np.float32)

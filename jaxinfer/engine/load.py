@@ -90,10 +90,9 @@ class Loaded:
     def describe(self) -> str:
         """Weights and cache in one line."""
         model = self.engine.runner.model
-        weights = sum(a.size * a.dtype.itemsize for a in model.abstract.values())
         sizes = self.sizes
         return (
-            f"weights {weights / 2**30:.2f} GiB in {model.precision}, KV cache {sizes.bytes / 2**30:.2f} GiB in "
+            f"weights {model.nbytes / 2**30:.2f} GiB in {model.precision}, KV cache {sizes.bytes / 2**30:.2f} GiB in "
             f"{self.engine.runner.programs.layout.dtype} for "
             f"{self.engine.runner.programs.cache_tokens} tokens, max_model_len {sizes.max_model_len}"
             + (f", {describe(mesh)}" if (mesh := self.engine.runner.programs.mesh) else "")
@@ -139,24 +138,31 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             checkpoint.check(settings["quantization"])
         placement = _placement(shape, devices, settings["mesh"])
         dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
-        computed = computes_in(dtype, placement)
-        abstract = AbstractModel.from_config(config, computed, settings["quantization"], dtype, declarations)
+        abstract = _model(config, dtype, placement, settings, declarations)
         # Refuses what can't be, before the weights are read.
         cache_layout(abstract, placement, settings["attention"], settings["kv_cache_dtype"])
         if group is not None:
             agree(group, settings, config, dtype, checkpoint, placement, compiled)
         done = 0
 
-        def on_tensor(nbytes: int) -> None:
+        def on_array(nbytes: int) -> None:
             nonlocal done
             done += nbytes
-            say(f"loading weights {done / max(checkpoint.nbytes, 1):.0%}")
+            say(f"loading weights {done / abstract.nbytes:.0%}")
 
-        params = load_weights(abstract, checkpoint, placement, on_tensor)
+        params = load_weights(abstract, checkpoint, placement, on_array)
 
     if compiled is not None and (problem := _misfit(compiled, abstract, placement, settings)):
         compiled.complain(problem)
         compiled, settings["max_model_len"] = None, options.get("max_model_len")
+        abstract = _model(config, dtype, placement, settings, declarations)
+    if abstract.config.max_context > shape.max_context:
+        log.warning(
+            "max_model_len is %d, beyond the original context of %d tokens: sequences of any length are computed with "
+            "the factors for long ones (longrope); leave it out for those for short ones",
+            settings["max_model_len"],
+            shape.max_context,
+        )
     programs, sizes = sized_programs(abstract, placement, settings, _available(abstract, placement, settings), compiled)
     if settings["max_model_len"] is None and sizes.max_model_len < shape.max_context:
         log.warning(
@@ -237,9 +243,20 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     check_cache_memory(settings["kv_cache_memory"], _memory())
     placement = _placement(parse_config(config)[1], devices, settings["mesh"])
     dtype = choose_dtype(settings["dtype"], config, None, placement)
-    model = AbstractModel.from_config(config, computes_in(dtype, placement), settings["quantization"], dtype)
+    model = _model(config, dtype, placement, settings)
     weights = device_bytes(placed_params(model, placement))
     return sized_programs(model, placement, settings, _available(model, placement, settings, weights=weights))
+
+
+def _model(
+    config: Mapping[str, Any],
+    dtype: np.dtype[Any],
+    placement: jax.Device | Mesh,
+    settings: EngineConfig,
+    declarations: Declarations | None = None,
+) -> AbstractModel:
+    asked, computed = (settings["quantization"], dtype, settings["max_model_len"]), computes_in(dtype, placement)
+    return AbstractModel.from_config(config, computed, *asked, declarations)
 
 
 def _devices() -> list[jax.Device]:

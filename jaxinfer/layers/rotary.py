@@ -22,14 +22,16 @@ class Rope:
         dynamic  not up to the trained context (beyond it the result would depend on how a prompt is cut: refused).
         llama3   low frequencies divided by `factor`, high ones kept, a ramp in between (Llama 3.1).
         yarn     a ramp over dimensions, and cos and sin scaled by `attention_factor` (arXiv:2309.00071).
-        longrope  each frequency divided by its own of `short_factors`, cos and sin scaled likewise (arXiv:2402.13753).
+        longrope  each frequency divided by its own factor, cos and sin scaled likewise (arXiv:2402.13753).
     factor: see kind.
     original_context: llama3, yarn: positions of the pretraining.
     low_freq_factor, high_freq_factor: llama3: where the ramp ends, in turns within the original context.
     beta_fast, beta_slow: yarn: the same.
     truncate: yarn: whole dimensions as the ramp's ends.
     attention_factor: yarn, longrope: scales cos and sin.
-    short_factors: longrope: those within the original context.
+    short_factors, long_factors: longrope: those of contexts up to the original one, and of longer ones.
+    long_context: longrope: positions that `long_factors` are for; 0: there are none.
+    long: longrope: they are in use.
     interleaved: dimension 2i turns with 2i + 1 (GPT-J's layout), not i with i + dim/2 (GPT-NeoX's).
     """
 
@@ -47,6 +49,9 @@ class Rope:
     truncate: bool = True
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    long_context: int = 0
+    long: bool = False
     interleaved: bool = False
 
     def inv_freq(self) -> np.ndarray:
@@ -54,7 +59,7 @@ class Rope:
         exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
         periods = np.float32(self.theta) ** exponents
         if self.kind == "longrope":
-            periods = periods * np.asarray(self.short_factors, np.float32)
+            periods = periods * np.asarray(self.long_factors if self.long else self.short_factors, np.float32)
         base = np.float32(1) / periods
         if self.kind in ("default", "dynamic", "longrope"):
             return base

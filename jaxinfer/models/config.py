@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.rotary import Rope
@@ -41,6 +41,11 @@ class ModelConfig:
     head_dim: int
     max_context: int
     tie_word_embeddings: bool
+
+    def for_length(self, max_model_len: int | None) -> Self:
+        """The configuration for sequences of up to so many tokens, where that changes what is computed: see
+        `DecoderConfig`. None: for `max_context`."""
+        return self
 
 
 def describe_config(config: ModelConfig) -> dict[str, Any]:
@@ -230,8 +235,9 @@ def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]
 
 
 def _longrope(rope: ConfigReader, dim: int, theta: float, context: int) -> tuple[Rope, int]:
-    """With the short factors (arXiv:2402.13753), up to the original context: beyond it there are others for all
-    positions of a sequence, and what is kept of it would have to be computed again."""
+    """With the short factors (arXiv:2402.13753), up to the original context. Beyond it there are others for all
+    positions of a sequence, and what is kept of it would have to be computed again: so those are for engines that
+    are made for more, always (`ModelConfig.for_length`)."""
     original = rope.integer("original_max_position_embeddings", context, minimum=2)
     factor = rope.number("factor", context / original)
     attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -240,6 +246,8 @@ def _longrope(rope: ConfigReader, dim: int, theta: float, context: int) -> tuple
         theta,
         "longrope",
         short_factors=rope.numbers("short_factor", dim // 2),
+        long_factors=rope.numbers("long_factor", dim // 2) if context > original else (),
+        long_context=context if context > original else 0,
         attention_factor=rope.number("attention_factor", attention_factor),
     )
     return short, min(context, original)

@@ -46,9 +46,10 @@ class Declared:
     built_in: bool
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Declared:
-        """Of a config.json's content. Raises ValueError."""
+    def of(cls, data: Mapping[str, Any], max_model_len: int | None = None) -> Declared:
+        """Of a config.json's content. max_model_len: see `ModelConfig.for_length`. Raises ValueError."""
         architecture, config = registry.parse_config(data)
+        config = config.for_length(max_model_len)
         base = ModelConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)})
         built_in = architecture.build.__module__.partition(".")[0] == __name__.partition(".")[0]
         described = json.dumps(describe_config(config), sort_keys=True)
@@ -89,15 +90,21 @@ class Declarations:
     def __init__(self, folder: PrivateFolder | None = None, code: str = ""):
         self._folder, self._code = folder, code
 
-    def config(self, data: Mapping[str, Any]) -> Declared:
-        """Raises ValueError."""
-        return self._get(Declared, lambda: Declared.of(data), lambda declared: declared.built_in, data)
+    def config(self, data: Mapping[str, Any], max_model_len: int | None = None) -> Declared:
+        """See `Declared.of`."""
+        of = data, max_model_len
+        return self._get(Declared, lambda: Declared.of(*of), lambda declared: declared.built_in, *of)
 
     def module(
-        self, data: Mapping[str, Any], built_in: bool, dtypes: tuple[object, ...], make: Callable[[], DeclaredModule]
+        self,
+        declared: Declared,
+        data: Mapping[str, Any],
+        max_model_len: int | None,
+        dtypes: tuple[object, ...],
+        make: Callable[[], DeclaredModule],
     ) -> DeclaredModule:
-        """Of the module that `data` describes. dtypes: those that weights may have."""
-        return self._get(DeclaredModule, make, lambda _: built_in, data, *map(str, dtypes))
+        """Of the module of what was `declared`. dtypes: those that weights may have."""
+        return self._get(DeclaredModule, make, lambda _: declared.built_in, data, max_model_len, *map(str, dtypes))
 
     def _get(self, kind: type[T], make: Callable[[], T], kept: Callable[[T], bool], *key: object) -> T:
         if self._folder is None:

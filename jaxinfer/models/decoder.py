@@ -7,9 +7,9 @@ Module attributes carry Hugging Face's names, so the path of a weight is its nam
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,14 @@ class DecoderConfig(ModelConfig):
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
+
+    def for_length(self, max_model_len: int | None) -> Self:
+        """With longrope's long factors, where it is more than the original context, as vLLM does it."""
+        longest = max((rope.long_context for rope in self.ropes if rope is not None), default=0)
+        if not longest or (max_model_len or 0) <= self.max_context:
+            return self
+        ropes = tuple(rope and replace(rope, long=rope.long_context > 0) for rope in self.ropes)
+        return replace(self, ropes=ropes, max_context=longest)
 
 
 def decoder_config(

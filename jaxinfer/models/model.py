@@ -58,20 +58,23 @@ class AbstractModel:
         dtype: DTypeLike,
         quantization: Quantization | None = None,
         weight_dtype: DTypeLike | None = None,
+        max_model_len: int | None = None,
         declarations: Declarations | None = None,
     ) -> AbstractModel:
         """Of a config.json's content: the module is built abstractly, nothing is allocated. weight_dtype: None is
-        `dtype`; declarations: of earlier starts. Raises ValueError."""
+        `dtype`; max_model_len: see `ModelConfig.for_length`; declarations: of earlier starts. Raises ValueError."""
         declarations, dtype = declarations or Declarations(), jnp.dtype(dtype)
         weight_dtype = dtype if weight_dtype is None else jnp.dtype(weight_dtype)
-        dtypes = dtype, weight_dtype
-        declared, module = declarations.config(data), cache(lambda: _build(data, dtype))
+        of = data, max_model_len
+        declared, module = declarations.config(*of), cache(lambda: _build(*of, dtype))
         quantization, converted = asked_for(quantization, data), converted_quantization(data)
         if converted is not None and quantization not in (None, converted):
             raise ValueError(f"quantization is {quantization!r}: the checkpoint was converted, to {converted!r}")
         quantization = quantization if converted is None else converted
         stored = stored_quantization(data) if converted is None else None
-        kept = declarations.module(data, declared.built_in, dtypes, lambda: _declare(data, module(), *dtypes))
+        kept = declarations.module(
+            declared, *of, (dtype, weight_dtype), lambda: _declare(*of, module(), dtype, weight_dtype)
+        )
         specs = quantized(kept.params, quantization, stored, str(weight_dtype) if converted is None else "")
         return cls(declared, kept, dtype, weight_dtype, quantization, {spec.name: spec for spec in specs}, module)
 
@@ -103,6 +106,11 @@ class AbstractModel:
     def abstract(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Their shapes and dtypes."""
         return {name: spec.arrays[suffix].abstract for name, (spec, suffix) in self.arrays.items()}
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of all of them."""
+        return sum(array.nbytes for spec in self.params.values() for array in spec.arrays.values())
 
     @cached_property
     def axes(self) -> dict[str, Axes]:
@@ -164,10 +172,11 @@ class _OneKey:
         return self._key
 
 
-def _build(data: Mapping[str, Any], dtype: np.dtype[Any]) -> Module:
+def _build(data: Mapping[str, Any], max_model_len: int | None, dtype: np.dtype[Any]) -> Module:
     from flax import nnx
 
     architecture, config = registry.parse_config(data)
+    config = config.for_length(max_model_len)
     module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
     graph, state = nnx.split(module)
     return graph, tuple(nnx.to_flat_state(state))
@@ -183,11 +192,15 @@ def _bind(module: Module, value: Callable[[str], Any]) -> CausalLM:
 
 
 def _declare(
-    data: Mapping[str, Any], module: Module, dtype: np.dtype[Any], weight_dtype: np.dtype[Any]
+    data: Mapping[str, Any],
+    max_model_len: int | None,
+    module: Module,
+    dtype: np.dtype[Any],
+    weight_dtype: np.dtype[Any],
 ) -> DeclaredModule:
     """What a module says of itself."""
     architecture, config = registry.parse_config(data)
-    weights = architecture.weights(config)
+    weights = architecture.weights(config.for_length(max_model_len))
     specs = {_name(path): _spec(_name(path), variable, weights, weight_dtype) for path, variable in module[1]}
     values = {name: spec.arrays[""].abstract for name, spec in specs.items()}
 

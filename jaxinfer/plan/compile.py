@@ -83,7 +83,8 @@ def make_plan(config: Mapping[str, Any], target: Slice, **options: Unpack[Engine
     dtype "auto": see model_of. Raises DoesNotFit, with what would fit.
     """
     options = in_our_words(options)
-    held = fit(model_of(config, options.get("dtype", "auto"), target, options.get("quantization")), target, **options)
+    asked = options.get("quantization"), options.get("max_model_len")
+    held = fit(model_of(config, options.get("dtype", "auto"), target, *asked), target, **options)
     if not target.compiles:
         return Plan(held, ())
     keys = held.programs.largest

@@ -94,11 +94,13 @@ def model_of(
     dtype: str = "auto",
     target: Slice | None = None,
     quantization: Quantization | None = None,
+    max_model_len: int | None = None,
 ) -> AbstractModel:
     """The model of a config.json's content. "auto": what an engine takes there, on a TPU if no place is given, for
-    weights in the dtype that it says, else in bfloat16."""
+    weights in the dtype that it says, else in bfloat16. max_model_len: see `ModelConfig.for_length`."""
     device = target.devices[0] if target else Device(0, "tpu")
-    return AbstractModel.from_config(config, choose_dtype(dtype, config, None, device), quantization)
+    kept = choose_dtype(dtype, config, None, device)
+    return AbstractModel.from_config(config, kept, quantization, max_model_len=max_model_len)
 
 
 def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) -> Fit:

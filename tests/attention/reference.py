@@ -21,7 +21,10 @@ def attend_row(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec)
     seen = (key <= query) | (not spec.causal)
     if spec.window is not None:
         seen &= abs(key - query) < spec.window
-    scores = np.where(seen, spec.scale * q @ k.swapaxes(1, 2), -np.inf)
+    scores = spec.scale * q @ k.swapaxes(1, 2)
+    if spec.soft_cap is not None:
+        scores = np.tanh(scores / spec.soft_cap) * spec.soft_cap
+    scores = np.where(seen, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return (weights / weights.sum(axis=-1, keepdims=True) @ v).swapaxes(0, 1)
 

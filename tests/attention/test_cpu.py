@@ -32,9 +32,10 @@ SHAPES = [
     ],
 )
 def test_as_by_xla(shape, cache, set_level):  # noqa: F811
+    kinds = ((None, 1.5), (20, None)) if cache == "bfloat16" else ((None, None), (20, 0.3))
     for decode, prefill in (([0, 15, 16, -1, 699, 127], []), ([3, 300], [(100, 28), (0, 3), (530, 200)])):
-        for window in (None, 20):
-            spec = AttentionSpec(shape.head_dim**-0.5, window=window)
+        for window, cap in kinds:
+            spec = AttentionSpec(shape.head_dim**-0.5, window=window, soft_cap=cap)
             case = ragged(shape, spec, decode, prefill, decode_only=not prefill)
             pools = HeadMajorPages(*(np.asarray(pool, cache if cache != "int8" else None) for pool in case.cache))
             if cache == "int8":
@@ -76,7 +77,7 @@ def test_as_by_xla(shape, cache, set_level):  # noqa: F811
     ],
 )
 def test_where_it_is_used(attention, head_dim, queries, dtype, kept, expected):
-    spec = FullAttentionSpec(2, head_dim, queries=queries)
+    spec = FullAttentionSpec(2, head_dim, queries=queries, capped=True)
     layout = LayerLayout.of(spec, dtype, jax.devices()[0], attention, kept)
     if isinstance(expected, str):
         assert layout.backend is XLA

@@ -16,7 +16,7 @@ from tests.attention.reference import Shape, attend_row, live, ragged
 from tests.attention.test_packed import FakeDevice, packed
 
 
-def ours(q, k, v, pool, lengths, table, starts, distribution, *, sm_scale, sliding_window):
+def ours(q, k, v, pool, lengths, table, starts, distribution, *, sm_scale, sliding_window, soft_cap):
     """As the kernel is documented: decoding rows have one token, all rows are written, the rest is undefined."""
     decoding, _, count = map(int, distribution)
     pool, out = np.array(pool), np.full(q.shape, np.nan, q.dtype)
@@ -31,7 +31,7 @@ def ours(q, k, v, pool, lengths, table, starts, distribution, *, sm_scale, slidi
             pair = np.stack([k[token], v[token]], axis=1)
             pool[table[row, position // size], position % size, ..., :width] = pair
         kv = pool[table[row]].reshape(-1, *pool.shape[2:])[:total, ..., :width]
-        spec = AttentionSpec(sm_scale, window=sliding_window)
+        spec = AttentionSpec(sm_scale, window=sliding_window, soft_cap=soft_cap)
         out[span] = attend_row(np.asarray(q[span]), kv[:, :, 0], kv[:, :, 1], spec)
     return jnp.asarray(out), jnp.asarray(pool)
 
@@ -52,10 +52,10 @@ def fused(cache):
 
 
 @pytest.mark.parametrize("kernel", [ours, theirs])
-@pytest.mark.parametrize("window", [None, 20])
-def test_matches_float64(kernel, window):
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (20, 0.8)])
+def test_matches_float64(kernel, window, cap):
     shape = Shape(rows=3, heads=8, tokens=160)
-    spec = AttentionSpec(shape.head_dim**-0.5, window=window)
+    spec = AttentionSpec(shape.head_dim**-0.5, window=window, soft_cap=cap)
     for decode, prefill, only in (([700, 0, 15], [], True), ([640], [(0, 130), (17, 2)], False), ([], [], False)):
         case = ragged(shape, spec, decode, prefill, decode_only=only)
         out, cache = attend_fused(case.q, case.k, case.v, fused(case.cache), case.batch, spec, kernel)

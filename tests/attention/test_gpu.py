@@ -50,6 +50,7 @@ CASES = {
     "bfloat16": (Shape(heads=14, kv_heads=2, head_dim=64, dtype="bfloat16"), None),
     "float16": (Shape(dtype="float16"), 100),
 }
+CAPS = {"bfloat16": 1.5, "head size 256, window 1": 0.5, "one key head, page 1, window": 0.3}
 ERRORS = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
 
 
@@ -58,13 +59,14 @@ ERRORS = {"float32": 2e-6, "bfloat16": 2e-2, "float16": 3e-3}
 )
 def test_matches_float64(name):
     shape, window = CASES[name]
-    spec, error = AttentionSpec(shape.head_dim**-0.5, window=window), ERRORS[shape.dtype]
+    spec = AttentionSpec(shape.head_dim**-0.5, window=window, soft_cap=CAPS.get(name))
+    error = ERRORS[shape.dtype]
     check(ragged(shape, spec, [0, 15, 16, -1, 699, 127], [], decode_only=True), spec, error)
     check(ragged(shape, spec, [255, 640, -1], [(0, 130), (256, 100), (17, 2)]), spec, error)
 
 
 def test_matches_float64_on_random_rows():
-    shape, spec = Shape(heads=8, kv_heads=2), AttentionSpec(0.3, window=200)
+    shape, spec = Shape(heads=8, kv_heads=2), AttentionSpec(0.3, window=200, soft_cap=0.8)
     rng = np.random.default_rng(0)
     for seed in range(5):
         count = rng.integers(1, shape.rows + 1)

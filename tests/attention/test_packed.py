@@ -19,7 +19,7 @@ from tests.attention.reference import Ragged, Shape, live, ragged, slots
 def kernel(q, pages, lengths, table, starts, count, **options):
     """The reference, which wants what the kernel wants and gives only what is asked for; the rest is undefined."""
     dynamic_validate_inputs(q, pages, lengths, table, starts, count, **options)
-    wanted = {name: options[name] for name in ("sm_scale", "sliding_window", "k_scale", "v_scale")}
+    wanted = {name: options[name] for name in ("sm_scale", "sliding_window", "soft_cap", "k_scale", "v_scale")}
     out = ref_ragged_paged_attention(q, pages, lengths, table, starts, count, **wanted)
     return jnp.full(q.shape, jnp.nan, q.dtype).at[: out.shape[0]].set(out)
 
@@ -41,15 +41,15 @@ def check(case: Ragged, spec: AttentionSpec, heads: int, error: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "window", "kept"),
+    ("shape", "window", "cap", "kept"),
     [
-        (Shape(rows=3, heads=8, kv_heads=2), 20, 2),
-        (Shape(rows=3, page_size=256, heads=6, kv_heads=3, head_dim=24), None, 4),
+        (Shape(rows=3, heads=8, kv_heads=2), 20, 0.8, 2),
+        (Shape(rows=3, page_size=256, heads=6, kv_heads=3, head_dim=24), None, None, 4),
     ],
 )
-def test_matches_float64(shape, window, kept):
+def test_matches_float64(shape, window, cap, kept):
     """Few rows: the reference compiles each operation for each length."""
-    spec = AttentionSpec(shape.head_dim**-0.5, window=window)
+    spec = AttentionSpec(shape.head_dim**-0.5, window=window, soft_cap=cap)
     check(ragged(shape, spec, [700, -1, 15], [], decode_only=True), spec, kept, error=2e-5)
     check(ragged(shape, spec, [640], [(0, 130), (17, 2)]), spec, kept, error=2e-5)
 

@@ -258,13 +258,14 @@ def quantized(tensors: dict[str, np.ndarray], case: Case) -> tuple[dict[str, np.
     left: dict[str, np.ndarray] = {}
     method = case.config.get("quant_method")  # MLX has none
     plain = ["embed", "lm_head", "wte", "wpe"] if method else []
-    plain += ["k_proj"] if method in ("awq", "compressed-tensors") else []
+    plain += ["norm", *(["k_proj"] if method in ("awq", "compressed-tensors") else [])]
+    gpt2 = any("c_attn" in name for name in tensors)  # whose matrices are [in, out]
     for name, tensor in tensors.items():
         whole = method or tensor.shape[-1] % case.config["group_size"] == 0
         if tensor.ndim < 2 or not whole or any(part in name for part in plain):
             stored[name] = left[name] = tensor
             continue
-        in_out = any(part in name for part in ("c_attn", "c_proj", "c_fc"))
+        in_out = gpt2 and any(part in name for part in ("c_attn", "c_proj", "c_fc"))
         arrays, weight = case.store(tensor.T if in_out else tensor)
         stored |= {name.removesuffix("weight") + suffix: value for suffix, value in arrays.items()}
         left[name] = np.ascontiguousarray(weight.T if in_out else weight).astype(np.float32)

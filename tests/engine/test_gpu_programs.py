@@ -41,9 +41,9 @@ def _allowed(monkeypatch):
     monkeypatch.setattr(type(GPU), "supports", lambda *_: None)
 
 
-def lowered(attention: str) -> dict[str, str]:
+def lowered(attention: str, **fields: object) -> dict[str, str]:
     """Both programs' text for CUDA."""
-    model = AbstractModel.from_config(CONFIG, "bfloat16")
+    model = AbstractModel.from_config(CONFIG | fields, "bfloat16")
     programs = Programs(
         model,
         jax.devices()[0],
@@ -73,6 +73,8 @@ def test_lowered_for_cuda():
     for text in lowered("pallas").values():
         assert len(re.findall(r"@__gpu\$xla.gpu.triton\(", text)) == CONFIG["num_hidden_layers"]
         assert not re.search(r"stablehlo.gather[^\n]*: \(tensor<333x", text)
+    for text in lowered("pallas", model_type="gemma2", num_key_value_heads=4).values():  # with a soft cap
+        assert len(re.findall(r"@__gpu\$xla.gpu.triton\(", text)) == CONFIG["num_hidden_layers"]
     for text in lowered("xla").values():
         assert "triton" not in text
         assert re.search(r"stablehlo.gather[^\n]*: \(tensor<333x", text)
@@ -124,7 +126,7 @@ for config in json.loads(sys.argv[1]):
 def test_compiled_for_a_gpu():
     """The largest head size and the usual one: the kernel's blocks fit, the pool is aliased, and nowhere copied."""
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
-    configs = [CONFIG | {"head_dim": size} for size in (128, 256)]
+    configs = [CONFIG | {"head_dim": 128}, CONFIG | {"head_dim": 256, "model_type": "gemma2"}]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(configs)],
         capture_output=True,

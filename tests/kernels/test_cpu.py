@@ -124,7 +124,7 @@ def test_attention_and_int4_always_the_same_bits():
     q, pool = random((60, 2, 3, 32), "float32"), random((2, 9, 2, 8, 32), "float32")
     cu_q_lens, kv_lens = np.array([0, 1, 30, 60], np.int32), np.array([20, 29, 47], np.int32)
     pages = np.arange(18, dtype=np.int32).reshape(3, 6) % 9
-    options = {"scale": np.float32(0.2), "window": np.int64(0)}
+    options = {"scale": np.float32(0.2), "soft_cap": np.float32(2), "window": np.int64(0)}
     attend = functools.partial(jax.ffi.ffi_call(cpu.ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype)), **options)
     x, values, scales = (
         random((5, 256), "float32"),
@@ -252,6 +252,30 @@ def test_without_them(monkeypatch, tmp_path):
     assert "can't be loaded" in find().why
     monkeypatch.setattr(cpu, "kernels", find)
     assert not used(*(jax.ShapeDtypeStruct((n, 64), jnp.dtype("bfloat16")) for n in (4, 24)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_tanh_of_scores(tmp_path):
+    """Against float64, in units of the last place: at each level, of all sizes and around the ends."""
+    source, library = Path(__file__).with_name("tangent.cc"), tmp_path / "tangent.so"
+    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{FOLDER}", "-isystem", jax.ffi.include_dir()]
+    subprocess.run(["g++", *flags, str(source), "-o", str(library)], check=True)
+    built = ctypes.CDLL(os.fspath(library))
+    around = RNG.normal(size=2**21) * np.exp2(RNG.uniform(-30, 6, 2**21))
+    ends = [0, -0.0, 1e-40, 3e38, -np.inf, np.inf, np.nan, 1e-45] * 2
+    x = np.concatenate([np.linspace(-12, 12, 2**21), around, ends]).astype(np.float32)
+    expected = np.tanh(x.astype(np.float64))
+    for level in range(built.jaxinfer_level(len(cpu.LEVELS) - 1) + 1):
+        built.jaxinfer_level(level)
+        got = x.copy()
+        built.tangent(got.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(x)))
+        with np.errstate(invalid="ignore"):
+            errors = np.abs(got - expected) / np.spacing(np.abs(expected).astype(np.float32))
+        print(cpu.LEVELS[level], np.nanmax(errors))
+        assert np.nanmax(errors) < 3
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(x))
+        assert np.nanmax(np.abs(got)) == 1
 
 
 @pytest.mark.slow

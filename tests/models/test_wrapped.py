@@ -12,13 +12,16 @@ from jaxinfer import LLM, CheckpointError, SamplingParams
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
+from jaxinfer.checkpoint.open import open_weights
 from jaxinfer.checkpoint.settle import as_stored
-from jaxinfer.convert import convert
+from jaxinfer.convert import convert, stored_dtype
 from jaxinfer.engine.deployment import read_deployment
+from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.errors import UnsupportedError
 from jaxinfer.models import mistral
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import REGISTRY, architecture, parse_config
+from jaxinfer.plan.slices import Device
 from tests.checkpoints import same_tokens
 from tests.models.test_families import PROMPT, TOKENS, reference
 from tests.plain import CONFIG, random_tensors, write_checkpoint
@@ -175,7 +178,13 @@ def test_end_to_end(tmp_path, tensors, cli):
     assert cli("plan", folder, "--topology", "h100-1").out
 
 
-@pytest.mark.parametrize("name", ["mistral3-in-the-model", "ministral3-window", "qwen2_vl-flat"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mistral3-in-the-model", "ministral3-window", "qwen2_vl-flat"),
+        pytest.param("gemma2-window", marks=pytest.mark.slow),  # with a soft cap, too
+    ],
+)
 def test_engines_against_transformers(checkpoints, name):
     """Through the cache, with pages that a window has left behind."""
     found = reference(checkpoints.root, name, "large")
@@ -186,6 +195,18 @@ def test_engines_against_transformers(checkpoints, name):
             wanted = found.tokens[prompt:]
             made = llm.generate([found.tokens[:prompt]], params, use_tqdm=False)[0].outputs[0].token_ids
             assert same_tokens(list(made[: len(wanted)]), wanted, found.gaps[prompt - 1 : -1])
+
+
+def test_towers_say_nothing_of_dtypes(tmp_path, tensors):
+    """Where config.json has none; and loading ends at 100%, without their bytes."""
+    text = {name: np.asarray(tensor, ml_dtypes.bfloat16) for name, tensor in spelt(tensors).items()}
+    folder = write_checkpoint(tmp_path / "model", WRAPPED, TOWER | text)
+    said = []
+    with open_weights(folder) as weights:
+        assert choose_dtype("auto", WRAPPED, weights, Device(0, "tpu")) == ml_dtypes.bfloat16
+        assert stored_dtype(WRAPPED, weights) == ml_dtypes.bfloat16
+    with LLM(folder, on_progress=said.append, dtype="float32", **OPTIONS):
+        assert [text for text in said if "loading" in text][-1] == "loading weights 100%"
 
 
 def refuses_images(llm):

@@ -1,13 +1,35 @@
 // Attention to keys and values where they are in the cache, in pages; included after micro.h, as that is. Softmax over
 // blocks of keys is Milakov and Gimelshein's (arXiv:1805.02867).
 
+// x as whole * log(2) + rest, and 2**whole.
+INLINE Float whole_of(Float x) { return (x * 1.44269504f + 12582912.0f) - 12582912.0f; }  // 1.5 * 2**23 rounds
+INLINE Float rest_of(Float x, Float whole) { return (x - whole * 0.693359375f) + whole * 2.12194440e-4f; }
+INLINE Float power_of_two(Float whole) { return (Float)((__builtin_convertvector(whole, Int) + 127) << 23); }
+
 INLINE Float exponential(Float x) {  // of what is at most 0
   x = x < -87.0f ? Float{} - 87.0f : x;
-  const Float whole = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2**23 rounds
-  const Float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  const Float whole = whole_of(x), rest = rest_of(x, whole);
   Float power = Float{} + 1.0f / 5040;
   for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) power = power * rest + term;
-  return power * (Float)((__builtin_convertvector(whole, Int) + 127) << 23);
+  return power * power_of_two(whole);
+}
+
+// By e**(-2 |x|) - 1, which is exact near 0, too.
+INLINE Float hyperbolic_tangent(Float x) {
+  Float size = x < 0.0f ? -x : x;
+  size = size > 10.0f ? Float{} + 10.0f : size;  // from there on it is 1; NaN stays
+  const Float whole = whole_of(size * -2.0f), rest = rest_of(size * -2.0f, whole), power = power_of_two(whole);
+  Float series = Float{} + 1.0f / 40320;
+  for (float term : {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f}) series = series * rest + term;
+  const Float less = power * (series * rest * rest + rest) + (power - 1.0f);
+  const Float negative = less / (less + 2.0f);
+  return x < 0.0f ? negative : -negative;
+}
+
+// What scores are before they are multiplied by `scale`: a count that is a multiple of LANES.
+inline void capped(const Attention& a, float* scores, int64_t count) {
+  if (a.cap > 0)
+    for (int64_t i = 0; i < count; i += LANES) store(scores + i, hyperbolic_tangent(load(scores + i) * a.cap));
 }
 
 // Scores of queries with keys that follow each other: scores[q][k] = queries[q] . keys[k].
@@ -86,6 +108,7 @@ void attend(const Attention& a, const T* keys, const T* values, int64_t row, int
   for (int64_t i = 0; i < a.group; i++) {
     float* of = scores + i * span;
     std::fill(of + count, of + span, of[0]);
+    capped(a, of, span);
     Float tops = load(of), totals = {};
     for (int64_t k = LANES; k < span; k += LANES) tops = load(of + k) > tops ? load(of + k) : tops;
     float top = tops[0];
@@ -168,6 +191,7 @@ void attend_tile(const Attention& a, const T* keys, const T* values, int64_t row
         sum_rows<size>(rows + n * dim, dim, 1, queries, dim, scores + (k - block + n) * TILE);
       });
     });
+    capped(a, scores, TILE * (end - block));
     const bool all = end <= position[0] + 1 && count == TILE && block > position[count - 1] - a.window;
     for (int p = 0; p < PANELS; p++) {
       const Int own = load_as<Int>(position + p * LANES);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -143,7 +144,7 @@ struct Attention {
   const float *k_scales, *v_scales;            // [pages, kv_heads, page_size], or null
   const int32_t *q_start, *kv_len, *pages;     // [rows + 1], [rows] and [rows, table]
   int64_t kv_heads, group, dim, page_size, table, window;
-  float scale;
+  float scale, cap;  // of scores; where cap is not 0 they are scale * tanh(cap * score)
 };
 
 constexpr int64_t MOST_QUERIES = 128;  // of a token that have one key
@@ -321,7 +322,7 @@ void attend(Threads& threads, const Attention& a, const void* keys, const void* 
   });
 }
 
-ffi::Error attention(ffi::ThreadPool pool, float scale, int64_t window, ffi::Buffer<ffi::F32> q,
+ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t window, ffi::Buffer<ffi::F32> q,
                      ffi::Buffer<ffi::S32> q_start, ffi::Buffer<ffi::S32> kv_len, ffi::Buffer<ffi::S32> pages,
                      ffi::AnyBuffer keys, ffi::AnyBuffer values, Arguments scales, ffi::ResultBuffer<ffi::F32> out) {
   const auto shape = keys.dimensions(), queries = q.dimensions();
@@ -342,7 +343,8 @@ ffi::Error attention(ffi::ThreadPool pool, float scale, int64_t window, ffi::Buf
               shape[2],
               pages.dimensions()[1],
               window ? window : INT32_MAX,
-              scale};
+              soft_cap > 0 ? soft_cap : scale,
+              soft_cap > 0 ? std::max(scale / soft_cap, FLT_MIN) : 0};
   if (scales.size() == 2) {
     a.k_scales = scales.get<ffi::Buffer<ffi::F32>>(0)->typed_data();
     a.v_scales = scales.get<ffi::Buffer<ffi::F32>>(1)->typed_data();
@@ -387,6 +389,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attention, attention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("scale")
+                                  .Attr<float>("soft_cap")
                                   .Attr<int64_t>("window")
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
