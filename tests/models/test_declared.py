@@ -34,16 +34,16 @@ def no_module(*_):
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_every_family_s_come_back(name, declarations, monkeypatch):
     data = config_of(name)
-    first = AbstractModel.from_config(data, "bfloat16", "int8", "float32", declarations)
+    first = AbstractModel.from_config(data, "bfloat16", "int8", "float32", declarations=declarations)
     monkeypatch.setattr(models, "_build", no_module)
     monkeypatch.setattr(registry, "parse_config", no_module)
-    second = AbstractModel.from_config(data, "bfloat16", "int8", "float32", declarations)
+    second = AbstractModel.from_config(data, "bfloat16", "int8", "float32", declarations=declarations)
     assert dataclasses.replace(second, _module=first._module) == first
     assert (second.head, second.abstract) == (first.head, first.abstract)
     with pytest.raises(AssertionError, match="a module is built"):
         second.bind(second.abstract)
     with pytest.raises(AssertionError, match="a module is built"):  # of another dtype
-        AbstractModel.from_config(data, "float32", None, "float32", declarations)
+        AbstractModel.from_config(data, "float32", None, "float32", declarations=declarations)
 
 
 def files(declarations):
