@@ -35,7 +35,8 @@ def attend(
         raise ValueError("attention over a cache is causal; pass cache=None for attention in both directions")
     backend = batch.backend
     assert backend is not None, "a batch over a cache has what attends to it"
-    call: Any = functools.partial(backend, spec=spec)
+    # A cache group of chunks shows of each row the chunk that it is in, and nothing before it.
+    call: Any = functools.partial(backend, spec=dataclasses.replace(spec, chunk=None))
     if batch.mesh is None:
         return call(q, k, v, cache, batch)
     # Heads don't know of each other: each device does its own, with all rows of its shard.

@@ -120,14 +120,18 @@ class CacheLayout:
 
     @classmethod
     def of(cls, layers: Sequence[LayerLayout | None], max_context: int) -> CacheLayout:
-        """Of these layers; a window as wide as the longest context is none. Raises ValueError where nothing is kept."""
+        """Of these layers; a window or chunk as wide as the longest context is none. Raises ValueError where nothing is
+        kept."""
         if not any(layers):
             raise ValueError("no layer of the model keeps anything of a sequence: jaxinfer runs models that do")
 
-        def window(layer: LayerLayout) -> int | None:
-            return layer.spec.window if (layer.spec.window or max_context) < max_context else None
+        def narrow(width: int | None) -> int | None:
+            return width if (width or max_context) < max_context else None
 
-        kinds = [(layer.geometry, window(layer), layer.spec.paged) if layer else None for layer in layers]
+        kinds = [
+            (layer.geometry, (narrow(layer.spec.window), narrow(layer.spec.chunk)), layer.spec.paged) if layer else None
+            for layer in layers
+        ]
         return cls(tuple(layers), *group_layers(kinds))
 
     def of_group(self, group: CacheGroup) -> LayerLayout:

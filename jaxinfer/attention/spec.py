@@ -12,10 +12,12 @@ class AttentionSpec:
     scale: the scores are `scale * q . k`.
     causal: token i sees only positions <= i.
     window: None, or token i sees only positions > i - window (transformers' sliding window).
+    chunk: None, or token i sees only positions from i - i % chunk on (Llama 4).
     soft_cap: None, or scores stay below it, by a tanh (Gemma 2).
     """
 
     scale: float
     causal: bool = True
     window: int | None = None
+    chunk: int | None = None
     soft_cap: float | None = None

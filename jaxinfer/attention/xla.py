@@ -96,6 +96,8 @@ def sees(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> jax.Array:
         seen &= key > query - spec.window
         if not spec.causal:
             seen &= key < query + spec.window
+    if spec.chunk is not None:
+        seen &= key >= query - query % spec.chunk
     return seen
 
 

@@ -15,6 +15,7 @@ from jaxinfer.cache.pages import (
     values_dtype,
 )
 from jaxinfer.cache.spec import (
+    ChunkedSpec,
     FullAttentionSpec,
     KVCacheSpec,
     LatentSpec,
@@ -33,6 +34,7 @@ __all__ = [
     "SCALE",
     "Cache",
     "CacheGroup",
+    "ChunkedSpec",
     "FullAttentionSpec",
     "FusedPages",
     "HeadMajorPages",

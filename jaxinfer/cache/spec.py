@@ -21,6 +21,7 @@ class KVCacheSpec(ABC):
     paged: it keeps pages of tokens; else one slot a sequence.
     window: how many tokens a query sees, its own the last of them, so that pages with older ones can be used again;
         None: all.
+    chunk: a query sees those of its own chunk of so many, and older chunks' pages can be used again; None: all.
     capped: scores have a soft cap, which not all that attends has.
     partition_spec: how a mesh splits the arrays, one for all or a tree of them; pages and slots come first, and are
         split over ROWS.
@@ -28,6 +29,7 @@ class KVCacheSpec(ABC):
 
     paged: ClassVar[bool] = True
     window: int | None = None
+    chunk: int | None = None
     capped: bool = False
     partition_spec: PartitionSpec | tuple[PartitionSpec, ...] = PartitionSpec(ROWS)
 
@@ -84,10 +86,22 @@ class SlidingWindowSpec(FullAttentionSpec):
     window: int
 
 
+@dataclass(frozen=True)
+class ChunkedSpec(FullAttentionSpec):
+    """The same of the tokens of a sequence's last chunk.
+
+    chunk: so many at most.
+    """
+
+    chunk: int
+
+
 def attention_spec(
-    num_kv_heads: int, head_dim: int, window: int | None, queries: int, capped: bool = False
+    num_kv_heads: int, head_dim: int, window: int | None, queries: int, capped: bool = False, chunk: int | None = None
 ) -> FullAttentionSpec:
-    """That of an attention layer; window: None sees all."""
+    """That of an attention layer, which sees all without window and chunk."""
+    if chunk is not None:
+        return ChunkedSpec(num_kv_heads, head_dim, chunk, queries=queries, capped=capped)
     if window is None:
         return FullAttentionSpec(num_kv_heads, head_dim, queries=queries, capped=capped)
     return SlidingWindowSpec(num_kv_heads, head_dim, window, queries=queries, capped=capped)

@@ -63,7 +63,7 @@ class BatchBuilder:
     def __init__(self, programs: Programs):
         self._buckets, self._max_rows, self._max_tokens = programs.buckets, programs.max_rows, programs.max_tokens
         slots, widths = programs.shards * (self._max_rows + 1), programs.table_widths
-        windows = [group.window is not None for group in programs.layout.groups]
+        windows = [group.forgets for group in programs.layout.groups]
         self._tables = [
             _SlotTable(slots, width, windowed) if width else None
             for width, windowed in zip(widths, windows, strict=True)

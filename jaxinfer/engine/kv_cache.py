@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -44,9 +45,9 @@ class KVCacheManager:
         self.pools = tuple(PageAllocator(count) for count in self.page_counts)
         self.prefix_caching &= self.whole
         self._pools = [self.pools[group.pool or 0] for group in self.groups]  # of each group
-        self._windowed = [i for i, group in enumerate(self.groups) if group.window is not None]
+        self._windowed = [i for i, group in enumerate(self.groups) if group.forgets]
         sizes = self.page_size, self.reach
-        self._most = [None if group.window is None else group.most_pages(2**40, *sizes) for group in self.groups]
+        self._most = [group.most_pages(2**40, *sizes) if group.forgets else None for group in self.groups]
 
     def reset(self) -> None:
         """Takes all pages back, whoever holds them, and forgets what is in them."""
@@ -97,6 +98,10 @@ class KVCacheManager:
                     held.first = first
         return self._grow(rows)
 
+    def room(self, position: int) -> int:
+        """Most tokens of a sequence from this position on that one call may write."""
+        return min((group.room(position) for group in self.groups), default=sys.maxsize)
+
     def publish(self, request: Request, computed: int) -> None:
         """Lets others find the full pages among the first `computed` tokens, as far as they are still held."""
         if not self.prefix_caching:
@@ -145,7 +150,7 @@ class KVCacheManager:
                 runs[i] = runs[i] + 1 if pool.find((i, key)) is not None else 0
             if all(run >= self._wanted(group, page + 1) for run, group in zip(runs, self.groups, strict=True)):
                 length = page + 1
-            elif any(group.window is None and not run for run, group in zip(runs, self.groups, strict=True)):
+            elif any(not group.forgets and not run for run, group in zip(runs, self.groups, strict=True)):
                 break
         for i, (group, held) in enumerate(zip(self.groups, request.pages, strict=True)):
             held.first = group.first_page(length * self.page_size, self.page_size)

@@ -168,7 +168,7 @@ class Scheduler:
         return True
 
     def _chunk(self, schedule: SchedulerOutput, request: Request, budget: int) -> int:
-        count = min(budget, request.length - request.computed)
+        count = min(budget, request.length - request.computed, self.cache.room(request.computed))
         if count > 0:
             schedule.chunks.append((request, count))
             # Even those admitted to the same call find it: a layer writes all rows' keys before any row looks.
@@ -217,7 +217,8 @@ class Scheduler:
         if schedule.chunks or not decode:
             return 1
         rooms = [request.room for request in decode]
-        steps = max(1, min(max_steps, min(rooms) if self._waiting else max(rooms)))
+        most = min(max_steps, min(rooms) if self._waiting else max(rooms))
+        steps = max(1, min(most, *(self.cache.room(request.computed) for request in decode)))
         while steps > 1:
             wanted = [(r, r.length + min(steps, r.room) - 1) for r in decode]
             if self.cache.reserve(wanted):

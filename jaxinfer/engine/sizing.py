@@ -69,6 +69,9 @@ def size_cache(
     """
     if max_model_len is not None and max_model_len > max_context:
         raise ValueError(f"max_model_len is {max_model_len}: config.json defines the model for at most {max_context}")
+    for group in layout.groups:
+        if group.chunk is not None and group.chunk % page_size:
+            raise ValueError(f"page_size is {page_size}: it must divide {group.chunk}, the model's chunk of attention")
     length = max_context if max_model_len is None else max_model_len
     if (least := layout.least(length, page_size, reach, max_num_seqs)) > available:
         fitting = longest(layout, page_size, reach, max_num_seqs, length, available)

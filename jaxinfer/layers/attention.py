@@ -58,7 +58,7 @@ class SelfAttention(nnx.Module):
         self.head_dim, self.clip = head_dim, clip
         self.spec, self.rope, self.query_rope = spec, rope, query_rope
         self.cache_spec = attention_spec(
-            num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads, spec.soft_cap is not None
+            num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads, spec.soft_cap is not None, spec.chunk
         )
 
     def __call__(

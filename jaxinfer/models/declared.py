@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.cache import FullAttentionSpec, KVCacheSpec, LatentSpec, RecurrentSpec, SlidingWindowSpec
+from jaxinfer.cache import ChunkedSpec, FullAttentionSpec, KVCacheSpec, LatentSpec, RecurrentSpec, SlidingWindowSpec
 from jaxinfer.models import registry
 from jaxinfer.models.config import ModelConfig, describe_config
 from jaxinfer.models.params import ParamSpec
@@ -75,7 +75,7 @@ TYPES = {
     for kind in (
         *(Declared, DeclaredModule, ModelConfig, ParamMapping, ParamSpec),
         *(Tensor, Renamed, Transposed, Part, Stack, Concat),
-        *(FullAttentionSpec, SlidingWindowSpec, LatentSpec, RecurrentSpec),
+        *(FullAttentionSpec, SlidingWindowSpec, ChunkedSpec, LatentSpec, RecurrentSpec),
     )
 }
 

@@ -90,8 +90,9 @@ def bound(
             continue
         kv_heads, head_dim = layer.kept_heads
         heads = config.num_heads // config.num_kv_heads * kv_heads
-        attention += 2 * count * heads * head_dim * tokens * _seen(context, group.window, decodes=tokens == rows)
-        keys += rows * count * min(context, (group.window or context) + tokens // rows - 1) * layer.nbytes(1)
+        kept = group.window or group.chunk or context
+        attention += 2 * count * heads * head_dim * tokens * _seen(context, kept, decodes=tokens == rows)
+        keys += rows * count * min(context, kept + tokens // rows - 1) * layer.nbytes(1)
     flops = 2 * (body * tokens + head * rows + attention)
     moved = (body_bytes + head_bytes) / tensor + keys
     # Two reductions a layer, each of which sends and receives the stream twice, but for the own part.
@@ -101,7 +102,7 @@ def bound(
     return Bound(tokens, chip, flops / tensor, moved, sent)
 
 
-def _seen(context: int, window: int | None, decodes: bool) -> float:
+def _seen(context: int, kept: int, decodes: bool) -> float:
     """Keys that a token sees: the last one of `context`, or on average of all."""
-    seen = min(context, window or context)
+    seen = min(context, kept)
     return seen if decodes else (seen * (seen + 1) / 2 + (context - seen) * seen) / context

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.attention import CacheLayout, LayerLayout
-from jaxinfer.cache import FullAttentionSpec, SlidingWindowSpec
+from jaxinfer.cache import ChunkedSpec, FullAttentionSpec, SlidingWindowSpec
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import Programs
 from jaxinfer.models.model import AbstractModel
+from jaxinfer.models.registry import REGISTRY, architecture
 from tests.engine.reference import all_logits, same
 
 LENGTH, NEW, WINDOW = 512, 60, 20
@@ -101,6 +103,46 @@ def test_over_a_mesh(folder, mesh):
         inputs = prompts()[1:5]
         check(llm, llm.generate([{"prompt_token_ids": prompt} for prompt in inputs], GREEDY), inputs)
         assert len(llm.engine.scheduler.shards) == 2
+
+
+CHUNK = 24
+
+
+@pytest.fixture
+def chunked(folder, monkeypatch):
+    """A family from outside: the same model, with chunks where the other has windows."""
+    config = json.loads((folder / "config.json").read_text())
+    original = architecture(config)
+
+    def build(config, **options):
+        module = original.build(config, **options)
+        for attention in (layer.self_attn for layer in module.model.layers):
+            if attention.spec.window is not None:
+                attention.spec = replace(attention.spec, window=None, chunk=CHUNK)
+                kept = attention.cache_spec
+                attention.cache_spec = ChunkedSpec(kept.num_kv_heads, kept.head_dim, CHUNK, queries=kept.queries)
+        return module
+
+    (name,) = config["architectures"]
+    theirs = replace(original, build=build)
+    monkeypatch.setitem(REGISTRY, name, REGISTRY[name]._replace(source=theirs))
+    return folder
+
+
+def test_chunks(chunked, monkeypatch):
+    """Whose tables show the last one alone: prompts and decoding calls end where chunks do."""
+    windows = MODELS[chunked.name]
+    with LLM(chunked, **OPTIONS) as llm:
+        programs, most = llm.engine.runner.programs, watched(llm, monkeypatch)
+        assert programs.table_widths == tuple(CHUNK // 4 if window else LENGTH // 4 for window in windows)
+        check(llm, llm.generate([{"prompt_token_ids": prompt} for prompt in prompts()], GREEDY))
+        assert [most[i] <= CHUNK // 4 for i in range(len(windows))] == [window is not None for window in windows]
+        hits = llm.stats.hit_tokens
+        check(llm, llm.generate([{"prompt_token_ids": prompt} for prompt in prompts()], GREEDY))
+        assert llm.stats.hit_tokens > hits
+        assert llm.stats.pages_used == 0
+    with pytest.raises(ValueError, match="page_size is 16: it must divide 24, the model's chunk of attention"):
+        LLM(chunked, **OPTIONS | {"page_size": 16})
 
 
 def layout(windows, context=32768):

@@ -178,7 +178,7 @@ class EngineShapes:
     def tables(self, rows: int) -> tuple[Table | None, ...]:
         """The page tables of so many rows, abstractly."""
         return tuple(
-            Table(self.ints(rows, width), None if group.window is None else self.ints(rows)) if width else None
+            Table(self.ints(rows, width), self.ints(rows) if group.forgets else None) if width else None
             for group, width in zip(self.layout.groups, self.table_widths, strict=True)
         )
 
