@@ -25,16 +25,11 @@ from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.models.model import AbstractModel
+from tests.devices import CHEAP
 from tests.models.families import variants
 from tests.models.field_values import FIXED, TOKENS, Case, draw, families, own_fields, text_class
 
 TOLERANCE = 1e-4  # of the largest logit
-# Compiling is most of the time.
-CHEAP = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 TABLE = Path(__file__).with_suffix(".json")
 # Why fields are refused: no other may be.
 EPSILON = "0: a hidden state of zeros, as padding may have, would be no number"
