@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxinfer.attention.backend import AttentionCase
 from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.attention.tpu import TPUAttention
+from jaxinfer.attention.tpu import LANES, TPUAttention
 from jaxinfer.cache import FusedPages, LayerCache
 from jaxinfer.sharding import tpu_generation
 
@@ -33,6 +33,8 @@ class FusedAttention(TPUAttention):
     def supports(self, case: AttentionCase) -> str | None:
         if (problem := super().supports(case)) is not None:
             return problem
+        if case.head_dim > LANES:
+            return f"it is not tried with heads of more than {LANES}, and these have {case.head_dim}"
         if case.kept != jnp.bfloat16:
             return f"it is for a cache in bfloat16, and this is kept as {case.kept}"
         if (tpu_generation(case.device.device_kind) or 0) < 5:

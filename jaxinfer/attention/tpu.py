@@ -7,7 +7,9 @@ that it compiles for each generation of TPUs, and what it is called with, agains
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import jax
@@ -28,7 +30,8 @@ WORD = 4  # bytes of a lane
 
 
 class TPUAttention(AttentionBackend):
-    """Head sizes are padded to 128, and heads to what fills tiles."""
+    """Head sizes are padded to 128, and heads to what fills tiles. The kernel loads every n-th row of a block, which
+    the compiler does for rows of 128 only: wider heads have a pool, and a call, for each word of them."""
 
     name = "JAX's ragged paged attention kernel"
     platform = "tpu"
@@ -40,13 +43,8 @@ class TPUAttention(AttentionBackend):
             return f"it is for TPUs, and this is {case.device.platform}"
         if case.dtype not in (jnp.bfloat16, jnp.float32):
             return f"the kernel for TPUs is for bfloat16 and float32, and dtype is {case.dtype}"
-        heads = case.num_kv_heads // case.parts
-        if case.head_dim > LANES and 2 * _padded_heads(heads, case.kept) * case.kept.itemsize > WORD:
-            # It loads every n-th row of a block, which the compiler does for rows of 128 only.
-            return (
-                f"the kernel for TPUs reads heads of more than {LANES} where a device has one of them in bfloat16, and "
-                f"each has {heads} of {case.head_dim} in {case.kept}: take more `tensor`"
-            )
+        if case.head_dim > LANES and 2 * case.kept.itemsize > WORD:
+            return f"the kernel for TPUs reads heads of more than {LANES} in bfloat16 and fp8, and not in {case.kept}"
         return None
 
     def refusal(self, case: AttentionCase) -> str | None:
@@ -55,7 +53,7 @@ class TPUAttention(AttentionBackend):
         if case.kept == jnp.int8:
             return "no kernel for TPUs reads such a cache; take fp8 or attention='xla'"
         heads = case.num_kv_heads // case.parts
-        kept, unquantized = (_padded_heads(heads, dtype) for dtype in (case.kept, case.dtype))
+        kept, unquantized = (math.prod(_pools(replace(case, kept=dtype))) for dtype in (case.kept, case.dtype))
         if kept * case.kept.itemsize < unquantized * case.dtype.itemsize:
             return None
         return (
@@ -64,20 +62,29 @@ class TPUAttention(AttentionBackend):
         )
 
     def kept_heads(self, case: AttentionCase) -> tuple[int, int]:
-        heads = _padded_heads(case.num_kv_heads // case.parts, case.kept)
-        return heads * case.parts, -(-case.head_dim // LANES) * LANES
+        return math.prod(_pools(case)) * case.parts, -(-case.head_dim // LANES) * LANES
 
     def init_cache(self, case: AttentionCase, num_pages: int, page_size: int) -> LayerCache:
-        heads, width = self.kept_heads(case)
-        return InterleavedPages(jax.ShapeDtypeStruct((num_pages, page_size, 2 * heads, width), case.kept))  # type: ignore[arg-type]
+        count, heads = _pools(case)
+        shape = num_pages, page_size, 2 * heads * case.parts, self.kept_heads(case)[1]
+        return (InterleavedPages(jax.ShapeDtypeStruct(shape, case.kept)),) * count  # type: ignore[arg-type, return-value]
 
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
     ) -> tuple[jax.Array, LayerCache]:
-        return attend_packed(q, k, v, cast(InterleavedPages, pools), batch, spec)
+        return attend_pools(q, k, v, cast(tuple[InterleavedPages, ...], pools), batch, spec)
 
 
 TPU = TPUAttention()
+
+
+def _pools(case: AttentionCase) -> tuple[int, int]:
+    """How many pools a layer has on each device, and how many heads with padding are in each."""
+    heads = case.num_kv_heads // case.parts
+    if case.head_dim <= LANES:
+        return 1, _padded_heads(heads, case.kept)
+    in_word = max(WORD // (2 * case.kept.itemsize), 1)
+    return -(-heads // in_word), in_word
 
 
 def _padded_heads(heads: int, dtype: np.dtype[Any]) -> int:
@@ -86,6 +93,25 @@ def _padded_heads(heads: int, dtype: np.dtype[Any]) -> int:
     rows = -(-2 * heads // packing)
     rows = 1 << (rows - 1).bit_length() if rows < SUBLANES else -(-rows // SUBLANES) * SUBLANES
     return rows * packing // 2
+
+
+def attend_pools(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pools: tuple[InterleavedPages, ...],
+    batch: ForwardBatch,
+    spec: AttentionSpec,
+    kernel: Callable[..., jax.Array] | None = None,
+) -> tuple[jax.Array, LayerCache]:
+    """`attend_packed` for the heads of each pool."""
+    queries, each = q.shape[1] // k.shape[1], pools[0].kv.shape[2] // 2
+    results = []
+    for i, pool in enumerate(pools):
+        own, of_queries = slice(i * each, (i + 1) * each), slice(i * each * queries, (i + 1) * each * queries)
+        results.append(attend_packed(q[:, of_queries], k[:, own], v[:, own], pool, batch, spec, kernel))
+    outs, after = zip(*results, strict=True)
+    return jnp.concatenate(outs, axis=1), after
 
 
 def attend_packed(

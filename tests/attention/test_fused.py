@@ -101,10 +101,13 @@ def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
 
     monkeypatch.setattr(fused_module, "version", installed)
     device = FakeDevice("tpu", kind)
-    first = LayerLayout.of(FullAttentionSpec(12, 64), dtype, device).arrays(5, 16)
+    (first,) = LayerLayout.of(FullAttentionSpec(12, 64), dtype, device).arrays(5, 16)
     assert type(first) is InterleavedPages  # heads are padded
+    (first,) = LayerLayout.of(FullAttentionSpec(1, 256), "bfloat16", device).arrays(5, 16)
+    assert type(first) is InterleavedPages  # heads are wide
     layout = LayerLayout.of(FullAttentionSpec(8, 64), dtype, device)
-    first = layout.arrays(5, 16)
+    pools = layout.arrays(5, 16)
+    first = pools if expected is FusedPages else pools[0]
     assert type(first) is expected
     assert layout.backend.partition_spec == PartitionSpec(("data", "fsdp"), None, "kv")
     assert first.kv.shape == ((5, 16, 8, 2, 128) if expected is FusedPages else (5, 16, 16, 128))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
 )
 
 from jaxinfer.attention import AttentionSpec, LayerLayout
-from jaxinfer.attention.tpu import TPU, attend_packed
+from jaxinfer.attention.tpu import TPU, attend_packed, attend_pools
 from jaxinfer.cache import FullAttentionSpec, HeadMajorPages, InterleavedPages
 from tests.attention.reference import Ragged, Shape, live, ragged, slots
 
@@ -54,6 +55,24 @@ def test_matches_float64(shape, window, cap, kept):
     check(ragged(shape, spec, [640], [(0, 130), (17, 2)]), spec, kept, error=2e-5)
 
 
+@pytest.mark.parametrize("each", [1, 2])
+def test_pools_of_some_heads(each):
+    """As heads of more than 128 have them: the last one with a head of padding."""
+    shape = Shape(rows=3, heads=6, kv_heads=3)
+    spec = AttentionSpec(0.25, window=20)
+    case = ragged(shape, spec, [640], [(0, 130), (17, 2)])
+
+    def pools(cache):
+        parts = [type(cache)(*(pool[:, i : i + each] for pool in cache)) for i in range(0, 3, each)]
+        return tuple(packed(part, each) for part in parts)
+
+    out, after = attend_pools(case.q, case.k, case.v, pools(case.cache), case.batch, spec, kernel)
+    assert np.abs(np.asarray(out, np.float64) - case.out)[live(case.batch)].max() < 2e-5
+    assert len(after) == -(-3 // each)
+    for one, expected in zip(after, pools(case.after), strict=True):
+        np.testing.assert_array_equal(np.asarray(one.kv)[1:], np.asarray(expected.kv)[1:])
+
+
 def test_a_cache_in_fp8():
     """Rounded as it is, as the kernel knows one scale only; what is too large is clipped, for there would be a NaN."""
     shape, spec = Shape(rows=3), AttentionSpec(0.25)
@@ -91,9 +110,9 @@ class FakeDevice:
         ("tpu", 8, 128, "bfloat16", (True, 8, 128)),
         ("tpu", 1, 64, "bfloat16", (True, 1, 128)),  # padded
         ("tpu", 2, 80, "float32", (True, 2, 128)),
-        ("tpu", 1, 256, "bfloat16", (True, 1, 256)),  # the compiler takes no more of them, and none in float32
-        ("tpu", 8, 256, "bfloat16", (False, 8, 256)),
-        ("tpu", 1, 256, "float32", (False, 1, 256)),
+        ("tpu", 1, 256, "bfloat16", (True, 1, 256)),
+        ("tpu", 3, 256, "bfloat16", (True, 3, 256)),  # in a pool each
+        ("tpu", 1, 256, "float32", (False, 1, 256)),  # which the compiler does not take
         ("tpu", 3, 128, "bfloat16", (True, 4, 128)),  # to what fills tiles
         ("tpu", 12, 64, "bfloat16", (True, 16, 128)),
         ("tpu", 12, 64, "float32", (True, 12, 128)),
@@ -107,7 +126,7 @@ def test_the_layout_suits_the_device(platform, heads, head_dim, dtype, expected)
     layout = LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, FakeDevice(platform))
     assert (layout.backend is TPU, *layout.kept_heads) == expected
     first = layout.arrays(5, 16)
-    nbytes = sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in first)
+    nbytes = sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in jax.tree.leaves(first))
     assert layout.nbytes(1) == nbytes / (5 * 16)
 
 

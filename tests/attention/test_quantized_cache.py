@@ -84,7 +84,7 @@ def test_the_layout(platform, heads, name, expected):
     assert (layout.kept_heads[0], layout.dtype, layout.nbytes(1)) == (kept, DTYPES[name][0], nbytes)
     layer = layout.arrays(5, 16)
     assert pages in (None, type(layer))
-    assert sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in layer) == 5 * 16 * nbytes
+    assert sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in jax.tree.leaves(layer)) == 5 * 16 * nbytes
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,12 @@ def test_what_there_is_no_kernel_for(platform, heads, attention, name, problem, 
         LayerLayout.of(FullAttentionSpec(heads, 128), "bfloat16", FakeDevice(platform), attention, name)
 
 
-def test_heads_that_only_fewer_bits_make_small_enough():
-    """On TPUs: two of 256 in bfloat16 are more than the kernel takes, and in fp8 they are not."""
-    spec, device = FullAttentionSpec(2, 256), FakeDevice("tpu")
-    assert LayerLayout.of(spec, "bfloat16", device, kv_cache_dtype="fp8").backend is TPU
-    with pytest.raises(ValueError, match=r"and each has 2 of 256 in bfloat16: take more `tensor`"):
-        LayerLayout.of(spec, "bfloat16", device, "pallas")
+def test_pools_of_wide_heads():
+    """On TPUs: one in bfloat16, two in fp8, none in float32."""
+    spec, device = FullAttentionSpec(4, 256), FakeDevice("tpu")
+    for name, pools in (("auto", 4), ("fp8", 2)):
+        layout = LayerLayout.of(spec, "bfloat16", device, kv_cache_dtype=name)
+        assert layout.backend is TPU
+        assert len(layout.arrays(3, 16)) == pools
+    with pytest.raises(ValueError, match=r"reads heads of more than 128 in bfloat16 and fp8, and not in float32"):
+        LayerLayout.of(spec, "float32", device, "pallas")

@@ -168,16 +168,18 @@ def test_weights_are_gathered_a_layer_at_a_time():
     ],
 )
 def test_the_kernel_compiles(topology):
-    """Head sizes and numbers of heads that are padded, windows, one and many key/value heads."""
+    """Head sizes and numbers of heads that are padded, wide heads, a call each, windows, one and many key/value
+    heads."""
     small = {"num_hidden_layers": 1, "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "head_dim": 64}
     models = (
-        {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256},
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256},
         {"num_attention_heads": 12, "num_key_value_heads": 12},
         {"model_type": "mistral", "num_attention_heads": 6, "num_key_value_heads": 3, "sliding_window": 100},
     )
     case = {"topology": topology, "mesh": "data=1", "rows": 16, "tokens": 128}
-    for figures in compiled(*(case | {"config": small | model} for model in models)):
-        assert figures["kernels"] == (figures["key"][0] != "full_sample")
+    programs = compiled(*(case | {"config": small | model} for model in models))
+    for figures, calls in zip(programs, (2, 2, 2, *[1] * 6), strict=True):
+        assert figures["kernels"] == (calls if figures["key"][0] != "full_sample" else 0)
         assert figures["aliased"] >= figures["changed"]
         assert figures["temporaries"] < figures["cache"]
 
