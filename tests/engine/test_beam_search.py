@@ -89,6 +89,25 @@ def check_logprob(llm, prompt, sequence):
     assert sequence.cumulative_logprob == pytest.approx(total, abs=1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral-window", "qwen3-layer_types-bias"])
+def test_with_windows(checkpoints, name):
+    """Whose pages go back while other beams hold them."""
+    pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoints(name).folder
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with LLM(folder, max_num_seqs=8, max_num_batched_tokens=32, page_size=4) as llm:
+        outputs = llm.beam_search(PROMPTS, beam_width=4, max_tokens=NEW, ignore_eos=True)
+        for prompt, output in zip(PROMPTS, outputs, strict=True):
+            expected, scores = reference(model, prompt, 4, 1.0, ())
+            np.testing.assert_allclose([s.score for s in output.sequences], scores, atol=2e-4 * NEW)
+            assert sorted(s.token_ids for s in output.sequences) == sorted(expected)
+        assert any(group.window for group in llm.engine.runner.programs.layout.groups)
+        assert llm.stats.pages_used == 0
+
+
 @pytest.mark.parametrize("length_penalty", [-32, 32.0])
 def test_scores_are_numbers_with_any_penalty(llm, length_penalty):
     (output,) = llm.beam_search(PROMPTS[1], beam_width=2, max_tokens=NEW, length_penalty=length_penalty)
