@@ -26,7 +26,6 @@ class AttentionCase:
     dtype: of activations.
     kept: the cache's dtype.
     device: one of them.
-    capped: scores have a soft cap.
     """
 
     num_kv_heads: int
@@ -36,7 +35,6 @@ class AttentionCase:
     dtype: np.dtype[Any]
     kept: np.dtype[Any]
     device: jax.Device
-    capped: bool = False
 
 
 class AttentionBackend(ABC):

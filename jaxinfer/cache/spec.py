@@ -22,7 +22,6 @@ class KVCacheSpec(ABC):
     window: how many tokens a query sees, its own the last of them, so that pages with older ones can be used again;
         None: all.
     chunk: a query sees those of its own chunk of so many, and older chunks' pages can be used again; None: all.
-    capped: scores have a soft cap, which not all that attends has.
     partition_spec: how a mesh splits the arrays, one for all or a tree of them; pages and slots come first, and are
         split over ROWS.
     """
@@ -30,7 +29,6 @@ class KVCacheSpec(ABC):
     paged: ClassVar[bool] = True
     window: int | None = None
     chunk: int | None = None
-    capped: bool = False
     partition_spec: PartitionSpec | tuple[PartitionSpec, ...] = PartitionSpec(ROWS)
 
     @property
@@ -57,12 +55,11 @@ class FullAttentionSpec(KVCacheSpec):
     """Keys and values of all tokens.
 
     num_kv_heads, head_dim: of K heads, each of that size.
-    queries: query heads that have one of them; backends ask, and whether they are `capped`.
+    queries: query heads that have one of them; backends ask.
     """
 
     num_kv_heads: int
     head_dim: int
-    capped: bool = field(default=False, kw_only=True)
     queries: int = field(default=1, compare=False, kw_only=True)
 
     @property
@@ -97,14 +94,14 @@ class ChunkedSpec(FullAttentionSpec):
 
 
 def attention_spec(
-    num_kv_heads: int, head_dim: int, window: int | None, queries: int, capped: bool = False, chunk: int | None = None
+    num_kv_heads: int, head_dim: int, window: int | None, queries: int, chunk: int | None = None
 ) -> FullAttentionSpec:
     """That of an attention layer, which sees all without window and chunk."""
     if chunk is not None:
-        return ChunkedSpec(num_kv_heads, head_dim, chunk, queries=queries, capped=capped)
+        return ChunkedSpec(num_kv_heads, head_dim, chunk, queries=queries)
     if window is None:
-        return FullAttentionSpec(num_kv_heads, head_dim, queries=queries, capped=capped)
-    return SlidingWindowSpec(num_kv_heads, head_dim, window, queries=queries, capped=capped)
+        return FullAttentionSpec(num_kv_heads, head_dim, queries=queries)
+    return SlidingWindowSpec(num_kv_heads, head_dim, window, queries=queries)
 
 
 @dataclass(frozen=True)

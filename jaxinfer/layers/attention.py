@@ -57,9 +57,7 @@ class SelfAttention(nnx.Module):
         self.qk_norm, self.norm_after_rope = qk_norm is not None, norm_after_rope
         self.head_dim, self.clip = head_dim, clip
         self.spec, self.rope, self.query_rope = spec, rope, query_rope
-        self.cache_spec = attention_spec(
-            num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads, spec.soft_cap is not None, spec.chunk
-        )
+        self.cache_spec = attention_spec(num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads, spec.chunk)
 
     def __call__(
         self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch

@@ -77,7 +77,7 @@ def test_as_by_xla(shape, cache, set_level):  # noqa: F811
     ],
 )
 def test_where_it_is_used(attention, head_dim, queries, dtype, kept, expected):
-    spec = FullAttentionSpec(2, head_dim, queries=queries, capped=True)
+    spec = FullAttentionSpec(2, head_dim, queries=queries)
     layout = LayerLayout.of(spec, dtype, jax.devices()[0], attention, kept)
     if isinstance(expected, str):
         assert layout.backend is XLA
