@@ -13,6 +13,7 @@ from tests.devices import simulated
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = simulated(8)
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait for each other by spinning, and tiny models need none
 if "JAXINFER_CACHE_DIR" not in os.environ:  # processes that run a part of the tests have it from the first one
     os.environ["JAXINFER_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxinfer-test-programs-")
     atexit.register(shutil.rmtree, os.environ["JAXINFER_CACHE_DIR"], ignore_errors=True)

@@ -20,8 +20,8 @@ CONFIG = {
 }
 
 
-def programs(**fields):
-    model = AbstractModel.from_config(CONFIG | fields, "float32", fields.get("quantization"))
+def programs(quantization=None, **fields):
+    model = AbstractModel.from_config(CONFIG | fields, "float32", quantization)
     sizes = {"num_pages": 9, "page_size": 16, "max_model_len": 4096, "max_rows": 256, "max_steps": 32}
     return Programs(model, jax.devices()[0], Buckets.make(256, 2048), **sizes)
 

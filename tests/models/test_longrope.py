@@ -12,7 +12,7 @@ from jaxinfer.attention import ForwardBatch
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.engine.load import local_programs
-from jaxinfer.engine.serialized import describe_config
+from jaxinfer.models.config import describe_config
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import parse_config
 from jaxinfer.plan.figures import context_of
@@ -96,9 +96,9 @@ def test_plans_and_programs_know(config):
     held = fit(
         model_of(config, max_model_len=128), find_target("v5e-1", compiles=False), **OPTIONS | {"max_model_len": 128}
     )
-    assert held.model.config == long
+    assert json.loads(held.model.declared.described) == describe_config(long)
     programs, _ = local_programs(config, OPTIONS | {"max_model_len": 128})
-    assert programs.model.config == long
+    assert json.loads(programs.model.declared.described) == describe_config(long)
     assert context_of(long, 100, {"max_model_len": 128}) == 100
 
 
