@@ -42,7 +42,7 @@ REASONS = {
     "truncate": "of one layer type, which transformers doesn't read",
     "use_bidirectional_attention": "tokens would see what comes: an encoder",
     "sliding_window": "0, which Gemma 3 writes for 1 where tokens see what comes",
-    "head_dim": "an odd number of dimensions would turn",
+    **dict.fromkeys(("head_dim", "short_factor"), "an odd number of dimensions would turn"),
     "attn_logit_softcapping": "Gemma 3 in transformers has the field, and computes without",
     "final_logit_softcapping": "likewise, inside of the model that sees",
     "add_cross_attention": "there is no encoder",
@@ -156,6 +156,9 @@ def run(family: str, index: int) -> Result:
             return result
         except ValueError as error:
             named = refused_field(error, fields)
+            if named == ("head_dim", "head_dim") and "head_dim" not in fields:  # it follows from others
+                result.refused["head_dim"] = "from hidden_size"
+                return result
             if named is None or named[0] not in fields:
                 result.problem = f"{error} with {whole}"
                 return result
