@@ -223,8 +223,10 @@ def table() -> dict[str, Any]:
 
 
 def main() -> None:
+    import torch
     import transformers
 
+    torch.set_num_threads(1)  # they would wait for each other by spinning
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     parser = argparse.ArgumentParser(description=__doc__)
