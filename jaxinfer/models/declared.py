@@ -112,17 +112,8 @@ class Declarations:
         # Families that somebody registered are not known here, but that there are such is.
         text = json.dumps([self._code, str(registry.REGISTRY), kind.__name__, *key], sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
-        try:
-            found = decode(json.loads(self._folder.read(name)))
-            if not isinstance(found, kind):
-                raise ValueError(f"it is a {type(found).__name__}")
-            self._folder.use(name, MOST)
+        if (found := self._find(self._folder, name, kind)) is not None:
             return found
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            log.warning("%s: %s; it is made anew", self._folder.path / name, error)
-            self._folder.remove(name)
         value = make()
         if kept(value):
             try:
@@ -130,6 +121,22 @@ class Declarations:
             except OSError as error:
                 log.warning("%s: %s; it is not kept for the next start", self._folder.path / name, error.strerror)
         return value
+
+    @staticmethod
+    def _find(folder: PrivateFolder, name: str, kind: type[T]) -> T | None:
+        """What is kept under this name; None if nothing is. What can't be read is removed, and said."""
+        try:
+            found = decode(json.loads(folder.read(name)))
+            if not isinstance(found, kind):
+                raise ValueError(f"it is a {type(found).__name__}")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            log.warning("%s: %s; it is made anew", folder.path / name, error)
+            folder.remove(name)
+            return None
+        folder.use(name, MOST)
+        return found
 
 
 def encode(value: object) -> Any:
