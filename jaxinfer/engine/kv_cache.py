@@ -46,6 +46,7 @@ class KVCacheManager:
         self.prefix_caching &= self.whole
         self._pools = [self.pools[group.pool or 0] for group in self.groups]  # of each group
         self._windowed = [i for i, group in enumerate(self.groups) if group.forgets]
+        self._chunked = [group for group in self.groups if group.chunk is not None]
         sizes = self.page_size, self.reach
         self._most = [group.most_pages(2**40, *sizes) if group.forgets else None for group in self.groups]
 
@@ -100,7 +101,7 @@ class KVCacheManager:
 
     def room(self, position: int) -> int:
         """Most tokens of a sequence from this position on that one call may write."""
-        return min((group.room(position) for group in self.groups), default=sys.maxsize)
+        return min((group.room(position) for group in self._chunked), default=sys.maxsize)
 
     def publish(self, request: Request, computed: int) -> None:
         """Lets others find the full pages among the first `computed` tokens, as far as they are still held."""
