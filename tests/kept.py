@@ -4,6 +4,7 @@ takes a third of the tests' time. What else than the model and shapes changes a 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Hashable
 from typing import Any
 
@@ -16,6 +17,7 @@ MOST = 64  # each has a hundred pieces of memory of its own, and Linux has no mo
 
 _lower = Program.lower
 _kept: dict[Hashable, Any] = {}  # the last used at the end
+_turn = threading.Lock()  # programs are compiled by several threads
 
 
 class Lowered:
@@ -29,12 +31,14 @@ class Lowered:
 
     def compile(self) -> Any:
         which = identity(self._program)
-        kept = _kept.pop(which, None)
+        with _turn:
+            kept = _kept.pop(which, None)
         if kept is None:
             kept = _lower(self._program).compile()
-        _kept[which] = kept
-        if len(_kept) > MOST:
-            del _kept[next(iter(_kept))]
+        with _turn:
+            _kept[which] = kept
+            if len(_kept) > MOST:
+                del _kept[next(iter(_kept))]
         return kept
 
 
