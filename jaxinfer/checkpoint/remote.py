@@ -42,9 +42,11 @@ def fetch(url: str) -> Path:
     # Named by its content: a folder that others may be reading, or making at the same time, never changes.
     entry = _cache() / digest.hexdigest()[:24]
     folder = entry / os.path.basename(url)
-    if not all((folder / name).is_file() and (folder / name).read_bytes() == files[name] for name in files):
+    there = entry.exists()
+    if not _holds(folder, files):
         try:
-            with renamed(str(entry), replaces=True) as new:
+            # Only what was damaged before is replaced: meanwhile the name is nobody's, and others may be reading.
+            with renamed(str(entry), replaces=there) as new:
                 os.mkdir(os.path.join(new, folder.name))
                 Path(new, URL).write_text(url)
                 for name, content in files.items():
@@ -55,6 +57,13 @@ def fetch(url: str) -> Path:
             if not (folder / MANIFEST).is_file():  # else another was first, with the same files
                 raise
     return folder
+
+
+def _holds(folder: Path, files: dict[str, bytes]) -> bool:
+    try:
+        return all((folder / name).read_bytes() == content for name, content in files.items())
+    except OSError:
+        return False
 
 
 def origin(folder: Path) -> str | None:
