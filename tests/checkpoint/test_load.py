@@ -185,9 +185,9 @@ print(peak() - before)
     ("config", "stored", "how"),
     [
         (LLAMA, ml_dtypes.bfloat16, ["float32"]),
-        (LLAMA, np.float32, ["float32"]),
-        (LLAMA, ml_dtypes.bfloat16, ["float16"]),
-        (GPT2, np.float32, ["float32"]),
+        pytest.param(LLAMA, np.float32, ["float32"], marks=pytest.mark.slow),
+        pytest.param(LLAMA, ml_dtypes.bfloat16, ["float16"], marks=pytest.mark.slow),
+        pytest.param(GPT2, np.float32, ["float32"], marks=pytest.mark.slow),
         (LLAMA, ml_dtypes.bfloat16, ["bfloat16", "int8"]),
         (GPT2, np.float32, ["float32", "fp8"]),
     ],

@@ -213,7 +213,9 @@ def whole_parts(output):
     return manifest["parts"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_signals(source, tmp_path, number, code):
     output = tmp_path / "out"
     job = Background(source, output)

@@ -17,6 +17,7 @@ CASES = {
     "preemption with priorities": {"kv_cache_memory": 60 * 1024},
     "preemption without prefix cache": {"kv_cache_memory": 60 * 1024, "enable_prefix_caching": False},
 }
+SLOW = {"preemption", "preemption without prefix cache"}
 
 
 def requests() -> list[tuple[list[int], SamplingParams]]:
@@ -56,7 +57,10 @@ def alone(checkpoints):
         return [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt, params in requests()]
 
 
-@pytest.mark.parametrize("forced", CASES)
+@pytest.mark.parametrize(
+    "forced",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES],
+)
 def test_the_same_tokens_as_alone(checkpoints, alone, forced, monkeypatch):
     made = requests()
     order = np.random.default_rng(len(forced)).permutation(COUNT)

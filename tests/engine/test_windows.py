@@ -97,7 +97,8 @@ def test_with_hardly_any_room(folder):
         assert llm.stats.preemptions or layers == 1
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("data=2", marks=pytest.mark.slow), "fsdp=2,tensor=2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2", "fsdp=2,tensor=2"])
 def test_over_a_mesh(folder, mesh):
     with LLM(folder, mesh=mesh, **OPTIONS) as llm:
         inputs = prompts()[1:5]

@@ -111,6 +111,7 @@ def deployment(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_a_deployment(cli, deployment, model):
     pytest.importorskip("libtpu")
     figures = json.loads(cli("plan", deployment, "--json").out)
