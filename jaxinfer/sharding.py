@@ -1,6 +1,6 @@
 """Meshes of devices from a short spec, and which mesh axes a weight's logical axes are split over.
 
-`tensor` splits attention heads, MLP width and vocabulary (Shoeybi et al., arXiv:1909.08053): each device holds a slice
+`tensor` splits attention heads, MLP width, experts and vocabulary (Shoeybi et al., arXiv:1909.08053): each device holds a slice
 of every large weight, and two reductions a layer join their results. Where there are fewer key/value heads than
 devices, the axis is split inside into `kv` x `group`: query heads go over both, key/value heads over `kv` alone, so
 that 8 heads on 16 devices are kept twice and not 16 times.
@@ -31,10 +31,10 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": (KV,),
     "mlp": TENSOR,
     "vocab": TENSOR,
-    "experts": (),
+    "experts": TENSOR,
     "embed": (FSDP,),
 }
-PADDED = ("mlp", "vocab")  # these can be any size: what is missing to a multiple is zeros
+PADDED = ("mlp", "vocab", "experts")  # these can be any size: what is missing to a multiple is zeros
 
 
 def local_devices() -> list[jax.Device]:
@@ -56,7 +56,7 @@ def parse_mesh(spec: str) -> dict[str, int]:
         if match is None:
             raise ValueError(f"mesh is {spec!r}: it must look like tensor=4 or data=2,tensor=4")
         if match[1] == "expert":
-            raise ValueError(f"mesh is {spec!r}: axis 'expert' splits experts, and no supported model has any")
+            raise ValueError(f"mesh is {spec!r}: there is no axis 'expert': experts are split over tensor")
         if match[1] not in AXES:
             raise ValueError(f"mesh is {spec!r}: there is no axis {match[1]!r}; there are {', '.join(AXES)}")
         if match[1] in sizes:
@@ -187,7 +187,7 @@ def with_sharding(
 
 
 def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, multiples: Sequence[int]) -> tuple[int, ...]:
-    """The shape with MLP width and vocabulary rounded up to what the mesh divides; multiples: see with_sharding."""
+    """The shape with MLP width, experts and vocabulary rounded up to what the mesh divides; multiples: see with_sharding."""
     tensor = axis_size(mesh, TENSOR)
     units = (tensor * unit if axis in PADDED else 1 for axis, unit in zip(axes, multiples, strict=True))
     return tuple(-(-size // unit) * unit for size, unit in zip(shape, units, strict=True))

@@ -119,11 +119,15 @@ class ForwardBatch:
         kv_lens = jnp.where(self.kv_lens > 0, self.kv_lens - begin, 0)
         return replace(view, positions=self.positions - begin[self.segment_ids], kv_lens=kv_lens)
 
+    @property
+    def live(self) -> jax.Array:
+        """bool[T], which tokens are of rows that still run: the rest is padding."""
+        tokens = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
+        return (tokens < self.cu_q_lens[-1]) & (self.positions < self.kv_lens[self.segment_ids])
+
     def slot_mapping(self, page_size: int) -> tuple[jax.Array, jax.Array]:
         """Where each token's key and value go: page, i32[T], and place in it; page 0 for padding and finished rows."""
-        tokens = jnp.arange(self.tokens.shape[0], dtype=jnp.int32)
-        live = (tokens < self.cu_q_lens[-1]) & (self.positions < self.kv_lens[self.segment_ids])
-        return jnp.where(live, self.pages[self.segment_ids, self.positions // page_size], 0), self.positions % page_size
+        return jnp.where(self.live, self.pages[self.segment_ids, self.positions // page_size], 0), self.positions % page_size
 
     @staticmethod
     def of_sequences(sequences: list[list[int]], length: int | None = None) -> ForwardBatch:

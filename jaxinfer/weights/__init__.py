@@ -2,6 +2,6 @@
 
 from jaxinfer.weights.dense import Dense
 from jaxinfer.weights.quantized import QArray
-from jaxinfer.weights.weight import Axes, Weight, dot, dots, take
+from jaxinfer.weights.weight import Axes, Weight, dot, dots, grouped_dots, take
 
-__all__ = ["Axes", "Dense", "QArray", "Weight", "dot", "dots", "take"]
+__all__ = ["Axes", "Dense", "QArray", "Weight", "dot", "dots", "grouped_dots", "take"]

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxinfer.kernels.cpu import grouped_products
 from jaxinfer.kernels.cpu import take as take_by_kernel
 from jaxinfer.weights.products import products
-from jaxinfer.weights.weight import Axes, Weight
+from jaxinfer.weights.weight import Axes, Weight, by_tiles
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -46,13 +47,19 @@ class Dense(Weight):
         arrays = tuple(weight.array for weight in weights)
         return products(x, arrays, [weight.axes for weight in weights], rounds=arrays[0].dtype == jnp.bfloat16)
 
+    @classmethod
+    def grouped_dots(cls, x: jax.Array, sizes: jax.Array, weights: Sequence[Self]) -> list[jax.Array]:
+        arrays = tuple(weight.array for weight in weights)
+        rounds = arrays[0].dtype == jnp.bfloat16
+        return grouped_products(x, sizes, arrays, lambda: by_tiles(x, sizes, weights), rounds)
+
     def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         # XLA:CPU gathers no 16-bit floats: it would make a float32 copy of the table each time. Integers it does.
         if self.array.dtype.itemsize == 2:
             return lax.platform_dependent(self.array, ids, cpu=_taken_on_cpu, default=_taken).astype(dtype)
         return _taken(self.array, ids).astype(dtype)
 
-    def __getitem__(self, index: int | slice) -> Self:
+    def __getitem__(self, index: int | slice | jax.Array) -> Self:
         array = self.array[index]
         return replace(self, array=array, axes=self.axes and self.axes[len(self.axes) - array.ndim :])
 

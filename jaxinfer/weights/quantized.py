@@ -13,11 +13,12 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
-from jaxinfer.kernels.cpu import products_int4
+from jaxinfer.kernels.cpu import grouped_products, grouped_products_int4, products_int4
 from jaxinfer.quantization.activations import quantize_last
 from jaxinfer.quantization.schemes import TABLES, Scheme
+from jaxinfer.weights.dense import Dense
 from jaxinfer.weights.products import by_xla, on_each, on_each_already, products
-from jaxinfer.weights.weight import Axes, Weight
+from jaxinfer.weights.weight import Axes, Weight, by_tiles
 
 PRODUCT = 2**22  # weights that are dequantized at a time, where they have to be
 
@@ -74,6 +75,28 @@ class QArray(Weight):
             outs = products(x, values, axes, weights[0].rounds)
         return [out * weight.scale[:, 0] for out, weight in zip(outs, weights, strict=True)]
 
+    @classmethod
+    def grouped_dots(cls, x: jax.Array, sizes: jax.Array, weights: Sequence[Self]) -> list[jax.Array]:
+        scheme = weights[0].scheme
+
+        def by_loop() -> list[jax.Array]:
+            return by_tiles(x, sizes, weights)
+
+        if scheme.activations or scheme.biases or (scheme.columns and not _by_int4(scheme)):
+            return by_loop()
+        if scheme.columns:
+            return grouped_products_int4(x, sizes, _int4_arrays(weights), by_loop, weights[0].rounds)
+        values = tuple(weight.qvalue for weight in weights)
+
+        def unscaled() -> list[jax.Array]:
+            return by_tiles(x, sizes, [Dense(value) for value in values])
+
+        outs = grouped_products(x, sizes, values, unscaled, weights[0].rounds)
+        ends = jnp.cumsum(sizes)
+        experts = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
+        scales = (weight.scale[..., 0].at[experts].get(mode="clip") for weight in weights)
+        return [out * scale for out, scale in zip(outs, scales, strict=True)]
+
     def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         values = self.qvalue.at[ids].get(mode="clip")
         block = ids // self.scheme.rows
@@ -84,7 +107,7 @@ class QArray(Weight):
         parts = _dequantized(values, scales, zeros, biases, self.scheme, dtype)
         return jnp.stack(parts, axis=-1).reshape(len(ids), -1)
 
-    def __getitem__(self, index: int | slice) -> Self:
+    def __getitem__(self, index: int | slice | jax.Array) -> Self:
         qvalue, scale = self.qvalue[index], self.scale[index]
         zero_point, bias = (None if array is None else array[index] for array in (self.zero_point, self.bias))
         axes = self.axes and self.axes[len(self.axes) - qvalue.ndim :]
@@ -111,18 +134,23 @@ def _rows_in_turn(x: jax.Array, weights: Sequence[QArray]) -> list[jax.Array]:
         return [_by_loop(x, weight) for weight in weights]
 
     scheme = weights[0].scheme
-    if scheme.packed == 1 or scheme.rows > 1 or scheme.table:
-        outs = by_loop()
-    else:
-        zeros = ((weight.zero_point,) if weight.zero_point is not None else () for weight in weights)
-        arrays = [(weight.qvalue, weight.scale, *own) for weight, own in zip(weights, zeros, strict=True)]
-        outs = products_int4(x, arrays, by_loop, weights[0].rounds)
+    outs = products_int4(x, _int4_arrays(weights), by_loop, weights[0].rounds) if _by_int4(scheme) else by_loop()
     if not scheme.biases:
         return outs
     # A block's bias is multiplied with the sum of its inputs: a small product beside the other.
     sums = jnp.sum(x.astype(jnp.float32).reshape(x.shape[0], -1, scheme.columns), axis=2)
     biases = [weight.bias for weight in weights if weight.bias is not None]
     return [out + more for out, more in zip(outs, by_xla(sums, biases), strict=True)]
+
+
+def _by_int4(scheme: Scheme) -> bool:
+    """Whether the CPU kernel for four bits is for weights of this scheme."""
+    return scheme.packed == 2 and scheme.rows == 1 and not scheme.table
+
+
+def _int4_arrays(weights: Sequence[QArray]) -> list[tuple[jax.Array, ...]]:
+    zeros = ((weight.zero_point,) if weight.zero_point is not None else () for weight in weights)
+    return [(weight.qvalue, weight.scale, *own) for weight, own in zip(weights, zeros, strict=True)]
 
 
 def _by_loop(x: jax.Array, weight: QArray) -> jax.Array:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Self
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 Axes = tuple[str | None, ...]
@@ -40,12 +42,17 @@ class Weight(ABC):
     def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: str | None) -> list[jax.Array]:
         """See `dots`: of weights of one group, summed in float32 and not yet in the dtype that is wanted."""
 
+    @classmethod
+    def grouped_dots(cls, x: jax.Array, sizes: jax.Array, weights: Sequence[Self]) -> list[jax.Array]:
+        """See `grouped_dots`: of weights of one group, summed in float32."""
+        return by_tiles(x, sizes, weights)
+
     @abstractmethod
     def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         """See `take`."""
 
     @abstractmethod
-    def __getitem__(self, index: int | slice) -> Self:
+    def __getitem__(self, index: int | slice | jax.Array) -> Self:
         """One of those along the first axis, or some."""
 
 
@@ -58,14 +65,22 @@ def dots(
     split_over: the mesh axis over which `in` is split, inside of a shard_map over it; activations are then quantized as
     if they were not, and the result is the part's.
     """
+    outs = _by_group(weights, lambda kind, some: kind.dots(x, some, split_over))
+    return [out.astype(x.dtype if out_dtype is None else out_dtype) for out in outs]
+
+
+def _by_group(
+    weights: Sequence[Weight], call: Callable[[type[Weight], list[Weight]], list[jax.Array]]
+) -> list[jax.Array]:
+    """What a call makes of the weights of each group, in their order."""
     groups: dict[Hashable, list[int]] = {}
     for i, weight in enumerate(weights):
         groups.setdefault((type(weight), weight.group), []).append(i)
     outs: dict[int, jax.Array] = {}
     for members in groups.values():
         some = [weights[i] for i in members]
-        outs |= zip(members, type(some[0]).dots(x, some, split_over), strict=True)
-    return [outs[i].astype(x.dtype if out_dtype is None else out_dtype) for i in range(len(weights))]
+        outs |= zip(members, call(type(some[0]), some), strict=True)
+    return [outs[i] for i in range(len(weights))]
 
 
 def dot(
@@ -78,3 +93,47 @@ def dot(
 def take(weight: Weight, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rows of a table `[rows, D]`: `[T, D]` in this dtype. ids beyond it give its last row."""
     return weight.take(ids, dtype)
+
+
+def grouped_dots(
+    x: jax.Array, sizes: jax.Array, weights: Sequence[Weight], out_dtype: DTypeLike | None = None
+) -> list[jax.Array]:
+    """`x [M, in]`, whose rows are those of the first expert, then those of the second and so on, times each expert's
+    part of each `weight [E, out, in]` transposed: `[M, out]`, accumulated in float32; x's dtype or another. sizes:
+    i32[E], how many rows each expert has; the rest is nobody's, and zeros. Only experts with rows are read. On one
+    device, or inside of a shard_map over `tensor`.
+    """
+    outs = _by_group(weights, lambda kind, some: kind.grouped_dots(x, sizes, some))
+    return [out.astype(x.dtype if out_dtype is None else out_dtype) for out in outs]
+
+
+def by_tiles(x: jax.Array, sizes: jax.Array, weights: Sequence[Weight]) -> list[jax.Array]:
+    """The reference of `grouped_dots`: a loop over the experts that have rows, some rows at a time. A tile that several
+    experts share is multiplied for each, and each writes its own rows."""
+    count = sizes.shape[0]
+    rows = tile_rows(x.shape[0], count)
+    padded = jnp.pad(x, ((0, -x.shape[0] % rows), (0, 0)))
+    ends = jnp.cumsum(sizes)
+    starts = ends - sizes
+    first = starts // rows
+    visits = jnp.where(sizes > 0, (ends - 1) // rows + 1 - first, 0)
+    done = jnp.cumsum(visits)
+    places = jnp.arange(rows, dtype=sizes.dtype)
+
+    def visit(i: jax.Array, outs: list[jax.Array]) -> list[jax.Array]:
+        expert = jnp.searchsorted(done, i, side="right")
+        at = (first[expert] + i - (done[expert] - visits[expert])) * rows
+        tile = lax.dynamic_slice_in_dim(padded, at, rows)
+        products = dots(tile, [weight[expert] for weight in weights], "float32")
+        own = ((at + places >= starts[expert]) & (at + places < ends[expert]))[:, None]
+        before = (lax.dynamic_slice_in_dim(out, at, rows) for out in outs)
+        tiles = [jnp.where(own, new, old) for new, old in zip(products, before, strict=True)]
+        return [lax.dynamic_update_slice_in_dim(out, tile, at, 0) for out, tile in zip(outs, tiles, strict=True)]
+
+    outs = [jnp.zeros((padded.shape[0], weight.shape[1]), jnp.float32) for weight in weights]
+    return [out[: x.shape[0]] for out in lax.fori_loop(0, done[-1], visit, outs)]
+
+
+def tile_rows(rows: int, experts: int) -> int:
+    """Of a tile: about as many as an expert has, if all have the same."""
+    return min(max(8, 1 << (max(rows // experts, 1) - 1).bit_length()), 128)

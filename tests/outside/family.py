@@ -132,8 +132,8 @@ class Experts(nnx.Module):
 
     def __init__(self, *, dtype, rngs):
         self.router = Linear(WIDTH, EXPERTS, axes=(None, "embed"), dtype=dtype, rngs=rngs)
-        self.up = parameter((EXPERTS, INNER, WIDTH), ("experts", "mlp", "embed"), dtype, rngs)
-        self.down = parameter((EXPERTS, WIDTH, INNER), ("experts", "embed", "mlp"), dtype, rngs)
+        self.up = parameter((EXPERTS, INNER, WIDTH), (None, "mlp", "embed"), dtype, rngs)
+        self.down = parameter((EXPERTS, WIDTH, INNER), (None, "embed", "mlp"), dtype, rngs)
 
     def __call__(self, x):
         shares = jax.nn.softmax(self.router(x).astype(jnp.float32), axis=-1)

@@ -15,7 +15,7 @@ import importlib.machinery
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,10 @@ from jax.sharding import AxisType
 
 LEVELS = ("portable", "avx2", "avx512")
 VARIABLE = "JAXINFER_CPU_KERNELS"
-DOT, INT4, TAKE, ATTEND = TARGETS = ("jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_take", "jaxinfer_attention")
+DOT, INT4, GROUPED, GROUPED_INT4, TAKE, ATTEND = TARGETS = (
+    *("jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_grouped_dot", "jaxinfer_grouped_dot_int4"),
+    *("jaxinfer_take", "jaxinfer_attention"),
+)
 MOST_QUERIES = 128  # of a token that have one key
 CACHES = ("float32", "bfloat16", "int8")
 Weights = tuple[jax.Array, ...]
@@ -142,15 +145,61 @@ def products_int4(
     are taken off the values. From 8 tokens on weights are dequantized a few rows at a time, and where activations may
     be rounded so are they.
     """
-    fits = x.ndim == 2 and x.dtype.name in ("float32", "bfloat16")
-    if not (
-        fits and all(x.shape[1] % (32 * weight[1].shape[1]) == 0 for weight in weights) and kernels().level and alone()
-    ):
+    if not _multiplies_int4(x, weights):
         return reference()
     outs = [jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[0]), jnp.dtype(jnp.float32)) for weight in weights]
     call = functools.partial(jax.ffi.ffi_call(INT4, outs, vmap_method="sequential"), rounds=rounds)
     flat = [array for weight in weights for array in weight]
     return list(lax.platform_dependent(x, *flat, cpu=call, default=lambda *_: reference()))
+
+
+def _multiplies_int4(x: jax.Array, weights: Sequence[Weights]) -> bool:
+    fits = x.ndim == 2 and x.dtype.name in ("float32", "bfloat16")
+    fits = fits and all(x.shape[1] % (32 * weight[1].shape[-1]) == 0 for weight in weights)
+    return fits and kernels().level is not None and alone()
+
+
+def grouped_products(
+    x: jax.Array,
+    sizes: jax.Array,
+    weights: Weights,
+    reference: Callable[[], list[jax.Array]],
+    rounds: bool = False,
+) -> list[jax.Array]:
+    """`x [M, K]`, of which the first sizes[0] rows are the first expert's and so on, times each `weight [E, N, K]`
+    transposed, `[M, N]`, zeros where a row is nobody's: see `products`. Experts without rows are not read."""
+    if x.ndim != 2 or not multiplies(x.dtype.name, weights[0].dtype.name) or not alone():
+        return reference()
+    kind = jnp.dtype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
+    return _grouped(GROUPED, kind, x, sizes, [(weight,) for weight in weights], reference, rounds)
+
+
+def grouped_products_int4(
+    x: jax.Array,
+    sizes: jax.Array,
+    weights: Sequence[Weights],
+    reference: Callable[[], list[jax.Array]],
+    rounds: bool = False,
+) -> list[jax.Array]:
+    """The same of weights as `products_int4` has them, `[E, N, K / 2]` and `[E, N, K / size]`."""
+    if not _multiplies_int4(x, weights):
+        return reference()
+    return _grouped(GROUPED_INT4, jnp.dtype(jnp.float32), x, sizes, weights, reference, rounds)
+
+
+def _grouped(
+    target: str,
+    kind: np.dtype[Any],
+    x: jax.Array,
+    sizes: jax.Array,
+    weights: Sequence[Weights],
+    reference: Callable[[], list[jax.Array]],
+    rounds: bool,
+) -> list[jax.Array]:
+    outs = [jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[1]), kind) for weight in weights]
+    call = functools.partial(jax.ffi.ffi_call(target, outs, vmap_method="sequential"), rounds=rounds)
+    flat = [array for weight in weights for array in weight]
+    return list(lax.platform_dependent(x, sizes, *flat, cpu=call, default=lambda *_: reference()))
 
 
 def take(table: jax.Array, ids: jax.Array, reference: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:

@@ -49,9 +49,15 @@ struct Part {  // of a product with several weights: w [columns, K] and out [T, 
 };
 
 template <class Weight, class Out>
+struct Group : Part<Weight, Out> {  // that some tokens are multiplied with: out is theirs
+  int64_t token, tokens;
+};
+
+template <class Weight, class Out>
 using Parts = std::vector<Part<Weight, Out>>;
 
 constexpr int64_t AHEAD = 4096;      // bytes: how far ahead weights are fetched
+constexpr int64_t FEW = 8;          // tokens, below which each weight is used as it is read
 constexpr int64_t MANY = 16;        // tokens, from which on activations may be rounded
 constexpr int64_t SMALL = 1 << 16;  // products that are done before another thread has woken up
 constexpr int64_t EXACT = 1024;     // products of int8 whose sum float32 has exactly: 1024 * 127 * 128 < 2**24
@@ -210,42 +216,80 @@ using Results = ffi::RemainingRets;
 
 ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
 
+// Of a call: x [T, K], and a weight [N, K] of each part, or experts [E, N, K] where there are sizes: how many tokens each
+// expert has, which come in their order; what comes after them is nobody's.
+struct Operands {
+  ffi::ThreadPool pool;
+  bool rounds;
+  ffi::AnyBuffer x;
+  const int32_t* sizes;
+  int64_t experts;
+};
+
 template <class X, class Weight, class Out>
-ffi::Error product(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, const Parts<Weight, Out>& parts) {
-  const int64_t tokens = x.dimensions()[0], depth = x.dimensions()[1];
-  int64_t columns = 0;
+ffi::Error product(const Operands& call, const Parts<Weight, Out>& parts) {
+  const X* x = (const X*)call.x.untyped_data();
+  const int64_t tokens = call.x.dimensions()[0], depth = call.x.dimensions()[1];
+  int64_t columns = 0, used = call.sizes ? 0 : tokens;
   for (const auto& part : parts) columns += part.columns;
-  Threads threads(pool);
-  if (tokens * depth * columns < SMALL) threads.count = 1;
-  const auto call = AT_LEVEL(product<X, Weight, Out>);
-  call(threads, (const X*)x.untyped_data(), tokens, depth, parts, rounds);
+  for (int64_t e = 0; e < call.experts; e++) used += std::max(call.sizes[e], 0);
+  if (used > tokens) return wrong("jaxinfer_grouped_dot: the sizes are of more tokens than there are");
+  Threads threads(call.pool);
+  if (used * depth * columns < SMALL) threads.count = 1;
+  if (call.sizes == nullptr) {
+    AT_LEVEL(product<X, Weight, Out>)(threads, x, tokens, depth, parts, call.rounds);
+    return ffi::Error::Success();
+  }
+  std::vector<Group<Weight, Out>> groups;
+  for (const auto& part : parts) {
+    int64_t token = 0;
+    for (int64_t e = 0; e < call.experts; e++) {
+      const int64_t size = call.sizes[e], rows = e * part.columns;
+      if (size <= 0) continue;
+      Group<Weight, Out> group{part, token, size};
+      const int64_t held = std::is_same_v<Weight, nibbles> ? depth / 2 : depth;
+      group.w += rows * held;
+      group.out += token * part.columns;
+      if (part.group) group.scales += rows * (depth / part.group);
+      if (part.zeros) group.zeros += rows * (depth / part.group);
+      groups.push_back(group);
+      token += size;
+    }
+    std::memset(part.out + token * part.columns, 0, (tokens - token) * part.columns * sizeof(Out));
+  }
+  AT_LEVEL(grouped_product<X, Weight, Out>)(threads, x, tokens, depth, groups, call.rounds);
   return ffi::Error::Success();
 }
 
 template <class X, class Weight, class Out>
-ffi::Error with_weights(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments weights, Results outs) {
+ffi::Error with_weights(const Operands& call, Arguments weights, Results outs) {
   Parts<Weight, Out> parts;
   for (size_t i = 0; i < outs.size(); i++) {
     const auto w = *weights.get<ffi::AnyBuffer>(i);
     parts.push_back({(const Weight*)w.untyped_data(), (Out*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data(),
-                     w.dimensions()[0], nullptr, nullptr, 0});
+                     w.dimensions()[w.dimensions().size() - 2], nullptr, nullptr, 0});
   }
-  return product<X>(pool, rounds, x, parts);
+  return product<X>(call, parts);
 }
 
-ffi::Error dot(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments weights, Results outs) {
+// Whether an array is [N, K], or [E, N, K] of as many experts as there are sizes.
+bool fits(const Operands& call, ffi::AnyBuffer::Dimensions shape) {
+  return shape.size() == (call.sizes ? 3 : 2) && (!call.sizes || shape[0] == call.experts);
+}
+
+ffi::Error any_dot(const Operands& call, Arguments weights, Results outs) {
   using ffi::DataType;
-  const char* shapes = "jaxinfer_dot: x must be [T, K] and each w [N, K], of one type";
+  const char* shapes = "jaxinfer_dot: x must be [T, K] and each w [N, K] or [E, N, K], of one type";
   if (weights.size() == 0 || weights.size() != outs.size()) return wrong(shapes);
-  const DataType kind = weights.get<ffi::AnyBuffer>(0)->element_type(), of = x.element_type();
+  const DataType kind = weights.get<ffi::AnyBuffer>(0)->element_type(), of = call.x.element_type();
   for (size_t i = 0; i < weights.size(); i++) {
     const auto w = *weights.get<ffi::AnyBuffer>(i);
-    if (x.dimensions().size() != 2 || w.dimensions().size() != 2 || x.dimensions()[1] != w.dimensions()[1] ||
-        w.element_type() != kind)
+    const auto in = call.x.dimensions();
+    if (in.size() != 2 || !fits(call, w.dimensions()) || in[1] != w.dimensions().back() || w.element_type() != kind)
       return wrong(shapes);
   }
   auto are = [&](DataType a, DataType b) { return of == a && kind == b; };
-  auto with = [&](auto call) { return call(pool, rounds, x, weights, outs); };
+  auto with = [&](auto each) { return each(call, weights, outs); };
   if (are(DataType::S8, DataType::S8)) return with(with_weights<int8_t, int8_t, int32_t>);
   if (are(DataType::F32, DataType::S8)) return with(with_weights<float, int8_t, float>);
   if (are(DataType::F32, DataType::BF16)) return with(with_weights<float, bf16, float>);
@@ -258,10 +302,10 @@ ffi::Error dot(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments we
 }
 
 // Of each weight there are values, scales, and zeros if the scheme has them.
-ffi::Error dot_int4(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments weights, Results outs) {
-  const char* shapes = "jaxinfer_dot_int4: x must be [T, K], w [N, K/2] and scales (and zeros) [N, K/(32 n)]";
+ffi::Error any_dot_int4(const Operands& call, Arguments weights, Results outs) {
+  const char* shapes = "jaxinfer_dot_int4: x must be [T, K], w [N, K/2] and scales (and zeros) [N, K/(32 n)], or [E, ...]";
   const size_t each = outs.size() ? weights.size() / outs.size() : 0;
-  const auto in = x.dimensions();
+  const auto in = call.x.dimensions();
   if (each < 2 || each > 3 || weights.size() != each * outs.size() || in.size() != 2) return wrong(shapes);
   Parts<nibbles, float> parts;
   for (size_t i = 0; i < outs.size(); i++) {
@@ -269,8 +313,10 @@ ffi::Error dot_int4(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Argumen
     const auto scales = weights.get<ffi::Buffer<ffi::F32>>(i * each + 1);
     if (!w.has_value() || !scales.has_value()) return wrong(shapes);
     const auto held = w->dimensions(), some = scales->dimensions();
-    if (held.size() != 2 || some.size() != 2 || in[1] != 2 * held[1] || some[0] != held[0] || some[1] < 1 ||
-        in[1] % some[1] || in[1] / some[1] % 32)
+    if (!fits(call, held) || !fits(call, some)) return wrong(shapes);
+    const int64_t rows = held[held.size() - 2], blocks = some.back();
+    if (in[1] != 2 * held.back() || some[some.size() - 2] != rows || blocks < 1 || in[1] % blocks ||
+        in[1] / blocks % 32)
       return wrong(shapes);
     const int8_t* zeros = nullptr;
     if (each == 3) {
@@ -278,12 +324,31 @@ ffi::Error dot_int4(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Argumen
       if (!given.has_value() || given->element_count() != scales->element_count()) return wrong(shapes);
       zeros = given->typed_data();
     }
-    parts.push_back({(const nibbles*)w->typed_data(), (float*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data(), held[0],
-                     scales->typed_data(), zeros, in[1] / some[1]});
+    parts.push_back({(const nibbles*)w->typed_data(), (float*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data(), rows,
+                     scales->typed_data(), zeros, in[1] / blocks});
   }
-  if (x.element_type() == ffi::DataType::F32) return product<float>(pool, rounds, x, parts);
-  if (x.element_type() == ffi::DataType::BF16) return product<bf16>(pool, rounds, x, parts);
+  if (call.x.element_type() == ffi::DataType::F32) return product<float>(call, parts);
+  if (call.x.element_type() == ffi::DataType::BF16) return product<bf16>(call, parts);
   return wrong("jaxinfer_dot_int4: x must be float32 or bfloat16");
+}
+
+ffi::Error dot(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments weights, Results outs) {
+  return any_dot({pool, rounds, x, nullptr, 0}, weights, outs);
+}
+
+ffi::Error dot_int4(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments weights, Results outs) {
+  return any_dot_int4({pool, rounds, x, nullptr, 0}, weights, outs);
+}
+
+using Sizes = ffi::Buffer<ffi::S32>;
+
+ffi::Error grouped(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Sizes sizes, Arguments weights, Results outs) {
+  return any_dot({pool, rounds, x, sizes.typed_data(), (int64_t)sizes.element_count()}, weights, outs);
+}
+
+ffi::Error grouped_int4(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Sizes sizes, Arguments weights,
+                        Results outs) {
+  return any_dot_int4({pool, rounds, x, sizes.typed_data(), (int64_t)sizes.element_count()}, weights, outs);
 }
 
 ffi::Error take(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::AnyBuffer> out) {
@@ -376,6 +441,24 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot_int4, dot_int4,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<bool>("rounds")
                                   .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_grouped_dot, grouped,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("rounds")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_grouped_dot_int4, grouped_int4,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("rounds")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
                                   .RemainingRets());
 

@@ -300,25 +300,37 @@ void wide_product(Threads& threads, const X* x, int64_t tokens, int64_t depth, c
   });
 }
 
+// Tokens as thin_columns wants them, in this thread's buffer where they aren't: float32, and for int4 the even columns of
+// each before the odd ones.
+template <class Weight, class X>
+const float* as_floats(const X* x, int64_t tokens, int64_t depth) {
+  constexpr bool int4 = std::is_same_v<Weight, nibbles>;
+  if constexpr (!int4 && std::is_same_v<X, float>) return x;
+  float* to = (float*)buffer(4 * tokens * depth);
+  for (int64_t i = 0; i < tokens * depth; i++)
+    to[int4 ? i / depth * depth + i % 2 * (depth / 2) + i % depth / 2 : i] = to_float(x[i]);
+  return to;
+}
+
+// Outputs [first, last) of a few tokens.
+template <class Weight, class Out>
+void thin_columns(const float* x, int64_t tokens, int64_t depth, const Part<Weight, Out>& part, int64_t first,
+                  int64_t last) {
+  if constexpr (std::is_same_v<Weight, nibbles>) {
+    for (int64_t n = first; n < last; n++)
+      in_steps<4, 2, 1>(0, tokens, [&](int64_t t, auto count) {
+        thin_int4<count>(x + t * depth, depth, part, n, part.out + t * part.columns + n);
+      });
+  } else {
+    gemv(x, tokens, part.w, depth, part.out, part.columns, first, last);
+  }
+}
+
 template <class X, class Weight, class Out>
 void thin_product(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts) {
-  constexpr bool int4 = std::is_same_v<Weight, nibbles>;
-  const float* floats = (const float*)x;
-  if constexpr (int4 || !std::is_same_v<X, float>) {
-    float* to = (float*)buffer(4 * tokens * depth);
-    for (int64_t i = 0; i < tokens * depth; i++)
-      to[int4 ? i / depth * depth + i % 2 * (depth / 2) + i % depth / 2 : i] = to_float(x[i]);
-    floats = to;
-  }
+  const float* floats = as_floats<Weight>(x, tokens, depth);
   in_pieces(threads, parts, 4, WIDE_ROWS, [=](const Part<Weight, Out>& part, int64_t first, int64_t last) {
-    if constexpr (int4) {
-      for (int64_t n = first; n < last; n++)
-        in_steps<4, 2, 1>(0, tokens, [&](int64_t t, auto count) {
-          thin_int4<count>(floats + t * depth, depth, part, n, part.out + t * part.columns + n);
-        });
-    } else {
-      gemv(floats, tokens, part.w, depth, part.out, part.columns, first, last);
-    }
+    thin_columns(floats, tokens, depth, part, first, last);
   });
 }
 
@@ -335,6 +347,25 @@ void product(Threads& threads, const X* x, int64_t tokens, int64_t depth, const 
     if (tokens >= MANY && (rounds || std::is_same_v<X, bf16>)) return with(wide_product<Pairs, X, Weight, Out>);
   }
 #endif
-  if (tokens < 8) return with(thin_product<X, Weight, Out>);
+  if (tokens < FEW) return with(thin_product<X, Weight, Out>);
   with(wide_product<Singles, X, Weight, Out>);
+}
+
+// The same of groups, each some of the tokens and a part of their own. Those of few tokens are done together: a step of
+// one sequence has a token for each of its experts.
+template <class X, class Weight, class Out>
+void grouped_product(Threads& threads, const X* x, int64_t tokens, int64_t depth,
+                     const std::vector<Group<Weight, Out>>& groups, bool rounds) {
+  std::vector<Group<Weight, Out>> few;
+  for (const auto& group : groups) {
+    if (group.tokens < FEW)
+      few.push_back(group);
+    else
+      product(threads, x + group.token * depth, group.tokens, depth, Parts<Weight, Out>{group}, rounds);
+  }
+  if (few.empty()) return;
+  const float* floats = as_floats<Weight>(x, tokens, depth);
+  in_pieces(threads, few, 4, WIDE_ROWS, [=](const Group<Weight, Out>& group, int64_t first, int64_t last) {
+    thin_columns(floats + group.token * depth, group.tokens, depth, group, first, last);
+  });
 }

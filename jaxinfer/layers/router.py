@@ -1,0 +1,92 @@
+"""Which experts a token goes to, and what share each has in what becomes of it: families differ in data alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from jaxinfer.weights.products import by_xla
+
+SCORES = ("softmax", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How experts are chosen, always in float32.
+
+    experts: how many there are.
+    top_k: how many a token goes to.
+    scores: what is made of the router's logits, one of SCORES.
+    among_chosen: scores are of the logits of those that are chosen alone.
+    bias: is added to scores for the choice, and not to shares; a parameter.
+    groups, groups_kept: experts are in groups of equal size, and only those of the best groups may be chosen.
+    group_best: a group is as good as the sum of so many of its best experts.
+    normalized: shares are divided by their sum.
+    scale: what shares are multiplied with.
+    """
+
+    experts: int
+    top_k: int
+    scores: str = "softmax"
+    among_chosen: bool = False
+    bias: bool = False
+    groups: int = 1
+    groups_kept: int = 1
+    group_best: int = 1
+    normalized: bool = False
+    scale: float = 1.0
+
+
+def route(logits: jax.Array, routing: Routing, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Of `logits f32[T, E]` the experts of each token, i32[T, top_k], the best first, and their shares, f32[T, top_k].
+
+    Groups are those of DeepSeek-V3 (arXiv:2412.19437), the bias that of Wang et al. (arXiv:2408.15664).
+    """
+    if routing.among_chosen:
+        best, experts = lax.top_k(logits, routing.top_k)
+        shares = _scores(best, routing)
+    else:
+        scores = _scores(logits, routing)
+        choice = scores if bias is None else scores + bias.astype(jnp.float32)
+        _, experts = lax.top_k(_of_best_groups(choice, routing), routing.top_k)
+        shares = jnp.take_along_axis(scores, experts, axis=1)
+    if routing.normalized:
+        shares = shares / (jnp.sum(shares, axis=1, keepdims=True) + jnp.float32(1e-20))
+    return experts, shares if routing.scale == 1 else shares * jnp.float32(routing.scale)
+
+
+def _scores(logits: jax.Array, routing: Routing) -> jax.Array:
+    return jax.nn.softmax(logits, axis=-1) if routing.scores == "softmax" else jax.nn.sigmoid(logits)
+
+
+def _of_best_groups(choice: jax.Array, routing: Routing) -> jax.Array:
+    """What is left to choose from: the others are below anything."""
+    if routing.groups_kept == routing.groups:
+        return choice
+    grouped = choice.reshape(len(choice), routing.groups, -1)
+    worth = jnp.sum(lax.top_k(grouped, routing.group_best)[0], axis=-1)
+    _, kept = lax.top_k(worth, routing.groups_kept)
+    stays = jnp.any(kept[:, :, None] == jnp.arange(routing.groups, dtype=kept.dtype), axis=1)
+    return jnp.where(stays[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+
+
+class Router(nnx.Module):
+    """`route(x W^T)`. Its weight is no product's: it is never quantized."""
+
+    def __init__(self, features: int, routing: Routing, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        values = jax.random.normal(rngs.params(), (routing.experts, features), jnp.dtype(dtype))
+        self.weight = nnx.Param(values * jnp.asarray(0.02, dtype), axes=(None, None))
+        self.e_score_correction_bias = (
+            nnx.Param(jnp.zeros(routing.experts, "float32"), axes=(None,)) if routing.bias else None
+        )
+        self.routing = routing
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        (logits,) = by_xla(x.astype(jnp.float32), [self.weight.get_value()])
+        bias = self.e_score_correction_bias
+        return route(logits, self.routing, None if bias is None else bias.get_value())

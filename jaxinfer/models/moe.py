@@ -1,0 +1,129 @@
+"""What decoders with mixtures of experts share: their configuration, and Llama's layer with experts for its MLP."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxinfer.attention import ForwardBatch
+from jaxinfer.cache import LayerCache
+from jaxinfer.layers.attention import Angles
+from jaxinfer.layers.experts import SparseMLP
+from jaxinfer.layers.router import Routing
+from jaxinfer.models.causal import SmoothingPairs
+from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, DecoderLayer
+from jaxinfer.models.sources import Source, Stack, Tensor
+from jaxinfer.models.weights import ParamMapping, spelled
+
+STACKED = re.compile(r"(.*\.experts)\.(gate_proj|up_proj|down_proj)\.weight")
+MAX_EXPERTS = 4096
+
+
+@dataclass(frozen=True)
+class MoeConfig(DecoderConfig):
+    """What shapes a decoder with experts.
+
+    routing: how tokens get to them.
+    expert_size: the width of each.
+    sparse: of each layer, whether it has them; the others have an MLP.
+    shared_size: the width of an MLP that all tokens take besides; 0: there is none.
+    shared_gate: which has a gate for each token.
+    """
+
+    routing: Routing = dataclasses.field(kw_only=True)
+    expert_size: int = dataclasses.field(kw_only=True)
+    sparse: tuple[bool, ...] = dataclasses.field(kw_only=True)
+    shared_size: int = 0
+    shared_gate: bool = False
+
+
+def moe_config(base: DecoderConfig, **more: Any) -> MoeConfig:
+    """Of a decoder, with experts: see MoeConfig."""
+    return MoeConfig(**{field.name: getattr(base, field.name) for field in dataclasses.fields(base)}, **more)
+
+
+def routing_of(fields: ConfigReader, experts: tuple[str, int], top_k: int, **more: Any) -> Routing:
+    """Reads how many experts there are and how many a token goes to. experts: the field and its default; top_k: the
+    other's; more: see Routing."""
+    names = (experts[0], "num_local_experts", "num_experts")
+    name = next((name for name in names if fields.data.get(name) is not None), names[0])
+    count = fields.integer(name, experts[1], maximum=MAX_EXPERTS)
+    chosen = fields.integer("num_experts_per_tok", top_k)
+    if chosen > count:
+        raise fields.error("num_experts_per_tok", f"there are {count} experts ({name})")
+    return Routing(count, chosen, **more)
+
+
+def sparse_layers(fields: ConfigReader, layers: int) -> tuple[bool, ...]:
+    """Each `decoder_sparse_step`-th layer has experts, but for those in `mlp_only_layers`."""
+    step, dense = fields.integer("decoder_sparse_step", 1), fields.data.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(i, int) and 0 <= i < layers for i in dense):
+        raise fields.error("mlp_only_layers", f"it must be a list of layers, from 0 to {layers - 1}")
+    return tuple((i + 1) % step == 0 and i not in dense for i in range(layers))
+
+
+def sparse_mlp(config: MoeConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> SparseMLP:
+    """A layer's."""
+    return SparseMLP(
+        config.hidden_size,
+        config.expert_size,
+        routing=config.routing,
+        activation=config.activation,
+        shared=config.shared_size,
+        shared_gate=config.shared_gate,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+class SparseLayer(DecoderLayer):
+    """Attention, then experts, each behind a norm and added to the hidden states."""
+
+    SMOOTHING_PAIRS: SmoothingPairs = (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("self_attn.v_proj", ("self_attn.o_proj",)),
+    )
+    make_mlp = staticmethod(sparse_mlp)
+
+    def __call__(
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
+    ) -> tuple[jax.Array, LayerCache | None]:
+        attended, cache = self.self_attn(self.input_layernorm(x), angles, cache, batch)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x), batch.live), cache
+
+
+def sparse_or_dense(config: MoeConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DecoderLayer:
+    """A layer."""
+    return (SparseLayer if config.sparse[layer] else DecoderLayer)(config, layer, dtype=dtype, rngs=rngs)
+
+
+class MoeForCausalLM(DecoderForCausalLM):
+    """A decoder with experts, and its head."""
+
+    layer = staticmethod(sparse_or_dense)
+
+
+def experts_apart(names: Mapping[str, str] | None = None) -> Callable[[ModelConfig], ParamMapping]:
+    """Of checkpoints that have experts one by one. names: how parts of names are spelled there."""
+
+    def weights(config: ModelConfig) -> ParamMapping:
+        count = cast(MoeConfig, config).routing.experts
+
+        def source(name: str) -> Source:
+            if (match := STACKED.fullmatch(name)) is None:
+                return Tensor(spelled(name, names or {}))
+            each = (f"{match[1]}.{i}.{match[2]}.weight" for i in range(count))
+            return Stack(tuple(Tensor(spelled(name, names or {})) for name in each))
+
+        return ParamMapping(source, ignored=IGNORED)
+
+    return weights
