@@ -1,7 +1,7 @@
 """Meshes of devices from a short spec, and which mesh axes a weight's logical axes are split over.
 
-`tensor` splits attention heads, MLP width, experts and vocabulary (Shoeybi et al., arXiv:1909.08053): each device holds a slice
-of every large weight, and two reductions a layer join their results. Where there are fewer key/value heads than
+`tensor` splits attention heads, MLP width, experts and vocabulary (Shoeybi et al., arXiv:1909.08053): each device holds
+a slice of every large weight, and two reductions a layer join their results. Where there are fewer key/value heads than
 devices, the axis is split inside into `kv` x `group`: query heads go over both, key/value heads over `kv` alone, so
 that 8 heads on 16 devices are kept twice and not 16 times.
 
@@ -187,7 +187,7 @@ def with_sharding(
 
 
 def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, multiples: Sequence[int]) -> tuple[int, ...]:
-    """The shape with MLP width, experts and vocabulary rounded up to what the mesh divides; multiples: see with_sharding."""
+    """The shape, with what can be padded rounded up to what the mesh divides; multiples: see with_sharding."""
     tensor = axis_size(mesh, TENSOR)
     units = (tensor * unit if axis in PADDED else 1 for axis, unit in zip(axes, multiples, strict=True))
     return tuple(-(-size // unit) * unit for size, unit in zip(shape, units, strict=True))

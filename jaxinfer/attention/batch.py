@@ -127,7 +127,8 @@ class ForwardBatch:
 
     def slot_mapping(self, page_size: int) -> tuple[jax.Array, jax.Array]:
         """Where each token's key and value go: page, i32[T], and place in it; page 0 for padding and finished rows."""
-        return jnp.where(self.live, self.pages[self.segment_ids, self.positions // page_size], 0), self.positions % page_size
+        pages = self.pages[self.segment_ids, self.positions // page_size]
+        return jnp.where(self.live, pages, 0), self.positions % page_size
 
     @staticmethod
     def of_sequences(sequences: list[list[int]], length: int | None = None) -> ForwardBatch:

@@ -111,8 +111,9 @@ class _Quantizing:
 
     def __call__(self, suffix: str, index: Index) -> Host:
         *first, (start, stop), columns = index
-        unit, count = self._scheme.rows if suffix else 1, self._spec.shape[-2]
-        key = (*first, (min(start * unit, count), min(stop * unit, count)))
+        unit, (*shape, count, _) = self._scheme.rows if suffix else 1, self._spec.shape
+        real = ((min(begin, size), min(end, size)) for (begin, end), size in zip(first, shape, strict=True))
+        key = (*real, (min(start * unit, count), min(stop * unit, count)))
         if key not in self._cache:
             self._cache[key] = self._quantized((*key, (0, self._spec.shape[-1])))
         return self._cache[key][suffix][..., slice(*columns)]

@@ -6,6 +6,8 @@ experts; what they make is summed, as an MLP's halves are. No token is ever drop
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,27 +19,24 @@ from jaxinfer.layers.linear import Linear, parameter
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.router import Router, Routing
 from jaxinfer.sharding import TENSOR, on_tensor
-from jaxinfer.weights import Weight, grouped_dots
+from jaxinfer.weights import Axes, Weight, grouped_dots
 from jaxinfer.weights.products import on_each_already
 
 
 class StackedLinear(nnx.Module):
     """The weights of linears that are alike, `[E, out, in]`."""
 
-    def __init__(self, experts: int, in_features: int, out_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs, out: bool):
-        axes = ("experts", "embed", None) if out else ("experts", None, "embed")
-        self.weight = parameter((experts, out_features, in_features), axes, dtype, rngs)
+    def __init__(self, experts: int, in_features: int, out_features: int, *, axes: Axes, **options: Any):
+        self.weight = parameter((experts, out_features, in_features), ("experts", *axes), **options)
 
 
 class Experts(nnx.Module):
     """Gated MLPs, see GatedMLP."""
 
-    def __init__(
-        self, features: int, hidden: int, *, experts: int, activation: str, dtype: DTypeLike, rngs: nnx.Rngs
-    ):
-        self.gate_proj = StackedLinear(experts, features, hidden, dtype=dtype, rngs=rngs, out=False)
-        self.up_proj = StackedLinear(experts, features, hidden, dtype=dtype, rngs=rngs, out=False)
-        self.down_proj = StackedLinear(experts, hidden, features, dtype=dtype, rngs=rngs, out=True)
+    def __init__(self, features: int, hidden: int, *, experts: int, activation: str, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.gate_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.up_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), dtype=dtype, rngs=rngs)
+        self.down_proj = StackedLinear(experts, hidden, features, axes=("embed", None), dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: jax.Array, experts: jax.Array, shares: jax.Array, live: jax.Array) -> jax.Array:
@@ -87,11 +86,10 @@ class SparseMLP(nnx.Module):
     ):
         """shared: the width of the MLP that all take; 0: there is none."""
         self.gate = Router(features, routing, dtype=dtype, rngs=rngs)
-        self.experts = Experts(
-            features, hidden, experts=routing.experts, activation=activation, dtype=dtype, rngs=rngs
-        )
-        self.shared_expert = GatedMLP(features, shared, activation=activation, dtype=dtype, rngs=rngs) if shared else None
-        self.shared_expert_gate = Linear(features, 1, axes=(None, "embed"), dtype=dtype, rngs=rngs) if shared_gate else None
+        self.experts = Experts(features, hidden, experts=routing.experts, activation=activation, dtype=dtype, rngs=rngs)
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        self.shared_expert = GatedMLP(features, shared, activation=activation, **options) if shared else None
+        self.shared_expert_gate = Linear(features, 1, axes=(None, "embed"), **options) if shared_gate else None
 
     def __call__(self, x: jax.Array, live: jax.Array) -> jax.Array:
         experts, shares = self.gate(x)

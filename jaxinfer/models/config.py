@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from jaxinfer.errors import CheckpointError
@@ -31,6 +31,7 @@ class ModelConfig:
     head_dim: of each of them.
     max_context: the most positions that it is defined for.
     tie_word_embeddings: the output head is the embedding table.
+    experts_per_token: where weights are of experts, how many of them a token takes.
     """
 
     vocab_size: int
@@ -41,6 +42,7 @@ class ModelConfig:
     head_dim: int
     max_context: int
     tie_word_embeddings: bool
+    experts_per_token: int = field(default=0, kw_only=True)
 
     def for_length(self, max_model_len: int | None) -> Self:
         """The configuration for sequences of up to so many tokens, where that changes what is computed: see

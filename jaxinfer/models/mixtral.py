@@ -12,6 +12,7 @@ NAMES = {".mlp.": ".block_sparse_moe.", ".gate_proj.": ".w1.", ".up_proj.": ".w3
 
 def parse(fields: ConfigReader) -> MoeConfig:
     """`sliding_window` is null in most; `router_jitter_noise` is for training."""
+    fields = fields.with_defaults(rope_theta=1e6)
     fields.refuse("layer_types")
     layers = num_layers(fields)
     window = None if fields.data.get("sliding_window") is None else fields.integer("sliding_window")

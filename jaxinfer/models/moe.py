@@ -24,7 +24,7 @@ from jaxinfer.models.sources import Source, Stack, Tensor
 from jaxinfer.models.weights import ParamMapping, spelled
 
 STACKED = re.compile(r"(.*\.experts)\.(gate_proj|up_proj|down_proj)\.weight")
-MAX_EXPERTS = 4096
+MAX_EXPERTS, MAX_MTP = 4096, 4
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class MoeConfig(DecoderConfig):
 
 def moe_config(base: DecoderConfig, **more: Any) -> MoeConfig:
     """Of a decoder, with experts: see MoeConfig."""
-    return MoeConfig(**{field.name: getattr(base, field.name) for field in dataclasses.fields(base)}, **more)
+    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+    return MoeConfig(**(fields | {"experts_per_token": more["routing"].top_k} | more))
 
 
 def routing_of(fields: ConfigReader, experts: tuple[str, int], top_k: int, **more: Any) -> Routing:
@@ -60,6 +61,32 @@ def routing_of(fields: ConfigReader, experts: tuple[str, int], top_k: int, **mor
     if chosen > count:
         raise fields.error("num_experts_per_tok", f"there are {count} experts ({name})")
     return Routing(count, chosen, **more)
+
+
+def grouped_routing(fields: ConfigReader) -> Routing:
+    """DeepSeek-V3's: sigmoids, to which a bias is added for the choice among the best groups."""
+    experts = next((n for n in ("num_local_experts", "num_experts") if fields.data.get(n)), "n_routed_experts")
+    count = fields.integer(experts, maximum=MAX_EXPERTS)
+    groups = fields.integer("n_group", 1)
+    if count % groups or count // groups < 2:
+        raise fields.error("n_group", f"it must divide {count} experts ({experts}) into groups of two and more")
+    kept = fields.integer("topk_group", 1)
+    chosen = fields.integer("num_experts_per_tok")
+    if kept > groups:
+        raise fields.error("topk_group", f"there are {groups} groups (n_group)")
+    if chosen > kept * (count // groups):
+        raise fields.error("num_experts_per_tok", f"{kept} groups have {kept * (count // groups)} experts")
+    return Routing(
+        count,
+        chosen,
+        scores="sigmoid",
+        bias=True,
+        groups=groups,
+        groups_kept=kept,
+        group_best=2,
+        normalized=fields.boolean("norm_topk_prob", False),
+        scale=fields.number("routed_scaling_factor", 1.0),
+    )
 
 
 def sparse_layers(fields: ConfigReader, layers: int) -> tuple[bool, ...]:
@@ -124,6 +151,9 @@ def experts_apart(names: Mapping[str, str] | None = None) -> Callable[[ModelConf
             each = (f"{match[1]}.{i}.{match[2]}.weight" for i in range(count))
             return Stack(tuple(Tensor(spelled(name, names or {})) for name in each))
 
-        return ParamMapping(source, ignored=IGNORED)
+        # Layers that predict more than the next token come after the others.
+        return ParamMapping(
+            source, ignored=(*IGNORED, *(rf"layers\.{config.num_layers + i}\..*" for i in range(MAX_MTP)))
+        )
 
     return weights

@@ -18,9 +18,7 @@ def parse(fields: ConfigReader) -> MoeConfig:
         windows = typed_windows(fields, layer_types_of(fields, layers, lambda i: i % 2 == 1 or i >= most))
     elif SLIDING in layer_types_of(fields, layers):
         raise fields.error("layer_types", f"without use_sliding_window there is only {FULL}")
-    base = decoder_config(
-        fields, windows=windows, default_kv_heads=16, qkv_bias=fields.boolean("qkv_bias", True)
-    )
+    base = decoder_config(fields, windows=windows, default_kv_heads=16, qkv_bias=fields.boolean("qkv_bias", True))
     return moe_config(
         base,
         routing=routing_of(fields, ("num_experts", 60), 4, normalized=fields.boolean("norm_topk_prob", False)),

@@ -1,4 +1,4 @@
-"""Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder (arXiv:2505.09388): Qwen3's attention, and experts without shared ones."""
+"""Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder (arXiv:2505.09388): Qwen3's attention, and experts, none shared."""
 
 from __future__ import annotations
 

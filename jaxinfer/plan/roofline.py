@@ -72,14 +72,22 @@ def bound(
     layout: of the cache; where it pads heads, the padding is read and multiplied too. fsdp: of how many parts of the
     weights they have one, and get the rest from others.
 
+    Experts are read that tokens have, if each of these takes any with the same chance.
+
     One token a row is decoding; more is a piece of a prompt. Logits are computed once a row.
     """
     config = model.config
     head = config.vocab_size * config.hidden_size
     vocab = {name for name, axes in model.axes.items() if axes[0] == "vocab"}  # the embedding, the head
-    body = sum(math.prod(spec.shape) for spec in model.params.values() if spec.name not in vocab)
+    # Of experts a token is multiplied with some; those that no token of the step has are not read.
+    experts = {name: model.abstract[name].shape[0] for name, axes in model.axes.items() if axes[0] == "experts"}
+    taken = {name: config.experts_per_token / count for name, count in experts.items()}
+    body = sum(
+        math.prod(spec.shape) * taken.get(spec.name, 1) for spec in model.params.values() if spec.name not in vocab
+    )
     held = {name: math.prod(s.shape) * s.dtype.itemsize for name, s in model.abstract.items()}
     body_bytes = sum(count for name, count in held.items() if name not in vocab)
+    read = sum(count * (1 - (1 - taken.get(name, 1)) ** tokens) for name, count in held.items() if name not in vocab)
     # An embedding is looked up, not multiplied.
     head_bytes = sum(held[n] for n in vocab if config.tie_word_embeddings or n.startswith("lm_head."))
     attention, keys = 0.0, 0.0  # products of queries and keys, and of weights and values; bytes of keys and values
@@ -94,7 +102,7 @@ def bound(
         attention += 2 * count * heads * head_dim * tokens * _seen(context, kept, decodes=tokens == rows)
         keys += rows * count * min(context, kept + tokens // rows - 1) * layer.nbytes(1)
     flops = 2 * (body * tokens + head * rows + attention)
-    moved = (body_bytes + head_bytes) / tensor + keys
+    moved = (read + head_bytes) / tensor + keys
     # Two reductions a layer, each of which sends and receives the stream twice, but for the own part.
     stream = tokens * config.hidden_size * model.dtype.itemsize
     sent = (2 * config.num_layers + 1) * 2 * stream * (tensor - 1) / tensor

@@ -257,7 +257,7 @@ def quantized(tensors: dict[str, np.ndarray], case: Case) -> tuple[dict[str, np.
     stored: dict[str, np.ndarray] = {}
     left: dict[str, np.ndarray] = {}
     method = case.config.get("quant_method")  # MLX has none
-    plain = ["embed", "lm_head", "wte", "wpe"] if method else []
+    plain = ["embed", "lm_head", "wte", "wpe", "mlp.gate.", "shared_expert_gate"] if method else []
     plain += ["norm", *(["k_proj"] if method in ("awq", "compressed-tensors") else [])]
     gpt2 = any("c_attn" in name for name in tensors)  # whose matrices are [in, out]
     for name, tensor in tensors.items():

@@ -232,7 +232,7 @@ def test_each_part_is_read_once(wide, split):
         ("tensor", "it must look like tensor=4 or data=2,tensor=4"),
         ("tensor=2,tensor=2", "axis tensor is there twice"),
         ("model=2", "there is no axis 'model'; there are data, fsdp, tensor$"),
-        ("expert=2", "axis 'expert' splits experts, and no supported model has any"),
+        ("expert=2", "there is no axis .expert.: experts are split over tensor"),
         ("data=3,tensor=4", "it needs 12 devices and there are 8"),
         ("fsdp=3", "fsdp=3 does not divide the model's width of 32; fsdp may be 1, 2, 4, 8$"),
     ],

@@ -16,7 +16,14 @@ from tests.kernels.test_cpu import LIBRARY, needs_them, set_level  # noqa: F401 
 
 RNG = np.random.default_rng(0)
 # Rows of each expert; the rest is nobody's.
-SIZES = [(1, 1, 1, 1, 0, 0), (0, 0, 3, 0, 0, 2), (0,) * 6, (40, 0, 7, 9, 1, 0), (130, 3, 0, 20, 0, 7), (0, 0, 0, 200, 0, 0)]
+SIZES = [
+    (1, 1, 1, 1, 0, 0),
+    (0, 0, 3, 0, 0, 2),
+    (0,) * 6,
+    (40, 0, 7, 9, 1, 0),
+    (130, 3, 0, 20, 0, 7),
+    (0, 0, 0, 200, 0, 0),
+]
 ROWS = 200
 KINDS = [None, *SCHEMES]
 BY_LOOP = ("int8-w8a8", "nf4", "fp8-block")
@@ -36,7 +43,9 @@ def case(sizes, kind, dtype, columns=256, outs=(40, 24)):
             full = np.asarray(array, np.float64)
         else:
             weight = QArray(*map(jnp.asarray, quantize(made, SCHEMES[kind])), SCHEMES[kind])
-            full = np.stack([np.asarray(weight[i].take(jnp.arange(out), "float32"), np.float64) for i in range(len(sizes))])
+            full = np.stack(
+                [np.asarray(weight[i].take(jnp.arange(out), "float32"), np.float64) for i in range(len(sizes))]
+            )
             weights.append(weight)
         owner = np.repeat(np.arange(len(sizes)), sizes)
         own = np.einsum("mk,mnk->mn", np.asarray(x[: len(owner)], np.float64), full[owner])

@@ -54,6 +54,16 @@ LAYOUTS = {
     | {"model_type": "gemma2", "head_dim": 16, "sliding_window": 16, "tie_word_embeddings": True},
     "a head with a bias": BASE | {"model_type": "phi", "num_key_value_heads": 4},
     "learned positions": BASE | {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 128},
+    "experts": BASE
+    | {
+        "model_type": "qwen2_moe",
+        "num_hidden_layers": 2,
+        "mlp_only_layers": [0],
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 64,
+    },
     "wrapped": {
         "model_type": "mistral3",
         "architectures": ["Mistral3ForConditionalGeneration"],
@@ -152,7 +162,9 @@ def test_quantized_while_loading(folders, plain, layout, scheme):
 def test_stored_quantized(layout, name, tmp_path):
     case = CASES[name]
     field = "ignore" if "ignore" in case.config else "modules_to_not_convert"
-    left_out = [*case.config.get(field, []), "embed_out"]  # a head, which has no values of its own in these
+    # A head, which has no values of its own in these, and a router and a gate, which nobody quantizes.
+    names = ["embed_out", "model.layers.1.mlp.gate", "model.layers.1.mlp.shared_expert_gate"]
+    left_out = [*case.config.get(field, []), *names]
     check(LAYOUTS[layout], case._replace(config=case.config | {field: left_out}), tmp_path)
 
 

@@ -75,3 +75,19 @@ def test_of_a_window_no_more_is_read_than_it_sees():
     seen = sum(min(i + 1, 20) for i in range(99))
     assert prompt.flops == pytest.approx(2 * (99 * BODY + HEAD + 2 * 2 * 4 * 8 * seen))
     assert prompt.moved == bound(CONFIG, "float32", 1, tokens=99, context=99, rows=1).moved, "each key once"
+
+
+def test_experts_are_read_that_tokens_have():
+    """Of six experts a token takes two: all are read in the long run, and each token is multiplied with two."""
+    more = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    config = CONFIG | more | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 64}
+    config |= {"qkv_bias": False, "architectures": ["Qwen2MoeForCausalLM"]}
+    expert = 3 * 24 * 32
+    rest = BODY + 2 * (6 * 32 + 32)  # routers, and gates of the shared experts
+    for tokens in (1, 3, 100):
+        estimate = bound(config, "bfloat16", 1, tokens=tokens, context=50, rows=tokens)
+        hit = 6 * (1 - (1 - 2 / 6) ** tokens)
+        read = (rest + HEAD + 2 * hit * expert) * 2 + tokens * 50 * 2 * 2 * 2 * 8 * 2
+        assert estimate.moved == pytest.approx(read)
+        attention = 2 * 2 * 4 * 8 * tokens * 50
+        assert estimate.flops == pytest.approx(2 * (tokens * (rest + HEAD + 2 * 2 * expert) + attention))

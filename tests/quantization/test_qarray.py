@@ -25,6 +25,10 @@ def weight(rows=24, columns=40, dtype=np.float32):
 def real(values, scales, scheme=SCHEMES["int8"], zeros=0, biases=0):
     """What they stand for: of each byte of int4 the low half first; each scale for its block."""
     values, scales = np.asarray(values), np.asarray(scales, np.float64)
+    if values.ndim > 2:  # experts
+        zeros, biases = zeros + 0 * scales, biases + 0 * scales
+        each = zip(values, scales, zeros, biases, strict=True)
+        return np.stack([real(value, scale, scheme, *more) for value, scale, *more in each])
     if scheme.packed == 2:
         halves = np.stack([values % 16, values // 16], axis=-1).reshape(len(values), -1).astype(int)
         values = np.asarray(TABLES[scheme.table])[halves] if scheme.table else halves - 16 * (halves > 7)

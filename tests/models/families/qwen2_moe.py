@@ -30,5 +30,7 @@ MUTANTS = {
     "qwen2_moe: shares of those chosen": Mutant("qwen2_moe", routed(among_chosen=True)),
     "qwen2_moe: scale": Mutant("qwen2_moe", routed(scale=1.1)),
     "qwen2_moe: window": Mutant("qwen2_moe-dense-window", lambda config: replace(config, windows=(21, None))),
-    "qwen2_moe: which layers slide": Mutant("qwen2_moe-dense-window", lambda config: replace(config, windows=(None, 20))),
+    "qwen2_moe: which layers slide": Mutant(
+        "qwen2_moe-dense-window", lambda config: replace(config, windows=(None, 20))
+    ),
 }

@@ -1,0 +1,71 @@
+"""Granite 3.x with experts (IBM, 2024): Granite's multipliers; shares are a softmax over a token's experts alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jaxinfer.attention import ForwardBatch
+from jaxinfer.cache import LayerCache
+from jaxinfer.layers.attention import Angles
+from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.decoder import IGNORED
+from jaxinfer.models.granite import parse as parse_granite
+from jaxinfer.models.moe import STACKED, MoeConfig, MoeForCausalLM, SparseLayer, moe_config, routing_of
+from jaxinfer.models.registry import Architecture
+from jaxinfer.models.sources import Part, Source, Tensor
+from jaxinfer.models.weights import ParamMapping
+
+
+class GraniteMoeLayer(SparseLayer):
+    """What blocks add is scaled."""
+
+    def __init__(self, config: MoeConfig, layer: int, **options: Any):
+        super().__init__(config, layer, **options)
+        self.scale = config.residual_scale
+
+    def __call__(
+        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
+    ) -> tuple[jax.Array, LayerCache | None]:
+        attended, cache = self.self_attn(self.input_layernorm(x), angles, cache, batch)
+        x = x + attended * self.scale
+        return x + self.mlp(self.post_attention_layernorm(x), batch.live) * self.scale, cache
+
+
+class GraniteMoeForCausalLM(MoeForCausalLM):
+    """Granite with experts, and its head."""
+
+    layer = GraniteMoeLayer
+
+
+def parse(fields: ConfigReader) -> MoeConfig:
+    """As Granite, and all layers have experts."""
+    fields.refuse("mlp_bias", False)
+    base = parse_granite(fields)
+    return moe_config(
+        base,
+        routing=routing_of(fields, ("num_local_experts", 8), 2, among_chosen=True),
+        expert_size=base.intermediate_size,
+        sparse=(True,) * base.num_layers,
+    )
+
+
+def weights(config: ModelConfig) -> ParamMapping:
+    """Experts are stacked, gates and ups in one tensor."""
+    assert isinstance(config, MoeConfig)
+    size = config.expert_size
+
+    def source(name: str) -> Source:
+        if (match := STACKED.fullmatch(name)) is None:
+            return Tensor(name.replace(".mlp.gate.", ".block_sparse_moe.router.layer."))
+        where = match[1].replace(".mlp.experts", ".block_sparse_moe")
+        if match[2] == "down_proj":
+            return Tensor(f"{where}.output_linear.weight")
+        start = 0 if match[2] == "gate_proj" else size
+        return Part(Tensor(f"{where}.input_linear.weight"), start, 2 * size, axis=1)
+
+    return ParamMapping(source, ignored=IGNORED)
+
+
+ARCHITECTURE = Architecture(parse, GraniteMoeForCausalLM, weights)
