@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.batch.values import json_value, parse_json
+from jaxinfer.errors import UnsupportedError
 from jaxinfer.sampling.ids import is_id
 from jaxinfer.text.messages import normalize_messages
 
@@ -51,8 +53,10 @@ def token_ids(name: str, value: Any) -> list[int]:
 
 
 def conversation(messages: Any) -> list[dict[str, Any]]:
-    """Messages, checked: what the model's chat template takes becomes of them when it is known."""
-    normalize_messages(messages)
+    """Messages, checked: what the model's chat template takes becomes of them when it is known, which also says why it
+    takes no images."""
+    with contextlib.suppress(UnsupportedError):
+        normalize_messages(messages)
     return list(messages)
 
 

@@ -205,6 +205,7 @@ def _quantization_config(model: AbstractModel) -> dict[str, Any]:
             plain += linears
     if model.config.tie_word_embeddings:
         plain.append("lm_head")  # which others have as a linear, too
+    plain += [f"re:{pattern}" for pattern in model.weights.beside]  # parts that others make, with values of their own
     schemes = {scheme.name: scheme for scheme in model.quantized.values()}
     groups = {
         f"group_{i}": _group(schemes[name], targets if len(by_scheme) > 1 else ["Linear"])

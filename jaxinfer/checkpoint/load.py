@@ -262,7 +262,7 @@ def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:
             ("unknown tensors", unknown),
             ("tensors stored twice", duplicate),
             ("wrong shapes", shapes),
-            ("wrong dtypes (bfloat16, float16 and float32 are read)", types),
+            ("wrong dtypes (bfloat16, float16, float32 and float64 are read)", types),
         )
         if names
     ]

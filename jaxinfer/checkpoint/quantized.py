@@ -134,8 +134,10 @@ class Decoded:
     biases: Host | None = None
 
     def rows(self, part: slice) -> Decoded:
-        """Some rows; only of formats that have scales for each."""
-        assert self.form.rows == 1
+        """Some rows; only of formats that have scales for each, or one for all."""
+        assert self.form.rows <= 1
+        if self.form.rows == 0:
+            return Decoded(self.form, self.values[part], self.zeros, self.scales, self.order, self.biases)
         zeros, biases = (None if array is None else array[part] for array in (self.zeros, self.biases))
         return Decoded(self.form, self.values[part], zeros, self.scales[part], self.order, biases)
 

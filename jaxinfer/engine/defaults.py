@@ -56,12 +56,18 @@ def checkpoint_params(
     Without a generation_config.json, config.json has the fields, as old checkpoints do.
     """
     fields, name = (generation, "generation_config.json") if generation else (config, "config.json")
+    sample, biases = fields.get("do_sample"), fields.get("sequence_bias")
+    if not isinstance(sample, bool | None):
+        log.warning("%s: do_sample %.60r is left out: it must be true or false", folder / name, sample)
+        fields = {**fields, "do_sample": None}
+    if not isinstance(biases, list | None):
+        log.warning("%s: sequence_bias %.60r is left out: it must be a list of [ids, bias]", folder / name, biases)
     chosen: dict[str, Any] = {} if fields.get("do_sample") else {"temperature": 0.0}
     for field, parameter, value in _fields(fields, vocab_size):
         try:
             SamplingParams(**{"max_tokens": None, parameter: value})
         except ValueError as error:
-            if field not in FIRST_KNOWN or fields is config:
+            if field not in FIRST_KNOWN or not generation:
                 log.warning("%s: %s is left out: %s", folder / name, field, error)
                 continue
         chosen[parameter] = value

@@ -181,7 +181,7 @@ def _as_stored(spec: ParamSpec, stored: Stored) -> ParamSpec:
             )
         rows, columns = region.stored[::-1] if region.transposed else region.stored
         size = shapes[region.tensor][::-1] if region.transposed else shapes[region.tensor]
-        if columns != (0, size[1]) or (form.rows != 1 and rows != (0, size[0])):
+        if columns != (0, size[1]) or (form.rows > 1 and rows != (0, size[0])):
             raise ValueError(
                 f"config.json: quantization_config.quant_method is {stored.method!r}: {spec.name} is a part of "
                 f"{region.tensor}, which has scales that can't be cut there; take the original checkpoint"

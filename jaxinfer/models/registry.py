@@ -101,7 +101,11 @@ def only_text(data: Mapping[str, Any]) -> str:
 
 def nearest(model_type: object) -> str:
     """What to say of one that is not known."""
-    near = difflib.get_close_matches(model_type, model_types(), 1) if isinstance(model_type, str) else []
+    near = difflib.get_close_matches(model_type, model_types(), 5) if isinstance(model_type, str) else []
+    if near:  # the newest version of the same is nearer than its first: gemma3 to gemma4
+        stem = re.sub(r"\d.*", "", str(model_type))
+        versions = [name for name in near if re.fullmatch(rf"{re.escape(stem)}\d*", name)]
+        near[0] = max(versions, default=near[0])
     return (f", and {near[0]!r} is" if near else "") + "; `jaxinfer models` lists all"
 
 

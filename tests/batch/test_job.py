@@ -96,6 +96,15 @@ def test_broken_rows(demo, job, rows_file, tmp_path):
     assert [output.outputs[0].text for output in outputs] == list(texts.values())
 
 
+def test_images(job, rows_file, tmp_path):
+    """What the model has and what is not loaded of it is known when it is."""
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    assert job(rows_file([{"messages": messages}]), task="chat").errors == 1
+    (row,) = read_rows(tmp_path / "out")
+    assert "rows.jsonl:1: messages[0]: content has a part of type 'image_url'; only text is" in row["error"]
+    assert row["error"].endswith(": llama is a text model")
+
+
 def test_too_many_errors(job, rows_file, tmp_path):
     rows = [*QUESTIONS, {}, b"no\n", {"prompt": 1}]
     with pytest.raises(TooManyErrors, match=r"3 rows have errors, and max_errors is 2; the last: .*rows\.jsonl:28"):

@@ -129,7 +129,7 @@ def test_all_that_is_wrong_is_in_one_error(tmp_path):
         "tensors stored twice: model.layers.0.mlp.up_proj.weight (also as layers.0.mlp.up_proj.weight); "
         "wrong shapes: model.layers.0.self_attn.k_proj.weight [16, 16] instead of [8, 16], "
         "model.layers.1.self_attn.q_proj.weight [256] instead of [16, 16]; "
-        "wrong dtypes (bfloat16, float16 and float32 are read): model.layers.0.self_attn.o_proj.weight is int8"
+        "wrong dtypes (bfloat16, float16, float32 and float64 are read): model.layers.0.self_attn.o_proj.weight is int8"
     )
 
 

@@ -77,6 +77,8 @@ def test_what_they_stand_for(name, tmp_path):
         ("gpt2", "gptq with zero points", "tensor=2"),
         ("qwen3", "nf4", "tensor=2"),  # blocks of 64 go on from row to row of 96
         ("phi3", "fp4", "tensor=2"),
+        ("phi3", "fp8 of whole tensors", "tensor=2"),  # a scale that its parts share
+        ("phi3", "fp8 of tensors", None),
         ("qwen2", "mlx 2", "fsdp=2,tensor=2"),
         ("phi3", "mlx 3", "tensor=2"),  # down_proj is left in floats
     ],

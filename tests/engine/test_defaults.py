@@ -142,6 +142,7 @@ def test_without_a_generation_config_the_config_has_the_fields(tmp_path):
         ("stop_strings", 7),
         ("typical_p", 2),
         ("sequence_bias", [[[1, 2], 3.0]]),
+        ("sequence_bias", {"a": 1}),
         *((name, 2 if nothing == 1 else "yes") for name, nothing in NOT_DONE.items()),
     ],
 )
@@ -151,6 +152,12 @@ def test_what_is_not_done_is_named_once_and_loads(caplog, field, value):
     assert params == SamplingParams(max_tokens=NEW)
     assert caplog.text.count(field) >= 1
     assert len(caplog.records) == 1
+
+
+def test_do_sample_is_true_or_false(caplog):
+    with caplog.at_level(logging.WARNING, "jaxinfer"):
+        assert params_of({"do_sample": "yes", "top_k": 5}) == SamplingParams(temperature=0.0, max_tokens=NEW)
+    assert "do_sample 'yes' is left out: it must be true or false" in caplog.text
 
 
 def test_what_decides_nothing_is_not_mentioned(caplog):
