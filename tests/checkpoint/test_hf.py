@@ -16,6 +16,7 @@ from jaxinfer.convert import convert
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.sharding import make_mesh
 from tests.checkpoint.test_load import GPT2, LLAMA, tensors
+from tests.models.test_families import reference
 
 
 def test_files(tmp_path):
@@ -116,3 +117,16 @@ def test_transformers_computes_the_same(tmp_path, checkpoints, name):
     with torch.no_grad():
         logits = model(torch.tensor([reference.prompts[-1]])).logits[0].numpy()
     np.testing.assert_allclose(logits, reference.logits, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_transformers_reads_what_is_quantized_inside_of_a_wrapper(tmp_path, checkpoints):
+    """The tower, which is not written, is not said to be quantized."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    found = reference(checkpoints.root, "gemma3", "small")
+    convert(found.folder, tmp_path / "new", format="hf", quantization="int8", show_progress=False)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "new")
+    with torch.no_grad():
+        logits = model(torch.tensor([found.tokens])).logits[0].numpy()
+    assert 0 < np.abs(logits - found.logits).max() < 0.05 * np.abs(found.logits).max()
