@@ -7,6 +7,7 @@ is run once as it was, to see what its linears get, and once with what was made 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 import time
@@ -32,11 +33,14 @@ from jaxinfer.convert import stored_dtype, writing
 from jaxinfer.engine.config import DType, check_options
 from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.model import AbstractModel, Params, scales
+from jaxinfer.models.params import in_short
 from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors, gptq, round_to_nearest, times
 from jaxinfer.quantization.quantize import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
 from jaxinfer.sharding import local_devices
 from jaxinfer.text.tokenizer import load_tokenizer
+
+log = logging.getLogger("jaxinfer")
 
 Host = np.ndarray[Any, Any]
 Text = str | Sequence[Mapping[str, Any]]  # a plain one, or a conversation
@@ -82,7 +86,7 @@ def calibrate(
 
     method: "gptq" makes up for each column's error in those after it; "awq" (weights alone), "smoothquant" (activations
     too) scale channels first, which the norm or linear before takes back. Of each text `max_length` tokens are taken,
-    of all together `max_tokens`. An output head of its own, and what no layer has, is rounded to the nearest.
+    of all together `max_tokens`. An output head of its own, experts, and what no layer has, is rounded to the nearest.
     Raises ValueError and OSError with one line: texts that have no two tokens, a method that is not for the scheme, an
     architecture that does not say what feeds what.
     """
@@ -110,6 +114,8 @@ def calibrate(
         kept = stored_dtype(config, checkpoint) if dtype == "auto" else jnp.dtype(dtype)
         target = AbstractModel.from_config(config, kept, scheme)
         layers = Layers(plain, device, sequences)
+        if experts := [name for name in target.quantized if len(target.params[name].shape) > 2]:
+            log.warning("%s: rounded to the nearest: what each expert is given is not looked at", in_short(experts))
         if method != "gptq":
             layers.check_smoothing_pairs(str(config["model_type"]))
         with writing(output, format, target, config, folder) as add:

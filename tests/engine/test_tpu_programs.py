@@ -215,3 +215,33 @@ def test_the_kernel_of_tokamax_compiles(topology, model_type):
         assert not figures["copied"]
         assert figures["aliased"] >= figures["changed"]
         assert figures["temporaries"] < most * MIB
+
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_experts_stay_where_they_are(quantization):
+    """128 of them over eight chips: there is no room for a copy, and a layer still has two reductions. What prefill takes
+    are mostly its tokens, each as often as it has experts."""
+    case = {"topology": "v5e-8", "mesh": "tensor=8", "config": QWEN3_30B, "rows": 64, "tokens": 1024}
+    decode, forward, _ = compiled(case | {"quantization": quantization})
+    values = 16 * 768 * 2048 * {None: 2, "int8": 1, "int4": 0.5}[quantization]
+    assert decode["temporaries"] < min(12 * MIB, values)
+    tokens = 8 * 1024 * 2048 * 2
+    assert forward["temporaries"] < 2.5 * tokens
+    assert len(forward["all-reduce"]) == 5
