@@ -259,7 +259,8 @@ def _rope(case: Case, suffix: str, head_dim: int, default: dict[str, Any]) -> di
         rope["attention_factor"], rope["factor"] = pick("attention_factor", ABSENT, 1.3), pick("factor", ABSENT, 4.0)
     if "llama_4_scaling_beta" in default:
         rope["llama_4_scaling_beta"] = pick("beta", 0.1, 0.0, 2.0)
-        rope["original_max_position_embeddings"] = pick("original", 4, 32)
+        if kind != "longrope":  # whose factors go by the context that was asked for, see ModelConfig.for_length
+            rope["original_max_position_embeddings"] = pick("original", 4, 32)
     if case.family in SECTIONS:
         half = head_dim // 2
         rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
