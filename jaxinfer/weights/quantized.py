@@ -16,7 +16,6 @@ from jax.typing import DTypeLike
 from jaxinfer.kernels.cpu import grouped_products, grouped_products_int4, products_int4
 from jaxinfer.quantization.activations import quantize_last
 from jaxinfer.quantization.schemes import TABLES, Scheme
-from jaxinfer.weights.dense import Dense
 from jaxinfer.weights.products import by_xla, on_each, on_each_already, products
 from jaxinfer.weights.weight import Axes, Weight, by_tiles
 
@@ -87,15 +86,8 @@ class QArray(Weight):
         if scheme.columns:
             return grouped_products_int4(x, sizes, _int4_arrays(weights), by_loop, weights[0].rounds)
         values = tuple(weight.qvalue for weight in weights)
-
-        def unscaled() -> list[jax.Array]:
-            return by_tiles(x, sizes, [Dense(value) for value in values])
-
-        outs = grouped_products(x, sizes, values, unscaled, weights[0].rounds)
-        ends = jnp.cumsum(sizes)
-        experts = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
-        scales = (weight.scale[..., 0].at[experts].get(mode="clip") for weight in weights)
-        return [out * scale for out, scale in zip(outs, scales, strict=True)]
+        scales = tuple(weight.scale[..., 0] for weight in weights)
+        return grouped_products(x, sizes, values, by_loop, weights[0].rounds, scales)
 
     def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         values = self.qvalue.at[ids].get(mode="clip")

@@ -236,12 +236,13 @@ QWEN3_30B = {
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_experts_stay_where_they_are(quantization):
-    """128 of them over eight chips: there is no room for a copy, and a layer still has two reductions. What prefill takes
-    are mostly its tokens, each as often as it has experts."""
+    """128 of them over eight chips: there is no room for a copy, and a layer still has two reductions. What prefill
+    takes are mostly its tokens, each as often as it has experts."""
     case = {"topology": "v5e-8", "mesh": "tensor=8", "config": QWEN3_30B, "rows": 64, "tokens": 1024}
     decode, forward, _ = compiled(case | {"quantization": quantization})
     values = 16 * 768 * 2048 * {None: 2, "int8": 1, "int4": 0.5}[quantization]
-    assert decode["temporaries"] < min(12 * MIB, values)
+    dequantized = 768 * 2048 * (4 if quantization == "int4" else 0)  # of one expert
+    assert decode["temporaries"] - dequantized < min(12 * MIB, values)
     tokens = 8 * 1024 * 2048 * 2
-    assert forward["temporaries"] < 2.5 * tokens
+    assert forward["temporaries"] - dequantized < 2.5 * tokens
     assert len(forward["all-reduce"]) == 5

@@ -165,13 +165,15 @@ def grouped_products(
     weights: Weights,
     reference: Callable[[], list[jax.Array]],
     rounds: bool = False,
+    scales: Weights = (),
 ) -> list[jax.Array]:
     """`x [M, K]`, of which the first sizes[0] rows are the first expert's and so on, times each `weight [E, N, K]`
-    transposed, `[M, N]`, zeros where a row is nobody's: see `products`. Experts without rows are not read."""
+    transposed, `[M, N]`, zeros where a row is nobody's: see `products`. Experts without rows are not read. scales: f32
+    [E, N] of each weight, which products are multiplied with."""
     if x.ndim != 2 or not multiplies(x.dtype.name, weights[0].dtype.name) or not alone():
         return reference()
     kind = jnp.dtype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
-    return _grouped(GROUPED, kind, x, sizes, [(weight,) for weight in weights], reference, rounds)
+    return _grouped(GROUPED, kind, x, sizes, [(weight,) for weight in weights], reference, rounds, scales)
 
 
 def grouped_products_int4(
@@ -195,11 +197,20 @@ def _grouped(
     weights: Sequence[Weights],
     reference: Callable[[], list[jax.Array]],
     rounds: bool,
+    scales: Weights = (),
 ) -> list[jax.Array]:
-    outs = [jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[1]), kind) for weight in weights]
-    call = functools.partial(jax.ffi.ffi_call(target, outs, vmap_method="sequential"), rounds=rounds)
+    shapes = [jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[1]), kind) for weight in weights]
+
+    def call(x: jax.Array, sizes: jax.Array, scales: Weights, *flat: jax.Array) -> list[jax.Array]:
+        outs = list(jax.ffi.ffi_call(target, shapes, vmap_method="sequential")(x, sizes, *flat, rounds=rounds))
+        if not scales:
+            return outs
+        ends = jnp.cumsum(sizes)
+        owners = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
+        return [out * scale.at[owners].get(mode="clip") for out, scale in zip(outs, scales, strict=True)]
+
     flat = [array for weight in weights for array in weight]
-    return list(lax.platform_dependent(x, sizes, *flat, cpu=call, default=lambda *_: reference()))
+    return list(lax.platform_dependent(x, sizes, scales, *flat, cpu=call, default=lambda *_: reference()))
 
 
 def take(table: jax.Array, ids: jax.Array, reference: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
