@@ -45,7 +45,9 @@ def check(case: Ragged, spec: AttentionSpec, heads: int, error: float) -> None:
     ("shape", "window", "cap", "kept"),
     [
         (Shape(rows=3, heads=8, kv_heads=2), 20, 0.8, 2),
-        (Shape(rows=3, page_size=256, heads=6, kv_heads=3, head_dim=24), None, None, 4),
+        pytest.param(
+            *(Shape(rows=3, page_size=256, heads=6, kv_heads=3, head_dim=24), None, None, 4), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_matches_float64(shape, window, cap, kept):

@@ -67,7 +67,8 @@ def test_killed(model, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "programs"]
 
 
-@pytest.mark.parametrize("topology", ["v5e-1", pytest.param("v5e-4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e-1", "v5e-4"])
 def test_for_a_slice(cli, model, tmp_path, topology):
     pytest.importorskip("libtpu")
     out = tmp_path / "programs"

@@ -38,6 +38,7 @@ def test_two_steps_write_a_model_that_loads(trained):
     assert [path.name for path in trained.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_weights_and_another_does_not(trained, tmp_path):
     first = load_file(trained / "model.safetensors")
     train.make(tmp_path / "again", steps=2, seed=0, architecture=TINY)

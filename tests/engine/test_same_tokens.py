@@ -17,7 +17,7 @@ CASES = {
     "preemption with priorities": {"kv_cache_memory": 60 * 1024},
     "preemption without prefix cache": {"kv_cache_memory": 60 * 1024, "enable_prefix_caching": False},
 }
-SLOW = {"preemption", "preemption without prefix cache"}
+SLOW = CASES.keys() - {"preemption"}
 
 
 def requests() -> list[tuple[list[int], SamplingParams]]:

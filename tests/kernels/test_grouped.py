@@ -66,7 +66,7 @@ def bound_of(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_products(kind, dtype):
     call = jax.jit(functools.partial(grouped_dots, out_dtype="float32"))
     if LIBRARY is not None:

@@ -129,6 +129,7 @@ def test_logits_and_greedy_tokens(checkpoints, name):
         assert same_tokens(chosen, expected, found.gaps[PROMPT - 1 : -1]), scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_seen(checkpoints, monkeypatch, name):
     mutant, parse = MUTANTS[name], registry.parse_config

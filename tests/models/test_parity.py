@@ -13,6 +13,7 @@ from tests.models.random_fields import ours
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
 ENGINES = {name for name in VARIANTS if "-" not in name or "window" in name or "layer_types" in name}
+OFTEN = ("llama", "gpt2", "mistral-window")
 
 
 def test_every_architecture_has_a_variant():
@@ -34,7 +35,9 @@ def test_logits_and_greedy_tokens(checkpoints, name):
     assert same_tokens(chosen, greedy, reference.gaps[-1])
 
 
-@pytest.mark.parametrize("name", sorted(ENGINES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in sorted(ENGINES)]
+)
 def test_engines(checkpoints, name):
     reference = checkpoints(name)
     # Prompts longer than 32 tokens are prefilled in pieces, beside rows that already decode.

@@ -157,6 +157,7 @@ def test_every_mesh_of_a_sweep_uses_all_devices():
         assert count == 8
 
 
+@pytest.mark.slow
 def test_sweeping_from_the_command_line(cli, tmp_path):
     file = deployment_of("llama-3.1-8b_v5e-4").path
     best = json.loads(cli("plan", file, "--sweep", "--json").out)

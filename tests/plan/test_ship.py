@@ -91,6 +91,7 @@ def test_all_or_nothing(programs, output):
         assert names(output.rsplit("/", 1)[0]) == ["b"]
 
 
+@pytest.mark.slow
 def test_the_persistent_cache_is_not_used(programs, tmp_path):
     """What comes out of it can't be run once it has been written and read again."""
     script = """
