@@ -189,7 +189,7 @@ print(peak() - before)
         pytest.param(LLAMA, ml_dtypes.bfloat16, ["float16"], marks=pytest.mark.slow),
         pytest.param(GPT2, np.float32, ["float32"], marks=pytest.mark.slow),
         (LLAMA, ml_dtypes.bfloat16, ["bfloat16", "int8"]),
-        (GPT2, np.float32, ["float32", "fp8"]),
+        pytest.param(GPT2, np.float32, ["float32", "fp8"], marks=pytest.mark.slow),
     ],
 )
 def test_peak_memory_is_the_result_and_about_one_tensor(tmp_path, config, stored, how):

@@ -93,6 +93,7 @@ def test_csv_prefix_overwrite(cli, source, tmp_path):
     assert out.read_text().split("\n")[0] == header
 
 
+@pytest.mark.slow
 def test_a_slow_pipe(tmp_path):
     """Each row is written before the next one comes."""
     options = [*map(str, OPTIONS), "--rows-per-part", "1", "--quiet"]

@@ -25,6 +25,7 @@ def model(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_generating_with_it(cli, tmp_path):
     """In processes of their own: nothing is compiled but by the first one."""
     out = tmp_path / "programs"
@@ -85,6 +86,7 @@ def test_for_a_slice(cli, model, tmp_path, topology):
     assert f"not used: compiled for {topology[-1]} devices of TPU v5 lite, and this is cpu" in err
 
 
+@pytest.mark.slow
 def test_a_deployment(cli, model, tmp_path):
     """A file says all of it: the model, the options and the slice; what is given comes first."""
     pytest.importorskip("libtpu")

@@ -68,6 +68,7 @@ def lowered(attention: str, **fields: object) -> dict[str, str]:
 
 @pytest.mark.usefixtures("_allowed")
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.slow
 def test_lowered_for_cuda():
     """The kernel in each layer of both programs, and no pages are gathered; which they are in plain XLA."""
     for text in lowered("pallas").values():

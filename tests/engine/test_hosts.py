@@ -137,7 +137,8 @@ def test_rows_on_both_hosts(wide, mesh):  # noqa: F811
         assert read["read"] == also_read["read"] > 0.9 * read["of"]
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_host_ends_the_other(wide, victim):  # noqa: F811
     with Hosts.of(wide, "forever", SPLIT, SPLIT) as hosts:
         hosts.line(), hosts.line()

@@ -88,7 +88,8 @@ def left(llm) -> tuple[int, int]:
     return psutil.Process().memory_info().rss, len(jax.live_arrays())
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [500, 5000])
 def test_a_soak_with_aborts(llm, count):
     rng = np.random.default_rng(count)
     engine = llm.engine

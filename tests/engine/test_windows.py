@@ -83,6 +83,7 @@ def test_the_same_tokens_in_a_window_s_pages(folder, monkeypatch):
         assert llm.stats.hit_tokens - hits > 200
 
 
+@pytest.mark.slow
 def test_with_hardly_any_room(folder):
     """Requests wait or are preempted, and pages that have fallen out of windows go to others."""
     layers, longest = len(MODELS[folder.name]), [len(prompt) + NEW for prompt in prompts()]
