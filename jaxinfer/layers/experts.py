@@ -81,14 +81,17 @@ class SparseMLP(nnx.Module):
         activation: str,
         shared: int = 0,
         shared_gate: bool = False,
+        shared_bias: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        """shared: the width of the MLP that all take; 0: there is none."""
+        """shared: the width of the MLP that all take; 0: there is none. shared_bias: its linears have one."""
         self.gate = Router(features, routing, dtype=dtype, rngs=rngs)
         self.experts = Experts(features, hidden, experts=routing.experts, activation=activation, dtype=dtype, rngs=rngs)
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.shared_expert = GatedMLP(features, shared, activation=activation, **options) if shared else None
+        self.shared_expert = (
+            GatedMLP(features, shared, activation=activation, bias=shared_bias, **options) if shared else None
+        )
         self.shared_expert_gate = Linear(features, 1, axes=(None, "embed"), **options) if shared_gate else None
 
     def __call__(self, x: jax.Array, live: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ class Routing:
     bias: is added to scores for the choice, and not to shares; a parameter.
     groups, groups_kept: experts are in groups of equal size, and only those of the best groups may be chosen.
     group_best: a group is as good as the sum of so many of its best experts.
-    normalized: shares are divided by their sum.
+    normalized: shares are divided by their sum, or by least_sum where that is more.
     scale: what shares are multiplied with.
     """
 
@@ -39,6 +39,7 @@ class Routing:
     groups_kept: int = 1
     group_best: int = 1
     normalized: bool = False
+    least_sum: float = 1e-20
     scale: float = 1.0
 
 
@@ -56,7 +57,7 @@ def route(logits: jax.Array, routing: Routing, bias: jax.Array | None = None) ->
         _, experts = lax.top_k(_of_best_groups(choice, routing), routing.top_k)
         shares = jnp.take_along_axis(scores, experts, axis=1)
     if routing.normalized:
-        shares = shares / (jnp.sum(shares, axis=1, keepdims=True) + jnp.float32(1e-20))
+        shares = shares / jnp.maximum(jnp.sum(shares, axis=1, keepdims=True), jnp.float32(routing.least_sum))
     return experts, shares if routing.scale == 1 else shares * jnp.float32(routing.scale)
 
 

@@ -39,24 +39,32 @@ class GraniteMoeForCausalLM(MoeForCausalLM):
     layer = GraniteMoeLayer
 
 
-def parse(fields: ConfigReader) -> MoeConfig:
-    """As Granite, and all layers have experts."""
+def parse(fields: ConfigReader, shared_experts: bool = False) -> MoeConfig:
+    """As Granite, and all layers have experts. shared_experts: and an MLP that all tokens take, if it has a width."""
     fields.refuse("mlp_bias", False)
     base = parse_granite(fields)
+    shared = fields.integer("shared_intermediate_size", 0, minimum=0) if shared_experts else 0
     return moe_config(
         base,
         routing=routing_of(fields, ("num_local_experts", 8), 2, among_chosen=True),
         expert_size=base.intermediate_size,
         sparse=(True,) * base.num_layers,
+        shared_size=shared,
     )
 
 
 def weights(config: ModelConfig) -> ParamMapping:
     """Experts are stacked, gates and ups in one tensor."""
     assert isinstance(config, MoeConfig)
-    size = config.expert_size
+    size, shared = config.expert_size, config.shared_size
 
     def source(name: str) -> Source:
+        if ".mlp.shared_expert." in name:
+            layer, _, which = name.partition("mlp.shared_expert.")
+            if which.startswith("down_proj"):
+                return Tensor(f"{layer}shared_mlp.output_linear.weight")
+            start = 0 if which.startswith("gate_proj") else shared
+            return Part(Tensor(f"{layer}shared_mlp.input_linear.weight"), start, 2 * shared)
         if (match := STACKED.fullmatch(name)) is None:
             return Tensor(name.replace(".mlp.gate.", ".block_sparse_moe.router.layer."))
         where = match[1].replace(".mlp.experts", ".block_sparse_moe")

@@ -106,6 +106,7 @@ def sparse_mlp(config: MoeConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Sparse
         activation=config.activation,
         shared=config.shared_size,
         shared_gate=config.shared_gate,
+        shared_bias=config.mlp_bias,
         dtype=dtype,
         rngs=rngs,
     )

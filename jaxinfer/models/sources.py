@@ -5,6 +5,7 @@ Transposed(Tensor("h.0.mlp.c_fc.weight"))              stored [in, out]
 Part(Tensor("attn.qkv.weight"), start=8, total=24)     rows from 8 on, of 24
 Stack((Tensor("experts.0.up.weight"), ...))            its first axis is over tensors
 Concat((Tensor("gate.weight"), Tensor("up.weight")), (8, 16))     one after the other, 8 and 16 rows
+Row(Tensor("mlp.moe_statics.bias"))                    a vector, stored as [1, out]
 Renamed(Tensor("model.norm.weight"), "model.", "language_model.model.")     under another name
 """
 
@@ -122,6 +123,23 @@ class Transposed(Source):
     def regions(self, index: Index) -> Iterator[Region]:
         for region in self.source.regions(_swapped(index)):
             yield replace(region, index=_swapped(region.index), transposed=not region.transposed)
+
+
+@dataclass(frozen=True)
+class Row(Source):
+    """A vector that is stored as a matrix of one row.
+
+    source: the matrix.
+    """
+
+    source: Source
+
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        return self.source.tensors((1, *shape))
+
+    def regions(self, index: Index) -> Iterator[Region]:
+        for region in self.source.regions(((0, 1), *index)):
+            yield replace(region, index=region.index[1:])
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,14 @@ VALUES: dict[str, Values] = {
     **dict.fromkeys(("num_experts", "num_local_experts"), (4, 6, 5)),
     "num_experts_per_tok": (1, 2, 3, 4),
     "n_routed_experts": (4, 8, 6),
+    "moe_num_experts": (4, 6, 5),
+    "moe_k": (1, 2, 3, 4),
+    "moe_num_shared_experts": (0, 1, 2),
+    "moe_layer_start_index": (ABSENT, 0, 1),
+    "moe_layer_end_index": (ABSENT, -1, 0, 1),
+    "moe_layer_interval": (ABSENT, 1, 2),
+    "moe_norm_min": (ABSENT, 1e-12, 0.5),
+    "shared_intermediate_size": (0, 24, 40),
     "n_shared_experts": (1, 2),
     "n_group": (1, 2, 1),
     "topk_group": lambda case, fields: case.pick("topk_group", range(1, fields["n_group"] + 1)),
@@ -162,11 +170,16 @@ NOT_NULL = {
     "layer_norm_eps": ("cohere",),
     "max_window_layers": ("qwen2_vl", "qwen2_5_vl"),
     "image_token_index": ("gemma3",),
-    **dict.fromkeys(("num_experts_per_tok", "n_routed_experts", "n_shared_experts"), ("dots1", "granitemoe")),
+    **dict.fromkeys(
+        ("num_experts_per_tok", "n_routed_experts", "n_shared_experts"), ("dots1", "granitemoe", "granitemoeshared")
+    ),
     **dict.fromkeys(("n_group", "first_k_dense_replace"), ("dots1",)),
-    "num_local_experts": ("granitemoe",),
-    **dict.fromkeys(("embedding_multiplier", "logits_scaling"), ("granitemoe",)),
-    **dict.fromkeys(("residual_multiplier", "attention_multiplier"), ("granitemoe",)),
+    "num_local_experts": ("granitemoe", "granitemoeshared"),
+    **dict.fromkeys(("embedding_multiplier", "logits_scaling"), ("granitemoe", "granitemoeshared")),
+    **dict.fromkeys(("residual_multiplier", "attention_multiplier"), ("granitemoe", "granitemoeshared")),
+    **dict.fromkeys(("moe_num_experts", "moe_k", "moe_num_shared_experts"), ("ernie4_5_moe",)),
+    **dict.fromkeys(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), ("ernie4_5_moe",)),
+    "moe_norm_min": ("ernie4_5_moe",),
 }
 BOOL = (ABSENT, True, False)
 

@@ -47,6 +47,7 @@ REASONS = {
     "final_logit_softcapping": "likewise, inside of the model that sees",
     "add_cross_attention": "there is no encoder",
     "tie_word_embeddings": "Phi's head has a bias, and the embedding has none",
+    "use_bias": "the same of ERNIE with experts",
 }
 # Of which fields one value alone is honoured: the others are refused, see above.
 FEW = {
