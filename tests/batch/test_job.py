@@ -74,9 +74,9 @@ BROKEN = {
 
 
 def test_broken_rows(demo, job, rows_file, tmp_path):
-    """One row in a hundred is broken, each in another way: it says why, and the others are what they would be."""
-    rows = [{"prompt": f"What is {i % 40} + {i % 7}?", "id": i} for i in range(100 * len(BROKEN))]
-    places = {100 * i + 37 + i: line for i, line in enumerate(BROKEN)}
+    """One row in forty is broken, each in another way: it says why, and the others are what they would be."""
+    rows = [{"prompt": f"What is {i % 40} + {i % 7}?", "id": i} for i in range(40 * len(BROKEN))]
+    places = {40 * i + 17 + i: line for i, line in enumerate(BROKEN)}
     source = rows_file([places.get(i, row) for i, row in enumerate(rows)])
     summary = job(source, sampling_params={"max_tokens": 2}, rows_per_part=100)
     got = read_rows(tmp_path / "out")

@@ -110,6 +110,7 @@ def test_a_slow_pipe(tmp_path):
     assert job.returncode == 0
 
 
+@pytest.mark.slow
 def test_sigterm_while_a_pipe_is_waited_for(tmp_path):
     """It ends, with a thread that can't be ended in the middle of reading."""
     command = [sys.executable, "-m", "jaxinfer", "batch", "-", "-o", tmp_path / "out", *map(str, OPTIONS)]

@@ -72,14 +72,8 @@ def test_preempted_and_found_again(folder, expected):
         assert llm.stats.hit_tokens > 0
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        "fsdp=2,tensor=4",
-        pytest.param("tensor=8", marks=pytest.mark.slow),
-        pytest.param("data=2,tensor=4", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=4", "tensor=8", "data=2,tensor=4"])
 def test_over_a_mesh(folder, expected, mesh):
     """The same tokens, and two reductions a layer as with an MLP; each device has its own experts and no more."""
     with LLM(folder, mesh=mesh, **OPTIONS) as llm:

@@ -311,6 +311,7 @@ def test_pages():
         PageAllocator(1)
 
 
+@pytest.mark.slow
 def test_any_sequence_of_events_with_windows():
     """Groups that see everything beside ones with windows, and windows alone, in one pool."""
     seen: Counter[str] = Counter()

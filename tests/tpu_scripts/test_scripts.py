@@ -113,7 +113,7 @@ def test_what_fails_on_the_vm(cloud):
     [
         ("create.sh", ["v", *MAKE]),
         ("install.sh", ["v", *ZONE]),
-        ("generate.sh", ["v", *ZONE, "--", "--model", MODEL_DIR, "it's $HOME"]),
+        pytest.param("generate.sh", ["v", *ZONE, "--", "--model", MODEL_DIR, "it's $HOME"], marks=pytest.mark.slow),
         ("delete.sh", ["v", *ZONE]),
     ],
 )
