@@ -26,6 +26,21 @@ for tokens, level, rounds in itertools.product((1, 7, 9, 33), range(len(cpu.LEVE
     call = jax.ffi.ffi_call("int4", [jax.ShapeDtypeStruct((tokens, 13), np.float32)])
     w = random((13, 96), "int8").view(np.uint8)
     jax.block_until_ready(call(random((tokens, 192), "float32"), w, random((13, 6), "float32"), rounds=rounds))
+jax.ffi.register_ffi_target("grouped", jax.ffi.pycapsule(library.jaxinfer_grouped_dot), platform="cpu")
+jax.ffi.register_ffi_target("grouped_int4", jax.ffi.pycapsule(library.jaxinfer_grouped_dot_int4), platform="cpu")
+for sizes, level, rounds in itertools.product(
+    ((1, 0, 1), (0, 0, 0), (3, 9, 0), (0, 20, 1)), range(len(cpu.LEVELS)), (False, True)
+):
+    library.jaxinfer_level(level)
+    rows, counts = sum(sizes) + 2, np.array(sizes, np.int32)
+    for activations, weights in PAIRS:
+        kind = np.int32 if activations == "int8" else np.float32
+        call = jax.ffi.ffi_call("grouped", [jax.ShapeDtypeStruct((rows, n), kind) for n in (13, 5)])
+        both = [random((3, n, 67), weights) for n in (13, 5)]
+        jax.block_until_ready(call(random((rows, 67), activations), counts, *both, rounds=rounds))
+    call = jax.ffi.ffi_call("grouped_int4", [jax.ShapeDtypeStruct((rows, 13), np.float32)])
+    w, scales = random((3, 13, 96), "int8").view(np.uint8), random((3, 13, 6), "float32")
+    jax.block_until_ready(call(random((rows, 192), "float32"), counts, w, scales, rounds=rounds))
 jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attention), platform="cpu")
 for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
     library.jaxinfer_level(level)
