@@ -229,7 +229,11 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         attended, cache = self.self_attn(self.input_layernorm(x), angles, cache, batch)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        return x + self.feed_forward(self.post_attention_layernorm(x), batch), cache
+
+    def feed_forward(self, x: jax.Array, batch: ForwardBatch) -> jax.Array:
+        """What the MLP makes of the normed hidden states."""
+        return self.mlp(x)
 
 
 class UngatedLayer(DecoderLayer):

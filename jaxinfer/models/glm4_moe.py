@@ -3,7 +3,7 @@ an MLP that all tokens take, behind some dense layers."""
 
 from __future__ import annotations
 
-from jaxinfer.models.config import ConfigReader
+from jaxinfer.models.config import MAX_LAYERS, ConfigReader
 from jaxinfer.models.decoder import DecoderConfig, decoder_config
 from jaxinfer.models.moe import MoeConfig, MoeForCausalLM, experts_apart, grouped_routing, moe_config
 from jaxinfer.models.registry import Architecture
@@ -12,7 +12,8 @@ NAMES = {".shared_expert.": ".shared_experts."}
 
 
 def with_experts(fields: ConfigReader, base: DecoderConfig) -> MoeConfig:
-    """The layers from `first_k_dense_replace` on have them."""
+    """The layers from `first_k_dense_replace` on have them; behind those are `num_nextn_predict_layers`, as checkpoints
+    call it, that predict more tokens."""
     first = fields.integer("first_k_dense_replace", minimum=0)
     size = fields.integer("moe_intermediate_size", 1408)
     return moe_config(
@@ -21,6 +22,7 @@ def with_experts(fields: ConfigReader, base: DecoderConfig) -> MoeConfig:
         expert_size=size,
         sparse=tuple(i >= first for i in range(base.num_layers)),
         shared_size=size * fields.integer("n_shared_experts"),
+        mtp_layers=fields.integer("num_nextn_predict_layers", 0, minimum=0, maximum=MAX_LAYERS),
     )
 
 
@@ -29,6 +31,7 @@ def parse(fields: ConfigReader) -> MoeConfig:
     fields = fields.with_defaults(
         first_k_dense_replace=1, n_shared_experts=1, n_routed_experts=128, norm_topk_prob=True, num_experts_per_tok=8
     )
+    fields = fields.with_defaults(num_nextn_predict_layers=fields.integer("num_mtp_layers", 1, minimum=0))
     base = decoder_config(
         fields,
         default_kv_heads=8,

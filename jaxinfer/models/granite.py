@@ -28,7 +28,7 @@ class GraniteLayer(DecoderLayer):
     ) -> tuple[jax.Array, LayerCache | None]:
         attended, cache = self.self_attn(self.input_layernorm(x), angles, cache, batch)
         x = x + attended * self.scale
-        return x + self.mlp(self.post_attention_layernorm(x)) * self.scale, cache
+        return x + self.feed_forward(self.post_attention_layernorm(x), batch) * self.scale, cache
 
 
 class GraniteForCausalLM(DecoderForCausalLM):

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
-
-from jaxinfer.attention import ForwardBatch
-from jaxinfer.cache import LayerCache
-from jaxinfer.layers.attention import Angles
 from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.decoder import IGNORED
+from jaxinfer.models.granite import GraniteLayer
 from jaxinfer.models.granite import parse as parse_granite
 from jaxinfer.models.moe import STACKED, MoeConfig, MoeForCausalLM, SparseLayer, moe_config, routing_of
 from jaxinfer.models.registry import Architecture
@@ -18,19 +12,8 @@ from jaxinfer.models.sources import Part, Source, Tensor
 from jaxinfer.models.weights import ParamMapping
 
 
-class GraniteMoeLayer(SparseLayer):
-    """What blocks add is scaled."""
-
-    def __init__(self, config: MoeConfig, layer: int, **options: Any):
-        super().__init__(config, layer, **options)
-        self.scale = config.residual_scale
-
-    def __call__(
-        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
-    ) -> tuple[jax.Array, LayerCache | None]:
-        attended, cache = self.self_attn(self.input_layernorm(x), angles, cache, batch)
-        x = x + attended * self.scale
-        return x + self.mlp(self.post_attention_layernorm(x), batch.live) * self.scale, cache
+class GraniteMoeLayer(SparseLayer, GraniteLayer):
+    """Granite's, with experts."""
 
 
 class GraniteMoeForCausalLM(MoeForCausalLM):

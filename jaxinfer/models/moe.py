@@ -13,8 +13,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import ForwardBatch
-from jaxinfer.cache import LayerCache
-from jaxinfer.layers.attention import Angles
 from jaxinfer.layers.experts import SparseMLP
 from jaxinfer.layers.router import Routing
 from jaxinfer.models.causal import SmoothingPairs
@@ -24,7 +22,7 @@ from jaxinfer.models.sources import Source, Stack, Tensor
 from jaxinfer.models.weights import ParamMapping, spelled
 
 STACKED = re.compile(r"(.*\.experts)\.(gate_proj|up_proj|down_proj)\.weight")
-MAX_EXPERTS, MAX_MTP = 4096, 4
+MAX_EXPERTS = 4096
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class MoeConfig(DecoderConfig):
     sparse: of each layer, whether it has them; the others have an MLP.
     shared_size: the width of an MLP that all tokens take besides; 0: there is none.
     shared_gate: which has a gate for each token.
+    mtp_layers: how many layers that predict more than the next token come after the others, and are left aside.
     """
 
     routing: Routing = dataclasses.field(kw_only=True)
@@ -43,6 +42,7 @@ class MoeConfig(DecoderConfig):
     sparse: tuple[bool, ...] = dataclasses.field(kw_only=True)
     shared_size: int = 0
     shared_gate: bool = False
+    mtp_layers: int = 0
 
 
 def moe_config(base: DecoderConfig, **more: Any) -> MoeConfig:
@@ -121,12 +121,9 @@ class SparseLayer(DecoderLayer):
     )
     make_mlp = staticmethod(sparse_mlp)
 
-    def __call__(
-        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
-    ) -> tuple[jax.Array, LayerCache | None]:
-        attended, cache = self.self_attn(self.input_layernorm(x), angles, cache, batch)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x), batch.live), cache
+    def feed_forward(self, x: jax.Array, batch: ForwardBatch) -> jax.Array:
+        """Padding goes to no expert."""
+        return self.mlp(x, batch.live)
 
 
 def sparse_or_dense(config: MoeConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DecoderLayer:
@@ -152,9 +149,7 @@ def experts_apart(names: Mapping[str, str] | None = None) -> Callable[[ModelConf
             each = (f"{match[1]}.{i}.{match[2]}.weight" for i in range(count))
             return Stack(tuple(Tensor(spelled(name, names or {})) for name in each))
 
-        # Layers that predict more than the next token come after the others.
-        return ParamMapping(
-            source, ignored=(*IGNORED, *(rf"layers\.{config.num_layers + i}\..*" for i in range(MAX_MTP)))
-        )
+        beyond = range(config.num_layers, config.num_layers + cast(MoeConfig, config).mtp_layers)
+        return ParamMapping(source, ignored=(*IGNORED, *(rf"layers\.{i}\..*" for i in beyond)))
 
     return weights
