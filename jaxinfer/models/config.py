@@ -274,6 +274,13 @@ def _yarn_attention_factor(rope: ConfigReader, factor: float) -> float:
     return mscale(1.0)
 
 
+def sliding_window(fields: ConfigReader) -> int | None:
+    """`sliding_window`: null means none; where the field is absent, transformers takes 4096."""
+    if fields.data.get("sliding_window", True) is None:
+        return None
+    return fields.integer("sliding_window", 4096)
+
+
 def windows_of(fields: ConfigReader, num_layers: int, window: int | None, first: int = 0) -> tuple[int | None, ...]:
     """Each layer's sliding window: by `layer_types` where given, else `window` from layer `first` on."""
     if fields.data.get("layer_types") is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxinfer.models.config import ConfigReader, windows_of
+from jaxinfer.models.config import ConfigReader, sliding_window, windows_of
 from jaxinfer.models.decoder import decoder_config, num_layers
 from jaxinfer.models.glm4_moe import NAMES, with_experts
 from jaxinfer.models.moe import MoeConfig, MoeForCausalLM, experts_apart
@@ -12,13 +12,11 @@ from jaxinfer.models.registry import Architecture
 def parse(fields: ConfigReader) -> MoeConfig:
     """`attention_bias` covers all four projections. Layers from `max_window_layers` on slide."""
     fields = fields.with_defaults(first_k_dense_replace=0)
-    absent = "sliding_window" not in fields.data
-    window = None if not absent and fields.data["sliding_window"] is None else fields.integer("sliding_window", 4096)
     first = fields.integer("max_window_layers", 62, minimum=0)
     bias = fields.boolean("attention_bias", False)
     base = decoder_config(
         fields,
-        windows=windows_of(fields, num_layers(fields), window, first=first),
+        windows=windows_of(fields, num_layers(fields), sliding_window(fields), first=first),
         qkv_bias=bias,
         out_bias=bias,
         qk_norm=True,

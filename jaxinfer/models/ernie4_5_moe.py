@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from jaxinfer.layers.router import Routing
 from jaxinfer.models.config import ConfigReader, ModelConfig
-from jaxinfer.models.decoder import decoder_config
+from jaxinfer.models.ernie4_5 import parse as parse_dense
 from jaxinfer.models.glm4_moe import NAMES
 from jaxinfer.models.moe import MAX_EXPERTS, MoeConfig, MoeForCausalLM, experts_apart, moe_config
 from jaxinfer.models.registry import Architecture
@@ -18,17 +18,7 @@ def parse(fields: ConfigReader) -> MoeConfig:
     """`use_bias` covers all projections, also the head, but not those of experts. Of the layers from
     `moe_layer_start_index` to `moe_layer_end_index` each `moe_layer_interval`-th has experts."""
     bias = fields.boolean("use_bias", False)
-    base = decoder_config(
-        fields.with_defaults(max_position_embeddings=131072, rope_theta=500000.0),
-        default_kv_heads=4,
-        default_tied=True,
-        norm_eps=("rms_norm_eps", 1e-5),
-        qkv_bias=bias,
-        out_bias=bias,
-        mlp_bias=bias,
-        head_bias=bias,
-        interleaved=True,
-    )
+    base = replace(parse_dense(fields, kv_heads=4, head_dim=None), head_bias=bias)
     if bias and base.tie_word_embeddings:
         raise fields.error("use_bias", "a head that is the embedding has no bias here")
     first, last = fields.integer("moe_layer_start_index", 1, minimum=0), fields.integer("moe_layer_end_index", -1, -1)

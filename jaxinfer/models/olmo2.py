@@ -55,12 +55,14 @@ def wide_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
     return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, wide=True)
 
 
-def attention(config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> SelfAttention:
-    """A layer's; norms of queries and keys are over all heads."""
+def attention(
+    config: DecoderConfig, layer: int, *, wide: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
+) -> SelfAttention:
+    """A layer's; norms of queries and keys are over all heads. wide: see RMSNorm."""
 
     def norm(heads: int) -> HeadsRMSNorm:
         axes = ("heads" if heads == config.num_heads else "kv_heads",)
-        return HeadsRMSNorm(heads * config.head_dim, eps=config.norm_eps, dtype=dtype, axes=axes, wide=True)
+        return HeadsRMSNorm(heads * config.head_dim, eps=config.norm_eps, dtype=dtype, axes=axes, wide=wide)
 
     return self_attention(config, layer, qk_norm=norm, dtype=dtype, rngs=rngs)
 

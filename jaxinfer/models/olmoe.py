@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from flax import nnx
-from jax.typing import DTypeLike
+from functools import partial
 
-from jaxinfer.layers.attention import SelfAttention
-from jaxinfer.layers.norm import HeadsRMSNorm
 from jaxinfer.models.config import ConfigReader
-from jaxinfer.models.decoder import DecoderConfig, decoder_config, self_attention
+from jaxinfer.models.decoder import decoder_config
 from jaxinfer.models.moe import MoeConfig, MoeForCausalLM, SparseLayer, experts_apart, moe_config, routing_of
+from jaxinfer.models.olmo2 import attention
 from jaxinfer.models.registry import Architecture
-
-
-def attention(config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> SelfAttention:
-    """A layer's."""
-
-    def norm(heads: int) -> HeadsRMSNorm:
-        axes = ("heads" if heads == config.num_heads else "kv_heads",)
-        return HeadsRMSNorm(heads * config.head_dim, eps=config.norm_eps, dtype=dtype, axes=axes)
-
-    return self_attention(config, layer, qk_norm=norm, dtype=dtype, rngs=rngs)
 
 
 class OlmoeLayer(SparseLayer):
     """Its attention has other norms."""
 
-    make_attention = staticmethod(attention)
+    make_attention = staticmethod(partial(attention, wide=False))
 
 
 class OlmoeForCausalLM(MoeForCausalLM):

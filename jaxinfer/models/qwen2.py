@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxinfer.models.config import ConfigReader, windows_of
+from jaxinfer.models.config import ConfigReader, sliding_window, windows_of
 from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, decoder_config, num_layers
 from jaxinfer.models.llama import weights
 from jaxinfer.models.registry import Architecture
@@ -11,10 +11,7 @@ from jaxinfer.models.registry import Architecture
 def sliding_windows(fields: ConfigReader) -> tuple[int | None, ...]:
     """Layers from `max_window_layers` on slide, if `use_sliding_window`; `layer_types` overrides which."""
     layers = num_layers(fields)
-    absent = "sliding_window" not in fields.data
-    window = None
-    if fields.boolean("use_sliding_window", False) and (absent or fields.data["sliding_window"] is not None):
-        window = fields.integer("sliding_window", 4096)
+    window = sliding_window(fields) if fields.boolean("use_sliding_window", False) else None
     return windows_of(fields, layers, window, first=fields.integer("max_window_layers", 28, minimum=0))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxinfer.models.config import ConfigReader, windows_of
+from jaxinfer.models.config import ConfigReader, sliding_window, windows_of
 from jaxinfer.models.decoder import decoder_config, num_layers
 from jaxinfer.models.moe import MoeConfig, MoeForCausalLM, experts_apart, moe_config, routing_of, sparse_layers
 from jaxinfer.models.registry import Architecture
@@ -12,10 +12,7 @@ def parse(fields: ConfigReader) -> MoeConfig:
     """`attention_bias` covers all four projections; all layers slide, if `use_sliding_window`."""
     fields.refuse("layer_types")
     layers = num_layers(fields)
-    window = None
-    if fields.boolean("use_sliding_window", False):
-        absent = "sliding_window" not in fields.data
-        window = fields.integer("sliding_window", 4096) if absent or fields.data["sliding_window"] is not None else None
+    window = sliding_window(fields) if fields.boolean("use_sliding_window", False) else None
     bias = fields.boolean("attention_bias", False)
     base = decoder_config(
         fields,
