@@ -136,10 +136,9 @@ class Decoded:
     def rows(self, part: slice) -> Decoded:
         """Some rows; only of formats that have scales for each, or one for all."""
         assert self.form.rows <= 1
-        if self.form.rows == 0:
-            return Decoded(self.form, self.values[part], self.zeros, self.scales, self.order, self.biases)
-        zeros, biases = (None if array is None else array[part] for array in (self.zeros, self.biases))
-        return Decoded(self.form, self.values[part], zeros, self.scales[part], self.order, biases)
+        own = part if self.form.rows else slice(None)
+        zeros, biases = (None if array is None else array[own] for array in (self.zeros, self.biases))
+        return Decoded(self.form, self.values[part], zeros, self.scales[own], self.order, biases)
 
     def kept(self, scheme: Scheme) -> dict[str, Host]:
         """The arrays of `Scheme.arrays`, with the same values to the bit; but a bias in float32 may be rounded, when

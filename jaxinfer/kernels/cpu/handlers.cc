@@ -426,41 +426,34 @@ ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t 
   return wrong("jaxinfer_attention: there is none for keys of this type");
 }
 
+auto product_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Attr<bool>("rounds")
+      .Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .RemainingRets();
+}
+
+auto grouped_binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Attr<bool>("rounds")
+      .Arg<ffi::AnyBuffer>()
+      .Arg<Sizes>()
+      .RemainingArgs()
+      .RemainingRets();
+}
+
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot, dot,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<bool>("rounds")
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot, dot, product_binding());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot_int4, dot_int4,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<bool>("rounds")
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot_int4, dot_int4, product_binding());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_grouped_dot, grouped,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<bool>("rounds")
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_grouped_dot, grouped, grouped_binding());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_grouped_dot_int4, grouped_int4,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<bool>("rounds")
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .RemainingArgs()
-                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_grouped_dot_int4, grouped_int4, grouped_binding());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_take, take,
                               ffi::Ffi::Bind()
