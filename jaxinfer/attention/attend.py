@@ -23,14 +23,16 @@ def attend(
     cache: LayerCache | None,
     batch: ForwardBatch,
     spec: AttentionSpec,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
     """Writes `k`, `v` into the cache and lets `q` attend to all keys of its own row.
 
     q `[T, H, d]`, k and v `[T, K, d]`, K divides H. Returns out `[T, H, d]` (zeros or garbage for padding
     tokens) and the cache with this step's keys and values. `cache=None` attends within the batch alone.
+    sinks: f32[H], one more score of each head, of what has no value (gpt-oss).
     """
     if cache is None:
-        return attend_stream(q, k, v, batch, spec), None
+        return attend_stream(q, k, v, batch, spec, sinks), None
     if not spec.causal:
         raise ValueError("attention over a cache is causal; pass cache=None for attention in both directions")
     backend = batch.backend
@@ -38,9 +40,13 @@ def attend(
     # A cache group of chunks shows of each row the chunk that it is in, and nothing before it.
     call: Any = functools.partial(backend, spec=dataclasses.replace(spec, chunk=None))
     if batch.mesh is None:
-        return call(q, k, v, cache, batch)
+        return call(q, k, v, cache, batch, sinks=sinks)
     # Heads don't know of each other: each device does its own, with all rows of its shard.
     heads, kv_heads = PartitionSpec(None, TENSOR), PartitionSpec(None, KV)
     pages = PartitionSpec(None, *backend.partition_spec[1:])
-    split = on_tensor(call, (heads, kv_heads, kv_heads, pages, PartitionSpec()), (heads, pages))
-    return split(q, k, v, cache, dataclasses.replace(batch, mesh=None))
+    each = heads, kv_heads, kv_heads, pages, PartitionSpec(), PartitionSpec(TENSOR)
+
+    def part(*args: Any) -> Any:
+        return call(*args[:-1], sinks=args[-1])
+
+    return on_tensor(part, each, (heads, pages))(q, k, v, cache, dataclasses.replace(batch, mesh=None), sinks)

@@ -26,6 +26,7 @@ class AttentionCase:
     dtype: of activations.
     kept: the cache's dtype.
     device: one of them.
+    sinks: heads have one, see `attend`.
     """
 
     num_kv_heads: int
@@ -35,6 +36,7 @@ class AttentionCase:
     dtype: np.dtype[Any]
     kept: np.dtype[Any]
     device: jax.Device
+    sinks: bool = False
 
 
 class AttentionBackend(ABC):
@@ -70,6 +72,13 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pools: LayerCache,
+        batch: ForwardBatch,
+        spec: AttentionSpec,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        """See `Attend`."""
+        """See `attend`. sinks: of cases that have them, and then this supports them."""

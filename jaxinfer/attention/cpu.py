@@ -27,14 +27,21 @@ class CPUAttention(XLAAttention):
         return cpu.attention_problem(case.dtype.name, case.head_dim, case.queries, case.kept.name)
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pools: LayerCache,
+        batch: ForwardBatch,
+        spec: AttentionSpec,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         pools = write_split(k, v, cast(Pages, pools), batch)
         used = jnp.arange(batch.kv_lens.shape[0], dtype=jnp.int32) < batch.distribution[1]
         kv_lens = jnp.where(used, batch.kv_lens, 0)
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
         how = spec.scale, spec.window, spec.soft_cap
-        out = cpu.attend(grouped, pools, batch.cu_q_lens, kv_lens, batch.pages, *how)
+        out = cpu.attend(grouped, pools, batch.cu_q_lens, kv_lens, batch.pages, *how, sinks)
         return out.reshape(q.shape), pools
 
 

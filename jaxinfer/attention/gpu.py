@@ -32,6 +32,8 @@ class GPUAttention(AttentionBackend):
             return (
                 f"kernels are for TPUs and for NVIDIA GPUs of compute capability {AMPERE} and more, and this is {here}"
             )
+        if case.sinks:
+            return "the kernel for GPUs knows no attention sinks, which the model has"
         if case.dtype.itemsize != 2:
             return f"the kernel for GPUs is for bfloat16 and float16, and dtype is {case.dtype}"
         if case.head_dim not in HEADS:
@@ -47,7 +49,14 @@ class GPUAttention(AttentionBackend):
         return HeadMajorPages(pool, pool)  # type: ignore[arg-type]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pools: LayerCache,
+        batch: ForwardBatch,
+        spec: AttentionSpec,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         from jaxinfer.attention.gpu_kernel import attend_in_place  # imports Pallas, which takes its time
 

@@ -55,7 +55,7 @@ class LayerLayout:
         kept = spec.kept(compute, kv_cache_dtype)
         if heads is None:
             return cls(spec, kept, placement, None, None, attention)
-        case = AttentionCase(*heads, axis_size(placement, (KV,)), compute, kept, devices_of(placement)[0])
+        case = AttentionCase(*heads, axis_size(placement, (KV,)), compute, kept, devices_of(placement)[0], spec.sinks)
         return cls(spec, kept, placement, choose(case, attention, kv_cache_dtype), case, attention)
 
     @property

@@ -45,6 +45,8 @@ class TPUAttention(AttentionBackend):
             return f"the kernel for TPUs is for bfloat16 and float32, and dtype is {case.dtype}"
         if case.head_dim > LANES and 2 * case.kept.itemsize > WORD:
             return f"the kernel for TPUs reads heads of more than {LANES} in bfloat16 and fp8, and not in {case.kept}"
+        if case.sinks:
+            return "the kernels for TPUs know no attention sinks, which the model has"
         return None
 
     def refusal(self, case: AttentionCase) -> str | None:
@@ -70,7 +72,14 @@ class TPUAttention(AttentionBackend):
         return (InterleavedPages(jax.ShapeDtypeStruct(shape, case.kept)),) * count  # type: ignore[arg-type, return-value]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pools: LayerCache,
+        batch: ForwardBatch,
+        spec: AttentionSpec,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         return attend_pools(q, k, v, cast(tuple[InterleavedPages, ...], pools), batch, spec)
 

@@ -52,26 +52,33 @@ class XLAAttention(AttentionBackend):
         return QuantizedPages(pool, pool, scales, scales)  # type: ignore[arg-type]
 
     def __call__(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pools: LayerCache,
+        batch: ForwardBatch,
+        spec: AttentionSpec,
+        sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         pools = write_split(k, v, cast(Pages, pools), batch)
         tokens, heads, head_dim = q.shape
         q = q.reshape(tokens, k.shape[1], heads // k.shape[1], head_dim)
-        return _attend(q, pools, batch, spec).reshape(tokens, heads, head_dim), pools
+        return _attend(q, pools, batch, spec, sinks).reshape(tokens, heads, head_dim), pools
 
 
 XLA = XLAAttention()
 
 
-def _attend(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
+def _attend(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec, sinks: jax.Array | None) -> jax.Array:
     """q `[T, K, G, d]` -> `[T, K, G, d]`."""
     if batch.decode_only:
-        return _decode(q, cache, batch, spec)
+        return _decode(q, cache, batch, spec, sinks)
     decode_rows = min(q.shape[0], batch.kv_lens.shape[0])
     out = jnp.zeros((q.shape[0] + QUERY_TILE, *q.shape[1:]), q.dtype)
-    decoded = _decode(q[:decode_rows], cache, batch, spec)
+    decoded = _decode(q[:decode_rows], cache, batch, spec, sinks)
     out = lax.dynamic_update_slice_in_dim(out, decoded, 0, 0)
-    return _prefill(q, out, cache, batch, spec)[: q.shape[0]]
+    return _prefill(q, out, cache, batch, spec, sinks)[: q.shape[0]]
 
 
 def write_split(k: jax.Array, v: jax.Array, cache: P, batch: ForwardBatch) -> P:
@@ -118,7 +125,20 @@ def capped(scores: jax.Array, spec: AttentionSpec) -> jax.Array:
     return scores if spec.soft_cap is None else jnp.tanh(scores / spec.soft_cap) * spec.soft_cap
 
 
-def attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
+def _with_sink(total: jax.Array, top: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """The sums of weights, which are relative to the largest score `top`, with those of the sinks, which have no value:
+    so what is attended to is less."""
+    return total if sinks is None else total + jnp.exp(sinks - top)
+
+
+def attend_stream(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    batch: ForwardBatch,
+    spec: AttentionSpec,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
     """See `attend`; within the batch alone."""
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -129,7 +149,11 @@ def attend_stream(q: jax.Array, k: jax.Array, v: jax.Array, batch: ForwardBatch,
         batch.positions[:, None], batch.positions[None, :], spec
     )
     live = jnp.arange(tokens, dtype=jnp.int32) < batch.cu_q_lens[-1]
-    weights = jax.nn.softmax(jnp.where(seen & live[None, :], scores, NEGATIVE), axis=-1)
+    scores = jnp.where(seen & live[None, :], scores, NEGATIVE)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    of_heads = None if sinks is None else sinks.reshape(kv_heads, -1, 1)
+    weights = weights / _with_sink(jnp.sum(weights, axis=-1), top, of_heads)[..., None]
     weights = weights.astype(v.dtype).reshape(kv_heads, -1, tokens)
     out = _dot(weights, v.transpose(1, 0, 2), (2, 1)).reshape(kv_heads, -1, tokens, head_dim)
     return out.transpose(2, 0, 1, 3).reshape(tokens, heads, head_dim).astype(q.dtype)
@@ -177,7 +201,7 @@ def _first_block(query: jax.Array, spec: AttentionSpec, size: int) -> jax.Array:
     return jnp.maximum(query - spec.window + 1, 0) // size
 
 
-def _decode(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
+def _decode(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec, sinks: jax.Array | None) -> jax.Array:
     """One query token a row, q `[R, K, G, d]` -> `[R, K, G, d]`; rows from `batch.distribution[0]` on give zeros."""
     rows, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
@@ -226,11 +250,14 @@ def _decode(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec
         jnp.zeros((rows, heads), jnp.float32),
         jnp.zeros((rows, heads, head_dim), jnp.float32),
     )
-    _, total, out = lax.fori_loop(0, (ends[-1] + pairs - 1) // pairs, body, state)
+    top, total, out = lax.fori_loop(0, (ends[-1] + pairs - 1) // pairs, body, state)
+    total = _with_sink(total, top, sinks)
     return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
-def _prefill(q: jax.Array, out: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec) -> jax.Array:
+def _prefill(
+    q: jax.Array, out: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec, sinks: jax.Array | None
+) -> jax.Array:
     """Rows of several query tokens: fills `out [T + QUERY_TILE, K, G, d]` tile by tile for rows from rows[0] on."""
     tokens, kv_heads, group, head_dim = q.shape
     size, _ = _block_sizes(cache.k.shape[2])
@@ -268,7 +295,9 @@ def _prefill(q: jax.Array, out: jax.Array, cache: Pages, batch: ForwardBatch, sp
         state = (jnp.full(flat, NEGATIVE, jnp.float32), jnp.zeros(flat, jnp.float32))
         stop = (base + count - 1) // size + 1
         start_block = _first_block(base, spec, size)
-        _, total, acc = lax.fori_loop(start_block, stop, body, (*state, jnp.zeros((*flat, head_dim), jnp.float32)))
+        top, total, acc = lax.fori_loop(start_block, stop, body, (*state, jnp.zeros((*flat, head_dim), jnp.float32)))
+        of_tile = None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), tile, axis=1)
+        total = _with_sink(total, top, of_tile)
         result = (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
         result = result.reshape(kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
         # The tile may reach into the next row's tokens: leave those as they are.

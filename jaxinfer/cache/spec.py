@@ -22,6 +22,7 @@ class KVCacheSpec(ABC):
     window: how many tokens a query sees, its own the last of them, so that pages with older ones can be used again;
         None: all.
     chunk: a query sees those of its own chunk of so many, and older chunks' pages can be used again; None: all.
+    sinks: its heads have one, see `attend`; backends ask.
     partition_spec: how a mesh splits the arrays, one for all or a tree of them; pages and slots come first, and are
         split over ROWS.
     """
@@ -29,6 +30,7 @@ class KVCacheSpec(ABC):
     paged: ClassVar[bool] = True
     window: int | None = None
     chunk: int | None = None
+    sinks: bool = False
     partition_spec: PartitionSpec | tuple[PartitionSpec, ...] = PartitionSpec(ROWS)
 
     @property
@@ -61,6 +63,7 @@ class FullAttentionSpec(KVCacheSpec):
     num_kv_heads: int
     head_dim: int
     queries: int = field(default=1, compare=False, kw_only=True)
+    sinks: bool = field(default=False, kw_only=True)
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -94,14 +97,14 @@ class ChunkedSpec(FullAttentionSpec):
 
 
 def attention_spec(
-    num_kv_heads: int, head_dim: int, window: int | None, queries: int, chunk: int | None = None
+    num_kv_heads: int, head_dim: int, window: int | None, queries: int, chunk: int | None = None, sinks: bool = False
 ) -> FullAttentionSpec:
     """That of an attention layer, which sees all without window and chunk."""
     if chunk is not None:
-        return ChunkedSpec(num_kv_heads, head_dim, chunk, queries=queries)
+        return ChunkedSpec(num_kv_heads, head_dim, chunk, queries=queries, sinks=sinks)
     if window is None:
-        return FullAttentionSpec(num_kv_heads, head_dim, queries=queries)
-    return SlidingWindowSpec(num_kv_heads, head_dim, window, queries=queries)
+        return FullAttentionSpec(num_kv_heads, head_dim, queries=queries, sinks=sinks)
+    return SlidingWindowSpec(num_kv_heads, head_dim, window, queries=queries, sinks=sinks)
 
 
 @dataclass(frozen=True)

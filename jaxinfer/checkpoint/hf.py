@@ -113,8 +113,8 @@ class HfWriter:
 
 def _has_rows_of(region: Region, shape: Shape, scheme: Scheme) -> bool:
     """Whether it is whole rows of a tensor, and all that have one scale."""
-    start, stop = region.stored[-2]
-    cut = start % scheme.rows or (stop % scheme.rows and stop != shape[-2])
+    start, stop, *step = region.stored[-2]
+    cut = step or start % scheme.rows or (stop % scheme.rows and stop != shape[-2])
     return not (region.transposed or cut or region.stored[-1] != (0, shape[-1]))
 
 
@@ -131,7 +131,8 @@ def _place(region: Region, suffix: str, scheme: Scheme | None) -> tuple[slice, .
     """Where that is in the tensor's."""
     if scheme is None:
         return slices(region.stored)
-    return (_blocks(*region.stored[-2], suffix, scheme),)
+    start, stop = region.stored[-2]
+    return (_blocks(start, stop, suffix, scheme),)
 
 
 def _blocks(start: int, stop: int, suffix: str, scheme: Scheme) -> slice:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jaxinfer.checkpoint.safetensors import aligned
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.models.params import ParamSpec, in_short
-from jaxinfer.models.sources import Index, Region, shape_of, whole
+from jaxinfer.models.sources import Index, Region, Shape, Source, shape_of, slices, whole
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.quantization.quantize import quantize
 from jaxinfer.quantization.schemes import SCALE, Scheme
@@ -49,11 +50,12 @@ def load_params(
     `on_array` is told the bytes of each parameter that is there, `model.nbytes` in all. Raises one ValueError with all
     missing, unknown, duplicate, misshaped and wrongly typed tensors.
     """
-    tensors = _Tensors(checkpoint, _locate(model, checkpoint))
-    _say_converted(model, checkpoint, tensors.located)
+    specs = [_spelled(spec, model.weights, checkpoint) for spec in model.params.values()]
+    tensors = _Tensors(checkpoint, _locate(model, specs, checkpoint))
+    _say_converted(model, specs, checkpoint, tensors.located)
     params: Params = {}
     memory = HugePages()
-    for spec in model.params.values():
+    for spec in specs:
         if only is not None and spec.name not in only:
             continue
         part_of = _part_of(spec, tensors)
@@ -153,36 +155,44 @@ class _Stored:
         arrays: dict[str, Host] = {}
         for region, size, rows in _linears(self._spec):
             made = self._decoded(region, size, rows)
-            if size == self._spec.shape:
-                return made
+            if rows is None and math.prod(size) == math.prod(self._spec.shape):
+                return {suffix: array.reshape(self._spec.arrays[suffix].shape) for suffix, array in made.items()}
             for suffix, array in made.items():
                 if suffix not in arrays:
                     arrays[suffix] = np.empty(self._spec.arrays[suffix].shape, array.dtype)
                 *first, of_rows, _ = region.index
                 assert isinstance(of_rows, slice)
                 unit = self._spec.scheme.rows if suffix and self._spec.scheme is not None else 1
-                arrays[suffix][(*first, slice(of_rows.start // unit, -(-of_rows.stop // unit)))] = array
+                place = arrays[suffix][(*first, slice(of_rows.start // unit, -(-of_rows.stop // unit)))]
+                place[...] = array.reshape(place.shape)
         return arrays
 
-    def _decoded(self, region: Region, size: tuple[int, ...], rows: tuple[int, int]) -> dict[str, Host]:
+    def _decoded(self, region: Region, size: Shape, rows: Host | None) -> dict[str, Host]:
         base, tensors, form = region.tensor.removesuffix("weight"), self._tensors, self._form
         wanted = [suffix for suffix in wanted_tensors(form, *size) if base + suffix in tensors.located]
         try:
-            decoded = decode(form, {suffix: tensors.read(base + suffix) for suffix in wanted}, *size)
-            decoded = decoded if rows == (0, size[0]) else decoded.rows(slice(*rows))
+            stored = {suffix: tensors.read(base + suffix) for suffix in wanted}
+            decoded = decode(form, stored, math.prod(size[:-1]), size[-1])
+            decoded = decoded if rows is None else decoded.rows(rows)
             scheme = self._spec.scheme
             return {"": decoded.floats(self._spec.dtype)} if scheme is None else decoded.kept(scheme)
         except ValueError as error:
             raise ValueError(f"{tensors.where(self._spec)}: {error}") from None
 
 
-def _linears(spec: ParamSpec) -> Iterator[tuple[Region, tuple[int, int], tuple[int, int]]]:
-    """The quantized linears that a weight is made of: `[out, in]` of each, and which rows of it are wanted."""
+def _linears(spec: ParamSpec) -> Iterator[tuple[Region, Shape, Host | None]]:
+    """The quantized linears that a weight is made of: `[..., out, in]` of each, and which rows of it are wanted, those
+    of the first in a tensor before those of the second; None: all."""
     shapes = spec.source.tensors(spec.shape)
     for region in spec.source.regions(whole(spec.shape)):
-        turn = -1 if region.transposed else 1
-        rows, columns = shapes[region.tensor][::turn]
-        yield region, (rows, columns), region.stored[::turn][0]
+        size = _turned(shapes[region.tensor], region)
+        rows = np.arange(math.prod(size[:-1])).reshape(size[:-1])[slices(_turned(region.stored, region)[:-1])]
+        yield region, size, None if rows.size == math.prod(size[:-1]) else rows.reshape(-1)
+
+
+def _turned(axes: tuple[Any, ...], region: Region) -> tuple[Any, ...]:
+    """Those of a tensor as the weight has them."""
+    return (*axes[:-2], *axes[-2:][::-1]) if region.transposed else axes
 
 
 def _put(whole: Any, held: Iterable[tuple[Index, list[Any], Host]], where: str, memory: HugePages) -> jax.Array:
@@ -213,9 +223,25 @@ def _wanted(specs: Iterable[ParamSpec]) -> dict[str, Wanted]:
     return wanted
 
 
-def _say_converted(model: AbstractModel, checkpoint: Checkpoint, located: Mapping[str, str]) -> None:
+def _spelled(spec: ParamSpec, weights: ParamMapping, checkpoint: Checkpoint) -> ParamSpec:
+    """With the place that the checkpoint has it in, or most of it."""
+    if not spec.elsewhere:
+        return spec
+
+    def there(place: tuple[Source, Format | None]) -> float:
+        wanted = _wanted([replace(spec, source=place[0], stored=place[1])])
+        found = (any(n in checkpoint.tensors for n in _spellings(weights, name)) for name in wanted)
+        return sum(found) / len(wanted)
+
+    source, form = max([(spec.source, spec.stored), *spec.elsewhere], key=there)
+    return replace(spec, source=source, stored=form, elsewhere=())
+
+
+def _say_converted(
+    model: AbstractModel, specs: Iterable[ParamSpec], checkpoint: Checkpoint, located: Mapping[str, str]
+) -> None:
     """What becomes floats, in one line for all."""
-    converted = {spec.name: spec for spec in model.params.values() if spec.stored is not None and spec.scheme is None}
+    converted = {spec.name: spec for spec in specs if spec.stored is not None and spec.scheme is None}
     if converted:
         names = {located[name] for name in _wanted(converted.values()) if name in located}
         log.warning(
@@ -228,14 +254,14 @@ def _say_converted(model: AbstractModel, checkpoint: Checkpoint, located: Mappin
         )
 
 
-def _locate(model: AbstractModel, checkpoint: Checkpoint) -> dict[str, str]:
+def _locate(model: AbstractModel, specs: Iterable[ParamSpec], checkpoint: Checkpoint) -> dict[str, str]:
     """The name in the checkpoint of each tensor, with or without the model's prefix; or one ValueError."""
     weights, tied = model.weights, model.config.tie_word_embeddings
     stored = checkpoint.tensors
     located: dict[str, str] = {}
     known: set[str] = set()
     missing, duplicate, shapes, types = [], [], [], []
-    for name, wanted in _wanted(model.params.values()).items():
+    for name, wanted in _wanted(specs).items():
         names = [n for n in _spellings(weights, name) if n in stored]
         if not names and tied and name == weights.embedding:
             names = [n for n in weights.spellings(weights.head) if n in stored]  # saved with the head alone

@@ -13,7 +13,11 @@ Of a linear `X [out, in]`, with G groups of inputs and n = 32 / bits:
   1, 3, 5, 7; `X.scales [G, out]`.
 - mlx: `X.weight` uint32 `[out, in / n]`, the bits of a row's values one after the other, from the lowest on, also where
   32 bits are no whole number of them; `X.scales [out, G]` and `X.biases [out, G]`. A weight is value * scale + bias.
+- mxfp4: `X_blocks` uint8 `[out, G, 16]`, places in the table of e2m1, the even column's in the low four bits, and
+  `X_scales` uint8 `[out, G]`, powers of two, plus 127.
 - bitsandbytes: see bitsandbytes.py. In eight bits it is as plain, with scales `X.SCB [out]` of 127.
+
+Of several linears in one tensor (mlx, mxfp4) the shapes begin with how many there are.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxinfer.checkpoint.bitsandbytes import NESTED, STATE, STATE_BYTES, STORAGE, blocks, values_and_scales
-from jaxinfer.quantization.quantize import BLOCK, pack
+from jaxinfer.quantization.quantize import BLOCK, pack, unpack
 from jaxinfer.quantization.schemes import BIAS, SCALE, TABLES, ZERO, Scheme
 from jaxinfer.quantization.stored import Format
 
@@ -61,13 +65,14 @@ class Wanted:
         return " or ".join(str(list(shape)) for shape in self.shapes) or f"at most [{self.most}]"
 
 
-def wanted_tensors(form: Format, rows: int, columns: int) -> dict[str, Wanted]:
-    """The tensors of a linear, by what is added to its name."""
+def wanted_tensors(form: Format, *size: int) -> dict[str, Wanted]:
+    """The tensors of a linear `[..., out, in]`, by what is added to its name."""
+    stack, rows, columns = size[:-2], size[-2], size[-1]
     words, bytes_, singles = ((np.dtype(kind),) for kind in (np.int32, np.uint8, np.float32))
     if form.layout == "bitsandbytes":
-        count, size = blocks(form, rows, columns), -(-rows * columns // 2)
+        count, half = blocks(form, rows, columns), -(-rows * columns // 2)
         return {
-            "weight": Wanted(tuple((-(-size // n), 1) for n in (1, 2, 4)), STORAGE),
+            "weight": Wanted(tuple((-(-half // n), 1) for n in (1, 2, 4)), STORAGE),
             "weight.absmax": Wanted(((count,),), singles + bytes_),
             "weight.quant_map": Wanted(((16,),), singles),
             STATE + form.table: Wanted((), bytes_, most=STATE_BYTES),
@@ -75,10 +80,15 @@ def wanted_tensors(form: Format, rows: int, columns: int) -> dict[str, Wanted]:
             "weight.nested_quant_map": Wanted(((256,),), singles, optional=True),
         }
     if form.layout == "mlx":
-        values = Wanted(((rows, columns * form.bits // 32),), (np.dtype(np.uint32),))
+        values = Wanted(((*stack, rows, columns * form.bits // 32),), (np.dtype(np.uint32),))
         return {"weight": values} | dict.fromkeys(
-            ("scales", "biases"), Wanted(((rows, columns // form.columns),), SCALES)
+            ("scales", "biases"), Wanted(((*stack, rows, columns // form.columns),), SCALES)
         )
+    if form.layout == "mxfp4":
+        of_scales = *stack, rows, -(-columns // form.columns)
+        values = Wanted(((*of_scales, form.columns // 2),), bytes_)
+        return {"_blocks": values, "_scales": Wanted((of_scales,), bytes_)}
+    assert not stack
     fit = 32 // form.bits
     groups = -(-columns // form.columns) if form.columns else 1
     order = Wanted(((columns,),), INTEGERS, optional=form.ordered)
@@ -119,9 +129,9 @@ class Decoded:
     """A linear: `(values - zeros) * scales + biases`.
 
     form: how it was stored.
-    values: `[out, in]`, as they are, or unsigned, or places in the format's table.
+    values: `[out, in]`, as they are, or unsigned, or places in the format's table, of mxfp4 two in a byte.
     zeros: integers `[out, G]`; None: zero.
-    scales: f32 `[out, G]`, or for blocks of rows `[out / rows, G]`.
+    scales: f32 `[out, G]`, or for blocks of rows `[out / rows, G]`; of mxfp4 e8m0.
     order: i64 `[in]`, the group of each input; None: they are in order.
     biases: f32 `[out, G]`; None: zero.
     """
@@ -133,7 +143,7 @@ class Decoded:
     order: Host | None = None
     biases: Host | None = None
 
-    def rows(self, part: slice) -> Decoded:
+    def rows(self, part: slice | Host) -> Decoded:
         """Some rows; only of formats that have scales for each, or one for all."""
         assert self.form.rows <= 1
         own = part if self.form.rows else slice(None)
@@ -148,7 +158,8 @@ class Decoded:
             values = values - np.uint8(half)
             zeros = None if zeros is None else (zeros.astype(np.int16) - half).astype(np.int8)
             biases = None if biases is None else biases + np.float32(half) * self.scales
-        values = pack(values) if scheme.packed == 2 else values.view(scheme.values)
+        if self.form.layout != "mxfp4":
+            values = pack(values) if scheme.packed == 2 else values.view(scheme.values)
         rows = len(self.values) if self.form.rows == 0 else len(self.scales)
         arrays = {"": values, SCALE: np.broadcast_to(self.scales, (rows, self.scales.shape[1]))}
         more = {ZERO: zeros, BIAS: biases}
@@ -158,7 +169,7 @@ class Decoded:
 
     def floats(self, dtype: np.dtype[Any]) -> Host:
         """The weight in this dtype, computed in float32 a few rows at a time."""
-        count, columns = self.values.shape
+        count, columns = len(self.values), self.values.shape[1] * (2 if self.form.layout == "mxfp4" else 1)
         order = self.order
         if order is None:
             order = np.arange(columns) // (
@@ -168,10 +179,12 @@ class Decoded:
         for start in range(0, count, size := max(BLOCK // columns, 1)):
             rows = np.arange(start, min(start + size, count))
             some = self.values[rows]
+            some = unpack(some) if self.form.layout == "mxfp4" else some
             some = np.asarray(TABLES[self.form.table], np.float32)[some] if self.form.table else some.astype(np.float32)
             if self.zeros is not None:
                 some -= self.zeros[rows].astype(np.float32)[:, order]
-            some *= self.scales[rows // self.form.rows if self.form.rows else rows * 0][:, order]
+            scales = self.scales[rows // self.form.rows if self.form.rows else rows * 0]
+            some *= scales.astype(np.float32)[:, order]
             if self.biases is not None:
                 some += self.biases[rows][:, order]
             with np.errstate(over="ignore"):
@@ -187,16 +200,23 @@ def check_range(cast: Host, where: str = "") -> None:
 
 
 def decode(form: Format, stored: Mapping[str, Host], rows: int, columns: int) -> Decoded:
-    """What is in the tensors of a linear, by what is added to its name; those that are optional may be missing. Raises
-    ValueError where they contradict each other."""
+    """What is in the tensors of a linear, by what is added to its name, of several in one as if one were below the
+    other; those that are optional may be missing. Raises ValueError where they contradict each other."""
     if form.layout == "bitsandbytes":
         values, scales = values_and_scales(form, stored, rows, columns)
         return Decoded(form, values, None, scales)
     if form.layout == "mlx":
-        scales, biases = (stored[name].astype(np.float32) for name in ("scales", "biases"))
+        scales, biases = (stored[name].astype(np.float32).reshape(rows, -1) for name in ("scales", "biases"))
         if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
             raise ValueError("has scales or biases that are not finite")
-        return Decoded(form, _unpacked(stored["weight"], form.bits), None, scales, biases=biases)
+        return Decoded(form, _unpacked(stored["weight"].reshape(rows, -1), form.bits), None, scales, biases=biases)
+    if form.layout == "mxfp4":
+        exponents = stored["_scales"].reshape(rows, -1)
+        if exponents.max(initial=0) == 255:
+            raise ValueError("has scales of 255, which is no number")
+        # 2**-127 is no normal number, which processors take for zero: it becomes the least that is one.
+        scales = np.maximum(exponents, 1).view(ml_dtypes.float8_e8m0fnu)
+        return Decoded(form, stored["_blocks"].reshape(rows, -1), None, scales)
     order = stored.get("g_idx", stored.get("weight_g_idx"))
     groups = -(-columns // form.columns) if form.columns else 1
     if order is not None and (order.min() < 0 or order.max() >= groups):

@@ -98,8 +98,9 @@ class SafetensorsFile:
     def read(self, info: TensorInfo, index: tuple[slice, ...] | None = None) -> np.ndarray[Any, np.dtype[Any]]:
         """Reads a tensor, or the part `index` of it, into a new C-contiguous array aligned to 64 bytes (unless empty).
 
-        `index` has a slice of step 1 for each leading axis (as numpy's, without negative steps); missing axes are
-        taken whole. No other bytes are read: a slice of the first axis is one run of bytes, others are one per row.
+        `index` has a slice for each leading axis (as numpy's, without negative steps); missing axes are taken whole. No
+        other bytes are read but those that a step leaves out: a slice of the first axis is one run of bytes, others are
+        one per row.
         Raises ValueError for an index that does not fit, OSError when the file has become shorter.
         """
         if self.tensors.get(info.name) != info:
@@ -114,7 +115,8 @@ class SafetensorsFile:
                 done += length
         if info.dtype == np.bool_ and raw.max(initial=0) > 1:
             raise self._bad(f"tensor {short(info.name)} is BOOL but has bytes other than 0 and 1")
-        return raw.view(info.dtype).reshape([stop - start for start, stop in bounds])
+        array = raw.view(info.dtype).reshape([stop - start for start, stop in bounds])
+        return array[tuple(slice(None, None, part.step) for part in index or ())]
 
     def close(self) -> None:
         self._file.close()
@@ -225,8 +227,8 @@ def _bounds(info: TensorInfo, index: tuple[slice, ...]) -> list[tuple[int, int]]
     bounds = []
     for part, size in itertools.zip_longest(index, info.shape, fillvalue=slice(None)):
         assert isinstance(size, int)
-        if not isinstance(part, slice) or part.step not in (None, 1):
-            raise ValueError(f"tensor {short(info.name)}: index {part!r} must be a slice of step 1")
+        if not isinstance(part, slice) or (part.step is not None and part.step < 1):
+            raise ValueError(f"tensor {short(info.name)}: index {part!r} must be a slice of steps forward")
         start, stop, _ = part.indices(size)
         bounds.append((start, max(start, stop)))
     return bounds

@@ -27,6 +27,7 @@ class SelfAttention(nnx.Module):
     rope: how positions turn them, after that; None: not at all.
     query_rope: the same of queries, where it is not that of keys.
     norm_after_rope: the norms come after that instead.
+    sinks: each head attends to one more score, a parameter, which has no value.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class SelfAttention(nnx.Module):
         qk_norm: Callable[[int], Norm] | None = None,
         clip: float | None = None,
         norm_after_rope: bool = False,
+        sinks: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -57,7 +59,9 @@ class SelfAttention(nnx.Module):
         self.qk_norm, self.norm_after_rope = qk_norm is not None, norm_after_rope
         self.head_dim, self.clip = head_dim, clip
         self.spec, self.rope, self.query_rope = spec, rope, query_rope
-        self.cache_spec = attention_spec(num_kv_heads, head_dim, spec.window, num_heads // num_kv_heads, spec.chunk)
+        self.sinks = nnx.Param(jnp.zeros(num_heads, "float32"), axes=("heads",)) if sinks else None
+        kept = spec.window, num_heads // num_kv_heads, spec.chunk, sinks
+        self.cache_spec = attention_spec(num_kv_heads, head_dim, *kept)
 
     def __call__(
         self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
@@ -76,5 +80,6 @@ class SelfAttention(nnx.Module):
             q, k = of_queries.rotate(q, angles[of_queries]), self.rope.rotate(k, angles[self.rope])
         if self.qk_norm and self.norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
-        out, cache = attend(q, k, v, cache, batch, self.spec)
+        sinks = None if self.sinks is None else self.sinks.get_value()
+        out, cache = attend(q, k, v, cache, batch, self.spec, sinks)
         return self.o_proj(out.reshape(tokens, -1)), cache

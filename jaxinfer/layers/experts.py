@@ -6,6 +6,7 @@ experts; what they make is summed, as an MLP's halves are. No token is ever drop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,45 +17,65 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxinfer.layers.linear import Linear, parameter
-from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
+from jaxinfer.layers.mlp import GatedMLP, Gating
 from jaxinfer.layers.router import Router, Routing
 from jaxinfer.sharding import TENSOR, on_tensor
 from jaxinfer.weights import Axes, Weight, grouped_dots
 from jaxinfer.weights.products import on_each_already
 
+Gated = Callable[[jax.Array, jax.Array], jax.Array]
+Weights = tuple[Weight, ...]
+Biases = tuple[jax.Array, ...]
+
 
 class StackedLinear(nnx.Module):
-    """The weights of linears that are alike, `[E, out, in]`."""
+    """Linears that are alike: weights `[E, out, in]`, and perhaps biases `[E, out]`."""
 
-    def __init__(self, experts: int, in_features: int, out_features: int, *, axes: Axes, **options: Any):
-        self.weight = parameter((experts, out_features, in_features), ("experts", *axes), **options)
+    def __init__(
+        self,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: Axes,
+        bias: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.weight = parameter((experts, out_features, in_features), ("experts", *axes), dtype, rngs)
+        self.bias = nnx.Param(jnp.zeros((experts, out_features), dtype), axes=("experts", axes[0])) if bias else None
 
 
 class Experts(nnx.Module):
     """Gated MLPs, see GatedMLP."""
 
-    def __init__(self, features: int, hidden: int, *, experts: int, activation: str, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.gate_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), dtype=dtype, rngs=rngs)
-        self.up_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), dtype=dtype, rngs=rngs)
-        self.down_proj = StackedLinear(experts, hidden, features, axes=("embed", None), dtype=dtype, rngs=rngs)
-        self.activation = activation
+    def __init__(
+        self, features: int, hidden: int, *, experts: int, gating: Gated, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        options: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
+        self.gate_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), **options)
+        self.up_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), **options)
+        self.down_proj = StackedLinear(experts, hidden, features, axes=("embed", None), **options)
+        self.gating = gating
 
     def __call__(self, x: jax.Array, experts: jax.Array, shares: jax.Array, live: jax.Array) -> jax.Array:
         """Of each token `x [T, D]` the sum of its experts i32[T, k], each times its share f32[T, k], in float32; zeros
         where a token is not live, bool[T]."""
-        weights = tuple(linear.weight.get_value() for linear in (self.gate_proj, self.up_proj, self.down_proj))
+        linears = self.gate_proj, self.up_proj, self.down_proj
+        weights = tuple(linear.weight.get_value() for linear in linears)
+        biases = tuple(linear.bias.get_value() for linear in linears if linear.bias is not None)
         experts = jnp.where(live[:, None], experts, -1)
         if on_each_already():
-            return self._own(x, experts, shares, weights)
+            return self._own(x, experts, shares, weights, biases)
         whole, own = PartitionSpec(), PartitionSpec(TENSOR)
 
-        def part(x: jax.Array, experts: jax.Array, shares: jax.Array, weights: tuple[Weight, ...]) -> jax.Array:
+        def part(x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Weights, biases: Biases) -> jax.Array:
             first = lax.axis_index(TENSOR) * weights[0].shape[0]
-            return lax.psum(self._own(x, experts - first, shares, weights), TENSOR)
+            return lax.psum(self._own(x, experts - first, shares, weights, biases), TENSOR)
 
-        return on_tensor(part, (whole, whole, whole, own), whole)(x, experts, shares, weights)
+        return on_tensor(part, (whole, whole, whole, own, own), whole)(x, experts, shares, weights, biases)
 
-    def _own(self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: tuple[Weight, ...]) -> jax.Array:
+    def _own(self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Weights, biases: Biases) -> jax.Array:
         """The part of the experts that are here, the first of which is number 0."""
         gate, up, down = weights
         count, top_k = gate.shape[0], experts.shape[1]
@@ -63,7 +84,12 @@ class Experts(nnx.Module):
         sizes = jnp.bincount(owner, length=count + 1)[:count].astype(jnp.int32)
         rows = x[order // top_k]
         gated, raised = grouped_dots(rows, sizes, [gate, up])
-        (outs,) = grouped_dots(ACTIVATIONS[self.activation](gated) * raised, sizes, [down], "float32")
+        if biases:
+            own = owner[order]
+            of_gate, of_up, of_down = (bias.at[own].get(mode="fill", fill_value=0) for bias in biases)
+            gated, raised = gated + of_gate, raised + of_up
+        (outs,) = grouped_dots(self.gating(gated, raised), sizes, [down], "float32")
+        outs = outs + of_down.astype(jnp.float32) if biases else outs
         outs = outs * shares.reshape(-1)[order][:, None]
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
         return jnp.sum(outs[place].reshape(len(x), top_k, -1), axis=1)
@@ -79,16 +105,20 @@ class SparseMLP(nnx.Module):
         *,
         routing: Routing,
         activation: str,
+        gating: Gated | None = None,
+        bias: bool = False,
         shared: int = 0,
         shared_gate: bool = False,
         shared_bias: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        """shared: the width of the MLP that all take; 0: there is none. shared_bias: its linears have one."""
-        self.gate = Router(features, routing, dtype=dtype, rngs=rngs)
-        self.experts = Experts(features, hidden, experts=routing.experts, activation=activation, dtype=dtype, rngs=rngs)
+        """gating: the experts' own, where it is not by the activation. bias: experts' linears have one. shared: the
+        width of the MLP that all take; 0: there is none. shared_bias: its linears have one."""
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        gating = gating or Gating(activation)
+        self.gate = Router(features, routing, **options)
+        self.experts = Experts(features, hidden, experts=routing.experts, gating=gating, bias=bias, **options)
         self.shared_expert = (
             GatedMLP(features, shared, activation=activation, bias=shared_bias, **options) if shared else None
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -34,6 +35,35 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
     "laplace": lambda x: 0.5 * (1 + jax.lax.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),  # arXiv:2209.10655
 }
+
+
+@dataclass(frozen=True)
+class Gating:
+    """What becomes of a gate and what it opens for: `act(gate) * up`.
+
+    activation: a name in ACTIVATIONS.
+    """
+
+    activation: str
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        return ACTIVATIONS[self.activation](gate) * up
+
+
+@dataclass(frozen=True)
+class ClampedSwiGLU:
+    """gpt-oss's: `gate * sigmoid(alpha * gate) * (up + 1)`.
+
+    alpha: of the sigmoid.
+    limit: the gate is at most that, and up no further from zero.
+    """
+
+    alpha: float
+    limit: float
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (up + 1)
 
 
 class GatedMLP(nnx.Module):

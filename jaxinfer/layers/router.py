@@ -23,6 +23,7 @@ class Routing:
     top_k: how many a token goes to.
     scores: what is made of the router's logits, one of SCORES.
     among_chosen: scores are of the logits of those that are chosen alone.
+    linear_bias: is added to logits; a parameter.
     bias: is added to scores for the choice, and not to shares; a parameter.
     groups, groups_kept: experts are in groups of equal size, and only those of the best groups may be chosen.
     group_best: a group is as good as the sum of so many of its best experts.
@@ -34,6 +35,7 @@ class Routing:
     top_k: int
     scores: str = "softmax"
     among_chosen: bool = False
+    linear_bias: bool = False
     bias: bool = False
     groups: int = 1
     groups_kept: int = 1
@@ -82,12 +84,14 @@ class Router(nnx.Module):
     def __init__(self, features: int, routing: Routing, *, dtype: DTypeLike, rngs: nnx.Rngs):
         values = jax.random.normal(rngs.params(), (routing.experts, features), jnp.dtype(dtype))
         self.weight = nnx.Param(values * jnp.asarray(0.02, dtype), axes=(None, None))
-        self.e_score_correction_bias = (
-            nnx.Param(jnp.zeros(routing.experts, "float32"), axes=(None,)) if routing.bias else None
-        )
+        zeros = jnp.zeros(routing.experts, "float32")
+        self.bias = nnx.Param(zeros, axes=(None,)) if routing.linear_bias else None
+        self.e_score_correction_bias = nnx.Param(zeros, axes=(None,)) if routing.bias else None
         self.routing = routing
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         (logits,) = by_xla(x.astype(jnp.float32), [self.weight.get_value()])
+        if self.bias is not None:
+            logits = logits + self.bias.get_value()
         bias = self.e_score_correction_bias
         return route(logits, self.routing, None if bias is None else bias.get_value())

@@ -21,7 +21,7 @@ from jaxinfer.cache import ChunkedSpec, FullAttentionSpec, KVCacheSpec, LatentSp
 from jaxinfer.models import registry
 from jaxinfer.models.config import ModelConfig, describe_config
 from jaxinfer.models.params import ParamSpec
-from jaxinfer.models.sources import Concat, Part, Renamed, Row, Stack, Tensor, Transposed
+from jaxinfer.models.sources import Concat, OneOf, Part, Renamed, Row, Stack, Strided, Tensor, Transposed
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.private_folder import PrivateFolder
 
@@ -74,7 +74,7 @@ TYPES = {
     kind.__name__: kind
     for kind in (
         *(Declared, DeclaredModule, ModelConfig, ParamMapping, ParamSpec),
-        *(Tensor, Renamed, Transposed, Row, Part, Stack, Concat),
+        *(Tensor, Renamed, Transposed, Row, Part, Strided, Stack, Concat, OneOf),
         *(FullAttentionSpec, SlidingWindowSpec, ChunkedSpec, LatentSpec, RecurrentSpec),
     )
 }

@@ -47,6 +47,7 @@ class DecoderConfig(ModelConfig):
     soft_cap: attention scores stay below it, by a tanh; None: they may be anything.
     qkv_bias, out_bias, mlp_bias, head_bias: which projections have one.
     qk_norm: queries and keys are normed.
+    sinks: heads have one, see SelfAttention.
     qkv_clip: queries, keys and values are cut off there.
     parallel: attention and MLP both take a layer's input, and are added to it together.
     embedding_scale, residual_scale, logit_scale: factors of embeddings, of what a block adds to the hidden states, and
@@ -67,6 +68,7 @@ class DecoderConfig(ModelConfig):
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    sinks: bool = False
     qkv_clip: float | None = None
     parallel: bool = False
     embedding_scale: float = 1.0
@@ -139,6 +141,11 @@ def rms_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
     return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, offset=config.norm_offset)
 
 
+def wide_rms_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
+    """The same, rounded once, after the weights."""
+    return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, wide=True)
+
+
 def layer_norm(config: DecoderConfig, dtype: DTypeLike) -> LayerNorm:
     """Of hidden states, with weights and biases."""
     return LayerNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype)
@@ -171,6 +178,7 @@ def self_attention(
         qk_norm=qk_norm,
         clip=config.qkv_clip,
         norm_after_rope=norm_after_rope,
+        sinks=config.sinks,
         dtype=dtype,
         rngs=rngs,
     )

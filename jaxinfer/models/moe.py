@@ -14,14 +14,15 @@ from jax.typing import DTypeLike
 
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.layers.experts import SparseMLP
+from jaxinfer.layers.mlp import ClampedSwiGLU
 from jaxinfer.layers.router import Routing
 from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, DecoderLayer
-from jaxinfer.models.sources import Source, Stack, Tensor
+from jaxinfer.models.sources import OneOf, Part, Source, Stack, Tensor
 from jaxinfer.models.weights import ParamMapping, spelled
 
-STACKED = re.compile(r"(.*\.experts)\.(gate_proj|up_proj|down_proj)\.weight")
+STACKED = re.compile(r"(.*\.experts)\.(gate_proj|up_proj|down_proj)\.(?:weight|bias)")
 MAX_EXPERTS = 4096
 
 
@@ -31,6 +32,8 @@ class MoeConfig(DecoderConfig):
 
     routing: how tokens get to them.
     expert_size: the width of each.
+    expert_gating: what their gates do, where it is not by the activation.
+    expert_bias: their linears have one.
     sparse: of each layer, whether it has them; the others have an MLP.
     shared_size: the width of an MLP that all tokens take besides; 0: there is none.
     shared_gate: which has a gate for each token.
@@ -39,6 +42,8 @@ class MoeConfig(DecoderConfig):
 
     routing: Routing = dataclasses.field(kw_only=True)
     expert_size: int = dataclasses.field(kw_only=True)
+    expert_gating: ClampedSwiGLU | None = None
+    expert_bias: bool = False
     sparse: tuple[bool, ...] = dataclasses.field(kw_only=True)
     shared_size: int = 0
     shared_gate: bool = False
@@ -104,6 +109,8 @@ def sparse_mlp(config: MoeConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Sparse
         config.expert_size,
         routing=config.routing,
         activation=config.activation,
+        gating=config.expert_gating,
+        bias=config.expert_bias,
         shared=config.shared_size,
         shared_gate=config.shared_gate,
         shared_bias=config.mlp_bias,
@@ -138,18 +145,27 @@ class MoeForCausalLM(DecoderForCausalLM):
 
 
 def experts_apart(names: Mapping[str, str] | None = None) -> Callable[[ModelConfig], ParamMapping]:
-    """Of checkpoints that have experts one by one. names: how parts of names are spelled there."""
+    """Of checkpoints that have experts one by one; or stacked, gates and ups in one tensor, under the names that they
+    have here, as in transformers 5; or each of the three stacked, as in MLX. names: how parts of names are spelled."""
+    spell = names or {}
 
     def weights(config: ModelConfig) -> ParamMapping:
-        count = cast(MoeConfig, config).routing.experts
+        moe = cast(MoeConfig, config)
+        count, size = moe.routing.experts, moe.expert_size
 
         def source(name: str) -> Source:
             if (match := STACKED.fullmatch(name)) is None:
-                return Tensor(spelled(name, names or {}))
-            each = (f"{match[1]}.{i}.{match[2]}.weight" for i in range(count))
-            return Stack(tuple(Tensor(spelled(name, names or {})) for name in each))
+                usual, own = Tensor(spelled(name, spell)), Tensor(name)
+                return usual if usual == own else OneOf((usual, own))
+            experts, which = match[1], match[2]
+            each = (f"{experts}.{i}.{which}.weight" for i in range(count))
+            apart = Stack(tuple(Tensor(spelled(name, spell)) for name in each))
+            both, start = Tensor(f"{experts}.gate_up_proj"), size if which == "up_proj" else 0
+            packed = Tensor(f"{experts}.{which}") if which == "down_proj" else Part(both, start, 2 * size, axis=1)
+            block = spelled(f"{experts}.", spell).removesuffix("experts.")
+            return OneOf((apart, packed, Tensor(f"{block}switch_mlp.{which}.weight")))
 
-        beyond = range(config.num_layers, config.num_layers + cast(MoeConfig, config).mtp_layers)
+        beyond = range(config.num_layers, config.num_layers + moe.mtp_layers)
         return ParamMapping(source, ignored=(*IGNORED, *(rf"layers\.{i}\..*" for i in beyond)))
 
     return weights

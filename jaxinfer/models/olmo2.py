@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import Angles, SelfAttention
-from jaxinfer.layers.norm import HeadsRMSNorm, RMSNorm
+from jaxinfer.layers.norm import HeadsRMSNorm
 from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.config import ConfigReader
 from jaxinfer.models.decoder import (
@@ -19,6 +19,7 @@ from jaxinfer.models.decoder import (
     DecoderLayer,
     decoder_config,
     self_attention,
+    wide_rms_norm,
 )
 from jaxinfer.models.llama import weights
 from jaxinfer.models.registry import Architecture
@@ -50,11 +51,6 @@ class PostNormLayer(DecoderLayer):
         return x + self.post_feedforward_layernorm(self.mlp(x)), cache
 
 
-def wide_norm(config: DecoderConfig, dtype: DTypeLike) -> RMSNorm:
-    """Of hidden states."""
-    return RMSNorm(config.hidden_size, eps=config.norm_eps, dtype=dtype, wide=True)
-
-
 def attention(
     config: DecoderConfig, layer: int, *, wide: bool = True, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> SelfAttention:
@@ -70,7 +66,7 @@ def attention(
 class Olmo2Layer(PostNormLayer):
     """Its norms multiply before they round."""
 
-    make_norm = staticmethod(wide_norm)
+    make_norm = staticmethod(wide_rms_norm)
     make_attention = staticmethod(attention)
 
 
@@ -78,7 +74,7 @@ class Olmo2ForCausalLM(DecoderForCausalLM):
     """OLMo 2 with its head."""
 
     layer = Olmo2Layer
-    norm = staticmethod(wide_norm)
+    norm = staticmethod(wide_rms_norm)
 
 
 def parse(fields: ConfigReader) -> DecoderConfig:

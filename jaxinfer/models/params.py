@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.models.sources import Source, whole
 from jaxinfer.quantization.schemes import BIAS, NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
-from jaxinfer.quantization.stored import Format, Stored
+from jaxinfer.quantization.stored import STACKED, Format, Stored
 from jaxinfer.sharding import PADDED, counts, with_sharding
 from jaxinfer.weights import Axes, Dense, QArray, Weight
 from jaxinfer.weights.quantized import axes_of_scales
@@ -59,6 +59,7 @@ class ParamSpec:
     source: the checkpoint's tensors.
     scheme: of one that is quantized.
     stored: how the checkpoint has it, where that is quantized already; what no scheme holds exactly becomes floats.
+    elsewhere: where a checkpoint may have it instead, each with how it is stored there.
     multiples: how many places of each axis a mesh must not split.
     """
 
@@ -70,6 +71,7 @@ class ParamSpec:
     source: Source
     scheme: Scheme | None = None
     stored: Format | None = None
+    elsewhere: tuple[tuple[Source, Format | None], ...] = ()
     multiples: tuple[int, ...] = ()
 
     @cached_property
@@ -129,10 +131,10 @@ def quantized(
     result = []
     left: dict[str, list[str]] = {}  # those that the scheme can't have, by why
     for spec in specs:
+        spec = _found(spec, stored)
         if spec.is_embedding is not None:
             scheme = scheme_of(quantization, spec.name, spec.is_embedding)
             if stored is not None:
-                spec = _as_stored(spec, stored)
                 wanted, scheme = scheme, spec.stored.scheme(*spec.shape[-2:]) if spec.stored else None
                 if quantization is not None and wanted != scheme:
                     raise ValueError(
@@ -160,33 +162,56 @@ def in_short(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
 
 
-def _as_stored(spec: ParamSpec, stored: Stored) -> ParamSpec:
-    """With the checkpoint's own format. Raises ValueError where a weight is cut out of what can't be cut."""
-    if spec.is_embedding and not stored.tables:
-        return spec
-    regions = list(spec.source.regions(whole(spec.shape)))
-    shapes = spec.source.tensors(spec.shape)
+def _found(spec: ParamSpec, stored: Stored | None) -> ParamSpec:
+    """With where the checkpoint may have it, and in what format: the places that the format allows. Raises ValueError
+    if there is none."""
+    found: list[tuple[Source, Format | None]] = []
+    errors: list[ValueError] = []
+    for source in spec.source.spellings():
+        try:
+            found.append((source, None if stored is None else _format(spec, source, stored)))
+        except ValueError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    (source, form), *others = found
+    return replace(spec, source=source, stored=form, elsewhere=tuple(others))
+
+
+def _format(spec: ParamSpec, source: Source, stored: Stored) -> Format | None:
+    """The checkpoint's own. Raises ValueError where a weight is cut out of what can't be cut."""
+    is_matrix = len(spec.shape) > 1 and spec.name.endswith(".weight")  # a router is one, biases of experts are not
+    if not is_matrix or (spec.is_embedding and not stored.tables):
+        return None
+    regions = list(source.regions(whole(spec.shape)))
+    shapes = source.tensors(spec.shape)
     kinds = {(region.tensor.removesuffix(".weight"), "Conv1D" if region.transposed else "Linear") for region in regions}
     form, *others = (stored.format_of(*kind) for kind in sorted(kinds))
     if any(other != form for other in others):
         raise ValueError(f"config.json: quantization_config: {spec.name} is of tensors that are not quantized alike")
     # mlx-lm leaves those alone that its groups don't divide.
     if form is None or (form.biases and spec.shape[-1] % form.columns):
-        return spec
+        return None
     for region in regions:
+        turn = -1 if region.transposed else 1
+        (*_, rows, columns), size = region.stored, shapes[region.tensor]
         if region.transposed and form.layout != "gptq":
             raise ValueError(
                 f"config.json: quantization_config.quant_method is {stored.method!r}: {region.tensor} is stored [in, "
                 "out], which is read with 'gptq' alone; take the original checkpoint"
             )
-        rows, columns = region.stored[::-1] if region.transposed else region.stored
-        size = shapes[region.tensor][::-1] if region.transposed else shapes[region.tensor]
-        if columns != (0, size[1]) or (form.rows > 1 and rows != (0, size[0])):
+        if len(size) > 2 and form.layout not in STACKED:
+            raise ValueError(
+                f"config.json: quantization_config.quant_method is {stored.method!r}: {region.tensor} has experts in "
+                f"one tensor, which is read with {' and '.join(map(repr, STACKED))} alone; take the original checkpoint"
+            )
+        (rows, columns), (high, wide) = (rows, columns)[::turn], size[-2:][::turn]
+        if columns != (0, wide) or (form.rows > 1 and rows != (0, high)):
             raise ValueError(
                 f"config.json: quantization_config.quant_method is {stored.method!r}: {spec.name} is a part of "
                 f"{region.tensor}, which has scales that can't be cut there; take the original checkpoint"
             )
-    return replace(spec, stored=form)
+    return form
 
 
 def _with_multiples(specs: list[ParamSpec]) -> list[ParamSpec]:

@@ -48,6 +48,7 @@ REGISTRY: dict[str, Entry] = {
     "GlmForCausalLM": Entry("glm", "jaxinfer.models.glm", "GLM-4 9B, GLM-Edge"),
     "GPT2LMHeadModel": Entry("gpt2", "jaxinfer.models.gpt2", "GPT-2, DistilGPT-2"),
     "GPTNeoXForCausalLM": Entry("gpt_neox", "jaxinfer.models.gpt_neox", "Pythia, GPT-NeoX 20B, Dolly 2, RedPajama"),
+    "GptOssForCausalLM": Entry("gpt_oss", "jaxinfer.models.gpt_oss", "gpt-oss 20b and 120b"),
     "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
     "GraniteMoeForCausalLM": Entry("granitemoe", "jaxinfer.models.granitemoe", "Granite 3.x 1B-A400M, 3B-A800M"),
     "GraniteMoeSharedForCausalLM": Entry("granitemoeshared", "jaxinfer.models.granitemoeshared", "Granite MoE, shared"),

@@ -3,10 +3,12 @@
 Tensor("model.norm.weight")                            itself
 Transposed(Tensor("h.0.mlp.c_fc.weight"))              stored [in, out]
 Part(Tensor("attn.qkv.weight"), start=8, total=24)     rows from 8 on, of 24
+Strided(Tensor("experts.gate_up_proj"), 1, 2, axis=2)  every other column, from the second on
 Stack((Tensor("experts.0.up.weight"), ...))            its first axis is over tensors
 Concat((Tensor("gate.weight"), Tensor("up.weight")), (8, 16))     one after the other, 8 and 16 rows
 Row(Tensor("mlp.moe_statics.bias"))                    a vector, stored as [1, out]
 Renamed(Tensor("model.norm.weight"), "model.", "language_model.model.")     under another name
+OneOf((Tensor("up.weight"), Tensor("w3.weight")))      one or another, as checkpoints differ; the first is written
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy as np
 Host = np.ndarray[Any, Any]
 Shape = tuple[int, ...]
 Index = tuple[tuple[int, int], ...]  # start and stop along each axis
+Places = tuple[tuple[int, ...], ...]  # the same, and a step where it is not 1
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Region:
     """
 
     tensor: str
-    stored: Index
+    stored: Places
     index: tuple[slice | int, ...]
     transposed: bool = False
 
@@ -53,6 +56,10 @@ class Source(ABC):
     @abstractmethod
     def regions(self, index: Index) -> Iterator[Region]:
         """The pieces that a part of the weight consists of."""
+
+    def spellings(self) -> tuple[Source, ...]:
+        """Those that it may be in a checkpoint, the first of which it is where nothing is known."""
+        return (self,)
 
     def read(self, index: Index, read: Callable[[str, tuple[slice, ...]], Host]) -> Host:
         """A part of the weight. `read` gives a part of a tensor; where one is all of it, it is not copied."""
@@ -103,6 +110,9 @@ class Renamed(Source):
     def regions(self, index: Index) -> Iterator[Region]:
         for region in self.source.regions(index):
             yield replace(region, tensor=self._name(region.tensor))
+
+    def spellings(self) -> tuple[Source, ...]:
+        return tuple(replace(self, source=source) for source in self.source.spellings())
 
     def _name(self, name: str) -> str:
         return self.new + name.removeprefix(self.old) if name.startswith(self.old) else name
@@ -166,6 +176,49 @@ class Part(Source):
 
 
 @dataclass(frozen=True)
+class Strided(Source):
+    """Places of a tensor that are evenly apart.
+
+    source: the tensor.
+    start: the first of them.
+    step: from one to the next; it divides the tensor's axis.
+    axis: out, as a rule.
+    """
+
+    source: Tensor
+    start: int
+    step: int
+    axis: int = 0
+
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        return self.source.tensors(_replaced(shape, self.axis, shape[self.axis] * self.step))
+
+    def regions(self, index: Index) -> Iterator[Region]:
+        start, stop = index[self.axis]
+        places = self.start + start * self.step, max(self.start + (stop - 1) * self.step + 1, 0), self.step
+        yield Region(self.source.name, _replaced(index, self.axis, places), slices(whole(shape_of(index))))
+
+
+@dataclass(frozen=True)
+class OneOf(Source):
+    """Checkpoints differ in where it is.
+
+    sources: those that there are. The first is what is written.
+    """
+
+    sources: tuple[Source, ...]
+
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        return self.sources[0].tensors(shape)
+
+    def regions(self, index: Index) -> Iterator[Region]:
+        return self.sources[0].regions(index)
+
+    def spellings(self) -> tuple[Source, ...]:
+        return tuple(spelling for source in self.sources for spelling in source.spellings())
+
+
+@dataclass(frozen=True)
 class Stack(Source):
     """The weight's first axis is over several.
 
@@ -216,7 +269,7 @@ class Concat(Source):
             before += size
 
 
-def slices(index: Index) -> tuple[slice, ...]:
+def slices(index: Places) -> tuple[slice, ...]:
     """For arrays."""
     return tuple(slice(*part) for part in index)
 
@@ -226,9 +279,9 @@ def whole(shape: Shape) -> Index:
     return tuple((0, size) for size in shape)
 
 
-def shape_of(index: Index) -> Shape:
-    """Of a part of a weight."""
-    return tuple(stop - start for start, stop in index)
+def shape_of(index: Places) -> Shape:
+    """Of a part of a weight, or of a tensor."""
+    return tuple(len(range(*part)) for part in index)
 
 
 def _swapped(values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -36,6 +36,7 @@ def _quantize(weight: Host, scheme: Scheme, values: Host, scales: Host) -> None:
         if not np.isfinite(largest).all():
             raise ValueError(f"has values that are not finite, which can't be quantized to {scheme.name}")
         scale = np.maximum(largest / np.float32(scheme.largest), np.finfo(np.float32).tiny)
+        scale = scale if scheme.scales == "float32" else _power_of_two(blocks, scale, scheme)
         blocks /= scale
         if scheme.table:
             some = _places(some, TABLES[scheme.table])
@@ -45,11 +46,30 @@ def _quantize(weight: Host, scheme: Scheme, values: Host, scales: Host) -> None:
         values[start : start + rows] = pack(some) if scheme.packed == 2 else some[:rows, :columns]
 
 
+def _power_of_two(blocks: Host, scale: Host, scheme: Scheme) -> Host:
+    """Of the two powers of two around each block's scale the one that leaves the smaller error: with the lower one the
+    largest weights are cut off."""
+    _, exponent = np.frexp(scale)
+    table = np.asarray(TABLES[scheme.table], np.float32)
+    lower, upper = (np.ldexp(np.float32(1), np.maximum(exponent - less, -126)) for less in (1, 0))
+
+    def error(power: Host) -> Host:
+        rounded = table[_places(blocks / power, TABLES[scheme.table])] * power
+        return np.sum(np.square(rounded - blocks), axis=(1, 3), keepdims=True)
+
+    return np.where(error(lower) <= error(upper), lower, upper)
+
+
 def pack(values: Host) -> Host:
     """Integers of four bits, signed or not, `[..., in]`, as uint8 `[..., in / 2]`: that of the even column in the low
     four bits."""
     low = values.astype(np.int8).view(np.uint8) & 15
     return low[..., ::2] | low[..., 1::2] << 4
+
+
+def unpack(values: Host) -> Host:
+    """It again, unsigned."""
+    return np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
 
 
 def _places(scaled: Host, table: tuple[float, ...]) -> Host:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 Quantization = str | Mapping[str, str]
 
 _FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)  # a sign, two bits of exponent and one of mantissa; the largest becomes one
-# What values of four bits stand for, of a block whose largest is one: nf4 are quantiles of the normal distribution
-# (Dettmers et al., arXiv:2305.14314, appendix E), fp4 is bitsandbytes' own.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# What values of four bits stand for. Of a block whose largest is one, nf4 are quantiles of the normal distribution
+# (Dettmers et al., arXiv:2305.14314, appendix E), and fp4 is bitsandbytes' own; e2m1 is that of the Open Compute
+# Project's microscaling formats (OCP MX 1.0).
 TABLES: dict[str, tuple[float, ...]] = {
     "nf4": (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -19,6 +21,7 @@ TABLES: dict[str, tuple[float, ...]] = {
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ),
     "fp4": (*(value / 12 for value in _FP4), *(-value / 12 for value in _FP4)),
+    "e2m1": (*_E2M1, *(-value for value in _E2M1)),
 }
 
 
@@ -34,6 +37,7 @@ class Scheme:
     zeros: what is scaled is the value less the block's zero point, int8; only checkpoints have them.
     biases: to what is scaled the block's bias is added, float32; only checkpoints have them.
     table: of TABLES, whose numbers are scaled: values are places in it, unsigned.
+    scales: their dtype; float8_e8m0fnu has powers of two alone.
     activations: those that the weight is multiplied with are quantized too, to int8 with a scale for each token, and
         products are summed in int32.
     """
@@ -47,6 +51,7 @@ class Scheme:
     zeros: bool = False
     biases: bool = False
     table: str = ""
+    scales: str = "float32"
     activations: bool = False
 
     def arrays(self, *shape: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -58,7 +63,7 @@ class Scheme:
             raise ValueError(f"groups of {self.columns} don't divide the {columns} inputs, as {self.name} needs")
         blocks = *first, -(-rows // self.rows), groups
         values = *first, rows, columns // self.packed
-        arrays: dict[str, tuple[tuple[int, ...], str]] = {"": (values, self.values), SCALE: (blocks, "float32")}
+        arrays: dict[str, tuple[tuple[int, ...], str]] = {"": (values, self.values), SCALE: (blocks, self.scales)}
         kinds = {ZERO: "int8", BIAS: "float32"}
         return arrays | {suffix: (blocks, kinds[suffix]) for suffix in self.companions[1:]}
 
@@ -84,6 +89,7 @@ SCHEMES = {
         Scheme("int4", "uint8", 7.0, columns=32, packed=2),
         Scheme("int4-g128", "uint8", 7.0, columns=128, packed=2),
         Scheme("nf4", "uint8", 1.0, columns=64, packed=2, table="nf4"),
+        Scheme("mxfp4", "uint8", 6.0, columns=32, packed=2, table="e2m1", scales="float8_e8m0fnu"),
         Scheme("fp8", "float8_e4m3fn", 448.0),
         Scheme("fp8-block", "float8_e4m3fn", 448.0, rows=128, columns=128),
     )
@@ -98,6 +104,7 @@ METHODS = {
     "compressed-tensors": "compressed-tensors",
     "fp8": "fp8",
     "bitsandbytes": "bitsandbytes",
+    "mxfp4": "mxfp4",
 }
 
 

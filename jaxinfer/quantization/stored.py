@@ -3,8 +3,9 @@
 Formats: compressed-tensors (https://github.com/vllm-project/compressed-tensors), GPTQ (Frantar et al.,
 arXiv:2210.17323) as AutoGPTQ and GPTQModel write it, AWQ (Lin et al., arXiv:2306.00978) as AutoAWQ does in its version
 "gemm", fp8 as DeepSeek and transformers' FineGrainedFP8Config do, bitsandbytes (Dettmers et al., arXiv:2305.14314) as
-transformers writes it, and MLX's affine quantization (https://ml-explore.github.io/mlx, `mlx.core.quantize`) as mlx-lm
-does. How their tensors are laid out is in checkpoint/quantized.py.
+transformers writes it, MLX's affine quantization (https://ml-explore.github.io/mlx, `mlx.core.quantize`) as mlx-lm
+does, and mxfp4 (OCP Microscaling Formats 1.0) as gpt-oss has its experts. How their tensors are laid out is in
+checkpoint/quantized.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from jaxinfer.quantization.fields import Config, block, group_size, names, one_of, unsupported
 from jaxinfer.quantization.patterns import compile_pattern
-from jaxinfer.quantization.schemes import METHODS, SCHEMES, TABLES, Quantization, Scheme, check_quantization
+from jaxinfer.quantization.schemes import METHODS, SCHEMES, Quantization, Scheme, check_quantization
 
 QUANTIZATION_FIELDS = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
 OURS = "jaxinfer"  # the method of converted checkpoints
@@ -27,6 +28,8 @@ MLX = "mlx"  # which has no `quant_method`
 MLX_BITS, MLX_SIZES = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 BLOCK_SIZE, TABLE = "bnb_4bit_blocksize", "bnb_4bit_quant_type"  # the first is ours: only the tensors say it
 BLOCK_SIZES = tuple(2**n for n in range(5, 13))
+STACKED = ("mlx", "mxfp4")  # layouts of which one tensor may have several linears, the first axis over them
+MX_GROUP = 32  # inputs with one scale
 LEAST = 8  # inputs with one scale: scales are then as large as the values
 _ONLY = ("modules_in_block_to_quantize", "inside_layer_modules")
 
@@ -36,7 +39,7 @@ class Format:
     """How a linear `[out, in]` is stored.
 
     layout: "plain", values as they are, or how several of them are packed: "packed", "gptq", "awq", "bitsandbytes",
-        "mlx".
+        "mlx", "mxfp4".
     bits: of a value.
     floats: e4m3, not integers.
     rows, columns: of a block with one scale; 0: all.
@@ -67,6 +70,8 @@ class Format:
     def scheme(self, rows: int, columns: int) -> Scheme | None:
         """What holds such a weight as it is; None: it is converted to floats."""
         scheme: Scheme | None = None
+        if self.layout == "mxfp4":
+            return SCHEMES["mxfp4"]
         if not self.ordered or (self.zeros and not self.columns):
             return None
         if self.floats:
@@ -307,11 +312,17 @@ def _bitsandbytes(fields: Config) -> Callable[[str, str], Format | None]:
         form = Format("plain", 8, scale="SCB")
     else:
         one_of(fields, "load_in_4bit", True)
-        table = one_of(fields, TABLE, None, *TABLES) or "fp4"
+        table = one_of(fields, TABLE, None, "nf4", "fp4") or "fp4"
         size = one_of(fields, BLOCK_SIZE, None, *BLOCK_SIZES) or 64
         form = Format("bitsandbytes", 4, columns=size, table=table)
     plain = _left_out(fields) if any(fields.get(name) is not None for name in _LEFT_OUT) else ["lm_head"]
     return _but(form, plain)
+
+
+def _mxfp4(fields: Config) -> Callable[[str, str], Format | None]:
+    """Experts alone, whatever else is named."""
+    form, plain = Format("mxfp4", 4, columns=MX_GROUP, table="e2m1"), _left_out(fields)
+    return _but(form, plain, lambda module: ".experts." in module)
 
 
 def _is_mlx(fields: Config) -> bool:
@@ -343,6 +354,7 @@ _READERS: dict[str, Callable[[Config], Callable[[str, str], Format | None]]] = {
     "awq": _awq,
     "fp8": _fp8,
     "bitsandbytes": _bitsandbytes,
+    "mxfp4": _mxfp4,
     MLX: _mlx,
 }
 

@@ -42,7 +42,7 @@ def real(values, scales, scheme=SCHEMES["int8"], zeros=0, biases=0):
 
 
 # Blocks of the last rows and columns are cut, groups are not.
-SHAPES = {"int4": (24, 96), "int4-g128": (24, 384), "fp8-block": (300, 200), "nf4": (24, 192)}
+SHAPES = {"int4": (24, 96), "int4-g128": (24, 384), "fp8-block": (300, 200), "nf4": (24, 192), "mxfp4": (24, 96)}
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -52,8 +52,9 @@ def test_the_nearest_values(name, dtype, monkeypatch):
     scheme, matrix = SCHEMES[name], weight(*shape, dtype=dtype)
     monkeypatch.setattr(quantizing, "BLOCK", 100)  # few rows at a time
     values, scales = quantize(matrix, scheme)
-    of_scales = {"int4": (24, 3), "int4-g128": (24, 3), "fp8-block": (3, 2), "nf4": (24, 3)}.get(name, (24, 1))
-    assert (values.dtype, scales.dtype, scales.shape) == (jnp.dtype(scheme.values), np.float32, of_scales)
+    groups = dict.fromkeys(("int4", "int4-g128", "nf4", "mxfp4"), (24, 3)) | {"fp8-block": (3, 2)}
+    kinds = jnp.dtype(scheme.values), jnp.dtype(scheme.scales), groups.get(name, (24, 1))
+    assert (values.dtype, scales.dtype, scales.shape) == kinds
     error = np.abs(real(values, scales, scheme) - matrix.astype(np.float64))
     steps = real(np.full(matrix.shape, 1), scales, dataclasses.replace(scheme, packed=1))
     if scheme.table:
@@ -67,6 +68,25 @@ def test_the_nearest_values(name, dtype, monkeypatch):
         assert np.abs(real(values, np.ones_like(scales), scheme)).max() == {"int8": 127, "uint8": 7}[scheme.values]
     assert not np.any(real(values, scales, scheme)[3])
     assert np.array_equal(quantize(np.asfortranarray(matrix), scheme)[0], values)
+
+
+def test_the_better_power_of_two():
+    """Of those around what the largest weight asks for, by the error of the whole block; none is better by much."""
+    scheme, matrix = SCHEMES["mxfp4"], weight(64, 320)
+    _, scales = quantize(matrix, scheme)
+    blocks, table = matrix.reshape(64, -1, 32), np.asarray(TABLES["e2m1"])
+
+    def error(powers):
+        scaled = blocks / powers[..., None]
+        nearest = table[np.abs(scaled[..., None] - table).argmin(axis=-1)]
+        return np.sum(np.square((nearest - scaled) * powers[..., None]), axis=-1)
+
+    chosen = scales.astype(np.float64)
+    least = np.min([error(chosen * 2.0**more) for more in (-2, -1, 0, 1, 2)], axis=0)
+    np.testing.assert_allclose(error(chosen), least, rtol=1e-5, atol=1e-30)
+    largest = np.abs(blocks).max(axis=-1)
+    assert np.any(largest > 6 * chosen)  # some are cut off
+    assert np.all(largest < 12 * np.maximum(chosen, 1e-30))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -168,7 +188,7 @@ def test_which_weights():
 @pytest.mark.parametrize("wrong", ["int3", "", 8, True, {}, {"*": "int3"}, {"*": None}, {3: "int8"}, ["int8"]])
 def test_what_is_not_a_scheme(wrong):
     with pytest.raises(
-        ValueError, match=r"^quantization (is|has) .*one of int8, int8-w8a8, int4, int4-g128, nf4, fp8, fp8-b"
+        ValueError, match=r"^quantization (is|has) .*one of int8, int8-w8a8, int4, int4-g128, nf4, mxfp4, fp8, fp8-b"
     ):
         check_quantization(wrong)
 

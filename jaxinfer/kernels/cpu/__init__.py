@@ -244,17 +244,20 @@ def attend(
     scale: float,
     window: int | None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of `q [T, K, G, d]` to keys and values in pages, where they are: `[T, K, G, d]`, zeros for
     tokens of no row. In programs for a CPU, where there is no `attention_problem`.
 
     Row r has tokens cu_q_lens[r]:cu_q_lens[r + 1], the last of the kv_lens[r] that are in the cache; none if that is 0.
     pools: keys and values `[P, K, page_size, d]`, in 8 bits their scales `[P, K, page_size]` too. pages: i32[R, ...].
-    window: that many positions are seen; None is all. soft_cap: scores stay below it, by a tanh.
+    window: that many positions are seen; None is all. soft_cap: scores stay below it, by a tanh. sinks: f32[K * G], a
+    score more of each query head, which has no value.
     """
     call = jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential")
     options = {"scale": np.float32(scale), "soft_cap": np.float32(soft_cap or 0), "window": np.int64(window or 0)}
-    return call(q, cu_q_lens, kv_lens, pages, *pools, **options)
+    sinks = jnp.zeros(0, "float32") if sinks is None else sinks
+    return call(q, sinks, cu_q_lens, kv_lens, pages, *pools, **options)
 
 
 kernels()  # compiled programs that are read from a file look for them by name

@@ -85,6 +85,9 @@ INLINE void in_runs(const Attention& a, int64_t row, int64_t head, int64_t start
 
 // ---- one token: lanes run along the head.
 
+// A query head's sink as a score of its own; without one, what weighs nothing.
+inline float sink_of(const Attention& a, int64_t query) { return a.sinks ? a.sinks[query] / a.scale : -INFINITY; }
+
 // The query heads of one key/value head.
 template <class T>
 void attend(const Attention& a, const T* keys, const T* values, int64_t row, int64_t head) {
@@ -113,10 +116,12 @@ void attend(const Attention& a, const T* keys, const T* values, int64_t row, int
     for (int64_t k = LANES; k < span; k += LANES) tops = load(of + k) > tops ? load(of + k) : tops;
     float top = tops[0];
     for (int lane = 1; lane < LANES; lane++) top = tops[lane] > top ? tops[lane] : top;
+    const float sink = sink_of(a, head * a.group + i);
+    top = sink > top ? sink : top;
     for (int64_t k = 0; k < span; k += LANES) store(of + k, exponential((load(of + k) - top) * a.scale));
     std::fill(of + count, of + span, 0.0f);
     for (int64_t k = 0; k < span; k += LANES) totals += load(of + k);
-    const float total = sum(totals);
+    const float total = sum(totals) + std::exp((sink - top) * a.scale);
     for (int64_t k = 0; k < span; k += LANES) store(of + k, load(of + k) / total);
   }
   in_runs(a, row, head, start, stop, [&](int64_t k, int64_t at, int64_t some) {
@@ -181,6 +186,10 @@ void attend_tile(const Attention& a, const T* keys, const T* values, int64_t row
   constexpr float NOTHING = -1e30f;
   Float top[PANELS], total[PANELS] = {};
   for (Float& one : top) one = Float{} + NOTHING;
+  for (int64_t i = 0; a.sinks && i < TILE; i++) {
+    top[i / LANES][i % LANES] = sink_of(a, head * a.group + (first + i) % a.group);
+    total[i / LANES][i % LANES] = 1;
+  }
   const int64_t stop = position[count - 1] + 1, start = std::max<int64_t>(position[0] + 1 - a.window, 0);
   for (int64_t block = start; block < stop; block += KEYS) {
     const int64_t end = std::min(block + KEYS, stop);

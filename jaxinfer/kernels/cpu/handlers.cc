@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cfloat>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -147,6 +148,7 @@ void in_pieces(Threads& threads, const Parts& parts, int64_t pieces, int64_t row
 struct Attention {
   const float* q;  // [tokens, kv_heads, group, dim]
   float* out;
+  const float* sinks;                          // [kv_heads, group], or null
   const float *k_scales, *v_scales;            // [pages, kv_heads, page_size], or null
   const int32_t *q_start, *kv_len, *pages;     // [rows + 1], [rows] and [rows, table]
   int64_t kv_heads, group, dim, page_size, table, window;
@@ -388,15 +390,18 @@ void attend(Threads& threads, const Attention& a, const void* keys, const void* 
 }
 
 ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t window, ffi::Buffer<ffi::F32> q,
-                     ffi::Buffer<ffi::S32> q_start, ffi::Buffer<ffi::S32> kv_len, ffi::Buffer<ffi::S32> pages,
-                     ffi::AnyBuffer keys, ffi::AnyBuffer values, Arguments scales, ffi::ResultBuffer<ffi::F32> out) {
+                     ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::S32> q_start, ffi::Buffer<ffi::S32> kv_len,
+                     ffi::Buffer<ffi::S32> pages, ffi::AnyBuffer keys, ffi::AnyBuffer values, Arguments scales,
+                     ffi::ResultBuffer<ffi::F32> out) {
   const auto shape = keys.dimensions(), queries = q.dimensions();
   if (shape.size() != 4 || queries.size() != 4 || shape[3] % 16 || queries[3] != shape[3] || queries[1] != shape[1] ||
       queries[2] > MOST_QUERIES || pages.dimensions().size() != 2 ||
-      q_start.element_count() != kv_len.element_count() + 1)
+      q_start.element_count() != kv_len.element_count() + 1 ||
+      (sinks.element_count() && sinks.element_count() != size_t(queries[1] * queries[2])))
     return wrong("jaxinfer_attention: q must be [T, K, G, d], and keys and values [P, K, size, d]");
   Attention a{q.typed_data(),
               out->typed_data(),
+              sinks.element_count() ? sinks.typed_data() : nullptr,
               nullptr,
               nullptr,
               q_start.typed_data(),
@@ -467,6 +472,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attention, attention,
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap")
                                   .Attr<int64_t>("window")
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
