@@ -12,8 +12,11 @@ from jaxinfer.attention.xla import XLA
 from jaxinfer.cache import HeadMajorPages
 
 
-def attend_row(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec) -> np.ndarray:
-    """The last len(q) tokens of one sequence: q `[n, H, d]` over k, v `[m, K, d]` -> `[n, H, d]`, in float64."""
+def attend_row(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec, sinks: np.ndarray | None = None
+) -> np.ndarray:
+    """The last len(q) tokens of one sequence: q `[n, H, d]` over k, v `[m, K, d]` -> `[n, H, d]`, in float64. sinks:
+    `[H]`, scores of one more key, whose value is zero."""
     q, k, v = (np.asarray(a, np.float64).swapaxes(0, 1) for a in (q, k, v))
     k, v = (np.repeat(a, len(q) // len(a), axis=0) for a in (k, v))
     query = np.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
@@ -25,6 +28,9 @@ def attend_row(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec)
     if spec.soft_cap is not None:
         scores = np.tanh(scores / spec.soft_cap) * spec.soft_cap
     scores = np.where(seen, scores, -np.inf)
+    if sinks is not None:
+        more = np.broadcast_to(np.asarray(sinks, np.float64)[:, None, None], (*scores.shape[:2], 1))
+        scores, v = np.concatenate([scores, more], axis=2), np.concatenate([v, 0 * v[:, :1]], axis=1)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return (weights / weights.sum(axis=-1, keepdims=True) @ v).swapaxes(0, 1)
 
@@ -65,6 +71,7 @@ def ragged(
     fill: float | None = None,
     decode_only: bool = False,
     backend: AttentionBackend = XLA,
+    sinks: np.ndarray | None = None,
 ) -> Ragged:
     """decode: histories of the decode rows (-1: an unused row); prefill: (history, new tokens)."""
     rng = np.random.default_rng(seed)
@@ -106,7 +113,7 @@ def ragged(
             pool[slots(own, 0, history, size)] = past
             full[which].append(np.concatenate([past, fresh[span]]))
         if new:
-            out[span] = attend_row(q[span], full[0][r], full[1][r], spec)
+            out[span] = attend_row(q[span], full[0][r], full[1][r], spec, sinks)
     for pool, sequences in zip(pools, full, strict=True):
         written = pool.copy()
         for r, (history, new) in enumerate(rows):

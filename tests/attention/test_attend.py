@@ -37,9 +37,9 @@ CASES = {
 }
 
 
-def check(case: Ragged, spec: AttentionSpec, error: float) -> None:
+def check(case: Ragged, spec: AttentionSpec, error: float, sinks: np.ndarray | None = None) -> None:
     kept = HeadMajorPages(*(np.asarray(pool).view(BITS.get(pool.dtype, pool.dtype)) for pool in case.cache))
-    out, cache = run(case.q, case.k, case.v, kept, case.batch, spec)
+    out, cache = run(case.q, case.k, case.v, kept, case.batch, spec, sinks)
     used = live(case.batch)
     assert np.abs(np.asarray(out, np.float64) - case.out)[used].max() < error
     assert np.isfinite(np.asarray(out, np.float32)).all()
@@ -68,6 +68,21 @@ def test_matches_float64_on_random_rows():
         lengths = rng.multinomial(shape.tokens - 6, np.ones(7) / 7)[: count - len(decode)] + 1
         prefill = [(int(rng.integers(0, 768 - n)), int(n)) for n in lengths]
         check(ragged(shape, spec, decode, prefill, seed=seed), spec, 2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_sinks(window):
+    """Scores of what has no value: less than any other, like them, and more by far, so that nothing is left."""
+    shape, sinks = Shape(heads=4, kv_heads=2), np.array([-40.0, 0.7, 3.0, 200.0], np.float32)
+    spec = AttentionSpec(shape.head_dim**-0.5, window=window)
+    for decode, prefill in (DECODE_ONLY[0], MIXED[2]):
+        case = ragged(shape, spec, decode, prefill, decode_only=not prefill, sinks=sinks)
+        check(case, spec, 2e-6, sinks)
+        assert not np.any(case.out[:, 3] > 1e-30)
+    batch = ForwardBatch.of_sequences([[0] * 50], length=64)
+    out, _ = run(case.q[:64], case.k[:64], case.v[:64], None, batch, spec, sinks)
+    expected = attend_row(*(np.asarray(x)[:50] for x in (case.q, case.k, case.v)), spec, sinks)
+    np.testing.assert_allclose(np.asarray(out)[:50], expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("decode_only", [True, False])

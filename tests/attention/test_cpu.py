@@ -37,16 +37,17 @@ def test_as_by_xla(shape, cache, set_level):  # noqa: F811
         for window, cap in kinds:
             spec = AttentionSpec(shape.head_dim**-0.5, window=window, soft_cap=cap)
             case = ragged(shape, spec, decode, prefill, decode_only=not prefill)
+            sinks = None if cap else np.linspace(-3, 5, shape.heads).astype(np.float32)
             pools = HeadMajorPages(*(np.asarray(pool, cache if cache != "int8" else None) for pool in case.cache))
             if cache == "int8":
                 (k, k_scales), (v, v_scales) = (rounded(pool, "int8") for pool in pools)
                 pools = QuantizedPages(k, v, k_scales, v_scales)
             arguments = case.q, case.k, case.v, pools, case.batch
-            by_xla = jax.jit(lambda *a, spec=spec: attend(*a, spec)[0])
+            by_xla = jax.jit(lambda *a, spec=spec, sinks=sinks: attend(*a, spec, sinks)[0])
             assert cpu.ATTEND not in by_xla.lower(*arguments).as_text()
             expected = np.asarray(by_xla(*arguments))
             arguments = *arguments[:-1], dataclasses.replace(case.batch, backend=CPU)
-            by_kernel = jax.jit(lambda *a, spec=spec: attend(*a, spec)[0])
+            by_kernel = jax.jit(lambda *a, spec=spec, sinks=sinks: attend(*a, spec, sinks)[0])
             assert cpu.ATTEND in by_kernel.lower(*arguments).as_text()
             used = live(case.batch)
             for level in cpu.LEVELS[: cpu.LEVELS.index(cpu.kernels().level) + 1]:
@@ -54,6 +55,22 @@ def test_as_by_xla(shape, cache, set_level):  # noqa: F811
                 got = np.asarray(by_kernel(*arguments))
                 # XLA rounds weights to bfloat16 where values are.
                 np.testing.assert_allclose(got[used], expected[used], atol=1e-2 if cache == "bfloat16" else 3e-6)
+
+
+@needs_them
+@pytest.mark.parametrize("window", [None, 20])
+def test_sinks(window, set_level):  # noqa: F811
+    """Against float64, from less than any score to more by far."""
+    shape, sinks = Shape(heads=4, kv_heads=2), np.array([-40.0, 0.7, 3.0, 200.0], np.float32)
+    for cap in (None, 2.0):
+        spec = AttentionSpec(shape.head_dim**-0.5, window=window, soft_cap=cap)
+        for decode, prefill in (([0, 15, -1, 699], []), ([3, 300], [(100, 28), (530, 200)])):
+            case = ragged(shape, spec, decode, prefill, decode_only=not prefill, backend=CPU, sinks=sinks)
+            call = jax.jit(lambda *a, spec=spec: attend(*a[:-1], spec, a[-1])[0])
+            for level in cpu.LEVELS[: cpu.LEVELS.index(cpu.kernels().level) + 1]:
+                set_level(level)
+                out = np.asarray(call(case.q, case.k, case.v, case.cache, case.batch, sinks))
+                np.testing.assert_allclose(out[live(case.batch)], case.out[live(case.batch)], atol=3e-6)
 
 
 @needs_them

@@ -133,7 +133,10 @@ def test_attention_and_int4_always_the_same_bits():
     )
     out = [jax.ShapeDtypeStruct((5, 300), jnp.float32)]
     product = functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=True)
-    calls = (jax.jit(attend), (q, cu_q_lens, kv_lens, pages, *pool)), (jax.jit(product), (x, values, scales))
+    calls = (
+        (jax.jit(attend), (q, random(6, "float32"), cu_q_lens, kv_lens, pages, *pool)),
+        (jax.jit(product), (x, values, scales)),
+    )
     for call, arguments in calls:
         first = np.asarray(jax.tree.leaves(call(*arguments))[0])
         assert np.abs(first).max() > 0

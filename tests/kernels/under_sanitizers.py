@@ -49,10 +49,10 @@ for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
     pools = [random((3, 2, 5, 48), kind), random((3, 2, 5, 48), kind)]
     pools += [random((3, 2, 5), "float32")] * 2 if kind == "int8" else []
     call = jax.ffi.ffi_call("attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
-    for window, cap, one_each in itertools.product((0, 4), (0, 5), (False, True)):
+    for window, cap, one_each, sinks in itertools.product((0, 4), (0, 5), (False, True), (0, 10)):
         options = {"scale": np.float32(0.1), "soft_cap": np.float32(cap), "window": np.int64(window)}
         starts = np.arange(4, dtype=np.int32) if one_each else cu_q_lens
-        jax.block_until_ready(call(q, starts, lengths, pages, *pools, **options))
+        jax.block_until_ready(call(q, random(sinks, "float32"), starts, lengths, pages, *pools, **options))
 jax.ffi.register_ffi_target("take", jax.ffi.pycapsule(library.jaxinfer_take), platform="cpu")
 call = jax.ffi.ffi_call("take", jax.ShapeDtypeStruct((3, 5), np.float32))
 jax.block_until_ready(call(random((4, 5), "float32"), np.array([3, 9, -1], np.int32)))
