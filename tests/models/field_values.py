@@ -131,6 +131,8 @@ VALUES: dict[str, Values] = {
     **dict.fromkeys(("logit_scale", "embedding_multiplier", "logits_scaling", "residual_multiplier"), FACTORS),
     "attention_multiplier": FACTORS,
     **dict.fromkeys(("num_experts", "num_local_experts"), (4, 6, 5)),
+    "swiglu_alpha": (ABSENT, 0.5, 1.702, 3.0),
+    "swiglu_limit": (ABSENT, 0.3, 7.0),
     "num_experts_per_tok": (1, 2, 3, 4),
     "n_routed_experts": (4, 8, 6),
     "moe_num_experts": (4, 6, 5),

@@ -110,6 +110,18 @@ def test_written_again(tmp_path):
     assert "mxfp4" in model.precision
 
 
+def test_what_no_other_format_has(tmp_path):
+    """Said before anything is written."""
+    config = CONFIG | {"num_hidden_layers": 1}
+    folder = write_checkpoint(tmp_path / "floats", config, random_tensors(config))
+    with pytest.raises(ValueError, match=r"format hf: .*experts\.\w+\.weight lies the other way round .*orbax"):
+        convert(folder, tmp_path / "hf", format="hf", quantization="int8")
+    stored, _ = checkpoints(tmp_path / "a")
+    with pytest.raises(ValueError, match="quantization is 'int8': the checkpoint is quantized already"):
+        loaded(stored, quantization="int8")
+    assert not (tmp_path / "hf").exists()
+
+
 def test_as_mlx_has_it(tmp_path):
     """Gates, ups and downs apart."""
     _, plain = checkpoints(tmp_path)

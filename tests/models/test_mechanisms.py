@@ -39,6 +39,7 @@ BASE = {
 }
 GLM = {"model_type": "glm", "head_dim": 16, "attention_bias": True}
 MISTRAL = BASE | {"model_type": "mistral", "sliding_window": None, "head_dim": 16}
+TURNS = "experts in one tensor, gates and ups by turns, with biases"
 LAYOUTS = {
     "fused qkv, and gates": BASE | {"model_type": "phi3"},
     "fused gates": BASE | GLM,
@@ -64,6 +65,15 @@ LAYOUTS = {
         "moe_intermediate_size": 96,
         "shared_expert_intermediate_size": 64,
     },
+    TURNS: BASE
+    | {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "sliding_window": 16,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default"},
+    },
     "wrapped": {
         "model_type": "mistral3",
         "architectures": ["Mistral3ForConditionalGeneration"],
@@ -73,6 +83,8 @@ LAYOUTS = {
 }
 slow = partial(pytest.param, marks=pytest.mark.slow)
 every = pytest.mark.parametrize("layout", LAYOUTS)
+# Those whose matrices lie as linears of others do; of TURNS there is a format of its own, see test_gpt_oss.
+linears = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != TURNS])
 PROMPT = np.random.default_rng(3).integers(0, 256, 40).tolist()
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "max_model_len": 64, "dtype": "float32"}
 
@@ -157,7 +169,7 @@ def test_quantized_while_loading(folders, plain, layout, scheme):
         np.testing.assert_array_equal(np.asarray(split[name])[real], params[name], err_msg=name)
 
 
-@every
+@linears
 @pytest.mark.parametrize("name", ["gptq with zero points", "awq", "int4"])
 def test_stored_quantized(layout, name, tmp_path):
     case = CASES[name]
@@ -193,7 +205,7 @@ def test_written_in_the_format_of_orbax(folders, layout, tmp_path):
     same(loaded(tmp_path / "orbax")[1], loaded(folders(layout), quantization="int8")[1])
 
 
-@every
+@linears
 @pytest.mark.parametrize("scheme", ["int4", slow("int8")])
 def test_written_quantized(folders, layout, scheme, tmp_path):
     """The format of compressed-tensors, there and back."""
@@ -230,7 +242,7 @@ def test_planned(layout):
 
 
 @pytest.mark.slow
-@every
+@linears
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_calibrated(folders, plain, layout, method, tmp_path):
     """On what it was made with it is nearer to the model than rounding."""
