@@ -14,7 +14,8 @@ Of a linear `X [out, in]`, with G groups of inputs and n = 32 / bits:
 - mlx: `X.weight` uint32 `[out, in / n]`, the bits of a row's values one after the other, from the lowest on, also where
   32 bits are no whole number of them; `X.scales [out, G]` and `X.biases [out, G]`. A weight is value * scale + bias.
 - mxfp4: `X_blocks` uint8 `[out, G, 16]`, places in the table of e2m1, the even column's in the low four bits, and
-  `X_scales` uint8 `[out, G]`, powers of two, plus 127.
+  `X_scales` uint8 `[out, G]`, powers of two, plus 127. MLX has the same bytes as `X.weight` uint32 `[out, in / 8]` and
+  `X.scales`.
 - bitsandbytes: see bitsandbytes.py. In eight bits it is as plain, with scales `X.SCB [out]` of 127.
 
 Of several linears in one tensor (mlx, mxfp4) the shapes begin with how many there are.
@@ -86,8 +87,10 @@ def wanted_tensors(form: Format, *size: int) -> dict[str, Wanted]:
         )
     if form.layout == "mxfp4":
         of_scales = *stack, rows, -(-columns // form.columns)
-        values = Wanted(((*of_scales, form.columns // 2),), bytes_)
-        return {"_blocks": values, "_scales": Wanted((of_scales,), bytes_)}
+        scales = {form.scale: Wanted((of_scales,), bytes_)}
+        if form.scale == "scales":  # MLX's
+            return scales | {"weight": Wanted(((*stack, rows, columns // 8),), (np.dtype(np.uint32),))}
+        return scales | {"_blocks": Wanted(((*of_scales, form.columns // 2),), bytes_)}
     assert not stack
     fit = 32 // form.bits
     groups = -(-columns // form.columns) if form.columns else 1
@@ -211,12 +214,12 @@ def decode(form: Format, stored: Mapping[str, Host], rows: int, columns: int) ->
             raise ValueError("has scales or biases that are not finite")
         return Decoded(form, _unpacked(stored["weight"].reshape(rows, -1), form.bits), None, scales, biases=biases)
     if form.layout == "mxfp4":
-        exponents = stored["_scales"].reshape(rows, -1)
+        exponents, values = stored[form.scale].reshape(rows, -1), stored["_blocks" if "_blocks" in stored else "weight"]
         if exponents.max(initial=0) == 255:
             raise ValueError("has scales of 255, which is no number")
         # 2**-127 is no normal number, which processors take for zero: it becomes the least that is one.
         scales = np.maximum(exponents, 1).view(ml_dtypes.float8_e8m0fnu)
-        return Decoded(form, stored["_blocks"].reshape(rows, -1), None, scales)
+        return Decoded(form, values.reshape(rows, -1).view(np.uint8), None, scales)
     order = stored.get("g_idx", stored.get("weight_g_idx"))
     groups = -(-columns // form.columns) if form.columns else 1
     if order is not None and (order.min() < 0 or order.max() >= groups):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.models.sources import Source, whole
 from jaxinfer.quantization.schemes import BIAS, NONE, SCALE, ZERO, Quantization, Scheme, scheme_of
-from jaxinfer.quantization.stored import STACKED, Format, Stored
+from jaxinfer.quantization.stored import MLX, STACKED, Format, Stored
 from jaxinfer.sharding import PADDED, counts, with_sharding
 from jaxinfer.weights import Axes, Dense, QArray, Weight
 from jaxinfer.weights.quantized import axes_of_scales
@@ -180,8 +180,9 @@ def _found(spec: ParamSpec, stored: Stored | None) -> ParamSpec:
 
 def _format(spec: ParamSpec, source: Source, stored: Stored) -> Format | None:
     """The checkpoint's own. Raises ValueError where a weight is cut out of what can't be cut."""
-    is_matrix = len(spec.shape) > 1 and spec.name.endswith(".weight")  # a router is one, biases of experts are not
-    if not is_matrix or (spec.is_embedding and not stored.tables):
+    # What quantizes tables does so with routers, too.
+    is_linear = spec.is_embedding is False or (stored.tables and spec.name.endswith(".weight") and len(spec.shape) > 1)
+    if not is_linear:
         return None
     regions = list(source.regions(whole(spec.shape)))
     shapes = source.tensors(spec.shape)
@@ -190,7 +191,7 @@ def _format(spec: ParamSpec, source: Source, stored: Stored) -> Format | None:
     if any(other != form for other in others):
         raise ValueError(f"config.json: quantization_config: {spec.name} is of tensors that are not quantized alike")
     # mlx-lm leaves those alone that its groups don't divide.
-    if form is None or (form.biases and spec.shape[-1] % form.columns):
+    if form is None or (stored.method == MLX and spec.shape[-1] % form.columns):
         return None
     for region in regions:
         turn = -1 if region.transposed else 1

@@ -3,7 +3,7 @@
 Formats: compressed-tensors (https://github.com/vllm-project/compressed-tensors), GPTQ (Frantar et al.,
 arXiv:2210.17323) as AutoGPTQ and GPTQModel write it, AWQ (Lin et al., arXiv:2306.00978) as AutoAWQ does in its version
 "gemm", fp8 as DeepSeek and transformers' FineGrainedFP8Config do, bitsandbytes (Dettmers et al., arXiv:2305.14314) as
-transformers writes it, MLX's affine quantization (https://ml-explore.github.io/mlx, `mlx.core.quantize`) as mlx-lm
+transformers writes it, MLX's modes affine and mxfp4 (https://ml-explore.github.io/mlx, `mlx.core.quantize`) as mlx-lm
 does, and mxfp4 (OCP Microscaling Formats 1.0) as gpt-oss has its experts. How their tensors are laid out is in
 checkpoint/quantized.py.
 """
@@ -95,6 +95,9 @@ class Format:
         except ValueError:
             return None
         return scheme
+
+
+MXFP4 = Format("mxfp4", 4, columns=MX_GROUP, table="e2m1", scale="_scales")
 
 
 @dataclass(frozen=True)
@@ -321,8 +324,7 @@ def _bitsandbytes(fields: Config) -> Callable[[str, str], Format | None]:
 
 def _mxfp4(fields: Config) -> Callable[[str, str], Format | None]:
     """Experts alone, whatever else is named."""
-    form, plain = Format("mxfp4", 4, columns=MX_GROUP, table="e2m1"), _left_out(fields)
-    return _but(form, plain, lambda module: ".experts." in module)
+    return _but(MXFP4, _left_out(fields), lambda module: ".experts." in module)
 
 
 def _is_mlx(fields: Config) -> bool:
@@ -333,7 +335,10 @@ def _mlx(fields: Config) -> Callable[[str, str], Format | None]:
     """What is said of a module comes before what is said of all."""
 
     def form(fields: Config, where: str = "") -> Format:
-        one_of(fields, "mode", None, "affine", where=where)
+        if one_of(fields, "mode", None, "affine", "mxfp4", where=where) == "mxfp4":
+            one_of(fields, "bits", 4, where=where)
+            one_of(fields, "group_size", MX_GROUP, where=where)
+            return dataclasses.replace(MXFP4, scale="scales")
         bits = one_of(fields, "bits", *MLX_BITS, where=where)
         size = one_of(fields, "group_size", *MLX_SIZES, where=where)
         return Format("mlx", bits, columns=size, biases=True, scale="scales")

@@ -217,6 +217,22 @@ def mlx(bits: int, size: int) -> Case:
     return Case(config, store, f"{name}-biases")
 
 
+def mlx_mxfp4() -> Case:
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    numbers = np.concatenate([numbers, -numbers])
+
+    def store(weight: np.ndarray) -> Stored:
+        groups = weight.reshape(len(weight), -1, 32)
+        exponents = np.ceil(np.log2(np.abs(groups).max(axis=2, keepdims=True) / 6)).astype(int)
+        values = np.abs(groups[..., None] / 2.0 ** exponents[..., None] - numbers).argmin(axis=-1)
+        left = (numbers[values] * np.float32(2) ** exponents).reshape(weight.shape).astype(np.float32)
+        pairs = values.reshape(len(weight), -1, 2).astype(np.uint8)
+        packed = np.ascontiguousarray(pairs[..., 0] | pairs[..., 1] << 4).view(np.uint32)
+        return {"weight": packed, "scales": (exponents[..., 0] + 127).astype(np.uint8)}, left
+
+    return Case({"group_size": 32, "bits": 4, "mode": "mxfp4"}, store, "mxfp4")
+
+
 TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 CASES = {
     "int8 w8a16": compressed(8),
@@ -249,6 +265,7 @@ CASES = {
     "mlx 4": mlx(4, 64),
     "mlx 6": mlx(6, 128),
     "mlx 8": mlx(8, 64),
+    "mlx mxfp4": mlx_mxfp4(),
 }
 
 

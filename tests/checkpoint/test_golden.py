@@ -25,7 +25,9 @@ for path in sorted((Path(__file__).parent / "golden").glob("*.safetensors")):
 def read(case):
     """The format, by its config.json, the tensors and the shape."""
     method, kind, rows, columns, size = re.fullmatch(r"(\w+) (\S+) (\d+)x(\d+)/(\d+)", case).groups()
-    if method == "mlx":
+    if kind == "mxfp4":
+        config = {"bits": 4, "group_size": int(size), "mode": kind}
+    elif method == "mlx":
         config = {"bits": int(kind), "group_size": int(size)}
     elif kind == "int8":
         config = {"quant_method": method, "load_in_8bit": True}

@@ -58,6 +58,10 @@ def mlx():
         tensors[f"{name}expected"] = mx.dequantize(
             packed, scales.astype(mx.float32), biases.astype(mx.float32), size, bits
         )
+    weight = mx.random.normal((6, 128)) * mx.random.uniform(shape=(6, 1))
+    packed, scales = mx.quantize(weight, mode="mxfp4")
+    tensors |= {"mxfp4 6x128/32:weight": packed, "mxfp4 6x128/32:scales": scales}
+    tensors["mxfp4 6x128/32:expected"] = mx.dequantize(packed, scales, mode="mxfp4", dtype=mx.float32)
     mx.save_safetensors(str(HERE / "mlx.safetensors"), tensors)
 
 
