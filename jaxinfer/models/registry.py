@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture as Architecture
-from jaxinfer.models.wrapped import GEMMA3, MISTRAL3, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, Wrapped
+from jaxinfer.models.wrapped import GEMMA3, MISTRAL3, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Wrapped
 
 if TYPE_CHECKING:
     from jaxinfer.models.config import ModelConfig
@@ -77,6 +77,7 @@ REGISTRY: dict[str, Entry] = {
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
     "Qwen3MoeForCausalLM": Entry("qwen3_moe", "jaxinfer.models.qwen3_moe", "Qwen3-30B-A3B, Qwen3-235B-A22B"),
     "Qwen3VLForConditionalGeneration": Entry("qwen3_vl", QWEN3_VL, "Qwen3-VL, dense (text)"),
+    "Qwen3VLMoeForConditionalGeneration": Entry("qwen3_vl_moe", QWEN3_VL_MOE, "Qwen3-VL-30B-A3B, 235B-A22B (text)"),
     "SeedOssForCausalLM": Entry("seed_oss", "jaxinfer.models.seed_oss", "Seed-OSS 36B"),
     "SmolLM3ForCausalLM": Entry("smollm3", "jaxinfer.models.smollm3", "SmolLM3 3B"),
     "StableLmForCausalLM": Entry("stablelm", "jaxinfer.models.stablelm", "StableLM 3B, StableLM 2, Stable Code"),
