@@ -37,7 +37,9 @@ VARIANTS = {
         | {"rope_parameters": LONG | FACTORS, "router_jitter_noise": 0.5, "attention_bias": True, "lm_head_bias": True},
         as_on_the_hub,
     ),
-    "phimoe-one": Variant("PhimoeConfig", PHI | {"router_jitter_noise": 0.0, "num_local_experts": 2}),
+    "phimoe-one-head_dim": Variant(
+        "PhimoeConfig", PHI | {"router_jitter_noise": 0.0, "num_local_experts": 2, "head_dim": 16}
+    ),
 }
 MUTANTS = {
     "phimoe: eps": Mutant("phimoe", lambda config: replace(config, norm_eps=1e-2)),
