@@ -224,14 +224,15 @@ def _wanted(specs: Iterable[ParamSpec]) -> dict[str, Wanted]:
 
 
 def _spelled(spec: ParamSpec, weights: ParamMapping, checkpoint: Checkpoint) -> ParamSpec:
-    """With the place that the checkpoint has it in, or most of it."""
+    """With the place that the checkpoint has it in, or most of it; of several such, the one whose shapes it has."""
     if not spec.elsewhere:
         return spec
 
-    def there(place: tuple[Source, Format | None]) -> float:
-        wanted = _wanted([replace(spec, source=place[0], stored=place[1])])
-        found = (any(n in checkpoint.tensors for n in _spellings(weights, name)) for name in wanted)
-        return sum(found) / len(wanted)
+    def there(place: tuple[Source, Format | None]) -> tuple[float, int]:
+        wanted, tensors = _wanted([replace(spec, source=place[0], stored=place[1])]), checkpoint.tensors
+        names = ((next((n for n in _spellings(weights, name) if n in tensors), None), wanted[name]) for name in wanted)
+        fits = [tensor.fits(tensors[name].shape) for name, tensor in names if name is not None]
+        return len(fits) / len(wanted), sum(fits)
 
     source, form = max([(spec.source, spec.stored), *spec.elsewhere], key=there)
     return replace(spec, source=source, stored=form, elsewhere=())

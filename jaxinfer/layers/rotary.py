@@ -29,6 +29,7 @@ class Rope:
     beta_fast, beta_slow: yarn: the same.
     truncate: yarn: whole dimensions as the ramp's ends.
     attention_factor: yarn, longrope: scales cos and sin.
+    long_attention_factor: longrope: the same where `long_factors` are in use; None: it is that one.
     short_factors, long_factors: longrope: those of contexts up to the original one, and of longer ones.
     long_context: longrope: positions that `long_factors` are for; 0: there are none.
     long: longrope: they are in use.
@@ -48,6 +49,7 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    long_attention_factor: float | None = None
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     long_context: int = 0
@@ -96,7 +98,8 @@ class Rope:
     def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """cos and sin of each token's angles, float32 `[T, dim / 2]`."""
         angles = positions.astype(jnp.float32)[:, None] * self.inv_freq()[None, :]
-        scale = np.float32(self.attention_factor)
+        factor = self.long_attention_factor if self.long else None
+        scale = np.float32(self.attention_factor if factor is None else factor)
         return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
     def rotate(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -25,6 +25,8 @@ class Routing:
     among_chosen: scores are of the logits of those that are chosen alone.
     linear_bias: is added to logits; a parameter.
     bias: is added to scores for the choice, and not to shares; a parameter.
+    sparsemixer: an expert's share is a softmax over it and those behind it whose logits are less by at most twice this
+        share of the larger one; None: shares are scores.
     groups, groups_kept: experts are in groups of equal size, and only those of the best groups may be chosen.
     group_best: a group is as good as the sum of so many of its best experts.
     normalized: shares are divided by their sum, or by least_sum where that is more.
@@ -37,6 +39,7 @@ class Routing:
     among_chosen: bool = False
     linear_bias: bool = False
     bias: bool = False
+    sparsemixer: float | None = None
     groups: int = 1
     groups_kept: int = 1
     group_best: int = 1
@@ -50,7 +53,9 @@ def route(logits: jax.Array, routing: Routing, bias: jax.Array | None = None) ->
 
     Groups are those of DeepSeek-V3 (arXiv:2412.19437), the bias that of Wang et al. (arXiv:2408.15664).
     """
-    if routing.among_chosen:
+    if routing.sparsemixer is not None:
+        experts, shares = _sparsemixer(logits, routing.top_k, routing.sparsemixer)
+    elif routing.among_chosen:
         best, experts = lax.top_k(logits, routing.top_k)
         shares = _scores(best, routing)
     else:
@@ -65,6 +70,16 @@ def route(logits: jax.Array, routing: Routing, bias: jax.Array | None = None) ->
 
 def _scores(logits: jax.Array, routing: Routing) -> jax.Array:
     return jax.nn.softmax(logits, axis=-1) if routing.scores == "softmax" else jax.nn.sigmoid(logits)
+
+
+def _sparsemixer(logits: jax.Array, top_k: int, jitter: float) -> tuple[jax.Array, jax.Array]:
+    """SparseMixer-v2's choice (Liu et al., arXiv:2409.12136), as it is after training: one expert after the other."""
+    best, experts = lax.top_k(logits, top_k)
+    chosen = (experts[:, :, None] == jnp.arange(logits.shape[1], dtype=experts.dtype)).astype(jnp.int32)
+    left = jnp.cumsum(chosen, axis=1) == chosen
+    best, others = best[:, :, None], logits[:, None]
+    near = best - others <= 2 * jitter * jnp.maximum(jnp.abs(others), best)
+    return experts, 1 / jnp.sum(jnp.where(near & left, jnp.exp(others - best), 0), axis=-1)
 
 
 def _of_best_groups(choice: jax.Array, routing: Routing) -> jax.Array:

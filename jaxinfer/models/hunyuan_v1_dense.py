@@ -15,7 +15,9 @@ from jaxinfer.models.decoder import (
 )
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Source, Tensor
-from jaxinfer.models.weights import ParamMapping
+from jaxinfer.models.weights import ParamMapping, spelled
+
+NAMES = {".q_norm.": ".query_layernorm.", ".k_norm.": ".key_layernorm."}
 
 
 def parse(fields: ConfigReader) -> DecoderConfig:
@@ -54,7 +56,7 @@ class HunYuanDenseV1ForCausalLM(DecoderForCausalLM):
 
 def source(name: str) -> Source:
     """Checkpoints say layernorm, of queries and keys."""
-    return Tensor(name.replace(".q_norm.", ".query_layernorm.").replace(".k_norm.", ".key_layernorm."))
+    return Tensor(spelled(name, NAMES))
 
 
 def weights(config: ModelConfig) -> ParamMapping:

@@ -25,14 +25,16 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def parse(fields: ConfigReader) -> DecoderConfig:
-    """`attention_bias` covers all four projections; `head_dim` is 128 where absent."""
-    fields = of_text(fields, DEFAULTS)
+def parse(
+    fields: ConfigReader, defaults: dict[str, Any] = DEFAULTS, default_head_dim: int | None = 128
+) -> DecoderConfig:
+    """`attention_bias` covers all four projections."""
+    fields = of_text(fields, defaults)
     fields.refuse("use_sliding_window", False)
     if SLIDING in layer_types_of(fields, num_layers(fields)):
         raise fields.error("layer_types", "all layers of this model see everything")
     bias = fields.boolean("attention_bias", False)
-    return decoder_config(fields, default_head_dim=128, qkv_bias=bias, out_bias=bias, qk_norm=True)
+    return decoder_config(fields, default_head_dim=default_head_dim, qkv_bias=bias, out_bias=bias, qk_norm=True)
 
 
 ARCHITECTURE = Architecture(parse, DecoderForCausalLM, weights)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture as Architecture
-from jaxinfer.models.wrapped import GEMMA3, MISTRAL3, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, Wrapped
+from jaxinfer.models.wrapped import GEMMA3, MISTRAL3, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Wrapped
 
 if TYPE_CHECKING:
     from jaxinfer.models.config import ModelConfig
@@ -53,6 +53,7 @@ REGISTRY: dict[str, Entry] = {
     "GraniteMoeForCausalLM": Entry("granitemoe", "jaxinfer.models.granitemoe", "Granite 3.x 1B-A400M, 3B-A800M"),
     "GraniteMoeSharedForCausalLM": Entry("granitemoeshared", "jaxinfer.models.granitemoeshared", "Granite MoE, shared"),
     "HunYuanDenseV1ForCausalLM": Entry("hunyuan_v1_dense", "jaxinfer.models.hunyuan_v1_dense", "Hunyuan 0.5B to 7B"),
+    "HunYuanMoEV1ForCausalLM": Entry("hunyuan_v1_moe", "jaxinfer.models.hunyuan_v1_moe", "Hunyuan-A13B"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
     "MiniMaxM2ForCausalLM": Entry("minimax_m2", "jaxinfer.models.minimax_m2", "MiniMax-M2, M2.1"),
     "Ministral3ForCausalLM": Entry("ministral3", "jaxinfer.models.ministral3", "the text model of Ministral 3"),
@@ -67,6 +68,8 @@ REGISTRY: dict[str, Entry] = {
     "OPTForCausalLM": Entry("opt", "jaxinfer.models.opt", "OPT 125M to 66B, Galactica"),
     "Phi3ForCausalLM": Entry("phi3", "jaxinfer.models.phi3", "Phi-3, Phi-4"),
     "PhiForCausalLM": Entry("phi", "jaxinfer.models.phi", "Phi-1, Phi-1.5, Phi-2"),
+    "PhimoeForCausalLM": Entry("phimoe", "jaxinfer.models.phimoe", "Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE"),
+    "PhiMoEForCausalLM": Entry("phimoe", "jaxinfer.models.phimoe", "Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE"),
     "Qwen2ForCausalLM": Entry("qwen2", "jaxinfer.models.qwen2", "Qwen2, Qwen2.5"),
     "Qwen2MoeForCausalLM": Entry("qwen2_moe", "jaxinfer.models.qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B"),
     "Qwen2VLForConditionalGeneration": Entry("qwen2_vl", QWEN2_VL, "Qwen2-VL (text)"),
@@ -74,6 +77,7 @@ REGISTRY: dict[str, Entry] = {
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
     "Qwen3MoeForCausalLM": Entry("qwen3_moe", "jaxinfer.models.qwen3_moe", "Qwen3-30B-A3B, Qwen3-235B-A22B"),
     "Qwen3VLForConditionalGeneration": Entry("qwen3_vl", QWEN3_VL, "Qwen3-VL, dense (text)"),
+    "Qwen3VLMoeForConditionalGeneration": Entry("qwen3_vl_moe", QWEN3_VL_MOE, "Qwen3-VL-30B-A3B, 235B-A22B (text)"),
     "SeedOssForCausalLM": Entry("seed_oss", "jaxinfer.models.seed_oss", "Seed-OSS 36B"),
     "SmolLM3ForCausalLM": Entry("smollm3", "jaxinfer.models.smollm3", "SmolLM3 3B"),
     "StableLmForCausalLM": Entry("stablelm", "jaxinfer.models.stablelm", "StableLM 3B, StableLM 2, Stable Code"),

@@ -26,15 +26,15 @@ def text_architecture(wrapped: Wrapped, data: Mapping[str, Any]) -> Architecture
 
 
 def text_fields(wrapped: Wrapped, fields: ConfigReader) -> ConfigReader:
-    """Those of the text model. Embedding and head are tied where either part of the file says so: it depends on the
-    version of transformers which one does."""
+    """Those of the text model. Embedding and head are tied where either part of the file says so (it depends on the
+    version of transformers which one does), but see Wrapped."""
     inner = fields.data.get(TEXT)
     text = fields if inner is None else ConfigReader(inner, f"{fields.where}: {TEXT}")
     text.refuse(PER_LAYER, {})
     for name in wrapped.unread:
         text.refuse(name)
     said = [part.boolean(TIED, False) for part in (fields, text)]
-    tied = any(said) or (fields.data.get(TIED) is None and wrapped.tied)
+    tied = any(said if wrapped.tied_inside else said[:1]) or (fields.data.get(TIED) is None and wrapped.tied)
     return ConfigReader({**text.data, TIED: tied}, text.where)
 
 

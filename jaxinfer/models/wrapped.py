@@ -23,6 +23,7 @@ class Wrapped:
     texts: the module that has its ARCHITECTURE, by `model_type` in `text_config`; the first where that has none.
     beside: patterns of the tensors that are of other parts, matched in full.
     tied: whether embedding and head are one where nothing is said.
+    tied_inside: `text_config` may say so, too; False: what it says is its class's default, and means nothing.
     flat: older config.json files have no `text_config`, and its fields themselves.
     bodies: what the names of its body begin with, here and in other checkpoints.
     heads: what comes before the head's name in others.
@@ -34,6 +35,7 @@ class Wrapped:
     texts: Mapping[str, str]
     beside: tuple[str, ...]
     tied: bool = False
+    tied_inside: bool = True
     flat: bool = False
     bodies: tuple[str, ...] = BODIES
     heads: tuple[str, ...] = ("language_model.",)
@@ -87,6 +89,12 @@ QWEN2_VL = Wrapped(
 )
 QWEN2_5_VL = replace(QWEN2_VL, name="Qwen2.5-VL")
 QWEN3_VL = Wrapped(dict.fromkeys(("qwen3_vl_text", "qwen3_vl"), "jaxinfer.models.qwen3_vl"), VISUAL, name="Qwen3-VL")
+QWEN3_VL_MOE = Wrapped(
+    dict.fromkeys(("qwen3_vl_moe_text", "qwen3_vl_moe"), "jaxinfer.models.qwen3_vl_moe"),
+    VISUAL,
+    tied_inside=False,
+    name="Qwen3-VL",
+)
 MISTRAL3 = Wrapped(
     {"mistral": "jaxinfer.models.mistral", "ministral3": "jaxinfer.models.ministral3"},
     LLAVA,

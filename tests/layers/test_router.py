@@ -25,6 +25,14 @@ def by_numpy(logits, routing, bias):
     if routing.among_chosen:
         shares = np.exp(logits[best] - logits[best].max())
         shares /= shares.sum()
+    if routing.sparsemixer is not None:
+        shares = []
+        for k, expert in enumerate(best):
+            left = [i for i in range(EXPERTS) if i not in best[:k]]
+            far = [(logits[expert] - logits[i]) / max(abs(logits[i]), logits[expert]) for i in left]
+            near = [logits[i] for i, gap in zip(left, far, strict=True) if gap <= 2 * routing.sparsemixer]
+            shares.append(1 / np.exp(near - logits[expert]).sum())
+        shares = np.array(shares)
     if routing.normalized:
         shares = shares / shares.sum()
     return best, shares * routing.scale
@@ -45,12 +53,14 @@ RULES = [
     )
 ]
 RULES.append(Routing(EXPERTS, 3, among_chosen=True))
+RULES += [Routing(EXPERTS, top_k, sparsemixer=jitter) for top_k in (1, 2, 3) for jitter in (0.0, 0.01, 0.2)]
 
 
 @pytest.mark.parametrize("routing", RULES, ids=range(len(RULES)))
-def test_one_token_at_a_time(routing):
+@pytest.mark.parametrize("mean", [-8, 0, 8])
+def test_one_token_at_a_time(routing, mean):
     """All logits may be negative, and a bias may turn everything around."""
-    logits = RNG.normal(-8, 2, (TOKENS, EXPERTS)).astype(np.float32)
+    logits = RNG.normal(mean, 2, (TOKENS, EXPERTS)).astype(np.float32)
     bias = RNG.normal(0, 0.3, EXPERTS).astype(np.float32) if routing.bias else np.zeros(EXPERTS, np.float32)
     experts, shares = route(jnp.asarray(logits), routing, jnp.asarray(bias) if routing.bias else None)
     for i in range(TOKENS):

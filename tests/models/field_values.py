@@ -29,8 +29,10 @@ INERT = {
     **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "layerdrop"), OF_TRAINING),
     **dict.fromkeys(("initializer_range", "init_std"), OF_TRAINING),
     **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise", "output_router_logits"), OF_TRAINING),
+    "input_jitter_noise": OF_TRAINING,
     "num_mtp_layers": "of layers that predict more tokens, which are left aside",
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "eod_token_id", "use_cache"), OF_GENERATION),
+    "sep_token_id": OF_GENERATION,
     "pretraining_tp": "transformers 5 reads it no more",
     "reorder_and_upcast_attn": "scores are always float32",
     "is_decoder": "transformers reads it nowhere",
@@ -98,6 +100,16 @@ def _layer_types(case: Case, fields: dict[str, Any]) -> Any:
     return ABSENT
 
 
+def _of_layers(*options: int) -> Callable[[Case, dict[str, Any]], Any]:
+    """One for all layers, or one for each."""
+
+    def values(case: Case, fields: dict[str, Any]) -> Any:
+        layers = fields["num_hidden_layers"]
+        return case.pick("per layer", (*options, case.rng("per layer").choices(options, k=layers)))
+
+    return values
+
+
 def _no_rope_layers(case: Case, fields: dict[str, Any]) -> Any:
     if case.pick("no_rope_layers", (True, False)):
         return case.rng("no_rope_layers").choices((0, 1), k=fields["num_hidden_layers"])
@@ -137,6 +149,7 @@ VALUES: dict[str, Values] = {
     "n_routed_experts": (4, 8, 6),
     "moe_num_experts": (4, 6, 5),
     "moe_k": (1, 2, 3, 4),
+    "moe_topk": _of_layers(1, 2, 4),
     "moe_num_shared_experts": (0, 1, 2),
     "moe_layer_start_index": (ABSENT, 0, 1),
     "moe_layer_end_index": (ABSENT, -1, 0, 1),
@@ -153,7 +166,7 @@ VALUES: dict[str, Values] = {
     "shared_expert_intermediate_size": (24, 40),
     "decoder_sparse_step": (ABSENT, 1, 2, 3),
     "mlp_only_layers": (ABSENT, [], [0]),
-    **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise"), RATES),
+    **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise"), RATES),
     "clip_qkv": (ABSENT, 0.3, 1.5),
     "word_embed_proj_dim": (ABSENT, 16, 33),
     **{name: RATES for name in INERT if "drop" in name or name in ("initializer_range", "init_std")},
@@ -166,7 +179,7 @@ VALUES: dict[str, Values] = {
 }
 # Whatever the classes say, models compute with them.
 NOT_NULL = {
-    "head_dim": ("glm", "hunyuan_v1_dense", "ministral"),
+    "head_dim": ("glm", "hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"),
     "sliding_window": ("cohere2", "gemma2", "gemma3", "gemma3_text", "ministral", "olmo3"),
     "logit_scale": ("cohere",),
     "layer_norm_eps": ("cohere",),
@@ -225,8 +238,8 @@ def draw(case: Case, config: type) -> dict[str, Any]:
 
 
 SECTIONS = ("qwen2_vl", "qwen2_5_vl")  # their rotary embeddings have sections, and there is no default for small heads
-PHI3 = ("default", "longrope", "su", "yarn")
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
+OWN_KINDS = {"phi3": ("default", "longrope", "su", "yarn"), "phimoe": ("default", "longrope")}
 
 
 def _ropes(case: Case, config: Any, fields: dict[str, Any]) -> dict[str, Any]:
@@ -246,9 +259,8 @@ def _rope(case: Case, suffix: str, head_dim: int, default: dict[str, Any]) -> di
     def pick(name: str, *values: Any) -> Any:
         return case.pick(name + suffix, values)
 
-    phi3 = case.family == "phi3"
-    kind = said = pick("rope_type", *(PHI3 if phi3 else KINDS))
-    if phi3 and kind != "default":
+    kind = said = pick("rope_type", *OWN_KINDS.get(case.family, KINDS))
+    if case.family in OWN_KINDS and kind != "default":
         kind = "longrope"
     rope: dict[str, Any] = {"rope_type": said, "rope_theta": pick("rope_theta", ABSENT, 100.0, 10000.0, 5e5)}
     if "partial_rotary_factor" in default or kind == "proportional":
@@ -272,6 +284,8 @@ def _rope(case: Case, suffix: str, head_dim: int, default: dict[str, Any]) -> di
             rng = case.rng(name + suffix)
             rope[name] = [round(rng.uniform(1, 3), 2) for _ in range(dim // 2)]
         rope["attention_factor"], rope["factor"] = pick("attention_factor", ABSENT, 1.3), pick("factor", ABSENT, 4.0)
+    if kind == "longrope" and case.family == "phimoe":
+        rope["short_mscale"], rope["long_mscale"] = pick("short_mscale", 1.0, 1.3), pick("long_mscale", 0.8, 1.2)
     if "llama_4_scaling_beta" in default:
         rope["llama_4_scaling_beta"] = pick("beta", 0.1, 0.0, 2.0)
         if kind != "longrope":  # whose factors go by the context that was asked for, see ModelConfig.for_length

@@ -48,6 +48,8 @@ REASONS = {
     "add_cross_attention": "there is no encoder",
     "tie_word_embeddings": "Phi's head has a bias, and the embedding has none",
     "use_bias": "the same of ERNIE with experts",
+    "lm_head_bias": "the same of Phi with experts",
+    "num_experts_per_tok": "Phi with experts: transformers takes two, whatever it says",
 }
 # Of which fields one value alone is honoured: the others are refused, see above.
 FEW = {
@@ -56,6 +58,7 @@ FEW = {
     ("gemma3_text", "attn_logit_softcapping"),
     ("gpt2", "add_cross_attention"),
     ("phi", "tie_word_embeddings"),
+    ("phimoe", "num_experts_per_tok"),
 }
 
 

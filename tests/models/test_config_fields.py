@@ -119,6 +119,8 @@ BAD_VALUES = {
     dict: [5, "default", {"rope_type": 5}, {"rope_type": "default", "rope_theta": -1}],
 }
 
+LEGAL = (("mlp_only_layers", []), ("moe_layer_end_index", -1), ("moe_topk", 2))  # none, the last, and one for all
+
 
 def kind_of(field):
     """What a field is."""
@@ -148,7 +150,7 @@ def test_fields_of_all_families(family):
             continue
         others = {"layer_types": ...} if field.name in ("max_window_layers", "sliding_window_pattern") else {}
         for value in BAD_VALUES[kind_of(field)]:
-            if (field.name, value) in (("mlp_only_layers", []), ("moe_layer_end_index", -1)):  # none, and the last
+            if (field.name, value) in LEGAL:
                 continue
             with pytest.raises(ValueError, match=rf"{field.name}\b") as caught:
                 parse(**others | {field.name: value})

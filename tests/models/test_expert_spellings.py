@@ -15,7 +15,18 @@ from tests.checkpoint.test_packed import forward
 from tests.models.families import variants
 from tests.plain import random_tensors, write_checkpoint
 
-APART = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "dots1", "minimax_m2", "ernie4_5_moe")
+APART = (
+    "hunyuan_v1_moe",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "glm4_moe",
+    "dots1",
+    "minimax_m2",
+    "ernie4_5_moe",
+    "phimoe",
+)
 EXPERT = re.compile(r"(.+?)experts\.(\d+)\.(\w+)\.weight")
 KINDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 

@@ -11,7 +11,15 @@ from jaxinfer import LLM, SamplingParams
 from tests.checkpoints import same_tokens
 from tests.models.test_families import PROMPT, TOKENS, reference
 
-NAMES = ["gemma2-window", "gemma3_text", "mixtral", "qwen2_moe-dense-window", "gpt_oss"]
+NAMES = [
+    "gemma2-window",
+    "gemma3_text",
+    "gpt_oss",
+    "hunyuan_v1_moe-layers-bias",
+    "mixtral",
+    "phimoe-window-bias-tied",
+    "qwen2_moe-dense-window",
+]
 PROMPTS = (PROMPT, 45)  # tokens: the other one takes two steps
 
 

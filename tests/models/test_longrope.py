@@ -19,7 +19,7 @@ from jaxinfer.plan.figures import context_of
 from jaxinfer.plan.fit import fit, model_of
 from jaxinfer.plan.ship import ship
 from jaxinfer.plan.targets import find_target
-from tests.models.families import Variant
+from tests.models.families import Variant, phimoe
 from tests.models.families.phi3 import LONG
 from tests.models.test_families import SCALES, TOLERANCE, error, make
 from tests.refusals import line
@@ -85,6 +85,17 @@ def test_what_is_asked_for_decides_for_sequences_of_any_length(folder, logits, c
     chosen = logits(TOKENS[:5] + answer, 128)[4:-1].argmax(axis=-1).tolist()
     assert answer == chosen
     assert f"at most {CONTEXT}" in line(lambda: LLM(folder, max_model_len=CONTEXT + 1, **OPTIONS))
+
+
+def test_what_scales_both_where_they_say_so():
+    """Phi with experts. (transformers 5 takes the short factors for long contexts, too; its authors' code does not.)"""
+    data = phimoe.VARIANTS["phimoe-longrope"].fields | {"model_type": "phimoe"}
+    config = parse_config(data)[1]
+    for rope, which in ((config.ropes[0], "short"), (config.for_length(129).ropes[0], "long")):
+        cos, _ = rope.cos_sin(np.arange(2))
+        angles = 300.0 ** -(np.arange(4) / 4) / phimoe.FACTORS[f"{which}_factor"]
+        np.testing.assert_allclose(cos[0], phimoe.LONG[f"{which}_mscale"], rtol=1e-6)
+        np.testing.assert_allclose(cos[1], np.cos(angles) * phimoe.LONG[f"{which}_mscale"], rtol=1e-5)
 
 
 def test_plans_and_programs_know(config):

@@ -40,6 +40,7 @@ BASE = {
 GLM = {"model_type": "glm", "head_dim": 16, "attention_bias": True}
 MISTRAL = BASE | {"model_type": "mistral", "sliding_window": None, "head_dim": 16}
 TURNS = "experts in one tensor, gates and ups by turns, with biases"
+TURNED = "experts in one tensor, the other way round"
 LAYOUTS = {
     "fused qkv, and gates": BASE | {"model_type": "phi3"},
     "fused gates": BASE | GLM,
@@ -74,6 +75,18 @@ LAYOUTS = {
         "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default"},
     },
+    TURNED: {
+        "model_type": "qwen3_vl_moe",
+        "text_config": BASE
+        | {
+            "model_type": "qwen3_vl_moe_text",
+            "head_dim": 16,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 96,
+        },
+        "tie_word_embeddings": False,
+    },
     "wrapped": {
         "model_type": "mistral3",
         "architectures": ["Mistral3ForConditionalGeneration"],
@@ -84,7 +97,7 @@ LAYOUTS = {
 slow = partial(pytest.param, marks=pytest.mark.slow)
 every = pytest.mark.parametrize("layout", LAYOUTS)
 # Those whose matrices lie as linears of others do; of TURNS there is a format of its own, see test_gpt_oss.
-linears = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != TURNS])
+linears = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in (TURNS, TURNED)])
 PROMPT = np.random.default_rng(3).integers(0, 256, 40).tolist()
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "max_model_len": 64, "dtype": "float32"}
 
@@ -211,6 +224,12 @@ def test_written_quantized(folders, layout, scheme, tmp_path):
     """The format of compressed-tensors, there and back."""
     convert(folders(layout), tmp_path / "hf", format="hf", quantization=scheme, show_progress=False)
     same(loaded(tmp_path / "hf")[1], loaded(folders(layout), quantization=scheme)[1])
+
+
+def test_not_written_quantized(folders, tmp_path):
+    """What is no linear has no form in it."""
+    with pytest.raises(ValueError, match=r"experts\.down_proj.* lies the other way round in .*use format orbax"):
+        convert(folders(TURNED), tmp_path / "hf", format="hf", quantization="int8", show_progress=False)
 
 
 @every

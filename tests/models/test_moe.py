@@ -1,4 +1,4 @@
-"""Layers that predict more than the next token, behind the others."""
+"""Layers that predict more than the next token, behind the others; and what config.json may not say of experts."""
 
 import jax
 import pytest
@@ -6,7 +6,8 @@ import pytest
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.models.model import AbstractModel
-from tests.models.families import variants
+from jaxinfer.models.registry import parse_config
+from tests.models.families import phimoe, variants
 from tests.plain import random_tensors, write_checkpoint
 
 
@@ -36,3 +37,33 @@ def check(tmp_path, name, field, left):
             else:
                 with pytest.raises(ValueError, match=rf"unknown tensors: model\.layers\.{beyond}\."):
                     load_params(model, checkpoint, jax.devices()[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "named"),
+    [
+        ("hunyuan_v1_moe", {"moe_topk": [3]}, "moe_topk is .*: it must be an integer, or a list of 2"),
+        ("hunyuan_v1_moe", {"moe_topk": [3, 0]}, r"moe_topk\[1\] is 0"),
+        ("hunyuan_v1_moe", {"moe_topk": [1, 7]}, "moe_topk is .*: there are 6 experts"),
+        ("hunyuan_v1_moe", {"moe_intermediate_size": [48, 24]}, "moe_intermediate_size is .*: it must be 48 in all"),
+        ("hunyuan_v1_moe", {"num_shared_expert": 2}, "num_shared_expert is 2: it must be 1 in all"),
+        ("hunyuan_v1_moe", {"use_mixed_mlp_moe": False}, "use_mixed_mlp_moe is False"),
+        ("hunyuan_v1_moe", {"moe_layer_num_skipped": 1}, "moe_layer_num_skipped is 1"),
+        ("hunyuan_v1_moe", {"use_cla": True}, "use_cla is True"),
+        ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3"),
+        ("phimoe", {"tie_word_embeddings": True}, "lm_head_bias is True"),
+        ("phimoe", {"router_jitter_noise": -0.1}, "router_jitter_noise is -0.1"),
+        ("phimoe", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ("phimoe", {"rope_parameters": phimoe.FACTORS | {"rope_type": "longrope"}}, "short_mscale is missing"),
+        (
+            "phimoe",
+            {"rope_parameters": phimoe.FACTORS | {"rope_type": "longrope", "short_mscale": 1.0}},
+            "long_mscale is missing",
+        ),
+    ],
+)
+def test_what_config_json_may_not_say(family, fields, named):
+    good = variants()[family].fields | {"model_type": family}
+    parse_config(good)
+    with pytest.raises(ValueError, match=named):
+        parse_config(good | fields)

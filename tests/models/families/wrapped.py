@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
 from tests.models.families import BASE, Mutant, Variant
+from tests.models.families.mixtral import routed
 
 AUTO = "AutoModelForImageTextToText"
 PIXTRAL = {
@@ -100,6 +101,23 @@ def silent(folder: Path) -> None:
     edit(folder, change)
 
 
+def as_on_the_hub(folder: Path) -> None:
+    """As transformers 4 has Qwen3-VL with experts: they are `[E, in, out]`."""
+
+    def change(config):
+        text = config["text_config"]
+        text["num_experts"] = text.pop("num_local_experts")
+        text["norm_topk_prob"] = True
+        del text["tie_word_embeddings"]
+
+    edit(folder, change)
+    path = folder / "model.safetensors"
+    tensors = {
+        name: value.swapaxes(1, 2).copy() if ".experts." in name else value for name, value in load_file(path).items()
+    }
+    save_file(tensors, path)
+
+
 def sparse(text_class: str):
     """text_config lacks what it has by default, as files of the hub do."""
 
@@ -145,6 +163,7 @@ GEMMA = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 MISTRAL = {"model_type": "mistral", "head_dim": 8, "sliding_window": None}
+MOE = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 VARIANTS = {
     "qwen2_vl": wrapped("Qwen2VLConfig", {"rope_parameters": SECTIONS}, QWEN2),
     "qwen2_vl-flat": wrapped("Qwen2VLConfig", {"rope_parameters": SECTIONS}, QWEN2, flat, **TIED),
@@ -157,6 +176,17 @@ VARIANTS = {
     "qwen3_vl-sparse": wrapped("Qwen3VLConfig", {"head_dim": 8}, QWEN3, sparse("Qwen3VLTextConfig")),
     "qwen3_vl": wrapped("Qwen3VLConfig", {"head_dim": 12, "rope_parameters": WOVEN}, QWEN3),
     "qwen3_vl-bias-tied": wrapped("Qwen3VLConfig", {"head_dim": 8, "attention_bias": True}, QWEN3, tied_inside, **TIED),
+    "qwen3_vl_moe": wrapped("Qwen3VLMoeConfig", MOE | {"head_dim": 12, "rope_parameters": WOVEN}, QWEN3),
+    "qwen3_vl_moe-turned-bias-tied": wrapped(
+        "Qwen3VLMoeConfig",
+        MOE | {"attention_bias": True, "num_hidden_layers": 3, "decoder_sparse_step": 2, "mlp_only_layers": [0]},
+        QWEN3,
+        as_on_the_hub,
+        **TIED,
+    ),
+    "qwen3_vl_moe-square-sparse": wrapped(
+        "Qwen3VLMoeConfig", MOE | {"moe_intermediate_size": 16}, QWEN3, sparse("Qwen3VLMoeTextConfig")
+    ),
     "gemma3": wrapped("Gemma3Config", GEMMA, SIGLIP, mm_tokens_per_image=16),
     "gemma3-tied": wrapped("Gemma3Config", GEMMA, SIGLIP, silent, mm_tokens_per_image=16, **TIED),
     "mistral3": wrapped("Mistral3Config", MISTRAL, PIXTRAL),
@@ -183,6 +213,12 @@ MUTANTS = {
     "qwen3_vl: theta": Mutant("qwen3_vl", theta),
     "qwen3_vl: default theta": Mutant("qwen3_vl-bias-tied", theta),
     "qwen3_vl: eps": Mutant("qwen3_vl", lambda config: replace(config, norm_eps=1e-2)),
+    "qwen3_vl_moe: theta": Mutant("qwen3_vl_moe", theta),
+    "qwen3_vl_moe: eps": Mutant("qwen3_vl_moe", lambda config: replace(config, norm_eps=1e-2)),
+    "qwen3_vl_moe: activation": Mutant("qwen3_vl_moe", lambda config: replace(config, activation="gelu")),
+    "qwen3_vl_moe: shares add up to one": Mutant("qwen3_vl_moe", routed(normalized=False)),
+    "qwen3_vl_moe: how many experts": Mutant("qwen3_vl_moe-turned-bias-tied", routed(top_k=2)),
+    "qwen3_vl_moe: default theta": Mutant("qwen3_vl_moe-square-sparse", theta),
     "gemma3: window in a wrapper": Mutant("gemma3", lambda config: replace(config, windows=(12, None, 13))),
     "qwen2_5_vl: default theta": Mutant("qwen2_5_vl-sparse", theta),
     "mistral3: window": Mutant("mistral3-in-the-model", lambda config: replace(config, windows=(12, 12))),
