@@ -9,10 +9,11 @@ from jaxinfer.attention.cpu import CPU
 from jaxinfer.attention.fused import FUSED
 from jaxinfer.attention.gpu import GPU
 from jaxinfer.attention.tpu import TPU
+from jaxinfer.attention.tpu_xla import XLA_ON_TPU
 from jaxinfer.attention.xla import XLA
 
 # Plain XLA is last, runs everywhere, and is the oracle for all others.
-BACKENDS: tuple[AttentionBackend, ...] = (FUSED, TPU, GPU, CPU, XLA)
+BACKENDS: tuple[AttentionBackend, ...] = (FUSED, TPU, GPU, CPU, XLA_ON_TPU, XLA)
 
 
 def choose(case: AttentionCase, attention: str = "auto", kv_cache_dtype: str = "auto") -> AttentionBackend:
@@ -38,7 +39,9 @@ def reasons(case: AttentionCase, attention: str = "auto") -> Iterator[tuple[Atte
 
 def in_words(backend: AttentionBackend, case: AttentionCase, attention: str = "auto") -> str:
     """The backend, and where it is plain XLA, why."""
-    return f"{backend.name}: {_reason(_native(case), case, attention)}" if backend is XLA else backend.name
+    return (
+        f"{backend.name}: {_reason(_native(case), case, attention)}" if backend in (XLA, XLA_ON_TPU) else backend.name
+    )
 
 
 def _reason(backend: AttentionBackend, case: AttentionCase, attention: str) -> str | None:

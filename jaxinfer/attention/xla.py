@@ -44,7 +44,8 @@ class XLAAttention(AttentionBackend):
         return None
 
     def init_cache(self, case: AttentionCase, num_pages: int, page_size: int) -> LayerCache:
-        shape = num_pages, case.num_kv_heads, page_size, case.head_dim
+        heads, width = self.kept_heads(case)
+        shape = num_pages, heads, page_size, width
         pool = jax.ShapeDtypeStruct(shape, BITS.get(case.kept, case.kept))
         if case.kept == case.dtype:
             return HeadMajorPages(pool, pool)  # type: ignore[arg-type]
@@ -62,12 +63,20 @@ class XLAAttention(AttentionBackend):
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         pools = write_split(k, v, cast(Pages, pools), batch)
-        tokens, heads, head_dim = q.shape
-        q = q.reshape(tokens, k.shape[1], heads // k.shape[1], head_dim)
-        return _attend(q, pools, batch, spec, sinks).reshape(tokens, heads, head_dim), pools
+        return attend_split(q, pools, batch, spec, sinks), pools
 
 
 XLA = XLAAttention()
+
+
+def attend_split(
+    q: jax.Array, pools: Pages, batch: ForwardBatch, spec: AttentionSpec, sinks: jax.Array | None
+) -> jax.Array:
+    """Of queries `[T, H, d]`, once this call's keys and values are in the pools."""
+    tokens, heads, head_dim = q.shape
+    kv_heads = pools.k.shape[1]
+    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
+    return _attend(grouped, pools, batch, spec, sinks).reshape(tokens, heads, head_dim)
 
 
 def _attend(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec, sinks: jax.Array | None) -> jax.Array:
@@ -81,8 +90,8 @@ def _attend(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec
     return _prefill(q, out, cache, batch, spec, sinks)[: q.shape[0]]
 
 
-def write_split(k: jax.Array, v: jax.Array, cache: P, batch: ForwardBatch) -> P:
-    """The cache with this call's keys and values."""
+def write_split(k: jax.Array, v: jax.Array, cache: P, batch: ForwardBatch, by_rows: bool = False) -> P:
+    """The cache with this call's keys and values. by_rows: each head of a token by itself."""
     page, slot = batch.slot_mapping(cache.k.shape[2])
     dtype = values_dtype(cache.k)
     new: Iterable[jax.Array] = (k.astype(dtype), v.astype(dtype))
@@ -91,7 +100,12 @@ def write_split(k: jax.Array, v: jax.Array, cache: P, batch: ForwardBatch) -> P:
         new = (k, v, k_scales[..., 0], v_scales[..., 0])
 
     def write(pool: jax.Array, part: jax.Array) -> jax.Array:
-        return pool.at[page, :, slot].set(lax.bitcast_convert_type(part, pool.dtype))
+        bits = lax.bitcast_convert_type(part, pool.dtype)
+        if not by_rows:
+            return pool.at[page, :, slot].set(bits)
+        _, heads, size, *width = pool.shape
+        rows = (page[:, None] * heads + jnp.arange(heads, dtype=page.dtype)) * size + slot[:, None]
+        return pool.reshape(-1, *width).at[rows].set(bits).reshape(pool.shape)
 
     return type(cache)(*(write(pool, part) for pool, part in zip(cache, new, strict=True)))
 

@@ -192,7 +192,8 @@ def _dequantized(
     """Rows of a weight in this dtype: all columns, or where bytes have two values the even and the odd ones, as putting
     them together costs more on TPU than the rest. scales, zeros, biases: of each row."""
     if scheme.table:
-        parts = [_looked_up(half, TABLES[scheme.table]) for half in (values & 15, values >> 4)]
+        read = _e2m1 if scheme.table == "e2m1" else functools.partial(_looked_up, table=TABLES[scheme.table])
+        parts = [read(half) for half in (values & 15, values >> 4)]
     elif scheme.packed == 2:
         high = lax.bitcast_convert_type(values, jnp.int8)
         parts = [lax.shift_right_arithmetic(half, jnp.int8(4)) for half in (high << 4, high)]
@@ -208,6 +209,16 @@ def _dequantized(
     parts = [part * of_columns(scales) for part in parts]
     parts = parts if biases is None else [part + of_columns(biases) for part in parts]
     return [part.astype(dtype) for part in parts]
+
+
+def _e2m1(places: jax.Array) -> jax.Array:
+    """TABLES' numbers of that name, without looking them up, which takes twice as many instructions: as float32 with
+    the same exponent and mantissa. The two below 1 are made as 1 more than they are, as they would be subnormal."""
+    size = (places & 7).astype(jnp.int32)
+    low = (size < 2).astype(jnp.int32)
+    bits = (size << 22) + ((low + 126) << 23)
+    magnitude = lax.bitcast_convert_type(bits, jnp.float32) - low.astype(jnp.float32)
+    return jnp.where(places & 8 != 0, -magnitude, magnitude)
 
 
 def _looked_up(places: jax.Array, table: tuple[float, ...]) -> jax.Array:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.attention import AttentionSpec, ForwardBatch, Table, attend
+from jaxinfer.attention.tpu_xla import XLA_ON_TPU
 from jaxinfer.attention.xla import XLA
 from jaxinfer.cache import BITS, HeadMajorPages
 from tests.attention.reference import Ragged, Shape, attend_row, check_overflow, filled_outside, live, ragged
@@ -83,6 +84,28 @@ def test_sinks(window):
     out, _ = run(case.q[:64], case.k[:64], case.v[:64], None, batch, spec, sinks)
     expected = attend_row(*(np.asarray(x)[:50] for x in (case.q, case.k, case.v)), spec, sinks)
     np.testing.assert_allclose(np.asarray(out)[:50], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["page 16, window", "page 256, above a block", "bfloat16"])
+def test_as_it_is_on_tpus(name):
+    """With pools of 128 lanes, which are written row by row."""
+    shape, window = CASES[name]
+    spec, sinks = AttentionSpec(shape.head_dim**-0.5, window=window), np.linspace(-1, 3, shape.heads)
+    for decode, prefill in (DECODE_ONLY[0], MIXED[2]):
+        case = ragged(
+            shape, spec, decode, prefill, decode_only=not prefill, backend=XLA_ON_TPU, sinks=sinks.astype(np.float32)
+        )
+        more = (0, 0), (0, 0), (0, 0), (0, 128 - shape.head_dim)
+        kept = HeadMajorPages(
+            *(np.pad(np.asarray(pool).view(BITS.get(pool.dtype, pool.dtype)), more) for pool in case.cache)
+        )
+        out, cache = run(case.q, case.k, case.v, kept, case.batch, spec, sinks.astype(np.float32))
+        used = live(case.batch)
+        assert np.abs(np.asarray(out, np.float64) - case.out)[used].max() < (2e-2 if name == "bfloat16" else 2e-6)
+        for pool, expected in zip(cache, case.after, strict=True):
+            kept = np.asarray(pool).view(expected.dtype)[1:]
+            np.testing.assert_array_equal(kept[..., : shape.head_dim], expected[1:])
+            assert not np.any(kept[..., shape.head_dim :])
 
 
 @pytest.mark.parametrize("decode_only", [True, False])

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jaxinfer.attention import AttentionSpec, LayerLayout, attend
 from jaxinfer.attention.gpu import GPU
 from jaxinfer.attention.tpu import TPU
+from jaxinfer.attention.tpu_xla import XLA_ON_TPU
 from jaxinfer.attention.xla import XLA
 from jaxinfer.cache import FullAttentionSpec
 from tests.attention.reference import Ragged, Shape, check_overflow, filled_outside, live
@@ -118,7 +119,7 @@ class FakeDevice:
         ("pallas", FakeDevice("gpu", "10.0"), 1, 64, "float16", GPU),
         ("auto", FakeDevice("gpu", "9.0"), 8, 128, "bfloat16", XLA),
         ("xla", FakeDevice("gpu", "9.0"), 8, 128, "bfloat16", XLA),
-        ("xla", FakeDevice("tpu"), 8, 128, "bfloat16", XLA),
+        ("xla", FakeDevice("tpu"), 8, 128, "bfloat16", XLA_ON_TPU),
         ("pallas", FakeDevice("gpu", "7.5"), 8, 128, "float16", "capability 8.0 and more, and this is a GPU of 7.5"),
         ("pallas", FakeDevice("gpu", "gfx942"), 8, 128, "float16", "and this is gpu"),
         ("pallas", FakeDevice("cpu"), 8, 128, "float32", "and this is cpu"),
@@ -141,3 +142,14 @@ def test_what_is_asked_for_is_taken_or_refused(attention, device, heads, head_di
             LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, device, attention)
     else:
         assert LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, device, attention).backend is expected
+
+
+@pytest.mark.parametrize(("device", "expected"), [(FakeDevice("tpu"), XLA_ON_TPU), (FakeDevice("gpu", "9.0"), XLA)])
+def test_what_no_kernel_knows(device, expected):
+    """Sinks: plain XLA has them, and what was asked for is refused by name."""
+    spec = FullAttentionSpec(8, 64, sinks=True)
+    layout = LayerLayout.of(spec, "bfloat16", device)
+    assert layout.backend is expected
+    assert "attention sinks, which the model has" in layout.in_words
+    with pytest.raises(ValueError, match=r"attention is 'pallas': .* attention sinks, which the model has"):
+        LayerLayout.of(spec, "bfloat16", device, "pallas")
