@@ -33,15 +33,18 @@ class StackedLinear(nnx.Module):
 class Experts(nnx.Module):
     """Gated MLPs, see GatedMLP."""
 
-    def __init__(self, features: int, hidden: int, *, experts: int, activation: str, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, features: int, hidden: int, *, routing: Routing, activation: str, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        experts = routing.experts
         self.gate_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), dtype=dtype, rngs=rngs)
         self.up_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), dtype=dtype, rngs=rngs)
         self.down_proj = StackedLinear(experts, hidden, features, axes=("embed", None), dtype=dtype, rngs=rngs)
-        self.activation = activation
+        self.activation, self.of_inputs = activation, routing.of_inputs
 
     def __call__(self, x: jax.Array, experts: jax.Array, shares: jax.Array, live: jax.Array) -> jax.Array:
-        """Of each token `x [T, D]` the sum of its experts i32[T, k], each times its share f32[T, k], in float32; zeros
-        where a token is not live, bool[T]."""
+        """Of each token `x [T, D]` the sum of its experts i32[T, k], each times its share f32[T, k], or of the token
+        times it, in float32; zeros where a token is not live, bool[T]."""
         weights = tuple(linear.weight.get_value() for linear in (self.gate_proj, self.up_proj, self.down_proj))
         experts = jnp.where(live[:, None], experts, -1)
         if on_each_already():
@@ -61,10 +64,13 @@ class Experts(nnx.Module):
         owner = jnp.where((experts >= 0) & (experts < count), experts, count).reshape(-1)
         order = jnp.argsort(owner)  # stable: what a token gets does not depend on chance
         sizes = jnp.bincount(owner, length=count + 1)[:count].astype(jnp.int32)
-        rows = x[order // top_k]
+        rows, factors = x[order // top_k], shares.reshape(-1)[order][:, None]
+        if self.of_inputs:
+            rows = rows * factors.astype(x.dtype)
         gated, raised = grouped_dots(rows, sizes, [gate, up])
         (outs,) = grouped_dots(ACTIVATIONS[self.activation](gated) * raised, sizes, [down], "float32")
-        outs = outs * shares.reshape(-1)[order][:, None]
+        if not self.of_inputs:
+            outs = outs * factors
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
         return jnp.sum(outs[place].reshape(len(x), top_k, -1), axis=1)
 
@@ -87,7 +93,7 @@ class SparseMLP(nnx.Module):
     ):
         """shared: the width of the MLP that all take; 0: there is none. shared_bias: its linears have one."""
         self.gate = Router(features, routing, dtype=dtype, rngs=rngs)
-        self.experts = Experts(features, hidden, experts=routing.experts, activation=activation, dtype=dtype, rngs=rngs)
+        self.experts = Experts(features, hidden, routing=routing, activation=activation, dtype=dtype, rngs=rngs)
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.shared_expert = (
             GatedMLP(features, shared, activation=activation, bias=shared_bias, **options) if shared else None

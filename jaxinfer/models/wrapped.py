@@ -87,6 +87,9 @@ QWEN2_VL = Wrapped(
 )
 QWEN2_5_VL = replace(QWEN2_VL, name="Qwen2.5-VL")
 QWEN3_VL = Wrapped(dict.fromkeys(("qwen3_vl_text", "qwen3_vl"), "jaxinfer.models.qwen3_vl"), VISUAL, name="Qwen3-VL")
+LLAMA4 = Wrapped(
+    {"llama4_text": "jaxinfer.models.llama4"}, (r"(model\.)?(vision_model|multi_modal_projector)\..+",), name="Llama 4"
+)
 MISTRAL3 = Wrapped(
     {"mistral": "jaxinfer.models.mistral", "ministral3": "jaxinfer.models.ministral3"},
     LLAVA,
