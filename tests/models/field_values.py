@@ -133,7 +133,7 @@ VALUES: dict[str, Values] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (ABSENT, 0.5, 3.0)),
     **dict.fromkeys(("logit_scale", "embedding_multiplier", "logits_scaling", "residual_multiplier"), FACTORS),
     "attention_multiplier": FACTORS,
-    "attn_scale": (ABSENT, 0.0, 0.7, 2),
+    "attn_scale": (ABSENT, 0.0, 0.7, 2.5),
     "floor_scale": (ABSENT, 1, 7),
     **dict.fromkeys(("num_experts", "num_local_experts"), (4, 6, 5)),
     "num_experts_per_tok": (1, 2, 3, 4),

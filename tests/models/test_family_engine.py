@@ -11,7 +11,7 @@ from jaxinfer import LLM, SamplingParams
 from tests.checkpoints import same_tokens
 from tests.models.test_families import PROMPT, TOKENS, reference
 
-NAMES = ["gemma2-window", "gemma3_text", "mixtral", "qwen2_moe-dense-window"]
+NAMES = ["gemma2-window", "gemma3_text", "llama4-older", "llama4_text-dense", "mixtral", "qwen2_moe-dense-window"]
 PROMPTS = (PROMPT, 45)  # tokens: the other one takes two steps
 
 

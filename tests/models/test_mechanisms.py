@@ -64,6 +64,18 @@ LAYOUTS = {
         "moe_intermediate_size": 96,
         "shared_expert_intermediate_size": 64,
     },
+    "packed experts": BASE
+    | {
+        "model_type": "llama4_text",
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 16,
+    },
     "wrapped": {
         "model_type": "mistral3",
         "architectures": ["Mistral3ForConditionalGeneration"],
@@ -73,6 +85,8 @@ LAYOUTS = {
 }
 slow = partial(pytest.param, marks=pytest.mark.slow)
 every = pytest.mark.parametrize("layout", LAYOUTS)
+# Formats have scales along rows, and these lie the other way round.
+with_rows = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "packed experts"])
 PROMPT = np.random.default_rng(3).integers(0, 256, 40).tolist()
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "max_model_len": 64, "dtype": "float32"}
 
@@ -157,7 +171,7 @@ def test_quantized_while_loading(folders, plain, layout, scheme):
         np.testing.assert_array_equal(np.asarray(split[name])[real], params[name], err_msg=name)
 
 
-@every
+@with_rows
 @pytest.mark.parametrize("name", ["gptq with zero points", "awq", "int4"])
 def test_stored_quantized(layout, name, tmp_path):
     case = CASES[name]
@@ -193,12 +207,17 @@ def test_written_in_the_format_of_orbax(folders, layout, tmp_path):
     same(loaded(tmp_path / "orbax")[1], loaded(folders(layout), quantization="int8")[1])
 
 
-@every
+@with_rows
 @pytest.mark.parametrize("scheme", ["int4", slow("int8")])
 def test_written_quantized(folders, layout, scheme, tmp_path):
     """The format of compressed-tensors, there and back."""
     convert(folders(layout), tmp_path / "hf", format="hf", quantization=scheme, show_progress=False)
     same(loaded(tmp_path / "hf")[1], loaded(folders(layout), quantization=scheme)[1])
+
+
+def test_what_has_no_rows_is_not_written_quantized(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"format hf: .*experts\.down_proj\.weight lies the other way round .* orbax"):
+        convert(folders("packed experts"), tmp_path / "hf", format="hf", quantization="int4", show_progress=False)
 
 
 @every
