@@ -25,8 +25,8 @@ class Rope:
         longrope  each frequency divided by its own factor, cos and sin scaled likewise (arXiv:2402.13753).
     factor: see kind.
     original_context: llama3, yarn: positions of the pretraining.
-    low_freq_factor, high_freq_factor: llama3: where the ramp ends, in turns within the original context; a step where
-        both are one.
+    low_freq_factor, high_freq_factor: llama3: where the ramp ends, in turns within the original context; where both are
+        equal it is a step.
     beta_fast, beta_slow: yarn: the same.
     truncate: yarn: whole dimensions as the ramp's ends.
     attention_factor: yarn, longrope: scales cos and sin.
