@@ -156,6 +156,11 @@ class CacheLayout:
         return "; ".join(dict.fromkeys(self.of_group(group).in_words for group in self.groups))
 
     @property
+    def chunk(self) -> int:
+        """What pages have to divide: of the chunks of all groups the greatest common divisor; 0: there are none."""
+        return math.gcd(*(group.chunk or 0 for group in self.groups))
+
+    @property
     def bytes_per_token(self) -> int:
         """Of cache on each device that one token takes in all layers that see it."""
         return sum(

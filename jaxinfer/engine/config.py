@@ -136,7 +136,7 @@ class EngineConfig(TypedDict, total=False):
     page_size: Annotated[
         int | None,
         Option(
-            details="tokens a page of the cache (16; on TPU 64, or what long sequences need)",
+            details="tokens a page of the cache (16, on TPU 64, or what long sequences need)",
             high=2**20,
             shapes_programs=True,
         ),

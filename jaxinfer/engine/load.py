@@ -46,7 +46,7 @@ from jaxinfer.engine.programs import (
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import DataParallelScheduler
-from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, device_bytes, page_size, size_cache
+from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, choose_sizes, device_bytes
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.declared import Declarations
@@ -319,11 +319,11 @@ def sized_programs(
     if compiled is not None:
         sizes = compiled.sizes
     else:
-        length = settings["max_model_len"] or model.config.max_context
-        sizes = size_cache(
+        sizes = choose_sizes(
             cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"]),
+            placement,
+            settings["page_size"],
             reach=reach(max_tokens),
-            page_size=page_size(settings["page_size"], placement, max_rows, length),
             max_num_seqs=max_rows,
             max_model_len=settings["max_model_len"],
             max_context=model.config.max_context,

@@ -15,7 +15,7 @@ from jaxinfer.attention import CacheLayout
 from jaxinfer.sharding import devices_of
 
 CPU_SHARE = 0.1  # of the machine's memory goes to the cache on CPU, at most
-PAGE_TABLE = 2**18  # bytes, at most, on TPU
+PAGE_TABLE, TPU_PAGE_TABLE = 2**24, 2**18  # bytes, at most
 RESERVE = 0.05  # of an accelerator's memory stays free of weights and cache, for what steps compute
 
 
@@ -35,20 +35,71 @@ class Sizes:
     bytes: int
 
 
-def page_size(wanted: int | None, placement: jax.Device | Mesh, max_num_seqs: int, max_model_len: int) -> int:
-    """Tokens a page. Small pages are shared by more sequences. But the TPU's kernel keeps the page table of all rows in
-    a small memory of its own, so there they are as large as that needs. Raises ValueError if `wanted` is too small."""
-    if devices_of(placement)[0].platform != "tpu":
-        return wanted or 16
-    fitting = 64 if wanted is None else 1
-    while 4 * max_num_seqs * -(-max_model_len // fitting) > PAGE_TABLE:
+def page_size(
+    wanted: int | None, placement: jax.Device | Mesh, max_num_seqs: int, max_model_len: int, chunk: int = 0
+) -> int:
+    """Tokens a page. Small pages are shared by more sequences. But the table of all rows' pages goes to the device with
+    each call, and the TPU's kernel keeps it in a small memory of its own: they are as large as that needs, as far as
+    they divide `chunk`, if there is one. Raises ValueError where that, or `wanted`, is too little on TPU."""
+    on_tpu = devices_of(placement)[0].platform == "tpu"
+    if wanted is not None and not on_tpu:
+        return wanted
+    most = TPU_PAGE_TABLE if on_tpu else PAGE_TABLE
+
+    def too_large(size: int) -> bool:
+        return 4 * max_num_seqs * -(-max_model_len // size) > most
+
+    fitting = wanted or math.gcd(64 if on_tpu else 16, chunk)
+    while too_large(fitting) and chunk % (2 * fitting) == 0:
         fitting *= 2
-    if wanted is not None and wanted < fitting:
-        raise ValueError(
-            f"page_size is {wanted}: on TPU, {max_num_seqs} sequences of up to {max_model_len} tokens need at least "
-            f"{fitting}; or lower max_num_seqs or max_model_len"
+    if on_tpu and (too_large(fitting) or wanted not in (None, fitting)):
+        needed = (
+            f"more, which can't divide {chunk}, the model's chunk of attention"
+            if too_large(fitting)
+            else f"at least {fitting}"
         )
-    return wanted or fitting
+        raise ValueError(
+            f"page_size is {wanted or fitting}: on TPU, {max_num_seqs} sequences of up to {max_model_len} tokens need "
+            f"{needed}; or lower max_num_seqs or max_model_len"
+        )
+    return fitting
+
+
+def default_length(layout: CacheLayout, placement: jax.Device | Mesh, max_num_seqs: int, max_context: int) -> int:
+    """Tokens of the longest sequences, if there is memory for them, where nobody says how many: as many as the model is
+    defined for, on TPU in tables of pages that divide its chunk of attention."""
+    if not layout.chunk or devices_of(placement)[0].platform != "tpu":
+        return max_context
+    largest = layout.chunk & -layout.chunk  # power of 2
+    return min(max_context, TPU_PAGE_TABLE // (4 * max_num_seqs) * largest)
+
+
+def choose_sizes(
+    layout: CacheLayout,
+    placement: jax.Device | Mesh,
+    wanted: int | None,
+    *,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    max_context: int,
+    **more: int,
+) -> Sizes:
+    """See `size_cache`, with pages that suit: where nobody says how long sequences are, those that there is room for.
+    wanted: as in `page_size`."""
+
+    def sized(length: int) -> Sizes:
+        return size_cache(
+            layout,
+            page_size=page_size(wanted, placement, max_num_seqs, length, layout.chunk),
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_context=max_context if max_model_len else length,
+            **more,
+        )
+
+    length = max_model_len or default_length(layout, placement, max_num_seqs, max_context)
+    sizes = sized(length)
+    return sized(sizes.max_model_len) if sizes.max_model_len < length else sizes
 
 
 def size_cache(

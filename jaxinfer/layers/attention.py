@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from jaxinfer.attention import AttentionSpec, ForwardBatch, attend
 from jaxinfer.cache import LayerCache, attention_spec
 from jaxinfer.layers.linear import Linear, linears
 from jaxinfer.layers.rotary import Rope
+from jaxinfer.layers.temperature import Temperature
 
 Norm = Callable[[jax.Array], jax.Array]
-Angles = Mapping[Rope, tuple[jax.Array, jax.Array]]
+# Of each embedding cos and sin, of each temperature the factors.
+Angles = Mapping[Rope | Temperature, Any]
 
 
 class SelfAttention(nnx.Module):
@@ -25,9 +28,9 @@ class SelfAttention(nnx.Module):
         with `[T, heads, head_dim]`.
     clip: queries, keys and values are cut off there, after the norms; None: nowhere.
     rope: how positions turn them, after that; None: not at all.
-    query_rope: the same of queries, where it is not that of keys.
     norm_after_rope: the norms come after that instead.
     sinks: each head attends to one more score, a parameter, which has no value.
+    temperature: how queries grow with their position, at last; None: not at all.
     """
 
     def __init__(
@@ -41,11 +44,11 @@ class SelfAttention(nnx.Module):
         out_bias: bool,
         spec: AttentionSpec,
         rope: Rope | None,
-        query_rope: Rope | None = None,
         qk_norm: Callable[[int], Norm] | None = None,
         clip: float | None = None,
         norm_after_rope: bool = False,
         sinks: bool = False,
+        temperature: Temperature | None = None,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
@@ -58,7 +61,7 @@ class SelfAttention(nnx.Module):
             self.q_norm, self.k_norm = qk_norm(num_heads), qk_norm(num_kv_heads)
         self.qk_norm, self.norm_after_rope = qk_norm is not None, norm_after_rope
         self.head_dim, self.clip = head_dim, clip
-        self.spec, self.rope, self.query_rope = spec, rope, query_rope
+        self.spec, self.rope, self.temperature = spec, rope, temperature
         self.sinks = nnx.Param(jnp.zeros(num_heads, "float32"), axes=("heads",)) if sinks else None
         kept = spec.window, num_heads // num_kv_heads, spec.chunk, sinks
         self.cache_spec = attention_spec(num_kv_heads, head_dim, *kept)
@@ -66,8 +69,8 @@ class SelfAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
     ) -> tuple[jax.Array, LayerCache | None]:
-        """`x [T, D]` -> `[T, D]` and the layer's cache with this step's keys and values. angles: of each embedding that
-        a layer has, cos and sin."""
+        """`x [T, D]` -> `[T, D]` and the layer's cache with this step's keys and values. angles: of each embedding and
+        each temperature that a layer has."""
         tokens = x.shape[0]
         projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (out.reshape(tokens, -1, self.head_dim) for out in projected)
@@ -76,10 +79,11 @@ class SelfAttention(nnx.Module):
         if self.clip is not None:
             q, k, v = (jnp.clip(heads, -self.clip, self.clip) for heads in (q, k, v))
         if self.rope is not None:
-            of_queries = self.rope if self.query_rope is None else self.query_rope
-            q, k = of_queries.rotate(q, angles[of_queries]), self.rope.rotate(k, angles[self.rope])
+            q, k = (self.rope.rotate(heads, angles[self.rope]) for heads in (q, k))
         if self.qk_norm and self.norm_after_rope:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.temperature is not None:
+            q = (q.astype(jnp.float32) * angles[self.temperature][:, None, None]).astype(q.dtype)
         sinks = None if self.sinks is None else self.sinks.get_value()
         out, cache = attend(q, k, v, cache, batch, self.spec, sinks)
         return self.o_proj(out.reshape(tokens, -1)), cache

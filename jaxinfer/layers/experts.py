@@ -50,17 +50,25 @@ class Experts(nnx.Module):
     """Gated MLPs, see GatedMLP."""
 
     def __init__(
-        self, features: int, hidden: int, *, experts: int, gating: Gated, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        features: int,
+        hidden: int,
+        *,
+        routing: Routing,
+        gating: Gated,
+        bias: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
-        options: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
+        experts, options = routing.experts, {"bias": bias, "dtype": dtype, "rngs": rngs}
         self.gate_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), **options)
         self.up_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), **options)
         self.down_proj = StackedLinear(experts, hidden, features, axes=("embed", None), **options)
-        self.gating = gating
+        self.gating, self.of_inputs = gating, routing.of_inputs
 
     def __call__(self, x: jax.Array, experts: jax.Array, shares: jax.Array, live: jax.Array) -> jax.Array:
-        """Of each token `x [T, D]` the sum of its experts i32[T, k], each times its share f32[T, k], in float32; zeros
-        where a token is not live, bool[T]."""
+        """Of each token `x [T, D]` the sum of its experts i32[T, k], each times its share f32[T, k], or of the token
+        times it, in float32; zeros where a token is not live, bool[T]."""
         linears = self.gate_proj, self.up_proj, self.down_proj
         weights = tuple(linear.weight.get_value() for linear in linears)
         biases = tuple(linear.bias.get_value() for linear in linears if linear.bias is not None)
@@ -82,7 +90,9 @@ class Experts(nnx.Module):
         owner = jnp.where((experts >= 0) & (experts < count), experts, count).reshape(-1)
         order = jnp.argsort(owner)  # stable: what a token gets does not depend on chance
         sizes = jnp.bincount(owner, length=count + 1)[:count].astype(jnp.int32)
-        rows = x[order // top_k]
+        rows, factors = x[order // top_k], shares.reshape(-1)[order][:, None]
+        if self.of_inputs:
+            rows = rows * factors.astype(x.dtype)
         gated, raised = grouped_dots(rows, sizes, [gate, up])
         if biases:
             own = owner[order]
@@ -90,7 +100,7 @@ class Experts(nnx.Module):
             gated, raised = gated + of_gate, raised + of_up
         (outs,) = grouped_dots(self.gating(gated, raised), sizes, [down], "float32")
         outs = outs + of_down.astype(jnp.float32) if biases else outs
-        outs = outs * shares.reshape(-1)[order][:, None]
+        outs = outs if self.of_inputs else outs * factors
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
         return jnp.sum(outs[place].reshape(len(x), top_k, -1), axis=1)
 
@@ -118,7 +128,7 @@ class SparseMLP(nnx.Module):
         options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         gating = gating or Gating(activation)
         self.gate = Router(features, routing, **options)
-        self.experts = Experts(features, hidden, experts=routing.experts, gating=gating, bias=bias, **options)
+        self.experts = Experts(features, hidden, routing=routing, gating=gating, bias=bias, **options)
         self.shared_expert = (
             GatedMLP(features, shared, activation=activation, bias=shared_bias, **options) if shared else None
         )

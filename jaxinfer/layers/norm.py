@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 class RMSNorm(nnx.Module):
     """Root mean square norm over the last axis (Zhang and Sennrich, arXiv:1910.07467).
 
+    scale: whether it has weights.
     wide: weights are multiplied before the result is rounded to the activations' dtype, not after.
     offset: is added to the weights, which are multiplied wide then: Gemma's checkpoints have what is more than 1.
     """
@@ -23,15 +24,19 @@ class RMSNorm(nnx.Module):
         eps: float,
         dtype: DTypeLike,
         axes: tuple[str | None, ...] = ("embed",),
+        scale: bool = True,
         wide: bool = False,
         offset: float = 0.0,
     ):
-        self.weight = nnx.Param(jnp.ones(features, dtype), axes=axes)
+        self.weight = nnx.Param(jnp.ones(features, dtype), axes=axes) if scale else None
         self.eps, self.wide, self.offset = eps, wide or offset != 0, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        values, weight = x.astype(jnp.float32), self.weight.get_value()
+        values = x.astype(jnp.float32)
         values = values * lax.rsqrt(jnp.mean(values * values, axis=-1, keepdims=True) + self.eps)
+        if self.weight is None:
+            return values.astype(x.dtype)
+        weight = self.weight.get_value()
         if self.wide:
             return (values * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
         return values.astype(x.dtype) * weight

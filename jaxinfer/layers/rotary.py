@@ -25,7 +25,8 @@ class Rope:
         longrope  each frequency divided by its own factor, cos and sin scaled likewise (arXiv:2402.13753).
     factor: see kind.
     original_context: llama3, yarn: positions of the pretraining.
-    low_freq_factor, high_freq_factor: llama3: where the ramp ends, in turns within the original context.
+    low_freq_factor, high_freq_factor: llama3: where the ramp ends, in turns within the original context; where both are
+        equal it is a step.
     beta_fast, beta_slow: yarn: the same.
     truncate: yarn: whole dimensions as the ramp's ends.
     attention_factor: yarn, longrope: scales cos and sin.
@@ -76,7 +77,8 @@ class Rope:
         # How many times each frequency turns within the pretraining context decides what happens to it.
         turns = np.float32(self.original_context) * base / np.float32(2 * math.pi)
         low, high = np.float32(self.low_freq_factor), np.float32(self.high_freq_factor)
-        keep = np.clip((turns - low) / (high - low), np.float32(0), np.float32(1))
+        ramp = (turns - low) / (high - low) if high > low else turns >= low
+        keep = np.clip(ramp, 0, 1, dtype=np.float32)
         return (1 - keep) * base / factor + keep * base
 
     def _yarn(self, base: np.ndarray, factor: np.float32) -> np.ndarray:

@@ -31,6 +31,7 @@ class Routing:
     group_best: a group is as good as the sum of so many of its best experts.
     normalized: shares are divided by their sum, or by least_sum where that is more.
     scale: what shares are multiplied with.
+    of_inputs: shares are factors of what experts take, not of what they make.
     """
 
     experts: int
@@ -46,6 +47,7 @@ class Routing:
     normalized: bool = False
     least_sum: float = 1e-20
     scale: float = 1.0
+    of_inputs: bool = False
 
 
 def route(logits: jax.Array, routing: Routing, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

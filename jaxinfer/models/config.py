@@ -12,7 +12,7 @@ from typing import Any, Self
 from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.rotary import Rope
 
-FULL, SLIDING = "full_attention", "sliding_attention"  # in layer_types
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # in layer_types
 PER_LAYER = "per_layer_config"  # other fields for single layers, which no model here has
 _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
 MAX_LAYERS = 1000  # each takes time to build, even without its weights
@@ -219,8 +219,8 @@ def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]
         return Rope(dim, theta, kind, factor), _stretched(rope, context * max(factor, 1.0))
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if high <= low:
-            raise rope.error("high_freq_factor", f"it must be above low_freq_factor, {low:g}")
+        if high < low:
+            raise rope.error("high_freq_factor", f"it must be at least low_freq_factor, {low:g}")
         return Rope(dim, theta, kind, factor, original, low, high), context
     yarn = Rope(
         dim,
@@ -309,15 +309,15 @@ def typed_windows(fields: ConfigReader, types: Sequence[str]) -> tuple[int | Non
 
 
 def layer_types_of(
-    fields: ConfigReader, num_layers: int, is_full: Callable[[int], bool] = lambda _: True
+    fields: ConfigReader, num_layers: int, is_full: Callable[[int], bool] = lambda _: True, other: str = SLIDING
 ) -> tuple[str, ...]:
-    """FULL or SLIDING for each layer: by `layer_types` where given, else by what `is_full` says of its number."""
+    """FULL or other for each layer: by `layer_types` where given, else by what `is_full` says of its number."""
     types = fields.data.get("layer_types")
     if types is None:
-        return tuple(FULL if is_full(i) else SLIDING for i in range(num_layers))
+        return tuple(FULL if is_full(i) else other for i in range(num_layers))
     if not isinstance(types, list) or len(types) != num_layers:
         raise fields.error("layer_types", f"it must list one kind for each of the {num_layers} layers")
-    unknown = sorted({str(t) for t in types} - {FULL, SLIDING})
+    unknown = sorted({str(t) for t in types} - {FULL, other})
     if unknown:
-        raise fields.error("layer_types", f"{', '.join(unknown)} is not supported, only full_/sliding_attention")
+        raise fields.error("layer_types", f"{', '.join(unknown)} is not supported, only {FULL} and {other}")
     return tuple(types)

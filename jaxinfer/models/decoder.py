@@ -25,6 +25,7 @@ from jaxinfer.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
 from jaxinfer.layers.rotary import Rope
 from jaxinfer.layers.stack import RunLayer
+from jaxinfer.layers.temperature import Temperature
 from jaxinfer.models.causal import CausalLM, SmoothingPairs
 from jaxinfer.models.config import MAX_LAYERS, ConfigReader, ModelConfig, rope_of
 
@@ -43,6 +44,9 @@ class DecoderConfig(ModelConfig):
     norm_offset: is added to their weights.
     ropes: of each layer, its rotary embedding; None: it has none.
     windows: of each layer, how many tokens a query sees; None: all.
+    chunks: of each layer, into how many tokens each a sequence is cut, of which a query sees its own; None, and nothing
+        where no layer has any: it is not.
+    temperatures: of each layer, how queries grow with their position; None, and nothing likewise: they do not.
     scale: of attention scores.
     soft_cap: attention scores stay below it, by a tanh; None: they may be anything.
     qkv_bias, out_bias, mlp_bias, head_bias: which projections have one.
@@ -61,6 +65,8 @@ class DecoderConfig(ModelConfig):
     ropes: tuple[Rope | None, ...]
     windows: tuple[int | None, ...]
     scale: float
+    chunks: tuple[int | None, ...] = ()
+    temperatures: tuple[Temperature | None, ...] = ()
     norm_offset: float = 0.0
     soft_cap: float | None = None
     qkv_bias: bool = False
@@ -166,6 +172,7 @@ def self_attention(
         qk_norm = lambda _: RMSNorm(  # noqa: E731
             config.head_dim, eps=config.norm_eps, dtype=dtype, axes=(None,), offset=config.norm_offset
         )
+    chunk = config.chunks[layer] if config.chunks else None
     return SelfAttention(
         config.hidden_size,
         num_heads=config.num_heads,
@@ -173,12 +180,13 @@ def self_attention(
         head_dim=config.head_dim,
         qkv_bias=config.qkv_bias,
         out_bias=config.out_bias,
-        spec=AttentionSpec(config.scale, window=config.windows[layer], soft_cap=config.soft_cap),
+        spec=AttentionSpec(config.scale, window=config.windows[layer], chunk=chunk, soft_cap=config.soft_cap),
         rope=config.ropes[layer],
         qk_norm=qk_norm,
         clip=config.qkv_clip,
         norm_after_rope=norm_after_rope,
         sinks=config.sinks,
+        temperature=config.temperatures[layer] if config.temperatures else None,
         dtype=dtype,
         rngs=rngs,
     )
@@ -331,7 +339,9 @@ class DecoderForCausalLM(CausalLM):
         return list(self.model.layers)
 
     def runner(self, batch: ForwardBatch) -> RunLayer[Any]:
-        angles = {rope: rope.cos_sin(batch.positions) for rope in self.config.ropes if rope is not None}
+        config, positions = self.config, batch.positions
+        angles: dict[Rope | Temperature, Any] = {r: r.cos_sin(positions) for r in config.ropes if r is not None}
+        angles |= {t: t.factors(positions) for t in config.temperatures if t is not None}
         return lambda layer, x, cache, view: layer(x, angles, cache, view)
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:

@@ -1,22 +1,15 @@
 """The text model of Ministral 3 (Mistral AI, 2025): Mistral, whose queries grow with their position.
 
-They are multiplied by `1 + beta * log(1 + floor(position / original context))`, so that attention over more tokens is
-as sharp: Llama 4's attention temperature.
+That is Llama 4's attention temperature, in all layers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from jaxinfer.attention import ForwardBatch
-from jaxinfer.layers.rotary import Rope
-from jaxinfer.layers.stack import RunLayer
+from jaxinfer.layers.temperature import Temperature
 from jaxinfer.models.config import ConfigReader, rope_of, windows_of
-from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, DecoderLayer, decoder_config, num_layers
+from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, decoder_config, num_layers
 from jaxinfer.models.llama import weights
 from jaxinfer.models.registry import Architecture
 
@@ -43,50 +36,7 @@ ROPE: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class QueryRope(Rope):
-    """A rotary embedding that also scales.
-
-    beta: see above; every: the original context.
-    """
-
-    beta: float = 0.0
-    every: int = 1
-
-    def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        scale = 1.0 + self.beta * jnp.log1p((positions // self.every).astype(jnp.float32))
-        cos, sin = super().cos_sin(positions)
-        return cos * scale[:, None], sin * scale[:, None]
-
-
-@dataclass(frozen=True)
-class Ministral3Config(DecoderConfig):
-    """query_rope: the rotary embedding of queries; `ropes` are those of keys."""
-
-    query_rope: QueryRope | None = None
-
-
-class Ministral3Layer(DecoderLayer):
-    """Queries have a rotary embedding of their own."""
-
-    def __init__(self, config: Ministral3Config, layer: int, **options: Any):
-        super().__init__(config, layer, **options)
-        self.self_attn.query_rope = config.query_rope
-
-
-class Ministral3ForCausalLM(DecoderForCausalLM):
-    """Ministral 3 with its head."""
-
-    layer = Ministral3Layer
-    config: Ministral3Config
-
-    def runner(self, batch: ForwardBatch) -> RunLayer[Any]:
-        ropes = {*self.config.ropes, self.config.query_rope}
-        angles = {rope: rope.cos_sin(batch.positions) for rope in ropes if rope is not None}
-        return lambda layer, x, cache, view: layer(x, angles, cache, view)
-
-
-def parse(reader: ConfigReader) -> Ministral3Config:
+def parse(reader: ConfigReader) -> DecoderConfig:
     """One window is for all layers, whatever `layer_types` says; `rope_parameters` are ROPE where there are none."""
     reader.refuse("layer_types")
     data = {**DEFAULTS, **reader.data}
@@ -98,19 +48,15 @@ def parse(reader: ConfigReader) -> Ministral3Config:
     head_dim = reader.integer("head_dim", reader.integer("hidden_size") // reader.integer("num_attention_heads"))
     rope, context = rope_of(reader, head_dim)
     windows = windows_of(reader, layers, window)
-    config = decoder_config(reader, ropes=(rope,) * layers, max_context=context, windows=windows)
     said = data.get("rope_parameters") or data["rope_scaling"]
     scaling = ConfigReader(said, f"{reader.where}: rope_parameters")
-    query = QueryRope(
-        **_fields(rope),
-        beta=scaling.number("llama_4_scaling_beta", 0.0, above=False),
-        every=scaling.integer("original_max_position_embeddings", reader.integer("max_position_embeddings")),
+    temperature = Temperature(
+        scaling.number("llama_4_scaling_beta", 0.0, above=False),
+        scaling.integer("original_max_position_embeddings", reader.integer("max_position_embeddings")),
     )
-    return Ministral3Config(**_fields(config), query_rope=query)
+    return decoder_config(
+        reader, ropes=(rope,) * layers, max_context=context, windows=windows, temperatures=(temperature,) * layers
+    )
 
 
-def _fields(of: Any) -> dict[str, Any]:
-    return {field.name: getattr(of, field.name) for field in fields(of)}
-
-
-ARCHITECTURE = Architecture(parse, Ministral3ForCausalLM, weights)
+ARCHITECTURE = Architecture(parse, DecoderForCausalLM, weights)

@@ -19,7 +19,7 @@ from jaxinfer.layers.router import Routing
 from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, DecoderLayer
-from jaxinfer.models.sources import OneOf, Part, Source, Stack, Tensor
+from jaxinfer.models.sources import OneOf, Part, Source, Stack, Tensor, Transposed
 from jaxinfer.models.weights import ParamMapping, spelled
 
 STACKED = re.compile(r"(.*\.experts)\.(gate_proj|up_proj|down_proj)\.(?:weight|bias)")
@@ -144,26 +144,41 @@ class MoeForCausalLM(DecoderForCausalLM):
     layer = staticmethod(sparse_or_dense)
 
 
+def apart(experts: str, which: str, count: int, names: Mapping[str, str] | None = None) -> Source:
+    """A weight of all experts, of which each has a tensor. experts: what names begin with; names: how parts of them are
+    spelled."""
+    each = (f"{experts}.{i}.{which}.weight" for i in range(count))
+    return Stack(tuple(Tensor(spelled(name, names or {})) for name in each))
+
+
+def packed(experts: str, which: str, size: int, turned: bool = False) -> Source:
+    """The same in one tensor, with gates before ups. size: the width of each expert. turned: it is [E, in, out]."""
+
+    def whole(name: str) -> Source:
+        return Transposed(Tensor(name)) if turned else Tensor(name)
+
+    if which == "down_proj":
+        return whole(f"{experts}.down_proj")
+    return Part(whole(f"{experts}.gate_up_proj"), size if which == "up_proj" else 0, 2 * size, axis=1)
+
+
 def experts_apart(names: Mapping[str, str] | None = None) -> Callable[[ModelConfig], ParamMapping]:
-    """Of checkpoints that have experts one by one; or stacked, gates and ups in one tensor, under the names that they
-    have here, as in transformers 5; or each of the three stacked, as in MLX. names: how parts of names are spelled."""
+    """Of checkpoints that have experts one by one; or in one tensor, under the names that they have here, as in
+    transformers 5; or each of the three weights stacked, as in MLX. names: how parts of names are spelled."""
     spell = names or {}
 
     def weights(config: ModelConfig) -> ParamMapping:
         moe = cast(MoeConfig, config)
-        count, size = moe.routing.experts, moe.expert_size
 
         def source(name: str) -> Source:
             if (match := STACKED.fullmatch(name)) is None:
                 usual, own = Tensor(spelled(name, spell)), Tensor(name)
                 return usual if usual == own else OneOf((usual, own))
             experts, which = match[1], match[2]
-            each = (f"{experts}.{i}.{which}.weight" for i in range(count))
-            apart = Stack(tuple(Tensor(spelled(name, spell)) for name in each))
-            both, start = Tensor(f"{experts}.gate_up_proj"), size if which == "up_proj" else 0
-            packed = Tensor(f"{experts}.{which}") if which == "down_proj" else Part(both, start, 2 * size, axis=1)
             block = spelled(f"{experts}.", spell).removesuffix("experts.")
-            return OneOf((apart, packed, Tensor(f"{block}switch_mlp.{which}.weight")))
+            of_mlx = Tensor(f"{block}switch_mlp.{which}.weight")
+            ours = packed(experts, which, moe.expert_size)
+            return OneOf((apart(experts, which, moe.routing.experts, spell), ours, of_mlx))
 
         beyond = range(config.num_layers, config.num_layers + moe.mtp_layers)
         return ParamMapping(source, ignored=(*IGNORED, *(rf"layers\.{i}\..*" for i in beyond)))

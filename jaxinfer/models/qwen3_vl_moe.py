@@ -12,12 +12,13 @@ from jaxinfer.models.moe import (
     MoeForCausalLM,
     experts_apart,
     moe_config,
+    packed,
     routing_of,
     sparse_layers,
 )
 from jaxinfer.models.qwen3_vl import parse as parse_dense
 from jaxinfer.models.registry import Architecture
-from jaxinfer.models.sources import OneOf, Part, Source, Tensor, Transposed
+from jaxinfer.models.sources import OneOf, Source
 from jaxinfer.models.weights import ParamMapping
 
 DEFAULTS: dict[str, Any] = {
@@ -54,13 +55,8 @@ def weights(config: ModelConfig) -> ParamMapping:
         usual = mapping.source(name)
         if (match := STACKED.fullmatch(name)) is None:
             return usual
-        experts, which = match.groups()
-        if which == "down_proj":
-            turned: Source = Transposed(Tensor(f"{experts}.down_proj"))
-        else:
-            both = Transposed(Tensor(f"{experts}.gate_up_proj"))
-            turned = Part(both, size if which == "up_proj" else 0, 2 * size, axis=1)
-        is_square = hidden == (size if which == "down_proj" else 2 * size)
+        turned = packed(match[1], match[2], size, turned=True)
+        is_square = hidden == (size if match[2] == "down_proj" else 2 * size)
         return OneOf((usual, turned) if is_square else (turned, usual))
 
     return replace(mapping, source=source)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture as Architecture
-from jaxinfer.models.wrapped import GEMMA3, MISTRAL3, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Wrapped
+from jaxinfer.models.wrapped import GEMMA3, LLAMA4, MISTRAL3, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Wrapped
 
 if TYPE_CHECKING:
     from jaxinfer.models.config import ModelConfig
@@ -54,6 +54,8 @@ REGISTRY: dict[str, Entry] = {
     "GraniteMoeSharedForCausalLM": Entry("granitemoeshared", "jaxinfer.models.granitemoeshared", "Granite MoE, shared"),
     "HunYuanDenseV1ForCausalLM": Entry("hunyuan_v1_dense", "jaxinfer.models.hunyuan_v1_dense", "Hunyuan 0.5B to 7B"),
     "HunYuanMoEV1ForCausalLM": Entry("hunyuan_v1_moe", "jaxinfer.models.hunyuan_v1_moe", "Hunyuan-A13B"),
+    "Llama4ForCausalLM": Entry("llama4_text", "jaxinfer.models.llama4", "the text model of Llama 4"),
+    "Llama4ForConditionalGeneration": Entry("llama4", LLAMA4, "Llama 4 Scout and Maverick (text)"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
     "MiniMaxM2ForCausalLM": Entry("minimax_m2", "jaxinfer.models.minimax_m2", "MiniMax-M2, M2.1"),
     "Ministral3ForCausalLM": Entry("ministral3", "jaxinfer.models.ministral3", "the text model of Ministral 3"),

@@ -95,6 +95,9 @@ QWEN3_VL_MOE = Wrapped(
     tied_inside=False,
     name="Qwen3-VL",
 )
+LLAMA4 = Wrapped(
+    {"llama4_text": "jaxinfer.models.llama4"}, (r"(model\.)?(vision_model|multi_modal_projector)\..+",), name="Llama 4"
+)
 MISTRAL3 = Wrapped(
     {"mistral": "jaxinfer.models.mistral", "ministral3": "jaxinfer.models.ministral3"},
     LLAVA,

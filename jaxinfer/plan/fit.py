@@ -10,7 +10,7 @@ from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.engine.load import limits, sized_programs
 from jaxinfer.engine.programs import Programs, cache_layout, placed_decode_state, placed_hidden, placed_params, reach
-from jaxinfer.engine.sizing import RESERVE, Sizes, device_bytes, longest, page_size
+from jaxinfer.engine.sizing import RESERVE, Sizes, default_length, device_bytes, longest, page_size
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.slices import GIB, Device, Slice
 from jaxinfer.quantization.schemes import Quantization
@@ -115,9 +115,9 @@ def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) ->
     hidden = device_bytes(placed_hidden(model, placement, tokens))
     held = weights + slots + hidden
     available = int(target.chip.memory * (settings["memory_utilization"] - RESERVE)) - held
-    length = settings["max_model_len"] or shape.max_context
-    size = page_size(settings["page_size"], placement, rows, length)
     layout = cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"])
+    length = settings["max_model_len"] or default_length(layout, placement, rows, shape.max_context)
+    size = page_size(settings["page_size"], placement, rows, length, layout.chunk)
     cache = size, reach(tokens), rows
     wanted, beside = settings["kv_cache_memory"], max(target.chip.memory - held, 0)
     if wanted is not None and wanted > beside:

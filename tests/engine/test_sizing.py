@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from jaxinfer.attention import CacheLayout, LayerLayout
-from jaxinfer.cache import FullAttentionSpec
+from jaxinfer.cache import ChunkedSpec, FullAttentionSpec
 from jaxinfer.engine import load
 from jaxinfer.engine.config import check_options
-from jaxinfer.engine.sizing import Sizes, page_size, size_cache
+from jaxinfer.engine.sizing import Sizes, choose_sizes, page_size, size_cache
 from jaxinfer.models.model import AbstractModel
 from tests.plan.test_roofline import CONFIG
 
@@ -96,6 +96,48 @@ def test_pages_are_as_large_as_their_table_needs_on_tpu():
     assert page_size(256, FakeDevice("tpu"), 128, 131072) == 256
     with pytest.raises(ValueError, match=r"page_size is 16: on TPU, 256 sequences of up to 131072 tokens need .* 512;"):
         page_size(16, FakeDevice("tpu"), 256, 131072)
+    assert page_size(None, FakeDevice("cpu"), 64, 2**23) == 128  # elsewhere tables may be of 16 MiB
+    assert page_size(16, FakeDevice("gpu"), 64, 2**23) == 16
+
+
+def test_pages_divide_chunks():
+    assert page_size(None, FakeDevice("cpu"), 64, 4096, 20) == 4
+    assert page_size(None, FakeDevice("cpu"), 64, 2**23, 8192) == 128
+    assert page_size(None, FakeDevice("cpu"), 64, 2**23, 16) == 16
+    assert page_size(None, FakeDevice("tpu"), 256, 4096, 48) == 16
+    assert page_size(None, FakeDevice("tpu"), 256, 2**21, 8192) == 8192
+    with pytest.raises(
+        ValueError, match=r"page_size is 8192: on TPU, 256 .* need more, which can't divide 8192, the m"
+    ):
+        page_size(None, FakeDevice("tpu"), 256, 2**21 + 1, 8192)
+    with pytest.raises(
+        ValueError, match=r"page_size is 64: on TPU, 256 sequences of .* need at least 8192; or lower max"
+    ):
+        page_size(64, FakeDevice("tpu"), 256, 2**21, 8192)
+
+
+def chunked_layout():
+    specs = FullAttentionSpec(1, 128), ChunkedSpec(1, 128, 8192)
+    return CacheLayout.of([LayerLayout.of(spec, "float32", jax.devices()[0]) for spec in specs], 10**7)
+
+
+def test_lengths_that_nobody_asked_for():
+    """Are what tables of pages have room for that divide chunks, or what there is memory for."""
+    assert chunked_layout().chunk == 8192
+    assert layout(1024).chunk == 0
+    rest = {"reach": 32, "max_num_seqs": 256, "max_context": 10**7}
+    for platform, available, most, pages in (
+        ("cpu", 2**40, 10**7, 1024),
+        ("tpu", 2**40, 2**21, 8192),
+        ("tpu", 2**28, 2**18 - 2 * 8192, 1024),
+        ("cpu", 2**28, 247 * 1024, 16),
+    ):
+        sizes = choose_sizes(
+            chunked_layout(), FakeDevice(platform), None, max_model_len=None, available=available, **rest
+        )
+        assert (sizes.max_model_len, sizes.page_size) == (most, pages), platform
+    asked = choose_sizes(chunked_layout(), FakeDevice("tpu"), None, max_model_len=4096, available=2**40, **rest)
+    assert (asked.max_model_len, asked.page_size) == (4096, 64)
 
 
 class Chip:

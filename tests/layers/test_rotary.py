@@ -47,6 +47,11 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 REAL = {
     "Llama 3.1 8B": (128, 131072, {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}),
     "Llama 3.2 1B": (64, 131072, {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3, "factor": 32.0}),
+    "Llama 4 Scout": (
+        128,
+        10485760,
+        {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3, "factor": 16.0, "high_freq_factor": 1.0},
+    ),
     "Qwen2.5 with yarn": (
         128,
         32768,

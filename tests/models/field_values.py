@@ -15,7 +15,7 @@ from typing import Any
 
 TOKENS = 30
 ABSENT = object()
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 # Fields that change nothing of what is computed for a text, and why; they are drawn all the same.
 OF_TRAINING = "of training, or of initial weights"
@@ -93,10 +93,13 @@ def _key_value_heads(case: Case, fields: dict[str, Any]) -> Any:
 
 
 def _layer_types(case: Case, fields: dict[str, Any]) -> Any:
-    """Some slide, where there is a window."""
-    window = fields["sliding_window"] is not None and fields.get("use_sliding_window", True) is True
-    if case.pick("layer_types", (True, True, False)) or fields["sliding_window"] is None:
-        return case.rng("layer_types").choices((FULL, SLIDING if window else FULL), k=fields["num_hidden_layers"])
+    """Some slide, where there is a window; or they have chunks."""
+    name, other = next(
+        pair for pair in (("attention_chunk_size", CHUNKED), ("sliding_window", SLIDING)) if pair[0] in fields
+    )
+    used = fields[name] is not None and fields.get("use_sliding_window", True) is True
+    if case.pick("layer_types", (True, True, False)) or (other == SLIDING and fields[name] is None):
+        return case.rng("layer_types").choices((FULL, other if used else FULL), k=fields["num_hidden_layers"])
     return ABSENT
 
 
@@ -123,7 +126,7 @@ VALUES: dict[str, Values] = {
     "hidden_size": lambda case, fields: case.pick("hidden_size", _hidden_sizes(fields["num_attention_heads"])),
     **dict.fromkeys(("num_attention_heads", "n_head"), (4, 2, 6, 3, 1)),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), (2, 3, 1)),
-    **dict.fromkeys(("intermediate_size", "ffn_dim"), (40, 16, 8, 57)),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "intermediate_size_mlp"), (40, 16, 8, 57)),
     "n_inner": (ABSENT, 40, 57),
     "vocab_size": (97, 40, 128),
     "num_key_value_heads": _key_value_heads,
@@ -132,7 +135,7 @@ VALUES: dict[str, Values] = {
     "original_max_position_embeddings": (ABSENT, 32, 64),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), EPSILONS),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), (ABSENT, *ACTIVATIONS)),
-    "sliding_window": (ABSENT, 5, 9, 20, 1, 4096),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), (ABSENT, 5, 9, 20, 1, 4096)),
     "sliding_window_pattern": (ABSENT, 1, 2, 3, "LG"),
     "max_window_layers": (ABSENT, 0, 1, 2),
     "layer_types": _layer_types,
@@ -142,6 +145,8 @@ VALUES: dict[str, Values] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (ABSENT, 0.5, 3.0)),
     **dict.fromkeys(("logit_scale", "embedding_multiplier", "logits_scaling", "residual_multiplier"), FACTORS),
     "attention_multiplier": FACTORS,
+    "attn_scale": (ABSENT, 0.0, 0.7, 2.5),
+    "floor_scale": (ABSENT, 1, 7),
     **dict.fromkeys(("num_experts", "num_local_experts"), (4, 6, 5)),
     "swiglu_alpha": (ABSENT, 0.5, 1.702, 3.0),
     "swiglu_limit": (ABSENT, 0.3, 7.0),
@@ -164,7 +169,8 @@ VALUES: dict[str, Values] = {
     "routed_scaling_factor": FACTORS,
     "moe_intermediate_size": (16, 8, 41),
     "shared_expert_intermediate_size": (24, 40),
-    "decoder_sparse_step": (ABSENT, 1, 2, 3),
+    **dict.fromkeys(("decoder_sparse_step", "interleave_moe_layer_step"), (ABSENT, 1, 2, 3)),
+    "moe_layers": (ABSENT, [], [0], [2, 1]),
     "mlp_only_layers": (ABSENT, [], [0]),
     **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise"), RATES),
     "clip_qkv": (ABSENT, 0.3, 1.5),

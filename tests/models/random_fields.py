@@ -26,7 +26,7 @@ from jaxinfer.checkpoint.load import load_params
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.models.model import AbstractModel
 from tests.devices import CHEAP
-from tests.models.families import variants
+from tests.models.families import speaker, variants
 from tests.models.field_values import FIXED, TOKENS, Case, draw, families, own_fields, text_class
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -115,7 +115,7 @@ def theirs(case: Case, fields: dict[str, Any], folder: Path) -> tuple[list[int],
                 if name.endswith("e_score_correction_bias"):
                     buffer.copy_(torch.randn_like(buffer) * vectors)
             tokens = torch.randint(0, text.vocab_size, (1, TOKENS))
-            logits = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[0].numpy()
+            logits = speaker(model)(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[0].numpy()
         if not np.isfinite(logits).all() or not np.abs(logits).max() > 0:
             raise ValueError("logits are not finite, or all zero")
         model.generation_config = transformers.GenerationConfig()

@@ -16,7 +16,7 @@ from jaxinfer.checkpoint.load import load_params
 from jaxinfer.models import model as models
 from jaxinfer.models import registry
 from tests.checkpoints import same_tokens, write_tokenizer
-from tests.models.families import VOCAB, Variant, mutants, variants
+from tests.models.families import VOCAB, Variant, mutants, speaker, variants
 from tests.models.table import families, row
 
 VARIANTS, MUTANTS = variants(), mutants()
@@ -61,7 +61,8 @@ def make(variant: Variant, matrices: float, vectors: float, folder: Path) -> Non
     text.eos_token_id = text.pad_token_id = None
     config._attn_implementation = text._attn_implementation = "eager"
     model = getattr(transformers, variant.auto).from_config(config).eval().float()
-    model.generation_config = transformers.GenerationConfig(max_new_tokens=TOKENS - PROMPT)
+    spoken = speaker(model)
+    model.generation_config = spoken.generation_config = transformers.GenerationConfig(max_new_tokens=TOKENS - PROMPT)
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn_like(weight)
@@ -70,8 +71,8 @@ def make(variant: Variant, matrices: float, vectors: float, folder: Path) -> Non
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn_like(buffer) * vectors)
         prompt = torch.tensor(np.random.default_rng(2).integers(0, VOCAB, (1, PROMPT)))
-        tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False)
-        logits = model(tokens).logits[0]
+        tokens = spoken.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False)
+        logits = spoken(tokens).logits[0]
         best = logits.topk(2).values
     building = folder.with_suffix(".building")
     shutil.rmtree(building, ignore_errors=True)

@@ -16,6 +16,8 @@ NAMES = [
     "gemma3_text",
     "gpt_oss",
     "hunyuan_v1_moe-layers-bias",
+    "llama4-older",
+    "llama4_text-dense",
     "mixtral",
     "phimoe-window-bias-tied",
     "qwen2_moe-dense-window",

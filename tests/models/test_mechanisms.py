@@ -41,6 +41,7 @@ GLM = {"model_type": "glm", "head_dim": 16, "attention_bias": True}
 MISTRAL = BASE | {"model_type": "mistral", "sliding_window": None, "head_dim": 16}
 TURNS = "experts in one tensor, gates and ups by turns, with biases"
 TURNED = "experts in one tensor, the other way round"
+PACKED = "experts of shares of inputs, in one tensor"
 LAYOUTS = {
     "fused qkv, and gates": BASE | {"model_type": "phi3"},
     "fused gates": BASE | GLM,
@@ -87,6 +88,18 @@ LAYOUTS = {
         },
         "tie_word_embeddings": False,
     },
+    PACKED: BASE
+    | {
+        "model_type": "llama4_text",
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 64,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 16,
+    },
     "wrapped": {
         "model_type": "mistral3",
         "architectures": ["Mistral3ForConditionalGeneration"],
@@ -97,7 +110,7 @@ LAYOUTS = {
 slow = partial(pytest.param, marks=pytest.mark.slow)
 every = pytest.mark.parametrize("layout", LAYOUTS)
 # Those whose matrices lie as linears of others do; of TURNS there is a format of its own, see test_gpt_oss.
-linears = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in (TURNS, TURNED)])
+linears = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in (TURNS, TURNED, PACKED)])
 PROMPT = np.random.default_rng(3).integers(0, 256, 40).tolist()
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "max_model_len": 64, "dtype": "float32"}
 

@@ -1,6 +1,7 @@
 """Text models inside of others, however config.json and tensors are spelt; test_families has their arithmetic."""
 
 import json
+from dataclasses import replace
 
 import jax
 import ml_dtypes
@@ -21,6 +22,7 @@ from jaxinfer.errors import UnsupportedError
 from jaxinfer.models import mistral
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import REGISTRY, architecture, parse_config
+from jaxinfer.models.wrapped import MISTRAL3
 from jaxinfer.plan.slices import Device
 from tests.checkpoints import same_tokens
 from tests.models.test_families import PROMPT, TOKENS, reference
@@ -273,11 +275,16 @@ def test_in_a_deployment(tmp_path, cli):
     assert f"{file}:3: architecture: text_config: num_hidden_layers is 0" in cli("plan", file).error()
 
 
-def test_another_architecture_than_the_deployments(tmp_path, tensors):
+def test_another_architecture_than_the_deployments(tmp_path, tensors, monkeypatch):
     folder = write_checkpoint(tmp_path / "model", WRAPPED, spelt(tensors) | TOWER)
     refusal(folder, "num_layers is 2", architecture=WRAPPED | {"text_config": TEXT | {"num_hidden_layers": 3}})
-    other = TEXT | {"model_type": "ministral3"}
-    refusal(folder, "text_config", architecture=WRAPPED | {"text_config": other})
+    entry = REGISTRY["Mistral3ForConditionalGeneration"]
+    texts = {**MISTRAL3.texts, "mixtral": "jaxinfer.models.mixtral"}
+    monkeypatch.setitem(
+        REGISTRY, "Mistral3ForConditionalGeneration", entry._replace(source=replace(MISTRAL3, texts=texts))
+    )
+    for kind, problem in (("ministral3", "max_context is 256"), ("mixtral", "text_config.model_type is 'mistral'")):
+        refusal(folder, problem, architecture=WRAPPED | {"text_config": TEXT | {"model_type": kind}})
 
 
 def test_a_deployment_of_a_head_that_only_weights_tell_of(tmp_path, tensors, cli):

@@ -7,6 +7,7 @@ import pytest
 
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.plan.compile import make_plan
+from jaxinfer.plan.figures import decoding
 from jaxinfer.plan.fit import DoesNotFit, fit, model_of
 from jaxinfer.plan.slices import GIB
 from jaxinfer.plan.sweep import meshes, sweep
@@ -205,3 +206,39 @@ def test_sequences_are_no_longer_than_the_model_takes(cli, tmp_path):
             assert error == f"context is {wanted}: config.json defines the model for at most 256"
         error = cli(*arguments, "--context", "101", "--max-model-len", "100", *more).error()
         assert error == "context is 101: max_model_len is 100"
+
+
+SCOUT = {
+    "model_type": "llama4",
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "text_config": {
+        "model_type": "llama4_text",
+        "num_hidden_layers": 4,  # of 48
+        "max_position_embeddings": 10485760,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 16.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "rope_theta": 500000.0,
+    },
+}
+
+
+@pytest.mark.parametrize(("place", "most", "page"), [("v6e-8", 2**21, 8192), ("h100-8", 10485760, 1024)])
+def test_chunks_and_millions_of_tokens(place, most, page):
+    """Llama 4 Scout, the first layers of it. Whatever length there is room for, pages divide chunks; a step reads the
+    experts that its tokens have, and no more than a chunk of most layers."""
+    target = find_target(place, compiles=False)
+    model = model_of(SCOUT, target=target)
+    held = fit(model, target)
+    assert (held.sizes.max_model_len, held.sizes.page_size) == (most, page)
+    assert fit(model, target, max_model_len=8192, max_num_seqs=64).sizes.page_size == {"v6e-8": 64, "h100-8": 16}[place]
+    layers, expert = 4, 3 * 5120 * 8192
+    one, many = (decoding(held, rows, 1024)["bytes_moved"] for rows in (1, 256))
+    cache = 255 * layers * 1024 * 2 * 8 * 128 * 2
+    assert (many - one) * 8 == pytest.approx(15 * layers * expert * 2 + cache, rel=1e-3)
+    short, long = (decoding(held, 1, context)["bytes_moved"] for context in (8192, 81920))
+    assert (long - short) * 8 == pytest.approx((81920 - 8192) * 2 * 8 * 128 * 2)  # of the layer that sees all

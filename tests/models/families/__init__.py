@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.checkpoints import BASE, VOCAB
 
-__all__ = ["BASE", "VOCAB", "Mutant", "Variant", "mutants", "of_ropes", "variants"]
+__all__ = ["BASE", "VOCAB", "Mutant", "Variant", "mutants", "of_ropes", "speaker", "variants"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Mutant:
 def of_ropes(**changes: Any) -> Callable[[Any], Any]:
     """A mutant's change of the rotary embeddings of all layers."""
     return lambda config: replace(config, ropes=tuple(rope and replace(rope, **changes) for rope in config.ropes))
+
+
+def speaker(model: Any) -> Any:
+    """What computes logits of text in a model of transformers: Llama 4's own forward can't do without images (5.24)."""
+    return model.language_model if model.config.model_type == "llama4" else model
 
 
 def _all(name: str) -> dict[str, Any]:

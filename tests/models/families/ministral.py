@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from tests.models.families import BASE, Mutant, Variant
+from tests.models.families import BASE, Mutant, Variant, of_ropes
 from tests.models.families.wrapped import PIXTRAL
 
 ROPE = {
@@ -38,28 +38,20 @@ VARIANTS = {
 }
 
 
-def query(**changes):
-    return lambda config: replace(config, query_rope=replace(config.query_rope, **changes))
-
-
-def both(**changes):
-    def change(config):
-        ropes = tuple(replace(rope, **changes) for rope in config.ropes)
-        return query(**changes)(replace(config, ropes=ropes))
-
-    return change
+def tempered(**changes):
+    return lambda config: replace(config, temperatures=(replace(config.temperatures[0], **changes),) * 2)
 
 
 MUTANTS = {
     "ministral: window": Mutant("ministral", lambda config: replace(config, windows=(12, 12))),
     "ministral: which layers": Mutant("ministral-layers", lambda config: replace(config, windows=(None, 11))),
     "ministral: eps": Mutant("ministral", lambda config: replace(config, norm_eps=1e-2)),
-    "ministral3: beta": Mutant("ministral3", query(beta=0.5)),
-    "ministral3: no beta": Mutant("ministral3", query(beta=0.0)),
-    "ministral3: original context": Mutant("ministral3", query(every=17)),
-    "ministral3: beta with a window": Mutant("ministral3-window", query(beta=0.5)),
+    "ministral3: beta": Mutant("ministral3", tempered(beta=0.5)),
+    "ministral3: no beta": Mutant("ministral3", tempered(beta=0.0)),
+    "ministral3: original context": Mutant("ministral3", tempered(every=17)),
+    "ministral3: beta with a window": Mutant("ministral3-window", tempered(beta=0.5)),
     "ministral3: window": Mutant("ministral3-window", lambda config: replace(config, windows=(21, 21))),
-    "ministral3: attention factor": Mutant("ministral3", both(attention_factor=1.13863)),
-    "ministral3: yarn": Mutant("ministral3", both(kind="linear")),
-    "ministral3: keys do not grow": Mutant("ministral3", lambda c: replace(c, ropes=(c.query_rope,) * 2)),
+    "ministral3: attention factor": Mutant("ministral3", of_ropes(attention_factor=1.13863)),
+    "ministral3: yarn": Mutant("ministral3", of_ropes(kind="linear")),
+    "ministral3: first positions": Mutant("ministral3", tempered(ahead=1)),
 }
