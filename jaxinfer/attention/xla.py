@@ -54,7 +54,7 @@ class XLAAttention(AttentionBackend):
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
     ) -> tuple[jax.Array, LayerCache]:
-        pools = write_split(k, v, cast(Pages, pools), batch)
+        pools = write_split(k, v, cast(Pages, pools), batch, spec)
         tokens, heads, head_dim = q.shape
         q = q.reshape(tokens, k.shape[1], heads // k.shape[1], head_dim)
         return _attend(q, pools, batch, spec).reshape(tokens, heads, head_dim), pools
@@ -74,8 +74,10 @@ def _attend(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec
     return _prefill(q, out, cache, batch, spec)[: q.shape[0]]
 
 
-def write_split(k: jax.Array, v: jax.Array, cache: P, batch: ForwardBatch) -> P:
+def write_split(k: jax.Array, v: jax.Array, cache: P, batch: ForwardBatch, spec: AttentionSpec) -> P:
     """The cache with this call's keys and values."""
+    if not spec.writes:
+        return cache
     page, slot = batch.slot_mapping(cache.k.shape[2])
     dtype = values_dtype(cache.k)
     new: Iterable[jax.Array] = (k.astype(dtype), v.astype(dtype))

@@ -93,6 +93,16 @@ class ChunkedSpec(FullAttentionSpec):
     chunk: int
 
 
+@dataclass(frozen=True)
+class SharedSpec:
+    """Nothing of its own: the layer reads what another one, before it, has written in the same step.
+
+    owner: that one's place in the model.
+    """
+
+    owner: int
+
+
 def attention_spec(
     num_kv_heads: int, head_dim: int, window: int | None, queries: int, chunk: int | None = None
 ) -> FullAttentionSpec:

@@ -14,6 +14,7 @@ class RMSNorm(nnx.Module):
 
     wide: weights are multiplied before the result is rounded to the activations' dtype, not after.
     offset: is added to the weights, which are multiplied wide then: Gemma's checkpoints have what is more than 1.
+    scale: whether it has weights.
     """
 
     def __init__(
@@ -25,13 +26,17 @@ class RMSNorm(nnx.Module):
         axes: tuple[str | None, ...] = ("embed",),
         wide: bool = False,
         offset: float = 0.0,
+        scale: bool = True,
     ):
-        self.weight = nnx.Param(jnp.ones(features, dtype), axes=axes)
+        self.weight = nnx.Param(jnp.ones(features, dtype), axes=axes) if scale else None
         self.eps, self.wide, self.offset = eps, wide or offset != 0, offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        values, weight = x.astype(jnp.float32), self.weight.get_value()
+        values = x.astype(jnp.float32)
         values = values * lax.rsqrt(jnp.mean(values * values, axis=-1, keepdims=True) + self.eps)
+        if self.weight is None:
+            return values.astype(x.dtype)
+        weight = self.weight.get_value()
         if self.wide:
             return (values * (weight.astype(jnp.float32) + self.offset)).astype(x.dtype)
         return values.astype(x.dtype) * weight

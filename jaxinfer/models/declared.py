@@ -17,7 +17,15 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.cache import ChunkedSpec, FullAttentionSpec, KVCacheSpec, LatentSpec, RecurrentSpec, SlidingWindowSpec
+from jaxinfer.cache import (
+    ChunkedSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    LatentSpec,
+    RecurrentSpec,
+    SharedSpec,
+    SlidingWindowSpec,
+)
 from jaxinfer.models import registry
 from jaxinfer.models.config import ModelConfig, describe_config
 from jaxinfer.models.params import ParamSpec
@@ -66,7 +74,7 @@ class DeclaredModule:
     """
 
     params: tuple[ParamSpec, ...]
-    cache_specs: tuple[KVCacheSpec | None, ...]
+    cache_specs: tuple[KVCacheSpec | SharedSpec | None, ...]
     head: tuple[str, ...]
 
 
@@ -75,7 +83,7 @@ TYPES = {
     for kind in (
         *(Declared, DeclaredModule, ModelConfig, ParamMapping, ParamSpec),
         *(Tensor, Renamed, Transposed, Row, Part, Stack, Concat),
-        *(FullAttentionSpec, SlidingWindowSpec, ChunkedSpec, LatentSpec, RecurrentSpec),
+        *(FullAttentionSpec, SlidingWindowSpec, ChunkedSpec, LatentSpec, RecurrentSpec, SharedSpec),
     )
 }
 

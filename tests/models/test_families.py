@@ -67,8 +67,8 @@ def make(variant: Variant, matrices: float, vectors: float, folder: Path) -> Non
             noise = torch.randn_like(weight)
             weight.copy_(noise * matrices if weight.ndim > 1 else weight + noise * vectors)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.copy_(torch.randn_like(buffer) * vectors)
+            if name.endswith(("e_score_correction_bias", "layer_scalar")):
+                buffer.copy_(buffer + torch.randn_like(buffer) * vectors)
         prompt = torch.tensor(np.random.default_rng(2).integers(0, VOCAB, (1, PROMPT)))
         tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False)
         logits = model(tokens).logits[0]

@@ -11,7 +11,10 @@ from jaxinfer import LLM, SamplingParams
 from tests.checkpoints import same_tokens
 from tests.models.test_families import PROMPT, TOKENS, reference
 
-NAMES = ["gemma2-window", "gemma3_text", "mixtral", "qwen2_moe-dense-window"]
+NAMES = [
+    *("gemma2-window", "gemma3_text", "mixtral", "qwen2_moe-dense-window"),
+    *("gemma4_text", "gemma4_text-small-shared-tied-hub", "gemma4_text-pattern"),
+]
 PROMPTS = (PROMPT, 45)  # tokens: the other one takes two steps
 
 

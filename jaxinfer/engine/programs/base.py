@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxinfer.attention import CacheLayout, LayerLayout, LayerMap, Table
+from jaxinfer.cache import SharedSpec
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import AbstractModel, Params
@@ -37,9 +38,10 @@ def cache_layout(
     model: AbstractModel, placement: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
 ) -> CacheLayout:
     """How what the model's layers keep is kept there. Raises ValueError if that attention is not to be had."""
-    specs = model.cache_specs
+    specs = [None if isinstance(spec, SharedSpec) else spec for spec in model.cache_specs]
     kinds = {spec: LayerLayout.of(spec, model.dtype, placement, attention, kv_cache_dtype) for spec in specs if spec}
-    return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context)
+    shared = tuple((i, spec.owner) for i, spec in enumerate(model.cache_specs) if isinstance(spec, SharedSpec))
+    return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context, shared)
 
 
 def placed_params(model: AbstractModel, placement: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:
