@@ -58,7 +58,7 @@ def make(variant: Variant, matrices: float, vectors: float, folder: Path) -> Non
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = getattr(transformers, variant.config)(**(ids | variant.fields))
     text = config.get_text_config()
-    text.eos_token_id = text.pad_token_id = None
+    text.eos_token_id, text.pad_token_id = None, variant.fields.get("text_config", {}).get("pad_token_id")
     config._attn_implementation = text._attn_implementation = "eager"
     model = getattr(transformers, variant.auto).from_config(config).eval().float()
     model.generation_config = transformers.GenerationConfig(max_new_tokens=TOKENS - PROMPT)
