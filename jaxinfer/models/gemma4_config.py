@@ -174,7 +174,8 @@ def typed_rope(fields: ConfigReader, layer_type: str, head_dim: int) -> tuple[Ro
     if share > 1:
         raise rope.error("partial_rotary_factor", "it must be at most 1")
     if head_dim % 2:
-        raise fields.error("head_dim", f"rotary embeddings need an even number, and of {layer_type} it is {head_dim}")
+        own = ConfigReader({"head_dim": head_dim}, fields.where)
+        raise own.error("head_dim", f"of {layer_type}; rotary embeddings need an even number")
     theta, factor = rope.number("rope_theta", 1e4, minimum=1.0), rope.number("factor", 1.0)
     turning = 2 * int(share * head_dim // 2)
     return Rope(head_dim, theta, "proportional", factor, turning=turning), fields.integer("max_position_embeddings")

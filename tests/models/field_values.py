@@ -165,7 +165,7 @@ VALUES: dict[str, Values] = {
     "mlp_only_layers": (ABSENT, [], [0]),
     **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise"), RATES),
     "clip_qkv": (ABSENT, 0.3, 1.5),
-    "global_head_dim": (16, 8, 12, ABSENT),
+    "global_head_dim": (16, 8, 12),
     "num_global_key_value_heads": (ABSENT, 1, None),
     "num_kv_shared_layers": _shared_layers,
     "hidden_size_per_layer_input": (8, 0, 5),
@@ -181,7 +181,9 @@ VALUES: dict[str, Values] = {
     "summary_activation": (ABSENT, "tanh"),
 }
 # Whatever the classes say, models compute with them.
+GEMMA4 = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 NOT_NULL = {
+    **dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size", "pad_token_id"), GEMMA4),
     "head_dim": ("glm", "hunyuan_v1_dense", "ministral"),
     "sliding_window": ("cohere2", "gemma2", "gemma3", "gemma3_text", "ministral", "olmo3"),
     "logit_scale": ("cohere",),
@@ -200,11 +202,13 @@ NOT_NULL = {
     "moe_norm_min": ("ernie4_5_moe",),
 }
 BOOL = (ABSENT, True, False)
-GEMMA4 = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 # Of single families: which other values a field may have, and which fields there are besides those of the class.
 OWN_VALUES: dict[tuple[str, str], Values] = {
     **{(family, "use_bidirectional_attention"): (ABSENT, "vision", "all", "vision") for family in GEMMA4},
     **{(family, "num_hidden_layers"): (3, 4, 2, 1) for family in GEMMA4},
+    # With the defaults, of 256 and 512, scores are too large for transformers to be exact.
+    **{(family, "head_dim"): (8, 12, 16, 4) for family in GEMMA4},
+    **{(family, "moe_intermediate_size"): (16, 8, 24) for family in GEMMA4},  # what its grouped products can do
     # Of tokens that are placeholders the embedding is another's.
     **{(family, f"{kind}_token_id"): (ABSENT, 200) for family in GEMMA4 for kind in ("image", "video", "audio")},
 }
