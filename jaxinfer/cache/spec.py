@@ -22,6 +22,8 @@ class KVCacheSpec(ABC):
     window: how many tokens a query sees, its own the last of them, so that pages with older ones can be used again;
         None: all.
     chunk: a query sees those of its own chunk of so many, and older chunks' pages can be used again; None: all.
+    owner: it is nothing of the layer's own: it reads what the layer of this number, before it, has written in the same
+        step; None: it is.
     partition_spec: how a mesh splits the arrays, one for all or a tree of them; pages and slots come first, and are
         split over ROWS.
     """
@@ -29,6 +31,7 @@ class KVCacheSpec(ABC):
     paged: ClassVar[bool] = True
     window: int | None = None
     chunk: int | None = None
+    owner: int | None = None
     partition_spec: PartitionSpec | tuple[PartitionSpec, ...] = PartitionSpec(ROWS)
 
     @property
@@ -94,13 +97,16 @@ class ChunkedSpec(FullAttentionSpec):
 
 
 @dataclass(frozen=True)
-class SharedSpec:
-    """Nothing of its own: the layer reads what another one, before it, has written in the same step.
+class SharedSpec(KVCacheSpec):
+    """What another layer keeps.
 
-    owner: that one's place in the model.
+    owner: which one.
     """
 
     owner: int
+
+    def init_cache(self, dtype: np.dtype[Any], count: int, page_size: int) -> LayerCache:
+        raise NotImplementedError("its owner has it")
 
 
 def attention_spec(

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxinfer.attention import ForwardBatch
-from jaxinfer.cache import Cache, KVCacheSpec, SharedSpec
+from jaxinfer.cache import Cache, KVCacheSpec
 from jaxinfer.layers.stack import RunLayer, Stream, hidden_states, stack
 
 # Of a layer: what is multiplied channel by channel with what it feeds (norms; linears, whose outputs reach others with
@@ -33,10 +33,10 @@ class CausalLM(nnx.Module):
         """What runs one of the layers on hidden states."""
         raise NotImplementedError
 
-    def cache_specs(self) -> tuple[KVCacheSpec | SharedSpec | None, ...]:
+    def cache_specs(self) -> tuple[KVCacheSpec | None, ...]:
         """What each layer keeps of a sequence: the `cache_spec` of one of its modules; None: nothing."""
 
-        def specs(block: Any) -> Iterator[KVCacheSpec | SharedSpec]:
+        def specs(block: Any) -> Iterator[KVCacheSpec]:
             modules = (module for _, module in nnx.iter_modules(block))
             return (module.cache_spec for module in modules if hasattr(module, "cache_spec"))
 

@@ -74,7 +74,7 @@ class DeclaredModule:
     """
 
     params: tuple[ParamSpec, ...]
-    cache_specs: tuple[KVCacheSpec | SharedSpec | None, ...]
+    cache_specs: tuple[KVCacheSpec | None, ...]
     head: tuple[str, ...]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxinfer.cache import KVCacheSpec, SharedSpec
+from jaxinfer.cache import KVCacheSpec
 from jaxinfer.models import registry
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.declared import Declarations, Declared, DeclaredModule
@@ -93,7 +93,7 @@ class AbstractModel:
         return self.declared.built_in
 
     @property
-    def cache_specs(self) -> tuple[KVCacheSpec | SharedSpec | None, ...]:
+    def cache_specs(self) -> tuple[KVCacheSpec | None, ...]:
         """What each layer keeps of a sequence."""
         return self.declared_module.cache_specs
 

@@ -206,8 +206,9 @@ BOOL = (ABSENT, True, False)
 OWN_VALUES: dict[tuple[str, str], Values] = {
     **{(family, "use_bidirectional_attention"): (ABSENT, "vision", "all", "vision") for family in GEMMA4},
     **{(family, "num_hidden_layers"): (3, 4, 2, 1) for family in GEMMA4},
-    # With the defaults, of 256 and 512, scores are too large for transformers to be exact.
+    # With the defaults, of 256 and 512, scores are too large for exact results; a low cap leaves errors alone.
     **{(family, "head_dim"): (8, 12, 16, 4) for family in GEMMA4},
+    **{(family, "final_logit_softcapping"): (ABSENT, 3.0, 20.0) for family in GEMMA4},
     **{(family, "moe_intermediate_size"): (16, 8, 24) for family in GEMMA4},  # what its grouped products can do
     # Of tokens that are placeholders the embedding is another's.
     **{(family, f"{kind}_token_id"): (ABSENT, 200) for family in GEMMA4 for kind in ("image", "video", "audio")},

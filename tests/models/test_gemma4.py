@@ -218,11 +218,14 @@ def test_pieces_windows_and_prefixes(folder):
 
 @pytest.mark.slow
 def test_preempted(folder):
-    """With hardly any room."""
+    """Short prompts, all of which begin, and have no room for what comes after them."""
+    inputs = [prompt[:6] for prompt in prompts()[1:]]
+    params = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True)
     with LLM(folder, **OPTIONS) as probe:
         each = probe.sizes.bytes // probe.sizes.num_pages
-    with LLM(folder, **OPTIONS | {"kv_cache_memory": 92 * each}) as llm:
-        check(llm, generate(llm))
+    with LLM(folder, **OPTIONS | {"kv_cache_memory": 24 * each, "max_model_len": 160}) as llm:
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in inputs], params, use_tqdm=False)
+        check(llm, outputs, inputs)
         assert llm.stats.preemptions
         assert llm.stats.pages_used == 0
 

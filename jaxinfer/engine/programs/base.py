@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxinfer.attention import CacheLayout, LayerLayout, LayerMap, Table
-from jaxinfer.cache import SharedSpec
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import AbstractModel, Params
@@ -38,9 +37,10 @@ def cache_layout(
     model: AbstractModel, placement: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
 ) -> CacheLayout:
     """How what the model's layers keep is kept there. Raises ValueError if that attention is not to be had."""
-    specs = [None if isinstance(spec, SharedSpec) else spec for spec in model.cache_specs]
+    specs = [spec if spec and spec.owner is None else None for spec in model.cache_specs]
     kinds = {spec: LayerLayout.of(spec, model.dtype, placement, attention, kv_cache_dtype) for spec in specs if spec}
-    shared = tuple((i, spec.owner) for i, spec in enumerate(model.cache_specs) if isinstance(spec, SharedSpec))
+    owners = [(i, spec.owner) for i, spec in enumerate(model.cache_specs) if spec]
+    shared = tuple((i, owner) for i, owner in owners if owner is not None)
     return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context, shared)
 
 
