@@ -31,6 +31,7 @@ from jaxinfer.checkpoint.output import Format, check_destination
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.convert import stored_dtype, writing
 from jaxinfer.engine.config import DType, check_options
+from jaxinfer.layers.stack import Stream
 from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.model import AbstractModel, Params, scales
 from jaxinfer.models.params import in_short
@@ -179,14 +180,14 @@ class Layers:
         if not all(self.feeds):
             raise ValueError(f"model_type {model_type!r} does not say which norms feed which linears: use method gptq")
 
-    def embed(self, params: Params) -> list[Host]:
-        """The hidden states before the first layer."""
+    def embed(self, params: Params) -> list[Stream]:
+        """What goes into the first layer, of each batch."""
         embed = jax.jit(lambda params, batch: self._bound(params).embed(batch))
-        return [np.asarray(embed(params, batch)) for batch in self.batches]
+        return [jax.tree.map(np.asarray, embed(params, batch)) for batch in self.batches]
 
     def run(
-        self, layer: int, params: Mapping[str, Any], hidden: Sequence[Host], kept: Literal["hessian", "sample"] | None
-    ) -> tuple[dict[str, Host], list[Host]]:
+        self, layer: int, params: Mapping[str, Any], hidden: Sequence[Stream], kept: Literal["hessian", "sample"] | None
+    ) -> tuple[dict[str, Host], list[Stream]]:
         """What goes into each of its linears, all batches together, and what comes out. kept: of what goes in,
         the sum of the outer products `[in, in]`, or every few tokens."""
         graph, state = nnx.split(self._bound(params).blocks()[layer])
@@ -195,7 +196,7 @@ class Layers:
         every = -(-sum(self.tokens) // SAMPLE)
         for tokens, batch, x in zip(self.tokens, self.batches, hidden, strict=True):
             out, inputs = self._program(graph, kept, state, x, batch)
-            streams.append(np.asarray(out))
+            streams.append(jax.tree.map(np.asarray, out))
             for path, value in inputs.items():
                 if kept == "hessian":
                     sums[path] = value if path not in sums else sums[path] + value
@@ -207,8 +208,8 @@ class Layers:
         return {path: arrays[first] for path, first in self._firsts.get(graph, {}).items() if arrays}, streams
 
     def _run(
-        self, graph: Any, kept: str | None, state: Any, x: jax.Array, batch: ForwardBatch
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        self, graph: Any, kept: str | None, state: Any, x: Stream, batch: ForwardBatch
+    ) -> tuple[Stream, dict[str, jax.Array]]:
         """Of one layer on one batch. Layers that are alike have the same graph, and so one program."""
         block = nnx.merge(graph, state)
         taken: dict[str, jax.Array] = {}
@@ -218,7 +219,7 @@ class Layers:
         firsts: dict[int, str] = {}
         for path, value in taken.items():
             self._firsts.setdefault(graph, {})[path] = firsts.setdefault(id(value), path)
-        real = jnp.arange(x.shape[0])[:, None] < batch.cu_q_lens[-1]
+        real = jnp.arange(batch.tokens.shape[0])[:, None] < batch.cu_q_lens[-1]
         inputs = {path: jnp.where(real, taken[path], 0).astype(jnp.float32) for path in firsts.values()}
         if kept == "hessian":
             inputs = {path: jnp.matmul(x.T, x, precision="highest") for path, x in inputs.items()}

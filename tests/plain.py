@@ -36,7 +36,7 @@ def random_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
         for tensor, shape in spec.source.tensors(spec.shape).items():
             if tensor not in made:
                 values = rng.standard_normal(shape).astype(np.float32)
-                made[tensor] = values * np.float32(0.1) + (name.endswith("norm.weight"))
+                made[tensor] = values * np.float32(0.1) + name.endswith(("norm.weight", "layer_scalar"))
     return made
 
 

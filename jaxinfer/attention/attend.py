@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.xla import attend_stream
 from jaxinfer.cache import LayerCache
-from jaxinfer.sharding import KV, TENSOR, on_tensor
+from jaxinfer.sharding import KV, TENSOR, axis_size, on_tensor
 
 
 def attend(
@@ -30,6 +32,9 @@ def attend(
     q `[T, H, d]`, k and v `[T, K, d]`, K divides H. Returns out `[T, H, d]` (zeros or garbage for padding
     tokens) and the cache with this step's keys and values. `cache=None` attends within the batch alone.
     sinks: f32[H], one more score of each head, of what has no value (gpt-oss).
+
+    Where a mesh splits key/value heads into more parts than there are, or parts that they can't be split into evenly,
+    the cache has them several times: see `LayerLayout.of`.
     """
     if cache is None:
         return attend_stream(q, k, v, batch, spec, sinks), None
@@ -41,6 +46,9 @@ def attend(
     call: Any = functools.partial(backend, spec=dataclasses.replace(spec, chunk=None))
     if batch.mesh is None:
         return call(q, k, v, cache, batch, sinks=sinks)
+    times = math.lcm(k.shape[1], axis_size(batch.mesh, (KV,))) // k.shape[1]
+    if times > 1:
+        k, v = (jnp.repeat(heads, times, axis=1) for heads in (k, v))
     # Heads don't know of each other: each device does its own, with all rows of its shard.
     heads, kv_heads = PartitionSpec(None, TENSOR), PartitionSpec(None, KV)
     pages = PartitionSpec(None, *backend.partition_spec[1:])

@@ -31,7 +31,7 @@ class Table:
 class LayerMap:
     """Which layer has which part of the cache.
 
-    places: of each layer, which of the cache's arrays is its own, and which group it is in; None: it keeps nothing.
+    places: of each layer, which of the cache's arrays it has, or reads, and which group it is in; None: there is none.
     backends: what attends to each group.
     page_size: tokens a page.
     """

@@ -36,7 +36,7 @@ class CPUAttention(XLAAttention):
         spec: AttentionSpec,
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        pools = write_split(k, v, cast(Pages, pools), batch)
+        pools = write_split(k, v, cast(Pages, pools), batch, spec)
         used = jnp.arange(batch.kv_lens.shape[0], dtype=jnp.int32) < batch.distribution[1]
         kv_lens = jnp.where(used, batch.kv_lens, 0)
         grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])

@@ -85,6 +85,7 @@ def attend_fused(
 ) -> tuple[jax.Array, FusedPages]:
     """See `attend`; padding tokens give zeros. kernel: tokamax's, or one that does the same."""
     used = batch.kv_lens > 0
+    # It always writes: of a layer that doesn't, what is there already.
     # It writes for every row that it is told of: those that have stopped write where nobody reads, page 0.
     lengths = jnp.maximum(batch.kv_lens, jnp.diff(batch.cu_q_lens))
     pages = jnp.where(used[:, None], batch.pages, 0)

@@ -37,7 +37,7 @@ def attend_in_place(
     q: jax.Array, k: jax.Array, v: jax.Array, cache: HeadMajorPages, batch: ForwardBatch, spec: AttentionSpec
 ) -> tuple[jax.Array, HeadMajorPages]:
     """See `attend`; padding tokens and rows that have stopped give zeros. Head sizes are powers of two."""
-    cache = write_split(k, v, cache, batch)
+    cache = write_split(k, v, cache, batch, spec)
     tokens, heads, head_dim = q.shape
     kv_heads, page_size = cache.k.shape[1:3]
     group = pl.next_power_of_2(heads // kv_heads)

@@ -50,12 +50,17 @@ class LayerLayout:
         attention: str = "auto",
         kv_cache_dtype: str = "auto",
     ) -> LayerLayout:
-        """What suits the spec there. dtype: of activations. Raises ValueError: see `choose`."""
+        """What suits the spec there. dtype: of activations. Raises ValueError: see `choose`.
+
+        Heads that a mesh can't split evenly are kept several times, with fewer queries each: `attend` repeats them."""
         compute, heads = jnp.dtype(dtype), spec.heads
         kept = spec.kept(compute, kv_cache_dtype)
         if heads is None:
             return cls(spec, kept, placement, None, None, attention)
-        case = AttentionCase(*heads, axis_size(placement, (KV,)), compute, kept, devices_of(placement)[0], spec.sinks)
+        (num_kv_heads, head_dim, queries), parts = heads, axis_size(placement, (KV,))
+        times = math.lcm(num_kv_heads, parts) // num_kv_heads
+        split = num_kv_heads * times, head_dim, max(queries // times, 1)
+        case = AttentionCase(*split, parts, compute, kept, devices_of(placement)[0], spec.sinks)
         return cls(spec, kept, placement, choose(case, attention, kv_cache_dtype), case, attention)
 
     @property
@@ -108,6 +113,7 @@ class CacheLayout:
     layers: of each; None of those that keep nothing.
     groups: of layers that share a page table, or slots.
     pools: of pages that groups share.
+    shared: layers that keep nothing of their own, and of each, which one's cache it reads.
 
     Sizes that methods take: page_size, tokens a page; reach, the most tokens of a sequence that a call writes; rows,
     sequences that run at once on a shard of rows; num_pages of the first pool, page 0 among them, from which those of
@@ -117,9 +123,12 @@ class CacheLayout:
     layers: tuple[LayerLayout | None, ...]
     groups: tuple[CacheGroup, ...]
     pools: tuple[Pool, ...]
+    shared: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, layers: Sequence[LayerLayout | None], max_context: int) -> CacheLayout:
+    def of(
+        cls, layers: Sequence[LayerLayout | None], max_context: int, shared: tuple[tuple[int, int], ...] = ()
+    ) -> CacheLayout:
         """Of these layers; a window or chunk as wide as the longest context is none. Raises ValueError where nothing is
         kept."""
         if not any(layers):
@@ -132,7 +141,7 @@ class CacheLayout:
             (layer.geometry, (narrow(layer.spec.window), narrow(layer.spec.chunk)), layer.spec.paged) if layer else None
             for layer in layers
         ]
-        return cls(tuple(layers), *group_layers(kinds))
+        return cls(tuple(layers), *group_layers(kinds), shared)
 
     def of_group(self, group: CacheGroup) -> LayerLayout:
         """How its layers are kept."""
@@ -173,7 +182,13 @@ class CacheLayout:
         for i, group in enumerate(self.groups):
             for layer, array in zip(group.layers, group.arrays, strict=True):
                 places[layer] = array, i
+        for layer, owner in self.shared:
+            places[layer] = places[owner]
         return LayerMap(tuple(places), tuple(self.of_group(group).backend for group in self.groups), page_size)
+
+    def readers(self, group: CacheGroup) -> int:
+        """How many layers read what a group keeps."""
+        return len(group.layers) + sum(owner in group.layers for _, owner in self.shared)
 
     def page_bytes(self, page_size: int) -> tuple[int, ...]:
         """Of a page of each pool on each device."""

@@ -14,6 +14,7 @@ class AttentionSpec:
     window: None, or token i sees only positions > i - window (transformers' sliding window).
     chunk: None, or token i sees only positions from i - i % chunk on (Llama 4).
     soft_cap: None, or scores stay below it, by a tanh (Gemma 2).
+    writes: a cache gets the layer's keys and values; else they are there already, another layer's of the same step.
     """
 
     scale: float
@@ -21,3 +22,4 @@ class AttentionSpec:
     window: int | None = None
     chunk: int | None = None
     soft_cap: float | None = None
+    writes: bool = True

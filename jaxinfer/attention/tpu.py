@@ -139,7 +139,7 @@ def attend_packed(
     more = pairs // 2 - kv_heads  # heads of zeros, each with as many queries as the others
     padding = ((q, more * heads // kv_heads), (k, more), (v, more))
     q, k, v = (jnp.pad(x, ((0, 0), (0, count), (0, width - head_dim))) for x, count in padding)
-    cache = _write(k, v, cache, batch)
+    cache = _write(k, v, cache, batch) if spec.writes else cache
     # The kernel fetches keys for every row that it is told of, and waits for them only if there are any. So rows that
     # have stopped look at one key, and a batch without rows has one.
     count = batch.distribution[2]

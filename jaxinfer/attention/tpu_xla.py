@@ -41,7 +41,7 @@ class XLAAttentionOnTPU(XLAAttention):
         head_dim, pages = q.shape[-1], cast(Pages, pools)
         more = (0, 0), (0, 0), (0, pages.k.shape[-1] - head_dim)
         q, k, v = (jnp.pad(x, more) for x in (q, k, v))
-        pages = write_split(k, v, pages, batch, by_rows=True)
+        pages = write_split(k, v, pages, batch, spec, by_rows=True)
         return attend_split(q, pages, batch, spec, sinks)[..., :head_dim], pages
 
 

@@ -62,7 +62,7 @@ class XLAAttention(AttentionBackend):
         spec: AttentionSpec,
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        pools = write_split(k, v, cast(Pages, pools), batch)
+        pools = write_split(k, v, cast(Pages, pools), batch, spec)
         return attend_split(q, pools, batch, spec, sinks), pools
 
 
@@ -90,8 +90,12 @@ def _attend(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec
     return _prefill(q, out, cache, batch, spec, sinks)[: q.shape[0]]
 
 
-def write_split(k: jax.Array, v: jax.Array, cache: P, batch: ForwardBatch, by_rows: bool = False) -> P:
+def write_split(
+    k: jax.Array, v: jax.Array, cache: P, batch: ForwardBatch, spec: AttentionSpec, by_rows: bool = False
+) -> P:
     """The cache with this call's keys and values. by_rows: each head of a token by itself."""
+    if not spec.writes:
+        return cache
     page, slot = batch.slot_mapping(cache.k.shape[2])
     dtype = values_dtype(cache.k)
     new: Iterable[jax.Array] = (k.astype(dtype), v.astype(dtype))

@@ -23,6 +23,8 @@ class KVCacheSpec(ABC):
         None: all.
     chunk: a query sees those of its own chunk of so many, and older chunks' pages can be used again; None: all.
     sinks: its heads have one, see `attend`; backends ask.
+    owner: it is nothing of the layer's own: it reads what the layer of this number, before it, has written in the same
+        step; None: it is.
     partition_spec: how a mesh splits the arrays, one for all or a tree of them; pages and slots come first, and are
         split over ROWS.
     """
@@ -31,6 +33,7 @@ class KVCacheSpec(ABC):
     window: int | None = None
     chunk: int | None = None
     sinks: bool = False
+    owner: int | None = None
     partition_spec: PartitionSpec | tuple[PartitionSpec, ...] = PartitionSpec(ROWS)
 
     @property
@@ -94,6 +97,19 @@ class ChunkedSpec(FullAttentionSpec):
     """
 
     chunk: int
+
+
+@dataclass(frozen=True)
+class SharedSpec(KVCacheSpec):
+    """What another layer keeps.
+
+    owner: which one.
+    """
+
+    owner: int
+
+    def init_cache(self, dtype: np.dtype[Any], count: int, page_size: int) -> LayerCache:
+        raise NotImplementedError("its owner has it")
 
 
 def attention_spec(

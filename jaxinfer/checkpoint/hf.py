@@ -35,6 +35,11 @@ def check_hf(model: AbstractModel) -> None:
                     f"format hf: {name} is a part of {region.tensor}, of which others are quantized in another way: "
                     "use format orbax, or one scheme for all of them"
                 )
+            if spec.scheme is not None and len(region.stored) > 2:
+                raise ValueError(
+                    f"format hf: {name} is of experts that are stacked in {region.tensor}, and compressed-tensors "
+                    "quantizes linears: use format orbax, or no quantization"
+                )
             if spec.scheme is not None and not _has_rows_of(region, shapes[region.tensor], spec.scheme):
                 raise ValueError(
                     f"format hf: {name} lies the other way round in {region.tensor}, or is a part of it that shares "

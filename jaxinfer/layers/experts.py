@@ -60,7 +60,8 @@ class Experts(nnx.Module):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        experts, options = routing.experts, {"bias": bias, "dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
+        experts = routing.experts
         self.gate_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), **options)
         self.up_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), **options)
         self.down_proj = StackedLinear(experts, hidden, features, axes=("embed", None), **options)

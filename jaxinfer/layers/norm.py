@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 class RMSNorm(nnx.Module):
     """Root mean square norm over the last axis (Zhang and Sennrich, arXiv:1910.07467).
 
-    scale: whether it has weights.
     wide: weights are multiplied before the result is rounded to the activations' dtype, not after.
     offset: is added to the weights, which are multiplied wide then: Gemma's checkpoints have what is more than 1.
+    scale: whether it has weights.
     """
 
     def __init__(
@@ -24,9 +24,9 @@ class RMSNorm(nnx.Module):
         eps: float,
         dtype: DTypeLike,
         axes: tuple[str | None, ...] = ("embed",),
-        scale: bool = True,
         wide: bool = False,
         offset: float = 0.0,
+        scale: bool = True,
     ):
         self.weight = nnx.Param(jnp.ones(features, dtype), axes=axes) if scale else None
         self.eps, self.wide, self.offset = eps, wide or offset != 0, offset

@@ -12,7 +12,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rope:
-    """Frequencies of the rotation, with one scaling kind out of KINDS.
+    """Frequencies of the rotation.
+
+    KINDS: ways to stretch them that any family may have.
 
     dim: how many of a head's dimensions turn, the first ones: even; half as many frequencies.
     theta: base of the periods.
@@ -23,7 +25,9 @@ class Rope:
         llama3   low frequencies divided by `factor`, high ones kept, a ramp in between (Llama 3.1).
         yarn     a ramp over dimensions, and cos and sin scaled by `attention_factor` (arXiv:2309.00071).
         longrope  each frequency divided by its own factor, cos and sin scaled likewise (arXiv:2402.13753).
+        proportional  divided by `factor`, and 0 but for the first `turning / 2` (Gemma 4, whose family alone has it).
     factor: see kind.
+    turning: proportional: how many of the dimensions turn, half of them from the middle on.
     original_context: llama3, yarn: positions of the pretraining.
     low_freq_factor, high_freq_factor: llama3: where the ramp ends, in turns within the original context; where both are
         equal it is a step.
@@ -55,6 +59,7 @@ class Rope:
     long_factors: tuple[float, ...] = ()
     long_context: int = 0
     long: bool = False
+    turning: int = 0
     interleaved: bool = False
 
     def inv_freq(self) -> np.ndarray:
@@ -69,6 +74,8 @@ class Rope:
         factor = np.float32(self.factor)
         if self.kind == "linear":
             return base / factor
+        if self.kind == "proportional":
+            return np.where(np.arange(self.dim // 2) < self.turning // 2, base, np.float32(0)) / factor
         if self.kind == "llama3":
             return self._llama3(base, factor)
         return self._yarn(base, factor)

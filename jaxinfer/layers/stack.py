@@ -16,22 +16,28 @@ from jaxinfer.cache import Cache, LayerCache
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, fsdp_axis, on_axes, on_tensor
 
 M = TypeVar("M", bound=nnx.Module)
-# Of a layer on hidden states, with its own cache and its group's view of the batch.
-RunLayer = Callable[[M, jax.Array, LayerCache | None, ForwardBatch], tuple[jax.Array, LayerCache | None]]
+Stream = Any  # what goes from layer to layer: hidden states `[T, D]`, or a tuple that begins with them
+# Of a layer on that, with its own cache and its group's view of the batch.
+RunLayer = Callable[[M, Stream, LayerCache | None, ForwardBatch], tuple[Stream, LayerCache | None]]
+
+
+def hidden_states(stream: Stream) -> jax.Array:
+    """The hidden states in it."""
+    return cast(jax.Array, stream[0] if isinstance(stream, tuple) else stream)
 
 
 def stack(
-    layers: Iterable[M], x: jax.Array, cache: Cache | None, batch: ForwardBatch, run: RunLayer[M]
-) -> tuple[jax.Array, Cache | None]:
-    """The hidden states `[T, D]` after all layers, and the cache with their new keys and values."""
+    layers: Iterable[M], x: Stream, cache: Cache | None, batch: ForwardBatch, run: RunLayer[M]
+) -> tuple[Stream, Cache | None]:
+    """What comes out of the last of all layers, and the cache with their new keys and values."""
     assert cache is None or batch.layers is not None, "a batch over a cache says which layer has which part of it"
     arrays: list[LayerCache | None] = list(cache or ())
     views = batch.views()
     places = batch.layers.places if batch.layers is not None and cache is not None else ()
-    before = x
+    before = hidden_states(x)
     for i, layer in enumerate(layers):
         whole = gathered(layer, before, batch.mesh)
-        before = x
+        before = hidden_states(x)
         if not places or (location := places[i]) is None:
             x, _ = run(whole, x, None, batch)
         else:

@@ -28,8 +28,10 @@ class Architecture:
     parse: reads and checks the fields.
     build: makes the module.
     weights: says how checkpoints differ from the module.
+    per_layer: parse reads `per_layer_config`, which is refused of others.
     """
 
     parse: Callable[[ConfigReader], ModelConfig]
     build: Build
     weights: Callable[[ModelConfig], ParamMapping]
+    per_layer: bool = False

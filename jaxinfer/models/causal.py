@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import Cache, KVCacheSpec
-from jaxinfer.layers.stack import RunLayer, stack
+from jaxinfer.layers.stack import RunLayer, Stream, hidden_states, stack
 
 # Of a layer: what is multiplied channel by channel with what it feeds (norms; linears, whose outputs reach others with
 # no more than sums over tokens and factors of other sources between), and the linears that take it.
@@ -21,8 +21,8 @@ SmoothingPairs = tuple[tuple[str, tuple[str, ...]], ...]
 class CausalLM(nnx.Module):
     """A body, which is run on all tokens of a batch, and an output head, for those whose logits are wanted."""
 
-    def embed(self, batch: ForwardBatch) -> jax.Array:
-        """The hidden states before the first layer, `[T, D]`."""
+    def embed(self, batch: ForwardBatch) -> Stream:
+        """The hidden states before the first layer, `[T, D]`, with what else layers take."""
         raise NotImplementedError
 
     def blocks(self) -> Sequence[Any]:
@@ -44,7 +44,8 @@ class CausalLM(nnx.Module):
 
     def hidden(self, batch: ForwardBatch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
         """The hidden states after the last layer, `[T, D]`, and the cache with the new keys and values."""
-        return stack(self.blocks(), self.embed(batch), cache, batch, self.runner(batch))
+        stream, cache = stack(self.blocks(), self.embed(batch), cache, batch, self.runner(batch))
+        return hidden_states(stream), cache
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """Logits float32 `[N, V]` of some hidden states, `[N, D]`; mesh: as in ForwardBatch."""

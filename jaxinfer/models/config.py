@@ -13,7 +13,7 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.rotary import Rope
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # in layer_types
-PER_LAYER = "per_layer_config"  # other fields for single layers, which no model here has
+PER_LAYER = "per_layer_config"  # other fields for single layers
 _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
 MAX_LAYERS = 1000  # each takes time to build, even without its weights
 _LARGEST_NUMBER = 1e15  # nor any other number; float32 must hold what is computed from it, and from what is above 0

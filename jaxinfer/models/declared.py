@@ -17,7 +17,15 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.cache import ChunkedSpec, FullAttentionSpec, KVCacheSpec, LatentSpec, RecurrentSpec, SlidingWindowSpec
+from jaxinfer.cache import (
+    ChunkedSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    LatentSpec,
+    RecurrentSpec,
+    SharedSpec,
+    SlidingWindowSpec,
+)
 from jaxinfer.models import registry
 from jaxinfer.models.config import ModelConfig, describe_config
 from jaxinfer.models.params import ParamSpec
@@ -75,7 +83,7 @@ TYPES = {
     for kind in (
         *(Declared, DeclaredModule, ModelConfig, ParamMapping, ParamSpec),
         *(Tensor, Renamed, Transposed, Row, Part, Strided, Stack, Concat, OneOf),
-        *(FullAttentionSpec, SlidingWindowSpec, ChunkedSpec, LatentSpec, RecurrentSpec),
+        *(FullAttentionSpec, SlidingWindowSpec, ChunkedSpec, LatentSpec, RecurrentSpec, SharedSpec),
     )
 }
 

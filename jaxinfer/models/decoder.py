@@ -24,7 +24,7 @@ from jaxinfer.layers.linear import Embedding, Linear, head_logits
 from jaxinfer.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
 from jaxinfer.layers.rotary import Rope
-from jaxinfer.layers.stack import RunLayer
+from jaxinfer.layers.stack import RunLayer, Stream
 from jaxinfer.layers.temperature import Temperature
 from jaxinfer.models.causal import CausalLM, SmoothingPairs
 from jaxinfer.models.config import MAX_LAYERS, ConfigReader, ModelConfig, rope_of
@@ -331,7 +331,7 @@ class DecoderForCausalLM(CausalLM):
             )
         self.config = config
 
-    def embed(self, batch: ForwardBatch) -> jax.Array:
+    def embed(self, batch: ForwardBatch) -> Stream:
         x = self.model.embed_tokens(batch.tokens, batch.mesh)
         return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
 

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture as Architecture
-from jaxinfer.models.wrapped import GEMMA3, LLAMA4, MISTRAL3, QWEN2_5_VL, QWEN2_VL, QWEN3_VL, QWEN3_VL_MOE, Wrapped
+from jaxinfer.models.wrapped import (
+    GEMMA3,
+    GEMMA4,
+    GEMMA4_UNIFIED,
+    LLAMA4,
+    MISTRAL3,
+    QWEN2_5_VL,
+    QWEN2_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    Wrapped,
+)
 
 if TYPE_CHECKING:
     from jaxinfer.models.config import ModelConfig
@@ -42,6 +53,10 @@ REGISTRY: dict[str, Entry] = {
     "Gemma2ForCausalLM": Entry("gemma2", "jaxinfer.models.gemma2", "Gemma 2"),
     "Gemma3ForCausalLM": Entry("gemma3_text", "jaxinfer.models.gemma3", "Gemma 3 (270M, 1B, text of the others)"),
     "Gemma3ForConditionalGeneration": Entry("gemma3", GEMMA3, "Gemma 3 4B, 12B and 27B, MedGemma (text)"),
+    "Gemma4ForCausalLM": Entry("gemma4_text", "jaxinfer.models.gemma4", "text of Gemma 4"),
+    "Gemma4ForConditionalGeneration": Entry("gemma4", GEMMA4, "Gemma 4 E2B, E4B, 26B-A4B and 31B (text)"),
+    "Gemma4UnifiedForCausalLM": Entry("gemma4_unified_text", "jaxinfer.models.gemma4_unified", "text of Gemma 4 12B"),
+    "Gemma4UnifiedForConditionalGeneration": Entry("gemma4_unified", GEMMA4_UNIFIED, "Gemma 4 12B (text)"),
     "GemmaForCausalLM": Entry("gemma", "jaxinfer.models.gemma", "Gemma, CodeGemma"),
     "Glm4ForCausalLM": Entry("glm4", "jaxinfer.models.glm4", "GLM-4-0414 9B and 32B, GLM-Z1"),
     "Glm4MoeForCausalLM": Entry("glm4_moe", "jaxinfer.models.glm4_moe", "GLM-4.5, 4.6, 4.7, GLM-4.5-Air"),
@@ -166,5 +181,6 @@ def parse_config(data: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
     fields = ConfigReader(data)
     for name in ("is_encoder_decoder", "add_cross_attention"):
         fields.refuse(name, False)
-    fields.refuse(PER_LAYER, {})
+    if not arch.per_layer:
+        fields.refuse(PER_LAYER, {})
     return arch, arch.parse(fields)

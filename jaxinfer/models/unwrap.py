@@ -20,17 +20,19 @@ def text_architecture(wrapped: Wrapped, data: Mapping[str, Any]) -> Architecture
     text: Architecture = importlib.import_module(_module(wrapped, data)).ARCHITECTURE
     return replace(
         text,
-        parse=lambda fields: text.parse(text_fields(wrapped, fields)),
+        parse=lambda fields: text.parse(text_fields(wrapped, fields, text.per_layer)),
         weights=lambda config: text_weights(wrapped, text.weights(config)),
+        per_layer=False,
     )
 
 
-def text_fields(wrapped: Wrapped, fields: ConfigReader) -> ConfigReader:
+def text_fields(wrapped: Wrapped, fields: ConfigReader, per_layer: bool = False) -> ConfigReader:
     """Those of the text model. Embedding and head are tied where either part of the file says so (it depends on the
-    version of transformers which one does), but see Wrapped."""
+    version of transformers which one does), but see Wrapped. per_layer: see Architecture."""
     inner = fields.data.get(TEXT)
     text = fields if inner is None else ConfigReader(inner, f"{fields.where}: {TEXT}")
-    text.refuse(PER_LAYER, {})
+    if not per_layer:
+        text.refuse(PER_LAYER, {})
     for name in wrapped.unread:
         text.refuse(name)
     said = [part.boolean(TIED, False) for part in (fields, text)]

@@ -80,6 +80,16 @@ GEMMA3 = Wrapped(
     unread=("final_logit_softcapping",),
     name="Gemma 3",
 )
+# Gemma 4's towers, and the embeddings that 12B has in their place, by both of its names.
+TOWERS = (r"model\.(vision_tower|audio_tower|vision_embedder|embed_vision|embed_audio)\..+",)
+GEMMA4 = Wrapped(
+    {"gemma4_text": "jaxinfer.models.gemma4"},
+    TOWERS,
+    tied=True,
+    name="Gemma 4",
+    tower="part for images and audio",
+)
+GEMMA4_UNIFIED = replace(GEMMA4, texts={"gemma4_unified_text": "jaxinfer.models.gemma4_unified"})
 QWEN2_VL = Wrapped(
     dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_vl", "qwen2_5_vl"), "jaxinfer.models.qwen2_vl"),
     VISUAL,

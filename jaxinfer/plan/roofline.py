@@ -89,15 +89,15 @@ def bound(
     body_bytes = sum(count for name, count in held.items() if name not in vocab)
     read = sum(count * (1 - (1 - taken.get(name, 1)) ** tokens) for name, count in held.items() if name not in vocab)
     # An embedding is looked up, not multiplied.
-    head_bytes = sum(held[n] for n in vocab if config.tie_word_embeddings or n.startswith("lm_head."))
+    head_bytes = sum(held[name] for name in vocab & model.head)
     attention, keys = 0.0, 0.0  # products of queries and keys, and of weights and values; bytes of keys and values
     for group in layout.groups:
-        layer, count = layout.of_group(group), len(group.layers)
+        layer, count = layout.of_group(group), layout.readers(group)
         if group.pool is None:
             keys += rows * count * layer.nbytes(1)
             continue
         kv_heads, head_dim = layer.kept_heads
-        heads = config.num_heads // config.num_kv_heads * kv_heads
+        heads = kv_heads * (layer.case.queries if layer.case else 0)
         kept = group.window or group.chunk or context
         attention += 2 * count * heads * head_dim * tokens * _seen(context, kept, decodes=tokens == rows)
         keys += rows * count * min(context, kept + tokens // rows - 1) * layer.nbytes(1)

@@ -40,11 +40,13 @@ INERT = {
     **dict.fromkeys(("summary_proj_to_labels", "summary_first_dropout"), "of another head"),
     **dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), OF_IMAGES),
     **dict.fromkeys(("boi_token_index", "eoi_token_index", "image_token_index"), OF_IMAGES),
+    **dict.fromkeys(("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_index", "audio_token_id"), OF_IMAGES),
 }
 # The same, but with one value: others need a tower that fits.
 FIXED = dict.fromkeys(
     (
         "vision_config",
+        "audio_config",
         "mm_tokens_per_image",
         "projector_hidden_act",
         "vision_feature_layer",
@@ -101,6 +103,16 @@ def _layer_types(case: Case, fields: dict[str, Any]) -> Any:
     if case.pick("layer_types", (True, True, False)) or (other == SLIDING and fields[name] is None):
         return case.rng("layer_types").choices((FULL, other if used else FULL), k=fields["num_hidden_layers"])
     return ABSENT
+
+
+def _shared_layers(case: Case, fields: dict[str, Any]) -> Any:
+    """Those before them have each type of layer."""
+    layers, types = fields["num_hidden_layers"], fields["layer_types"]
+    if types is ABSENT or types is None:
+        return case.pick("num_kv_shared_layers", (ABSENT, 0))
+    types = [*types[:-1], FULL]
+    fitting = [n for n in range(layers) if set(types[: layers - n]) == set(types)]
+    return case.rng("num_kv_shared_layers").choice((ABSENT, *fitting))
 
 
 def _of_layers(*options: int) -> Callable[[Case, dict[str, Any]], Any]:
@@ -174,6 +186,12 @@ VALUES: dict[str, Values] = {
     "mlp_only_layers": (ABSENT, [], [0]),
     **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise"), RATES),
     "clip_qkv": (ABSENT, 0.3, 1.5),
+    "global_head_dim": (16, 8, 12),
+    "num_global_key_value_heads": (ABSENT, 1, None),
+    "num_kv_shared_layers": _shared_layers,
+    "hidden_size_per_layer_input": (8, 0, 5),
+    "vocab_size_per_layer_input": lambda case, fields: fields["vocab_size"] + case.pick("vocab_per_layer", (0, 3)),
+    "top_k_experts": (1, 2, 3, 4),
     "word_embed_proj_dim": (ABSENT, 16, 33),
     **{name: RATES for name in INERT if "drop" in name or name in ("initializer_range", "init_std")},
     **{name: IDS for name in INERT if name.endswith(("_token_id", "_token_index"))},
@@ -184,7 +202,9 @@ VALUES: dict[str, Values] = {
     "summary_activation": (ABSENT, "tanh"),
 }
 # Whatever the classes say, models compute with them.
+GEMMA4 = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 NOT_NULL = {
+    **dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size", "pad_token_id"), GEMMA4),
     "head_dim": ("glm", "hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"),
     "sliding_window": ("cohere2", "gemma2", "gemma3", "gemma3_text", "ministral", "olmo3"),
     "logit_scale": ("cohere",),
@@ -203,12 +223,24 @@ NOT_NULL = {
     "moe_norm_min": ("ernie4_5_moe",),
 }
 BOOL = (ABSENT, True, False)
+# Of single families: which other values a field may have, and which fields there are besides those of the class.
+OWN_VALUES: dict[tuple[str, str], Values] = {
+    **{(family, "use_bidirectional_attention"): (ABSENT, "vision", "all", "vision") for family in GEMMA4},
+    **{(family, "num_hidden_layers"): (3, 4, 2, 1) for family in GEMMA4},
+    # With the defaults, of 256 and 512, scores are too large for exact results; a low cap leaves errors alone.
+    **{(family, "head_dim"): (8, 12, 16, 4) for family in GEMMA4},
+    **{(family, "final_logit_softcapping"): (ABSENT, 3.0, 20.0) for family in GEMMA4},
+    **{(family, "moe_intermediate_size"): (16, 8, 24) for family in GEMMA4},  # what its grouped products can do
+    # Of tokens that are placeholders the embedding is another's.
+    **{(family, f"{kind}_token_id"): (ABSENT, 200) for family in GEMMA4 for kind in ("image", "video", "audio")},
+}
+BESIDES = dict.fromkeys(GEMMA4, ("global_head_dim", "num_global_key_value_heads"))
 
 
 def options(family: str, field: dataclasses.Field[Any]) -> Values:
     """What it may be. Raises KeyError of one that nobody knows."""
     kinds = typing.get_args(field.type) or (field.type,)
-    values = VALUES.get(field.name, BOOL if bool in kinds else None)
+    values = OWN_VALUES.get((family, field.name)) or VALUES.get(field.name, BOOL if bool in kinds else None)
     if values is None:
         raise KeyError(f"{field.name}: {field.type}: say in VALUES what it may be")
     null = type(None) in kinds and family not in NOT_NULL.get(field.name, ())
@@ -237,6 +269,7 @@ def draw(case: Case, config: type) -> dict[str, Any]:
         null = callable(values) and type(None) in typing.get_args(fields[name].type)
         if null and case.pick(f"{name} is null", (1, 0, 0, 0)) and drawn.get("sliding_window", ABSENT) is not None:
             drawn[name] = None
+    drawn |= {name: case.pick(name, VALUES[name]) for name in BESIDES.get(case.family, ())}  # type: ignore[arg-type]
     given = {name: value for name, value in drawn.items() if value is not ABSENT}
     if LAST in fields and (case.pick(LAST, (True, True, True, True, False)) or case.family in SECTIONS):
         given[LAST] = _ropes(case, config, given)
@@ -254,8 +287,11 @@ def _ropes(case: Case, config: Any, fields: dict[str, Any]) -> dict[str, Any]:
         known = config(**fields)
     except Exception:  # it will be discarded
         return {}
-    head_dim = getattr(known, "head_dim", None) or fields["hidden_size"] // fields["num_attention_heads"]
     default = known.rope_parameters
+    if case.family in GEMMA4:
+        sizes = {kind: known.per_layer_config[kind].head_dim for kind in known.layer_types}
+        return {kind: _rope(case, f" {kind}", sizes[kind], default[kind]) for kind in sizes}
+    head_dim = getattr(known, "head_dim", None) or fields["hidden_size"] // fields["num_attention_heads"]
     if SLIDING in default:
         return {kind: _rope(case, f" {kind}", head_dim, default[kind]) for kind in (SLIDING, FULL)}
     return _rope(case, "", head_dim, default)
@@ -268,8 +304,10 @@ def _rope(case: Case, suffix: str, head_dim: int, default: dict[str, Any]) -> di
     kind = said = pick("rope_type", *OWN_KINDS.get(case.family, KINDS))
     if case.family in OWN_KINDS and kind != "default":
         kind = "longrope"
-    rope: dict[str, Any] = {"rope_type": said, "rope_theta": pick("rope_theta", ABSENT, 100.0, 10000.0, 5e5)}
-    if "partial_rotary_factor" in default or kind == "proportional":
+    gemma4 = case.family in GEMMA4  # it has no default of theta, and no other kind that leaves a part of a head
+    thetas = (100.0, 10000.0, 5e5) if gemma4 else (ABSENT, 100.0, 10000.0, 5e5)
+    rope: dict[str, Any] = {"rope_type": said, "rope_theta": pick("rope_theta", *thetas)}
+    if kind == "proportional" or ("partial_rotary_factor" in default and not gemma4):
         rope["partial_rotary_factor"] = pick("partial_rotary_factor", ABSENT, 0.5, 1.0, 0.75)
     if kind not in ("default", "longrope"):
         rope["factor"] = pick("factor", 1.0, 4.0, 2)

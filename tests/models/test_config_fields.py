@@ -126,6 +126,7 @@ LEGAL = (("mlp_only_layers", []), ("moe_layers", []), ("moe_layer_end_index", -1
 def kind_of(field):
     """What a field is."""
     kinds = {typing.get_origin(kind) or kind for kind in typing.get_args(field.type) or (field.type,)}
+    kinds = {str if kind is typing.Literal else kind for kind in kinds}
     return next(kind for kind in (list, dict, float, bool, int, str) if kind in kinds)
 
 

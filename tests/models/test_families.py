@@ -58,7 +58,7 @@ def make(variant: Variant, matrices: float, vectors: float, folder: Path) -> Non
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = getattr(transformers, variant.config)(**(ids | variant.fields))
     text = config.get_text_config()
-    text.eos_token_id = text.pad_token_id = None
+    text.eos_token_id, text.pad_token_id = None, variant.fields.get("text_config", {}).get("pad_token_id")
     config._attn_implementation = text._attn_implementation = "eager"
     model = getattr(transformers, variant.auto).from_config(config).eval().float()
     spoken = speaker(model)
@@ -68,8 +68,8 @@ def make(variant: Variant, matrices: float, vectors: float, folder: Path) -> Non
             noise = torch.randn_like(weight)
             weight.copy_(noise * matrices if weight.ndim > 1 else weight + noise * vectors)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.copy_(torch.randn_like(buffer) * vectors)
+            if name.endswith(("e_score_correction_bias", "layer_scalar")):
+                buffer.copy_(buffer + torch.randn_like(buffer) * vectors)
         prompt = torch.tensor(np.random.default_rng(2).integers(0, VOCAB, (1, PROMPT)))
         tokens = spoken.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False)
         logits = spoken(tokens).logits[0]

@@ -100,6 +100,21 @@ LAYOUTS = {
         "no_rope_layer_interval": 2,
         "attention_chunk_size": 16,
     },
+    "heads of two sizes, one of them alone, keys as values, and caches that others read": BASE
+    | {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "sliding_window": 16,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 1,
+        "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": 300,
+    },
     "wrapped": {
         "model_type": "mistral3",
         "architectures": ["Mistral3ForConditionalGeneration"],
@@ -107,6 +122,7 @@ LAYOUTS = {
         "tie_word_embeddings": False,
     },
 }
+GATES = ("gate", "shared_expert_gate")
 slow = partial(pytest.param, marks=pytest.mark.slow)
 every = pytest.mark.parametrize("layout", LAYOUTS)
 # Those whose matrices lie as linears of others do; of TURNS there is a format of its own, see test_gpt_oss.
@@ -201,7 +217,7 @@ def test_stored_quantized(layout, name, tmp_path):
     case = CASES[name]
     field = "ignore" if "ignore" in case.config else "modules_to_not_convert"
     # A head, which has no values of its own in these, and a router and a gate, which nobody quantizes.
-    names = ["embed_out", "model.layers.1.mlp.gate", "model.layers.1.mlp.shared_expert_gate"]
+    names = ["embed_out", *(f"model.layers.1.mlp.{gate}" for gate in GATES if layout == "experts")]
     left_out = [*case.config.get(field, []), *names]
     check(LAYOUTS[layout], case._replace(config=case.config | {field: left_out}), tmp_path)
 
@@ -261,7 +277,7 @@ def test_smoothing_changes_nothing(plain, layout):
                 factors = np.broadcast_to(factors.reshape(shared)[:, :1], shared).reshape(-1)
             fold(changed, f"{prefix}.{source}", [f"{prefix}.{path}" for path in taking], factors, shared)
     expected = run(params)
-    np.testing.assert_allclose(run(changed), expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(run(changed), expected, atol=3e-5 * np.abs(expected).max())
 
 
 @every

@@ -96,7 +96,7 @@ def test_an_unknown_type(model_type):
     assert text == f"model_type {model_type!r} is not supported; `jaxinfer models` lists all"
     text = line(lambda: architecture({"model_type": "llama5"}))
     assert text == "model_type 'llama5' is not supported, and 'llama4' is; `jaxinfer models` lists all"
-    assert registry.nearest("gemma4").startswith(", and 'gemma3")
+    assert registry.nearest("gemma5").startswith(", and 'gemma4")
     assert registry.nearest("phi4") == ", and 'phi3' is; `jaxinfer models` lists all"
 
 

@@ -37,9 +37,11 @@ def cache_layout(
     model: AbstractModel, placement: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
 ) -> CacheLayout:
     """How what the model's layers keep is kept there. Raises ValueError if that attention is not to be had."""
-    specs = model.cache_specs
+    specs = [spec if spec and spec.owner is None else None for spec in model.cache_specs]
     kinds = {spec: LayerLayout.of(spec, model.dtype, placement, attention, kv_cache_dtype) for spec in specs if spec}
-    return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context)
+    owners = [(i, spec.owner) for i, spec in enumerate(model.cache_specs) if spec]
+    shared = tuple((i, owner) for i, owner in owners if owner is not None)
+    return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context, shared)
 
 
 def placed_params(model: AbstractModel, placement: jax.Device | Mesh) -> dict[str, jax.ShapeDtypeStruct]:

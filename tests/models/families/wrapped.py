@@ -63,6 +63,11 @@ def in_the_model(folder: Path) -> None:
     rename(folder, **llava, **inside, **{"model.": "model.language_model."})
 
 
+def in_place_of_towers(folder: Path) -> None:
+    """As the modules of transformers 5 are called."""
+    rename(folder, **{"model.vision_embedder.": "model.embed_vision."})
+
+
 def flat(folder: Path) -> None:
     """As the first releases of Qwen2-VL have it: no text_config, and rope_scaling of type mrope."""
 
@@ -162,6 +167,32 @@ GEMMA = {
     "sliding_window": 12,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+GEMMA4 = GEMMA | {
+    "global_head_dim": 24,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "pad_token_id": 0,
+}
+INPUTS = {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 300}
+EXPERTS = {"enable_moe_block": True, "num_experts": 5, "top_k_experts": 2, "moe_intermediate_size": 24}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 2,
+    "position_embedding_size": 16,
+}
+AUDIO = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [4, 4],
+    "output_proj_dims": 16,
+}
+PATCHES = {"mm_embed_dim": 16, "mm_posemb_size": 4, "output_proj_dims": 32, "patch_size": 2}
 MISTRAL = {"model_type": "mistral", "head_dim": 8, "sliding_window": None}
 MOE = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 VARIANTS = {
@@ -189,6 +220,10 @@ VARIANTS = {
     ),
     "gemma3": wrapped("Gemma3Config", GEMMA, SIGLIP, mm_tokens_per_image=16),
     "gemma3-tied": wrapped("Gemma3Config", GEMMA, SIGLIP, silent, mm_tokens_per_image=16, **TIED),
+    "gemma4": wrapped("Gemma4Config", GEMMA4 | INPUTS | EXPERTS, TOWER, audio_config=AUDIO),
+    "gemma4-tied": wrapped("Gemma4Config", GEMMA4 | INPUTS, TOWER, silent, **TIED),
+    "gemma4_unified": wrapped("Gemma4UnifiedConfig", GEMMA4, PATCHES, audio_config={"audio_embed_dim": 8}),
+    "gemma4_unified-tied": wrapped("Gemma4UnifiedConfig", GEMMA4, PATCHES, in_place_of_towers, **TIED),
     "mistral3": wrapped("Mistral3Config", MISTRAL, PIXTRAL),
     "mistral3-in-the-model": wrapped("Mistral3Config", MISTRAL | {"sliding_window": 11}, PIXTRAL, in_the_model),
     "mistral3-tied": wrapped("Mistral3Config", MISTRAL, PIXTRAL, silent, **TIED),
@@ -220,6 +255,13 @@ MUTANTS = {
     "qwen3_vl_moe: how many experts": Mutant("qwen3_vl_moe-turned-bias-tied", routed(top_k=2)),
     "qwen3_vl_moe: default theta": Mutant("qwen3_vl_moe-square-sparse", theta),
     "gemma3: window in a wrapper": Mutant("gemma3", lambda config: replace(config, windows=(12, None, 13))),
+    "gemma4: window in a wrapper": Mutant("gemma4", lambda config: replace(config, windows=(13, None, None))),
+    "gemma4: which layers slide, in a wrapper": Mutant(
+        "gemma4", lambda config: replace(config, windows=(12, 12, None))
+    ),
+    "gemma4_unified: window in a wrapper": Mutant(
+        "gemma4_unified", lambda config: replace(config, windows=(13, None, None))
+    ),
     "qwen2_5_vl: default theta": Mutant("qwen2_5_vl-sparse", theta),
     "mistral3: window": Mutant("mistral3-in-the-model", lambda config: replace(config, windows=(12, 12))),
 }
