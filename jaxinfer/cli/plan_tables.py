@@ -25,6 +25,12 @@ def print_plan(figures: dict[str, Any]) -> None:
         console.print(_programs(figures))
         console.print(_collectives(figures))
     console.print(_speed(figures))
+    if figures["experts_over"]:
+        console.print(
+            f"experts are split over {figures['experts_over']} devices, and all wait for the one that has most rows, or "
+            "most experts with rows: so many times the mean, as is expected if a token takes any with the same chance "
+            "(David and Nagaraja, Order Statistics, doi:10.1002/0471722162)"
+        )
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -69,13 +75,15 @@ def _collectives(figures: dict[str, Any]) -> Table | str:
 
 def _speed(figures: dict[str, Any]) -> Table:
     title = f"each step at best, sequences of {figures['context']:,} tokens; GFLOP and GB of each device"
-    table = _table(title, "step", "GFLOP", "GB", "ms", "tokens/s", "a chip", "binds")
+    busiest = ("rows", "experts") if figures["experts_over"] else ()
+    table = _table(title, "step", "GFLOP", "GB", "ms", "tokens/s", "a chip", "binds", *busiest)
     lines = [(f"decode, {step['rows']} rows", step) for step in figures["decode"]]
     lines.append((f"prefill, {figures['prefill']['tokens']}", figures["prefill"]))
     for name, step in lines:
         work = f"{step['flops'] / 1e9:,.0f}", f"{step['bytes_moved'] / 1e9:.2f}", f"{1000 * step['seconds']:.3f}"
         rates = f"{step['tokens_per_second']:,.0f}", f"{step['tokens_per_second_per_chip']:,.0f}"
-        table.add_row(name, *work, *rates, step["binds"] if step.get("fits", True) else "no room")
+        most = (f"{step[f'busiest_{what}']:.2f}" for what in busiest)
+        table.add_row(name, *work, *rates, step["binds"] if step.get("fits", True) else "no room", *most)
     return table
 
 

@@ -1,6 +1,7 @@
 """What is held, from shapes; what would fit where something does not; and the ranking of all that fits."""
 
 import json
+import math
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from jaxinfer.plan.fit import DoesNotFit, fit, model_of
 from jaxinfer.plan.slices import GIB
 from jaxinfer.plan.sweep import meshes, sweep
 from jaxinfer.plan.targets import find_target
-from jaxinfer.sharding import parse_mesh
+from jaxinfer.sharding import AXES, parse_mesh
 from tests.deployments import FILES, deployment_of, model_of_deployment
 from tests.plan.test_roofline import CONFIG
 
@@ -151,10 +152,7 @@ def test_every_mesh_of_a_sweep_uses_all_devices():
     assert "tensor=8" in specs
     for spec in specs:
         sizes = parse_mesh(spec)
-        count = 1
-        for size in sizes.values():
-            count *= size
-        assert count == 8
+        assert math.prod(sizes[axis] for axis in AXES) == 8
 
 
 @pytest.mark.slow
