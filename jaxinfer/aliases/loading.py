@@ -46,8 +46,8 @@ LOADING = Words(
             "pipeline_parallel_size": f"there are no stages of layers: {MESH}",
             "prefill_context_parallel_size decode_context_parallel_size dcp_kv_cache_interleave_size "
             "cp_kv_cache_interleave_size": f"sequences are not split: {MESH}",
-            "all2all_backend enable_eplb eplb_config expert_placement_strategy enable_dbo ubatch_size "
-            "dbo_decode_token_threshold dbo_prefill_token_threshold enable_return_routed_experts "
+            "enable_expert_parallel all2all_backend enable_eplb eplb_config expert_placement_strategy enable_dbo "
+            "ubatch_size dbo_decode_token_threshold dbo_prefill_token_threshold enable_return_routed_experts "
             "moe_backend": "experts are split over all devices, each having as many; mesh says over how many: expert=4",
             "distributed_executor_backend nnodes node_rank master_addr master_port data_parallel_rank "
             "data_parallel_start_rank data_parallel_size_local data_parallel_address data_parallel_rpc_port "
