@@ -235,12 +235,19 @@ QWEN3_30B = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("topology", "quantization"), [("v5e-8", None), ("v6e-8", None), ("v5e-8", "int8"), ("v5e-8", "int4")]
+    ("topology", "mesh", "quantization"),
+    [
+        ("v5e-8", "tensor=8", None),
+        ("v6e-8", "data=2,tensor=4", None),
+        ("v5e-8", "tensor=8", "int8"),
+        ("v5e-8", "tensor=8", "int4"),
+    ],
 )
-def test_experts_stay_where_they_are(topology, quantization):
+def test_experts_stay_where_they_are(topology, mesh, quantization):
     """128 of them over eight chips: there is no room for a copy, and a layer still has two reductions. What prefill
     takes are mostly its tokens, each as often as it has experts. In floats all three products are a kernel's."""
-    case = {"topology": topology, "mesh": "tensor=8", "config": QWEN3_30B, "rows": 64, "tokens": 1024}
+    shards = 2 if "data=2" in mesh else 1
+    case = {"topology": topology, "mesh": mesh, "config": QWEN3_30B, "rows": 64 // shards, "tokens": 1024 // shards}
     decode, forward, _ = compiled(case | {"quantization": quantization})
     assert decode["kernels"] == forward["kernels"] == 2 * (1 if quantization else 4)
     print(topology, quantization, *(f"{figures['temporaries'] / MIB:.1f} MiB" for figures in (decode, forward)))
