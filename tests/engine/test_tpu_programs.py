@@ -253,7 +253,7 @@ def test_experts_stay_where_they_are(topology, mesh, quantization):
     print(topology, quantization, *(f"{figures['temporaries'] / MIB:.1f} MiB" for figures in (decode, forward)))
     values = 16 * 768 * 2048 * {None: 2, "int8": 1, "int4": 0.5}[quantization]
     dequantized = 768 * 2048 * (4 if quantization == "int4" else 0)  # of one expert
-    assert decode["temporaries"] - dequantized < min({"v5e-8": 12, "v6e-8": 20}[topology] * MIB, values)
+    assert decode["temporaries"] - dequantized < min({"v5e-8": 12, "v6e-8": 24}[topology] * MIB, values)
     tokens = 8 * 1024 * 2048 * 2
     assert forward["temporaries"] - dequantized < 2.5 * tokens
     assert len(forward["all-reduce"]) == 5
