@@ -1,6 +1,6 @@
 """Meshes of devices from a short spec, and which mesh axes a weight's logical axes are split over.
 
-`tensor` splits attention heads, MLP width, experts and vocabulary (Shoeybi et al., arXiv:1909.08053): each device holds
+`tensor` splits attention heads, MLP width and vocabulary (Shoeybi et al., arXiv:1909.08053): each device holds
 a slice of every large weight, and two reductions a layer join their results. Where there are fewer key/value heads than
 devices, the axis is split inside into `kv` x `group`: query heads go over both, key/value heads over `kv` alone, so
 that 8 heads on 16 devices are kept twice and not 16 times.
@@ -8,6 +8,10 @@ that 8 heads on 16 devices are kept twice and not 16 times.
 `data` and `fsdp` split rows: each of their shards has its own sequences, slots and pages. Weights are whole on each
 `data` shard; `fsdp` splits them too, along the model's width, and a layer's are gathered when their turn comes
 (Rajbhandari et al., arXiv:1910.02054, stage 3).
+
+Experts are split over all devices, whatever else these do: tokens are gathered from the shards of rows, and what their
+experts made of them goes back (Lepikhin et al., arXiv:2006.16668). A spec's `expert` says over how many, where each
+should be there more than once: the `data` axis is then split inside into `replica` x `data`.
 """
 
 from __future__ import annotations
@@ -21,17 +25,19 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-DATA, FSDP = "data", "fsdp"
+REPLICA, DATA, FSDP = "replica", "data", "fsdp"
 KV, GROUP = "kv", "group"  # mesh axes; together they are `tensor`
 AXES = (DATA, FSDP, "tensor")  # of a spec
-ROWS = (DATA, FSDP)  # mesh axes that rows are split over
+EXPERT = "expert"  # in a spec, too
+ROWS = (REPLICA, DATA, FSDP)  # mesh axes that rows are split over
 TENSOR = (KV, GROUP)
+GATHERED = (DATA, FSDP)  # over which experts take each other's tokens
 RULES: Mapping[str, tuple[str, ...]] = {
     "heads": TENSOR,
     "kv_heads": (KV,),
     "mlp": TENSOR,
     "vocab": TENSOR,
-    "experts": TENSOR,
+    "experts": (*GATHERED, *TENSOR),
     "embed": (FSDP,),
 }
 PADDED = ("mlp", "vocab", "experts")  # these can be any size: what is missing to a multiple is zeros
@@ -49,20 +55,21 @@ def local_devices() -> list[jax.Device]:
 
 
 def parse_mesh(spec: str) -> dict[str, int]:
-    """The axes of "data=2,tensor=4" and their sizes; those that are not named have 1. Raises ValueError."""
+    """The axes of "data=2,tensor=4" and their sizes; those that are not named have 1, and `expert` all devices. Raises
+    ValueError."""
     sizes: dict[str, int] = {}
     for part in spec.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*([1-9]\d{0,5})\s*", part)
         if match is None:
             raise ValueError(f"mesh is {spec!r}: it must look like tensor=4 or data=2,tensor=4")
-        if match[1] == "expert":
-            raise ValueError(f"mesh is {spec!r}: there is no axis 'expert': experts are split over tensor")
-        if match[1] not in AXES:
-            raise ValueError(f"mesh is {spec!r}: there is no axis {match[1]!r}; there are {', '.join(AXES)}")
+        if match[1] not in (*AXES, EXPERT):
+            there = ", ".join((*AXES, EXPERT))
+            raise ValueError(f"mesh is {spec!r}: there is no axis {match[1]!r}; there are {there}")
         if match[1] in sizes:
             raise ValueError(f"mesh is {spec!r}: axis {match[1]} is there twice")
         sizes[match[1]] = int(match[2])
-    return {axis: sizes.get(axis, 1) for axis in AXES}
+    all_of_them = math.prod(size for axis, size in sizes.items() if axis != EXPERT)
+    return {axis: sizes.get(axis, 1) for axis in AXES} | {EXPERT: sizes.get(EXPERT, all_of_them)}
 
 
 def tensor_problem(tensor: int, num_heads: int, num_kv_heads: int) -> str | None:
@@ -91,11 +98,12 @@ def make_mesh(
     num_kv_heads: int,
     hidden_size: int,
     wanted: int = 1,
+    experts: bool = False,
 ) -> Mesh | None:
     """The mesh of a spec over the first of `devices`; None if one device is enough.
 
     Without a spec it is over `wanted` devices: `tensor` as large as the model's heads allow, `data` what is left.
-    Raises ValueError naming the sizes that would work.
+    experts: whether the model has some. Raises ValueError naming the sizes that would work.
     """
     fitting = tensor_sizes(num_heads, num_kv_heads, len(devices))
     if spec is None:
@@ -103,7 +111,7 @@ def make_mesh(
         spec = f"data={wanted // tensor},tensor={tensor}"
     sizes = parse_mesh(spec)
     data, fsdp, tensor = (sizes[axis] for axis in AXES)
-    count = math.prod(sizes.values())
+    count = data * fsdp * tensor
     choice = f"tensor may be {', '.join(map(str, fitting))}"
     if count > len(devices):
         raise ValueError(f"mesh is {spec!r}: it needs {count} devices and there are {len(devices)}; with them {choice}")
@@ -115,11 +123,17 @@ def make_mesh(
         raise ValueError(
             f"mesh is {spec!r}: fsdp={fsdp} does not divide the model's width of {hidden_size}; fsdp may be {may_be}"
         )
+    replicas, rest = divmod(count, sizes[EXPERT])
+    if rest or data % replicas:
+        may_be = ", ".join(str(n * fsdp * tensor) for n in range(1, data + 1) if data % n == 0)
+        raise ValueError(f"mesh is {spec!r}: so many of its devices can't share experts; expert may be {may_be}")
+    if replicas > 1 and not experts:
+        raise ValueError(f"mesh is {spec!r}: the model has no experts: leave expert={sizes[EXPERT]} out")
     if count == 1:
         return None
     kv = kv_parts(tensor, num_kv_heads)
-    grid = np.array(devices[:count]).reshape(data, fsdp, kv, tensor // kv)
-    return Mesh(grid, (*ROWS, *TENSOR), axis_types=(AxisType.Auto,) * 4)
+    grid = np.array(devices[:count]).reshape(replicas, data // replicas, fsdp, kv, tensor // kv)
+    return Mesh(grid, (*ROWS, *TENSOR), axis_types=(AxisType.Auto,) * grid.ndim)
 
 
 def axis_size(placement: jax.Device | Mesh | None, axes: Sequence[str]) -> int:
@@ -188,8 +202,8 @@ def with_sharding(
 
 def padded(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, multiples: Sequence[int]) -> tuple[int, ...]:
     """The shape, with what can be padded rounded up to what the mesh divides; multiples: see with_sharding."""
-    tensor = axis_size(mesh, TENSOR)
-    units = (tensor * unit if axis in PADDED else 1 for axis, unit in zip(axes, multiples, strict=True))
+    each = zip(axes, counts(axes, mesh), multiples, strict=True)
+    units = (count * unit if axis in PADDED else 1 for axis, count, unit in each)
     return tuple(-(-size // unit) * unit for size, unit in zip(shape, units, strict=True))
 
 
@@ -211,8 +225,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def describe(mesh: Mesh) -> str:
     """A mesh as a spec."""
-    sizes = {DATA: mesh.shape[DATA], FSDP: mesh.shape[FSDP], "tensor": axis_size(mesh, TENSOR)}
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+    sizes = {DATA: axis_size(mesh, (REPLICA, DATA)), FSDP: mesh.shape[FSDP], "tensor": axis_size(mesh, TENSOR)}
+    named = [f"{axis}={size}" for axis, size in sizes.items() if size > 1]
+    if mesh.shape[REPLICA] > 1:
+        named.append(f"{EXPERT}={axis_size(mesh, RULES['experts'])}")
+    return ",".join(named)
 
 
 def on_each(index: tuple[slice, ...], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -48,7 +48,7 @@ LOADING = Words(
             "cp_kv_cache_interleave_size": f"sequences are not split: {MESH}",
             "enable_expert_parallel all2all_backend enable_eplb eplb_config expert_placement_strategy enable_dbo "
             "ubatch_size dbo_decode_token_threshold dbo_prefill_token_threshold enable_return_routed_experts "
-            "moe_backend": "no supported model has experts",
+            "moe_backend": "experts are split over all devices, each having as many; mesh says over how many: expert=4",
             "distributed_executor_backend nnodes node_rank master_addr master_port data_parallel_rank "
             "data_parallel_start_rank data_parallel_size_local data_parallel_address data_parallel_rpc_port "
             "data_parallel_hybrid_lb data_parallel_external_lb data_parallel_backend "
@@ -132,6 +132,7 @@ LOADING = Words(
         "decode_context_parallel_size": (1,),
         "dcp_kv_cache_interleave_size": (1,),
         "cp_kv_cache_interleave_size": (1,),
+        "enable_expert_parallel": (ANY,),
         "all2all_backend": ("allgather_reducescatter", "naive"),
         "expert_placement_strategy": ("linear",),
         "dbo_decode_token_threshold": (32,),

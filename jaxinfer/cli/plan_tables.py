@@ -25,6 +25,8 @@ def print_plan(figures: dict[str, Any]) -> None:
         console.print(_programs(figures))
         console.print(_collectives(figures))
     console.print(_speed(figures))
+    if figures["experts_over"]:
+        console.print(_busiest(figures))
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -70,13 +72,28 @@ def _collectives(figures: dict[str, Any]) -> Table | str:
 def _speed(figures: dict[str, Any]) -> Table:
     title = f"each step at best, sequences of {figures['context']:,} tokens; GFLOP and GB of each device"
     table = _table(title, "step", "GFLOP", "GB", "ms", "tokens/s", "a chip", "binds")
-    lines = [(f"decode, {step['rows']} rows", step) for step in figures["decode"]]
-    lines.append((f"prefill, {figures['prefill']['tokens']}", figures["prefill"]))
-    for name, step in lines:
+    for name, step in _steps(figures):
         work = f"{step['flops'] / 1e9:,.0f}", f"{step['bytes_moved'] / 1e9:.2f}", f"{1000 * step['seconds']:.3f}"
         rates = f"{step['tokens_per_second']:,.0f}", f"{step['tokens_per_second_per_chip']:,.0f}"
         table.add_row(name, *work, *rates, step["binds"] if step.get("fits", True) else "no room")
     return table
+
+
+def _busiest(figures: dict[str, Any]) -> Table:
+    title = (
+        f"{figures['experts_over']} devices share experts, and all wait for the one that has most: so many times the\n"
+        "mean, as is expected if each token takes any with the same chance\n"
+        "(David and Nagaraja, Order Statistics, doi:10.1002/0471722162)"
+    )
+    table = _table(title, "step", "rows", "experts that are read")
+    for name, step in _steps(figures):
+        table.add_row(name, f"{step['busiest_rows']:.2f}", f"{step['busiest_experts']:.2f}")
+    return table
+
+
+def _steps(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    decode = [(f"decode, {step['rows']} rows", step) for step in figures["decode"]]
+    return [*decode, (f"prefill, {figures['prefill']['tokens']}", figures["prefill"])]
 
 
 def print_sweep(candidates: list[Candidate], refused: int, context: int) -> None:

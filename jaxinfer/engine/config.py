@@ -167,6 +167,7 @@ class EngineConfig(TypedDict, total=False):
             help="Devices that share the model: tensor=4; without it, all that can on TPU and GPU, one on CPU.",
             details="how devices share the work: `tensor=4`, `data=2,tensor=4`, `fsdp=8`. `tensor` splits every "
             "weight's product, `data` the sequences, `fsdp` sequences and weights, which are gathered layer by layer; "
+            "experts are split over all devices, or over as many as `expert=4` says, and are there several times then; "
             "default: on TPU and GPU all of this host's, as many of them in `tensor` as the model's heads allow, the "
             "rest in `data`; on CPU one",
             metavar="SPEC",

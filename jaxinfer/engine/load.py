@@ -273,7 +273,8 @@ def _placement(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | No
     """What holds the model: a mesh, or the first device."""
     alone = devices[0].process_index == devices[-1].process_index
     wanted = 1 if devices[0].platform == "cpu" and alone else len(devices)
-    return make_mesh(mesh, devices, shape.num_heads, shape.num_kv_heads, shape.hidden_size, wanted) or devices[0]
+    sizes = shape.num_heads, shape.num_kv_heads, shape.hidden_size
+    return make_mesh(mesh, devices, *sizes, wanted, shape.experts_per_token > 0) or devices[0]
 
 
 def _misfit(compiled: Folder, model: AbstractModel, placement: jax.Device | Mesh, settings: EngineConfig) -> str | None:

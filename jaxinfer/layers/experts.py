@@ -1,7 +1,8 @@
 """Feed-forward blocks of which each token takes some: mixtures of experts (Shazeer et al., arXiv:1701.06538).
 
-Experts are stacked, `[E, out, in]`, and split over `tensor`: each device has all tokens, and does those of its own
-experts; what they make is summed, as an MLP's halves are. No token is ever dropped, padding goes to no expert.
+Experts are stacked, `[E, out, in]`, and split over all devices. Each gets the tokens of all shards of rows, and does
+those of its own experts; what they make is summed, as an MLP's halves are, and goes back to the shard that the token is
+from. No token is ever dropped, padding goes to no expert.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from jax.typing import DTypeLike
 from jaxinfer.layers.linear import Linear, parameter
 from jaxinfer.layers.mlp import GatedMLP, Gating
 from jaxinfer.layers.router import Router, Routing
-from jaxinfer.sharding import TENSOR, on_tensor
-from jaxinfer.weights import Axes, Weight, grouped_dots
+from jaxinfer.sharding import GATHERED, TENSOR, on_tensor
+from jaxinfer.weights import Weight, grouped_dots
 from jaxinfer.weights.products import on_each_already
 
 Gated = Callable[[jax.Array, jax.Array], jax.Array]
@@ -32,57 +33,55 @@ class StackedLinear(nnx.Module):
     """Linears that are alike: weights `[E, out, in]`, and perhaps biases `[E, out]`."""
 
     def __init__(
-        self,
-        experts: int,
-        in_features: int,
-        out_features: int,
-        *,
-        axes: Axes,
-        bias: bool,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, experts: int, in_features: int, out_features: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
     ):
-        self.weight = parameter((experts, out_features, in_features), ("experts", *axes), dtype, rngs)
-        self.bias = nnx.Param(jnp.zeros((experts, out_features), dtype), axes=("experts", axes[0])) if bias else None
+        self.weight = parameter((experts, out_features, in_features), ("experts", None, None), dtype, rngs)
+        self.bias = nnx.Param(jnp.zeros((experts, out_features), dtype), axes=("experts", None)) if bias else None
 
 
 class Experts(nnx.Module):
     """Gated MLPs, see GatedMLP."""
 
     def __init__(
-        self,
-        features: int,
-        hidden: int,
-        *,
-        routing: Routing,
-        gating: Gated,
-        bias: bool,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, features: int, hidden: int, *, routing: Routing, gating: Gated, bias: bool = False, **options: Any
     ):
-        options: dict[str, Any] = {"bias": bias, "dtype": dtype, "rngs": rngs}
-        experts = routing.experts
-        self.gate_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), **options)
-        self.up_proj = StackedLinear(experts, features, hidden, axes=(None, "embed"), **options)
-        self.down_proj = StackedLinear(experts, hidden, features, axes=("embed", None), **options)
+        options |= {"bias": bias}
+        self.gate_proj = StackedLinear(routing.experts, features, hidden, **options)
+        self.up_proj = StackedLinear(routing.experts, features, hidden, **options)
+        self.down_proj = StackedLinear(routing.experts, hidden, features, **options)
         self.gating, self.of_inputs = gating, routing.of_inputs
 
-    def __call__(self, x: jax.Array, experts: jax.Array, shares: jax.Array, live: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, experts: jax.Array, shares: jax.Array, live: jax.Array, beside: jax.Array | None = None
+    ) -> jax.Array:
         """Of each token `x [T, D]` the sum of its experts i32[T, k], each times its share f32[T, k], or of the token
-        times it, in float32; zeros where a token is not live, bool[T]."""
+        times it, in float32; zeros where a token is not live, bool[T]. beside: parts that are summed together with
+        them, see `dot_parts`."""
         linears = self.gate_proj, self.up_proj, self.down_proj
         weights = tuple(linear.weight.get_value() for linear in linears)
         biases = tuple(linear.bias.get_value() for linear in linears if linear.bias is not None)
         experts = jnp.where(live[:, None], experts, -1)
         if on_each_already():
-            return self._own(x, experts, shares, weights, biases)
+            out = self._own(x, experts, shares, weights, biases)
+            return out if beside is None else out + beside[0]
+
+        def part(
+            x: jax.Array, chosen: jax.Array, weights: Weights, biases: Biases, beside: jax.Array | None
+        ) -> jax.Array:
+            shared = lax.axis_size(GATHERED) > 1
+            if shared:
+                x = lax.all_gather(x, GATHERED, tiled=True)
+                chosen = lax.all_gather(chosen, GATHERED, axis=1, tiled=True)
+            experts, shares = chosen[0], lax.bitcast_convert_type(chosen[1], jnp.float32)
+            first = lax.axis_index((*GATHERED, *TENSOR)) * weights[0].shape[0]
+            out = self._own(x, experts - first, shares, weights, biases)
+            if shared:
+                out = lax.psum_scatter(out.astype(x.dtype), GATHERED, tiled=True).astype(jnp.float32)
+            return lax.psum(out if beside is None else out + beside[0], TENSOR)
+
         whole, own = PartitionSpec(), PartitionSpec(TENSOR)
-
-        def part(x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Weights, biases: Biases) -> jax.Array:
-            first = lax.axis_index(TENSOR) * weights[0].shape[0]
-            return lax.psum(self._own(x, experts - first, shares, weights, biases), TENSOR)
-
-        return on_tensor(part, (whole, whole, whole, own, own), whole)(x, experts, shares, weights, biases)
+        chosen = jnp.stack([experts, lax.bitcast_convert_type(shares, experts.dtype)])  # to be gathered as one
+        return on_tensor(part, (whole, whole, own, own, own), whole)(x, chosen, weights, biases, beside)
 
     def _own(self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Weights, biases: Biases) -> jax.Array:
         """The part of the experts that are here, the first of which is number 0."""
@@ -137,10 +136,15 @@ class SparseMLP(nnx.Module):
 
     def __call__(self, x: jax.Array, live: jax.Array) -> jax.Array:
         experts, shares = self.gate(x)
-        out = self.experts(x, experts, shares, live).astype(x.dtype)
         if self.shared_expert is None:
-            return out
-        shared = self.shared_expert(x)
+            return self.experts(x, experts, shares, live).astype(x.dtype)
+        # Its sum over devices is that of the experts.
+        down = self.shared_expert.down_proj
+        gate = jnp.ones((), "float32")
         if self.shared_expert_gate is not None:
-            shared = shared * jax.nn.sigmoid(self.shared_expert_gate(x))
-        return out + shared
+            gate = jax.nn.sigmoid(self.shared_expert_gate(x).astype(jnp.float32))
+        beside = down.parts(self.shared_expert.hidden(x)) * gate
+        out = self.experts(x, experts, shares, live, beside)
+        if down.bias is not None:
+            out = out + down.bias.get_value().astype(jnp.float32) * gate
+        return out.astype(x.dtype)

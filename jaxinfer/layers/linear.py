@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, on_tensor
-from jaxinfer.weights import Axes, Dense, Weight, dot, dots, take
+from jaxinfer.weights import Axes, Dense, Weight, dot, dot_parts, dots, take
 
 
 def parameter(
@@ -33,6 +33,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return linears(x, self)[0]
+
+    def parts(self, x: jax.Array) -> jax.Array:
+        """See `dot_parts`; without the bias."""
+        self.observe(x)
+        return dot_parts(x, self.weight.get_value())
 
     def observe(self, x: jax.Array) -> None:
         """Is told what it multiplies: for those who want to know."""

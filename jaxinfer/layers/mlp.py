@@ -78,8 +78,12 @@ class GatedMLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(self.hidden(x))
+
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """What `down` gets."""
         gate, up = linears(x, self.gate_proj, self.up_proj)
-        return self.down_proj(ACTIVATIONS[self.activation](gate) * up)
+        return ACTIVATIONS[self.activation](gate) * up
 
 
 class MLP(nnx.Module):

@@ -136,7 +136,6 @@ class Gemma4Layer(nnx.Module):
                 config.expert_size,
                 routing=config.routing,
                 gating=Gating(activation),
-                bias=False,
                 dtype=dtype,
                 rngs=rngs,
             )

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-OPERATION = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\(")
+OPERATION = re.compile(rf"= (.+?) ({'|'.join(KINDS)})(-start)?\((.*)")
+CHAIN = re.compile(r'chain_id="(\d+)"')
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -26,7 +27,12 @@ class Collectives:
 def collectives(text: str) -> dict[str, Collectives]:
     """By kind, those that there are."""
     totals: dict[str, Collectives] = {}
-    for shape, kind, start in OPERATION.findall(text):
+    chains: set[tuple[str, str]] = set()
+    for shape, kind, start, rest in OPERATION.findall(text):
+        if chain := CHAIN.search(rest):  # one that runs beside several others is written down with each
+            if (kind, chain[1]) in chains:
+                continue
+            chains.add((kind, chain[1]))
         sizes = [_bytes(*array) for array in ARRAY.findall(shape)]
         # What begins one of these has its operand in its result too.
         size = max(sizes) if start and kind in ("all-gather", "collective-permute") else sum(sizes)

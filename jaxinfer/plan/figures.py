@@ -55,11 +55,12 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
     ]
     longest = fit.max_num_batched_tokens
     piece = longest // fit.shards
-    prompt = bound(fit.model, fit.target.chip, fit.programs.layout, fit.tensor, piece, piece, 1, fit.fsdp)
+    prompt = _step(fit, piece, piece, 1)
     return {
         "topology": fit.target.name,
         "mesh": fit.mesh,
         "tensor": fit.tensor,
+        "experts_over": fit.tensor * fit.gathered if fit.model.config.experts_per_token else None,
         "devices": fit.devices,
         "devices_per_chip": fit.target.per_chip,
         "compiled": bool(plan.programs),
@@ -81,8 +82,12 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
 def decoding(fit: Fit, rows: int, context: int) -> dict[str, Any]:
     """The bound of a step of `rows` sequences, and whether there is room in the cache for them."""
     each = -(-rows // fit.shards)
-    step = bound(fit.model, fit.target.chip, fit.programs.layout, fit.tensor, each, context, each, fit.fsdp)
-    return {"fits": rows <= fit.rows_of(context), **_bound(fit, step, rows)}
+    return {"fits": rows <= fit.rows_of(context), **_bound(fit, _step(fit, each, context, each), rows)}
+
+
+def _step(fit: Fit, tokens: int, context: int, rows: int) -> Bound:
+    sizes = fit.tensor, tokens, context, rows, fit.fsdp, fit.gathered
+    return bound(fit.model, fit.target.chip, fit.programs.layout, *sizes)
 
 
 def _batches(most: int) -> list[int]:
@@ -101,4 +106,6 @@ def _bound(fit: Fit, step: Bound, tokens: int) -> dict[str, Any]:
         "compute_seconds": step.compute,
         "memory_seconds": step.memory,
         "links_seconds": step.links,
+        "busiest_rows": step.busiest_rows,
+        "busiest_experts": step.busiest_experts,
     }

@@ -14,7 +14,7 @@ from jaxinfer.engine.sizing import RESERVE, Sizes, default_length, device_bytes,
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.slices import GIB, Device, Slice
 from jaxinfer.quantization.schemes import Quantization
-from jaxinfer.sharding import FSDP, TENSOR, axis_size, describe, make_mesh, tensor_sizes
+from jaxinfer.sharding import FSDP, GATHERED, TENSOR, axis_size, describe, make_mesh, tensor_sizes
 
 
 class DoesNotFit(ValueError):
@@ -55,6 +55,11 @@ class Fit:
     @property
     def fsdp(self) -> int:
         return axis_size(self.programs.mesh, (FSDP,))
+
+    @property
+    def gathered(self) -> int:
+        """How many shards of rows share experts, where there are some."""
+        return axis_size(self.programs.mesh, GATHERED)
 
     @property
     def shards(self) -> int:
@@ -107,8 +112,8 @@ def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) ->
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
     options, settings = in_our_words(options), check_options(options)
     shape = model.config
-    heads = shape.num_heads, shape.num_kv_heads, shape.hidden_size
-    placement = make_mesh(settings["mesh"], target.devices, *heads, len(target.devices)) or target.devices[0]
+    sizes_of = shape.num_heads, shape.num_kv_heads, shape.hidden_size, len(target.devices), shape.experts_per_token > 0
+    placement = make_mesh(settings["mesh"], target.devices, *sizes_of) or target.devices[0]
     rows, tokens = limits(settings, placement)
     weights = device_bytes(placed_params(model, placement))
     slots = device_bytes(placed_decode_state(model, placement, rows))

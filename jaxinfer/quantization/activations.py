@@ -8,11 +8,13 @@ from jax import lax
 from jax.typing import DTypeLike
 
 
-def quantize_last(x: jax.Array, dtype: DTypeLike, split_over: str | None = None) -> tuple[jax.Array, jax.Array]:
+def quantize_last(
+    x: jax.Array, dtype: DTypeLike, split_over: str | tuple[str, ...] | None = None
+) -> tuple[jax.Array, jax.Array]:
     """`x [..., n]` as values of this dtype, int8 or an 8-bit float, times scales f32 `[..., 1]`.
 
-    split_over: the mesh axis over which the last axis is split, inside of a shard_map over it; its parts get the scale
-    of the whole.
+    split_over: the mesh axis, or axes, over which the last axis is split, inside of a shard_map over them; its parts
+    get the scale of the whole.
     """
     integers = jnp.issubdtype(dtype, jnp.integer)
     most = float(jnp.iinfo(dtype).max if integers else jnp.finfo(dtype).max)

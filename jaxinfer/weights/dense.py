@@ -14,8 +14,9 @@ from jax.typing import DTypeLike
 
 from jaxinfer.kernels.cpu import grouped_products
 from jaxinfer.kernels.cpu import take as take_by_kernel
+from jaxinfer.kernels.tpu import grouped_products as grouped_products_on_tpu
 from jaxinfer.weights.products import products
-from jaxinfer.weights.weight import Axes, Weight, by_tiles
+from jaxinfer.weights.weight import Axes, SplitOver, Weight, by_tiles
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -43,7 +44,7 @@ class Dense(Weight):
         return [self.axes or (None,) * self.array.ndim]
 
     @classmethod
-    def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: str | None) -> list[jax.Array]:
+    def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: SplitOver) -> list[jax.Array]:
         arrays = tuple(weight.array for weight in weights)
         return products(x, arrays, [weight.axes for weight in weights], rounds=arrays[0].dtype == jnp.bfloat16)
 
@@ -51,7 +52,11 @@ class Dense(Weight):
     def grouped_dots(cls, x: jax.Array, sizes: jax.Array, weights: Sequence[Self]) -> list[jax.Array]:
         arrays = tuple(weight.array for weight in weights)
         rounds = arrays[0].dtype == jnp.bfloat16
-        return grouped_products(x, sizes, arrays, lambda: by_tiles(x, sizes, weights), rounds)
+
+        def elsewhere() -> list[jax.Array]:
+            return grouped_products_on_tpu(x, sizes, arrays, lambda: by_tiles(x, sizes, weights))
+
+        return grouped_products(x, sizes, arrays, elsewhere, rounds)
 
     def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         # XLA:CPU gathers no 16-bit floats: it would make a float32 copy of the table each time. Integers it does.

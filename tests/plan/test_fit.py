@@ -1,6 +1,7 @@
 """What is held, from shapes; what would fit where something does not; and the ranking of all that fits."""
 
 import json
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from jaxinfer.plan.fit import DoesNotFit, fit, model_of
 from jaxinfer.plan.slices import GIB
 from jaxinfer.plan.sweep import meshes, sweep
 from jaxinfer.plan.targets import find_target
-from jaxinfer.sharding import parse_mesh
+from jaxinfer.sharding import AXES, parse_mesh
 from tests.deployments import FILES, deployment_of, model_of_deployment
 from tests.plan.test_roofline import CONFIG
 
@@ -29,13 +30,14 @@ def test_deployments_fit_by_their_shapes(file):
 
 
 # In CI: two layers, and few sequences, as sampling for many takes long to compile. With -m long: all of all.
+IN_CI = ("llama-3.1-8b_v5e-8", "qwen3-30b-a3b_v5e-8", "qwen3-30b-a3b_v6e-8", "qwen3-235b-a22b_v6e-32")
 CUT = {"max_num_seqs": 16, "max_num_batched_tokens": 256}
 
 
 @pytest.mark.parametrize(
     ("file", "cut"),
     [
-        *(pytest.param(f, True, id="cut", marks=pytest.mark.slow) for f in FILES if f.stem == "llama-3.1-8b_v5e-8"),
+        *(pytest.param(f, True, id=f"{f.stem} cut", marks=pytest.mark.slow) for f in FILES if f.stem in IN_CI),
         *(pytest.param(f, False, id=f.stem, marks=pytest.mark.long) for f in FILES),
     ],
 )
@@ -51,6 +53,25 @@ def test_deployments_compile(file, cut):
         print(program)
     assert plan.fit.held == pytest.approx(arguments, rel=0.03)
     assert plan.free > 0
+
+
+def test_experts_are_there_once():
+    """Over data and tensor: no more bytes a chip than over tensor alone, and room for no fewer tokens; where each shard
+    of rows has all of them they are there twice."""
+    deployment = deployment_of("qwen3-30b-a3b_v6e-8")
+    model, target = model_of_deployment(deployment), find_target("v6e-8", compiles=False)
+    meshes = "data=2,tensor=4", "tensor=8", "fsdp=2,tensor=4", "data=2,tensor=4,expert=4"
+    both, alone, fsdp, twice = (fit(model, target, **deployment.options | {"mesh": mesh}) for mesh in meshes)
+    experts = 48 * 3 * 128 * 768 * 2048 * 2
+    assert twice.weights - both.weights == experts // 8
+    assert alone.weights < both.weights < 1.15 * alone.weights, "attention is there twice"
+    assert fsdp.weights == pytest.approx(alone.weights, rel=0.01)
+    for mesh in (both, fsdp):  # four key/value heads on eight chips are there twice otherwise
+        assert mesh.cache_tokens > 1.8 * alone.cache_tokens
+    assert twice.cache_tokens < both.cache_tokens
+    assert [result.mesh for result in (both, alone, fsdp, twice)] == list(meshes)
+    rates = [decoding(result, 256, 1024)["tokens_per_second"] for result in (both, alone, twice)]
+    assert rates == sorted(rates, reverse=True)
 
 
 def test_remedies():
@@ -152,10 +173,7 @@ def test_every_mesh_of_a_sweep_uses_all_devices():
     assert "tensor=8" in specs
     for spec in specs:
         sizes = parse_mesh(spec)
-        count = 1
-        for size in sizes.values():
-            count *= size
-        assert count == 8
+        assert math.prod(sizes[axis] for axis in AXES) == 8
 
 
 @pytest.mark.slow

@@ -185,6 +185,25 @@ def test_a_gpu_without_bfloat16(cli, model):
     assert "dtype is float32" in cli("plan", model, "--topology", "l4", "--attention", "pallas").error()
 
 
+def test_experts(cli, model):
+    """Over how many devices they are, and what all wait for, with where that is from."""
+    more = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    (model / "config.json").write_text(json.dumps(SMALL | more | {"architectures": ["Qwen3MoeForCausalLM"]}))
+    arguments = "plan", model, "--topology", "h100-4", "--mesh", "data=2,tensor=2"
+    assert "4 devices share experts" in (out := cli(*arguments).out)
+    assert "doi:10.1002/0471722162" in out
+    figures = json.loads(cli(*arguments, "--json").out)
+    assert figures["experts_over"] == 4
+    busiest = [step["busiest_rows"] for step in figures["decode"]]
+    assert busiest == sorted(busiest, reverse=True)
+    assert busiest[0] > figures["prefill"]["busiest_rows"] > 1
+    arguments = *arguments[:-1], "data=2,tensor=2,expert=2"
+    apart = json.loads(cli(*arguments, "--json").out)
+    assert (apart["experts_over"], apart["mesh"]) == (2, "data=2,tensor=2,expert=2")
+    assert apart["bytes"]["weights"] > figures["bytes"]["weights"]
+    assert apart["prefill"]["bytes_sent"] < figures["prefill"]["bytes_sent"]
+
+
 def test_a_picture(cli, model, tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "plan.png"

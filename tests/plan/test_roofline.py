@@ -1,5 +1,6 @@
 """The bound of a step, against numbers worked out by hand."""
 
+import numpy as np
 import pytest
 
 from jaxinfer.engine.programs import cache_layout
@@ -25,11 +26,11 @@ HEAD = 100 * 32
 CHIP = Chip("made up", 10**9, bandwidth=1e3, flops=1e4, link=1e2)
 
 
-def bound(config, dtype, tensor, tokens, context, rows, platform="gpu"):
+def bound(config, dtype, tensor, tokens, context, rows, platform="gpu", gathered=1):
     model = AbstractModel.from_config(config, dtype)
     devices = [Device(i, platform) for i in range(tensor)]
     layout = cache_layout(model, make_mesh(f"tensor={tensor}", devices, 4, 2, 32) or devices[0])
-    return roofline.bound(model, CHIP, layout, tensor, tokens, context, rows)
+    return roofline.bound(model, CHIP, layout, tensor, tokens, context, rows, gathered=gathered)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
@@ -77,17 +78,53 @@ def test_of_a_window_no_more_is_read_than_it_sees():
     assert prompt.moved == bound(CONFIG, "float32", 1, tokens=99, context=99, rows=1).moved, "each key once"
 
 
+SPARSE = CONFIG | {
+    "model_type": "qwen2_moe",
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 64,
+    "qkv_bias": False,
+}
+
+
 def test_experts_are_read_that_tokens_have():
     """Of six experts a token takes two: all are read in the long run, and each token is multiplied with two."""
-    more = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    config = CONFIG | more | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 64}
-    config |= {"qkv_bias": False, "architectures": ["Qwen2MoeForCausalLM"]}
     expert = 3 * 24 * 32
     rest = BODY + 2 * (6 * 32 + 32)  # routers, and gates of the shared experts
     for tokens in (1, 3, 100):
-        estimate = bound(config, "bfloat16", 1, tokens=tokens, context=50, rows=tokens)
+        estimate = bound(SPARSE, "bfloat16", 1, tokens=tokens, context=50, rows=tokens)
         hit = 6 * (1 - (1 - 2 / 6) ** tokens)
         read = (rest + HEAD + 2 * hit * expert) * 2 + tokens * 50 * 2 * 2 * 2 * 8 * 2
         assert estimate.moved == pytest.approx(read)
         attention = 2 * 2 * 4 * 8 * tokens * 50
         assert estimate.flops == pytest.approx(2 * (tokens * (rest + HEAD + 2 * 2 * expert) + attention))
+
+
+def test_experts_that_shards_of_rows_share():
+    """Each device has a part of them for the tokens of all, which come and go; the rest is each shard's own. All wait
+    for the device that has most."""
+    size, tokens = 2 * 6 * 3 * 24 * 32, 9
+    own, shared = (bound(SPARSE, "bfloat16", 2, tokens, 50, tokens, gathered=n) for n in (1, 3))
+    assert shared.sent - own.sent == pytest.approx(2 * 2 * tokens * 32 * 2 * 2)
+    for estimate, gathered in ((own, 1), (shared, 3)):
+        chance = 1 - (1 - 2 / 6) ** (tokens * gathered)
+        experts = roofline.expected_maximum(3 // gathered, chance, 2 * gathered)
+        rows = roofline.expected_maximum(2 * tokens * gathered, 1 / (2 * gathered), 2 * gathered)
+        assert estimate.busiest_experts == pytest.approx(experts / (3 / gathered * chance))
+        assert estimate.busiest_rows == pytest.approx(rows / tokens)
+        rest = bound(CONFIG, "bfloat16", 2, tokens, 50, tokens)
+        more = 2 * (6 * 32 + 32)
+        assert estimate.moved - rest.moved == pytest.approx((more + size / 3 * experts) * 2 / 2)
+        assert estimate.flops - rest.flops == pytest.approx(2 * (more * tokens / 2 + size / 6 * rows))
+
+
+@pytest.mark.parametrize(
+    ("count", "chance", "parts"), [(16, 0.2, 8), (2048, 1 / 8, 8), (16384, 1 / 32, 32), (1, 0.1, 4)]
+)
+def test_the_busiest(count, chance, parts):
+    drawn = np.random.default_rng(0).binomial(count, chance, size=(20_000, parts)).max(axis=1)
+    assert roofline.expected_maximum(count, chance, parts) == pytest.approx(drawn.mean(), rel=0.02)
+    assert roofline.expected_maximum(count, chance, 1) == count * chance
+    assert roofline.expected_maximum(count, 1.0, parts) == count
