@@ -23,6 +23,7 @@
 namespace ffi = xla::ffi;
 
 #define INLINE inline __attribute__((always_inline))
+#define APART __attribute__((noinline))
 
 namespace {
 

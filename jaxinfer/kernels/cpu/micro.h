@@ -257,12 +257,12 @@ void pack(const X* x, int64_t tokens, int64_t depth, uint32_t* panel) {
   }
 }
 
-// next: where the weights are that come after these, of which this fetches `bytes` for each unit: not in
-// float32, where the compiler has no register left for it.
+// Compiled by itself, or the compiler runs out of registers. next: where the weights are that come after these, of which
+// this fetches `bytes` for each unit: not in float32, where no register is left for it.
 template <class Units, int ROWS, int PANELS, class Out>
-INLINE void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, int64_t stride, int64_t begin,
-                      int64_t end, const int32_t* minus, Out* out, int64_t columns, int64_t tokens, bool add,
-                      const char* next, int64_t bytes) {
+APART void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, int64_t stride, int64_t begin,
+                     int64_t end, const int32_t* minus, Out* out, int64_t columns, int64_t tokens, bool add,
+                     const char* next, int64_t bytes) {
   typename Units::Total total[PANELS][ROWS] = {};
   for (int64_t u = begin; u < end; u++) {
     if constexpr (Units::each > 1) __builtin_prefetch(next + u * bytes);
