@@ -1,4 +1,4 @@
-"""A Llama of a given size with random weights in Hugging Face format: what the benchmarks run on, made in seconds."""
+"""A model of a given size with random weights in Hugging Face format: what the benchmarks run on, made in seconds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jaxinfer.models.model import AbstractModel
+from jaxinfer.models.moe import STACKED
 
 # 0.35B parameters: 24 layers, untied head.
 LLAMA_350M = {
@@ -29,6 +30,31 @@ LLAMA_350M = {
     "torch_dtype": "float32",
 }
 
+# 1.0B parameters, of which a token takes 0.18B: Qwen3-30B-A3B's layer of half its width and experts, 6 times.
+QWEN3_MOE_1B = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+# Of each a folder's name, and its configuration.
+MODELS = {"llama": ("jaxinfer-llama-350m", LLAMA_350M), "qwen3-moe": ("jaxinfer-qwen3-moe-1b", QWEN3_MOE_1B)}
+
 
 def write_model(folder: Path, config: dict[str, object] = LLAMA_350M, seed: int = 0) -> Path:
     """Writes the checkpoint unless it is there; a half-written one is never left behind."""
@@ -38,12 +64,15 @@ def write_model(folder: Path, config: dict[str, object] = LLAMA_350M, seed: int 
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     rng = np.random.default_rng(seed)
-    tensors = {
-        name: rng.standard_normal(shape.shape, np.float32) * np.float32(0.02)
-        if len(shape.shape) > 1
-        else np.ones(shape.shape, np.float32)
-        for name, shape in AbstractModel.from_config(config, "float32").abstract.items()
-    }
+    tensors: dict[str, np.ndarray] = {}
+    for name, shape in AbstractModel.from_config(config, "float32").abstract.items():
+        value = np.ones(shape.shape, np.float32)
+        if value.ndim > 1:
+            value = rng.standard_normal(shape.shape, np.float32) * np.float32(0.02)
+        if stacked := STACKED.fullmatch(name):
+            tensors |= {f"{stacked[1]}.{i}.{stacked[2]}.weight": expert for i, expert in enumerate(value)}
+        else:
+            tensors[name] = value
     save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
     (building / "config.json").write_text(json.dumps(config))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from peers import cpu_name
 from rich.console import Console
 from rich.table import Table
 
@@ -58,12 +58,6 @@ def run(code: str, *arguments: str, cache: str = "off") -> Any:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAXINFER_CACHE_DIR": cache}
     command = [sys.executable, "-c", code, *arguments]
     return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def cpu_name() -> str:
-    """As the system calls it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
 """jaxinfer beside llama.cpp and transformers on the same weights: tokens/s of prefill and decode on CPU.
 
-    python benchmarks/vs_llama_cpp.py [--llama-python PYTHON] [--folder DIR] [--json FILE]
+    python benchmarks/vs_llama_cpp.py [--model MODEL] [--llama-python PYTHON] [--folder DIR] [--json FILE]
 
 PYTHON has llama-cpp-python and gguf (`pip install llama-cpp-python gguf safetensors`), perhaps in an environment of its
-own. Builds a 0.35B Llama with random weights, and GGUF files of it beside it; starts each system in a process of its
-own and asks them in turn. Prompt 128, 64 new tokens, medians of interleaved runs; see vs_transformers.py.
+own. Builds a model with random weights, a 0.35B Llama or a 1B Qwen3-MoE, and GGUF files of it beside it; starts each
+system in a process of its own and asks them in turn. Prompt 128, 64 new tokens, medians of interleaved runs; see
+vs_transformers.py.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from peers import Peer
-from random_model import LLAMA_350M, write_model
+from peers import Peer, cpu_name
+from random_model import MODELS, write_model
 from rich.console import Console
 from rich.table import Table
 from vs_transformers import measure
 
 # What is compared: batch, phase, ours, theirs, and the ratio that is wanted.
-WANTED = [
+WANTED = {}
+WANTED["llama"] = [
     (1, "decode", "jaxinfer int8", "llama.cpp q8_0", 1.0),
     (1, "decode", "jaxinfer int8", "transformers bfloat16", 3.0),
     (1, "decode", "jaxinfer bfloat16", "llama.cpp bf16", 0.95),
@@ -38,7 +40,29 @@ WANTED = [
     (1, "prefill", "jaxinfer bfloat16", "transformers bfloat16", 0.8),
     (16, "decode", "jaxinfer float32", "transformers float32", 1.5),
     (16, "decode", "jaxinfer int8", "transformers bfloat16", 1.5),
+    (16, "decode", "jaxinfer int8", "llama.cpp q8_0", 1.0),
 ]
+WANTED["qwen3-moe"] = [
+    (batch, phase, ours, theirs, wanted)
+    for ours, theirs, wanted in (
+        ("jaxinfer int8", "llama.cpp q8_0", 1.0),
+        ("jaxinfer int8", "transformers bfloat16", 3.0),
+        ("jaxinfer bfloat16", "llama.cpp bf16", 1.0),
+        ("jaxinfer bfloat16", "transformers bfloat16", 1.0),
+    )
+    for batch in (1, 16)
+    for phase in ("decode", "prefill")
+]
+SYSTEMS = {
+    "llama": (
+        *("jaxinfer float32", "jaxinfer bfloat16", "jaxinfer int8", "jaxinfer int8-w8a8"),
+        *("transformers float32", "transformers bfloat16", "llama.cpp q8_0", "llama.cpp bf16", "llama.cpp f32"),
+    ),
+    "qwen3-moe": (
+        *("jaxinfer bfloat16", "jaxinfer int8", "jaxinfer int8-w8a8", "jaxinfer int4", "transformers bfloat16"),
+        *("llama.cpp bf16", "llama.cpp q8_0", "llama.cpp q4_0"),
+    ),
+}
 
 
 def copy_bandwidth(threads: int, size: int = 2**28, repeats: int = 5) -> float:
@@ -56,9 +80,27 @@ def copy_bandwidth(threads: int, size: int = 2**28, repeats: int = 5) -> float:
     return best
 
 
+def start(system: str, folder: Path, llama_python: str, threads: int) -> Peer:
+    """Of a system's name and format; makes the GGUF file if it is wanted and not there."""
+    name, kind = system.split()
+    if name == "transformers":
+        return Peer("worker_transformers.py", str(folder), kind, str(threads))
+    if name == "jaxinfer":
+        return Peer("worker_jaxinfer.py", str(folder), *([kind] if "float" in kind else ["bfloat16", kind]))
+    file = folder.with_name(f"{folder.name}-{kind}.gguf")
+    if not file.exists():
+        half = file.with_suffix(".part")
+        writer = Path(__file__).with_name("write_gguf.py")
+        subprocess.run([llama_python, str(writer), str(folder), str(half), kind], check=True)
+        half.rename(file)
+    return Peer("worker_llama_cpp.py", str(file), str(threads), python=llama_python)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "jaxinfer-llama-350m")
+    parser.add_argument("--model", choices=MODELS, default="llama")
+    parser.add_argument("--systems", nargs="+", help='like "jaxinfer int8", "llama.cpp q8_0"; all of the model\'s')
+    parser.add_argument("--folder", type=Path, help="of the model, which is made if it is not there")
     parser.add_argument("--llama-python", default=sys.executable)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--runs-of-16", type=int, default=2)
@@ -66,36 +108,17 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    folder = write_model(arguments.folder)
+    name, config = MODELS[arguments.model]
+    folder = write_model(arguments.folder or Path(tempfile.gettempdir()) / name, config)
     cores = len(os.sched_getaffinity(0))
-    threads = str(cores)
-    files = {kind: folder.with_name(f"{folder.name}-{kind}.gguf") for kind in ("q8_0", "bf16", "f32")}
-    for kind, file in files.items():
-        if not file.exists():
-            half = file.with_suffix(".part")
-            writer = Path(__file__).with_name("write_gguf.py")
-            subprocess.run([arguments.llama_python, str(writer), str(folder), str(half), kind], check=True)
-            half.rename(file)
-    ours, theirs, others = "worker_jaxinfer.py", "worker_transformers.py", "worker_llama_cpp.py"
-    peers = {
-        "jaxinfer float32": Peer(ours, str(folder), "float32"),
-        "jaxinfer bfloat16": Peer(ours, str(folder), "bfloat16"),
-        "jaxinfer int8": Peer(ours, str(folder), "bfloat16", "int8"),
-        "jaxinfer int8-w8a8": Peer(ours, str(folder), "bfloat16", "int8-w8a8"),
-        "transformers float32": Peer(theirs, str(folder), "float32", threads),
-        "transformers bfloat16": Peer(theirs, str(folder), "bfloat16", threads),
-        **{
-            f"llama.cpp {kind}": Peer(others, str(file), threads, python=arguments.llama_python)
-            for kind, file in files.items()
-        },
-    }
-    vocab, prompt, new = int(str(LLAMA_350M["vocab_size"])), arguments.prompt, arguments.new
+    systems = arguments.systems or SYSTEMS[arguments.model]
+    peers = {system: start(system, folder, arguments.llama_python, cores) for system in systems}
+    vocab, prompt, new = int(str(config["vocab_size"])), arguments.prompt, arguments.new
     bandwidth = [copy_bandwidth(cores)]
     results = {1: measure(peers, 1, arguments.runs, prompt, new, vocab)}
     bandwidth.append(copy_bandwidth(cores))
-    if arguments.runs_of_16:  # llama.cpp's worker has one sequence
-        some = {name: peer for name, peer in peers.items() if not name.startswith("llama.cpp")}
-        results[16] = measure(some, 16, arguments.runs_of_16, prompt, new, vocab)
+    if arguments.runs_of_16:
+        results[16] = measure(peers, 16, arguments.runs_of_16, prompt, new, vocab)
     again = [list(range(3, 3 + prompt))]  # nothing new to compile
     peaks = {name: peer.ask(prompts=again, new_tokens=1)["peak"] for name, peer in peers.items()}
     for peer in peers.values():
@@ -113,8 +136,8 @@ def main() -> None:
             table.add_row(str(batch), name, *speeds, share, f"{row['same_tokens']:.1%}")
     console.print(table)
     table = Table("batch", "phase", "ours", "theirs", "of medians", "run by run", "wanted")
-    for batch, phase, system, reference, wanted in WANTED:
-        if batch in results:
+    for batch, phase, system, reference, wanted in WANTED[arguments.model]:
+        if batch in results and {system, reference} <= set(peers):
             mine, its = results[batch][system], results[batch][reference]
             pairs = zip(mine[f"{phase}_runs"], its[f"{phase}_runs"], strict=True)
             # Where the machine's speed changes while this runs, the median of the ratios says more.
@@ -131,7 +154,7 @@ def main() -> None:
     console.print(table)
     if arguments.json is not None:
         ready = {name: peer.ready | {"peak": peaks[name]} for name, peer in peers.items()}
-        report = {"results": results, "memory": ready, "copy_bandwidth": bandwidth}
+        report = {"cpu": cpu_name(), "results": results, "memory": ready, "copy_bandwidth": bandwidth}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

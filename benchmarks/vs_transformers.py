@@ -1,9 +1,10 @@
 """jaxinfer beside transformers on the same weights: prefill and decode tokens/s on CPU, and peak memory.
 
-    python benchmarks/vs_transformers.py [--folder DIR] [--json FILE]
+    python benchmarks/vs_transformers.py [--model MODEL] [--folder DIR] [--json FILE]
 
-Builds a 0.35B Llama with random weights, starts each system in a process of its own and asks them in turn. Prompt 128,
-64 new tokens, medians of interleaved runs. Decode is (time of 64 new tokens) - (time of 1), so prefill is not in it.
+Builds a model with random weights, a 0.35B Llama or a 1B Qwen3-MoE, starts each system in a process of its own and asks
+them in turn. Prompt 128, 64 new tokens, medians of interleaved runs. Decode is (time of 64 new tokens) - (time of 1),
+so prefill is not in it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peers import Peer
-from random_model import LLAMA_350M, write_model
+from peers import Peer, cpu_name
+from random_model import MODELS, write_model
 from rich.console import Console
 from rich.table import Table
 
@@ -53,21 +54,23 @@ def measure(peers: dict[str, Peer], batch: int, runs: int, prompt: int, new: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "jaxinfer-llama-350m")
+    parser.add_argument("--model", choices=MODELS, default="llama")
+    parser.add_argument("--folder", type=Path, help="of the model, which is made if it is not there")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    folder = str(write_model(arguments.folder))
+    name, config = MODELS[arguments.model]
+    folder = str(write_model(arguments.folder or Path(tempfile.gettempdir()) / name, config))
     threads = str(len(os.sched_getaffinity(0)))
     peers = {
         "jaxinfer float32": Peer("worker_jaxinfer.py", folder, "float32"),
         "transformers float32": Peer("worker_transformers.py", folder, "float32", threads),
         "transformers bfloat16": Peer("worker_transformers.py", folder, "bfloat16", threads),
     }
-    vocab = int(str(LLAMA_350M["vocab_size"]))
+    vocab = int(str(config["vocab_size"]))
     results = {
         batch: measure(peers, batch, arguments.runs, arguments.prompt, arguments.new, vocab)
         for batch in arguments.batches
@@ -103,7 +106,8 @@ def main() -> None:
     console.print(memory)
     if arguments.json is not None:
         ready = {name: peer.ready | {"peak": peaks[name]} for name, peer in peers.items()}
-        arguments.json.write_text(json.dumps({"results": results, "memory": ready}, indent=1) + "\n")
+        report = {"cpu": cpu_name(), "results": results, "memory": ready}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Worker of vs_transformers.py and vs_llama_cpp.py: jaxinfer. Arguments: folder, dtype, perhaps quantization."""
 
+import json
 import sys
 import time
+from pathlib import Path
 
 from peers import peak_bytes, serve
 
@@ -21,5 +23,8 @@ def answer(prompts: list[list[int]], new_tokens: int) -> dict[str, object]:
 
 
 held = {name: a.size * a.dtype.itemsize for name, a in llm.model.abstract.items()}
-read = sum(size for name, size in held.items() if "embed_tokens" not in name)  # by each token that is decoded
+config = json.loads((Path(sys.argv[1]) / "config.json").read_text())
+hit = config.get("num_experts_per_tok", 1) / config.get("num_experts", 1)
+# By each token that is decoded alone.
+read = sum(size * (hit if ".experts." in name else 1) for name, size in held.items() if "embed_tokens" not in name)
 serve({"weights": sum(held.values()), "read": read, "cache": llm.sizes.bytes, "load_seconds": llm.load_seconds}, answer)

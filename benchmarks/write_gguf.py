@@ -1,16 +1,18 @@
-"""A Llama checkpoint as GGUF, for llama.cpp: f32, bf16, q8_0. Arguments: folder, file, kind. Needs the gguf package.
+"""A Llama or Qwen3-MoE checkpoint as GGUF, for llama.cpp: f32, bf16, q8_0, q4_0. Arguments: folder, file, kind. Needs
+the gguf package.
 
-Names and the order of rows of q and k are those of llama.cpp's format, whose rotary pairs are neighbours. The
-vocabulary is of made-up tokens: benchmarks deal in ids.
+Names and the order of rows of Llama's q and k are those of llama.cpp's format, whose rotary pairs are neighbours there;
+experts are stacked. The vocabulary is of made-up tokens: benchmarks deal in ids.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -22,43 +24,65 @@ NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
 
 
 def main(folder: Path, file: Path, kind: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    wanted = gguf.GGMLQuantizationType[kind.upper()]
-    writer = gguf.GGUFWriter(file, "llama")
+    head_dim, experts = config.get("head_dim", config["hidden_size"] // heads), config.get("num_experts", 0)
+    wanted, plain = gguf.GGMLQuantizationType[kind.upper()], gguf.GGMLQuantizationType.F32
+    writer = gguf.GGUFWriter(file, {"llama": "llama", "qwen3_moe": "qwen3moe"}[config["model_type"]])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    writer.add_rope_dimension_count(head_dim)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<{i}>" for i in range(config["vocab_size"])])
     writer.add_token_scores([0.0] * config["vocab_size"])
     writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
-    for name, value in load_file(folder / "model.safetensors").items():
-        stem = name.removesuffix(".weight")
-        if stem.startswith("model.layers."):
-            layer, part = stem.removeprefix("model.layers.").split(".", 1)
-            new = f"blk.{layer}.{NAMES[part]}.weight"
-            if part in ("self_attn.q_proj", "self_attn.k_proj"):
-                count = heads if "q_proj" in part else kv_heads
-                value = value.reshape(count, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
-        else:
-            new = f"{NAMES[stem]}.weight"
-        held = wanted if value.ndim > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(new, gguf.quants.quantize(np.ascontiguousarray(value), held), raw_dtype=held)
+    with safe_open(folder / "model.safetensors", "np") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            stem = name.removesuffix(".weight")
+            if expert := re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", stem):
+                if expert[2] != "0":
+                    continue
+                stem = f"{expert[1]}.{expert[3]}"
+                each = (f"{expert[1]}.{i}.{expert[3]}.weight" for i in range(experts))
+                value = np.stack([tensors.get_tensor(one) for one in each])
+            else:
+                value = tensors.get_tensor(name)
+            if stem.startswith("model.layers."):
+                layer, part = stem.removeprefix("model.layers.").split(".", 1)
+                new = f"blk.{layer}.{NAMES[part]}.weight"
+                if config["model_type"] == "llama" and part in ("self_attn.q_proj", "self_attn.k_proj"):
+                    count = heads if "q_proj" in part else kv_heads
+                    value = value.reshape(count, 2, -1, value.shape[1]).swapaxes(1, 2).reshape(value.shape)
+            else:
+                new = f"{NAMES[stem]}.weight"
+            held = plain if value.ndim == 1 or new.endswith("ffn_gate_inp.weight") else wanted
+            writer.add_tensor(new, gguf.quants.quantize(np.ascontiguousarray(value), held), raw_dtype=held)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -81,13 +81,14 @@ class QArray(Weight):
         def by_loop() -> list[jax.Array]:
             return by_tiles(x, sizes, weights)
 
-        if scheme.activations or scheme.biases or (scheme.columns and not _by_int4(scheme)):
+        if scheme.biases or (scheme.columns and not _by_int4(scheme)):
             return by_loop()
         if scheme.columns:
             return grouped_products_int4(x, sizes, _int4_arrays(weights), by_loop, weights[0].rounds)
         values = tuple(weight.qvalue for weight in weights)
         scales = tuple(weight.scale[..., 0] for weight in weights)
-        return grouped_products(x, sizes, values, by_loop, weights[0].rounds, scales)
+        rows, factors = quantize_last(x, jnp.int8) if scheme.activations else (x, None)
+        return grouped_products(rows, sizes, values, by_loop, weights[0].rounds, scales, factors)
 
     def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         values = self.qvalue.at[ids].get(mode="clip")

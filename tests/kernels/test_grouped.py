@@ -1,18 +1,22 @@
 """Products by experts: by the CPU kernels, at each level that this machine has, and by XLA alone, against float64."""
 
+import ctypes
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer import LLM, SamplingParams
 from jaxinfer.kernels import cpu
 from jaxinfer.quantization.quantize import quantize
 from jaxinfer.quantization.schemes import SCHEMES
 from jaxinfer.weights import Dense, QArray, grouped_dots
 from jaxinfer.weights.weight import by_tiles
 from tests.kernels.test_cpu import LIBRARY, needs_them, set_level  # noqa: F401  (a fixture)
+from tests.models.test_families import reference as checkpoint_of
 
 RNG = np.random.default_rng(0)
 # Rows of each expert; the rest is nobody's.
@@ -26,7 +30,7 @@ SIZES = [
 ]
 ROWS = 200
 KINDS = [None, *SCHEMES]
-BY_LOOP = ("int8-w8a8", "nf4", "fp8-block")
+BY_LOOP = ("nf4", "fp8-block")
 reference = jax.jit(by_tiles)
 
 
@@ -79,11 +83,47 @@ def test_products(kind, dtype):
 
 
 @needs_them
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("kind", [None, "int8", "int4", "int8-w8a8"])
 def test_every_level(kind, set_level):  # noqa: F811
     call = jax.jit(functools.partial(grouped_dots, out_dtype="float32"))
     for sizes in SIZES:
         x, counts, weights, right = case(sizes, kind, "float32")
         for level in cpu.LEVELS[: cpu.LEVELS.index(cpu.kernels().level) + 1]:
             set_level(level)
-            check(call(x, counts, weights), right, 1e-2 if level == "avx512" else 2e-5)
+            check(call(x, counts, weights), right, 1e-2 if level == "avx512" else bound_of(kind, "float32"))
+
+
+def experts_read():
+    """Bytes, so far."""
+    count = ctypes.CDLL(os.fspath(LIBRARY)).jaxinfer_experts_read
+    count.restype = ctypes.c_int64
+    return count()
+
+
+@needs_them
+@pytest.mark.parametrize(("kind", "bits"), [(None, 32), ("int8", 8), ("int4", 4), ("int8-w8a8", 8)])
+def test_experts_without_rows_are_not_read(kind, bits):
+    call = jax.jit(functools.partial(grouped_dots, out_dtype="float32"))
+    for sizes in SIZES:
+        x, counts, weights, _ = case(sizes, kind, "float32")
+        before = experts_read()
+        jax.block_until_ready(call(x, counts, weights))
+        hit = sum(size > 0 for size in sizes)
+        assert experts_read() - before == hit * sum(weight.shape[1] * weight.shape[2] for weight in weights) * bits // 8
+
+
+@needs_them
+def test_a_decode_step_reads_the_experts_of_its_token(checkpoints):
+    found = checkpoint_of(checkpoints.root, "qwen3_moe", "large")
+    with LLM(found.folder, dtype="bfloat16", max_num_seqs=4, enable_prefix_caching=False) as llm:
+
+        def read(new_tokens):
+            before = experts_read()
+            params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+            llm.generate([{"prompt_token_ids": found.tokens[:20]}], params, use_tqdm=False)
+            return experts_read() - before
+
+        stacked = [a for name, a in llm.model.abstract.items() if ".experts." in name]
+        all_of_them = sum(a.size * a.dtype.itemsize for a in stacked)
+        experts, chosen = 8, 3
+        assert read(7) - read(2) == 5 * all_of_them * chosen // experts

@@ -29,7 +29,7 @@ for tokens, level, rounds in itertools.product((1, 7, 9, 33), range(len(cpu.LEVE
 jax.ffi.register_ffi_target("grouped", jax.ffi.pycapsule(library.jaxinfer_grouped_dot), platform="cpu")
 jax.ffi.register_ffi_target("grouped_int4", jax.ffi.pycapsule(library.jaxinfer_grouped_dot_int4), platform="cpu")
 for sizes, level, rounds in itertools.product(
-    ((1, 0, 1), (0, 0, 0), (3, 9, 0), (0, 20, 1)), range(len(cpu.LEVELS)), (False, True)
+    ((1, 0, 1), (0, 0, 0), (3, 9, 0), (0, 20, 1), (2, 4, 7)), range(len(cpu.LEVELS)), (False, True)
 ):
     library.jaxinfer_level(level)
     rows, counts = sum(sizes) + 2, np.array(sizes, np.int32)

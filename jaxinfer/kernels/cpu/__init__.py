@@ -166,14 +166,16 @@ def grouped_products(
     reference: Callable[[], list[jax.Array]],
     rounds: bool = False,
     scales: Weights = (),
+    factors: jax.Array | None = None,
 ) -> list[jax.Array]:
     """`x [M, K]`, of which the first sizes[0] rows are the first expert's and so on, times each `weight [E, N, K]`
     transposed, `[M, N]`, zeros where a row is nobody's: see `products`. Experts without rows are not read. scales: f32
-    [E, N] of each weight, which products are multiplied with."""
+    [E, N] of each weight, which products are multiplied with; factors: f32 [M, 1] of each row, which they are then too.
+    """
     if x.ndim != 2 or not multiplies(x.dtype.name, weights[0].dtype.name) or not alone():
         return reference()
     kind = jnp.dtype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
-    return _grouped(GROUPED, kind, x, sizes, [(weight,) for weight in weights], reference, rounds, scales)
+    return _grouped(GROUPED, kind, x, sizes, [(weight,) for weight in weights], reference, rounds, (scales, factors))
 
 
 def grouped_products_int4(
@@ -197,20 +199,28 @@ def _grouped(
     weights: Sequence[Weights],
     reference: Callable[[], list[jax.Array]],
     rounds: bool,
-    scales: Weights = (),
+    applied: tuple[Weights, jax.Array | None] = ((), None),
 ) -> list[jax.Array]:
     shapes = [jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[1]), kind) for weight in weights]
 
-    def call(x: jax.Array, sizes: jax.Array, scales: Weights, *flat: jax.Array) -> list[jax.Array]:
+    def call(
+        x: jax.Array, sizes: jax.Array, applied: tuple[Weights, jax.Array | None], *flat: jax.Array
+    ) -> list[jax.Array]:
         outs = list(jax.ffi.ffi_call(target, shapes, vmap_method="sequential")(x, sizes, *flat, rounds=rounds))
+        scales, factors = applied
         if not scales:
             return outs
         ends = jnp.cumsum(sizes)
-        owners = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right")
-        return [out * scale.at[owners].get(mode="clip") for out, scale in zip(outs, scales, strict=True)]
+        owners = jnp.searchsorted(ends, jnp.arange(x.shape[0], dtype=ends.dtype), side="right", method="compare_all")
+        rows = [scale.at[owners].get(mode="clip") for scale in scales]
+        outs = [out.astype(jnp.float32) * row for out, row in zip(outs, rows, strict=True)]
+        if factors is None:
+            return outs
+        factors = jnp.where((owners < ends.shape[0])[:, None], factors, 0)  # what is nobody's may be anything
+        return [out * factors for out in outs]
 
     flat = [array for weight in weights for array in weight]
-    return list(lax.platform_dependent(x, sizes, scales, *flat, cpu=call, default=lambda *_: reference()))
+    return list(lax.platform_dependent(x, sizes, applied, *flat, cpu=call, default=lambda *_: reference()))
 
 
 def take(table: jax.Array, ids: jax.Array, reference: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <thread>
 #include <type_traits>
@@ -23,6 +24,7 @@
 namespace ffi = xla::ffi;
 
 #define INLINE inline __attribute__((always_inline))
+#define APART __attribute__((noinline))
 
 namespace {
 
@@ -39,7 +41,7 @@ struct fp8 {  // e4m3fn: no infinities; NaN, which no weight is, is read as 480
 };
 
 template <class Weight, class Out>
-struct Part {  // of a product with several weights: w [columns, K] and out [T, columns]
+struct Part {  // of products: some tokens, w [columns, K] and out [tokens, columns]
   const Weight* w;
   Out* out;
   int64_t columns;
@@ -47,11 +49,7 @@ struct Part {  // of a product with several weights: w [columns, K] and out [T, 
   const float* scales;
   const int8_t* zeros;
   int64_t group;
-};
-
-template <class Weight, class Out>
-struct Group : Part<Weight, Out> {  // that some tokens are multiplied with: out is theirs
-  int64_t token, tokens;
+  int64_t token, tokens;  // the first of them, and how many
 };
 
 template <class Weight, class Out>
@@ -228,8 +226,35 @@ struct Operands {
   int64_t experts;
 };
 
+std::atomic<int64_t> experts_read{0};  // bytes of their weights, without scales
+
+// Of parts with the weights of all experts, one for each that has tokens. Outputs of the others are zeros.
+template <class Weight, class Out>
+Parts<Weight, Out> of_experts(const Operands& call, const Parts<Weight, Out>& parts) {
+  const int64_t depth = call.x.dimensions()[1], held = std::is_same_v<Weight, nibbles> ? depth / 2 : depth;
+  Parts<Weight, Out> owned;
+  for (Part<Weight, Out> part : parts) {
+    const int64_t tokens = part.tokens;
+    part.token = 0;
+    for (int64_t e = 0; e < call.experts; e++) {
+      part.tokens = std::max(call.sizes[e], 0);
+      if (part.tokens) {
+        owned.push_back(part);
+        experts_read += part.columns * held * sizeof(Weight);
+      }
+      part.token += part.tokens;
+      part.out += part.tokens * part.columns;
+      part.w += part.columns * held;
+      if (part.group) part.scales += part.columns * (depth / part.group);
+      if (part.zeros) part.zeros += part.columns * (depth / part.group);
+    }
+    std::memset(part.out, 0, (tokens - part.token) * part.columns * sizeof(Out));
+  }
+  return owned;
+}
+
 template <class X, class Weight, class Out>
-ffi::Error product(const Operands& call, const Parts<Weight, Out>& parts) {
+ffi::Error product(const Operands& call, Parts<Weight, Out> parts) {
   const X* x = (const X*)call.x.untyped_data();
   const int64_t tokens = call.x.dimensions()[0], depth = call.x.dimensions()[1];
   int64_t columns = 0, used = call.sizes ? 0 : tokens;
@@ -238,28 +263,8 @@ ffi::Error product(const Operands& call, const Parts<Weight, Out>& parts) {
   if (used > tokens) return wrong("jaxinfer_grouped_dot: the sizes are of more tokens than there are");
   Threads threads(call.pool);
   if (used * depth * columns < SMALL) threads.count = 1;
-  if (call.sizes == nullptr) {
-    AT_LEVEL(product<X, Weight, Out>)(threads, x, tokens, depth, parts, call.rounds);
-    return ffi::Error::Success();
-  }
-  std::vector<Group<Weight, Out>> groups;
-  for (const auto& part : parts) {
-    int64_t token = 0;
-    for (int64_t e = 0; e < call.experts; e++) {
-      const int64_t size = call.sizes[e], rows = e * part.columns;
-      if (size <= 0) continue;
-      Group<Weight, Out> group{part, token, size};
-      const int64_t held = std::is_same_v<Weight, nibbles> ? depth / 2 : depth;
-      group.w += rows * held;
-      group.out += token * part.columns;
-      if (part.group) group.scales += rows * (depth / part.group);
-      if (part.zeros) group.zeros += rows * (depth / part.group);
-      groups.push_back(group);
-      token += size;
-    }
-    std::memset(part.out + token * part.columns, 0, (tokens - token) * part.columns * sizeof(Out));
-  }
-  AT_LEVEL(grouped_product<X, Weight, Out>)(threads, x, tokens, depth, groups, call.rounds);
+  if (call.sizes) parts = of_experts(call, parts);
+  AT_LEVEL(products<X, Weight, Out>)(threads, x, tokens, depth, parts, call.rounds);
   return ffi::Error::Success();
 }
 
@@ -269,7 +274,7 @@ ffi::Error with_weights(const Operands& call, Arguments weights, Results outs) {
   for (size_t i = 0; i < outs.size(); i++) {
     const auto w = *weights.get<ffi::AnyBuffer>(i);
     parts.push_back({(const Weight*)w.untyped_data(), (Out*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data(),
-                     w.dimensions()[w.dimensions().size() - 2], nullptr, nullptr, 0});
+                     w.dimensions()[w.dimensions().size() - 2], nullptr, nullptr, 0, 0, call.x.dimensions()[0]});
   }
   return product<X>(call, parts);
 }
@@ -327,7 +332,7 @@ ffi::Error any_dot_int4(const Operands& call, Arguments weights, Results outs) {
       zeros = given->typed_data();
     }
     parts.push_back({(const nibbles*)w->typed_data(), (float*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data(), rows,
-                     scales->typed_data(), zeros, in[1] / blocks});
+                     scales->typed_data(), zeros, in[1] / blocks, 0, in[0]});
   }
   if (call.x.element_type() == ffi::DataType::F32) return product<float>(call, parts);
   if (call.x.element_type() == ffi::DataType::BF16) return product<bf16>(call, parts);
@@ -484,3 +489,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attention, attention,
 
 // The instruction set that is used, 0 to 2; set to at most `wanted`.
 extern "C" int jaxinfer_level(int wanted) { return level = std::min(wanted, level_of_machine()); }
+
+// Bytes of experts' weights that grouped products have read, and of no other expert's: a count for tests.
+extern "C" int64_t jaxinfer_experts_read() { return experts_read; }

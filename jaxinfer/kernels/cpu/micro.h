@@ -73,45 +73,62 @@ INLINE float sum(Float v) {
 
 // ---- gemv: a few tokens, float32 activations, exact products.
 
-// One output of each token: products of weights [begin, end) of a row, added to it from the second piece on.
-template <int TOKENS, class Weight, class Out>
+// Rows of weights that meet so many tokens at once: registers have no room for more of four, and one token waits for
+// memory, which is read fastest in one stream.
+constexpr int thin_rows(int tokens) { return tokens == 2 || tokens == 3 ? 2 : 1; }
+
+// Calls `call(n, t, rows, tokens)`, the last two constants, for all outputs [first, last) of all tokens.
+template <class Call>
+INLINE void thin_tiles(int64_t first, int64_t last, int64_t tokens, const Call& call) {
+  in_steps<2, 1>(first, last, [&](int64_t n, auto rows) {
+    in_steps<4, 3, 2, 1>(0, tokens, [&](int64_t t, auto count) {
+      in_steps<std::min<int>(rows, thin_rows(count)), 1>(n, n + rows, [&](int64_t row, auto some) {
+        call(row, t, some, count);
+      });
+    });
+  });
+}
+
+// Some outputs of some tokens: products of weights [begin, end) of their rows, added to it from the second piece on.
+template <int ROWS, int TOKENS, class Weight, class Out>
 INLINE void thin_tile(const float* x, int64_t depth, const Weight* w, int64_t begin, int64_t end, Out* out,
                       int64_t columns) {
   constexpr int UNROLL = LEVEL == 2 ? 4 : 2, STEP = UNROLL * LANES;
-  Float total[UNROLL][TOKENS] = {};
+  Float total[ROWS][UNROLL][TOKENS] = {};
   int64_t k = begin;
-  for (; k + STEP <= end; k += STEP) {
-    // Rows follow each other in memory, and the hardware alone does not read far enough ahead.
-    for (size_t line = 0; line < STEP * sizeof(Weight); line += 64)
-      __builtin_prefetch((const char*)(w + k) + AHEAD + line);
-    for (int u = 0; u < UNROLL; u++) {
-      Float weights = load(w + k + u * LANES);
-      for (int t = 0; t < TOKENS; t++) total[u][t] += weights * load(x + t * depth + k + u * LANES);
+  for (; k + STEP <= end; k += STEP)
+    for (int r = 0; r < ROWS; r++) {
+      // Rows follow each other in memory, and the hardware alone does not read far enough ahead.
+      for (size_t line = 0; line < STEP * sizeof(Weight); line += 64)
+        __builtin_prefetch((const char*)(w + r * depth + k) + AHEAD + line);
+      for (int u = 0; u < UNROLL; u++) {
+        Float weights = load(w + r * depth + k + u * LANES);
+        for (int t = 0; t < TOKENS; t++) total[r][u][t] += weights * load(x + t * depth + k + u * LANES);
+      }
     }
-  }
   for (; k + LANES <= end; k += LANES)
-    for (int t = 0; t < TOKENS; t++) total[0][t] += load(w + k) * load(x + t * depth + k);
-  for (int t = 0; t < TOKENS; t++) {
-    for (int u = 1; u < UNROLL; u++) total[0][t] += total[u][t];
-    float result = sum(total[0][t]);
-    for (int64_t i = k; i < end; i++) result += x[t * depth + i] * to_float(w[i]);
-    Out* to = out + t * columns;
-    *to = (begin > 0 ? *to : 0) + (Out)result;
-  }
+    for (int r = 0; r < ROWS; r++)
+      for (int t = 0; t < TOKENS; t++) total[r][0][t] += load(w + r * depth + k) * load(x + t * depth + k);
+  for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < TOKENS; t++) {
+      for (int u = 1; u < UNROLL; u++) total[r][0][t] += total[r][u][t];
+      float result = sum(total[r][0][t]);
+      for (int64_t i = k; i < end; i++) result += x[t * depth + i] * to_float(w[r * depth + i]);
+      Out* to = out + t * columns + r;
+      *to = (begin > 0 ? *to : 0) + (Out)result;
+    }
 }
 
-// Outputs [first, last) of all tokens. Integers are multiplied as float32, which is exact for up to EXACT of them.
+// Outputs [first, last). Integers are multiplied as float32, which is exact for up to EXACT of them.
 template <class Weight, class Out>
-void gemv(const float* x, int64_t tokens, const Weight* w, int64_t depth, Out* out, int64_t columns, int64_t first,
-          int64_t last) {
+void gemv(const float* x, int64_t depth, const Part<Weight, Out>& part, int64_t first, int64_t last) {
   const int64_t step = std::is_same_v<Out, int32_t> ? EXACT : depth;
-  for (int64_t n = first; n < last; n++)
-    for (int64_t begin = 0; begin == 0 || begin < depth; begin += step) {
-      const int64_t end = std::min(begin + step, depth);
-      in_steps<4, 2, 1>(0, tokens, [&](int64_t t, auto count) {
-        thin_tile<count>(x + t * depth, depth, w + n * depth, begin, end, out + t * columns + n, columns);
-      });
-    }
+  thin_tiles(first, last, part.tokens, [&](int64_t n, int64_t t, auto rows, auto tokens) {
+    Out* out = part.out + t * part.columns + n;
+    for (int64_t begin = 0; begin == 0 || begin < depth; begin += step)
+      thin_tile<rows, tokens>(x + t * depth, depth, part.w + n * depth, begin, std::min(begin + step, depth), out,
+                              part.columns);
+  });
 }
 
 constexpr int WIDE_ROWS = LEVEL == 2 ? 12 : 6;  // with 2 panels they fill the registers
@@ -131,23 +148,32 @@ INLINE void load_pairs(const nibbles* p, float zero, Float& even, Float& odd) {
 #endif
 }
 
-// Output n of some tokens, whose even columns come first in x.
-template <int TOKENS>
+// Some outputs from n on of some tokens, whose even columns come first in x.
+template <int ROWS, int TOKENS>
 INLINE void thin_int4(const float* x, int64_t depth, const Part<nibbles, float>& part, int64_t n, float* out) {
-  Float total[TOKENS] = {};
-  const nibbles* w = part.w + n * depth / 2;
-  int64_t block = n * depth / part.group;
-  for (int64_t begin = 0; begin < depth / 2; begin += part.group / 2, block++) {
-    Float some[TOKENS] = {}, even, odd;
-    __builtin_prefetch((const char*)(w + begin) + AHEAD);
-    for (int64_t k = begin; k < begin + part.group / 2; k += LANES) {
-      load_pairs(w + k, part.zeros ? part.zeros[block] : 0, even, odd);
-      for (int t = 0; t < TOKENS; t++)
-        some[t] += even * load(x + t * depth + k) + odd * load(x + t * depth + depth / 2 + k);
-    }
-    for (int t = 0; t < TOKENS; t++) total[t] += some[t] * part.scales[block];
+  Float total[ROWS][TOKENS] = {};
+  const int64_t half = depth / 2, blocks = depth / part.group;
+  for (int64_t b = 0; b < blocks; b++) {
+    Float some[ROWS][TOKENS] = {}, even, odd;
+    const int64_t begin = b * (part.group / 2);
+    for (int r = 0; r < ROWS; r++) __builtin_prefetch((const char*)(part.w + (n + r) * half + begin) + AHEAD);
+    for (int64_t k = begin; k < begin + part.group / 2; k += LANES)
+      for (int r = 0; r < ROWS; r++) {
+        load_pairs(part.w + (n + r) * half + k, part.zeros ? part.zeros[(n + r) * blocks + b] : 0, even, odd);
+        for (int t = 0; t < TOKENS; t++)
+          some[r][t] += even * load(x + t * depth + k) + odd * load(x + t * depth + half + k);
+      }
+    for (int r = 0; r < ROWS; r++)
+      for (int t = 0; t < TOKENS; t++) total[r][t] += some[r][t] * part.scales[(n + r) * blocks + b];
   }
-  for (int t = 0; t < TOKENS; t++) out[t * part.columns] = sum(total[t]);
+  for (int r = 0; r < ROWS; r++)
+    for (int t = 0; t < TOKENS; t++) out[t * part.columns + r] = sum(total[r][t]);
+}
+
+inline void gemv(const float* x, int64_t depth, const Part<nibbles, float>& part, int64_t first, int64_t last) {
+  thin_tiles(first, last, part.tokens, [&](int64_t n, int64_t t, auto rows, auto tokens) {
+    thin_int4<rows, tokens>(x + t * depth, depth, part, n, part.out + t * part.columns + n);
+  });
 }
 
 // Row n as float32.
@@ -217,26 +243,26 @@ struct Quads {  // int8, summed in int32; activations have 128 added, as the ins
 };
 #endif
 
-// Tokens [first, first + LANES) of x as a panel; those from `tokens` on are zeros.
+// The first LANES tokens of x as a panel; those from `tokens` on are zeros.
 template <class Units, class X>
-void pack(const X* x, int64_t tokens, int64_t depth, int64_t first, uint32_t* panel) {
-  const int64_t some = std::min<int64_t>(tokens - first, LANES);
+void pack(const X* x, int64_t tokens, int64_t depth, uint32_t* panel) {
+  const int64_t some = std::min<int64_t>(tokens, LANES);
   uint32_t staged[LANES][LANES] = {};
   for (int64_t k = 0; k < depth; k += LANES * Units::each) {
     const int64_t count = std::min(depth - k, LANES * Units::each), units = (count + Units::each - 1) / Units::each;
-    for (int64_t t = 0; t < some; t++) Units::fill(staged[t], x + (first + t) * depth + k, count);
+    for (int64_t t = 0; t < some; t++) Units::fill(staged[t], x + t * depth + k, count);
     for (int64_t u = 0; u < units; u++)
       for (int t = 0; t < LANES; t++) panel[u * LANES + t] = staged[t][u] ^ (Units::each == 4 ? 0x80808080u : 0);
     panel += units * LANES;
   }
 }
 
-// next: where the weights are that come after these, of which this fetches `bytes` for each unit: not in
-// float32, where the compiler has no register left for it.
+// Compiled by itself, or the compiler runs out of registers. next: where the weights are that come after these, of which
+// this fetches `bytes` for each unit: not in float32, where no register is left for it.
 template <class Units, int ROWS, int PANELS, class Out>
-INLINE void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, int64_t stride, int64_t begin,
-                      int64_t end, const int32_t* minus, Out* out, int64_t columns, int64_t tokens, bool add,
-                      const char* next, int64_t bytes) {
+APART void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, int64_t stride, int64_t begin,
+                     int64_t end, const int32_t* minus, Out* out, int64_t columns, int64_t tokens, bool add,
+                     const char* next, int64_t bytes) {
   typename Units::Total total[PANELS][ROWS] = {};
   for (int64_t u = begin; u < end; u++) {
     if constexpr (Units::each > 1) __builtin_prefetch(next + u * bytes);
@@ -251,10 +277,10 @@ INLINE void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, 
     }
 }
 
-// Outputs [first, last) of all tokens. scratch: for WIDE_ROWS rows of weights as units, and one of float32.
+// Outputs [first, last). scratch: for WIDE_ROWS rows of weights as units, and one of float32.
 template <class Units, class Weight, class Out>
-void gemm(const uint32_t* panels, int64_t tokens, int64_t depth, const Part<Weight, Out>& part, int64_t first,
-          int64_t last, uint32_t* scratch) {
+void gemm(const uint32_t* panels, int64_t depth, const Part<Weight, Out>& part, int64_t first, int64_t last,
+          uint32_t* scratch) {
   constexpr bool as_they_are = sizeof(Weight) * Units::each == 4;
   const Weight* w = part.w;
   const int64_t units = (depth + Units::each - 1) / Units::each;
@@ -280,27 +306,35 @@ void gemm(const uint32_t* panels, int64_t tokens, int64_t depth, const Part<Weig
       const int64_t end = std::min(begin + step, units);
       auto some = [&](int64_t p, auto count) {
         wide_tile<Units, rows, count>(panels + p * LANES * units, units * LANES, weights, units, begin, end, minus,
-                                      part.out + p * LANES * part.columns + n, part.columns, tokens - p * LANES,
+                                      part.out + p * LANES * part.columns + n, part.columns, part.tokens - p * LANES,
                                       begin > 0, (const char*)w + (n + (p == 0 ? rows : 0)) * row, rows * row / units);
       };
-      in_steps<2, 1>(0, (tokens + LANES - 1) / LANES, some);
+      in_steps<2, 1>(0, (part.tokens + LANES - 1) / LANES, some);
     }
   };
   in_steps<WIDE_ROWS, 4, 1>(first, last, rows_of);
 }
 
+// Panels are packed once for all parts of the same tokens.
 template <class Units, class X, class Weight, class Out>
-void wide_product(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts) {
-  const int64_t units = (depth + Units::each - 1) / Units::each, panels = (tokens + LANES - 1) / LANES;
-  uint32_t* packed = (uint32_t*)buffer(4 * panels * LANES * units);
-  threads.run(panels, [=](int64_t p) { pack<Units>(x, tokens, depth, p * LANES, packed + p * LANES * units); });
-  in_pieces(threads, parts, 16, WIDE_ROWS, [=](const Part<Weight, Out>& part, int64_t first, int64_t last) {
+void wide_products(Threads& threads, const X* x, int64_t depth, const Parts<Weight, Out>& parts) {
+  const int64_t units = (depth + Units::each - 1) / Units::each, size = LANES * units;
+  std::map<int64_t, int64_t> first_panel;                 // of those that begin with a token
+  std::vector<std::pair<int64_t, int64_t>> panels;  // the first token of each, and how many are left from there
+  for (const auto& part : parts)
+    if (first_panel.emplace(part.token, panels.size()).second)
+      for (int64_t t = 0; t < part.tokens; t += LANES) panels.push_back({part.token + t, part.tokens - t});
+  uint32_t* packed = (uint32_t*)buffer(4 * panels.size() * size);
+  threads.run(panels.size(), [&, packed](int64_t p) {
+    pack<Units>(x + panels[p].first * depth, panels[p].second, depth, packed + p * size);
+  });
+  in_pieces(threads, parts, 16, WIDE_ROWS, [&, packed](const Part<Weight, Out>& part, int64_t first, int64_t last) {
     std::unique_ptr<uint32_t[]> scratch(new uint32_t[WIDE_ROWS * units + depth]);
-    gemm<Units>(packed, tokens, depth, part, first, last, scratch.get());
+    gemm<Units>(packed + first_panel.at(part.token) * size, depth, part, first, last, scratch.get());
   });
 }
 
-// Tokens as thin_columns wants them, in this thread's buffer where they aren't: float32, and for int4 the even columns of
+// Tokens as gemv wants them, in this thread's buffer where they aren't: float32, and for int4 the even columns of
 // each before the odd ones.
 template <class Weight, class X>
 const float* as_floats(const X* x, int64_t tokens, int64_t depth) {
@@ -312,60 +346,36 @@ const float* as_floats(const X* x, int64_t tokens, int64_t depth) {
   return to;
 }
 
-// Outputs [first, last) of a few tokens.
-template <class Weight, class Out>
-void thin_columns(const float* x, int64_t tokens, int64_t depth, const Part<Weight, Out>& part, int64_t first,
-                  int64_t last) {
-  if constexpr (std::is_same_v<Weight, nibbles>) {
-    for (int64_t n = first; n < last; n++)
-      in_steps<4, 2, 1>(0, tokens, [&](int64_t t, auto count) {
-        thin_int4<count>(x + t * depth, depth, part, n, part.out + t * part.columns + n);
-      });
-  } else {
-    gemv(x, tokens, part.w, depth, part.out, part.columns, first, last);
-  }
-}
-
 template <class X, class Weight, class Out>
-void thin_product(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts) {
+void thin_products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts) {
   const float* floats = as_floats<Weight>(x, tokens, depth);
   in_pieces(threads, parts, 4, WIDE_ROWS, [=](const Part<Weight, Out>& part, int64_t first, int64_t last) {
-    thin_columns(floats, tokens, depth, part, first, last);
+    gemv(floats + part.token * depth, depth, part, first, last);
   });
 }
 
-// out [T, N] = x [T, K] times w [N, K] transposed, of each part. rounds: float32 activations may become bfloat16, from
-// MANY tokens on.
+// out [T, N] = x [T, K] times w [N, K] transposed, of each part and its tokens; parts that are done in one way are done
+// together. rounds: float32 activations may become bfloat16, from MANY tokens on.
 template <class X, class Weight, class Out>
-void product(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts,
-             [[maybe_unused]] bool rounds) {
-  auto with = [&](auto call) { call(threads, x, tokens, depth, parts); };
+void products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts,
+              [[maybe_unused]] bool rounds) {
+  Parts<Weight, Out> thin, wide, packed;
+  auto way = [&](const Part<Weight, Out>& part) {
 #if LEVEL == 2
-  if constexpr (std::is_same_v<X, int8_t>) {
-    if (tokens >= 4) return with(wide_product<Quads, X, Weight, Out>);
-  } else if constexpr (!std::is_same_v<Weight, float>) {
-    if (tokens >= MANY && (rounds || std::is_same_v<X, bf16>)) return with(wide_product<Pairs, X, Weight, Out>);
-  }
+    if constexpr (std::is_same_v<X, int8_t>) {
+      if (part.tokens >= 4) return &packed;
+    } else if constexpr (!std::is_same_v<Weight, float>) {
+      if (part.tokens >= MANY && (rounds || std::is_same_v<X, bf16>)) return &packed;
+    }
 #endif
-  if (tokens < FEW) return with(thin_product<X, Weight, Out>);
-  with(wide_product<Singles, X, Weight, Out>);
-}
-
-// The same of groups, each some of the tokens and a part of their own. Those of few tokens are done together: a step of
-// one sequence has a token for each of its experts.
-template <class X, class Weight, class Out>
-void grouped_product(Threads& threads, const X* x, int64_t tokens, int64_t depth,
-                     const std::vector<Group<Weight, Out>>& groups, bool rounds) {
-  std::vector<Group<Weight, Out>> few;
-  for (const auto& group : groups) {
-    if (group.tokens < FEW)
-      few.push_back(group);
-    else
-      product(threads, x + group.token * depth, group.tokens, depth, Parts<Weight, Out>{group}, rounds);
-  }
-  if (few.empty()) return;
-  const float* floats = as_floats<Weight>(x, tokens, depth);
-  in_pieces(threads, few, 4, WIDE_ROWS, [=](const Group<Weight, Out>& group, int64_t first, int64_t last) {
-    thin_columns(floats + group.token * depth, group.tokens, depth, group, first, last);
-  });
+    return part.tokens < FEW ? &thin : &wide;
+  };
+  for (const auto& part : parts) way(part)->push_back(part);
+  if (!thin.empty()) thin_products(threads, x, tokens, depth, thin);
+  if (!wide.empty()) wide_products<Singles>(threads, x, depth, wide);
+#if LEVEL == 2
+  using Units = std::conditional_t<std::is_same_v<X, int8_t>, Quads, Pairs>;
+  if constexpr (!std::is_same_v<Weight, float>)
+    if (!packed.empty()) wide_products<Units>(threads, x, depth, packed);
+#endif
 }
