@@ -84,7 +84,8 @@ class QArray(Weight):
         if scheme.biases or (scheme.columns and not _by_int4(scheme)):
             return by_loop()
         if scheme.columns:
-            return grouped_products_int4(x, sizes, _int4_arrays(weights), by_loop, weights[0].rounds)
+            options = weights[0].rounds, TABLES.get(scheme.table, ())
+            return grouped_products_int4(x, sizes, _int4_arrays(weights), by_loop, *options)
         values = tuple(weight.qvalue for weight in weights)
         scales = tuple(weight.scale[..., 0] for weight in weights)
         rows, factors = quantize_last(x, jnp.int8) if scheme.activations else (x, None)
@@ -127,7 +128,11 @@ def _rows_in_turn(x: jax.Array, weights: Sequence[QArray]) -> list[jax.Array]:
         return [_by_loop(x, weight) for weight in weights]
 
     scheme = weights[0].scheme
-    outs = products_int4(x, _int4_arrays(weights), by_loop, weights[0].rounds) if _by_int4(scheme) else by_loop()
+    if _by_int4(scheme):
+        options = weights[0].rounds, TABLES.get(scheme.table, ())
+        outs = products_int4(x, _int4_arrays(weights), by_loop, *options)
+    else:
+        outs = by_loop()
     if not scheme.biases:
         return outs
     # A block's bias is multiplied with the sum of its inputs: a small product beside the other.
@@ -138,7 +143,7 @@ def _rows_in_turn(x: jax.Array, weights: Sequence[QArray]) -> list[jax.Array]:
 
 def _by_int4(scheme: Scheme) -> bool:
     """Whether the CPU kernel for four bits is for weights of this scheme."""
-    return scheme.packed == 2 and scheme.rows == 1 and not scheme.table
+    return scheme.packed == 2 and scheme.rows == 1
 
 
 def _int4_arrays(weights: Sequence[QArray]) -> list[tuple[jax.Array, ...]]:

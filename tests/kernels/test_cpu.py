@@ -50,6 +50,9 @@ def set_level():
     library.jaxinfer_level(cpu.LEVELS.index(cpu.kernels().level or cpu.LEVELS[0]))
 
 
+NO_TABLE = np.zeros(0, np.float32)
+
+
 def random(shape, dtype):
     if dtype == "int8":
         return RNG.integers(-128, 128, shape).astype(np.int8)
@@ -98,12 +101,40 @@ def test_products_of_int4(activations, size, with_zeros, set_level):
         out = [jax.ShapeDtypeStruct((tokens, columns), jnp.float32)]
         for rounds, level in itertools.product((False, True), cpu.LEVELS[: cpu.LEVELS.index(cpu.kernels().level) + 1]):
             set_level(level)
-            call = jax.jit(functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=rounds))
+            call = jax.jit(functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=rounds, table=NO_TABLE))
             got = call(x, values, scales, *([zeros] if with_zeros else []))[0]
             wide, kept = np.asarray(x, np.float64), w * np.repeat(scales.astype(np.float64), size, axis=1)
             error = np.abs(np.asarray(got) - wide @ kept.T) / np.sqrt((wide**2) @ (kept**2).T)
             rounded = level == "avx512" and tokens >= 16 and (rounds or activations == "bfloat16")
             assert np.max(error) < (1.5e-2 if rounded else 1e-5)
+
+
+@needs_them
+@pytest.mark.parametrize("powers", [False, True])
+def test_products_of_tables(powers, set_level):
+    """Of places in 16 numbers, with scales in float32 or powers of two."""
+    table = RNG.normal(size=16).astype(np.float32)
+    for tokens, groups, columns in ((1, 1, 1), (3, 5, 13), (6, 2, 65), (9, 3, 5), (47, 9, 49)):
+        depth = groups * 32
+        x, w = random((tokens, depth), "float32"), RNG.integers(0, 16, (columns, depth)).astype(np.uint8)
+        scales = RNG.uniform(0.5, 2, (columns, groups)).astype(np.float32)
+        scales = (2.0 ** RNG.integers(-9, 9, (columns, groups))).astype(jnp.float8_e8m0fnu) if powers else scales
+        out = [jax.ShapeDtypeStruct((tokens, columns), jnp.float32)]
+        kept = table[w].astype(np.float64) * np.repeat(scales.astype(np.float64), 32, axis=1)
+        for level in cpu.LEVELS[: cpu.LEVELS.index(cpu.kernels().level) + 1]:
+            set_level(level)
+            call = jax.jit(functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=False, table=table))
+            got = np.asarray(call(x, w[:, ::2] | w[:, 1::2] << 4, scales)[0])
+            wide = x.astype(np.float64)
+            assert np.max(np.abs(got - wide @ kept.T) / np.sqrt((wide**2) @ (kept**2).T)) < 1e-5
+
+
+@needs_them
+def test_a_table_of_another_size_is_refused():
+    call = jax.ffi.ffi_call(cpu.INT4, [jax.ShapeDtypeStruct((1, 1), jnp.float32)])
+    values, scales = np.zeros((1, 16), np.uint8), np.ones((1, 1), np.float32)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a table must have 16 numbers"):
+        call(random((1, 32), "float32"), values, scales, rounds=False, table=np.zeros(15, np.float32))
 
 
 @needs_them
@@ -132,7 +163,7 @@ def test_attention_and_int4_always_the_same_bits():
         random((300, 8), "float32"),
     )
     out = [jax.ShapeDtypeStruct((5, 300), jnp.float32)]
-    product = functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=True)
+    product = functools.partial(jax.ffi.ffi_call(cpu.INT4, out), rounds=True, table=NO_TABLE)
     calls = (
         (jax.jit(attend), (q, random(6, "float32"), cu_q_lens, kv_lens, pages, *pool)),
         (jax.jit(product), (x, values, scales)),

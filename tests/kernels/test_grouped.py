@@ -30,7 +30,7 @@ SIZES = [
 ]
 ROWS = 200
 KINDS = [None, *SCHEMES]
-BY_LOOP = ("nf4", "fp8-block")
+BY_LOOP = ("fp8-block",)
 reference = jax.jit(by_tiles)
 
 
@@ -83,7 +83,7 @@ def test_products(kind, dtype):
 
 
 @needs_them
-@pytest.mark.parametrize("kind", [None, "int8", "int4", "int8-w8a8"])
+@pytest.mark.parametrize("kind", [None, "int8", "int4", "int8-w8a8", "nf4", "mxfp4"])
 def test_every_level(kind, set_level):  # noqa: F811
     call = jax.jit(functools.partial(grouped_dots, out_dtype="float32"))
     for sizes in SIZES:
@@ -101,7 +101,7 @@ def experts_read():
 
 
 @needs_them
-@pytest.mark.parametrize(("kind", "bits"), [(None, 32), ("int8", 8), ("int4", 4), ("int8-w8a8", 8)])
+@pytest.mark.parametrize(("kind", "bits"), [(None, 32), ("int8", 8), ("int4", 4), ("mxfp4", 4), ("int8-w8a8", 8)])
 def test_experts_without_rows_are_not_read(kind, bits):
     call = jax.jit(functools.partial(grouped_dots, out_dtype="float32"))
     for sizes in SIZES:

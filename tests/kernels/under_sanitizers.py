@@ -5,6 +5,7 @@ import itertools
 import sys
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from jaxinfer.kernels import cpu
@@ -25,7 +26,13 @@ for tokens, level, rounds in itertools.product((1, 7, 9, 33), range(len(cpu.LEVE
     library.jaxinfer_level(level)
     call = jax.ffi.ffi_call("int4", [jax.ShapeDtypeStruct((tokens, 13), np.float32)])
     w = random((13, 96), "int8").view(np.uint8)
-    jax.block_until_ready(call(random((tokens, 192), "float32"), w, random((13, 6), "float32"), rounds=rounds))
+    powers = random((13, 6), "int8").view(ml_dtypes.float8_e8m0fnu)
+    for table, scales in ((0, random((13, 6), "float32")), (16, powers)):
+        (0, random((13, 6), "float32")),
+        (16, random((13, 6), "int8").view(ml_dtypes.float8_e8m0fnu)),
+    ):
+        options = {"rounds": rounds, "table": random(table, "float32")}
+        jax.block_until_ready(call(random((tokens, 192), "float32"), w, scales, **options))
 jax.ffi.register_ffi_target("grouped", jax.ffi.pycapsule(library.jaxinfer_grouped_dot), platform="cpu")
 jax.ffi.register_ffi_target("grouped_int4", jax.ffi.pycapsule(library.jaxinfer_grouped_dot_int4), platform="cpu")
 for sizes, level, rounds in itertools.product(
@@ -39,8 +46,10 @@ for sizes, level, rounds in itertools.product(
         both = [random((3, n, 67), weights) for n in (13, 5)]
         jax.block_until_ready(call(random((rows, 67), activations), counts, *both, rounds=rounds))
     call = jax.ffi.ffi_call("grouped_int4", [jax.ShapeDtypeStruct((rows, 13), np.float32)])
-    w, scales = random((3, 13, 96), "int8").view(np.uint8), random((3, 13, 6), "float32")
-    jax.block_until_ready(call(random((rows, 192), "float32"), counts, w, scales, rounds=rounds))
+    w, powers = random((3, 13, 96), "int8").view(np.uint8), random((3, 13, 6), "int8").view(ml_dtypes.float8_e8m0fnu)
+    for table, scales in ((0, random((3, 13, 6), "float32")), (16, powers)):
+        options = {"rounds": rounds, "table": random(table, "float32")}
+        jax.block_until_ready(call(random((rows, 192), "float32"), counts, w, scales, **options))
 jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attention), platform="cpu")
 for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
     library.jaxinfer_level(level)

@@ -13,7 +13,7 @@ import ctypes
 import functools
 import importlib.machinery
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,19 +136,24 @@ def _products_jvp(
 
 
 def products_int4(
-    x: jax.Array, weights: Sequence[Weights], reference: Callable[[], list[jax.Array]], rounds: bool = False
+    x: jax.Array,
+    weights: Sequence[Weights],
+    reference: Callable[[], list[jax.Array]],
+    rounds: bool = False,
+    table: Sequence[float] = (),
 ) -> list[jax.Array]:
     """`x [T, K]` times each weight of int4 transposed, `[T, N]` float32: see `products`.
 
     Of a weight there are values, uint8 `[N, K / 2]`, two's complement, the even column's in the low four bits; scales,
-    f32 `[N, K / size]` of groups of `size` columns, a multiple of 32; and perhaps zeros, int8 of the same shape, which
-    are taken off the values. From 8 tokens on weights are dequantized a few rows at a time, and where activations may
-    be rounded so are they.
+    f32 or e8m0 `[N, K / size]` of groups of `size` columns, a multiple of 32; and perhaps zeros, int8 of the same
+    shape, which are taken off the values. From 8 tokens on weights are dequantized a few rows at a time, and where
+    activations may be rounded so are they. table: the 16 numbers that values stand for instead of themselves.
     """
     if not _multiplies_int4(x, weights):
         return reference()
     outs = [jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[0]), jnp.dtype(jnp.float32)) for weight in weights]
-    call = functools.partial(jax.ffi.ffi_call(INT4, outs, vmap_method="sequential"), rounds=rounds)
+    numbers = np.asarray(table, np.float32)
+    call = functools.partial(jax.ffi.ffi_call(INT4, outs, vmap_method="sequential"), rounds=rounds, table=numbers)
     flat = [array for weight in weights for array in weight]
     return list(lax.platform_dependent(x, *flat, cpu=call, default=lambda *_: reference()))
 
@@ -175,7 +180,8 @@ def grouped_products(
     if x.ndim != 2 or not multiplies(x.dtype.name, weights[0].dtype.name) or not alone():
         return reference()
     kind = jnp.dtype(jnp.int32 if x.dtype == jnp.int8 else jnp.float32)
-    return _grouped(GROUPED, kind, x, sizes, [(weight,) for weight in weights], reference, rounds, (scales, factors))
+    flat, options = [(weight,) for weight in weights], {"rounds": rounds}
+    return _grouped(GROUPED, kind, x, sizes, flat, reference, options, (scales, factors))
 
 
 def grouped_products_int4(
@@ -184,11 +190,13 @@ def grouped_products_int4(
     weights: Sequence[Weights],
     reference: Callable[[], list[jax.Array]],
     rounds: bool = False,
+    table: Sequence[float] = (),
 ) -> list[jax.Array]:
     """The same of weights as `products_int4` has them, `[E, N, K / 2]` and `[E, N, K / size]`."""
     if not _multiplies_int4(x, weights):
         return reference()
-    return _grouped(GROUPED_INT4, jnp.dtype(jnp.float32), x, sizes, weights, reference, rounds)
+    options = {"rounds": rounds, "table": np.asarray(table, np.float32)}
+    return _grouped(GROUPED_INT4, jnp.dtype(jnp.float32), x, sizes, weights, reference, options)
 
 
 def _grouped(
@@ -198,7 +206,7 @@ def _grouped(
     sizes: jax.Array,
     weights: Sequence[Weights],
     reference: Callable[[], list[jax.Array]],
-    rounds: bool,
+    options: Mapping[str, Any],
     applied: tuple[Weights, jax.Array | None] = ((), None),
 ) -> list[jax.Array]:
     shapes = [jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[1]), kind) for weight in weights]
@@ -206,7 +214,7 @@ def _grouped(
     def call(
         x: jax.Array, sizes: jax.Array, applied: tuple[Weights, jax.Array | None], *flat: jax.Array
     ) -> list[jax.Array]:
-        outs = list(jax.ffi.ffi_call(target, shapes, vmap_method="sequential")(x, sizes, *flat, rounds=rounds))
+        outs = list(jax.ffi.ffi_call(target, shapes, vmap_method="sequential")(x, sizes, *flat, **options))
         scales, factors = applied
         if not scales:
             return outs

@@ -47,10 +47,24 @@ struct Part {  // of products: some tokens, w [columns, K] and out [tokens, colu
   int64_t columns;
   // Of int4, for each `group` columns: [columns, K / group]; zeros is null where the scheme has none.
   const float* scales;
+  const uint8_t* exponents;  // or, instead of scales, powers of two, plus 127
   const int8_t* zeros;
+  const float* table;  // what values stand for; null: themselves
   int64_t group;
   int64_t token, tokens;  // the first of them, and how many
 };
+
+INLINE float power(uint8_t exponent) {
+  const uint32_t bits = (uint32_t)exponent << 23;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class Part>
+INLINE float scale_of(const Part& part, int64_t block) {
+  return part.exponents ? power(part.exponents[block]) : part.scales[block];
+}
 
 template <class Weight, class Out>
 using Parts = std::vector<Part<Weight, Out>>;
@@ -212,6 +226,7 @@ std::atomic<int> level{level_of_machine()};
 #endif
 
 using Arguments = ffi::RemainingArgs;
+using Table = ffi::Span<const float>;
 using Results = ffi::RemainingRets;
 
 ffi::Error wrong(const char* what) { return ffi::Error::InvalidArgument(what); }
@@ -245,7 +260,8 @@ Parts<Weight, Out> of_experts(const Operands& call, const Parts<Weight, Out>& pa
       part.token += part.tokens;
       part.out += part.tokens * part.columns;
       part.w += part.columns * held;
-      if (part.group) part.scales += part.columns * (depth / part.group);
+      if (part.scales) part.scales += part.columns * (depth / part.group);
+      if (part.exponents) part.exponents += part.columns * (depth / part.group);
       if (part.zeros) part.zeros += part.columns * (depth / part.group);
     }
     std::memset(part.out, 0, (tokens - part.token) * part.columns * sizeof(Out));
@@ -274,7 +290,8 @@ ffi::Error with_weights(const Operands& call, Arguments weights, Results outs) {
   for (size_t i = 0; i < outs.size(); i++) {
     const auto w = *weights.get<ffi::AnyBuffer>(i);
     parts.push_back({(const Weight*)w.untyped_data(), (Out*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data(),
-                     w.dimensions()[w.dimensions().size() - 2], nullptr, nullptr, 0, 0, call.x.dimensions()[0]});
+                     w.dimensions()[w.dimensions().size() - 2], nullptr, nullptr, nullptr, nullptr, 0, 0,
+                     call.x.dimensions()[0]});
   }
   return product<X>(call, parts);
 }
@@ -308,17 +325,21 @@ ffi::Error any_dot(const Operands& call, Arguments weights, Results outs) {
   return wrong("jaxinfer_dot: there is no product of these types");
 }
 
-// Of each weight there are values, scales, and zeros if the scheme has them.
-ffi::Error any_dot_int4(const Operands& call, Arguments weights, Results outs) {
+// Of each weight there are values, scales, and zeros if the scheme has them. table: what values stand for; empty:
+// themselves, in two's complement.
+ffi::Error any_dot_int4(const Operands& call, Table table, Arguments weights, Results outs) {
   const char* shapes = "jaxinfer_dot_int4: x must be [T, K], w [N, K/2] and scales (and zeros) [N, K/(32 n)], or [E, ...]";
+  if (table.size() != 0 && table.size() != 16) return wrong("jaxinfer_dot_int4: a table must have 16 numbers");
   const size_t each = outs.size() ? weights.size() / outs.size() : 0;
   const auto in = call.x.dimensions();
   if (each < 2 || each > 3 || weights.size() != each * outs.size() || in.size() != 2) return wrong(shapes);
   Parts<nibbles, float> parts;
   for (size_t i = 0; i < outs.size(); i++) {
     const auto w = weights.get<ffi::Buffer<ffi::U8>>(i * each);
-    const auto scales = weights.get<ffi::Buffer<ffi::F32>>(i * each + 1);
+    const auto scales = weights.get<ffi::AnyBuffer>(i * each + 1);
     if (!w.has_value() || !scales.has_value()) return wrong(shapes);
+    const bool powers = scales->element_type() == ffi::DataType::F8E8M0FNU;
+    if (!powers && scales->element_type() != ffi::DataType::F32) return wrong(shapes);
     const auto held = w->dimensions(), some = scales->dimensions();
     if (!fits(call, held) || !fits(call, some)) return wrong(shapes);
     const int64_t rows = held[held.size() - 2], blocks = some.back();
@@ -332,7 +353,9 @@ ffi::Error any_dot_int4(const Operands& call, Arguments weights, Results outs) {
       zeros = given->typed_data();
     }
     parts.push_back({(const nibbles*)w->typed_data(), (float*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data(), rows,
-                     scales->typed_data(), zeros, in[1] / blocks, 0, in[0]});
+                     powers ? nullptr : (const float*)scales->untyped_data(),
+                     powers ? (const uint8_t*)scales->untyped_data() : nullptr, zeros,
+                     table.size() ? table.begin() : nullptr, in[1] / blocks, 0, in[0]});
   }
   if (call.x.element_type() == ffi::DataType::F32) return product<float>(call, parts);
   if (call.x.element_type() == ffi::DataType::BF16) return product<bf16>(call, parts);
@@ -343,8 +366,8 @@ ffi::Error dot(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments we
   return any_dot({pool, rounds, x, nullptr, 0}, weights, outs);
 }
 
-ffi::Error dot_int4(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments weights, Results outs) {
-  return any_dot_int4({pool, rounds, x, nullptr, 0}, weights, outs);
+ffi::Error dot_int4(ffi::ThreadPool pool, bool rounds, Table table, ffi::AnyBuffer x, Arguments weights, Results outs) {
+  return any_dot_int4({pool, rounds, x, nullptr, 0}, table, weights, outs);
 }
 
 using Sizes = ffi::Buffer<ffi::S32>;
@@ -353,9 +376,10 @@ ffi::Error grouped(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Sizes si
   return any_dot({pool, rounds, x, sizes.typed_data(), (int64_t)sizes.element_count()}, weights, outs);
 }
 
-ffi::Error grouped_int4(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Sizes sizes, Arguments weights,
-                        Results outs) {
-  return any_dot_int4({pool, rounds, x, sizes.typed_data(), (int64_t)sizes.element_count()}, weights, outs);
+ffi::Error grouped_int4(ffi::ThreadPool pool, bool rounds, Table table, ffi::AnyBuffer x, Sizes sizes,
+                        Arguments weights, Results outs) {
+  const auto count = (int64_t)sizes.element_count();
+  return any_dot_int4({pool, rounds, x, sizes.typed_data(), count}, table, weights, outs);
 }
 
 ffi::Error take(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::AnyBuffer> out) {
@@ -436,34 +460,21 @@ ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t 
   return wrong("jaxinfer_attention: there is none for keys of this type");
 }
 
-auto product_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Attr<bool>("rounds")
-      .Arg<ffi::AnyBuffer>()
-      .RemainingArgs()
-      .RemainingRets();
-}
-
-auto grouped_binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Attr<bool>("rounds")
-      .Arg<ffi::AnyBuffer>()
-      .Arg<Sizes>()
-      .RemainingArgs()
-      .RemainingRets();
-}
+auto binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("rounds"); }
+auto int4_binding() { return binding().Attr<Table>("table"); }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot, dot, product_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot, dot, binding().Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot_int4, dot_int4, product_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_dot_int4, dot_int4,
+                              int4_binding().Arg<ffi::AnyBuffer>().RemainingArgs().RemainingRets());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_grouped_dot, grouped, grouped_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_grouped_dot, grouped,
+                              binding().Arg<ffi::AnyBuffer>().Arg<Sizes>().RemainingArgs().RemainingRets());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_grouped_dot_int4, grouped_int4, grouped_binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_grouped_dot_int4, grouped_int4,
+                              int4_binding().Arg<ffi::AnyBuffer>().Arg<Sizes>().RemainingArgs().RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_take, take,
                               ffi::Ffi::Bind()

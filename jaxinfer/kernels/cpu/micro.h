@@ -134,22 +134,47 @@ void gemv(const float* x, int64_t depth, const Part<Weight, Out>& part, int64_t 
 constexpr int WIDE_ROWS = LEVEL == 2 ? 12 : 6;  // with 2 panels they fill the registers
 
 // ---- int4: two values a byte, the even column's in the low bits; a scale, and a zero point, for each `group` columns.
+// Values are integers in two's complement, or places in a table of 16 numbers.
 
-INLINE void load_pairs(const nibbles* p, float zero, Float& even, Float& odd) {
+#if LEVEL == 2
+INLINE Float looked_up(const float* table, Int places) {  // by the low 4 bits alone
+  return (Float)_mm512_permutexvar_ps((__m512i)places, _mm512_loadu_ps(table));
+}
+#elif LEVEL == 1
+INLINE Float looked_up(const float* table, Int places) {
+  const __m256i low = (__m256i)places;  // of which the low 3 bits count, and the fourth says from which half
+  return (Float)_mm256_blendv_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), low),
+                                 _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), low),
+                                 (__m256)_mm256_slli_epi32(low, 28));
+}
+#else
+INLINE Float looked_up(const float* table, Int places) {
+  Float numbers;
+  for (int i = 0; i < LANES; i++) numbers[i] = table[places[i] & 15];
+  return numbers;
+}
+#endif
+
+template <bool TABLE>
+INLINE void load_pairs(const nibbles* p, const float* table, float zero, Float& even, Float& odd) {
+  const Int bytes = load_bytes(p);
+  if constexpr (TABLE) {
+    even = looked_up(table, bytes);
+    odd = looked_up(table, bytes >> 4);
+    return;
+  }
 #if LEVEL == 2
   const __m512 values = (__m512)((Float)_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1) - zero);
-  const __m512i bytes = (__m512i)load_bytes(p);
-  even = (Float)_mm512_permutexvar_ps(bytes, values);  // which looks at the low 4 bits alone
-  odd = (Float)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values);
+  even = (Float)_mm512_permutexvar_ps((__m512i)bytes, values);  // which looks at the low 4 bits alone
+  odd = (Float)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)bytes, 4), values);
 #else
-  const Int bytes = load_bytes(p);
   even = __builtin_convertvector(bytes << 28 >> 28, Float) - zero;
   odd = __builtin_convertvector(bytes << 24 >> 28, Float) - zero;
 #endif
 }
 
 // Some outputs from n on of some tokens, whose even columns come first in x.
-template <int ROWS, int TOKENS>
+template <bool TABLE, int ROWS, int TOKENS>
 INLINE void thin_int4(const float* x, int64_t depth, const Part<nibbles, float>& part, int64_t n, float* out) {
   Float total[ROWS][TOKENS] = {};
   const int64_t half = depth / 2, blocks = depth / part.group;
@@ -159,34 +184,44 @@ INLINE void thin_int4(const float* x, int64_t depth, const Part<nibbles, float>&
     for (int r = 0; r < ROWS; r++) __builtin_prefetch((const char*)(part.w + (n + r) * half + begin) + AHEAD);
     for (int64_t k = begin; k < begin + part.group / 2; k += LANES)
       for (int r = 0; r < ROWS; r++) {
-        load_pairs(part.w + (n + r) * half + k, part.zeros ? part.zeros[(n + r) * blocks + b] : 0, even, odd);
+        const float zero = part.zeros ? part.zeros[(n + r) * blocks + b] : 0;
+        load_pairs<TABLE>(part.w + (n + r) * half + k, part.table, zero, even, odd);
         for (int t = 0; t < TOKENS; t++)
           some[r][t] += even * load(x + t * depth + k) + odd * load(x + t * depth + half + k);
       }
     for (int r = 0; r < ROWS; r++)
-      for (int t = 0; t < TOKENS; t++) total[r][t] += some[r][t] * part.scales[(n + r) * blocks + b];
+      for (int t = 0; t < TOKENS; t++) total[r][t] += some[r][t] * scale_of(part, (n + r) * blocks + b);
   }
   for (int r = 0; r < ROWS; r++)
     for (int t = 0; t < TOKENS; t++) out[t * part.columns + r] = sum(total[r][t]);
 }
 
 inline void gemv(const float* x, int64_t depth, const Part<nibbles, float>& part, int64_t first, int64_t last) {
-  thin_tiles(first, last, part.tokens, [&](int64_t n, int64_t t, auto rows, auto tokens) {
-    thin_int4<rows, tokens>(x + t * depth, depth, part, n, part.out + t * part.columns + n);
-  });
+  auto with = [&](auto table) {
+    thin_tiles(first, last, part.tokens, [&](int64_t n, int64_t t, auto rows, auto tokens) {
+      thin_int4<table, rows, tokens>(x + t * depth, depth, part, n, part.out + t * part.columns + n);
+    });
+  };
+  part.table ? with(std::true_type()) : with(std::false_type());
 }
 
 // Row n as float32.
-INLINE void dequantize(const Part<nibbles, float>& part, int64_t n, int64_t depth, float* to) {
+template <bool TABLE>
+INLINE void dequantize_row(const Part<nibbles, float>& part, int64_t n, int64_t depth, float* to) {
   for (int64_t k = 0; k < depth / 2; k += LANES) {
     Float even, odd;
     const int64_t block = (n * depth + 2 * k) / part.group;
-    load_pairs(part.w + n * depth / 2 + k, part.zeros ? part.zeros[block] : 0, even, odd);
+    load_pairs<TABLE>(part.w + n * depth / 2 + k, part.table, part.zeros ? part.zeros[block] : 0, even, odd);
+    const float scale = scale_of(part, block);
     for (int i = 0; i < LANES; i++) {
-      to[2 * (k + i)] = even[i] * part.scales[block];
-      to[2 * (k + i) + 1] = odd[i] * part.scales[block];
+      to[2 * (k + i)] = even[i] * scale;
+      to[2 * (k + i) + 1] = odd[i] * scale;
     }
   }
+}
+
+inline void dequantize(const Part<nibbles, float>& part, int64_t n, int64_t depth, float* to) {
+  part.table ? dequantize_row<true>(part, n, depth, to) : dequantize_row<false>(part, n, depth, to);
 }
 
 // ---- gemm: activations in panels [units][LANES tokens] of 32 bits, weights in rows of such units.
