@@ -72,12 +72,13 @@ class EngineConfig(TypedDict, total=False):
             help=f"Of weights: {', '.join(SCHEMES)}; or by patterns of names: '*.mlp.*=int4,*=none'.",
             details="of weights, while they are loaded: `int8` (one scale for each output channel), `int8-w8a8` "
             "(activations too, one for each token), `int4` and `int4-g128` (one scale for 32 or 128 inputs of a "
-            "channel), `nf4` (one of 16 quantiles of the normal distribution, one scale for 64 inputs), `fp8` (e4m3) "
-            "and `fp8-block` (one scale for 128x128 weights); for all matrices but embeddings. "
+            "channel), `nf4` (one of 16 quantiles of the normal distribution, one scale for 64 inputs), `mxfp4` "
+            "(e2m1, a power of two for 32 inputs, as gpt-oss has it), `fp8` (e4m3) and `fp8-block` (one scale for "
+            "128x128 weights); for all matrices but embeddings. "
             "Or patterns of weight names with one of these or `none` each, of which the first that fits decides: "
             '`{"*.mlp.*": "int8"}`. A checkpoint that is quantized already stays as it is, and takes nothing else. It '
-            "saves memory everywhere, and time where decoding is bound by it; on CPU `fp8-block` and `nf4` are slower, "
-            "as there are no such products there",
+            "saves memory everywhere, and time where decoding is bound by it; on CPU `fp8-block` is slower, as there is "
+            "no such product there",
             metavar="SCHEME",
             check=check_quantization,
             shapes_programs=True,
