@@ -116,7 +116,7 @@ class SafetensorsFile:
         if info.dtype == np.bool_ and raw.max(initial=0) > 1:
             raise self._bad(f"tensor {short(info.name)} is BOOL but has bytes other than 0 and 1")
         array = raw.view(info.dtype).reshape([stop - start for start, stop in bounds])
-        return array[tuple(slice(None, None, part.step) for part in index or ())]
+        return array[tuple(slice(None, None, part.step) for part in index)] if index else array
 
     def close(self) -> None:
         self._file.close()

@@ -77,8 +77,8 @@ class EngineConfig(TypedDict, total=False):
             "128x128 weights); for all matrices but embeddings. "
             "Or patterns of weight names with one of these or `none` each, of which the first that fits decides: "
             '`{"*.mlp.*": "int8"}`. A checkpoint that is quantized already stays as it is, and takes nothing else. It '
-            "saves memory everywhere, and time where decoding is bound by it; on CPU `fp8-block` is slower, as there is "
-            "no such product there",
+            "saves memory everywhere, and time where decoding is bound by it; on CPU `fp8-block` is slower, as "
+            "there is no such product there",
             metavar="SCHEME",
             check=check_quantization,
             shapes_programs=True,

@@ -12,6 +12,7 @@ import jaxinfer.attention.fused as fused_module
 from jaxinfer.attention import AttentionSpec, LayerLayout
 from jaxinfer.attention.fused import attend_fused
 from jaxinfer.cache import FullAttentionSpec, FusedPages, InterleavedPages
+from jaxinfer.sharding import KV, ROWS
 from tests.attention.reference import Shape, attend_row, live, ragged
 from tests.attention.test_packed import FakeDevice, packed
 
@@ -109,7 +110,7 @@ def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
     pools = layout.arrays(5, 16)
     first = pools if expected is FusedPages else pools[0]
     assert type(first) is expected
-    assert layout.backend.partition_spec == PartitionSpec(("data", "fsdp"), None, "kv")
+    assert layout.backend.partition_spec == PartitionSpec(ROWS, None, KV)
     assert first.kv.shape == ((5, 16, 8, 2, 128) if expected is FusedPages else (5, 16, 16, 128))
     nbytes = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(first))
     assert layout.nbytes(1) == nbytes / (5 * 16)

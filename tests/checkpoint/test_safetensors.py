@@ -137,7 +137,15 @@ def test_reads_in_pieces(cube, monkeypatch: pytest.MonkeyPatch) -> None:
     assert file.read(file.tensors["cube"]).tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("index", [(slice(None, None, 2),), (slice(None, None, -1),), (0,), (slice(None),) * 5])
+@pytest.mark.parametrize(
+    "index", [(slice(1, None, 2),), (slice(None), slice(0, 3, 2)), (slice(None, None, 3), slice(1, 2))]
+)
+def test_steps(cube, index) -> None:
+    file, array = cube
+    np.testing.assert_array_equal(file.read(file.tensors["cube"], index), array[index])
+
+
+@pytest.mark.parametrize("index", [(slice(None, None, 0),), (slice(None, None, -1),), (0,), (slice(None),) * 5])
 def test_an_index_that_is_no_part_is_refused(cube, index) -> None:
     file, _ = cube
     with pytest.raises(ValueError, match=r"tensor 'cube'"):

@@ -35,6 +35,10 @@ PARAMETERS = {
     "mistralai/Mistral-Small-3.2-24B-Instruct-2506": 24_011_361_280 - 438_958_080,
     "ibm-granite/granite-3.3-8b-instruct": 8_170_864_640,
     "allenai/Olmo-3-32B-Think": 32_233_522_176,
+    # 20.91 and 116.83 billion in their paper (arXiv:2508.10925); their files count bytes of mxfp4.
+    "openai/gpt-oss-20b": 20_914_757_184,
+    "openai/gpt-oss-120b": 116_829_156_672,
+    "google/gemma-4-26B-A4B-it": 25_233_141_790,  # 25.2 billion, by name; this is of what is written here
 }
 
 

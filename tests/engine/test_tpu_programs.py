@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.deployments import deployment_of
+
 pytest.importorskip("libtpu")
 
 # In a process of its own: libtpu can be loaded once, and this one has devices of its own kind.
@@ -70,6 +72,7 @@ for case in json.loads(sys.argv[1]):
             "blocks": sorted(set(asked)), "scattered": re.findall(r"bf16\\[1025,[\\d,]*\\]\\S* scatter\\(", text),
             "fused": len(set(re.findall(r"%(RPA[\\w.-]*) = [^\\n]*tpu_custom_call", text))),
             "copied": re.findall(r"= (?:bf16|f8e4m3fn)\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
+            "attention": programs.layout.names,
         } | collectives))
 """
 QUIET = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
@@ -257,3 +260,27 @@ def test_experts_stay_where_they_are(topology, mesh, quantization):
     tokens = 8 * 1024 * 2048 * 2
     assert forward["temporaries"] - dequantized < 2.5 * tokens
     assert len(forward["all-reduce"]) == 5
+
+
+@pytest.mark.parametrize(
+    "topology", [pytest.param("v5e-8", marks=pytest.mark.slow), pytest.param("v6e-8", marks=pytest.mark.long)]
+)
+def test_gpt_oss(topology):
+    """120B's widths, two layers: experts stay in mxfp4, with nothing of their size beside them; and attention in plain
+    XLA, whose pools are aliased, and nowhere copied."""
+    config = deployment_of("gpt-oss-120b_v6e-8").architecture | {"num_hidden_layers": 2}
+    case = {"topology": topology, "mesh": "tensor=8", "config": config, "rows": 64, "tokens": 1024}
+    decode, forward, _ = compiled(case)
+    print(topology, *(f"{figures['temporaries'] / MIB:.1f} MiB" for figures in (decode, forward)))
+    experts = 2 * 3 * 16 * 2880 * 2880 * 17 // 32
+    assert experts < decode["weights"] < experts + 2 * 201088 // 8 * 2880 * 2 + 100 * MIB
+    for figures in (decode, forward):
+        assert set(figures["attention"]) == {"plain XLA on TPUs"}
+        assert figures["arguments"] == pytest.approx(figures["held"], rel=0.02)
+        assert figures["aliased"] >= figures["changed"]
+        assert not figures["copied"]
+        reductions = sum(count == figures["key"][1] * 2880 for count in elements(figures["all-reduce"]))
+        assert reductions == 2 * 2 + 1
+    dequantized = 2880 * 2880 * 4
+    assert decode["temporaries"] - dequantized < experts / 6
+    assert forward["temporaries"] - dequantized < 2.5 * 4 * 1024 * 2880 * 2 + experts / 6

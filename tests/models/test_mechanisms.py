@@ -257,7 +257,7 @@ def test_written_quantized(folders, layout, scheme, tmp_path):
 
 def test_not_written_quantized(folders, tmp_path):
     """What is no linear has no form in it."""
-    with pytest.raises(ValueError, match=r"experts\.down_proj.* lies the other way round in .*use format orbax"):
+    with pytest.raises(ValueError, match=r"experts\.down_proj.* is of experts that are stacked in .*use format orbax"):
         convert(folders(TURNED), tmp_path / "hf", format="hf", quantization="int8", show_progress=False)
 
 
