@@ -19,7 +19,7 @@ from jaxinfer.quantization.schemes import TABLES, Scheme
 from jaxinfer.weights.products import by_xla, on_each, on_each_already, products
 from jaxinfer.weights.weight import Axes, SplitOver, Weight, by_tiles
 
-PRODUCT = 2**22  # weights that are dequantized at a time, where they have to be
+PRODUCT = 2**23  # weights that are dequantized at a time, where they have to be
 
 
 @functools.partial(jax.tree_util.register_dataclass)

@@ -60,7 +60,7 @@ def generate(llm, inputs, params=GREEDY):
     return outputs
 
 
-@pytest.mark.parametrize("budget", [slow(4), CHUNK - 5, slow(CHUNK), 3 * CHUNK])
+@pytest.mark.parametrize("budget", [slow(4), CHUNK - 5, slow(CHUNK), slow(3 * CHUNK)])
 def test_prompts_in_pieces_beside_rows_that_decode(folder, budget, monkeypatch):
     with LLM(folder, max_num_batched_tokens=budget, **OPTIONS) as llm:
         chunks = [group.chunk for group in llm.engine.runner.programs.layout.groups]
@@ -132,6 +132,7 @@ def test_over_a_mesh(folder, mesh):
         generate(llm, prompts())
 
 
+@pytest.mark.slow
 def test_beams(folder):
     """Which go on from pages that they share, over the end of a chunk."""
     prompt = TOKENS[: CHUNK - 2]

@@ -124,7 +124,7 @@ LAYOUTS = {
 }
 GATES = ("gate", "shared_expert_gate")
 slow = partial(pytest.param, marks=pytest.mark.slow)
-every = pytest.mark.parametrize("layout", LAYOUTS)
+every = pytest.mark.parametrize("layout", [slow(name) if name == TURNED else name for name in LAYOUTS])
 # Those whose matrices lie as linears of others do; of TURNS there is a format of its own, see test_gpt_oss.
 linears = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in (TURNS, TURNED, PACKED)])
 PROMPT = np.random.default_rng(3).integers(0, 256, 40).tolist()
