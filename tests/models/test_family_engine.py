@@ -3,8 +3,6 @@
 Variants are those of test_families.py; here are some that differ in what the engine's attention has to do.
 """
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
@@ -13,11 +11,10 @@ from jaxinfer import LLM, SamplingParams
 from tests.checkpoints import same_tokens
 from tests.models.test_families import PROMPT, TOKENS, reference
 
-slow = partial(pytest.param, marks=pytest.mark.slow)
 NAMES = [
-    *("gemma2-window", "gemma3_text", "gemma4_text-small-shared-tied-hub", "gpt_oss", "llama4-older", "mixtral"),
-    *map(slow, ("gemma4_text", "gemma4_text-pattern", "hunyuan_v1_moe-layers-bias", "llama4_text-dense")),
-    *map(slow, ("phimoe-window-bias-tied", "qwen2_moe-dense-window")),
+    *("gemma2-window", "gemma3_text", "gemma4_text", "gemma4_text-small-shared-tied-hub", "gemma4_text-pattern"),
+    *("gpt_oss", "hunyuan_v1_moe-layers-bias", "llama4-older", "llama4_text-dense", "mixtral"),
+    *("phimoe-window-bias-tied", "qwen2_moe-dense-window"),
 ]
 PROMPTS = (PROMPT, 45)  # tokens: the other one takes two steps
 
