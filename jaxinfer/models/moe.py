@@ -59,6 +59,7 @@ def moe_config(base: DecoderConfig, **more: Any) -> MoeConfig:
 def routing_of(fields: ConfigReader, experts: tuple[str, int], top_k: int, **more: Any) -> Routing:
     """Reads how many experts there are and how many a token goes to. experts: the field and its default; top_k: the
     other's; more: see Routing."""
+    fields.refuse("scoring_func", more.get("scores", "softmax"))  # which only families' own code reads
     names = (experts[0], "num_local_experts", "num_experts")
     name = next((name for name in names if fields.data.get(name) is not None), names[0])
     count = fields.integer(name, experts[1], maximum=MAX_EXPERTS)
@@ -70,6 +71,8 @@ def routing_of(fields: ConfigReader, experts: tuple[str, int], top_k: int, **mor
 
 def grouped_routing(fields: ConfigReader) -> Routing:
     """DeepSeek-V3's: sigmoids, to which a bias is added for the choice among the best groups."""
+    fields.refuse("scoring_func", "sigmoid", "noaux_tc")
+    fields.refuse("topk_method", "noaux_tc")
     experts = next((n for n in ("num_local_experts", "num_experts") if fields.data.get(n)), "n_routed_experts")
     count = fields.integer(experts, maximum=MAX_EXPERTS)
     groups = fields.integer("n_group", 1)

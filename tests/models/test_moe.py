@@ -67,3 +67,21 @@ def test_what_config_json_may_not_say(family, fields, named):
     parse_config(good)
     with pytest.raises(ValueError, match=named):
         parse_config(good | fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("mixtral", "scoring_func", "sigmoid"),
+        ("qwen3_moe", "scoring_func", "topk"),
+        ("minimax_m2", "scoring_func", "softmax"),
+        ("glm4_moe", "scoring_func", "softmax"),
+        ("dots1", "topk_method", "group_limited_greedy"),
+    ],
+)
+def test_a_router_of_another_kind(name, field, value):
+    """Fields that transformers doesn't read, and code of the hub does."""
+    data = variants()[name].fields | {"model_type": name}
+    parse_config(data | {field: {"minimax_m2": "sigmoid", "dots1": "noaux_tc", "glm4_moe": "sigmoid"}.get(name)})
+    with pytest.raises(ValueError, match=f"{field} is '{value}': jaxinfer supports only"):
+        parse_config(data | {field: value})
