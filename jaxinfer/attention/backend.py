@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,12 +48,14 @@ class AttentionBackend(ABC):
     platform: of the devices that it is for; None: of all.
     asked: the values of option `attention` with which it may be taken.
     partition_spec: of the pool's arrays over a mesh.
+    compiler_options: of programs that attend with it.
     """
 
     name: ClassVar[str]
     platform: ClassVar[str | None] = None
     asked: ClassVar[frozenset[str]]
     partition_spec: ClassVar[PartitionSpec]
+    compiler_options: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def supports(self, case: AttentionCase) -> str | None:

@@ -108,10 +108,8 @@ def write_split(
         if not by_rows:
             return pool.at[page, :, slot].set(bits)
         _, heads, size, *width = pool.shape
-        # Where places might be out of bounds, the compiler for v6e has scatters done by a part of the chip for which it
-        # fails: libtpu 0.0.42 overflows its stack.
         rows = (page[:, None] * heads + jnp.arange(heads, dtype=page.dtype)) * size + slot[:, None]
-        return pool.reshape(-1, *width).at[rows].set(bits, mode="promise_in_bounds").reshape(pool.shape)
+        return pool.reshape(-1, *width).at[rows].set(bits).reshape(pool.shape)
 
     return type(cache)(*(write(pool, part) for pool, part in zip(cache, new, strict=True)))
 

@@ -254,7 +254,10 @@ class Program(ABC):
             placement = Mesh(np.array(shapes.devices), ("all",))
         # Results' shardings are pinned, or XLA may choose others, and donation is silently lost.
         held = jax.tree.map(lambda s: s.sharding, self.results[1])
-        jitted = jax.jit(self.function(), donate_argnums=1, out_shardings=(shapes.whole, held))
+        backends = {layer.backend for layer in shapes.layout.layers if layer and layer.backend}
+        options = {name: value for backend in backends for name, value in backend.compiler_options.items()}
+        shardings = shapes.whole, held
+        jitted = jax.jit(self.function(), donate_argnums=1, out_shardings=shardings, compiler_options=options or None)
         with contextlib.ExitStack() as stack:
             if isinstance(placement, Mesh):  # kernels ask what kind of device they are for
                 stack.enter_context(jax.sharding.use_abstract_mesh(placement.abstract_mesh))
