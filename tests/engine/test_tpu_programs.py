@@ -281,6 +281,5 @@ def test_gpt_oss(topology):
         assert not figures["copied"]
         reductions = sum(count == figures["key"][1] * 2880 for count in elements(figures["all-reduce"]))
         assert reductions == 2 * 2 + 1
-    dequantized = 2880 * 2880 * 4
-    assert decode["temporaries"] - dequantized < experts / 6
-    assert forward["temporaries"] - dequantized < 2.5 * 4 * 1024 * 2880 * 2 + experts / 6
+    # What one expert is dequantized to among them, and less than the experts of a layer, or a layer's pool.
+    assert max(decode["temporaries"], forward["temporaries"]) < experts / 2
