@@ -44,8 +44,9 @@ def attend(
     assert backend is not None, "a batch over a cache has what attends to it"
     # A cache group of chunks shows of each row the chunk that it is in, and nothing before it.
     call: Any = functools.partial(backend, spec=dataclasses.replace(spec, chunk=None))
+    own = {} if sinks is None else {"sinks": sinks}
     if batch.mesh is None:
-        return call(q, k, v, cache, batch, sinks=sinks)
+        return call(q, k, v, cache, batch, **own)
     times = math.lcm(k.shape[1], axis_size(batch.mesh, (KV,))) // k.shape[1]
     if times > 1:
         k, v = (jnp.repeat(heads, times, axis=1) for heads in (k, v))
@@ -55,6 +56,6 @@ def attend(
     each = heads, kv_heads, kv_heads, pages, PartitionSpec(), PartitionSpec(TENSOR)
 
     def part(*args: Any) -> Any:
-        return call(*args[:-1], sinks=args[-1])
+        return call(*args[:-1], **args[-1])
 
-    return on_tensor(part, each, (heads, pages))(q, k, v, cache, dataclasses.replace(batch, mesh=None), sinks)
+    return on_tensor(part, each, (heads, pages))(q, k, v, cache, dataclasses.replace(batch, mesh=None), own)

@@ -75,13 +75,6 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        pools: LayerCache,
-        batch: ForwardBatch,
-        spec: AttentionSpec,
-        sinks: jax.Array | None = None,
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
     ) -> tuple[jax.Array, LayerCache]:
-        """See `attend`. sinks: of cases that have them, and then this supports them."""
+        """See `attend`. What supports cases with sinks takes them, too, as `sinks`."""

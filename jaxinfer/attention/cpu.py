@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import jax
 import jax.numpy as jnp
 
 from jaxinfer.attention.backend import AttentionCase
 from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.attention.xla import Pages, XLAAttention, write_split
-from jaxinfer.cache import LayerCache
+from jaxinfer.attention.xla import Pages, XLAAttention
 from jaxinfer.kernels import cpu
 
 
@@ -26,23 +23,13 @@ class CPUAttention(XLAAttention):
             return f"it is for CPUs, and this is {case.device.platform}"
         return cpu.attention_problem(case.dtype.name, case.head_dim, case.queries, case.kept.name)
 
-    def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        pools: LayerCache,
-        batch: ForwardBatch,
-        spec: AttentionSpec,
-        sinks: jax.Array | None = None,
-    ) -> tuple[jax.Array, LayerCache]:
-        pools = write_split(k, v, cast(Pages, pools), batch, spec)
+    def read(
+        self, q: jax.Array, pools: Pages, batch: ForwardBatch, spec: AttentionSpec, sinks: jax.Array | None
+    ) -> jax.Array:
         used = jnp.arange(batch.kv_lens.shape[0], dtype=jnp.int32) < batch.distribution[1]
         kv_lens = jnp.where(used, batch.kv_lens, 0)
-        grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
-        how = spec.scale, spec.window, spec.soft_cap
-        out = cpu.attend(grouped, pools, batch.cu_q_lens, kv_lens, batch.pages, *how, sinks)
-        return out.reshape(q.shape), pools
+        how = spec.scale, spec.window, spec.soft_cap, sinks
+        return cpu.attend(q, pools, batch.cu_q_lens, kv_lens, batch.pages, *how)
 
 
 CPU = CPUAttention()

@@ -50,14 +50,7 @@ class FusedAttention(TPUAttention):
         return FusedPages(jax.ShapeDtypeStruct((num_pages, page_size, heads, 2, width), case.kept))  # type: ignore[arg-type]
 
     def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        pools: LayerCache,
-        batch: ForwardBatch,
-        spec: AttentionSpec,
-        sinks: jax.Array | None = None,
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
     ) -> tuple[jax.Array, LayerCache]:
         return attend_fused(q, k, v, cast(FusedPages, pools), batch, spec)
 

@@ -49,14 +49,7 @@ class GPUAttention(AttentionBackend):
         return HeadMajorPages(pool, pool)  # type: ignore[arg-type]
 
     def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        pools: LayerCache,
-        batch: ForwardBatch,
-        spec: AttentionSpec,
-        sinks: jax.Array | None = None,
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
     ) -> tuple[jax.Array, LayerCache]:
         from jaxinfer.attention.gpu_kernel import attend_in_place  # imports Pallas, which takes its time
 

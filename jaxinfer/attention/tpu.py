@@ -72,14 +72,7 @@ class TPUAttention(AttentionBackend):
         return (InterleavedPages(jax.ShapeDtypeStruct(shape, case.kept)),) * count  # type: ignore[arg-type, return-value]
 
     def __call__(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        pools: LayerCache,
-        batch: ForwardBatch,
-        spec: AttentionSpec,
-        sinks: jax.Array | None = None,
+        self, q: jax.Array, k: jax.Array, v: jax.Array, pools: LayerCache, batch: ForwardBatch, spec: AttentionSpec
     ) -> tuple[jax.Array, LayerCache]:
         return attend_pools(q, k, v, cast(tuple[InterleavedPages, ...], pools), batch, spec)
 

@@ -11,7 +11,7 @@ among short ones does not make all of them long.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +34,15 @@ NEGATIVE = -1e30  # masks a score; finite, so that a fully masked block gives ze
 
 
 class XLAAttention(AttentionBackend):
-    """Plain XLA. Pools of BITS are kept as integers."""
+    """Plain XLA. Pools of BITS are kept as integers.
+
+    by_rows: each head of a token is written by itself.
+    """
 
     name = "plain XLA"
     asked = frozenset({"auto", "xla"})
     partition_spec = PartitionSpec(ROWS, KV)
+    by_rows: ClassVar[bool] = False
 
     def supports(self, case: AttentionCase) -> str | None:
         return None
@@ -62,21 +66,21 @@ class XLAAttention(AttentionBackend):
         spec: AttentionSpec,
         sinks: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        pools = write_split(k, v, cast(Pages, pools), batch, spec)
-        return attend_split(q, pools, batch, spec, sinks), pools
+        head_dim, kept = q.shape[-1], cast(Pages, pools)
+        if more := kept.k.shape[-1] - head_dim:
+            q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, more))) for x in (q, k, v))
+        kept = write_split(k, v, kept, batch, spec, self.by_rows)
+        out = self.read(q.reshape(q.shape[0], k.shape[1], -1, q.shape[2]), kept, batch, spec, sinks).reshape(q.shape)
+        return out[..., :head_dim] if more else out, kept
+
+    def read(
+        self, q: jax.Array, pools: Pages, batch: ForwardBatch, spec: AttentionSpec, sinks: jax.Array | None
+    ) -> jax.Array:
+        """Of queries `[T, K, G, d]`, once this call's keys and values are in the pools."""
+        return _attend(q, pools, batch, spec, sinks)
 
 
 XLA = XLAAttention()
-
-
-def attend_split(
-    q: jax.Array, pools: Pages, batch: ForwardBatch, spec: AttentionSpec, sinks: jax.Array | None
-) -> jax.Array:
-    """Of queries `[T, H, d]`, once this call's keys and values are in the pools."""
-    tokens, heads, head_dim = q.shape
-    kv_heads = pools.k.shape[1]
-    grouped = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim)
-    return _attend(grouped, pools, batch, spec, sinks).reshape(tokens, heads, head_dim)
 
 
 def _attend(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec, sinks: jax.Array | None) -> jax.Array:

@@ -75,7 +75,7 @@ class GatedMLP(nnx.Module):
         self.gate_proj = Linear(features, hidden, axes=("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(features, hidden, axes=("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(hidden, features, axes=("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
-        self.activation = activation
+        self.gating = Gating(activation)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(self.hidden(x))
@@ -83,7 +83,7 @@ class GatedMLP(nnx.Module):
     def hidden(self, x: jax.Array) -> jax.Array:
         """What `down` gets."""
         gate, up = linears(x, self.gate_proj, self.up_proj)
-        return ACTIVATIONS[self.activation](gate) * up
+        return self.gating(gate, up)
 
 
 class MLP(nnx.Module):
