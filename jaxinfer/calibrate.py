@@ -6,10 +6,8 @@ is run once as it was, to see what its linears get, and once with what was made 
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +16,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
-from jaxinfer.attention import ForwardBatch
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.hub import resolve
@@ -31,11 +27,10 @@ from jaxinfer.checkpoint.output import Format, check_destination
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.convert import stored_dtype, writing
 from jaxinfer.engine.config import DType, check_options
-from jaxinfer.layers.stack import Stream
-from jaxinfer.models.causal import SmoothingPairs
+from jaxinfer.layerwise import FEW, Given, Layers
 from jaxinfer.models.model import AbstractModel, Params, scales
 from jaxinfer.models.params import in_short
-from jaxinfer.quantization.calibrate import Carrying, carrying, channel_factors, gptq, round_to_nearest, times
+from jaxinfer.quantization.calibrate import carrying, channel_factors, gptq, round_to_nearest, times
 from jaxinfer.quantization.quantize import pack
 from jaxinfer.quantization.schemes import SCHEMES, Scheme
 from jaxinfer.sharding import local_devices
@@ -46,8 +41,6 @@ log = logging.getLogger("jaxinfer")
 Host = np.ndarray[Any, Any]
 Text = str | Sequence[Mapping[str, Any]]  # a plain one, or a conversation
 Method = Literal["awq", "gptq", "smoothquant"]
-BATCH = 512  # tokens that are run at once, unless a text is longer
-SAMPLE = 2048  # tokens of which products are compared, for awq and smoothquant
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,8 @@ def calibrate(
 
     method: "gptq" makes up for each column's error in those after it; "awq" (weights alone), "smoothquant" (activations
     too) scale channels first, which the norm or linear before takes back. Of each text `max_length` tokens are taken,
-    of all together `max_tokens`. An output head of its own, experts, and what no layer has, is rounded to the nearest.
+    of all together `max_tokens`. An output head of its own, what no layer has, and what fewer than FEW tokens went to
+    (as happens to experts) is rounded to the nearest.
     Raises ValueError and OSError with one line: texts that have no two tokens, a method that is not for the scheme, an
     architecture that does not say what feeds what.
     """
@@ -115,8 +109,6 @@ def calibrate(
         kept = stored_dtype(config, checkpoint) if dtype == "auto" else jnp.dtype(dtype)
         target = AbstractModel.from_config(config, kept, scheme)
         layers = Layers(plain, device, sequences)
-        if experts := [name for name in target.quantized if len(target.params[name].shape) > 2]:
-            log.warning("%s: rounded to the nearest: what each expert is given is not looked at", in_short(experts))
         if method != "gptq":
             layers.check_smoothing_pairs(str(config["model_type"]))
         with writing(output, format, target, config, folder) as add:
@@ -124,12 +116,19 @@ def calibrate(
             add(_finished(target, {name: _rounded(target, name, value) for name, value in rest.items()}))
             hidden = layers.embed(rest)
             del rest
+            few: dict[str, int] = {}
             for i, names in enumerate(tqdm(layers.names, desc="Layers", disable=None if show_progress else True)):
                 params = load_params(plain, checkpoint, device, only=names)
-                inputs, _ = layers.run(i, params, hidden, "hessian" if method == "gptq" else "sample")
-                made = _quantize(target, layers, i, params, inputs, wanted, method)
+                given, _ = layers.run(i, params, hidden, "hessian" if method == "gptq" else "sample")
+                made = _quantize(target, layers, i, params, given, wanted, method)
+                for path, seen in given.items():
+                    if seen.few and (name := f"{layers.prefixes[i]}.{path}.weight") in target.quantized:
+                        few[name] = seen.few
                 add(_finished(target, made))
                 _, hidden = layers.run(i, {n: _value(v) for n, v in made.items()}, hidden, None)
+    if few:
+        rounded = f"{sum(few.values())} matrices of {in_short(list(few))}"
+        log.warning("%s: rounded to the nearest, as fewer than %d tokens went to each", rounded, FEW)
     tokens = sum(map(len, sequences))
     return Calibration(output, format, scheme, method, len(sequences), tokens, time.perf_counter() - start)
 
@@ -155,92 +154,12 @@ def check_method(scheme: str, method: str) -> Scheme:
 Made = Host | tuple[Host, Host]
 
 
-class Layers:
-    """A model that is run layer by layer on sequences of tokens, in batches. Activations are `[tokens, in]` of each."""
-
-    def __init__(self, model: AbstractModel, device: jax.Device, sequences: Sequence[list[int]]) -> None:
-        self.model = model
-        packed = _packed(sequences)
-        self.tokens = [sum(map(len, some)) for some in packed]
-        length, rows = max(self.tokens), max(map(len, packed))
-        filled = (some + [[]] * (rows - len(some)) for some in packed)  # so that one program is for all of them
-        self.batches = [jax.device_put(ForwardBatch.of_sequences(some, length), device) for some in filled]
-        matches = {name: re.match(r"(.*?\.\d+)\.", name) for name in model.abstract}
-        prefixes = dict.fromkeys(part[1] for part in matches.values() if part)
-        self.prefixes = sorted(prefixes, key=lambda prefix: int(prefix.rsplit(".", 1)[1]))
-        self.names = [[name for name in matches if name.startswith(f"{prefix}.")] for prefix in self.prefixes]
-        self.rest = [name for name, part in matches.items() if not part]
-        self._program = jax.jit(self._run, static_argnums=(0, 1))
-        self._firsts: dict[Any, dict[str, str]] = {}  # linears of a layer, and the first of those with the same input
-        kinds = [type(block) for block in model.bind(model.abstract).blocks()]
-        self.feeds: list[SmoothingPairs] = [getattr(kind, "SMOOTHING_PAIRS", ()) for kind in kinds]  # of each
-
-    def check_smoothing_pairs(self, model_type: str) -> None:
-        """Raises ValueError for an architecture whose layers don't say what feeds their linears."""
-        if not all(self.feeds):
-            raise ValueError(f"model_type {model_type!r} does not say which norms feed which linears: use method gptq")
-
-    def embed(self, params: Params) -> list[Stream]:
-        """What goes into the first layer, of each batch."""
-        embed = jax.jit(lambda params, batch: self._bound(params).embed(batch))
-        return [jax.tree.map(np.asarray, embed(params, batch)) for batch in self.batches]
-
-    def run(
-        self, layer: int, params: Mapping[str, Any], hidden: Sequence[Stream], kept: Literal["hessian", "sample"] | None
-    ) -> tuple[dict[str, Host], list[Stream]]:
-        """What goes into each of its linears, all batches together, and what comes out. kept: of what goes in,
-        the sum of the outer products `[in, in]`, or every few tokens."""
-        graph, state = nnx.split(self._bound(params).blocks()[layer])
-        sums: dict[str, Any] = {}
-        streams = []
-        every = -(-sum(self.tokens) // SAMPLE)
-        for tokens, batch, x in zip(self.tokens, self.batches, hidden, strict=True):
-            out, inputs = self._program(graph, kept, state, x, batch)
-            streams.append(jax.tree.map(np.asarray, out))
-            for path, value in inputs.items():
-                if kept == "hessian":
-                    sums[path] = value if path not in sums else sums[path] + value
-                else:
-                    sums.setdefault(path, []).append(np.asarray(value)[:tokens:every])
-        arrays = {
-            path: np.concatenate(entry) if kept == "sample" else np.asarray(entry) for path, entry in sums.items()
-        }
-        return {path: arrays[first] for path, first in self._firsts.get(graph, {}).items() if arrays}, streams
-
-    def _run(
-        self, graph: Any, kept: str | None, state: Any, x: Stream, batch: ForwardBatch
-    ) -> tuple[Stream, dict[str, jax.Array]]:
-        """Of one layer on one batch. Layers that are alike have the same graph, and so one program."""
-        block = nnx.merge(graph, state)
-        taken: dict[str, jax.Array] = {}
-        if kept:
-            _record(block, taken)
-        out, _ = self._bound({}).runner(batch)(block, x, None, batch)
-        firsts: dict[int, str] = {}
-        for path, value in taken.items():
-            self._firsts.setdefault(graph, {})[path] = firsts.setdefault(id(value), path)
-        real = jnp.arange(batch.tokens.shape[0])[:, None] < batch.cu_q_lens[-1]
-        inputs = {path: jnp.where(real, taken[path], 0).astype(jnp.float32) for path in firsts.values()}
-        if kept == "hessian":
-            inputs = {path: jnp.matmul(x.T, x, precision="highest") for path, x in inputs.items()}
-        return out, inputs
-
-    def _bound(self, params: Mapping[str, Any]) -> Any:
-        return self.model.bind({**self.model.abstract, **params})
-
-
-def _record(block: Any, taken: dict[str, jax.Array]) -> None:
-    for path, module in nnx.iter_modules(block):
-        if hasattr(module, "observe"):
-            module.observe = functools.partial(taken.__setitem__, ".".join(map(str, path)))
-
-
 def _quantize(
     target: AbstractModel,
     layers: Layers,
     layer: int,
     params: Params,
-    inputs: Mapping[str, Host],
+    given: Mapping[str, Given],
     scheme: Scheme,
     method: Method,
 ) -> dict[str, Made]:
@@ -254,24 +173,45 @@ def _quantize(
             if paths:
                 read = [weights[f"{prefix}.{path}.weight"] for path in paths]
                 shared = _shared(target, read[0].shape[1], weights[f"{prefix}.{source}.weight"].shape[0])
-                scale = channel_factors(read, inputs[paths[0]], scheme, shared)
+                scale = channel_factors(read, given[paths[0]].sample, scheme, shared)
                 fold(weights, f"{prefix}.{source}", [f"{prefix}.{path}" for path in taking], scale, shared)
                 factors |= dict.fromkeys(paths, scale)
     made: dict[str, Made] = {}
-    carried: dict[int, Carrying] = {}  # of each input, which several linears may have
+    alike: dict[int, list[str]] = {}  # linears that are given the same
     for name, weight in weights.items():
         path = name.removeprefix(f"{prefix}.").removesuffix(".weight")
-        if name not in target.quantized or path not in inputs:
-            made[name] = _rounded(target, name, weight)
-        elif method == "gptq":
-            hessian = inputs[path]
-            if id(hessian) not in carried:
-                carried[id(hessian)] = carrying(hessian)
-            made[name] = gptq(weight, carried[id(hessian)], scheme)
+        if name in target.quantized and path in given:
+            alike.setdefault(id(given[path]), []).append(path)
         else:
-            size = np.mean(np.square(inputs[path]), axis=0) / factors.get(path, np.float32(1)) ** 2
-            made[name] = round_to_nearest(weight, size, scheme)
+            made[name] = _rounded(target, name, weight)
+    for paths in alike.values():
+        some = [weights[f"{prefix}.{path}.weight"] for path in paths]
+        factor = factors.get(paths[0], np.float32(1))
+        calibrated = _calibrated(some, given[paths[0]], factor, scheme, method)
+        made |= {f"{prefix}.{path}.weight": pair for path, pair in zip(paths, calibrated, strict=True)}
     return made
+
+
+def _calibrated(
+    weights: Sequence[Host], given: Given, factor: Host | np.float32, scheme: Scheme, method: Method
+) -> list[tuple[Host, Host]]:
+    """Values and scales of weights `[out, in]` or `[E, out, in]` that are given the same, divided by a factor."""
+    made: list[list[tuple[Host, Host]]] = [[] for _ in weights]
+    for e, tokens in enumerate(given.tokens):
+        matrices = [weight.reshape(-1, *weight.shape[-2:])[e] for weight in weights]
+        if tokens < FEW:
+            pairs = [_nearest(matrix, scheme) for matrix in matrices]
+        elif method == "gptq":
+            errors_go = carrying(given.moments[e])
+            pairs = [gptq(matrix, errors_go, scheme) for matrix in matrices]
+        else:
+            size = given.moments[e] / tokens / factor**2
+            pairs = [round_to_nearest(matrix, size, scheme) for matrix in matrices]
+        for made_of, pair in zip(made, pairs, strict=True):
+            made_of.append(pair)
+    shapes = [weight.shape[:-1] for weight in weights]
+    stacked = [tuple(map(np.stack, zip(*pairs, strict=True))) for pairs in made]
+    return [(v.reshape(*shape, -1), s.reshape(*shape, -1)) for shape, (v, s) in zip(shapes, stacked, strict=True)]
 
 
 def _shared(target: AbstractModel, channels: int, source_channels: int) -> tuple[int, int, int] | None:
@@ -300,7 +240,11 @@ def _rounded(target: AbstractModel, name: str, value: jax.Array | Host) -> Made:
     host = np.asarray(value)
     if name not in target.quantized:
         return host.astype(target.abstract[name].dtype)
-    return round_to_nearest(host, np.ones(host.shape[-1], np.float32), target.quantized[name])
+    return _nearest(host, target.quantized[name])
+
+
+def _nearest(weight: Host, scheme: Scheme) -> tuple[Host, Host]:
+    return round_to_nearest(weight, np.ones(weight.shape[-1], np.float32), scheme)
 
 
 def _finished(target: AbstractModel, made: Mapping[str, Made]) -> dict[str, Any]:
@@ -319,20 +263,6 @@ def _finished(target: AbstractModel, made: Mapping[str, Made]) -> dict[str, Any]
 def _value(param: Made) -> Host:
     """What a parameter stands for."""
     return times(*param) if isinstance(param, tuple) else param.astype(np.float32)
-
-
-def _packed(sequences: Sequence[list[int]]) -> list[list[list[int]]]:
-    """As many as fit, one after the other, into what is run at once."""
-    most = max(BATCH, *map(len, sequences))
-    batches: list[list[list[int]]] = []
-    left = 0
-    for ids in sequences:
-        if len(ids) > left:
-            batches.append([])
-            left = most
-        batches[-1].append(ids)
-        left -= len(ids)
-    return batches
 
 
 def _cut(texts: Iterable[Sequence[int]], max_length: int, max_tokens: int) -> list[list[int]]:

@@ -10,12 +10,13 @@ from safetensors.numpy import load_file
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.attention import ForwardBatch
-from jaxinfer.calibrate import Layers, calibrate, fold
+from jaxinfer.calibrate import calibrate, fold
 from jaxinfer.checkpoint.hf import HfWriter
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.convert import convert
 from jaxinfer.engine.load import local_programs
 from jaxinfer.engine.sizing import device_bytes
+from jaxinfer.layerwise import Layers
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.fit import fit, model_of
 from jaxinfer.plan.ship import ship

@@ -144,7 +144,7 @@ def test_to_orbax_and_to_hf_and_back(folders, tmp_path, scheme):
 
 @pytest.mark.parametrize("method", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_calibrated(folders, tmp_path, method):
-    """Two kinds of layers, and experts: of which nobody says what goes in, so they are rounded to the nearest."""
+    """Two kinds of layers, and experts that do not say what goes into them, so they are rounded to the nearest."""
     texts = ["".join(map(chr, RNG.integers(40, 90, 60))) for _ in range(4)]
     outputs = {}
     for form in ("orbax", "hf"):
