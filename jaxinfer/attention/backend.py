@@ -48,14 +48,12 @@ class AttentionBackend(ABC):
     platform: of the devices that it is for; None: of all.
     asked: the values of option `attention` with which it may be taken.
     partition_spec: of the pool's arrays over a mesh.
-    compiler_options: of programs that attend with it.
     """
 
     name: ClassVar[str]
     platform: ClassVar[str | None] = None
     asked: ClassVar[frozenset[str]]
     partition_spec: ClassVar[PartitionSpec]
-    compiler_options: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
     def supports(self, case: AttentionCase) -> str | None:

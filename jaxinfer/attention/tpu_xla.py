@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 from jaxinfer.attention.backend import AttentionCase
 from jaxinfer.attention.tpu import LANES
 from jaxinfer.attention.xla import XLAAttention
@@ -17,8 +14,6 @@ class XLAAttentionOnTPU(XLAAttention):
     name = "plain XLA on TPUs"
     platform = "tpu"
     by_rows = True
-    # On v6e scatters of some sizes are for a part of the chip whose compiler overflows its stack (libtpu 0.0.42).
-    compiler_options: ClassVar[Mapping[str, str]] = {"xla_tpu_enable_offloading_scatter_to_sparsecore": "false"}
 
     def supports(self, case: AttentionCase) -> str | None:
         return None if case.device.platform == "tpu" else f"it is for TPUs, and this is {case.device.platform}"

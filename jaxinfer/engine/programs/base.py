@@ -26,6 +26,8 @@ from jaxinfer.sharding import ROWS, axis_size, devices_of, on_axes, replicated
 T = TypeVar("T")
 Key = tuple[str, int]  # of a program: what it does, and for how many tokens or rows
 MAX_STEPS = 32  # tokens a row that one decoding call may produce
+# Scatters and sorts of some sizes are for a part of v6e whose compiler overflows its stack (libtpu 0.0.42).
+TPU_OPTIONS: dict[str, bool | str] = {"xla_tpu_enable_offloading_scatter_to_sparsecore": "false"}
 
 
 def reach(max_tokens: int, max_steps: int = MAX_STEPS) -> int:
@@ -254,10 +256,12 @@ class Program(ABC):
             placement = Mesh(np.array(shapes.devices), ("all",))
         # Results' shardings are pinned, or XLA may choose others, and donation is silently lost.
         held = jax.tree.map(lambda s: s.sharding, self.results[1])
-        backends = {layer.backend for layer in shapes.layout.layers if layer and layer.backend}
-        options = {name: value for backend in backends for name, value in backend.compiler_options.items()}
-        shardings = shapes.whole, held
-        jitted = jax.jit(self.function(), donate_argnums=1, out_shardings=shardings, compiler_options=options or None)
+        jitted = jax.jit(
+            self.function(),
+            donate_argnums=1,
+            out_shardings=(shapes.whole, held),
+            compiler_options=TPU_OPTIONS if on_tpu else None,
+        )
         with contextlib.ExitStack() as stack:
             if isinstance(placement, Mesh):  # kernels ask what kind of device they are for
                 stack.enter_context(jax.sharding.use_abstract_mesh(placement.abstract_mesh))
