@@ -69,8 +69,6 @@ class PickledFile(TensorFile):
     def _zipped(self, size: int) -> tuple[Any, dict[str, int]]:
         """The value, and where its storages begin."""
         records = self._records(size)
-        if "constants.pkl" in records:
-            raise ValueError("a TorchScript archive (torch.jit.save), which is a program")
         if "data.pkl" not in records:
             raise ValueError("an archive without data.pkl, so not of torch.save")
         stored = {name.removeprefix("data/"): place for name, place in records.items() if name.startswith("data/")}
@@ -111,6 +109,8 @@ class PickledFile(TensorFile):
                 entries, directory, comment = z.infolist(), z.start_dir, z.comment
         except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, OverflowError) as error:
             raise ValueError(f"not a whole zip archive: {error}") from None
+        if any(entry.orig_filename.endswith("/constants.pkl") for entry in entries):
+            raise ValueError("a TorchScript archive (torch.jit.save), which is a program")
         if comment:
             raise ValueError("a zip archive with a comment")
         places: Places = {}

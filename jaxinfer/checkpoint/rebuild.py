@@ -198,7 +198,7 @@ def add_items(target: dict[Any, Any], pairs: Any) -> None:
     for key, value in pairs:
         # Others may have hashes that take for ever; integers are found in what optimizers keep.
         if type(key) is not str and not (type(key) is int and abs(key) < 2**63):
-            raise ValueError(f"a key that is {what(key)}; keys are names or integers")
+            raise ValueError(f"{what(key)} as a key; keys are names or integers")
         if key in target:
             raise ValueError(f"key {short(key)} is there twice")
         target[key] = value
@@ -208,7 +208,7 @@ def what(value: Any) -> str:
     """In messages: never what is inside, which may be endless."""
     if type(value) is Name:
         return value.text
-    return f"a {'tensor' if type(value) is View else type(value).__name__.lower()}"
+    return "a tensor" if type(value) is View else f"a value of type {type(value).__name__}"
 
 
 _TENSORS: dict[str, tuple[int, int, Callable[..., Any]]] = {
