@@ -11,6 +11,7 @@ what training needs, which is left out.
 
 from __future__ import annotations
 
+import re
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,10 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the older form
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # Lightning's and others'
 MAX_REPEATED = 2**26  # bytes that a tensor may have beyond the file's, by axes of stride 0
 _LOCAL = struct.Struct("<4s5H3I2H")  # a record's own header: APPNOTE.TXT, 4.3.7
+_END = 22  # bytes of the archive's last header, without a comment: 4.3.16
 _DESCRIPTOR = 24  # bytes after a record, at most
+# Names with a dot are what torch notes about the archive itself.
+_RECORDS = re.compile(r"data\.pkl|data/[^/]+|byteorder|version|\.\w+(/\w+)?")
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 
 Places = dict[str, tuple[int, int]]  # where bytes begin, and how many there are
@@ -72,9 +76,7 @@ class PickledFile(TensorFile):
         if "data.pkl" not in records:
             raise ValueError("an archive without data.pkl, so not of torch.save")
         stored = {name.removeprefix("data/"): place for name, place in records.items() if name.startswith("data/")}
-        # Names with a dot are what torch notes about the archive itself.
-        known = {"data.pkl", "byteorder", "version"}
-        others = [n for n in records if n not in known and not n.startswith(("data/", "."))]
+        others = [name for name in records if not _RECORDS.fullmatch(name)]
         if others:
             raise ValueError(f"records that torch.save does not write: {some(others)}")
         if "byteorder" in records:
@@ -106,13 +108,15 @@ class PickledFile(TensorFile):
                 Window(self._file.fileno(), 0, MAX_BYTES) as file,
                 zipfile.ZipFile(file, metadata_encoding="utf-8") as z,
             ):
-                entries, directory, comment = z.infolist(), z.start_dir, z.comment
+                entries, directory = z.infolist(), z.start_dir
         except (zipfile.BadZipFile, NotImplementedError, struct.error, EOFError, OverflowError) as error:
             raise ValueError(f"not a whole zip archive: {error}") from None
         if any(entry.orig_filename.endswith("/constants.pkl") for entry in entries):
             raise ValueError("a TorchScript archive (torch.jit.save), which is a program")
-        if comment:
-            raise ValueError("a zip archive with a comment")
+        tail = bytearray(_END)
+        self._fill(memoryview(tail), size - _END)
+        if not tail.startswith(b"PK\5\6"):
+            raise ValueError("a zip archive with a comment, or with something after it")
         places: Places = {}
         end = 0
         for entry in sorted(entries, key=lambda entry: entry.header_offset):

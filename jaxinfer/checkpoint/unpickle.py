@@ -200,6 +200,8 @@ class Unpickler:
         target = self._top()
         if type(target) not in (dict, Ordered):
             raise ValueError(f"items are set in {what(target)}")
+        if len(items) % 2:
+            raise ValueError("a key without a value")
         add_items(target, zip(items[::2], items[1::2], strict=True))
 
     def _push_name(self, module: str, name: str) -> None:
