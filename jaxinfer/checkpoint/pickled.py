@@ -67,7 +67,8 @@ class PickledFile(TensorFile):
 
     def _info(self, name: str, view: View, start: int) -> TensorInfo:
         unit = view.dtype.itemsize
-        strides = tuple(stride * unit for stride in view.strides)
+        # Those of axes that have one index are any numbers.
+        strides = tuple(stride * unit * (count > 1) for stride, count in zip(view.strides, view.shape, strict=True))
         return TensorInfo(name, view.dtype, view.shape, self.path, start + view.offset * unit, strides)
 
     def _zipped(self, size: int) -> tuple[Any, dict[str, int]]:
@@ -131,7 +132,7 @@ class PickledFile(TensorFile):
                 raise ValueError(
                     f"record {short(name)} begins at byte {entry.header_offset}, the one before ends at {end}"
                 )
-            start = self._data_start(entry)
+            start = self._data_start(entry, directory)
             end = start + entry.file_size
             if end > directory:
                 raise ValueError(f"record {short(name)} ends at byte {end}, the archive's records at {directory}")
@@ -140,9 +141,11 @@ class PickledFile(TensorFile):
             raise ValueError(f"the records end at byte {end}, and their directory begins at {directory}")
         return places
 
-    def _data_start(self, entry: zipfile.ZipInfo) -> int:
+    def _data_start(self, entry: zipfile.ZipInfo, directory: int) -> int:
         name = entry.orig_filename.encode()
         header = bytearray(_LOCAL.size + len(name))
+        if entry.header_offset + len(header) > directory:
+            raise ValueError(f"record {short(entry.orig_filename)} begins within the archive's directory")
         self._fill(memoryview(header), entry.header_offset)
         magic, _, flags, method, *_, name_length, extra = _LOCAL.unpack_from(header)
         if (

@@ -99,6 +99,8 @@ class View:
 class Ordered(dict[Any, Any]):
     """A collections.OrderedDict; its attributes (`_metadata` of modules) are left out."""
 
+    __slots__ = ()
+
 
 def called(function: str, arguments: tuple[Any, ...]) -> Any:
     minimum, maximum, call = CALLS[function]
@@ -107,11 +109,12 @@ def called(function: str, arguments: tuple[Any, ...]) -> Any:
     return call(*arguments)
 
 
-def _ordered(pairs: Any = ()) -> Ordered:
+def _ordered(pairs: Any = None) -> Ordered:
     result = Ordered()
-    if type(pairs) not in (list, tuple) or not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
-        raise ValueError("an OrderedDict of what are no pairs")
-    add_items(result, pairs)
+    if pairs is not None:  # Python 2's
+        if type(pairs) is not list or not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+            raise ValueError("an OrderedDict of what are no pairs")
+        add_items(result, pairs)
     return result
 
 
@@ -170,8 +173,8 @@ def _of_type(function: Any, kind: Any, arguments: Any, state: Any) -> View:
 def _view(storage: Storage, dtype: np.dtype[Any], offset: Any, shape: Any, strides: Any) -> View:
     shape, strides = _integers(shape, "shape"), _integers(strides, "strides")
     (offset,) = _integers((offset,), "offset")
-    if len(shape) != len(strides) or len(shape) > MAX_RANK:
-        raise ValueError(f"a tensor of {len(shape)} axes with {len(strides)} strides (limit: {MAX_RANK})")
+    if len(shape) != len(strides):
+        raise ValueError(f"a tensor of {len(shape)} axes with {len(strides)} strides")
     size = storage.nbytes // dtype.itemsize
     last = offset + sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True))
     if offset > size or (0 not in shape and last >= size):
@@ -189,7 +192,9 @@ def _check_metadata(metadata: Any) -> None:
 
 
 def _integers(values: Any, meaning: str) -> tuple[int, ...]:
-    if type(values) not in (tuple, list) or not all(type(value) is int and 0 <= value < 2**63 for value in values):
+    if type(values) not in (tuple, list) or len(values) > MAX_RANK:
+        raise ValueError(f"{meaning}: not a tuple of at most {MAX_RANK} sizes")
+    if not all(type(value) is int and 0 <= value < 2**63 for value in values):
         raise ValueError(f"{meaning}: not a tuple of sizes of 0 or more")
     return tuple(values)
 
@@ -224,9 +229,12 @@ CALLS = _TENSORS | {
     "torch._tensor._rebuild_from_type_v2": (4, 4, _of_type),
 }
 _TYPES = {"torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
-NAMES = (
-    CALLS.keys()
-    | _TYPES
-    | {f"torch.{name}" for name in (*STORAGES, *DTYPES)}
-    | {f"torch.storage.{name}" for name in STORAGES}
-)
+NAMES = {
+    name: Name(name)
+    for name in (
+        *CALLS,
+        *_TYPES,
+        *(f"torch.{name}" for name in (*STORAGES, *DTYPES)),
+        f"torch.storage.{BYTES}",
+    )
+}

@@ -129,8 +129,8 @@ class TensorFile(ABC):
         strides = tuple(info.strides[axis] for axis in order)
         array = aligned(math.prod(counts) * info.dtype.itemsize).view(info.dtype).reshape(counts)
         self._gather(array, first, strides, _smallest(info))
-        there = np.broadcast_to(array.transpose(np.argsort(order)), shape)
-        return there if there.flags.c_contiguous and there.flags.writeable else _copied(there)
+        array = array.transpose(np.argsort(order))
+        return array if array.shape == shape and array.flags.c_contiguous else _copied(np.broadcast_to(array, shape))
 
     def _gather(self, array: Array, first: int, strides: Shape, smallest: int) -> None:
         """Fills `array` from the byte `first` on, whose axes lie by `strides`, outermost first; `smallest` is the

@@ -144,15 +144,8 @@ class Unpickler:
 
     def persistent(self) -> None:
         match self._stack.pop():
-            # Files of old have a part of a storage as the last; None since storages have no parts.
-            case ("storage", Name(text=kind), str(key), str(), int(count)) | (
-                "storage",
-                Name(text=kind),
-                str(key),
-                str(),
-                int(count),
-                None,
-            ):
+            # The older form says of which part of a storage it is, None: since torch 0.4 they have no parts.
+            case ("storage", Name(text=kind), str(key), str(), int(count), *part) if part in ([], [None]):
                 dtype = STORAGES.get(kind.rpartition(".")[2])
             case ("module", *_):
                 raise ValueError("a module with its source, and only tensors are read: save its state_dict() instead")
@@ -169,6 +162,8 @@ class Unpickler:
         arguments, function = self._stack.pop(), self._stack.pop()
         if type(function) is not Name or function.text not in CALLS or type(arguments) is not tuple:
             raise ValueError(f"a call of {what(function)}, and only those that make tensors are known")
+        # The items of arguments count as well: a long list can be remembered, and be an argument often.
+        self._count += sum(len(argument) for argument in arguments if type(argument) is list)
         self.push(called(function.text, arguments))
 
     def build(self) -> None:
@@ -211,7 +206,7 @@ class Unpickler:
                 f"it asks for {short(full)}, and nothing that a pickle names is imported or called: "
                 "tensors, OrderedDict and plain values are read"
             )
-        self.push(Name(full))
+        self.push(NAMES[full])
 
 
 # The closed list of opcodes -----------------------------------------------------------------------------------------

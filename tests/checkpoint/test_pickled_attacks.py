@@ -323,6 +323,15 @@ def test_many_opcodes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpickle, "MAX_OPCODES", 10_000)
     for opcode in (b"}", b"]", b"(", b"N\x94", b"(t", b"}q\0"):
         assert all("more than 10000 opcodes" in said for said in both(path, b"\x80\x04" + opcode * 20_000))
+    often = (
+        name("collections", "OrderedDict")
+        + b"q\0]("
+        + b"".join(b"(" + text(f"{i}") + b"Nt" for i in range(500))
+        + b"eq\1"
+    )
+    assert all("more than 10000 opcodes" in said for said in both(path, b"\x80\x02" + often + b"h\0h\1\x85R" * 2_000))
+    often = name("torch", "Size") + b"q\0(" + number(1) * 3_000 + b"tq\1"
+    assert all("at most 32 sizes" in said for said in both(path, b"\x80\x02" + often + b"h\0h\1\x85R" * 1_000))
     deep = b"\x80\x02" + b"]" * 4_000 + b"a" * 3_999 + b"."  # and freed again, without recursion
     assert all("list instead of" in said for said in both(path, deep))
     deep = b"\x80\x02N" + b"\x85" * 9_000 + b"."
@@ -330,7 +339,9 @@ def test_many_opcodes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("opcode", [b"}", b"]\x94", b"(", b"N\x94", b"G\0\0\0\0\0\0\0\1\x94", b"(}t\x94"])
+@pytest.mark.parametrize(
+    "opcode", [b"}", b"]\x94", b"(", b"N\x94", b"G\0\0\0\0\0\0\0\1\x94", b"(}t\x94", b"ctorch\nSize\n"]
+)
 def test_as_many_opcodes_as_there_may_be(path: Path, opcode: bytes) -> None:
     """Seconds, and less than a gigabyte."""
     content = zipped(b"\x80\x04" + opcode * 2_000_000, {})
@@ -351,7 +362,7 @@ def test_as_many_opcodes_as_there_may_be(path: Path, opcode: bytes) -> None:
         (tensor(0, (2**62, 2**62, 0), (0, 0, 0)), r"2**63 bytes"),
         (tensor(0, (2**28,), (0,)), "repeats its values to 1073741824 bytes"),
         (tensor(0, (3,), (4, 1)), "1 axes with 2 strides"),
-        (tensor(0, (1,) * 40, (1,) * 40), "40 axes"),
+        (tensor(0, (1,) * 40, (1,) * 40), "not a tuple of at most 32 sizes"),
         (tensor(0, (-1, 4)), "shape: not a tuple of sizes"),
         (tensor(0, (3, 4), (-4, 1)), "strides: not a tuple of sizes"),
         (tensor(-1), "offset: not a tuple of sizes"),
@@ -518,7 +529,7 @@ LEGACY: dict[str, tuple[bytes, str]] = {
     "bytes after the end": (legacy(GOOD, {"0": STORAGE}) + b"\0", "the storages end at byte"),
     "a payload after the end": (legacy(GOOD, {"0": STORAGE}) + b"cos\nsystem\n(S'x'\ntR.", "the storages end at byte"),
     "a view of a storage": (
-        legacy(GOOD.replace(b"tQ", b"(" + text("1") + number(0) + number(3) + b"ttQ"), {"0": STORAGE}),
+        legacy(GOOD, {"0": STORAGE}).replace(b"NtQ", b"(" + text("1") + number(0) + number(3) + b"ttQ"),
         "a persistent id that is no storage",
     ),
 }
@@ -535,6 +546,12 @@ def test_the_older_form_without_an_end_in_a_sparse_file(path: Path) -> None:
     os.truncate(path, 2**40)  # zeros are no opcodes
     with pytest.raises(ValueError, match="byte 0x00 is no pickle opcode"):
         opened(path)
+
+
+def test_strides_of_axes_that_have_one_index_are_any(path: Path) -> None:
+    for shape, strides in (((1, 12), (2**62, 1)), ((12, 1), (1, 2**63 - 1)), ((1, 1), (0, 7))):
+        write(path, zipped(dictionary(a=tensor(0, shape, strides)), {"0": STORAGE}))
+        assert opened(path) == {"a": ("float32", shape, STORAGE[: 4 * shape[0] * shape[1]])}
 
 
 def test_bools_are_0_or_1(path: Path) -> None:
@@ -573,7 +590,7 @@ def seeds() -> list[tuple[Callable[..., bytes], bytes, dict[str, bytes]]]:
 
 
 def _legacy(value: bytes, storages: dict[str, bytes]) -> bytes:
-    head = dumps(MAGIC, VERSION, MACHINE) + value + dumps(list(storages))
+    head = dumps(MAGIC, VERSION, MACHINE) + value.replace(b"tQ", b"NtQ") + dumps(list(storages))
     return head + struct.pack("<q", 12) + storages["0"] + struct.pack("<q", 5) + storages["1"]
 
 

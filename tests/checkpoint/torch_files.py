@@ -24,7 +24,12 @@ STORAGE = np.arange(12, dtype=np.float32).tobytes()
 def zipped(
     value: bytes, storages: Mapping[str, bytes], more: Mapping[str, bytes] | None = None, top: str = "a"
 ) -> bytes:
-    records = {"data.pkl": value, "byteorder": b"little", **{f"data/{key}": raw for key, raw in storages.items()}}
+    records = {
+        "data.pkl": value,
+        "byteorder": b"little",
+        "version": b"3\n",
+        **{f"data/{key}": raw for key, raw in storages.items()},
+    }
     return packed({f"{top}/{name}": content for name, content in (records | dict(more or {})).items()})
 
 
@@ -37,7 +42,9 @@ def packed(records: Mapping[str, bytes], method: int = zipfile.ZIP_STORED) -> by
 
 
 def legacy(value: bytes, storages: Mapping[str, bytes], itemsize: int = 4) -> bytes:
+    """Its storages have a sixth fact, which is None: whether they are parts of others."""
     head = b"".join(pickle.dumps(fact, 2) for fact in (MAGIC, VERSION, MACHINE))
+    value = value.replace(b"tQ", b"NtQ")
     data = b"".join(struct.pack("<q", len(raw) // itemsize) + raw for raw in storages.values())
     return head + value + pickle.dumps(list(storages), 2) + data
 
