@@ -7,6 +7,8 @@ import os
 import pickle
 import struct
 import sys
+import time
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
+
+from jaxinfer.checkpoint.pickled import PickledFile
 
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 MACHINE = {"protocol_version": VERSION, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
@@ -84,6 +89,13 @@ def tensor(
 
 def dictionary(**items: bytes) -> bytes:
     return b"\x80\x02}(" + b"".join(text(key) + value for key, value in items.items()) + b"u."
+
+
+GOOD = dictionary(a=tensor())
+
+
+def dumps(*values: object) -> bytes:
+    return b"".join(pickle.dumps(value, 2) for value in values)
 
 
 # What a file holds by the letter ----------------------------------------------------------------------------------
@@ -187,6 +199,44 @@ def watched() -> Iterator[list[str]]:
         yield found
     finally:
         builtins.__import__, _events = original, None
+
+
+Found = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def opened(path: Path) -> Found:
+    """What a file gives, with nothing run meanwhile."""
+    with watched() as events:
+        try:
+            with PickledFile(path) as file:
+                got = {name: file.read(info) for name, info in file.tensors.items()}
+        finally:
+            assert events == []
+    return {name: (str(array.dtype), array.shape, array.tobytes()) for name, array in got.items()}
+
+
+def refusal(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    tracemalloc.start()
+    start = time.process_time()
+    try:
+        with pytest.raises(ValueError) as caught:
+            opened(path)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20 + 60 * len(content)
+    finally:
+        tracemalloc.stop()
+    assert time.process_time() - start < 5
+    message = str(caught.value)
+    assert message.startswith(f"{path}: not a plain file of tensors: ")
+    assert "\n" not in message
+    assert len(message) < 1000
+    return message.removeprefix(f"{path}: not a plain file of tensors: ")
+
+
+def both(path: Path, value: bytes) -> set[str]:
+    """What is said of this pickle in the two forms."""
+    kept = {"0": STORAGE} if b"FloatStorage" in value else {}
+    return {refusal(path, form(value, kept)) for form in (zipped, legacy)}
 
 
 def write(path: Path, content: bytes) -> Path:
