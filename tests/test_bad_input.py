@@ -133,10 +133,11 @@ def test_generation_config(model, cli):
 # Weights
 
 
-def test_only_pickled_weights(model, cli):
+def test_pickled_weights_that_are_none(model, cli):
+    """For hostile ones see tests/checkpoint/test_pickled_attacks.py."""
     (model / WEIGHTS).rename(model / "pytorch_model.bin")
-    refusal(model, "pytorch_model.bin", "save_pretrained")
-    assert "save_pretrained" in cli("generate", "x", "-m", model).error()
+    refusal(model, "pytorch_model.bin", "neither a zip archive nor the older form of torch.save")
+    assert "save its state_dict() alone" in cli("generate", "x", "-m", model).error()
 
 
 def test_no_weights(model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from jaxinfer.checkpoint.contents import ALLOW, SMALL, files_of
+from jaxinfer.checkpoint.contents import PICKLED_SUFFIXES, SMALL, files_of
 
 HEAD = 2**20
 BLOCK, BLOCKS = 2**16, 64
@@ -18,12 +18,13 @@ def model_fingerprint(folder: Path, weights: bool = True) -> str:
     Reading 140 GB at each start would take minutes, so weights that differ in a few places only may go unnoticed.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name in files_of(folder, ALLOW if weights else SMALL):
+    large = (".safetensors", *PICKLED_SUFFIXES)
+    for name in files_of(folder, (*SMALL, *(f"*{suffix}" for suffix in large)) if weights else SMALL):
         path = folder / name
         size = path.stat().st_size
         digest.update(f"{name}\0{size}\0".encode())
         with open(path, "rb") as file:
-            if path.suffix != ".safetensors":
+            if path.suffix not in large:
                 digest.update(file.read())
                 continue
             digest.update(file.read(HEAD))

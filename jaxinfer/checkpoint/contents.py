@@ -9,9 +9,13 @@ from pathlib import Path, PurePosixPath
 
 from jaxinfer.places import inside
 
-# Nothing pickled is ever downloaded, nor Mistral's second copy of the weights.
+# Mistral's second copy of the weights is never downloaded.
 SMALL = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 ALLOW = (*SMALL, "*.safetensors")
+# Where a repository has no safetensors: what transformers would take.
+PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
+PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLED_OTHER = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler*")
 IGNORE = ("consolidated*.safetensors",)
 # transformers' folders of named chat templates; other folders have other exports.
 TEMPLATES = ("chat_templates/*.jinja", "additional_chat_templates/*.jinja")
@@ -27,6 +31,13 @@ def belonging(names: Iterable[str], allow: Iterable[str] = ALLOW, ignore: Iterab
         for name in names
         if (any(_fits(name, pattern) for pattern in (*allow, *TEMPLATES)) and not any(_fits(name, p) for p in ignore))
     )
+
+
+def weights_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Patterns of the files of a repository with these `names`: pickled weights where there are no others."""
+    others = (*IGNORE, "adapter_model.safetensors")
+    safe = any(_fits(name, "*.safetensors") and not any(_fits(name, other) for other in others) for name in names)
+    return ALLOW if safe else (*ALLOW, *PICKLED)
 
 
 def files_of(folder: Path, allow: Iterable[str] = ALLOW) -> list[str]:

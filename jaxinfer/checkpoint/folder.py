@@ -1,23 +1,54 @@
-"""The weights of a checkpoint folder: one safetensors file, or several with an index."""
+"""The weights of a checkpoint folder: one file of tensors, or several with an index."""
 
 import os
 import re
 import threading
+from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from jaxinfer.checkpoint.contents import PICKLED_OTHER, PICKLED_SUFFIXES
 from jaxinfer.checkpoint.files import check_folder, read_json, some
-from jaxinfer.checkpoint.safetensors import SafetensorsFile, TensorInfo
+from jaxinfer.checkpoint.pickled import PickledFile
+from jaxinfer.checkpoint.safetensors import SafetensorsFile
+from jaxinfer.checkpoint.tensors import TensorFile, TensorInfo
 from jaxinfer.errors import CheckpointError
 from jaxinfer.places import inside
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-ADAPTER = "adapter_model.safetensors"
-_FOREIGN = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"}
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of files of tensors. single: the name of the one file. adapter: of one that is no model. suffixes: of its
+    files. reader: of one. other: names, as in a shell, of what a training leaves beside the model."""
+
+    single: str
+    adapter: str
+    suffixes: tuple[str, ...]
+    reader: type[TensorFile]
+    other: tuple[str, ...] = ()
+
+    @property
+    def index(self) -> str:
+        return f"{self.single}.index.json"
+
+    def files(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that may be a model's."""
+        return [
+            name
+            for name in names
+            if name.endswith(self.suffixes) and not any(fnmatchcase(name, p) for p in (self.adapter, *self.other))
+        ]
+
+
+SAFETENSORS = Kind("model.safetensors", "adapter_model.safetensors", (".safetensors",), SafetensorsFile)
+PICKLED = Kind("pytorch_model.bin", "adapter_model.bin", PICKLED_SUFFIXES, PickledFile, PICKLED_OTHER)
+SINGLE, INDEX = SAFETENSORS.single, SAFETENSORS.index
+_FOREIGN = {".h5", ".msgpack", ".gguf"}
 
 
 class Checkpoint:
@@ -25,7 +56,8 @@ class Checkpoint:
 
     The files are, as in transformers, `model.safetensors`; else those that `model.safetensors.index.json` names;
     else the only `*.safetensors` there is, or a complete set `NAME-00001-of-0000N.safetensors` if it is the only one.
-    Files that an index names must lie directly in the folder (they may be links within it, or as in the hub's cache).
+    Without any, the same of `pytorch_model.bin` and `*.bin`, `*.pt`, `*.pth` and `*.ckpt`. Files that an index names
+    must lie directly in the folder (they may be links within it, or as in the hub's cache).
 
     folder: as a path.
     tensors: name -> TensorInfo, file by file in the order of the bytes.
@@ -41,12 +73,12 @@ class Checkpoint:
         self.folder = check_folder(folder)
         self.tensors: dict[str, TensorInfo] = {}
         self.bytes_read = 0
-        self._files: dict[Path, SafetensorsFile] = {}
+        self._files: dict[Path, TensorFile] = {}
         self._lock = threading.Lock()
         self._closer = ExitStack()
-        names, index = _find(self.folder)
+        kind, names, index = _find(self.folder)
         try:
-            problems = self._open(names, index)
+            problems = self._open(kind, names, index)
             if problems:
                 raise CheckpointError(f"{self.folder}: {'; '.join(problems)}")
         except BaseException:
@@ -55,7 +87,7 @@ class Checkpoint:
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray[Any, np.dtype[Any]]:
-        """The tensor `name`, or only the part `index` of it: see SafetensorsFile.read. ValueError for no such name."""
+        """The tensor `name`, or only the part `index` of it: see TensorFile.read. ValueError for no such name."""
         info = self.tensors.get(name)
         if info is None:
             raise ValueError(f"{self.folder}: has no tensor {name!r}")
@@ -73,12 +105,12 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, names: list[str], index: dict[str, str] | None) -> list[str]:
+    def _open(self, kind: Kind, names: list[str], index: dict[str, str] | None) -> list[str]:
         """Opens the files and returns what is wrong."""
         outside, missing, damaged, twice, unindexed = [], [], [], [], []
         for name in names:
             path = self.folder / name
-            if not _is_plain(name):
+            if not _is_plain(name, kind):
                 outside.append(name)
                 continue
             if not os.path.exists(path):
@@ -86,8 +118,8 @@ class Checkpoint:
                 continue
             try:
                 if index is not None:
-                    inside(self.folder, name, f"{INDEX}: file")
-                file = self._closer.enter_context(SafetensorsFile(path))
+                    inside(self.folder, name, f"{kind.index}: file")
+                file = self._closer.enter_context(kind.reader(path))
             except (OSError, ValueError) as error:
                 damaged.append(str(error))
                 continue
@@ -99,6 +131,7 @@ class Checkpoint:
                 self.tensors[tensor] = info
                 if index is not None and tensor not in index:
                     unindexed.append(f"{tensor} ({name})")
+        endings = " or ".join(f"*{suffix}" for suffix in kind.suffixes)
         held = {path: opened.tensors for path, opened in self._files.items()}
         absent = [
             f"{tensor} ({name})"
@@ -108,42 +141,49 @@ class Checkpoint:
         return damaged + [
             f"{what}: {some(names)}"
             for what, names in [
-                (f"names in {INDEX} that are not *.safetensors files in the folder itself", outside),
+                (f"names in {kind.index} that are not {endings} files in the folder itself", outside),
                 ("missing files, which must be downloaded again", missing),
                 ("tensors in more than one file", twice),
-                (f"tensors in a file but not in {INDEX}", unindexed),
-                (f"tensors not in the file that {INDEX} names", absent),
+                (f"tensors in a file but not in {kind.index}", unindexed),
+                (f"tensors not in the file that {kind.index} names", absent),
             ]
             if names
         ]
 
 
-def _find(folder: Path) -> tuple[list[str], dict[str, str] | None]:
-    """The names of the safetensors files, and the index (tensor -> file) where there is one."""
-    if os.path.lexists(folder / SINGLE):
-        return [SINGLE], None
-    if os.path.lexists(folder / INDEX):
-        index = _read_index(folder / INDEX)
-        return sorted(set(index.values())), index
+def _find(folder: Path) -> tuple[Kind, list[str], dict[str, str] | None]:
+    """The names of the files of tensors, and the index (tensor -> file) where there is one."""
     names = sorted(entry.name for entry in folder.iterdir())
-    files = [name for name in names if name.endswith(".safetensors")]
-    if files == [ADAPTER]:
-        raise ValueError(f"{folder}: has only an adapter ({ADAPTER}); load its base model and apply the adapter to it")
-    if not files:
-        raise _no_weights(folder, names)
-    parts = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.safetensors", name) for name in files]
+    for kind in (SAFETENSORS, PICKLED):
+        if kind.single in names:
+            return kind, [kind.single], None
+        if kind.index in names:
+            index = _read_index(folder / kind.index)
+            return kind, sorted(set(index.values())), index
+        if files := kind.files(names):
+            return kind, _one_set(folder, kind, files), None
+    adapter = next((kind.adapter for kind in (SAFETENSORS, PICKLED) if kind.adapter in names), None)
+    if adapter is not None:
+        raise ValueError(f"{folder}: has only an adapter ({adapter}); load its base model and apply the adapter to it")
+    raise _no_weights(folder, names)
+
+
+def _one_set(folder: Path, kind: Kind, files: list[str]) -> list[str]:
+    """`files`, if they are a model. Raises ValueError."""
+    parts = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.\w+", name) for name in files]
     sets = {(part[1], int(part[3])) if part else (name, 1) for part, name in zip(parts, files, strict=True)}
+    ending = kind.suffixes[0].removeprefix(".")
     if len(sets) > 1:
         raise ValueError(
-            f"{folder}: several safetensors files ({some(files)}) and no {INDEX} that says which ones are the model;"
+            f"{folder}: several {ending} files ({some(files)}) and no {kind.index} that says which ones are the model;"
             " download the index too, or leave only one complete set"
         )
     (_, size), *_ = sets
     if any(part and int(part[2]) != number for number, part in enumerate(parts, 1)) or len(files) != size:
         raise ValueError(
-            f"{folder}: no {INDEX}, and {some(files)} is not a complete set of {size}; download the missing files"
+            f"{folder}: no {kind.index}, and {some(files)} is not a complete set of {size}; download the missing files"
         )
-    return files, None
+    return files
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -153,9 +193,9 @@ def _read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def _is_plain(name: str) -> bool:
+def _is_plain(name: str, kind: Kind) -> bool:
     """Whether `name` can only be a file of the folder itself, and not of a place that a hostile index chooses."""
-    return name.endswith(".safetensors") and not any(char in name for char in "/\\\0")
+    return name.endswith(kind.suffixes) and not any(char in name for char in "/\\\0")
 
 
 def _no_weights(folder: Path, names: list[str]) -> OSError | ValueError:
@@ -163,11 +203,13 @@ def _no_weights(folder: Path, names: list[str]) -> OSError | ValueError:
     if not foreign:
         return FileNotFoundError(f"{folder}: no weights; expected {SINGLE}, or {INDEX} and the files that it names")
     gguf = next((name for name in foreign if name.endswith(".gguf")), None)
-    source = f"{str(folder)!r}" + (f", gguf_file={gguf!r}" if gguf else "")
-    why = "GGUF is not read" if gguf else "these formats (pickle above all, which can run code) are never read"
-    return ValueError(
-        f"{folder}: no safetensors file, only {some(foreign)}; {why}; convert it, where you trust it, with:"
-        f' python -c "from transformers import AutoModelForCausalLM as M;'
-        f" M.from_pretrained({source}).save_pretrained('NEW_FOLDER')\""
-        " and copy the tokenizer's files to NEW_FOLDER"
-    )
+    if gguf is None:
+        how = (
+            "convert it with transformers 4: from_pretrained(..., from_tf=True) or from_flax=True, then save_pretrained"
+        )
+    else:
+        how = (
+            f'convert it with: python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('
+            f"{str(folder)!r}, gguf_file={gguf!r}).save_pretrained('NEW_FOLDER')\" and copy the tokenizer's files there"
+        )
+    return ValueError(f"{folder}: no file of safetensors or torch, only {some(foreign)}, which is not read; {how}")

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxinfer.checkpoint.contents import ALLOW, IGNORE, SMALL, TEMPLATES, belonging
+from jaxinfer.checkpoint.contents import ALLOW, IGNORE, SMALL, TEMPLATES, belonging, weights_of
 from jaxinfer.checkpoint.files import check_folder
 from jaxinfer.checkpoint.remote import fetch
 from jaxinfer.places import locate
@@ -55,15 +55,15 @@ def resolve(
     owner = name.split("/")[0]
     if owner != name and os.path.isdir(owner):
         raise FileNotFoundError(f"{name}: no such folder (and not taken for a hub id, as the folder {owner} exists)")
-    return _download(name, revision, token, ALLOW if weights else SMALL)
+    return _download(name, revision, token, weights)
 
 
-def _download(name: str, revision: str | None, token: str | bool | None, patterns: Sequence[str]) -> Path:
+def _download(name: str, revision: str | None, token: str | bool | None, weights: bool) -> Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     at = f"{name} (revision {revision})" if revision else name
 
-    def snapshot(allow: Sequence[str] = patterns, ignore: Sequence[str] = ("*/*", *IGNORE), **options: Any) -> Path:
+    def snapshot(allow: Sequence[str], ignore: Sequence[str] = ("*/*", *IGNORE), **options: Any) -> Path:
         return Path(
             snapshot_download(
                 name,
@@ -110,7 +110,7 @@ def _download(name: str, revision: str | None, token: str | bool | None, pattern
         raise explain(error) from None
     except Exception as error:  # the HTTP client, whose errors these are, differs between versions of huggingface_hub
         try:
-            folder = snapshot(local_files_only=True)
+            folder = snapshot(ALLOW if weights else SMALL, local_files_only=True)
         except errors.LocalEntryNotFoundError as local:
             if hasattr(local, "snapshot_path"):
                 raise explain(local) from None
@@ -126,9 +126,10 @@ def _download(name: str, revision: str | None, token: str | bool | None, pattern
         return folder
     try:
         # Its patterns can't except folders. These come first, as what is cached counts as whole when the others are.
-        if belonging((file.rfilename for file in info.siblings or ()), allow=()):
+        names = [file.rfilename for file in info.siblings or ()]
+        if belonging(names, allow=()):
             snapshot(TEMPLATES, ())
-        return snapshot()
+        return snapshot(weights_of(names) if weights else SMALL)
     except Exception as error:
         raise explain(error) from None
 

@@ -17,7 +17,7 @@ from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.memory import Host, HugePages
 from jaxinfer.checkpoint.quantized import Wanted, check_range, decode, wanted_tensors
-from jaxinfer.checkpoint.safetensors import aligned
+from jaxinfer.checkpoint.tensors import aligned
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.models.params import ParamSpec, in_short

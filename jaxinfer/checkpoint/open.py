@@ -22,7 +22,7 @@ Weights = Checkpoint | Converted
 
 
 def open_weights(folder: Path) -> Weights:
-    """What `jaxinfer convert` has written, or else safetensors files. Raises what these raise."""
+    """What `jaxinfer convert` has written, or else files of safetensors or torch. Raises what these raise."""
     return Converted(folder, origin(folder)) if is_converted(folder) else Checkpoint(folder)
 
 

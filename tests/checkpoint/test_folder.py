@@ -211,15 +211,16 @@ def test_parts_of_two_sets(sharded: Path) -> None:
     assert "several safetensors files" in problems(sharded)
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "tf_model.h5", "flax_model.msgpack"]
-)
-def test_pickled_weights_are_never_read(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
-    text = problems(tmp_path)
-    assert f"no safetensors file, only {name}" in text
-    assert "pickle" in text
-    assert f"from_pretrained('{tmp_path}').save_pretrained('NEW_FOLDER')" in text
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
+def test_code_in_pickled_weights_is_never_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch x'\ntR.")
+    assert f"{name}: not a plain file of tensors" in problems(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tf_model.h5", "flax_model.msgpack"])
+def test_weights_of_other_frameworks(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    assert f"no file of safetensors or torch, only {name}, which is not read; convert it" in problems(tmp_path)
 
 
 def test_gguf(tmp_path: Path) -> None:
@@ -240,23 +241,3 @@ def test_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="not a folder"):
         Checkpoint(tmp_path / "file")
-
-
-def test_the_conversion_that_we_advise_works(tmp_path: Path) -> None:
-    """The advice is run on a checkpoint as old versions wrote it."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    import re
-
-    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8)
-    model = transformers.GPT2LMHeadModel(config)
-    config.architectures = ["GPT2LMHeadModel"]
-    config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    command = re.search(r'python -c "(.*)" and', problems(tmp_path))
-    assert command
-    code = command[1].replace("NEW_FOLDER", str(tmp_path / "new"))
-    exec(compile(code, "advice", "exec"), {})
-    with Checkpoint(tmp_path / "new") as checkpoint:
-        got = checkpoint.read("transformer.h.0.attn.c_attn.weight")
-    np.testing.assert_array_equal(got, model.transformer.h[0].attn.c_attn.weight.detach().numpy())

@@ -228,6 +228,18 @@ def test_download(cache: Path, server: list[tuple[str, str | None]], monkeypatch
         refused(ConnectionError, "only a part is in the hub's cache.*model.safetensors", "me/tiny")
 
 
+@pytest.mark.parametrize("others", [[], ["consolidated.safetensors"], ["adapter_model.safetensors"]])
+def test_pickled_weights_where_there_are_no_others(server, monkeypatch: pytest.MonkeyPatch, others: list[str]) -> None:
+    names = ["config.json", "pytorch_model.bin", "training_args.bin", "optimizer.pt", "chat_templates/tool_use.jinja"]
+    shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "sub/pytorch_model.bin"]
+    monkeypatch.setattr(f"{__name__}.FILES", dict.fromkeys([*names, *shards, *others], b"{}"))
+    folder = hub.resolve("me/old")
+    got = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    wanted = {"config.json", "pytorch_model.bin", "chat_templates/tool_use.jinja", *shards[:2]}
+    assert got == wanted | {name for name in others if name.startswith("adapter")}
+    assert hub.resolve("me/old", weights=False) == folder
+
+
 def test_revision(server: list[tuple[str, str | None]]) -> None:
     assert hub.resolve("me/tiny", revision="v1").name == SHA
     assert "/api/models/me/tiny/revision/v1" in {path.split("?")[0] for path, _ in server}

@@ -180,6 +180,13 @@ print(peak() - before)
 """
 
 
+def added_memory(folder: Path, config: dict[str, Any], *how: str) -> float:
+    environment = os.environ | {"XLA_FLAGS": ""}
+    command = [sys.executable, "-c", PEAK, str(folder), json.dumps(config), *how]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return float(output.splitlines()[-1])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("config", "stored", "how"),
@@ -205,10 +212,7 @@ def test_peak_memory_is_the_result_and_about_one_tensor(tmp_path, config, stored
     result = sum(a.size * a.dtype.itemsize for a in abstract) / 2**20
     largest = max(tensor.nbytes for tensor in made.values()) / 2**20
     assert result > 50
-    environment = os.environ | {"XLA_FLAGS": ""}
-    command = [sys.executable, "-c", PEAK, str(tmp_path), json.dumps(config), *how]
-    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    added = float(output.splitlines()[-1])
+    added = added_memory(tmp_path, config, *how)
     quantizing = 20 if len(how) > 1 else 0  # a few times the 4 MB that are quantized at a time
     ends = 2 * (1 + result // 64)  # of huge pages that are not full
     assert 0.9 * result < added < result + 2 * largest + 4 + ends + quantizing

@@ -133,7 +133,7 @@ def test_a_part_is_what_numpy_says_and_no_other_byte_is_read(cube, index: tuple[
 
 def test_reads_in_pieces(cube, monkeypatch: pytest.MonkeyPatch) -> None:
     file, array = cube
-    monkeypatch.setattr("jaxinfer.checkpoint.safetensors._PIECE", 7)
+    monkeypatch.setattr("jaxinfer.checkpoint.tensors._PIECE", 7)
     assert file.read(file.tensors["cube"]).tobytes() == array.tobytes()
 
 
