@@ -1,0 +1,268 @@
+"""Tokenizers in the files that came before tokenizer.json, through transformers' classes for them.
+
+What tokenizer_config.json says is somebody else's: its `tokenizer_class` is looked up in a closed list, and the class is
+shown only those files and options that are known here, in a folder made for it. No code of a repository is ever run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxinfer.errors import CheckpointError
+from jaxinfer.models.wrapped import with_text
+from jaxinfer.text.base import Tokenizer
+from jaxinfer.text.files import TokenFiles, one_line, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+__all__ = ["VOCABULARIES", "class_name", "load_legacy_tokenizer"]
+
+
+class Kind(NamedTuple):
+    """A tokenizer class that may be named.
+
+    module: of which folder of `transformers.models` it is.
+    files: those that it needs.
+    models: the model types that mean it where no class is named.
+    name: what it is called there, if otherwise.
+    """
+
+    module: str
+    files: tuple[str, ...]
+    models: tuple[str, ...] = ()
+    name: str | None = None
+
+
+_WORDPIECE = ("vocab.txt",)
+_BYTE_BPE = ("vocab.json", "merges.txt")
+_FAIRSEQ = ("sentencepiece.bpe.model",)
+_SPIECE = ("spiece.model",)
+_QWEN2 = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+
+_KINDS = {
+    "AlbertTokenizer": Kind("albert", _SPIECE, ("albert",)),
+    "BartTokenizer": Kind("roberta", _BYTE_BPE, ("bart",), "RobertaTokenizer"),
+    "BertTokenizer": Kind("bert", _WORDPIECE, ("bert", "nomic_bert")),
+    "BigBirdTokenizer": Kind("big_bird", _SPIECE, ("big_bird",)),
+    "ByT5Tokenizer": Kind("byt5", ()),
+    "CamembertTokenizer": Kind("camembert", _FAIRSEQ, ("camembert",)),
+    "DebertaTokenizer": Kind("deberta", _BYTE_BPE, ("deberta",)),
+    "DebertaV2Tokenizer": Kind("deberta_v2", ("spm.model",), ("deberta-v2",)),
+    "DistilBertTokenizer": Kind("bert", _WORDPIECE, ("distilbert",), "BertTokenizer"),
+    "ElectraTokenizer": Kind("bert", _WORDPIECE, ("electra",), "BertTokenizer"),
+    "GPT2Tokenizer": Kind("gpt2", _BYTE_BPE, ("gpt2", "gpt_neo", "gptj", "opt", "phi", "starcoder2")),
+    "LEDTokenizer": Kind("roberta", _BYTE_BPE, (), "RobertaTokenizer"),
+    "LongformerTokenizer": Kind("roberta", _BYTE_BPE, ("longformer",), "RobertaTokenizer"),
+    "MBart50Tokenizer": Kind("mbart50", _FAIRSEQ),
+    "MBartTokenizer": Kind("mbart", _FAIRSEQ, ("mbart",)),
+    "MPNetTokenizer": Kind("mpnet", _WORDPIECE, ("mpnet",)),
+    "MarianTokenizer": Kind("marian", ("source.spm", "target.spm", "vocab.json"), ("marian",)),
+    "MobileBertTokenizer": Kind("bert", _WORDPIECE, ("mobilebert",), "BertTokenizer"),
+    "NllbTokenizer": Kind("nllb", _FAIRSEQ),
+    "PegasusTokenizer": Kind("pegasus", _SPIECE, ("pegasus",)),
+    "Qwen2Tokenizer": Kind("qwen2", _BYTE_BPE, _QWEN2),
+    "RobertaTokenizer": Kind("roberta", _BYTE_BPE, ("roberta", "roberta-prelayernorm")),
+    "T5Tokenizer": Kind("t5", _SPIECE, ("t5", "mt5", "switch_transformers")),
+    "WhisperTokenizer": Kind("whisper", _BYTE_BPE, ("whisper",)),
+    "XLMRobertaTokenizer": Kind("xlm_roberta", _FAIRSEQ, ("xlm-roberta",)),
+}
+VOCABULARIES = sorted({name for kind in _KINDS.values() for name in kind.files})
+_OF_MODEL = {model: name for name, kind in _KINDS.items() for model in kind.models}
+
+# Options that reach a class, besides special tokens. Others change nothing, or are these:
+_OPTIONS = {
+    "add_bos_token": bool,
+    "add_eos_token": bool,
+    "add_prefix_space": bool,
+    "do_lower_case": bool,
+    "extra_ids": int,
+    "keep_accents": bool,
+    "language": str,
+    "legacy_behaviour": bool,
+    "offset": int,
+    "predict_timestamps": bool,
+    "separate_vocabs": bool,
+    "source_lang": str,
+    "split_by_punct": bool,
+    "src_lang": str,
+    "strip_accents": bool,
+    "target_lang": str,
+    "task": str,
+    "tgt_lang": str,
+    "tokenize_chinese_chars": bool,
+    "trim_offsets": bool,
+}
+# which would change tokens, and have only this value.
+_FIXED: dict[str, Any] = {"do_basic_tokenize": True, "never_split": [], "split_special_tokens": False}
+_MOST_IDS = 2**16  # of `extra_ids` and `offset`: so many tokens are made
+
+
+def class_name(folder: Path) -> str | None:
+    """The class that a folder names: in tokenizer_config.json or config.json, else by its model type."""
+    config = read_json(folder / "config.json")
+    for value in (read_json(folder / "tokenizer_config.json"), config):
+        name = value.get("tokenizer_class")
+        if isinstance(name, str) and name not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            return name.removesuffix("Fast")
+    model_type = with_text(config).get("model_type")
+    return _OF_MODEL.get(model_type) if isinstance(model_type, str) else None
+
+
+def load_legacy_tokenizer(files: TokenFiles) -> Tokenizer:
+    """The tokenizer in a folder without tokenizer.json. Raises ValueError."""
+    from jaxinfer.text.hf import HFTokenizer, naming_panics
+    from jaxinfer.text.python import PythonTokenizer
+
+    name, kind = _kind(files)
+    try:
+        with naming_panics(f"{files.folder}: {', '.join(kind.files)}"), _quietly():
+            theirs = _theirs(name, kind, files)
+    except Exception as error:
+        _explain(kind, files.folder)
+        raise CheckpointError(
+            f"{files.folder}: {name} can't be made of its files ({one_line(error)}); download {_listed(kind.files)} and "
+            "tokenizer_config.json again"
+        ) from None
+    _check(name, kind, files, theirs)
+    files.named = {key: str(value) for key, value in theirs.special_tokens_map.items()}
+    if not theirs.is_fast:
+        return PythonTokenizer(files, theirs)
+    tokenizer = theirs.backend_tokenizer
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return HFTokenizer(files, tokenizer, special)
+
+
+def _kind(files: TokenFiles) -> tuple[str, Kind]:
+    """The class, whose files are there. Raises CheckpointError."""
+    folder = files.folder
+    name = class_name(folder)
+    remedy = "add the checkpoint's tokenizer.json (transformers' save_pretrained writes it), or load with tokenizer=PATH"
+    if name is None:
+        there = [file for file in VOCABULARIES if (folder / file).is_file()]
+        raise CheckpointError(
+            f"{folder}: nothing says whose tokenizer {_listed(there)} is: there is no tokenizer_class in "
+            f"tokenizer_config.json, and no model_type in config.json that has one here; {remedy}"
+        )
+    if name not in _KINDS:
+        why = "is none that is known here without a tokenizer.json"
+        if "auto_map" in files.config:
+            why = "is code that comes with the checkpoint (auto_map), which is never run"
+        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: tokenizer_class {name!r:.80} {why}; {remedy}")
+    kind = _KINDS[name]
+    missing = [file for file in kind.files if not (folder / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {name} reads {_listed(kind.files)}, and {_listed(missing)} is not there; "
+            "copy it from the checkpoint, or add its tokenizer.json"
+        )
+    return name, kind
+
+
+def _theirs(name: str, kind: Kind, files: TokenFiles) -> PreTrainedTokenizerBase:
+    module = importlib.import_module(f"transformers.models.{kind.module}.tokenization_{kind.module}")
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for file in (*kind.files, "added_tokens.json", "target_vocab.json"):
+            if (files.folder / file).is_file():
+                (folder / file).symlink_to((files.folder / file).resolve())
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (files.folder / file).is_file():
+                (folder / file).write_text(json.dumps(_known(files.folder / file)))
+        theirs = getattr(module, kind.name or name).from_pretrained(folder, local_files_only=True)
+        if theirs.is_fast and len(kind.files) == 1 and kind.files != _WORDPIECE:
+            _normalize(theirs.backend_tokenizer, folder / kind.files[0])
+    return theirs
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """What a class may see of a file of options. Raises CheckpointError for what it can't do."""
+    known = {}
+    for key, value in read_json(path).items():
+        if key in _FIXED and value is not None and value != _FIXED[key]:
+            raise CheckpointError(f"{path}: {key} is {value!r:.80}; only {_FIXED[key]!r} is supported")
+        if key in _OPTIONS and value is not None:
+            if type(value) is not _OPTIONS[key] or (isinstance(value, int) and not 0 <= value <= _MOST_IDS):
+                wanted = {bool: "true or false", int: f"0 to {_MOST_IDS}", str: "a text"}[_OPTIONS[key]]
+                raise CheckpointError(f"{path}: {key} is {value!r:.80}; it must be {wanted}")
+            known[key] = value
+        elif key.endswith(("_token", "_special_tokens")) or key == "added_tokens_decoder":
+            known[key] = value
+    return known
+
+
+def _normalize(tokenizer: Any, model: Path) -> None:
+    """Gives the model's own normalization of characters to a tokenizer whose class leaves it out: those of mBART and
+    DeBERTa do in transformers 5, unlike in 4, with which they were trained."""
+    from tokenizers import normalizers
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor
+
+    characters = SentencePieceExtractor(str(model)).proto.normalizer_spec.precompiled_charsmap
+    own = tokenizer.normalizer
+    if characters and (own is None or b"Precompiled" not in own.__getstate__()):
+        first = normalizers.Precompiled(characters)
+        tokenizer.normalizer = first if own is None else normalizers.Sequence([first, own])
+
+
+def _check(name: str, kind: Kind, files: TokenFiles, theirs: PreTrainedTokenizerBase) -> None:
+    """That the vocabulary has what the class takes for granted: it would add it, with ids that no model knows."""
+    unknown = theirs.unk_token_id
+    if kind.files == _WORDPIECE and (unknown is None or unknown >= theirs.vocab_size):
+        raise CheckpointError(
+            f"{files.folder / 'vocab.txt'}: no token {theirs.unk_token!r}, so it is no vocabulary of {name}; download it "
+            "again"
+        )
+    if name == "NllbTokenizer" and not files.added:  # transformers would put its mask before the languages
+        raise CheckpointError(
+            f"{files.folder}: nothing says which ids the languages of {name} have; add the checkpoint's "
+            "tokenizer_config.json with its added_tokens_decoder, or its tokenizer.json"
+        )
+    if unknown is not None and unknown in theirs.encode("") and unknown != theirs.eos_token_id:
+        raise CheckpointError(
+            f"{files.folder / 'tokenizer_config.json'}: {name} puts tokens around a text that are not in the vocabulary "
+            f"(src_lang is {files.config.get('src_lang')!r:.80}); take all tokenizer files from the same checkpoint"
+        )
+
+
+def _explain(kind: Kind, folder: Path) -> None:
+    """Raises CheckpointError for the file that is broken, if one is by itself."""
+    for path in (folder / file for file in kind.files):
+        if path.suffix == ".json":
+            read_json(path)
+        elif path.suffix == ".txt":
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{path}: not UTF-8 ({one_line(error)}); download the file again") from None
+        else:
+            from jaxinfer.text.spm import read_model
+
+            read_model(path)
+
+
+def _listed(names: Any) -> str:
+    return " and ".join(names) or "this"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what transformers logs: that there is no torch, and what it tries before it fails."""
+    logger = logging.getLogger("transformers")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        import transformers
+
+        logger.disabled = disabled
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        yield
+        transformers.logging.set_verbosity(level)
+    finally:
+        logger.disabled = disabled
