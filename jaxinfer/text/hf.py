@@ -67,7 +67,8 @@ class HFTokenizer(Tokenizer):
         return Part(encoding.ids, encoding.offsets, encoding.word_ids)
 
     def make_frame(self, texts: int, add_special_tokens: bool) -> list[Slot]:
-        sample = self._tokenizer.encode(*["a"] * texts, add_special_tokens=add_special_tokens)
+        second = "a" if texts == 2 else None
+        sample = self._tokenizer.encode("a", second, add_special_tokens=add_special_tokens)
         frame = frame_of(sample.ids, sample.type_ids, sample.sequence_ids)
         if [slot.sequence for slot in frame if slot.sequence is not None] != list(range(texts)):
             raise UnsupportedError(f"{self.folder}: the tokenizer has no form for {texts} texts as one input")

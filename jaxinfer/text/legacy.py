@@ -1,7 +1,7 @@
 """Tokenizers in the files that came before tokenizer.json, through transformers' classes for them.
 
-What tokenizer_config.json says is somebody else's: its `tokenizer_class` is looked up in a closed list, and the class is
-shown only those files and options that are known here, in a folder made for it. No code of a repository is ever run.
+What tokenizer_config.json says is somebody else's: its `tokenizer_class` is looked up in a closed list, and the class
+is shown only those files and options that are known here, in a folder made for it. No code of a repository is ever run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.files import TokenFiles, one_line, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["VOCABULARIES", "class_name", "load_legacy_tokenizer"]
 
@@ -54,7 +54,6 @@ _KINDS = {
     "BigBirdTokenizer": Kind("big_bird", _SPIECE, ("big_bird",)),
     "ByT5Tokenizer": Kind("byt5", ()),
     "CamembertTokenizer": Kind("camembert", _FAIRSEQ, ("camembert",)),
-    "DebertaTokenizer": Kind("deberta", _BYTE_BPE, ("deberta",)),
     "DebertaV2Tokenizer": Kind("deberta_v2", ("spm.model",), ("deberta-v2",)),
     "DistilBertTokenizer": Kind("bert", _WORDPIECE, ("distilbert",), "BertTokenizer"),
     "ElectraTokenizer": Kind("bert", _WORDPIECE, ("electra",), "BertTokenizer"),
@@ -128,8 +127,8 @@ def load_legacy_tokenizer(files: TokenFiles) -> Tokenizer:
     except Exception as error:
         _explain(kind, files.folder)
         raise CheckpointError(
-            f"{files.folder}: {name} can't be made of its files ({one_line(error)}); download {_listed(kind.files)} and "
-            "tokenizer_config.json again"
+            f"{files.folder}: no {name} can be made of its files ({one_line(error)}); download them again: "
+            f"{', '.join((*kind.files, 'tokenizer_config.json'))}"
         ) from None
     _check(name, kind, files, theirs)
     files.named = {key: str(value) for key, value in theirs.special_tokens_map.items()}
@@ -144,7 +143,9 @@ def _kind(files: TokenFiles) -> tuple[str, Kind]:
     """The class, whose files are there. Raises CheckpointError."""
     folder = files.folder
     name = class_name(folder)
-    remedy = "add the checkpoint's tokenizer.json (transformers' save_pretrained writes it), or load with tokenizer=PATH"
+    remedy = (
+        "add the checkpoint's tokenizer.json (transformers' save_pretrained writes it), or load with tokenizer=PATH"
+    )
     if name is None:
         there = [file for file in VOCABULARIES if (folder / file).is_file()]
         raise CheckpointError(
@@ -199,8 +200,8 @@ def _known(path: Path) -> dict[str, Any]:
 
 
 def _normalize(tokenizer: Any, model: Path) -> None:
-    """Gives the model's own normalization of characters to a tokenizer whose class leaves it out: those of mBART and
-    DeBERTa do in transformers 5, unlike in 4, with which they were trained."""
+    """Gives the model's own normalization of characters to a tokenizer whose class leaves it out: those of mBART,
+    DeBERTa and BigBird do in transformers 5. (In 4 none did, nor where models are trained.)"""
     from tokenizers import normalizers
     from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
@@ -216,7 +217,7 @@ def _check(name: str, kind: Kind, files: TokenFiles, theirs: PreTrainedTokenizer
     unknown = theirs.unk_token_id
     if kind.files == _WORDPIECE and (unknown is None or unknown >= theirs.vocab_size):
         raise CheckpointError(
-            f"{files.folder / 'vocab.txt'}: no token {theirs.unk_token!r}, so it is no vocabulary of {name}; download it "
+            f"{files.folder / 'vocab.txt'}: not a vocabulary of {name}, as {theirs.unk_token!r} is missing; download it "
             "again"
         )
     if name == "NllbTokenizer" and not files.added:  # transformers would put its mask before the languages
@@ -224,10 +225,10 @@ def _check(name: str, kind: Kind, files: TokenFiles, theirs: PreTrainedTokenizer
             f"{files.folder}: nothing says which ids the languages of {name} have; add the checkpoint's "
             "tokenizer_config.json with its added_tokens_decoder, or its tokenizer.json"
         )
-    if unknown is not None and unknown in theirs.encode("") and unknown != theirs.eos_token_id:
+    if unknown in theirs.encode("") and unknown not in (None, theirs.bos_token_id, theirs.eos_token_id):
         raise CheckpointError(
-            f"{files.folder / 'tokenizer_config.json'}: {name} puts tokens around a text that are not in the vocabulary "
-            f"(src_lang is {files.config.get('src_lang')!r:.80}); take all tokenizer files from the same checkpoint"
+            f"{files.folder / 'tokenizer_config.json'}: what {name} puts around texts is not in the vocabulary (src_lang "
+            f"is {files.config.get('src_lang')!r:.80}); take all tokenizer files from the same checkpoint"
         )
 
 

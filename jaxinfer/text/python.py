@@ -6,14 +6,15 @@ from typing import Any
 
 from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.chat import load_chat_templates
-from jaxinfer.text.encoding import Slot, frame_of
+from jaxinfer.text.encoding import Slot
 from jaxinfer.text.files import TokenFiles
 
 __all__ = ["PythonTokenizer"]
 
 
 class PythonTokenizer(Tokenizer):
-    """Around `theirs`, a transformers.PreTrainedTokenizer. It doesn't tell where tokens are from."""
+    """Around `theirs`, a transformers.PreTrainedTokenizer. It doesn't tell where tokens are from, and the models don't
+    tell the texts of a pair apart."""
 
     def __init__(self, files: TokenFiles, theirs: Any) -> None:
         super().__init__(files.folder, load_chat_templates(files.folder, files.config, files.named))
@@ -37,13 +38,10 @@ class PythonTokenizer(Tokenizer):
 
     def make_frame(self, texts: int, add_special_tokens: bool) -> list[Slot]:
         samples = sorted(self.known_ids - self.special_ids)[:texts]
-        if not add_special_tokens:
-            return [Slot(i, 0, i) for i in range(texts)]
         parts = [[token_id] for token_id in samples]
-        ids = self._theirs.build_inputs_with_special_tokens(*parts)
-        types = self._theirs.create_token_type_ids_from_sequences(*parts)
-        sequences = [samples.index(token_id) if token_id in samples else None for token_id in ids]
-        return frame_of(ids, types, sequences)
+        ids = self._theirs.build_inputs_with_special_tokens(*parts) if add_special_tokens else samples
+        places = [samples.index(token_id) if token_id in samples else None for token_id in ids]
+        return [Slot(place, token_id, 0) for place, token_id in zip(places, ids, strict=True)]
 
     def decode_raw(self, ids: list[int]) -> str:
         known = [token_id for token_id in ids if token_id in self.known_ids]

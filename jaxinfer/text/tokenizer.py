@@ -20,8 +20,8 @@ def has_tokenizer(folder: Path) -> bool:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a checkpoint folder.
 
-    `tokenizer.json` wins over `tokenizer.model`, and that over older files. Raises FileNotFoundError when none is there,
-    ValueError when what is there can't be read.
+    `tokenizer.json` wins over `tokenizer.model`, and that over older files. Raises FileNotFoundError when none is
+    there, ValueError when what is there can't be read.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -28,7 +28,20 @@ SCRIPTS = {
     "Ligatures": (0xFB00, 0xFB06), "Punctuation": (0x2010, 0x2027), "Controls": (0x00, 0x1F), "C1": (0x7F, 0x9F),
     "Private": (0xE000, 0xE0FF), "ASCII marks": (0x21, 0x2F),
 }  # fmt: skip
-SPACES = [" "] * 8 + ["  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "\u200b", "\u200d", "\ufeff", "\ufe0f", "\u0301", ""]
+SPACES = [" "] * 8 + [
+    "  ",
+    "\n",
+    "\t",
+    "\r\n",
+    "\u00a0",
+    "\u3000",
+    "\u200b",
+    "\u200d",
+    "\ufeff",
+    "\ufe0f",
+    "\u0301",
+    "",
+]
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
