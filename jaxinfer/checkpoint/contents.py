@@ -9,8 +9,10 @@ from pathlib import Path, PurePosixPath
 
 from jaxinfer.places import inside
 
+# SentencePiece models, as tokenizers' classes call them.
+PIECES = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.model", "*.spm")
 # Nothing pickled is ever downloaded, nor Mistral's second copy of the weights.
-SMALL = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+SMALL = ("*.json", "*.jinja", *PIECES, "merges.txt", "vocab.txt")
 ALLOW = (*SMALL, "*.safetensors")
 IGNORE = ("consolidated*.safetensors",)
 # transformers' folders of named chat templates; other folders have other exports.

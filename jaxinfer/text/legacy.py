@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,11 +122,13 @@ def load_legacy_tokenizer(files: TokenFiles) -> Tokenizer:
     from jaxinfer.text.python import PythonTokenizer
 
     name, kind = _kind(files)
+    _check_files(kind, files.folder)
     try:
         with naming_panics(f"{files.folder}: {', '.join(kind.files)}"), _quietly():
             theirs = _theirs(name, kind, files)
+    except CheckpointError:
+        raise
     except Exception as error:
-        _explain(kind, files.folder)
         raise CheckpointError(
             f"{files.folder}: no {name} can be made of its files ({one_line(error)}); download them again: "
             f"{', '.join((*kind.files, 'tokenizer_config.json'))}"
@@ -165,6 +168,22 @@ def _kind(files: TokenFiles) -> tuple[str, Kind]:
             "copy it from the checkpoint, or add its tokenizer.json"
         )
     return name, kind
+
+
+def _check_files(kind: Kind, folder: Path) -> None:
+    """That each is what its name says, which transformers doesn't look at. Raises ValueError."""
+    for path in (folder / file for file in kind.files):
+        if path.suffix == ".json":
+            read_json(path)
+        elif path.suffix == ".txt":
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{path}: not UTF-8 ({one_line(error)}); download the file again") from None
+        else:
+            from jaxinfer.text.spm import read_model
+
+            read_model(path)
 
 
 def _theirs(name: str, kind: Kind, files: TokenFiles) -> PreTrainedTokenizerBase:
@@ -213,39 +232,28 @@ def _normalize(tokenizer: Any, model: Path) -> None:
 
 
 def _check(name: str, kind: Kind, files: TokenFiles, theirs: PreTrainedTokenizerBase) -> None:
-    """That the vocabulary has what the class takes for granted: it would add it, with ids that no model knows."""
+    """That tokens have the ids of the checkpoint: where files don't say them, transformers makes some up."""
     unknown = theirs.unk_token_id
     if kind.files == _WORDPIECE and (unknown is None or unknown >= theirs.vocab_size):
-        raise CheckpointError(
-            f"{files.folder / 'vocab.txt'}: not a vocabulary of {name}, as {theirs.unk_token!r} is missing; download it "
-            "again"
-        )
-    if name == "NllbTokenizer" and not files.added:  # transformers would put its mask before the languages
+        problem = f"{files.folder / 'vocab.txt'}: {theirs.unk_token!r} is missing, so it is not a vocabulary of {name}"
+        raise CheckpointError(f"{problem}; download it again")
+    for token_id, token in files.added.items():
+        actual = theirs.convert_tokens_to_ids(token.content)
+        if actual != token_id:
+            raise CheckpointError(
+                f"{files.folder / 'tokenizer_config.json'}: token {token.content!r} has id {token_id} there but "
+                f"{actual} in the vocabulary; take all tokenizer files from the same checkpoint"
+            )
+    if name == "NllbTokenizer" and not files.added:  # the mask would come before the languages
         raise CheckpointError(
             f"{files.folder}: nothing says which ids the languages of {name} have; add the checkpoint's "
             "tokenizer_config.json with its added_tokens_decoder, or its tokenizer.json"
         )
     if unknown in theirs.encode("") and unknown not in (None, theirs.bos_token_id, theirs.eos_token_id):
         raise CheckpointError(
-            f"{files.folder / 'tokenizer_config.json'}: what {name} puts around texts is not in the vocabulary (src_lang "
-            f"is {files.config.get('src_lang')!r:.80}); take all tokenizer files from the same checkpoint"
+            f"{files.folder / 'tokenizer_config.json'}: {name} puts around texts what is not in the vocabulary "
+            f"(src_lang is {files.config.get('src_lang')!r:.80}); take all tokenizer files from the same checkpoint"
         )
-
-
-def _explain(kind: Kind, folder: Path) -> None:
-    """Raises CheckpointError for the file that is broken, if one is by itself."""
-    for path in (folder / file for file in kind.files):
-        if path.suffix == ".json":
-            read_json(path)
-        elif path.suffix == ".txt":
-            try:
-                path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise CheckpointError(f"{path}: not UTF-8 ({one_line(error)}); download the file again") from None
-        else:
-            from jaxinfer.text.spm import read_model
-
-            read_model(path)
 
 
 def _listed(names: Any) -> str:
@@ -254,16 +262,17 @@ def _listed(names: Any) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what transformers logs: that there is no torch, and what it tries before it fails."""
+    """Without what transformers logs and warns of: that there is no torch, and what it tries before it fails."""
     logger = logging.getLogger("transformers")
     disabled, logger.disabled = logger.disabled, True
     try:
-        import transformers
-
-        logger.disabled = disabled
-        level = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        yield
-        transformers.logging.set_verbosity(level)
+        from transformers import logging as theirs
     finally:
         logger.disabled = disabled
+    level = theirs.get_verbosity()
+    theirs.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        theirs.set_verbosity(level)

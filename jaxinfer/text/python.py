@@ -33,7 +33,7 @@ class PythonTokenizer(Tokenizer):
             self.looks_ahead = True
 
     def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._theirs.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = self._theirs.encode(text, add_special_tokens=add_special_tokens, verbose=False)
         return ids
 
     def make_frame(self, texts: int, add_special_tokens: bool) -> list[Slot]:

@@ -26,7 +26,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.convert_slow_tokenizer import SentencePieceExtractor  # noqa: E402
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES  # noqa: E402
 
-# What Python tokenizers say of "</s>" in a text, of long texts, and of a package that they don't use.
+# What Python tokenizers say of "</s>" in a text, and of a package that they don't use.
 pytestmark = pytest.mark.filterwarnings("ignore:This sequence already has", "ignore:Recommended")
 # Those classes of transformers 5 that leave the model's own normalization of characters out.
 FORGETFUL = ("BigBirdTokenizer", "DebertaV2Tokenizer", "MBartTokenizer")
