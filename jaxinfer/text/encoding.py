@@ -116,13 +116,14 @@ def framed(frame: Sequence[Slot], parts: Sequence[Part], truncation: Truncation 
 def _kept(special: int, lengths: list[int], truncation: Truncation) -> list[int]:
     """How many tokens of each text remain, as `tokenizers` has it."""
     room = truncation.max_length - special
-    excess = sum(lengths) - room
-    if excess <= 0:
-        return lengths
     if room < 0:
         raise RequestError.at(
             "max_length", f"{truncation.max_length} is less than the {special} special tokens of an input; raise it"
         )
+    _check_stride(truncation, room)
+    excess = sum(lengths) - room
+    if excess <= 0:
+        return lengths
     if truncation.strategy == "longest_first":
         if len(lengths) == 1:
             return [room]
@@ -148,15 +149,19 @@ def _cuts(length: int, kept: int, truncation: Truncation) -> Iterator[tuple[int,
     if kept == length or not kept:
         yield 0, kept
         return
-    if truncation.stride >= kept:
-        raise RequestError.at(
-            "stride", f"{truncation.stride} is not below the {kept} tokens of the text that fit a window; lower it"
-        )
+    _check_stride(truncation, kept)
     for passed in range(0, length, kept - truncation.stride):
         end = min(passed + kept, length)
         yield (passed, end) if truncation.side == "right" else (length - end, length - passed)
         if end == length:
             return
+
+
+def _check_stride(truncation: Truncation, room: int) -> None:
+    if truncation.stride and truncation.stride >= room:
+        raise RequestError.at(
+            "stride", f"{truncation.stride} is not below the {room} tokens of a text that fit a window; lower it"
+        )
 
 
 def _input(frame: Sequence[Slot], parts: Sequence[Part], spans: Sequence[tuple[int, int]]) -> Encoding:

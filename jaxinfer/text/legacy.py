@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
@@ -187,6 +186,8 @@ def _check_files(kind: Kind, folder: Path) -> None:
 
 
 def _theirs(name: str, kind: Kind, files: TokenFiles) -> PreTrainedTokenizerBase:
+    from tempfile import TemporaryDirectory  # which other folders need not wait for
+
     module = importlib.import_module(f"transformers.models.{kind.module}.tokenization_{kind.module}")
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
