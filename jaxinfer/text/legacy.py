@@ -10,7 +10,7 @@ import importlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -76,7 +76,7 @@ _KINDS = {
 VOCABULARIES = sorted({name for kind in _KINDS.values() for name in kind.files})
 _OF_MODEL = {model: name for name, kind in _KINDS.items() for model in kind.models}
 
-# Options that reach a class, besides special tokens. Others change nothing, or are these:
+# Options that a class may see, besides special tokens.
 _OPTIONS = {
     "add_bos_token": bool,
     "add_eos_token": bool,
@@ -86,6 +86,7 @@ _OPTIONS = {
     "keep_accents": bool,
     "language": str,
     "legacy_behaviour": bool,
+    "mask_token_sent": str,
     "offset": int,
     "predict_timestamps": bool,
     "separate_vocabs": bool,
@@ -99,8 +100,13 @@ _OPTIONS = {
     "tokenize_chinese_chars": bool,
     "trim_offsets": bool,
 }
-# which would change tokens, and have only this value.
-_FIXED: dict[str, Any] = {"do_basic_tokenize": True, "never_split": [], "split_special_tokens": False}
+# Options that would change tokens, and are refused with another value. All others change none.
+_FIXED: dict[str, Any] = {
+    "do_basic_tokenize": True,
+    "never_split": [],
+    "sp_model_kwargs": {},
+    "split_special_tokens": False,
+}
 _MOST_IDS = 2**16  # of `extra_ids` and `offset`: so many tokens are made
 
 
@@ -209,8 +215,9 @@ def _known(path: Path) -> dict[str, Any]:
     for key, value in read_json(path).items():
         if key in _FIXED and value is not None and value != _FIXED[key]:
             raise CheckpointError(f"{path}: {key} is {value!r:.80}; only {_FIXED[key]!r} is supported")
-        if key in _OPTIONS and value is not None:
-            if type(value) is not _OPTIONS[key] or (isinstance(value, int) and not 0 <= value <= _MOST_IDS):
+        if key in _OPTIONS:
+            wrong = type(value) is not _OPTIONS[key] or (isinstance(value, int) and not 0 <= value <= _MOST_IDS)
+            if wrong and value is not None:
                 wanted = {bool: "true or false", int: f"0 to {_MOST_IDS}", str: "a text"}[_OPTIONS[key]]
                 raise CheckpointError(f"{path}: {key} is {value!r:.80}; it must be {wanted}")
             known[key] = value
@@ -257,7 +264,7 @@ def _check(name: str, kind: Kind, files: TokenFiles, theirs: PreTrainedTokenizer
         )
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Sequence[str]) -> str:
     return " and ".join(names) or "this"
 
 

@@ -226,14 +226,16 @@ def test_normalization_of_the_model(folders: dict[str, Path]) -> None:
         assert ours.encode("ｈｅｌｌｏ") == ours.encode("hello"), kind
 
 
-def fields(name: str) -> Any:
+def same_files(name: str) -> str:
     return next(kind for kind, (_, of) in KINDS.items() if set(_KINDS[of].files) == set(_KINDS[name].files))
 
 
 @pytest.mark.parametrize("name", [name for name in _KINDS if name not in {name for _, name in KINDS.values()}])
 def test_other_classes(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
     """Those that read the same files as one of the folders."""
-    source = {"BigBirdTokenizer": "t5", "PegasusTokenizer": "t5", "MPNetTokenizer": "bert"}.get(name) or fields(name)
+    source = {"BigBirdTokenizer": "t5", "PegasusTokenizer": "t5", "MPNetTokenizer": "bert"}.get(name) or same_files(
+        name
+    )
     for file in _KINDS[name].files:
         (tmp_path / file).write_bytes((folders[source] / file).read_bytes())
     write(tmp_path, tokenizer_config_json={"tokenizer_class": name}, config_json={})

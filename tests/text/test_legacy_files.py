@@ -1,5 +1,6 @@
 """Folders without tokenizer.json that are not as they should be: an error of one line, and nothing of theirs is run."""
 
+import inspect
 import json
 import os
 import random
@@ -16,7 +17,7 @@ from jaxinfer import LLM, SamplingParams
 from jaxinfer.checkpoint.contents import beside, files_of
 from jaxinfer.text.base import NoTokenizer
 from jaxinfer.text.encoding import Truncation
-from jaxinfer.text.legacy import _KINDS, VOCABULARIES
+from jaxinfer.text.legacy import _FIXED, _KINDS, _OPTIONS, VOCABULARIES
 from jaxinfer.text.tokenizer import has_tokenizer, load_tokenizer
 from tests.refusals import change, line
 
@@ -69,7 +70,8 @@ def test_a_broken_file(folder_of: Callable[[str], Path], kind: str, content: byt
     folder = folder_of(kind)
     for file in _KINDS[KINDS[kind][1]].files:
         whole = (folder / file).read_bytes()
-        half = whole[: whole.rindex(b" ")] if file == "merges.txt" else whole[: len(whole) // 2]
+        end = {"merges.txt": whole.rfind(b" "), "vocab.txt": whole.rfind(b"\n", 0, len(whole) // 2) + 1}
+        half = whole[: end.get(file, len(whole) // 2)]
         (folder / file).write_bytes(half if content == "half" else content)
         if file == "vocab.txt" and content == "half" and kind == "bert":
             load_tokenizer(folder)  # fewer words are a vocabulary too: it is for `check_vocabulary` to say
@@ -159,7 +161,7 @@ def test_paths_in_options_are_not_followed(folder_of: Callable[[str], Path], tmp
         "init_inputs",
         "cache_dir",
     ]
-    options: dict[str, Any] = dict.fromkeys(paths, str(secret)) | {"sp_model_kwargs": {"model_file": str(secret)}}
+    options: dict[str, Any] = dict.fromkeys(paths, str(secret))
     code = f"""
 import sys, pathlib
 opened = []
@@ -197,6 +199,7 @@ def change_or_write(path: Path, options: dict[str, Any]) -> None:
         ("bert", "do_basic_tokenize", False),
         ("bert", "never_split", ["a"]),
         ("bert", "split_special_tokens", True),
+        ("marian", "sp_model_kwargs", {"enable_sampling": True, "alpha": 0.1}),
         ("bert", "do_lower_case", "yes"),
         ("bert", "strip_accents", 1),
         ("t5", "extra_ids", 10**9),
@@ -219,6 +222,16 @@ def test_options_that_can_not_be(folder_of: Callable[[str], Path], kind: str, op
         write(folder, tokenizer_config_json={})
     change(folder, "tokenizer_config.json", **{option: value})
     refused(folder)
+
+
+def test_all_options_of_the_classes_are_known() -> None:
+    """Those of their constructors, but for files, what files hold, and what changes no token."""
+    none = {"self", "args", "kwargs", "vocab", "merges", "vocab_file", "source_spm", "target_spm", "target_vocab_file"}
+    none |= {"errors", "model_max_length", "normalizer_file", "unk_id", "_spm_precompiled_charsmap"}
+    for name in _KINDS:
+        options = inspect.signature(getattr(transformers, name).__init__).parameters.keys() - none
+        tokens = {option for option in options if option.endswith(("_token", "_special_tokens"))}
+        assert options - tokens <= _OPTIONS.keys() | _FIXED.keys(), name
 
 
 def test_options_of_bert(folder_of: Callable[[str], Path]) -> None:
