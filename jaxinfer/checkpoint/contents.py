@@ -9,8 +9,10 @@ from pathlib import Path, PurePosixPath
 
 from jaxinfer.places import inside
 
+# SentencePiece models, as tokenizers' classes call them.
+PIECES = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.model", "*.spm")
 # Mistral's second copy of the weights is never downloaded.
-SMALL = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+SMALL = ("*.json", "*.jinja", *PIECES, "merges.txt", "vocab.txt")
 ALLOW = (*SMALL, "*.safetensors")
 # Where a repository has no safetensors: what transformers would take.
 PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")

@@ -1,17 +1,18 @@
 """What a tokenizer does: text to token ids and back, whatever files it comes in.
 
-`tokenizer.json` goes through `tokenizers`, `tokenizer.model` through `sentencepiece`, and GPT-2's `vocab.json` with
-`merges.txt` is built as byte-level BPE. transformers is not needed (it takes seconds to import), torch never.
+`tokenizer.json` goes through `tokenizers`, `tokenizer.model` through `sentencepiece`, and what came before them through
+transformers, which takes a second to import and is left alone otherwise. torch is never needed.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.text.chat import ChatTemplates, Tool
+from jaxinfer.text.encoding import Encoding, Part, Slot, Truncation, framed
 from jaxinfer.text.files import model_token_id
 
 __all__ = ["CLEAN_UP", "NoTokenizer", "Tokenizer"]
@@ -44,6 +45,7 @@ class Tokenizer(ABC):
     How the detokenizer may work piece by piece (`jaxinfer.text.detokenize`):
 
     token_bytes: id -> the bytes it stands for, where text is exactly those bytes joined; else None.
+    byte_errors: what becomes of those that are no character: "replace" or "ignore", as in `bytes.decode`.
     byte_values: id -> byte, for ids that stand for one byte each (byte fallback): neighbours make a character.
     known_ids: ids that a token has: there may be far fewer than vocab_size, and others give no text.
     looks_ahead: a token's text can depend on others in further ways, or it isn't known that it does not.
@@ -55,6 +57,7 @@ class Tokenizer(ABC):
     special_ids: frozenset[int]
     cleans_up: bool = False
     token_bytes: Callable[[int], bytes] | None = None
+    byte_errors: str = "replace"
     byte_values: Mapping[int, int] = {}
     known_ids: frozenset[int]
     looks_ahead: bool = False
@@ -64,10 +67,19 @@ class Tokenizer(ABC):
         self.folder = folder
         self.chat_templates = chat_templates
         self.middle_text: dict[int, str] = {}  # what `token_text` has said
+        self._frames: dict[tuple[int, bool], list[Slot]] = {}
 
     @abstractmethod
     def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
         """`encode` for text known to be valid Unicode."""
+
+    @abstractmethod
+    def make_frame(self, texts: int, add_special_tokens: bool) -> list[Slot]:
+        """What stands around one text or two in a model's input, and their places."""
+
+    def part(self, text: str) -> Part:
+        """A text alone, as tokens that say where they are from, if they can."""
+        return Part(self.encode_text(text, add_special_tokens=False))
 
     @abstractmethod
     def decode_raw(self, ids: list[int]) -> str:
@@ -90,13 +102,45 @@ class Tokenizer(ABC):
             raise RequestError.at(
                 "prompt", f"expected a string, found {type(text).__name__}; pass ids as prompt_token_ids"
             )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            where = f"U+{ord(text[error.start]):04X} at character {error.start}"
-            problem = f"not valid Unicode ({where} is half of a surrogate pair); fix the text"
-            raise RequestError.at("prompt", problem) from None
+        _check_unicode(text)
         return self.encode_text(text, add_special_tokens)
+
+    def encoding(
+        self,
+        first: str | Sequence[int],
+        second: str | Sequence[int] | None = None,
+        truncation: Truncation | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> Encoding:
+        """A text or a pair as a model's input, with all that is known of its tokens; what doesn't fit is cut off.
+
+        Texts may also be given as ids. Special tokens are put around, except around ids that come alone, which are
+        taken for the whole input. Raises RequestError.
+        """
+        return next(self.windows(first, second, truncation, add_special_tokens))
+
+    def windows(
+        self,
+        first: str | Sequence[int],
+        second: str | Sequence[int] | None = None,
+        truncation: Truncation | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> Iterator[Encoding]:
+        """`encoding`, and then what it cut off, as further inputs like it: windows of the text that is too long, of
+        which each begins with `truncation.stride` tokens of the one before. (Of a pair that is cut longest_first there
+        is only one.)"""
+        texts = [first] if second is None else [first, second]
+        if add_special_tokens is None:
+            add_special_tokens = len(texts) == 2 or isinstance(first, str)
+        parts = []
+        for text in texts:
+            if isinstance(text, str):
+                _check_unicode(text)
+            parts.append(self.part(text) if isinstance(text, str) else Part(list(text)))
+        key = len(texts), add_special_tokens
+        if key not in self._frames:
+            self._frames[key] = self.make_frame(*key)
+        return framed(self._frames[key], parts, truncation)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of `ids`. Ids that the tokenizer doesn't know (a padded vocabulary) give no text.
@@ -163,6 +207,15 @@ class Tokenizer(ABC):
         return self.encode(prompt, add_special_tokens=False)
 
 
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        problem = f"not valid Unicode ({where} is half of a surrogate pair); fix the text"
+        raise RequestError.at("prompt", problem) from None
+
+
 class NoTokenizer(Tokenizer):
     """In place of one: token ids give no text, and what needs a tokenizer raises UnsupportedError that says why it is
     `missing`."""
@@ -180,6 +233,11 @@ class NoTokenizer(Tokenizer):
     def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
         self.require("text", "give token ids", "prompt")
         return []
+
+    def make_frame(self, texts: int, add_special_tokens: bool) -> list[Slot]:
+        if add_special_tokens:
+            self.require("special tokens", "give whole inputs as token ids", "add_special_tokens")
+        return [Slot(i, 0, i) for i in range(texts)]
 
     def decode_raw(self, ids: list[int]) -> str:
         return ""

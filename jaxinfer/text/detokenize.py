@@ -107,9 +107,9 @@ class _ByteLevel:
     def __init__(self, tokenizer: Tokenizer, end: list[int]) -> None:
         assert tokenizer.token_bytes is not None
         self._bytes = tokenizer.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.byte_errors)
         self._utf8.decode(b"".join(map(self._bytes, end)))
-        self.shown = self._utf8.getstate()[0].decode(errors="replace")
+        self.shown = self._utf8.getstate()[0].decode(errors=tokenizer.byte_errors)
 
     def push(self, ids: list[int]) -> str:
         return self._utf8.decode(b"".join(map(self._bytes, ids)))

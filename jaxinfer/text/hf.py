@@ -1,24 +1,23 @@
-"""`tokenizer.json` (and GPT-2's `vocab.json` + `merges.txt`) through the `tokenizers` library."""
+"""`tokenizer.json`, and what else becomes the same object, through the `tokenizers` library."""
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import models
 
+from jaxinfer.errors import UnsupportedError
 from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.chat import load_chat_templates
+from jaxinfer.text.encoding import Part, Slot, frame_of
 from jaxinfer.text.files import TokenFiles, one_line
 
-__all__ = ["HFTokenizer"]
+__all__ = ["HFTokenizer", "naming_panics", "read_tokenizer_json"]
 
-# How Qwen2 cuts text before BPE; GPT-2's way is the ByteLevel default of `tokenizers`.
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -33,25 +32,17 @@ _ALPHABET = _byte_level_alphabet()
 
 
 class HFTokenizer(Tokenizer):
-    """Special tokens around a prompt are tokenizer.json's own post-processor's, as in transformers 5; the
-    `add_bos_token` and `add_eos_token` of tokenizer_config.json count where there is no tokenizer.json.
+    """Around `tokenizer`. What stands around a prompt is its own post-processor's to say, as in transformers 5: the
+    `add_bos_token` and `add_eos_token` of a tokenizer_config.json beside a tokenizer.json don't count.
+
+    special: the ids that are special.
     """
 
-    def __init__(self, files: TokenFiles) -> None:
-        self.prefix: list[int] = []
-        self.suffix: list[int] = []
-        path = files.folder / "tokenizer.json"
-        try:
-            self._tokenizer = _from_json(path) if path.is_file() else _from_vocabulary(files)
-            # What was stored there belongs to somebody's training run.
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-            special = _add_tokens(self._tokenizer, files)
-        except BaseException as error:
-            # A panic in the Rust library arrives as a BaseException of its own.
-            if type(error).__name__ != "PanicException":
-                raise
-            raise ValueError(f"{path}: broken ({one_line(error)}); download the file again") from None
+    def __init__(self, files: TokenFiles, tokenizer: tokenizers.Tokenizer, special: set[int]) -> None:
+        self._tokenizer = tokenizer
+        # What was stored there belongs to somebody's training run.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         super().__init__(files.folder, load_chat_templates(files.folder, files.config, files.named))
         self.special_ids = frozenset(special)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -60,11 +51,6 @@ class HFTokenizer(Tokenizer):
         ids = {name: self._tokenizer.token_to_id(content) for name, content in files.named.items()}
         self.bos_token_id = ids["bos_token"] if "bos_token" in ids else files.model_token_id("bos_token_id")
         self.eos_token_id = ids["eos_token"] if "eos_token" in ids else files.model_token_id("eos_token_id")
-        if not path.is_file():
-            if files.flag("add_bos_token", False) and self.bos_token_id is not None:
-                self.prefix = [self.bos_token_id]
-            if files.flag("add_eos_token", False) and self.eos_token_id is not None:
-                self.suffix = [self.eos_token_id]
         # The clean-up was made for WordPiece; on BPE it deletes spaces that the model wrote, so there it has to be
         # asked for twice.
         forced = files.flag("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", False)
@@ -74,7 +60,19 @@ class HFTokenizer(Tokenizer):
 
     def encode_text(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return [*self.prefix, *ids, *self.suffix] if add_special_tokens else ids
+        return ids
+
+    def part(self, text: str) -> Part:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return Part(encoding.ids, encoding.offsets, encoding.word_ids)
+
+    def make_frame(self, texts: int, add_special_tokens: bool) -> list[Slot]:
+        second = "a" if texts == 2 else None
+        sample = self._tokenizer.encode("a", second, add_special_tokens=add_special_tokens)
+        frame = frame_of(sample.ids, sample.type_ids, sample.sequence_ids)
+        if [slot.sequence for slot in frame if slot.sequence is not None] != list(range(texts)):
+            raise UnsupportedError(f"{self.folder}: the tokenizer has no form for {texts} texts as one input")
+        return frame
 
     def decode_raw(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -119,6 +117,26 @@ def _is_local(step: dict[str, Any], fused: bool) -> bool:
     return kind in ("ByteFallback", "Fuse", "Metaspace", "WordPiece")
 
 
+def read_tokenizer_json(files: TokenFiles) -> HFTokenizer:
+    """The tokenizer in a folder with tokenizer.json. Raises ValueError."""
+    path = files.folder / "tokenizer.json"
+    with naming_panics(path):
+        tokenizer = _from_json(path)
+        special = _add_tokens(tokenizer, files)
+        return HFTokenizer(files, tokenizer, special)
+
+
+@contextmanager
+def naming_panics(what: object) -> Iterator[None]:
+    """A panic in the Rust library, which arrives as a BaseException of its own, as a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: broken ({one_line(error)}); download the file again") from None
+
+
 def _from_json(path: Path) -> tokenizers.Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
@@ -129,37 +147,6 @@ def _from_json(path: Path) -> tokenizers.Tokenizer:
         except (ValueError, RecursionError):
             raise ValueError(f"{path}: not valid JSON ({one_line(error)}); download the file again") from None
         raise ValueError(f"{path}: not a tokenizer ({one_line(error)}); download the file again") from None
-
-
-def _from_vocabulary(files: TokenFiles) -> tokenizers.Tokenizer:
-    """Byte-level BPE out of vocab.json and merges.txt, the layout of GPT-2 (Radford et al. 2019)."""
-    kind = str(files.config.get("tokenizer_class") or "GPT2Tokenizer").removesuffix("Fast")
-    if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
-        raise ValueError(
-            f"{files.folder / 'tokenizer_config.json'}: tokenizer_class {kind!r} can't be built from vocab.json and "
-            "merges.txt (GPT2Tokenizer and Qwen2Tokenizer can); add the checkpoint's tokenizer.json"
-        )
-    vocab, merges = str(files.folder / "vocab.json"), str(files.folder / "merges.txt")
-    try:
-        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(vocab, merges))
-    except Exception as error:
-        raise ValueError(
-            f"{vocab}, merges.txt: not a BPE vocabulary ({one_line(error)}); download both again"
-        ) from None
-    leading_space = files.flag("add_prefix_space", False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if kind == "GPT2Tokenizer":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=leading_space)
-    else:
-        split = pre_tokenizers.Split(tokenizers.Regex(_QWEN2_SPLIT), behavior="isolated")
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=leading_space, use_regex=False)
-        tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    if tokenizer.token_to_id("<|endoftext|>") is not None:
-        files.named.setdefault("eos_token", "<|endoftext|>")
-        if kind == "GPT2Tokenizer":
-            files.named.setdefault("bos_token", "<|endoftext|>")
-    return tokenizer
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, files: TokenFiles) -> set[int]:

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import sentencepiece
 
 from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.chat import load_chat_templates
+from jaxinfer.text.encoding import Slot
 from jaxinfer.text.files import AddedToken, TokenFiles, one_line
 
-__all__ = ["SentencePieceTokenizer"]
+__all__ = ["SentencePieceTokenizer", "read_model"]
 
 # ModelProto.normalizer_spec = {add_dummy_prefix: false, remove_extra_whitespaces: false} in protobuf's wire format.
 # Concatenated messages merge, so a model followed by this is the same model that leaves spaces alone.
@@ -23,17 +25,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, files: TokenFiles) -> None:
         path = files.folder / "tokenizer.model"
-        proto = path.read_bytes()
-        sentencepiece.set_min_log_level(3)  # its complaints arrive as exceptions too
-        try:
-            whole, inner = sentencepiece.SentencePieceProcessor(), sentencepiece.SentencePieceProcessor()
-            whole.LoadFromSerializedProto(proto)
-            inner.LoadFromSerializedProto(proto + _KEEP_SPACES)
-        except Exception as error:
-            raise ValueError(
-                f"{path}: not a SentencePiece model ({one_line(error)}); download it again, or add the checkpoint's "
-                "tokenizer.json"
-            ) from None
+        whole = read_model(path)
+        inner = sentencepiece.SentencePieceProcessor()
+        inner.LoadFromSerializedProto(path.read_bytes() + _KEEP_SPACES)
         self._inner = inner  # for text and tokens that follow others
         self._whole = whole if files.flag("add_prefix_space", True) else inner  # for the start of the text
         self._legacy = files.flag("legacy", False)
@@ -74,6 +68,11 @@ class SentencePieceTokenizer(Tokenizer):
                 at += 1
         ids += self._encode_between(text[at:], at == 0)
         return [*self.prefix, *ids, *self.suffix] if add_special_tokens else ids
+
+    def make_frame(self, texts: int, add_special_tokens: bool) -> list[Slot]:
+        around = (self.prefix, self.suffix) if add_special_tokens else ([], [])
+        before, after = ([[Slot(None, token_id, i) for token_id in ids] for i in range(texts)] for ids in around)
+        return [slot for i in range(texts) for slot in (*before[i], Slot(i, 0, i), *after[i])]
 
     def _encode_between(self, text: str, at_start: bool) -> list[int]:
         if not text:
@@ -118,6 +117,20 @@ class SentencePieceTokenizer(Tokenizer):
         if name in files.named:
             return self._literal_id.get(files.named[name])
         return default if default >= 0 else None
+
+
+def read_model(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """The model in a file. Raises ValueError."""
+    sentencepiece.set_min_log_level(3)  # its complaints arrive as exceptions too
+    model = sentencepiece.SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(path.read_bytes())
+    except Exception as error:
+        raise ValueError(
+            f"{path}: not a SentencePiece model ({one_line(error)}); download it again, or add the checkpoint's "
+            "tokenizer.json"
+        ) from None
+    return model
 
 
 def _match_any(tokens: Iterable[AddedToken]) -> re.Pattern[str]:

@@ -6,21 +6,22 @@ from pathlib import Path
 
 from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.files import TokenFiles
+from jaxinfer.text.legacy import VOCABULARIES, class_name, load_legacy_tokenizer
 
-LOOKED_FOR = "tokenizer.json, tokenizer.model, and vocab.json with merges.txt"
+LOOKED_FOR = f"tokenizer.json, tokenizer.model, {', '.join(VOCABULARIES)}"
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether there are files that `load_tokenizer` takes."""
-    whole = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return whole or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())
+    """Whether there are files that `load_tokenizer` takes, or should, if one of several is missing."""
+    there = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", *VOCABULARIES))
+    return there or class_name(folder) == "ByT5Tokenizer"  # which has no vocabulary
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a checkpoint folder.
 
-    `tokenizer.json` wins over `tokenizer.model`, and that over `vocab.json` with `merges.txt`. Raises
-    FileNotFoundError when none is there, ValueError when what is there can't be read.
+    `tokenizer.json` wins over `tokenizer.model`, and that over older files. Raises FileNotFoundError when none is
+    there, ValueError when what is there can't be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -29,13 +30,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise FileNotFoundError(
             f"{folder}: no tokenizer; looked for {LOOKED_FOR}; copy the checkpoint's tokenizer files there"
         )
-    if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
-        from jaxinfer.text.spm import SentencePieceTokenizer  # each brings a library of its own
+    # Each brings a library of its own.
+    if (folder / "tokenizer.json").is_file():
+        from jaxinfer.text.hf import read_tokenizer_json
+
+        return read_tokenizer_json(TokenFiles(folder))
+    if (folder / "tokenizer.model").is_file():
+        from jaxinfer.text.spm import SentencePieceTokenizer
 
         return SentencePieceTokenizer(TokenFiles(folder))
-    from jaxinfer.text.hf import HFTokenizer
-
-    return HFTokenizer(TokenFiles(folder))
+    return load_legacy_tokenizer(TokenFiles(folder))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

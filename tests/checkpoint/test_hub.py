@@ -21,6 +21,8 @@ FILES = {
     "tokenizer.model": b"pieces",
     "chat_template.jinja": b"{{ messages }}",
     "merges.txt": b"a b",
+    "source.spm": b"pieces",
+    "spiece.model": b"pieces",
     "pytorch_model.bin": b"pickle",
     "training_args.bin": b"pickle",
     "modeling_mine.py": b"code",
@@ -34,6 +36,7 @@ FILES = {
 }
 TEMPLATES = {"chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"}
 WANTED = {"config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt"} | TEMPLATES
+WANTED |= {"source.spm", "spiece.model"}
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -149,9 +149,6 @@ def test_vocabulary_and_merges_with_a_config(gpt2: Path, tmp_path: Path, kind: s
     write(tmp_path, tokenizer_config_json=config, config_json={})
     ours = load_tokenizer(tmp_path)
     assert_same(ours, oracle(tmp_path, kind), [*TEXTS, *CORPUS, "a <|im_end|>  b", "Ａ e\u0301 12345\n\n x"])
-    write(tmp_path, tokenizer_config_json=config | {"tokenizer_class": "RobertaTokenizer"})
-    with pytest.raises(ValueError, match="'RobertaTokenizer' can't be built"):
-        load_tokenizer(tmp_path)
 
 
 def test_special_tokens_only_in_config_json(tmp_path: Path) -> None:
@@ -299,9 +296,9 @@ def test_corrupt_companions(llama3: Path, gpt2: Path, sp_bpe: Path, tmp_path: Pa
             load_tokenizer(folder)
     folder = shutil.copytree(gpt2, tmp_path / "b")
     (folder / "merges.txt").write_text("not in vocabulary\n")
-    assert "not a BPE vocabulary" in one_line_error(folder)
+    assert "Merges text file invalid at line 1); download them again: vocab.json, merges.txt" in one_line_error(folder)
     (folder / "vocab.json").write_text("{")
-    assert "not a BPE vocabulary" in one_line_error(folder)
+    assert "vocab.json: not valid JSON" in one_line_error(folder)
     folder = shutil.copytree(sp_bpe, tmp_path / "c")
     proto = (folder / "tokenizer.model").read_bytes()
     (folder / "tokenizer.model").write_bytes(proto[: len(proto) // 2])
@@ -374,14 +371,15 @@ def test_mutated_tokenizer_json(json_unigram: Path, llama3: Path, tmp_path: Path
     capfd.readouterr()  # a panic in Rust writes to stderr
 
 
-def test_no_heavy_import(gpt2: Path, sp_chat: Path) -> None:
+def test_no_heavy_import(llama3: Path, sp_chat: Path) -> None:
     code = f"""
 import sys
 from jaxinfer.text.tokenizer import load_tokenizer
 from jaxinfer.text.detokenize import Detokenizer
-for folder in {[str(gpt2), str(sp_chat)]}:
+for folder in {[str(llama3), str(sp_chat)]}:
     tokenizer = load_tokenizer(folder)
     Detokenizer(tokenizer).push(tokenizer.encode("hello"))
+    tokenizer.encoding("hello", "world")
 print([name for name in ("torch", "transformers", "jax", "google.protobuf") if name in sys.modules])
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
