@@ -22,7 +22,7 @@ PROMPTS = (PROMPT, 45)  # tokens: the other one takes two steps
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_and_scores(checkpoints, name):
-    found = reference(checkpoints.root, name, "large")
+    found = reference(checkpoints.root, name, "large", greedy=True)
     prompts = [{"prompt_token_ids": found.tokens[:size]} for size in PROMPTS]
     params = [SamplingParams(temperature=0.0, max_tokens=TOKENS - size, ignore_eos=True) for size in PROMPTS]
     with LLM(found.folder, dtype="float32", max_num_batched_tokens=32, max_num_seqs=4) as llm:

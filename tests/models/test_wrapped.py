@@ -189,7 +189,7 @@ def test_end_to_end(tmp_path, tensors, cli):
 )
 def test_engines_against_transformers(checkpoints, name):
     """Through the cache, with pages that a window has left behind."""
-    found = reference(checkpoints.root, name, "large")
+    found = reference(checkpoints.root, name, "large", greedy=True)
     params = SamplingParams(max_tokens=TOKENS - PROMPT, temperature=0.0, ignore_eos=True)
     options = {"page_size": 16, "max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 96}
     with LLM(found.folder, dtype="float32", **options) as llm:

@@ -1,0 +1,72 @@
+"""Mixtures of experts through the real TPU compiler, for slices that are not there."""
+
+import pytest
+
+from tests.deployments import deployment_of
+from tests.engine.tpu import MIB, compiled, elements
+
+pytest.importorskip("libtpu")
+
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "mesh", "quantization"),
+    [
+        ("v5e-8", "tensor=8", None),
+        ("v6e-8", "data=2,tensor=4", None),
+        ("v5e-8", "tensor=8", "int8"),
+        ("v5e-8", "tensor=8", "int4"),
+    ],
+)
+def test_experts_stay_where_they_are(topology, mesh, quantization):
+    """128 of them over eight chips: there is no room for a copy, and a layer still has two reductions. What prefill
+    takes are mostly its tokens, each as often as it has experts. In floats all three products are a kernel's."""
+    shards = 2 if "data=2" in mesh else 1
+    case = {"topology": topology, "mesh": mesh, "config": QWEN3_30B, "rows": 64 // shards, "tokens": 1024 // shards}
+    decode, forward, _ = compiled(case | {"quantization": quantization})
+    assert decode["kernels"] == forward["kernels"] == 2 * (1 if quantization else 4)
+    print(topology, quantization, *(f"{figures['temporaries'] / MIB:.1f} MiB" for figures in (decode, forward)))
+    values = 16 * 768 * 2048 * {None: 2, "int8": 1, "int4": 0.5}[quantization]
+    dequantized = 768 * 2048 * (4 if quantization == "int4" else 0)  # of one expert
+    assert decode["temporaries"] - dequantized < min({"v5e-8": 12, "v6e-8": 24}[topology] * MIB, values)
+    tokens = 8 * 1024 * 2048 * 2
+    assert forward["temporaries"] - dequantized < 2.5 * tokens
+    assert len(forward["all-reduce"]) == 5
+
+
+@pytest.mark.parametrize(
+    "topology", [pytest.param("v5e-8", marks=pytest.mark.slow), pytest.param("v6e-8", marks=pytest.mark.long)]
+)
+def test_gpt_oss(topology):
+    """120B's widths, two layers: experts stay in mxfp4, with nothing of their size beside them; and attention in plain
+    XLA, whose pools are aliased, and nowhere copied."""
+    config = deployment_of("gpt-oss-120b_v6e-8").architecture | {"num_hidden_layers": 2}
+    case = {"topology": topology, "mesh": "tensor=8", "config": config, "rows": 64, "tokens": 1024}
+    decode, forward, _ = compiled(case)
+    print(topology, *(f"{figures['temporaries'] / MIB:.1f} MiB" for figures in (decode, forward)))
+    experts = 2 * 3 * 16 * 2880 * 2880 * 17 // 32
+    assert experts < decode["weights"] < experts + 2 * 201088 // 8 * 2880 * 2 + 100 * MIB
+    for figures in (decode, forward):
+        assert set(figures["attention"]) == {"plain XLA on TPUs"}
+        assert figures["arguments"] == pytest.approx(figures["held"], rel=0.02)
+        assert figures["aliased"] >= figures["changed"]
+        assert not figures["copied"]
+        reductions = sum(count == figures["key"][1] * 2880 for count in elements(figures["all-reduce"]))
+        assert reductions == 2 * 2 + 1
+    # What one expert is dequantized to among them, and less than the experts of a layer, or a layer's pool.
+    assert max(decode["temporaries"], forward["temporaries"]) < experts / 2
