@@ -184,12 +184,13 @@ A = torch.arange(6.0).view(2, 3)
 @pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "model", "module"])
 @pytest.mark.parametrize("form", ["zip-2", "legacy-2"])
 def test_a_checkpoint_of_a_training(tmp_path: Path, name: str, form: str) -> None:
-    """As Lightning and others write it, with an optimizer's state, of which nothing is wanted."""
+    """As Lightning and others write it, with an optimizer's state and a loss, of which nothing is wanted."""
     module = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(module.parameters())
     module(A).sum().backward()
     optimizer.step()
     training = {"epoch": 3, "lr": 0.1, "note": None, "done": True, "optimizer_states": [optimizer.state_dict()]}
+    training["loss"] = torch.tensor(0.5)
     torch.save({**training, name: module.state_dict()}, tmp_path / "last.ckpt", **FORMS[form])
     with Checkpoint(tmp_path) as checkpoint:
         assert checkpoint.tensors.keys() == {"weight", "bias"}
