@@ -96,6 +96,8 @@ def everything() -> dict[str, Any]:
         "windows": row.as_strided((5, 6), (3, 1)),
         "windows of windows": row.as_strided((4, 5, 6), (10, 1, 1)),
         "far apart": row.as_strided((3, 2), (13, 9), 2),
+        "windows with gaps": row.as_strided((12, 3), (1, 9)),
+        "windows of steps": row.as_strided((5, 4), (2, 2)),
         "parameter": torch.nn.Parameter(random(2, 3)),
     }
     made["tied"] = made["parameter"]
