@@ -107,7 +107,7 @@ _FIXED: dict[str, Any] = {
     "sp_model_kwargs": {},
     "split_special_tokens": False,
 }
-_MOST_IDS = 2**16  # of `extra_ids` and `offset`: so many tokens are made
+_MOST_IDS = 2**10  # of `extra_ids` and `offset`: so many tokens are made, in a time that goes with their square
 
 
 def class_name(folder: Path) -> str | None:

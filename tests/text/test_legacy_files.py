@@ -204,6 +204,7 @@ def change_or_write(path: Path, options: dict[str, Any]) -> None:
         ("bert", "strip_accents", 1),
         ("t5", "extra_ids", 10**9),
         ("byt5", "extra_ids", -1),
+        ("byt5", "extra_ids", 2000),
         ("t5", "extra_ids", True),
         ("mbart", "src_lang", ["en_XX"]),
         ("mbart", "src_lang", "xx_XX"),
