@@ -225,6 +225,16 @@ def test_options_that_can_not_be(folder_of: Callable[[str], Path], kind: str, op
     refused(folder)
 
 
+@pytest.mark.parametrize("kind", ["bert", "byt5", "gpt2", "marian", "t5"])
+def test_null_is_as_if_it_were_not_there(folder_of: Callable[[str], Path], kind: str) -> None:
+    folder = folder_of(kind)
+    text = "Hello <extra_id_1> World"
+    usual = load_tokenizer(folder).encode(text)
+    path = folder / "tokenizer_config.json"
+    change_or_write(path, dict.fromkeys(["added_tokens_decoder", "do_lower_case", "extra_ids", "extra_special_tokens"]))
+    assert load_tokenizer(folder).encode(text) == usual
+
+
 def test_all_options_of_the_classes_are_known() -> None:
     """Those of their constructors, but for files, what files hold, and what changes no token."""
     none = {"self", "args", "kwargs", "vocab", "merges", "vocab_file", "source_spm", "target_spm", "target_vocab_file"}
