@@ -120,7 +120,11 @@ def error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# In each run one variant of a family, or few; in CI all.
+ALL = [pytest.param(name, marks=pytest.mark.slow if "-" in name else ()) for name in VARIANTS]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_logits(checkpoints, name):
     model = None
     for scale in SCALES:
