@@ -37,7 +37,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 TOKENS = np.random.default_rng(0).integers(0, 250, LENGTH).tolist()
 
 
-@pytest.fixture(scope="module", params=[slow("and all"), "alone"])
+@pytest.fixture(scope="module", params=["and all", slow("alone")])
 def folder(request, tmp_path_factory):
     config = MODELS[request.param]
     return write_checkpoint(tmp_path_factory.mktemp("chunks") / request.param, config, random_tensors(config))

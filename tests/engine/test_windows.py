@@ -26,7 +26,7 @@ MODELS = {"mistral-window": [WINDOW], "qwen3-layer_types-bias": [WINDOW, None]}
 
 
 @pytest.fixture(
-    scope="module", params=["mistral-window", pytest.param("qwen3-layer_types-bias", marks=pytest.mark.slow)]
+    scope="module", params=[pytest.param("mistral-window", marks=pytest.mark.slow), "qwen3-layer_types-bias"]
 )
 def folder(request, checkpoints, tmp_path_factory):
     """The tiny model for a longer context."""
