@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,9 +87,9 @@ def make(variant: Variant, matrices: float, vectors: float, folder: Path, greedy
     building.rename(folder)
 
 
-@cache
+@lru_cache(1)
 def program(model: Any) -> Any:
-    """One for all weights of a model."""
+    """One for all weights of a model. It isn't kept for long: see MOST in kept.py."""
     return jax.jit(lambda params, batch: model.bind(params)(batch, None)[0])
 
 
