@@ -129,4 +129,4 @@ def test_transformers_reads_what_is_quantized_inside_of_a_wrapper(tmp_path, chec
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "new")
     with torch.no_grad():
         logits = model(torch.tensor([found.tokens])).logits[0].numpy()
-    assert 0 < np.abs(logits - found.logits).max() < 0.05 * np.abs(found.logits).max()
+    assert 0 < np.abs(logits - found.logits).max() < 0.1 * np.abs(found.logits).max()
