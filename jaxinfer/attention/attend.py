@@ -57,8 +57,8 @@ def attend(
         # A cache group of chunks shows of each row the chunk that it is in, and nothing before it.
         call = functools.partial(backend, spec=dataclasses.replace(spec, chunk=None))
         pages = PartitionSpec(None, *backend.partition_spec[1:])
-    if batch.mesh is None:
-        return call(q, k, v, cache, batch, **own)
+    if batch.mesh is None or (cache is None and jax.sharding.get_abstract_mesh().empty):
+        return call(q, k, v, cache, batch, **own)  # type: ignore[no-any-return]
     times = math.lcm(k.shape[1], axis_size(batch.mesh, (KV,))) // k.shape[1]
     if times > 1:
         k, v = (jnp.repeat(heads, times, axis=1) for heads in (k, v))
