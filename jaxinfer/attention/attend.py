@@ -58,7 +58,7 @@ def attend(
         call = functools.partial(backend, spec=dataclasses.replace(spec, chunk=None))
         pages = PartitionSpec(None, *backend.partition_spec[1:])
     if batch.mesh is None or (cache is None and jax.sharding.get_abstract_mesh().empty):
-        return call(q, k, v, cache, batch, **own)  # type: ignore[no-any-return]
+        return call(q, k, v, cache, batch, **own)
     times = math.lcm(k.shape[1], axis_size(batch.mesh, (KV,))) // k.shape[1]
     if times > 1:
         k, v = (jnp.repeat(heads, times, axis=1) for heads in (k, v))

@@ -413,11 +413,12 @@ void attend(Threads& threads, const Attention& a, const void* keys, const void* 
   std::vector<Task> tasks;
   for (int64_t row = rows - 1; row >= 0; row--) {  // the longest come first: those at the end of a prompt
     const int64_t tokens = a.kv_len[row] > 0 ? a.q_start[row + 1] - a.q_start[row] : 0;
-    const int64_t queries = tokens * a.group, lanes = AT_LEVEL(tile_lanes(queries));
-    if (tokens == 1 && a.pages)
+    if (tokens == 1 && a.pages) {
       tasks.push_back({row, -1, 0});
-    else if (tokens > 0)
+    } else if (tokens > 0) {
+      const int64_t queries = tokens * a.group, lanes = AT_LEVEL(tile_lanes(queries));
       for (int64_t tile = (queries - 1) / lanes; tile >= 0; tile--) tasks.push_back({row, tile * lanes, lanes});
+    }
   }
   threads.run(tasks.size() * a.kv_heads, [&](int64_t i) {
     const Task& task = tasks[i / a.kv_heads];
