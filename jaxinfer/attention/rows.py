@@ -67,8 +67,8 @@ def _attend_rows_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     """Of the definition: loops with a run-time trip count have no gradient."""
 
-    def call(q: Any, k: Any, v: Any, *rest: Any) -> jax.Array:
-        return as_one(q, k, v, primals[3], *rest, spec=spec)
+    def call(q: Any, k: Any, v: Any, sinks: Any, relative: Any) -> jax.Array:
+        return as_one(q, k, v, primals[3], sinks, relative, spec)
 
     return jax.jvp(call, primals[:3] + primals[4:], tangents[:3] + tangents[4:])
 
