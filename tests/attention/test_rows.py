@@ -38,7 +38,7 @@ CASES = {
     "bfloat16": Case(4, 2, 16, BOTH, dtype="bfloat16"),
     "window as ModernBERT's, 64 on each side": Case(2, 2, 64, AttentionSpec(0.1, causal=False, window=65)),
     "causal window, soft cap, sinks": Case(3, 1, 24, AttentionSpec(0.3, window=20, soft_cap=0.8), sinks=True),
-    "bias": Case(4, 4, 16, AttentionSpec(1.0, causal=False), bias=70),
+    "bias": Case(4, 4, 16, AttentionSpec(0.3, causal=False), bias=70),
     "causal, bias, heads of 128": Case(6, 2, 128, AttentionSpec(0.1), sinks=True, bias=200),
 }
 BY_XLA = {
