@@ -101,12 +101,13 @@ def as_one(
     if relative is not None and relative.bias is not None:
         scores += near(relative.bias[:, None, :])
     seen = (batch.segment_ids[:, None] == batch.segment_ids[None, :]) & sees(position[:, None], position[None, :], spec)
-    scores = jnp.where(seen & (token < batch.cu_q_lens[-1]), scores, NEGATIVE)
+    live = token < batch.cu_q_lens[-1]
+    scores = jnp.where(seen & live, scores, NEGATIVE)
     top = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top[..., None])
     total = with_sink(jnp.sum(weights, axis=-1), top, None if sinks is None else sinks[:, None])
     out = dot((weights / total[..., None]).astype(v.dtype), values, (2, 1))
-    return out.transpose(1, 0, 2).astype(q.dtype)
+    return jnp.where(live[:, None, None], out.transpose(1, 0, 2).astype(q.dtype), jnp.zeros((), q.dtype))
 
 
 def by_tiles(

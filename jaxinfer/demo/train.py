@@ -144,7 +144,8 @@ def batches(tokenizer: SentencePieceProcessor, seed: int) -> Iterator[TrainingBa
         packed = [_pack_row(waiting) for _ in range(ROWS)]
         tokens, positions, row, cu_q_lens, targets, weights = map(np.stack, zip(*packed, strict=True))
         own: dict[str, Any] = {"tokens": tokens, "positions": positions, "segment_ids": row, "cu_q_lens": cu_q_lens}
-        yield TrainingBatch(ForwardBatch(kv_lens=np.diff(cu_q_lens), **own, **constant), targets, weights)
+        own["kv_lens"] = np.diff(cu_q_lens)
+        yield TrainingBatch(ForwardBatch(**own, **constant), targets, weights)
 
 
 def _examples(tokenizer: SentencePieceProcessor, questions: Sequence[Question]) -> list[tuple[list[int], int]]:
