@@ -19,11 +19,13 @@ class Tokens:
 
     x: f32[T, D], hidden states.
     counted: f32[T], 1 of tokens that take part, 0 of others.
+    first: i32[R], the first that does, by its number in the stream.
     batch: they are of.
     """
 
     x: jax.Array
     counted: jax.Array
+    first: jax.Array
     batch: ForwardBatch
 
     def sums(self, values: jax.Array) -> jax.Array:
@@ -42,10 +44,6 @@ def _mean(tokens: Tokens, weights: jax.Array, root: bool = False) -> jax.Array:
     return tokens.sums(tokens.x * weights[:, None]) / (jnp.sqrt(total) if root else total)[:, None]
 
 
-def _first(tokens: Tokens) -> jax.Array:
-    return tokens.at(tokens.batch.cu_q_lens[:-1])
-
-
 def _last(tokens: Tokens) -> jax.Array:
     return tokens.at(tokens.batch.cu_q_lens[1:] - 1)
 
@@ -58,7 +56,7 @@ def _max(tokens: Tokens) -> jax.Array:
 
 # In the order in which several are put together.
 POOLINGS: dict[str, Callable[[Tokens], jax.Array]] = {
-    "cls": _first,
+    "cls": lambda tokens: tokens.at(tokens.first),
     "max": _max,
     "mean": lambda tokens: _mean(tokens, jnp.ones_like(tokens.counted)),
     "mean_sqrt_len_tokens": lambda tokens: _mean(tokens, jnp.ones_like(tokens.counted), root=True),
@@ -71,10 +69,11 @@ def pool(x: jax.Array, batch: ForwardBatch, kinds: tuple[str, ...], skip: jax.Ar
     """Vectors float32 `[R, D * kinds]` of hidden states `[T, D]`; of unused rows they are finite, and mean nothing.
 
     kinds: names in POOLINGS, in their order.
-    skip: i32[R], how many tokens of each row, its first ones (a prompt's), take no part in sums and maxima; None: 0.
+    skip: i32[R], how many tokens of each row, its first ones (a prompt's), take no part; None: all do.
     """
-    counted = batch.live
+    counted, first = batch.live, batch.cu_q_lens[:-1]
     if skip is not None:
         counted &= batch.positions >= skip[batch.segment_ids]
-    tokens = Tokens(x.astype(jnp.float32), counted.astype(jnp.float32), batch)
+        first = first + jnp.where(skip < batch.kv_lens, skip, 0)
+    tokens = Tokens(x.astype(jnp.float32), counted.astype(jnp.float32), first, batch)
     return jnp.concatenate([POOLINGS[kind](tokens) for kind in kinds], axis=-1)
