@@ -37,7 +37,13 @@ OLD_POOLINGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-SIMILARITIES = {"cosine": "cosine", "dot": "dot", "dot_product": "dot", "euclidean": "euclidean", "manhattan": "manhattan"}
+SIMILARITIES = {
+    "cosine": "cosine",
+    "dot": "dot",
+    "dot_product": "dot",
+    "euclidean": "euclidean",
+    "manhattan": "manhattan",
+}
 VECTOR = "sentence_embedding"
 Json = dict[str, Any]
 
@@ -75,7 +81,7 @@ class SentenceModel:
         """The width of vectors, of hidden states of that width. Raises CheckpointError if modules don't fit."""
         if self.width not in (None, hidden_size):
             raise CheckpointError(
-                f"{self.transformer}: its hidden states are {hidden_size} wide, and the pooling beside it is of {self.width}"
+                f"{self.transformer}: its hidden states are {hidden_size} wide, and the pooling is of {self.width}"
             )
         size = hidden_size * len(self.pooling)
         for step, folder in self.steps:
@@ -168,7 +174,8 @@ def _pooling(folder: Path) -> Json:
     kinds = [OLD_POOLINGS[name] for name in old if fields.boolean(name, False)] or ["mean"]
     if said is not None:
         kinds = [said] if isinstance(said, str) else said
-    if not isinstance(kinds, list) or not 0 < len(kinds) <= len(POOLINGS) or any(kind not in POOLINGS for kind in kinds):
+    fine = isinstance(kinds, list) and 0 < len(kinds) <= len(POOLINGS)
+    if not fine or any(not isinstance(kind, str) or kind not in POOLINGS for kind in kinds):
         raise fields.error("pooling_mode", f"it must be one or several of {', '.join(POOLINGS)}")
     names = [name for name in ("embedding_dimension", "word_embedding_dimension") if name in fields.data]
     return {

@@ -8,6 +8,7 @@ from jaxinfer.models.encoder import DEFAULTS, Encoder, EncoderConfig, encoder_co
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.tasks import num_labels
 
+
 def parse(fields: ConfigReader) -> EncoderConfig:
     """Earlier versions of transformers had other kinds of positions."""
     fields.refuse("position_embedding_type", "absolute")

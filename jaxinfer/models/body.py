@@ -15,8 +15,8 @@ from jaxinfer.layers.stack import RunLayer, Stream, hidden_states, stack
 
 
 class Body(nnx.Module):
-    """Layers that make hidden states of tokens. Of whole texts, without a cache, these are encoded, and classified where
-    there is a head for it.
+    """Layers that make hidden states of tokens. Whole texts are encoded without a cache, and classified where there is
+    a head for it.
 
     classifier: that head, where the model has one.
     """

@@ -33,7 +33,10 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     """Positions are tensors of the checkpoint, also where `sinusoidal_pos_embds` says what they once were; the epsilon
     is no field."""
     spelt = {theirs: fields.data[ours] for ours, theirs in FIELDS.items() if fields.data.get(ours) is not None}
-    defaults = {FIELDS.get(name, name): value for name, value in DEFAULTS.items()} | {"n_layers": 6, "vocab_size": 30522}
+    defaults = {FIELDS.get(name, name): value for name, value in DEFAULTS.items()} | {
+        "n_layers": 6,
+        "vocab_size": 30522,
+    }
     return encoder_config(fields.with_defaults(**defaults | spelt), names=FIELDS, norm_eps=1e-12)
 
 

@@ -22,7 +22,8 @@ EXPECTED = {
 }
 
 
-def pooled(rows, kinds, skip=None, count=len(SIZES)):
+def pooled(rows, kinds, skip=None):
+    count = len(SIZES)
     batch = ForwardBatch.of_sequences([[7] * len(row) for row in rows] + [[]] * (count - len(rows)), LENGTH)
     stream = np.full((LENGTH, WIDTH), 1e4, np.float32)  # of padding
     stream[: sum(map(len, rows))] = np.concatenate(rows)

@@ -5,7 +5,9 @@ from tests.models.families.bert import THREE, head
 
 VARIANTS = {
     "eurobert": Variant("EuroBertConfig", BASE, auto=BODY),
-    "eurobert-words": Variant("EuroBertConfig", BASE | {"head_dim": 12, "mlp_bias": False}, auto="AutoModelForMaskedLM"),
+    "eurobert-words": Variant(
+        "EuroBertConfig", BASE | {"head_dim": 12, "mlp_bias": False}, auto="AutoModelForMaskedLM"
+    ),
     "eurobert-late": Variant("EuroBertConfig", BASE | THREE | {"attention_bias": True}, auto=CLASSES),
     "eurobert-mean": Variant("EuroBertConfig", BASE | THREE | {"classifier_pooling": "mean"}, auto=CLASSES),
     "eurobert-bos": Variant("EuroBertConfig", BASE | THREE | {"classifier_pooling": "bos"}, auto=CLASSES),
