@@ -1,8 +1,7 @@
 """Attention in plain XLA: runs everywhere, and is the oracle for every other implementation.
 
-Three paths share one online softmax (Milakov and Gimelshein, arXiv:1805.02867):
-no cache (one masked product over the stream), decode rows, and prefill rows.
-Both paged paths loop over blocks of keys with a run-time trip count, so that the width of the page table costs
+Decode rows and prefill rows share one online softmax (Milakov and Gimelshein, arXiv:1805.02867).
+Both paths loop over blocks of keys with a run-time trip count, so that the width of the page table costs
 nothing, and both do work in proportion to the keys that are there: decode flattens (row, block of keys) pairs
 into one list that is worked off so many pairs at a time (as flash-decoding splits keys), so that one long row
 among short ones does not make all of them long.
@@ -130,7 +129,7 @@ def sees(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> jax.Array:
     return seen
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Batched over the first axis, accumulated in float32 (at full precision when the operands are float32)."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((0,), (0,)))
@@ -139,7 +138,7 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 def _scores(queries: jax.Array, keys: jax.Array, spec: AttentionSpec) -> jax.Array:
     """Of queries `[B, Q, d]` and keys `[B, S, d]`, before masks."""
-    return capped(_dot(queries, keys, (2, 2)) * spec.scale, spec)
+    return capped(dot(queries, keys, (2, 2)) * spec.scale, spec)
 
 
 def capped(scores: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -147,38 +146,10 @@ def capped(scores: jax.Array, spec: AttentionSpec) -> jax.Array:
     return scores if spec.soft_cap is None else jnp.tanh(scores / spec.soft_cap) * spec.soft_cap
 
 
-def _with_sink(total: jax.Array, top: jax.Array, sinks: jax.Array | None) -> jax.Array:
+def with_sink(total: jax.Array, top: jax.Array, sinks: jax.Array | None) -> jax.Array:
     """The sums of weights, which are relative to the largest score `top`, with those of the sinks, which have no value:
     so what is attended to is less."""
     return total if sinks is None else total + jnp.exp(sinks - top)
-
-
-def attend_stream(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    batch: ForwardBatch,
-    spec: AttentionSpec,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """See `attend`; within the batch alone."""
-    tokens, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    queries = q.reshape(tokens, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)
-    queries = queries.reshape(kv_heads, -1, head_dim)
-    scores = _scores(queries, k.transpose(1, 0, 2), spec).reshape(kv_heads, -1, tokens, tokens)
-    seen = (batch.segment_ids[:, None] == batch.segment_ids[None, :]) & sees(
-        batch.positions[:, None], batch.positions[None, :], spec
-    )
-    live = jnp.arange(tokens, dtype=jnp.int32) < batch.cu_q_lens[-1]
-    scores = jnp.where(seen & live[None, :], scores, NEGATIVE)
-    top = jnp.max(scores, axis=-1)
-    weights = jnp.exp(scores - top[..., None])
-    of_heads = None if sinks is None else sinks.reshape(kv_heads, -1, 1)
-    weights = weights / _with_sink(jnp.sum(weights, axis=-1), top, of_heads)[..., None]
-    weights = weights.astype(v.dtype).reshape(kv_heads, -1, tokens)
-    out = _dot(weights, v.transpose(1, 0, 2), (2, 1)).reshape(kv_heads, -1, tokens, head_dim)
-    return out.transpose(2, 0, 1, 3).reshape(tokens, heads, head_dim).astype(q.dtype)
 
 
 def _key_blocks(
@@ -251,7 +222,7 @@ def _decode(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec
         item_top = jnp.max(scores, axis=-1)
         weights = jnp.exp(scores - item_top[..., None])
         item_total = jnp.sum(weights, axis=-1).reshape(pairs, heads)
-        item_out = _dot(weights.astype(values.dtype), values, (2, 1)).reshape(pairs, heads, head_dim)
+        item_out = dot(weights.astype(values.dtype), values, (2, 1)).reshape(pairs, heads, head_dim)
         item_top = item_top.reshape(pairs, heads)
         # Several items can belong to one row: combine them by a small product instead of a scatter.
         own = (row[None, :] == index[:, None]) & live[None, :]
@@ -273,7 +244,7 @@ def _decode(q: jax.Array, cache: Pages, batch: ForwardBatch, spec: AttentionSpec
         jnp.zeros((rows, heads, head_dim), jnp.float32),
     )
     top, total, out = lax.fori_loop(0, (ends[-1] + pairs - 1) // pairs, body, state)
-    total = _with_sink(total, top, sinks)
+    total = with_sink(total, top, sinks)
     return (out / jnp.maximum(total, 1e-30)[..., None]).reshape(q.shape).astype(q.dtype)
 
 
@@ -310,7 +281,7 @@ def _prefill(
             keep = jnp.exp(top - new_top)
             # A row of the tile that has seen no key yet has new_top == NEGATIVE: its weights must not count.
             weights = jnp.where(scores > NEGATIVE, jnp.exp(scores - new_top[..., None]), 0)
-            acc = acc * keep[..., None] + _dot(weights.astype(values.dtype), values, (2, 1))
+            acc = acc * keep[..., None] + dot(weights.astype(values.dtype), values, (2, 1))
             return new_top, total * keep + jnp.sum(weights, axis=-1), acc
 
         flat = (kv_heads, group * tile)
@@ -319,7 +290,7 @@ def _prefill(
         start_block = _first_block(base, spec, size)
         top, total, acc = lax.fori_loop(start_block, stop, body, (*state, jnp.zeros((*flat, head_dim), jnp.float32)))
         of_tile = None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), tile, axis=1)
-        total = _with_sink(total, top, of_tile)
+        total = with_sink(total, top, of_tile)
         result = (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
         result = result.reshape(kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
         # The tile may reach into the next row's tokens: leave those as they are.
