@@ -37,6 +37,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     fields = fields.with_defaults(**DEFAULTS)
     config = encoder_config(
         fields,
+        EncoderConfig,
         activation="gelu_new",
         token_types=fields.integer("type_vocab_size", 2),
         embedding_size=fields.integer("embedding_size", 128),

@@ -13,7 +13,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     """Earlier versions of transformers had other kinds of positions."""
     fields.refuse("position_embedding_type", "absolute")
     types = fields.integer("type_vocab_size", 2)
-    return encoder_config(fields.with_defaults(**DEFAULTS, vocab_size=30522), token_types=types)
+    return encoder_config(fields.with_defaults(**DEFAULTS, vocab_size=30522), EncoderConfig, token_types=types)
 
 
 def classifier(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:

@@ -37,7 +37,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
         "n_layers": 6,
         "vocab_size": 30522,
     }
-    return encoder_config(fields.with_defaults(**defaults | spelt), names=FIELDS, norm_eps=1e-12)
+    return encoder_config(fields.with_defaults(**defaults | spelt), EncoderConfig, names=FIELDS, norm_eps=1e-12)
 
 
 def classifier(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:

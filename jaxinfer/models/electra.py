@@ -21,7 +21,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     types, width = fields.integer("type_vocab_size", 2), fields.integer("embedding_size", 128)
     fields = fields.with_defaults(**DEFAULTS)
     projected = width != fields.integer("hidden_size")
-    return encoder_config(fields, token_types=types, embedding_size=width, projected=projected)
+    return encoder_config(fields, EncoderConfig, token_types=types, embedding_size=width, projected=projected)
 
 
 def classifier(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:

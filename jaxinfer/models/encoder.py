@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, ForwardBatch
+from jaxinfer.attention.relative import Relative
 from jaxinfer.layers.attention import Angles, SelfAttention
 from jaxinfer.layers.linear import Embedding, Linear
 from jaxinfer.layers.mlp import ACTIVATIONS, MLP, GatedMLP
@@ -82,8 +83,12 @@ class EncoderConfig(ModelConfig):
     norm_bias: bool = True
 
 
+C = TypeVar("C", bound=EncoderConfig)
+
+
 def encoder_config(
     fields: ConfigReader,
+    kind: type[C],
     *,
     names: Mapping[str, str] = MappingProxyType({}),
     eps: float = 1e-12,
@@ -91,9 +96,10 @@ def encoder_config(
     after_padding: int | None = None,
     learned: bool = True,
     **more: Any,
-) -> EncoderConfig:
+) -> C:
     """Reads the fields that most have, whose defaults `fields` bring.
 
+    kind: of configuration.
     names: of fields, where they are others than BERT's.
     eps, activation: defaults.
     after_padding: the id of padding, where positions begin after it.
@@ -125,7 +131,7 @@ def encoder_config(
         "positions": positions if learned else 0,
         "padding_id": after_padding,
     }
-    return EncoderConfig(
+    return kind(
         vocab_size=integer("vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
@@ -206,9 +212,11 @@ class EncoderLayer(nnx.Module):
         """Attention's."""
         return layer_norm(config, dtype)
 
-    def __call__(self, x: jax.Array, angles: Angles, batch: ForwardBatch) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, angles: Angles, batch: ForwardBatch, relative: Relative | None = None
+    ) -> jax.Array:
         assert self.attn_norm is not None
-        x = self.attn_norm(x + self.self_attn(x, angles, None, batch)[0])
+        x = self.attn_norm(x + self.self_attn(x, angles, None, batch, relative)[0])
         return self.mlp_norm(x + self.mlp(x))
 
 
@@ -218,9 +226,11 @@ class NormFirstLayer(EncoderLayer):
     def first_norm(self, config: EncoderConfig, layer: int, dtype: DTypeLike) -> LayerNorm | None:
         return layer_norm(config, dtype) if layer else None
 
-    def __call__(self, x: jax.Array, angles: Angles, batch: ForwardBatch) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, angles: Angles, batch: ForwardBatch, relative: Relative | None = None
+    ) -> jax.Array:
         normed = x if self.attn_norm is None else self.attn_norm(x)
-        x = x + self.self_attn(normed, angles, None, batch)[0]
+        x = x + self.self_attn(normed, angles, None, batch, relative)[0]
         return x + self.mlp(self.mlp_norm(x))
 
 

@@ -52,6 +52,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     rope, context = rope_of(_without_ntk(fields, head_dim), head_dim)
     return encoder_config(
         fields,
+        EncoderConfig,
         learned=False,
         token_types=fields.integer("type_vocab_size", 1, minimum=0),
         gated=True,

@@ -55,6 +55,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     bias, mlp_bias = fields.boolean("attention_bias", False), fields.boolean("mlp_bias", False)
     return encoder_config(
         fields,
+        EncoderConfig,
         names=FIELDS,
         eps=1e-5,
         learned=False,

@@ -71,6 +71,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     rope, context = rope_of(ConfigReader({**fields.data, "max_position_embeddings": context}, fields.where), head_dim)
     return encoder_config(
         fields,
+        EncoderConfig,
         names=names,
         activation="silu",
         learned=False,

@@ -14,7 +14,7 @@ def parse(fields: ConfigReader, vocab_size: int = 50265) -> EncoderConfig:
     fields.refuse("position_embedding_type", "absolute")
     padding, types = fields.integer("pad_token_id", 1, minimum=0), fields.integer("type_vocab_size", 2)
     fields = fields.with_defaults(**DEFAULTS, vocab_size=vocab_size)
-    return encoder_config(fields, after_padding=padding, token_types=types)
+    return encoder_config(fields, EncoderConfig, after_padding=padding, token_types=types)
 
 
 def classifier(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
