@@ -28,6 +28,7 @@ NAMES = BERT | {
     ".mlp.up_proj.": ".ffn.",
     ".mlp.down_proj.": ".ffn_output.",
     ".mlp_norm.": ".full_layer_layer_norm.",
+    ".inside.": ".albert_layers.",
 }
 
 
@@ -64,7 +65,7 @@ def weights(config: ModelConfig) -> ParamMapping:
 
     def source(name: str) -> Source:
         def of_group(layer: re.Match[str]) -> str:
-            return "layers.{}.albert_layers.{}.".format(*divmod(int(layer[1]), inside))
+            return "layers.{}.inside.{}.".format(*divmod(int(layer[1]), inside))
 
         return mapping.source(re.sub(r"^layers\.(\d+)\.", of_group, name))
 

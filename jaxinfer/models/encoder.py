@@ -95,6 +95,7 @@ def encoder_config(
     activation: str = "gelu",
     after_padding: int | None = None,
     learned: bool = True,
+    rope: Rope | None = None,
     **more: Any,
 ) -> C:
     """Reads the fields that most have, whose defaults `fields` bring.
@@ -104,6 +105,7 @@ def encoder_config(
     eps, activation: defaults.
     after_padding: the id of padding, where positions begin after it.
     learned: positions have a table.
+    rope: of all layers.
     more: what else there is to say, of the configuration's own fields.
     """
     fields.refuse("is_decoder", False)
@@ -125,7 +127,7 @@ def encoder_config(
         "activation": fields.choice(names.get("hidden_act", "hidden_act"), activation, tuple(ACTIVATIONS)),
         "norm_eps": fields.number(names.get("layer_norm_eps", "layer_norm_eps"), eps),
         "scale": (hidden // heads) ** -0.5,
-        "ropes": (None,) * layers,
+        "ropes": (rope,) * layers,
         "windows": (None,) * layers,
         "max_context": context,
         "positions": positions if learned else 0,

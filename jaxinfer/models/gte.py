@@ -57,7 +57,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
         token_types=fields.integer("type_vocab_size", 1, minimum=0),
         gated=True,
         mlp_bias=False,
-        ropes=(rope,) * fields.integer("num_hidden_layers"),
+        rope=rope,
         max_context=min(context, fields.integer("max_position_embeddings")),
     )
 

@@ -7,6 +7,7 @@ from jaxinfer.layers.classifier import ClassifierConfig
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.rotary import Rope
 from jaxinfer.models.config import FULL, SLIDING, ConfigReader, ModelConfig, check_typed, layer_types_of, rope_of
+from jaxinfer.models.decoder import num_layers
 from jaxinfer.models.encoder import Encoder, EncoderConfig, encoder_config, fused, fused_qkv, fused_source
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Source
@@ -49,7 +50,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     fields = fields.with_defaults(**DEFAULTS)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     period = fields.integer("global_attn_every_n_layers", 3)
-    types = layer_types_of(fields, fields.integer("num_hidden_layers"), lambda i: i % period == 0)
+    types = layer_types_of(fields, num_layers(fields), lambda i: i % period == 0)
     typed = {layer_type: typed_rope(fields, layer_type, max(hidden // heads, 1)) for layer_type in THETAS}
     window = fields.integer("local_attention", 128) // 2 + 1
     bias, mlp_bias = fields.boolean("attention_bias", False), fields.boolean("mlp_bias", False)

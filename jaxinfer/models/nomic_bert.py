@@ -79,7 +79,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
         gated=True,
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        ropes=(rope,) * fields.integer(names.get("num_hidden_layers", "num_hidden_layers")),
+        rope=rope,
         max_context=context,
         **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "down_bias"), False),
     )

@@ -204,16 +204,17 @@ def _named(data: Mapping[str, Any], task: str) -> tuple[str, Entry, Mapping[str,
     known = {name: entry for name, entry in (ENCODERS | REGISTRY).items() if entry.model_type == model_type}
     if not known:
         raise CheckpointError(f"model_type {model_type!r:.100} is not supported{nearest(model_type)}")
+    if task == CLASSIFY:  # heads of models that see take images
+        known = {name: entry for name, entry in known.items() if not isinstance(entry.source, Wrapped)}
     name = named[0] if isinstance(named, list) and named else None
     stems = {stem(known_name): known_name for known_name in reversed(known)}
     found = next(iter(known)) if name is None and task == EMBED else None
     if isinstance(name, str) and name.endswith(ENDINGS[task]):
         found = stems.get(stem(name))
-    if found is None or (task == CLASSIFY and isinstance(known[found].source, Wrapped)):
-        classes = (base + ending for base in stems for ending in ENDINGS[task])
+    if found is None:
+        classes = ", ".join(base + ending for base in stems for ending in ENDINGS[task]) or "nothing"
         raise CheckpointError(
-            f"config.json: architectures is {named!r:.100}: to {task} with model_type {model_type} it can be "
-            f"{', '.join(classes)}"
+            f"config.json: architectures is {named!r:.100}: to {task} with model_type {model_type} it can be {classes}"
         )
     return found, known[found], data
 

@@ -17,6 +17,7 @@ from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.tasks import CLASSIFY, EMBED, with_task
 from tests.models.families import CLASSES, VOCAB, Variant, encoder_mutants, encoders
 from tests.models.references import SCALES, Model, error, found_or_made, random_model, save
+from tests.models.table import encoding, row
 
 VARIANTS, MUTANTS = encoders(), encoder_mutants()
 TOLERANCE = 1e-5  # of the largest value
@@ -103,6 +104,14 @@ def worst(found: Reference, hidden: np.ndarray, classes: np.ndarray | None) -> f
     return max(error(hidden, found.hidden), 0 if classes is None else error(classes, found.classes))
 
 
+def worst_of(root: Path, name: str) -> float:
+    """Of a variant, at both scales, packed."""
+    founds = [reference(root, name, scale) for scale in SCALES]
+    model = abstract(founds[0])
+    every = list(range(len(SIZES)))
+    return max(worst(found, *computed(model, load(model, found), found, every)) for found in founds)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_hidden_states_and_classes(checkpoints, name):
     model = None
@@ -116,6 +125,17 @@ def test_hidden_states_and_classes(checkpoints, name):
         hidden, classes = zip(*alone, strict=True)
         joined = None if classes[0] is None else np.concatenate(classes)
         assert worst(found, np.concatenate(hidden), joined) < TOLERANCE, scale
+
+
+def test_the_table_in_the_documents_is_of_these():
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    for family in encoding():
+        line = row(*family, "")
+        assert line[: line.rindex("|  |")] in text, "python -m tests.models.table > docs/families.md"
+
+
+def test_every_encoder_has_variants():
+    assert {model_type for model_type, *_ in encoding()} >= set(registry.encoder_types())
 
 
 @pytest.mark.slow
