@@ -246,10 +246,9 @@ class Encoder(Body):
 
     def __init__(self, config: EncoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
-        self.project: Linear | None = None
-        if config.projected:  # on every device all of it: it is small, and outside of layers nothing is gathered
-            size = config.embedding_size, config.hidden_size
-            self.project = Linear(*size, axes=(None, None), bias=True, dtype=dtype, rngs=rngs)
+        # On every device all of it: it is small, and outside of layers nothing is gathered.
+        size, same = (config.embedding_size, config.hidden_size), {"dtype": dtype, "rngs": rngs}
+        self.project = Linear(*size, axes=(None, None), bias=True, **same) if config.projected else None  # type: ignore[arg-type]
         self.order = config.order or tuple(range(config.num_layers))
         make = NormFirstLayer if config.norm_first else type(self).layer
         self.layers = nnx.List([make(config, i, dtype=dtype, rngs=rngs) for i in range(max(self.order) + 1)])

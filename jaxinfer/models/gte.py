@@ -49,6 +49,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
         fields.refuse(name, *allowed)
     fields = fields.with_defaults(**DEFAULTS)
     head_dim = max(fields.integer("hidden_size") // fields.integer("num_attention_heads"), 1)
+    fields.refuse("head_dim", head_dim)
     rope, context = rope_of(_without_ntk(fields, head_dim), head_dim)
     return encoder_config(
         fields,
