@@ -2,7 +2,10 @@ import json
 from dataclasses import replace
 
 from tests.models.families import BODY, CLASSES, Mutant, Variant, of_ropes
-from tests.models.families.bert import FIELDS, THREE
+from tests.models.families.bert import FIELDS as BERT
+from tests.models.families.bert import THREE
+
+FIELDS = BERT | {"pad_token_id": 0}
 
 SPELT = {
     "hidden_size": "n_embd",
