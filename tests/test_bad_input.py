@@ -80,11 +80,11 @@ def test_config_is_not_json(model, cli, content, fact):
 
 
 def test_model_type(model, cli):
-    for model_type in ("bert", ..., None, 5, ["llama"], "x" * 10_000):
+    for model_type in ("t5", ..., None, 5, ["llama"], "x" * 10_000):
         change(model, model_type=model_type)
         refusal(model, "model_type", "`jaxinfer models` lists all")
-    change(model, model_type="bert")
-    assert "'bert' is not supported" in cli("generate", "x", "-m", model).error()
+    change(model, model_type="t5")
+    assert "'t5' is not supported" in cli("generate", "x", "-m", model).error()
 
 
 def test_remote_code_is_never_run(model, cli, tmp_path):

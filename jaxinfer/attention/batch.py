@@ -67,6 +67,8 @@ class ForwardBatch:
     tables: of each cache group its pages; None of those that have slots.
     distribution: i32[3], cumulative counts: decode rows, decode + prefill rows, all rows.
     slots: i32[R], each row's own, where there are groups that have them; the last is nobody's.
+    token_types: i32[T], which part of a pair of texts each token is of, for models that tell them apart; None: the
+        first.
     decode_only: static: every row has exactly one token (T == R), so nothing is compiled for prefill.
     mesh: static: what heads and weights are split over, if there is more than one device; the batch is then what one
         shard of its rows sees, inside of a shard_map over them.
@@ -86,6 +88,7 @@ class ForwardBatch:
     tables: tuple[Table | None, ...]
     distribution: jax.Array
     slots: jax.Array | None = None
+    token_types: jax.Array | None = None
     decode_only: bool = field(default=False, metadata={"static": True})
     mesh: Mesh | None = field(default=None, metadata={"static": True})
     device_kind: str = field(default="", metadata={"static": True})
@@ -131,10 +134,12 @@ class ForwardBatch:
         return jnp.where(self.live, pages, 0), self.positions % page_size
 
     @staticmethod
-    def of_sequences(sequences: list[list[int]], length: int | None = None) -> ForwardBatch:
+    def of_sequences(
+        sequences: list[list[int]], length: int | None = None, token_types: list[list[int]] | None = None
+    ) -> ForwardBatch:
         """Whole sequences packed one after the other, for a forward without a cache (training, scoring, tests).
 
-        `length` pads the stream with unused tokens.
+        `length` pads the stream with unused tokens. token_types: of each sequence's tokens.
         """
         total = sum(len(s) for s in sequences)
         length = total if length is None else length
@@ -143,8 +148,13 @@ class ForwardBatch:
         pad = np.zeros(length - total, np.int32)
         ends = np.cumsum([0, *(len(s) for s in sequences)])
         count = len(sequences)
+
+        def packed(lists: list[list[int]]) -> jax.Array:
+            return jnp.asarray(np.concatenate([*(np.asarray(s, np.int32) for s in lists), pad]))
+
         return ForwardBatch(
-            tokens=jnp.asarray(np.concatenate([*(np.asarray(s, np.int32) for s in sequences), pad])),
+            tokens=packed(sequences),
+            token_types=None if token_types is None else packed(token_types),
             positions=jnp.asarray(np.concatenate([*(np.arange(len(s), dtype=np.int32) for s in sequences), pad])),
             segment_ids=jnp.asarray(
                 np.concatenate([np.repeat(np.arange(count, dtype=np.int32), np.diff(ends)), pad + max(count - 1, 0)])

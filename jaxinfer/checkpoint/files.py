@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.errors import CheckpointError
-from jaxinfer.models.registry import model_types, nearest
+from jaxinfer.models.registry import encoder_types, model_types, nearest
 from jaxinfer.models.wrapped import lifted
 from jaxinfer.quantization.stored import QUANTIZATION_FIELDS
 
@@ -43,6 +43,14 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises FileNotFoundError, and CheckpointError for a file that is not UTF-8, not JSON or not an object.
     """
+    content = read_any_json(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must be a JSON object {{...}}, not a {type(content).__name__}")
+    return content
+
+
+def read_any_json(path: str | os.PathLike[str]) -> Any:
+    """The same of any JSON value."""
     path = Path(path)
     try:
         status = path.stat()
@@ -56,7 +64,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such file") from None
     try:
-        content = json.loads(text.decode())
+        return json.loads(text.decode())
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except json.JSONDecodeError as error:
@@ -65,9 +73,6 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not usable as JSON: nested too deeply") from None
     except ValueError:  # Python reads no integer of more than 4,300 digits
         raise CheckpointError(f"{path}: not usable as JSON: it has an integer of thousands of digits") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: must be a JSON object {{...}}, not a {type(content).__name__}")
-    return content
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -81,7 +86,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file; give the folder of a checkpoint in Hugging Face's format")
     config = lifted(read_json(path), *QUANTIZATION_FIELDS)
     model_type = config.get("model_type")
-    if model_type in model_types():
+    if model_type in (*model_types(), *encoder_types()):
         return config
     if model_type is None:
         problem = "has no model_type"

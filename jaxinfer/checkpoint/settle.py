@@ -16,6 +16,7 @@ from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import FLOATS
 from jaxinfer.checkpoint.open import Weights
 from jaxinfer.models.declared import Declarations
+from jaxinfer.models.tasks import GENERATE, wanted_task
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.models.wrapped import untied
 from jaxinfer.quantization.stored import BLOCK_SIZE, TABLE, leaving, respelled, stored_quantization
@@ -37,7 +38,8 @@ def as_stored(config: Mapping[str, Any], weights: Weights, declarations: Declara
     content = dict(config)
     declared = (declarations or Declarations()).config(config)
     names = declared.weights
-    if declared.config.tie_word_embeddings and _has_own_head(weights, names):
+    makes_text = wanted_task(config) == GENERATE  # a head for words is for that alone
+    if makes_text and declared.config.tie_word_embeddings and _has_own_head(weights, names):
         content = untied(content)
         log.warning("%s: has a head of its own, which is used, although config.json ties it", weights.folder)
     stored = stored_quantization(config) if isinstance(weights, Checkpoint) else None

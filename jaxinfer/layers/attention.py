@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import AttentionSpec, ForwardBatch, attend
+from jaxinfer.attention.relative import Relative
 from jaxinfer.cache import LayerCache, attention_spec
 from jaxinfer.layers.linear import Linear, linears
 from jaxinfer.layers.rotary import Rope
@@ -67,10 +68,15 @@ class SelfAttention(nnx.Module):
         self.cache_spec = attention_spec(num_kv_heads, head_dim, *kept)
 
     def __call__(
-        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
+        self,
+        x: jax.Array,
+        angles: Angles,
+        cache: LayerCache | None,
+        batch: ForwardBatch,
+        relative: Relative | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """`x [T, D]` -> `[T, D]` and the layer's cache with this step's keys and values. angles: of each embedding and
-        each temperature that a layer has."""
+        each temperature that a layer has. relative: see `attend`."""
         tokens = x.shape[0]
         projected = linears(x, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (out.reshape(tokens, -1, self.head_dim) for out in projected)
@@ -85,5 +91,5 @@ class SelfAttention(nnx.Module):
         if self.temperature is not None:
             q = (q.astype(jnp.float32) * angles[self.temperature][:, None, None]).astype(q.dtype)
         sinks = None if self.sinks is None else self.sinks.get_value()
-        out, cache = attend(q, k, v, cache, batch, self.spec, sinks)
+        out, cache = attend(q, k, v, cache, batch, self.spec, sinks, relative)
         return self.o_proj(out.reshape(tokens, -1)), cache

@@ -67,14 +67,25 @@ class ClampedSwiGLU:
 
 
 class GatedMLP(nnx.Module):
-    """`down(act(gate(x)) * up(x))` (SwiGLU, Shazeer, arXiv:2002.05202)."""
+    """`down(act(gate(x)) * up(x))` (SwiGLU, Shazeer, arXiv:2002.05202).
+
+    bias: all three have one; down_bias: `down` has, whatever the others have.
+    """
 
     def __init__(
-        self, features: int, hidden: int, *, activation: str, bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        features: int,
+        hidden: int,
+        *,
+        activation: str,
+        bias: bool = False,
+        down_bias: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         self.gate_proj = Linear(features, hidden, axes=("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(features, hidden, axes=("mlp", "embed"), bias=bias, dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(hidden, features, axes=("embed", "mlp"), bias=bias, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(hidden, features, axes=("embed", "mlp"), bias=bias or down_bias, dtype=dtype, rngs=rngs)
         self.gating = Gating(activation)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,27 +11,15 @@ from jax.sharding import Mesh
 
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import Cache, KVCacheSpec
-from jaxinfer.layers.stack import RunLayer, Stream, hidden_states, stack
+from jaxinfer.models.body import Body
 
 # Of a layer: what is multiplied channel by channel with what it feeds (norms; linears, whose outputs reach others with
 # no more than sums over tokens and factors of other sources between), and the linears that take it.
 SmoothingPairs = tuple[tuple[str, tuple[str, ...]], ...]
 
 
-class CausalLM(nnx.Module):
+class CausalLM(Body):
     """A body, which is run on all tokens of a batch, and an output head, for those whose logits are wanted."""
-
-    def embed(self, batch: ForwardBatch) -> Stream:
-        """The hidden states before the first layer, `[T, D]`, with what else layers take."""
-        raise NotImplementedError
-
-    def blocks(self) -> Sequence[Any]:
-        """The layers."""
-        raise NotImplementedError
-
-    def runner(self, batch: ForwardBatch) -> RunLayer[Any]:
-        """What runs one of the layers on hidden states."""
-        raise NotImplementedError
 
     def cache_specs(self) -> tuple[KVCacheSpec | None, ...]:
         """What each layer keeps of a sequence: the `cache_spec` of one of its modules; None: nothing."""
@@ -41,11 +29,6 @@ class CausalLM(nnx.Module):
             return (module.cache_spec for module in modules if hasattr(module, "cache_spec"))
 
         return tuple(next(specs(block), None) for block in self.blocks())
-
-    def hidden(self, batch: ForwardBatch, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """The hidden states after the last layer, `[T, D]`, and the cache with the new keys and values."""
-        stream, cache = stack(self.blocks(), self.embed(batch), cache, batch, self.runner(batch))
-        return hidden_states(stream), cache
 
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """Logits float32 `[N, V]` of some hidden states, `[N, D]`; mesh: as in ForwardBatch."""

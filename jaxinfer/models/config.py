@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from jaxinfer.errors import CheckpointError
+from jaxinfer.layers.classifier import ClassifierConfig
 from jaxinfer.layers.rotary import Rope
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # in layer_types
@@ -32,6 +33,8 @@ class ModelConfig:
     max_context: the most positions that it is defined for.
     tie_word_embeddings: the output head is the embedding table.
     experts_per_token: where weights are of experts, how many of them a token takes.
+    causal: tokens see only what comes before them.
+    classifier: the head that gives a text's classes, where it is wanted.
     """
 
     vocab_size: int
@@ -43,6 +46,13 @@ class ModelConfig:
     max_context: int
     tie_word_embeddings: bool
     experts_per_token: int = field(default=0, kw_only=True)
+    causal: bool = field(default=True, kw_only=True)
+    classifier: ClassifierConfig | None = field(default=None, kw_only=True)
+
+    @property
+    def output_size(self) -> int:
+        """The width of what heads get."""
+        return self.hidden_size
 
     def for_length(self, max_model_len: int | None) -> Self:
         """The configuration for sequences of up to so many tokens, where that changes what is computed: see

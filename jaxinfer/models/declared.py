@@ -26,6 +26,7 @@ from jaxinfer.cache import (
     SharedSpec,
     SlidingWindowSpec,
 )
+from jaxinfer.layers.classifier import ClassifierConfig
 from jaxinfer.models import registry
 from jaxinfer.models.config import ModelConfig, describe_config
 from jaxinfer.models.params import ParamSpec
@@ -70,7 +71,7 @@ class DeclaredModule:
 
     params: its weights, none of them quantized.
     cache_specs: what each layer keeps of a sequence.
-    head: names of the weights that logits are made with.
+    head: names of the weights that logits of words are made with.
     """
 
     params: tuple[ParamSpec, ...]
@@ -81,7 +82,7 @@ class DeclaredModule:
 TYPES = {
     kind.__name__: kind
     for kind in (
-        *(Declared, DeclaredModule, ModelConfig, ParamMapping, ParamSpec),
+        *(Declared, DeclaredModule, ModelConfig, ClassifierConfig, ParamMapping, ParamSpec),
         *(Tensor, Renamed, Transposed, Row, Part, Strided, Stack, Concat, OneOf),
         *(FullAttentionSpec, SlidingWindowSpec, ChunkedSpec, LatentSpec, RecurrentSpec, SharedSpec),
     )

@@ -180,7 +180,7 @@ def self_attention(
         head_dim=config.head_dim,
         qkv_bias=config.qkv_bias,
         out_bias=config.out_bias,
-        spec=AttentionSpec(config.scale, window=config.windows[layer], chunk=chunk, soft_cap=config.soft_cap),
+        spec=AttentionSpec(config.scale, config.causal, config.windows[layer], chunk, config.soft_cap),
         rope=config.ropes[layer],
         qk_norm=qk_norm,
         clip=config.qkv_clip,
@@ -344,10 +344,13 @@ class DecoderForCausalLM(CausalLM):
         angles |= {t: t.factors(positions) for t in config.temperatures if t is not None}
         return lambda layer, x, cache, view: layer(x, angles, cache, view)
 
+    def finish(self, x: jax.Array) -> jax.Array:
+        return self.model.norm(x)
+
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         config = self.config
         head = self.model.embed_tokens if config.tie_word_embeddings else self.lm_head
-        logits = head_logits(self.model.norm(x), head, mesh)
+        logits = head_logits(self.finish(x), head, mesh)
         if config.logit_scale != 1:
             logits = logits * jnp.float32(config.logit_scale)
         if config.logit_soft_cap is not None:

@@ -42,7 +42,6 @@ class GemmaForCausalLM(DecoderForCausalLM):
 
 def gemma_config(fields: ConfigReader, **more: Any) -> DecoderConfig:
     """What all generations have. more: see `decoder_config`."""
-    fields.refuse("use_bidirectional_attention", False)
     bias = fields.boolean("attention_bias", False)
     return decoder_config(
         fields,
@@ -58,6 +57,7 @@ def gemma_config(fields: ConfigReader, **more: Any) -> DecoderConfig:
 
 def parse(fields: ConfigReader) -> DecoderConfig:
     """`gelu` is what first releases called its approximation."""
+    fields.refuse("use_bidirectional_attention", False)
     config = gemma_config(fields.with_defaults(**DEFAULTS))
     if config.activation == "gelu":
         config = replace(config, activation=TANH_GELU)

@@ -73,6 +73,7 @@ def cap(fields: ConfigReader, name: str, default: float | None) -> float | None:
 
 def parse(fields: ConfigReader) -> DecoderConfig:
     """Layers slide by turns, from the first one on."""
+    fields.refuse("use_bidirectional_attention", False)
     fields = fields.with_defaults(**DEFAULTS)
     return gemma2_config(
         fields,

@@ -4,6 +4,7 @@ on scores, five windows to one full layer, and a rotary embedding for each of th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jaxinfer.layers.rotary import Rope
 from jaxinfer.models.config import FULL, SLIDING, ConfigReader, check_typed, layer_types_of, rope_of
@@ -49,4 +50,10 @@ def parse(fields: ConfigReader) -> DecoderConfig:
     )
 
 
-ARCHITECTURE = Architecture(parse, Gemma2ForCausalLM, weights)
+def both_ways(config: DecoderConfig) -> DecoderConfig:
+    """EmbeddingGemma's (arXiv:2509.20354): a window reaches half as far to each side, both ends of it included."""
+    windows = tuple(window and window // 2 + 1 for window in config.windows)
+    return replace(config, causal=False, windows=windows)
+
+
+ARCHITECTURE = Architecture(parse, Gemma2ForCausalLM, weights, both_ways=both_ways)

@@ -157,8 +157,11 @@ class GPT2ForCausalLM(CausalLM):
     def runner(self, batch: ForwardBatch) -> RunLayer[GPT2Block]:
         return lambda block, x, cache, view: block(x, cache, view)
 
+    def finish(self, x: jax.Array) -> jax.Array:
+        return self.transformer.ln_f(x)
+
     def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-        return head_logits(self.transformer.ln_f(x), self.transformer.wte if self.tied else self.lm_head, mesh)
+        return head_logits(self.finish(x), self.transformer.wte if self.tied else self.lm_head, mesh)
 
 
 def source(name: str, width: int) -> Source:

@@ -18,6 +18,7 @@ from jaxinfer.models import registry
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.declared import Declarations, Declared, DeclaredModule
 from jaxinfer.models.params import ParamSpec, quantized
+from jaxinfer.models.tasks import GENERATE, wanted_task
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.quantization.schemes import SCALE, Quantization, Scheme
 from jaxinfer.quantization.stored import asked_for, converted_quantization, stored_quantization
@@ -134,7 +135,7 @@ class AbstractModel:
 
     def bind(self, params: Mapping[str, Any]) -> CausalLM:
         """The module on these parameters, which may be those alone that are used; cheap enough only for tracing, so
-        call it inside a jitted function."""
+        call it inside a jitted function. Of a model that makes no text (see `tasks`) it is a Body, and no more."""
         rounds = self.weight_dtype == jnp.bfloat16
         return _bind(self._module(), lambda name: self.params[name].bind(params, rounds))
 
@@ -202,6 +203,8 @@ def _declare(
     architecture, config = registry.parse_config(data)
     weights = architecture.weights(config.for_length(max_model_len))
     specs = {_name(path): _spec(_name(path), variable, weights, weight_dtype) for path, variable in module[1]}
+    if wanted_task(data) != GENERATE:
+        return DeclaredModule(tuple(specs.values()), (), ())
     values = {name: spec.arrays[""].abstract for name, spec in specs.items()}
 
     def bound(params: Mapping[str, Any]) -> CausalLM:

@@ -48,6 +48,10 @@ class OPTConfig(DecoderConfig):
     final_norm: bool = True
     norm_affine: bool = True
 
+    @property
+    def output_size(self) -> int:
+        return self.embed_size
+
 
 def parse(fields: ConfigReader) -> OPTConfig:
     """`_remove_final_layer_norm` is set where a model was tuned without that norm."""
@@ -161,11 +165,14 @@ class OPTForCausalLM(DecoderForCausalLM):
         x = x if model.project_in is None else model.project_in(x)
         return x + model.embed_positions(batch.positions + OFFSET, batch.mesh)
 
-    def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+    def finish(self, x: jax.Array) -> jax.Array:
         model = self.model
         x = x if model.norm is None else model.norm(x)
-        x = x if model.project_out is None else model.project_out(x)
-        return head_logits(x, model.embed_tokens if self.config.tie_word_embeddings else self.lm_head, mesh)
+        return x if model.project_out is None else model.project_out(x)
+
+    def logits(self, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return head_logits(self.finish(x), head, mesh)
 
 
 def source(name: str) -> Source:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture as Architecture
+from jaxinfer.models.tasks import BOTH_WAYS, CLASSIFIER, CLASSIFY, EMBED, ENDINGS, GENERATE, for_task, stem, wanted_task
 from jaxinfer.models.wrapped import (
     GEMMA3,
     GEMMA4,
@@ -100,6 +101,23 @@ REGISTRY: dict[str, Entry] = {
     "StableLmForCausalLM": Entry("stablelm", "jaxinfer.models.stablelm", "StableLM 3B, StableLM 2, Stable Code"),
     "Starcoder2ForCausalLM": Entry("starcoder2", "jaxinfer.models.starcoder2", "StarCoder2"),
 }
+# Encoders, which make no text, by the class without a head.
+ENCODERS: dict[str, Entry] = {
+    "AlbertModel": Entry("albert", "jaxinfer.models.albert", "ALBERT"),
+    "BertModel": Entry("bert", "jaxinfer.models.bert", "BERT, MiniLM, BGE, E5, mxbai, LaBSE"),
+    "CamembertModel": Entry("camembert", "jaxinfer.models.xlm_roberta", "CamemBERT"),
+    "DebertaV2Model": Entry("deberta-v2", "jaxinfer.models.deberta_v2", "DeBERTa v2, DeBERTa v3"),
+    "DistilBertModel": Entry("distilbert", "jaxinfer.models.distilbert", "DistilBERT"),
+    "ElectraModel": Entry("electra", "jaxinfer.models.electra", "ELECTRA"),
+    "EuroBertModel": Entry("eurobert", "jaxinfer.models.eurobert", "EuroBERT"),
+    "GteModel": Entry("gte", "jaxinfer.models.gte", "GTE v1.5, gte-multilingual"),
+    "MPNetModel": Entry("mpnet", "jaxinfer.models.mpnet", "MPNet, all-mpnet-base"),
+    "ModernBertModel": Entry("modernbert", "jaxinfer.models.modernbert", "ModernBERT, gte-modernbert, Ettin"),
+    "NewModel": Entry("new", "jaxinfer.models.gte", "GTE v1.5, gte-multilingual, Snowflake Arctic m v2"),
+    "NomicBertModel": Entry("nomic_bert", "jaxinfer.models.nomic_bert", "nomic-embed-text v1, v1.5"),
+    "RobertaModel": Entry("roberta", "jaxinfer.models.roberta", "RoBERTa, all-distilroberta"),
+    "XLMRobertaModel": Entry("xlm-roberta", "jaxinfer.models.xlm_roberta", "XLM-R, BGE-M3, multilingual E5"),
+}
 
 
 def register(name: str, model_type: str, source: str | Architecture | Wrapped, known_as: str = "") -> None:
@@ -111,8 +129,22 @@ def register(name: str, model_type: str, source: str | Architecture | Wrapped, k
 
 
 def model_types() -> list[str]:
-    """All that are known."""
+    """All that are known and make text."""
     return list(dict.fromkeys(entry.model_type for entry in REGISTRY.values()))
+
+
+def encoder_types() -> list[str]:
+    """All that are known and make none."""
+    return list(dict.fromkeys(entry.model_type for entry in ENCODERS.values()))
+
+
+def task_of(data: Mapping[str, Any]) -> str:
+    """What the class is for that comes first in `architectures` of a config.json's content."""
+    named = data.get("architectures")
+    name = named[0] if isinstance(named, list) and named else ""
+    if isinstance(name, str) and name.endswith(CLASSIFIER):
+        return CLASSIFY
+    return EMBED if data.get("model_type") in encoder_types() or data.get(BOTH_WAYS) is True else GENERATE
 
 
 def only_text(data: Mapping[str, Any]) -> str:
@@ -142,8 +174,13 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
     there is a head after all is for the loader to see. A class with another head, or with one more, is refused: what is
     its own would be missing in silence.
     """
+    task = wanted_task(data)
+    if task != GENERATE:
+        return for_task(_loaded(*_named(data, task)), task)
     model_type, named = data.get("model_type"), data.get("architectures")
     known = {name: entry for name, entry in REGISTRY.items() if entry.model_type == model_type}
+    if not known and model_type in encoder_types():
+        raise CheckpointError(f"model_type {model_type!r:.100} is an encoder: it makes no text")
     if not known:
         raise CheckpointError(f"model_type {model_type!r:.100} is not supported{nearest(model_type)}")
     if named is not None and not (isinstance(named, list) and all(isinstance(class_name, str) for class_name in named)):
@@ -157,7 +194,34 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
             f"config.json: architectures is {named!r:.100}: supported with model_type {model_type} are "
             f"{', '.join(known)}"
         )
-    source: object = known[name].source
+    return _loaded(name, known[name], data)
+
+
+def _named(data: Mapping[str, Any], task: str) -> tuple[str, Entry, Mapping[str, Any]]:
+    """What is registered of the class that config.json names, for a task that makes no text: the same body may be an
+    encoder's, or a decoder's. Raises CheckpointError that lists what is known."""
+    model_type, named = data.get("model_type"), data.get("architectures")
+    known = {name: entry for name, entry in (ENCODERS | REGISTRY).items() if entry.model_type == model_type}
+    if not known:
+        raise CheckpointError(f"model_type {model_type!r:.100} is not supported{nearest(model_type)}")
+    if task == CLASSIFY:  # heads of models that see take images
+        known = {name: entry for name, entry in known.items() if not isinstance(entry.source, Wrapped)}
+    name = named[0] if isinstance(named, list) and named else None
+    stems = {stem(known_name): known_name for known_name in reversed(known)}
+    found = next(iter(known)) if name is None and task == EMBED else None
+    if isinstance(name, str) and name.endswith(ENDINGS[task]):
+        found = stems.get(stem(name))
+    if found is None:
+        classes = ", ".join(base + ending for base in stems for ending in ENDINGS[task]) or "nothing"
+        raise CheckpointError(
+            f"config.json: architectures is {named!r:.100}: to {task} with model_type {model_type} it can be {classes}"
+        )
+    return found, known[found], data
+
+
+def _loaded(name: str, entry: Entry, data: Mapping[str, Any]) -> Architecture:
+    """What is registered."""
+    source: object = entry.source
     if isinstance(source, Wrapped):
         from jaxinfer.models.unwrap import text_architecture
 
@@ -169,7 +233,7 @@ def architecture(data: Mapping[str, Any]) -> Architecture:
             raise ValueError(f"{name} was registered with module {source}, which can't be imported: {error}") from None
         source = getattr(module, "ARCHITECTURE", None)
     if not isinstance(source, Architecture):
-        raise ValueError(f"{name} was registered with module {known[name].source}, which has no ARCHITECTURE")
+        raise ValueError(f"{name} was registered with module {entry.source}, which has no ARCHITECTURE")
     return source
 
 
@@ -183,4 +247,6 @@ def parse_config(data: Mapping[str, Any]) -> tuple[Architecture, ModelConfig]:
         fields.refuse(name, False)
     if not arch.per_layer:
         fields.refuse(PER_LAYER, {})
+    if wanted_task(data) == GENERATE and arch.both_ways is not None:
+        fields.refuse(BOTH_WAYS, False)
     return arch, arch.parse(fields)

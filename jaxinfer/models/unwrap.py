@@ -11,6 +11,7 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture
 from jaxinfer.models.config import PER_LAYER, ConfigReader
 from jaxinfer.models.sources import Renamed, Source
+from jaxinfer.models.tasks import BOTH_WAYS
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.models.wrapped import TEXT, TIED, Wrapped
 
@@ -20,19 +21,22 @@ def text_architecture(wrapped: Wrapped, data: Mapping[str, Any]) -> Architecture
     text: Architecture = importlib.import_module(_module(wrapped, data)).ARCHITECTURE
     return replace(
         text,
-        parse=lambda fields: text.parse(text_fields(wrapped, fields, text.per_layer)),
+        parse=lambda fields: text.parse(text_fields(wrapped, fields, text)),
         weights=lambda config: text_weights(wrapped, text.weights(config)),
         per_layer=False,
+        both_ways=None,
     )
 
 
-def text_fields(wrapped: Wrapped, fields: ConfigReader, per_layer: bool = False) -> ConfigReader:
+def text_fields(wrapped: Wrapped, fields: ConfigReader, architecture: Architecture | None = None) -> ConfigReader:
     """Those of the text model. Embedding and head are tied where either part of the file says so (it depends on the
-    version of transformers which one does), but see Wrapped. per_layer: see Architecture."""
+    version of transformers which one does), but see Wrapped. architecture: the text model's."""
     inner = fields.data.get(TEXT)
     text = fields if inner is None else ConfigReader(inner, f"{fields.where}: {TEXT}")
-    if not per_layer:
+    if architecture is None or not architecture.per_layer:
         text.refuse(PER_LAYER, {})
+    if architecture is not None and architecture.both_ways is not None:
+        text.refuse(BOTH_WAYS, False)
     for name in wrapped.unread:
         text.refuse(name)
     said = [part.boolean(TIED, False) for part in (fields, text)]

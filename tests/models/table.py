@@ -6,8 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from jaxinfer.models.registry import REGISTRY
-from tests.models.families import mutants, variants
+from jaxinfer.models.registry import ENCODERS, REGISTRY
+from tests.models.families import encoder_mutants, encoders, mutants, variants
 
 HEAD = """# Families, and how they are tested
 
@@ -24,6 +24,26 @@ Made by `python -m tests.models.table`.
 | model_type | models | variants | mutants | worst difference |
 |---|---|---|---|---|
 """
+
+ENCODING = """
+## Vectors and classes
+
+Encoders, and what other models are beside making text: their hidden states of whole texts, and the logits of classes,
+of texts alone and packed with others. A mutant has to be off by 1e-4 of the largest value at least.
+
+| model_type | models | variants | mutants | worst difference |
+|---|---|---|---|---|
+"""
+
+
+def encoding() -> list[tuple[str, str, list[str], int]]:
+    """The same of each model_type that has variants of which texts are encoded."""
+    known = {entry.model_type: entry.known_as for entry in (ENCODERS | REGISTRY).values()}
+    names: dict[str, list[str]] = {}
+    for name in encoders():
+        names.setdefault(max((t for t in known if f"{name}-".startswith(f"{t}-")), key=len), []).append(name)
+    of = [mutant.variant for mutant in encoder_mutants().values()]
+    return [(t, known[t], own, sum(name in own for name in of)) for t, own in sorted(names.items())]
 
 
 def families() -> list[tuple[str, str, list[str], int]]:
@@ -45,6 +65,7 @@ def row(model_type: str, known_as: str, names: list[str], count: int, worst: str
 
 def main() -> None:
     """Prints it."""
+    from tests.models import test_encoders
     from tests.models.test_families import SCALES, abstract, error, logits, reference
 
     root = Path(os.environ.get("JAXINFER_TEST_CHECKPOINTS") or tempfile.mkdtemp())
@@ -55,6 +76,10 @@ def main() -> None:
             found = [reference(root, name, scale) for scale in SCALES]
             model = abstract(found[0])
             worst = max(worst, *(error(logits(model, each), each.logits) for each in found))
+        print(row(model_type, known_as, names, count, f"{worst:.1e}"), flush=True)
+    print(ENCODING, end="")
+    for model_type, known_as, names, count in encoding():
+        worst = max(test_encoders.worst_of(root, name) for name in names)
         print(row(model_type, known_as, names, count, f"{worst:.1e}"), flush=True)
 
 

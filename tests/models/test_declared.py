@@ -11,15 +11,21 @@ from jaxinfer.models import model as models
 from jaxinfer.models import registry
 from jaxinfer.models.declared import TYPES, Declarations, encode
 from jaxinfer.models.model import AbstractModel
+from jaxinfer.models.tasks import CLASSIFY, with_task
 from jaxinfer.private_folder import PrivateFolder
-from tests.models.families import variants
+from tests.models.families import CLASSES, encoders, variants
 
 ONE_OF_EACH = {variant.config: variant for variant in reversed(variants().values())}
+CLASSIFIERS = {variant.config: variant for variant in encoders().values() if variant.auto == CLASSES}
 
 
-def config_of(name):
-    variant = ONE_OF_EACH[name]
-    return json.loads(getattr(transformers, name)(**variant.fields).to_json_string(use_diff=False))
+def config_of(name, of=ONE_OF_EACH):
+    return json.loads(getattr(transformers, name)(**of[name].fields).to_json_string(use_diff=False))
+
+
+def classifier_of(name):
+    data = config_of(name, CLASSIFIERS) | {"architectures": [name.replace("Config", "ForSequenceClassification")]}
+    return with_task(data, CLASSIFY)
 
 
 @pytest.fixture
@@ -31,9 +37,15 @@ def no_module(*_):
     raise AssertionError("a module is built")
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_every_family_s_come_back(name, declarations, monkeypatch):
-    data = config_of(name)
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(pytest.param(lambda name=name: config_of(name), id=name) for name in ONE_OF_EACH),
+        *(pytest.param(lambda name=name: classifier_of(name), id=f"{name}-classes") for name in CLASSIFIERS),
+    ],
+)
+def test_every_family_s_come_back(data, declarations, monkeypatch):
+    data = data()
     first = AbstractModel.from_config(data, "bfloat16", "int8", "float32", declarations=declarations)
     monkeypatch.setattr(models, "_build", no_module)
     monkeypatch.setattr(registry, "parse_config", no_module)

@@ -10,7 +10,8 @@ from jaxinfer import LLM, CheckpointError, SamplingParams
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.models import gpt2, llama, mistral, qwen3, registry
 from jaxinfer.models.decoder import DecoderForCausalLM
-from jaxinfer.models.registry import Architecture, architecture, model_types, register
+from jaxinfer.models.registry import Architecture, architecture, model_types, register, task_of
+from jaxinfer.models.tasks import BOTH_WAYS, CLASSIFY, EMBED, GENERATE, with_task
 from jaxinfer.models.wrapped import Wrapped
 from tests.plain import CONFIG, random_tensors, write_checkpoint
 from tests.refusals import change, line, refusal
@@ -90,7 +91,7 @@ def test_what_names_no_class(named):
     assert "it must be a list of names of classes" in text
 
 
-@pytest.mark.parametrize("model_type", ["bert", None, 5, ["lama"], {}])
+@pytest.mark.parametrize("model_type", ["berd", None, 5, ["lama"], {}])
 def test_an_unknown_type(model_type):
     text = line(lambda: architecture({"model_type": model_type, "architectures": ["LlamaForCausalLM"]}))
     assert text == f"model_type {model_type!r} is not supported; `jaxinfer models` lists all"
@@ -98,6 +99,59 @@ def test_an_unknown_type(model_type):
     assert text == "model_type 'llama5' is not supported, and 'llama4' is; `jaxinfer models` lists all"
     assert registry.nearest("gemma5").startswith(", and 'gemma4")
     assert registry.nearest("phi4") == ", and 'phi3' is; `jaxinfer models` lists all"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named", "task"),
+    [
+        ("bert", ["BertModel"], EMBED),
+        ("bert", ["BertForMaskedLM"], EMBED),
+        ("bert", None, EMBED),
+        ("bert", ["BertForSequenceClassification"], CLASSIFY),
+        ("new", ["NewForSequenceClassification"], CLASSIFY),
+        ("llama", ["LlamaForSequenceClassification"], CLASSIFY),
+        ("llama", ["LlamaForCausalLM"], GENERATE),
+        ("llama", ["LlamaModel"], GENERATE),
+        ("gemma3_text", ["Gemma3TextForSequenceClassification"], CLASSIFY),
+    ],
+)
+def test_what_a_class_is_for(model_type, named, task):
+    data = {"model_type": model_type, "architectures": named}
+    assert task_of(data) == task
+    assert architecture(with_task(data, task)).parse is not None
+    assert task_of(data | {BOTH_WAYS: True}) == (EMBED if task == GENERATE else task)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "named", "task", "supported"),
+    [
+        ("bert", ["BertForTokenClassification"], EMBED, "BertModel, BertForMaskedLM"),
+        ("bert", ["BertForQuestionAnswering"], EMBED, "BertModel"),
+        ("bert", ["BertForSequenceClassification"], EMBED, "BertModel"),
+        ("bert", ["BertModel"], CLASSIFY, "BertForSequenceClassification"),
+        ("bert", None, CLASSIFY, "BertForSequenceClassification"),
+        ("bert", [5], CLASSIFY, "BertForSequenceClassification"),
+        ("roberta", ["BertModel"], EMBED, "RobertaModel"),
+        ("llama", ["LlamaForTokenClassification"], CLASSIFY, "LlamaForSequenceClassification"),
+        ("gemma3", ["Gemma3ForSequenceClassification"], CLASSIFY, "nothing"),
+    ],
+)
+def test_other_heads_are_refused_by_name(model_type, named, task, supported):
+    data = with_task({"model_type": model_type, "architectures": named}, task)
+    text = line(lambda: architecture(data), CheckpointError)
+    assert f"architectures is {named!r}: to {task} with model_type {model_type} it can be {supported}" in text
+
+
+def test_an_encoder_makes_no_text(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    refusal(tmp_path, "model_type 'bert' is an encoder: it makes no text")
+    assert "jaxinfer_task is 'sing'" in line(lambda: architecture(with_task({"model_type": "bert"}, "sing")))
+
+
+@pytest.mark.parametrize("labels", [5, {}, {"0": "a", "2": "b"}, {"a": "0"}])
+def test_labels_that_number_nothing(labels):
+    data = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": labels}
+    assert "id2label is " in line(lambda: registry.parse_config(with_task(data, CLASSIFY)), CheckpointError)
 
 
 def test_a_classifier_is_no_language_model(tmp_path, cli):

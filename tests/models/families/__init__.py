@@ -15,7 +15,22 @@ from typing import Any
 
 from tests.checkpoints import BASE, VOCAB
 
-__all__ = ["BASE", "VOCAB", "Mutant", "Variant", "mutants", "of_ropes", "speaker", "variants"]
+__all__ = [
+    "BASE",
+    "BODY",
+    "CLASSES",
+    "VOCAB",
+    "Mutant",
+    "Variant",
+    "encoder_mutants",
+    "encoders",
+    "mutants",
+    "of_ropes",
+    "speaker",
+    "variants",
+]
+BODY, CLASSES = "AutoModel", "AutoModelForSequenceClassification"
+SPEAKING = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 
 
 @dataclass(frozen=True)
@@ -61,10 +76,20 @@ def _all(name: str) -> dict[str, Any]:
 
 
 def variants() -> dict[str, Variant]:
-    """Of all families, by name: the model_type, and what is special."""
-    return _all("VARIANTS")
+    """Of all families that make text, by name: the model_type, and what is special."""
+    return {name: variant for name, variant in _all("VARIANTS").items() if variant.auto in SPEAKING}
 
 
 def mutants() -> dict[str, Mutant]:
-    """Of all families."""
-    return _all("MUTANTS")
+    """Of those."""
+    return {name: mutant for name, mutant in _all("MUTANTS").items() if mutant.variant in variants()}
+
+
+def encoders() -> dict[str, Variant]:
+    """Of those of which whole texts are encoded, or classified, likewise."""
+    return {name: variant for name, variant in _all("VARIANTS").items() if variant.auto not in SPEAKING}
+
+
+def encoder_mutants() -> dict[str, Mutant]:
+    """Of those."""
+    return {name: mutant for name, mutant in _all("MUTANTS").items() if mutant.variant in encoders()}

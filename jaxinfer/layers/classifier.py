@@ -1,0 +1,87 @@
+"""The head of models that give each text, or pair of texts, the logits of classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jaxinfer.attention import ForwardBatch
+from jaxinfer.layers.linear import Linear, head_logits
+from jaxinfer.layers.mlp import ACTIVATIONS
+from jaxinfer.layers.norm import LayerNorm
+from jaxinfer.layers.pooling import pool
+
+LAST_BUT_PADDING = "last but padding"
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """`out(norm(activation(dense(pooled))))`.
+
+    num_labels: classes.
+    pooling: of hidden states, a name in POOLINGS; or LAST_BUT_PADDING: the last token that is not `padding_id`.
+    late: it is logits that are pooled, those of all tokens.
+    activation: after `dense`, a name in ACTIVATIONS.
+    dense, norm, out: names in checkpoints; "": there is none.
+    dense_bias, norm_bias, out_bias: which of them have one.
+    norm_eps: of the norm.
+    padding_id: a token's id; None: no token is padding.
+    """
+
+    num_labels: int
+    pooling: str = "cls"
+    late: bool = False
+    activation: str = "tanh"
+    dense: str = ""
+    norm: str = ""
+    out: str = "classifier"
+    dense_bias: bool = True
+    norm_bias: bool = True
+    out_bias: bool = True
+    norm_eps: float = 1e-5
+    padding_id: int | None = None
+
+
+class Classifier(nnx.Module):
+    """Of a configuration. On every device all of it: it is small, and outside of layers nothing is gathered."""
+
+    def __init__(self, config: ClassifierConfig, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        def linear(out: int, bias: bool) -> Linear:
+            return Linear(features, out, axes=(None, None), bias=bias, dtype=dtype, rngs=rngs)
+
+        self.dense = linear(features, config.dense_bias) if config.dense else None
+        self.norm = (
+            LayerNorm(features, eps=config.norm_eps, dtype=dtype, axes=(None,), bias=config.norm_bias)
+            if config.norm
+            else None
+        )
+        self.out = linear(config.num_labels, config.out_bias)
+        self.config, self.dtype = config, jnp.dtype(dtype)
+
+    def __call__(self, x: jax.Array, batch: ForwardBatch) -> jax.Array:
+        """Logits float32 `[R, num_labels]` of hidden states `[T, D]`."""
+        kind = self.config.pooling
+        if self.config.late:
+            return pool(self._logits(x), batch, (kind,))
+        if kind == LAST_BUT_PADDING:
+            return self._logits(x[self._last(batch)])
+        return self._logits(pool(x, batch, (kind,)).astype(self.dtype))
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        if self.dense is not None:
+            x = ACTIVATIONS[self.config.activation](self.dense(x))
+        if self.norm is not None:
+            x = self.norm(x)
+        return head_logits(x, self.out, None)
+
+    def _last(self, batch: ForwardBatch) -> jax.Array:
+        """Each row's last token that is not padding, or its first, by their numbers in the stream."""
+        starts = batch.cu_q_lens[:-1]
+        real = batch.live if self.config.padding_id is None else batch.live & (batch.tokens != self.config.padding_id)
+        place = jnp.where(real, batch.positions, 0)
+        last = jax.ops.segment_max(place, batch.segment_ids, starts.shape[0])
+        return jnp.clip(starts + jnp.maximum(last, 0), 0, batch.tokens.shape[0] - 1)

@@ -1,0 +1,24 @@
+"""BERT (Devlin et al., arXiv:1810.04805), and most small models that make vectors."""
+
+from __future__ import annotations
+
+from jaxinfer.layers.classifier import ClassifierConfig
+from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.encoder import DEFAULTS, Encoder, EncoderConfig, encoder_config, encoder_weights
+from jaxinfer.models.registry import Architecture
+from jaxinfer.models.tasks import num_labels
+
+
+def parse(fields: ConfigReader) -> EncoderConfig:
+    """Earlier versions of transformers had other kinds of positions."""
+    fields.refuse("position_embedding_type", "absolute")
+    types = fields.integer("type_vocab_size", 2)
+    return encoder_config(fields.with_defaults(**DEFAULTS, vocab_size=30522), EncoderConfig, token_types=types)
+
+
+def classifier(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
+    """Of the pooler's vector."""
+    return ClassifierConfig(num_labels(fields), dense="bert.pooler.dense")
+
+
+ARCHITECTURE = Architecture(parse, Encoder, encoder_weights("bert.", r"cls\..+"), classifier=classifier)
