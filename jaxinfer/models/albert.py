@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from jaxinfer.layers.classifier import ClassifierConfig
+from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.models.config import MAX_LAYERS, ConfigReader, ModelConfig
 from jaxinfer.models.encoder import DEFAULTS as BASE
 from jaxinfer.models.encoder import NAMES as BERT

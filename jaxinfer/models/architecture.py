@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from flax import nnx
     from jax.typing import DTypeLike
 
-    from jaxinfer.layers.classifier import ClassifierConfig
+    from jaxinfer.layers.classifier_config import ClassifierConfig
     from jaxinfer.models.body import Body
     from jaxinfer.models.config import ConfigReader, ModelConfig
     from jaxinfer.models.weights import ParamMapping

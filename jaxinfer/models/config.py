@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from jaxinfer.errors import CheckpointError
-from jaxinfer.layers.classifier import ClassifierConfig
+from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.layers.rotary import Rope
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # in layer_types

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.attention.relative import Relative, deberta_buckets, distances
-from jaxinfer.layers.classifier import ClassifierConfig
+from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.layers.linear import Embedding, Linear
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.stack import RunLayer

@@ -26,7 +26,7 @@ from jaxinfer.cache import (
     SharedSpec,
     SlidingWindowSpec,
 )
-from jaxinfer.layers.classifier import ClassifierConfig
+from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.models import registry
 from jaxinfer.models.config import ModelConfig, describe_config
 from jaxinfer.models.params import ParamSpec

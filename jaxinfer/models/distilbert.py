@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxinfer.layers.classifier import ClassifierConfig
+from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.encoder import DEFAULTS, Encoder, EncoderConfig, encoder_config, encoder_weights
 from jaxinfer.models.encoder import NAMES as BERT

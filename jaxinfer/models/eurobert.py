@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jaxinfer.layers.classifier import ClassifierConfig
+from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM
 from jaxinfer.models.llama import parse as parse_llama

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.layers.classifier import ClassifierConfig
+from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.models.config import ConfigReader, ModelConfig, rope_of
 from jaxinfer.models.encoder import DEFAULTS as BASE
 from jaxinfer.models.encoder import (

@@ -3,7 +3,7 @@ see a window to both sides."""
 
 from __future__ import annotations
 
-from jaxinfer.layers.classifier import ClassifierConfig
+from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.rotary import Rope
 from jaxinfer.models.config import FULL, SLIDING, ConfigReader, ModelConfig, check_typed, layer_types_of, rope_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxinfer.layers.classifier import ClassifierConfig
+from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.models.config import ConfigReader, ModelConfig, rope_of
 from jaxinfer.models.encoder import DEFAULTS as BASE
 from jaxinfer.models.encoder import IGNORED, Encoder, EncoderConfig, encoder_config, fused_qkv, fused_source

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture
-from jaxinfer.models.sources import Source, Tensor
 
 if TYPE_CHECKING:
     from flax import nnx
     from jax.typing import DTypeLike
 
-    from jaxinfer.layers.classifier import ClassifierConfig
+    from jaxinfer.layers.classifier_config import ClassifierConfig
     from jaxinfer.models.body import Body
     from jaxinfer.models.config import ConfigReader, ModelConfig
+    from jaxinfer.models.sources import Source
     from jaxinfer.models.weights import ParamMapping
 
 GENERATE, EMBED, CLASSIFY = "generate", "embed", "classify"
@@ -75,6 +75,8 @@ def for_task(architecture: Architecture, task: str) -> Architecture:
 
 
 def _weights(architecture: Architecture, config: ModelConfig) -> ParamMapping:
+    from jaxinfer.models.sources import Tensor
+
     mapping, head = architecture.weights(config), config.classifier
 
     def source(name: str) -> Source:
@@ -86,7 +88,7 @@ def _weights(architecture: Architecture, config: ModelConfig) -> ParamMapping:
 
 def last_token(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
     """The head of decoders in transformers: of the last token that is not padding."""
-    from jaxinfer.layers.classifier import LAST_BUT_PADDING, ClassifierConfig
+    from jaxinfer.layers.classifier_config import LAST_BUT_PADDING, ClassifierConfig
 
     padding = fields.data.get("pad_token_id")
     return ClassifierConfig(

@@ -1,0 +1,35 @@
+"""What the head for classes is: data, which says so without JAX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LAST_BUT_PADDING = "last but padding"
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """`out(norm(activation(dense(pooled))))`.
+
+    num_labels: classes.
+    pooling: of hidden states, a name in POOLINGS; or LAST_BUT_PADDING: the last token that is not `padding_id`.
+    late: it is logits that are pooled, those of all tokens.
+    activation: after `dense`, a name in ACTIVATIONS.
+    dense, norm, out: names in checkpoints; "": there is none.
+    dense_bias, norm_bias, out_bias: which of them have one.
+    norm_eps: of the norm.
+    padding_id: a token's id; None: no token is padding.
+    """
+
+    num_labels: int
+    pooling: str = "cls"
+    late: bool = False
+    activation: str = "tanh"
+    dense: str = ""
+    norm: str = ""
+    out: str = "classifier"
+    dense_bias: bool = True
+    norm_bias: bool = True
+    out_bias: bool = True
+    norm_eps: float = 1e-5
+    padding_id: int | None = None
