@@ -69,7 +69,7 @@ def parse(fields: ConfigReader) -> DebertaConfig:
     for name in ("embedding_size", "pooler_hidden_size"):
         fields.refuse(name, fields.integer("hidden_size"))
     said = fields.data.get("pos_att_type")
-    terms = [part.strip() for part in said.lower().split("|")] if isinstance(said, str) else said or []
+    terms = [part.strip() for part in said.lower().split("|")] if isinstance(said, str) else [] if said is None else said
     if not isinstance(terms, list) or any(term not in (TO_POSITION, TO_CONTENT) for term in terms):
         raise fields.error("pos_att_type", f"it must be a list of {TO_POSITION} and {TO_CONTENT}")
     norms = fields.choice("norm_rel_ebd", "none", ("none", "layer_norm"))
