@@ -68,8 +68,10 @@ def parse(fields: ConfigReader) -> DebertaConfig:
     fields.refuse("conv_kernel_size", 0)
     for name in ("embedding_size", "pooler_hidden_size"):
         fields.refuse(name, fields.integer("hidden_size"))
-    said = fields.data.get("pos_att_type")
-    terms = [part.strip() for part in said.lower().split("|")] if isinstance(said, str) else [] if said is None else said
+    terms = fields.data.get("pos_att_type")
+    if isinstance(terms, str):
+        terms = [part.strip() for part in terms.lower().split("|")]
+    terms = [] if terms is None else terms
     if not isinstance(terms, list) or any(term not in (TO_POSITION, TO_CONTENT) for term in terms):
         raise fields.error("pos_att_type", f"it must be a list of {TO_POSITION} and {TO_CONTENT}")
     norms = fields.choice("norm_rel_ebd", "none", ("none", "layer_norm"))
