@@ -55,7 +55,7 @@ def texts(count: int, seed: int = 0) -> list[str]:
 
     def text(words: int) -> str:
         own = rng.sample(names, rng.choice([1, 1, 2, 5]))
-        known = [word for line in CORPUS[:4] for word in line.split()]
+        known = " ".join(CORPUS[:4]).split()
         pieces = [rng.choice(known) if rng.random() < 0.4 else word(rng.choice(own)) for _ in range(words)]
         return "".join(piece + rng.choice(SPACES) for piece in pieces)
 
