@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -129,7 +130,8 @@ def by_tiles(
         if tokens > smaller:
             own = (lengths > smaller) & ((lengths <= size) | (size == TILES[-1]))
             tiles = jnp.where(own, (lengths + size - 1) // size, 0)
-            out = _of_size(size, tiles, out, q, k, v, batch, sinks, relative, spec)
+            made = functools.partial(_tiles, size, q, k, v, spec=spec, sinks=sinks, relative=relative)
+            out = _of_size(size, tiles, out, batch, made)
         smaller = size
     return out[:tokens].reshape(q.shape)
 
@@ -138,16 +140,11 @@ def _of_size(
     size: int,
     tiles: jax.Array,
     out: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
     batch: ForwardBatch,
-    sinks: jax.Array | None,
-    relative: Relative | None,
-    spec: AttentionSpec,
+    made: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """`out [T + more, H * d]` with what rows give that have so many tiles of this size."""
-    tokens = q.shape[0]
+    """`out [T + more, H * d]` with what rows give that have so many tiles of this size. made: tiles, see `_tiles`."""
+    tokens = batch.tokens.shape[0]
     width = min(STEP // size, -(-tokens // size))
     starts, lengths = batch.cu_q_lens[:-1], jnp.diff(batch.cu_q_lens)
     ends = jnp.cumsum(tiles, dtype=jnp.int32)
@@ -156,7 +153,7 @@ def _of_size(
         index = i * width + jnp.arange(width, dtype=jnp.int32)
         row = jnp.minimum(jnp.sum(index[:, None] >= ends, axis=1, dtype=jnp.int32), tiles.shape[0] - 1)
         first = (index - (ends - tiles)[row]) * size
-        done = _tiles(size, q, k, v, starts[row], lengths[row], first, spec, sinks, relative)
+        done = made(starts[row], lengths[row], first)
         counts = jnp.where(index < ends[-1], lengths[row] - first, 0)
         places = jnp.where(index < ends[-1], starts[row] + first, tokens)
         for tile, count, place in zip(done, counts, places, strict=True):

@@ -35,29 +35,13 @@ STORAGES: dict[str, np.dtype[Any]] = {
         "ComplexFloat": np.complex64,
     }.items()
 } | {BYTES: np.dtype(np.uint8)}
-DTYPES: dict[str, np.dtype[Any]] = {
-    name: np.dtype(dtype)
-    for name, dtype in {
-        "bool": np.bool_,
-        "uint8": np.uint8,
-        "int8": np.int8,
-        "uint16": np.uint16,
-        "int16": np.int16,
-        "uint32": np.uint32,
-        "int32": np.int32,
-        "uint64": np.uint64,
-        "int64": np.int64,
-        "float16": np.float16,
-        "float32": np.float32,
-        "float64": np.float64,
-        "bfloat16": ml_dtypes.bfloat16,
-        "complex64": np.complex64,
-        "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
-        "float8_e5m2": ml_dtypes.float8_e5m2,
-        "float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
-        "float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
-        "float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
-    }.items()
+DTYPES: dict[str, np.dtype[Any]] = {  # whose names are numpy's, and ml_dtypes'
+    name: np.dtype(name)
+    for name in (
+        *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+        *("float16", "float32", "float64", "bfloat16", "complex64"),
+        *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+    )
 }
 
 

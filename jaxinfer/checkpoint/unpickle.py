@@ -86,8 +86,8 @@ class Unpickler:
         if not 2 <= number <= 5:
             raise ValueError(f"pickle protocol {number}; torch.save writes 2, and can write 3 to 5")
 
-    def skip(self, _: Any = None) -> None:
-        pass
+    def skip(self, _: int) -> None:
+        """The length of a frame, which is for readers that read ahead."""
 
     def push(self, value: Any) -> None:
         self._stack.append(value)

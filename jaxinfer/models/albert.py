@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.models.config import MAX_LAYERS, ConfigReader, ModelConfig
 from jaxinfer.models.encoder import DEFAULTS as BASE
 from jaxinfer.models.encoder import NAMES as BERT
 from jaxinfer.models.encoder import Encoder, EncoderConfig, encoder_config, encoder_weights
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Source
-from jaxinfer.models.tasks import num_labels
+from jaxinfer.models.tasks import of_pooler
 from jaxinfer.models.weights import ParamMapping
 
 LARGE = {"hidden_size": 4096, "num_attention_heads": 64, "intermediate_size": 16384, "vocab_size": 30000}
@@ -52,11 +51,6 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     return replace(config, order=order, ropes=own, windows=own)
 
 
-def classifier(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
-    """Of the pooler's vector."""
-    return ClassifierConfig(num_labels(fields), dense="albert.pooler")
-
-
 def weights(config: ModelConfig) -> ParamMapping:
     """Layers are numbered by group, and in it."""
     assert isinstance(config, EncoderConfig)
@@ -72,4 +66,4 @@ def weights(config: ModelConfig) -> ParamMapping:
     return replace(mapping, source=source)
 
 
-ARCHITECTURE = Architecture(parse, Encoder, weights, classifier=classifier)
+ARCHITECTURE = Architecture(parse, Encoder, weights, classifier=of_pooler("albert.pooler"))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from jaxinfer.layers.classifier_config import ClassifierConfig
-from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.config import ConfigReader
 from jaxinfer.models.encoder import DEFAULTS, Encoder, EncoderConfig, encoder_config, encoder_weights
 from jaxinfer.models.registry import Architecture
-from jaxinfer.models.tasks import num_labels
+from jaxinfer.models.tasks import of_pooler
 
 
 def parse(fields: ConfigReader) -> EncoderConfig:
@@ -16,9 +15,6 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     return encoder_config(fields.with_defaults(**DEFAULTS, vocab_size=30522), EncoderConfig, token_types=types)
 
 
-def classifier(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
-    """Of the pooler's vector."""
-    return ClassifierConfig(num_labels(fields), dense="bert.pooler.dense")
-
-
-ARCHITECTURE = Architecture(parse, Encoder, encoder_weights("bert.", r"cls\..+"), classifier=classifier)
+ARCHITECTURE = Architecture(
+    parse, Encoder, encoder_weights("bert.", r"cls\..+"), classifier=of_pooler("bert.pooler.dense")
+)

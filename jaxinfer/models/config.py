@@ -209,6 +209,20 @@ def check_typed(fields: ConfigReader, parameters: Mapping[str, Any]) -> None:
     ConfigReader(parameters, f"{fields.where}: rope_parameters").refuse("truncate", True)
 
 
+def typed_rope(fields: ConfigReader, layer_type: str, theta: tuple[str, float], head_dim: int) -> tuple[Rope, int]:
+    """`rope_of` the layers of a type: `rope_parameters` has an object for each. theta: the field that has theta where
+    they are not there, and its default."""
+    data = {**fields.data, "rope_theta": fields.number(*theta)}
+    parameters = data.get("rope_parameters")
+    if isinstance(parameters, Mapping):
+        if parameters and not {FULL, SLIDING} & parameters.keys():
+            raise fields.error("rope_parameters", f"it must have an object for {FULL}, and one for {SLIDING}")
+        data["rope_parameters"] = own = parameters.get(layer_type)
+        if isinstance(own, Mapping):
+            check_typed(fields, own)
+    return rope_of(ConfigReader(data, fields.where), head_dim)
+
+
 def _scaled_rope(rope: ConfigReader, dim: int, context: int) -> tuple[Rope, int]:
     """The embedding of some dimensions, and how far it reaches if the model is trained for `context`."""
     kind = rope.choice("rope_type", "default", Rope.KINDS)

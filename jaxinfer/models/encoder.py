@@ -270,12 +270,14 @@ class Encoder(Body):
 
 
 # BERT's.
-NAMES = {
-    "layers.": "encoder.layer.",
+EMBEDDINGS = {
     "embeddings.words.": "embeddings.word_embeddings.",
     "embeddings.positions.": "embeddings.position_embeddings.",
     "embeddings.token_types.": "embeddings.token_type_embeddings.",
     "embeddings.norm.": "embeddings.LayerNorm.",
+}
+NAMES = EMBEDDINGS | {
+    "layers.": "encoder.layer.",
     ".self_attn.q_proj.": ".attention.self.query.",
     ".self_attn.k_proj.": ".attention.self.key.",
     ".self_attn.v_proj.": ".attention.self.value.",
@@ -322,6 +324,27 @@ def fused(tensor: str, *parts: str) -> Fused:
 def fused_qkv(tensor: str) -> Fused:
     """Queries, keys and values."""
     return fused(tensor, *(f".self_attn.{part}_proj." for part in "qkv"))
+
+
+def both_spellings(
+    prefix: str,
+    names: Mapping[str, str],
+    hub: Mapping[str, str],
+    hub_fused: Fused,
+    prefixes: tuple[str, ...],
+    *heads: str,
+) -> Callable[[ModelConfig], ParamMapping]:
+    """See `encoder_weights`, of checkpoints that transformers wrote and those of the hub's own code. names: of the
+    first; hub, hub_fused: of the others."""
+
+    def weights(config: ModelConfig) -> ParamMapping:
+        def source(name: str) -> Source:
+            name = prefix + name
+            return OneOf((Tensor(spelled(name, names)), fused_source(name, config, hub, hub_fused)))
+
+        return ParamMapping(source, prefix, IGNORED, prefixes=prefixes, beside=heads)
+
+    return weights
 
 
 def fused_source(name: str, config: ModelConfig, names: Mapping[str, str], parts: Fused) -> Source:

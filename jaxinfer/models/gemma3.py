@@ -3,11 +3,9 @@ on scores, five windows to one full layer, and a rotary embedding for each of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-from jaxinfer.layers.rotary import Rope
-from jaxinfer.models.config import FULL, SLIDING, ConfigReader, check_typed, layer_types_of, rope_of
+from jaxinfer.models.config import FULL, SLIDING, ConfigReader, layer_types_of, typed_rope
 from jaxinfer.models.decoder import DecoderConfig, num_layers
 from jaxinfer.models.gemma2 import DEFAULTS as GEMMA2
 from jaxinfer.models.gemma2 import Gemma2ForCausalLM, cap, gemma2_config
@@ -18,28 +16,16 @@ DEFAULTS = GEMMA2 | {"vocab_size": 262208, "max_position_embeddings": 131072}
 THETAS = {FULL: ("rope_theta", 1e6), SLIDING: ("rope_local_base_freq", 1e4)}
 
 
-def typed_rope(fields: ConfigReader, layer_type: str) -> tuple[Rope, int]:
-    """Of the layers of a type. `rope_scaling` and `rope_theta` are those of full layers."""
-    data = {**fields.data, "rope_theta": fields.number(*THETAS[layer_type])}
-    if layer_type == SLIDING:
-        data.pop("rope_scaling", None)
-    parameters = data.get("rope_parameters")
-    if isinstance(parameters, Mapping):
-        if parameters and not {FULL, SLIDING} & parameters.keys():
-            raise fields.error("rope_parameters", f"it must have an object for {FULL}, and one for {SLIDING}")
-        data["rope_parameters"] = own = parameters.get(layer_type)
-        if isinstance(own, Mapping):
-            check_typed(fields, own)
-    return rope_of(ConfigReader(data, fields.where), fields.integer("head_dim"))
-
-
 def parse(fields: ConfigReader) -> DecoderConfig:
     """Of `sliding_window_pattern` layers the last one is full."""
     fields.refuse("attn_logit_softcapping")
     fields = fields.with_defaults(**DEFAULTS)
     pattern = fields.integer("sliding_window_pattern", 6)
     types = layer_types_of(fields, num_layers(fields), lambda i: (i + 1) % pattern == 0)
-    typed = {layer_type: typed_rope(fields, layer_type) for layer_type in THETAS}
+    # `rope_scaling` is that of full layers.
+    of_type = {FULL: fields, SLIDING: ConfigReader({**fields.data, "rope_scaling": None}, fields.where)}
+    head_dim = fields.integer("head_dim")
+    typed = {kind: typed_rope(of_type[kind], kind, theta, head_dim) for kind, theta in THETAS.items()}
     return gemma2_config(
         fields,
         types,

@@ -5,29 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.layers.classifier_config import ClassifierConfig
-from jaxinfer.models.config import ConfigReader, ModelConfig, rope_of
+from jaxinfer.models.config import ConfigReader, rope_of
 from jaxinfer.models.encoder import DEFAULTS as BASE
-from jaxinfer.models.encoder import (
-    IGNORED,
-    Encoder,
-    EncoderConfig,
-    encoder_config,
-    fused,
-    fused_qkv,
-    fused_source,
-)
+from jaxinfer.models.encoder import EMBEDDINGS, Encoder, EncoderConfig, both_spellings, encoder_config, fused, fused_qkv
 from jaxinfer.models.nomic_bert import NAMES
 from jaxinfer.models.registry import Architecture
-from jaxinfer.models.sources import OneOf, Source, Tensor
-from jaxinfer.models.tasks import num_labels
-from jaxinfer.models.weights import ParamMapping, spelled
+from jaxinfer.models.tasks import of_pooler
 
 DEFAULTS = BASE | {"vocab_size": 250048, "max_position_embeddings": 8192, "rope_theta": 160000.0}
-HUB = {
-    "embeddings.words.": "embeddings.word_embeddings.",
-    "embeddings.token_types.": "embeddings.token_type_embeddings.",
-    "embeddings.norm.": "embeddings.LayerNorm.",
+HUB = EMBEDDINGS | {
     "layers.": "encoder.layer.",
     ".self_attn.o_proj.": ".attention.o_proj.",
     ".attn_norm.": ".attn_ln.",
@@ -77,19 +63,5 @@ def _without_ntk(fields: ConfigReader, head_dim: int) -> ConfigReader:
     return ConfigReader({**fields.data, "rope_scaling": linear, "rope_theta": theta}, fields.where)
 
 
-def classifier(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
-    """Of the pooler's vector."""
-    return ClassifierConfig(num_labels(fields), dense="gte.pooler.dense")
-
-
-def weights(config: ModelConfig) -> ParamMapping:
-    """In both spellings."""
-
-    def source(name: str) -> Source:
-        name = f"gte.{name}"
-        return OneOf((Tensor(spelled(name, NAMES)), fused_source(name, config, HUB, HUB_FUSED)))
-
-    return ParamMapping(source, "gte.", IGNORED, prefixes=("new.", ""), beside=(r"lm_head\..+",))
-
-
-ARCHITECTURE = Architecture(parse, Encoder, weights, classifier=classifier)
+weights = both_spellings("gte.", NAMES, HUB, HUB_FUSED, ("new.", ""), r"lm_head\..+")
+ARCHITECTURE = Architecture(parse, Encoder, weights, classifier=of_pooler("gte.pooler.dense"))

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.layers.mlp import ACTIVATIONS
-from jaxinfer.layers.rotary import Rope
-from jaxinfer.models.config import FULL, SLIDING, ConfigReader, ModelConfig, check_typed, layer_types_of, rope_of
+from jaxinfer.models.config import FULL, SLIDING, ConfigReader, ModelConfig, layer_types_of, typed_rope
 from jaxinfer.models.decoder import num_layers
 from jaxinfer.models.encoder import Encoder, EncoderConfig, encoder_config, fused, fused_qkv, fused_source
 from jaxinfer.models.registry import Architecture
@@ -32,26 +31,14 @@ NAMES = {
 FUSED = {**fused_qkv(".attn.Wqkv."), **fused(".mlp.Wi.", ".mlp.gate_proj.", ".mlp.up_proj.")}
 
 
-def typed_rope(fields: ConfigReader, layer_type: str, head_dim: int) -> tuple[Rope, int]:
-    """Of the layers of a type. `rope_scaling` is of both."""
-    data = {**fields.data, "rope_theta": fields.number(*THETAS[layer_type])}
-    parameters = data.get("rope_parameters")
-    if isinstance(parameters, dict):
-        if parameters and not {FULL, SLIDING} & parameters.keys():
-            raise fields.error("rope_parameters", f"it must have an object for {FULL}, and one for {SLIDING}")
-        data["rope_parameters"] = own = parameters.get(layer_type)
-        if isinstance(own, dict):
-            check_typed(fields, own)
-    return rope_of(ConfigReader(data, fields.where), head_dim)
-
-
 def parse(fields: ConfigReader) -> EncoderConfig:
     """`local_attention` is a window's whole width, and both of its ends are seen."""
     fields = fields.with_defaults(**DEFAULTS)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     period = fields.integer("global_attn_every_n_layers", 3)
     types = layer_types_of(fields, num_layers(fields), lambda i: i % period == 0)
-    typed = {layer_type: typed_rope(fields, layer_type, max(hidden // heads, 1)) for layer_type in THETAS}
+    head_dim = max(hidden // heads, 1)
+    typed = {kind: typed_rope(fields, kind, theta, head_dim) for kind, theta in THETAS.items()}
     window = fields.integer("local_attention", 128) // 2 + 1
     bias, mlp_bias = fields.boolean("attention_bias", False), fields.boolean("mlp_bias", False)
     return encoder_config(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxinfer.layers.classifier_config import ClassifierConfig
-from jaxinfer.models.config import ConfigReader, ModelConfig, rope_of
+from jaxinfer.models.config import ConfigReader, rope_of
 from jaxinfer.models.encoder import DEFAULTS as BASE
-from jaxinfer.models.encoder import IGNORED, Encoder, EncoderConfig, encoder_config, fused_qkv, fused_source
+from jaxinfer.models.encoder import EMBEDDINGS, Encoder, EncoderConfig, both_spellings, encoder_config, fused_qkv
 from jaxinfer.models.registry import Architecture
-from jaxinfer.models.sources import OneOf, Source, Tensor
-from jaxinfer.models.tasks import num_labels
-from jaxinfer.models.weights import ParamMapping, spelled
+from jaxinfer.models.tasks import of_pooler
 
 DEFAULTS = BASE | {"vocab_size": 30528, "max_position_embeddings": 2048, "rope_theta": 1000.0}
 # Of the hub's own code, and here.
@@ -35,17 +32,12 @@ FIXED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_experts", "moe_every_n_layers"), (0,)),
 }
 # Names of weights in transformers, and in the hub's own code.
-NAMES = {
-    "embeddings.words.": "embeddings.word_embeddings.",
-    "embeddings.token_types.": "embeddings.token_type_embeddings.",
-    "embeddings.norm.": "embeddings.LayerNorm.",
+NAMES = EMBEDDINGS | {
     ".attn_norm.": ".post_attention_layernorm.",
     ".mlp_norm.": ".post_mlp_layernorm.",
 }
-HUB = {
+HUB = EMBEDDINGS | {
     "embeddings.norm.": "emb_ln.",
-    "embeddings.words.": "embeddings.word_embeddings.",
-    "embeddings.token_types.": "embeddings.token_type_embeddings.",
     "layers.": "encoder.layers.",
     ".self_attn.o_proj.": ".attn.out_proj.",
     ".mlp.up_proj.": ".mlp.fc11.",
@@ -85,19 +77,5 @@ def parse(fields: ConfigReader) -> EncoderConfig:
     )
 
 
-def classifier(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
-    """Of the pooler's vector."""
-    return ClassifierConfig(num_labels(fields), dense="nomic_bert.pooler.dense")
-
-
-def weights(config: ModelConfig) -> ParamMapping:
-    """In both spellings."""
-
-    def source(name: str) -> Source:
-        name = f"nomic_bert.{name}"
-        return OneOf((Tensor(spelled(name, NAMES)), fused_source(name, config, HUB, HUB_FUSED)))
-
-    return ParamMapping(source, "nomic_bert.", IGNORED, prefixes=("", "bert."), beside=(r"cls\..+",))
-
-
-ARCHITECTURE = Architecture(parse, Encoder, weights, classifier=classifier)
+weights = both_spellings("nomic_bert.", NAMES, HUB, HUB_FUSED, ("", "bert."), r"cls\..+")
+ARCHITECTURE = Architecture(parse, Encoder, weights, classifier=of_pooler("nomic_bert.pooler.dense"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,17 @@ def last_token(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
         out_bias=False,
         padding_id=None if padding is None else fields.integer("pad_token_id", minimum=-1),
     )
+
+
+def of_pooler(dense: str) -> Callable[[ConfigReader, ModelConfig], ClassifierConfig]:
+    """The head of BERT and its kin, of the pooler's vector. dense: the name of the pooler's matrix."""
+
+    def head(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
+        from jaxinfer.layers.classifier_config import ClassifierConfig
+
+        return ClassifierConfig(num_labels(fields), dense=dense)
+
+    return head
 
 
 def num_labels(fields: ConfigReader) -> int:

@@ -186,9 +186,9 @@ def _check_files(kind: Kind, folder: Path) -> None:
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{path}: not UTF-8 ({one_line(error)}); download the file again") from None
         else:
-            from jaxinfer.text.spm import read_model
+            from jaxinfer.text.spm import model_of
 
-            read_model(path)
+            model_of(path.read_bytes(), path)
 
 
 def _theirs(name: str, kind: Kind, files: TokenFiles) -> PreTrainedTokenizerBase:

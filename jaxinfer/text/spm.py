@@ -11,7 +11,7 @@ from jaxinfer.text.chat import load_chat_templates
 from jaxinfer.text.encoding import Slot
 from jaxinfer.text.files import AddedToken, TokenFiles, one_line
 
-__all__ = ["SentencePieceTokenizer", "read_model"]
+__all__ = ["SentencePieceTokenizer", "model_of"]
 
 # ModelProto.normalizer_spec = {add_dummy_prefix: false, remove_extra_whitespaces: false} in protobuf's wire format.
 # Concatenated messages merge, so a model followed by this is the same model that leaves spaces alone.
@@ -25,9 +25,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, files: TokenFiles) -> None:
         path = files.folder / "tokenizer.model"
-        whole = read_model(path)
-        inner = sentencepiece.SentencePieceProcessor()
-        inner.LoadFromSerializedProto(path.read_bytes() + _KEEP_SPACES)
+        proto = path.read_bytes()
+        whole, inner = (model_of(proto + more, path) for more in (b"", _KEEP_SPACES))
         self._inner = inner  # for text and tokens that follow others
         self._whole = whole if files.flag("add_prefix_space", True) else inner  # for the start of the text
         self._legacy = files.flag("legacy", False)
@@ -119,12 +118,12 @@ class SentencePieceTokenizer(Tokenizer):
         return default if default >= 0 else None
 
 
-def read_model(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """The model in a file. Raises ValueError."""
+def model_of(proto: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+    """The model in the bytes of a file. Raises ValueError."""
     sentencepiece.set_min_log_level(3)  # its complaints arrive as exceptions too
     model = sentencepiece.SentencePieceProcessor()
     try:
-        model.LoadFromSerializedProto(path.read_bytes())
+        model.LoadFromSerializedProto(proto)
     except Exception as error:
         raise ValueError(
             f"{path}: not a SentencePiece model ({one_line(error)}); download it again, or add the checkpoint's "
