@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from jaxinfer.models import model as models
+from jaxinfer.models import registry
 from tests.checkpoints import write_tokenizer
-from tests.models.families import Variant
+from tests.models.families import Mutant, Variant
 
 # Of matrices, and of what vectors differ by from what they start as. Large ones show caps, small ones a wrong epsilon.
 SCALES = {"large": (0.3, 0.2), "small": (0.05, 0.05)}
@@ -60,6 +61,12 @@ def save(model: Any, variant: Variant, folder: Path, **arrays: np.ndarray) -> No
     if variant.change is not None:
         variant.change(building)
     building.rename(folder)
+
+
+def mutate(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:
+    """From now on configurations that are read have its rule broken."""
+    parse = registry.parse_config
+    monkeypatch.setattr(registry, "parse_config", lambda data: (parse(data)[0], mutant.change(parse(data)[1])))
 
 
 class Model:

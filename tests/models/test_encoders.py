@@ -17,7 +17,7 @@ from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.tasks import CLASSIFY, EMBED, GENERATE, with_task
 from jaxinfer.sharding import make_mesh
 from tests.models.families import CLASSES, VOCAB, Variant, encoder_mutants, encoders
-from tests.models.references import SCALES, Model, error, found_or_made, random_model, save
+from tests.models.references import SCALES, Model, error, found_or_made, mutate, random_model, save
 from tests.models.table import encoding, row
 from tests.plain import CONFIG as LLAMA
 from tests.plain import random_tensors, write_checkpoint
@@ -149,9 +149,8 @@ def test_every_encoder_has_variants():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_seen(checkpoints, monkeypatch, name):
-    mutant, parse = MUTANTS[name], registry.parse_config
-    monkeypatch.setattr(registry, "parse_config", lambda data: (parse(data)[0], mutant.change(parse(data)[1])))
-    founds = [reference(checkpoints.root, mutant.variant, scale) for scale in SCALES]
+    mutate(monkeypatch, MUTANTS[name])
+    founds = [reference(checkpoints.root, MUTANTS[name].variant, scale) for scale in SCALES]
     model = abstract(founds[0])
     every = list(range(len(SIZES)))
     assert any(worst(found, *computed(model, load(model, found), found, every)) > 10 * TOLERANCE for found in founds)

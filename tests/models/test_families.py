@@ -12,9 +12,8 @@ from jaxinfer.attention import ForwardBatch
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.models import model as models
-from jaxinfer.models import registry
 from tests.models.families import VOCAB, Variant, mutants, speaker, variants
-from tests.models.references import SCALES, Model, error, found_or_made, random_model, save
+from tests.models.references import SCALES, Model, error, found_or_made, mutate, random_model, save
 from tests.models.table import families, row
 
 VARIANTS, MUTANTS = variants(), mutants()
@@ -93,9 +92,8 @@ def test_logits(checkpoints, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_seen(checkpoints, monkeypatch, name):
-    mutant, parse = MUTANTS[name], registry.parse_config
-    monkeypatch.setattr(registry, "parse_config", lambda data: (parse(data)[0], mutant.change(parse(data)[1])))
-    founds = [reference(checkpoints.root, mutant.variant, scale) for scale in SCALES]
+    mutate(monkeypatch, MUTANTS[name])
+    founds = [reference(checkpoints.root, MUTANTS[name].variant, scale) for scale in SCALES]
     model = abstract(founds[0])
     assert any(error(logits(model, found), found.logits) > 100 * TOLERANCE for found in founds)
 
