@@ -26,8 +26,7 @@ def parse(fields: ConfigReader) -> EncoderConfig:
 
 def classifier(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
     """Of the first token."""
-    names = {"dense": "classifier.dense", "out": "classifier.out_proj"}
-    return ClassifierConfig(num_labels(fields), activation="gelu", **names)
+    return ClassifierConfig(num_labels(fields), activation="gelu", dense="classifier.dense", out="classifier.out_proj")
 
 
 HEADS = r"(generator_predictions|generator_lm_head|discriminator_predictions)\..+"

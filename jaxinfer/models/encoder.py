@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
@@ -202,12 +203,9 @@ class EncoderLayer(nnx.Module):
             rngs=rngs,
         )
         self.attn_norm = self.first_norm(config, layer, dtype)
-        size, same = (config.hidden_size, config.intermediate_size), {"dtype": dtype, "rngs": rngs}
-        if config.gated:
-            bias = {"bias": config.mlp_bias, "down_bias": config.down_bias}
-            self.mlp: Any = GatedMLP(*size, activation=config.activation, **bias, **same)  # type: ignore[arg-type]
-        else:
-            self.mlp = MLP(*size, activation=config.activation, bias=config.mlp_bias, **same)  # type: ignore[arg-type]
+        size = config.hidden_size, config.intermediate_size
+        make = partial(GatedMLP, down_bias=config.down_bias) if config.gated else MLP
+        self.mlp = make(*size, activation=config.activation, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
         self.mlp_norm = layer_norm(config, dtype)
 
     def first_norm(self, config: EncoderConfig, layer: int, dtype: DTypeLike) -> LayerNorm | None:
@@ -247,8 +245,8 @@ class Encoder(Body):
     def __init__(self, config: EncoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
         # On every device all of it: it is small, and outside of layers nothing is gathered.
-        size, same = (config.embedding_size, config.hidden_size), {"dtype": dtype, "rngs": rngs}
-        self.project = Linear(*size, axes=(None, None), bias=True, **same) if config.projected else None  # type: ignore[arg-type]
+        size = config.embedding_size, config.hidden_size
+        self.project = Linear(*size, axes=(None, None), bias=True, dtype=dtype, rngs=rngs) if config.projected else None
         self.order = config.order or tuple(range(config.num_layers))
         make = NormFirstLayer if config.norm_first else type(self).layer
         self.layers = nnx.List([make(config, i, dtype=dtype, rngs=rngs) for i in range(max(self.order) + 1)])

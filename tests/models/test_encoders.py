@@ -14,10 +14,14 @@ from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.load import load_params
 from jaxinfer.models import registry
 from jaxinfer.models.model import AbstractModel
-from jaxinfer.models.tasks import CLASSIFY, EMBED, with_task
+from jaxinfer.models.tasks import CLASSIFY, EMBED, GENERATE, with_task
+from jaxinfer.sharding import make_mesh
 from tests.models.families import CLASSES, VOCAB, Variant, encoder_mutants, encoders
 from tests.models.references import SCALES, Model, error, found_or_made, random_model, save
 from tests.models.table import encoding, row
+from tests.plain import CONFIG as LLAMA
+from tests.plain import random_tensors, write_checkpoint
+from tests.refusals import line
 
 VARIANTS, MUTANTS = encoders(), encoder_mutants()
 TOLERANCE = 1e-5  # of the largest value
@@ -147,3 +151,77 @@ def test_mutants_are_seen(checkpoints, monkeypatch, name):
     model = abstract(founds[0])
     every = list(range(len(SIZES)))
     assert any(worst(found, *computed(model, load(model, found), found, every)) > 10 * TOLERANCE for found in founds)
+
+
+BERT = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}} | {
+    "vocab_size": 300,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+TEXTS = [[5, 6, 7], [8, 9, 10, 11]]
+
+
+def encoded(model, params):
+    """Hidden states of two texts, and classes where there are some."""
+    batch = ForwardBatch.of_sequences(TEXTS, 16)
+
+    def compute(params, batch):
+        module = model.bind(params)
+        hidden = module.encode(batch)
+        return hidden, None if model.config.classifier is None else module.classify(hidden, batch)
+
+    return jax.tree.map(np.asarray, jax.jit(compute)(params, batch))
+
+
+def loaded(folder, config, task, placement=None, **options):
+    model = AbstractModel.from_config(with_task(config, task), "float32", **options)
+    with Checkpoint(folder) as checkpoint:
+        return model, load_params(model, checkpoint, placement or jax.devices()[0])
+
+
+def test_weights_are_quantized_and_split_like_others(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", BERT, random_tensors(with_task(BERT, CLASSIFY)))
+    model, params = loaded(folder, BERT, CLASSIFY)
+    hidden, classes = encoded(model, params)
+    assert (hidden.shape, classes.shape, classes.dtype) == ((16, 256), (2, 2), np.float32)
+    packed, packed_params = loaded(folder, BERT, CLASSIFY, quantization="int8")
+    assert {"layers.0.self_attn.q_proj.weight", "layers.1.mlp.down_proj.weight"} <= packed.quantized.keys()
+    assert "embeddings.words.weight" not in packed.quantized
+    rounded, _ = encoded(packed, packed_params)
+    cosines = (hidden * rounded).sum(axis=1) / np.linalg.norm(hidden, axis=1) / np.linalg.norm(rounded, axis=1)
+    assert 0.99 < cosines[:7].min() < 1 - 1e-7
+    mesh = make_mesh("fsdp=2,tensor=2", jax.devices(), 4, 4, 256)
+    _, split = loaded(folder, BERT, CLASSIFY, mesh)
+    assert len(split["layers.0.mlp.up_proj.weight"].sharding.device_set) == 4
+    for name, values in params.items():
+        np.testing.assert_array_equal(np.asarray(split[name]), np.asarray(values), err_msg=name)
+
+
+def test_heads_that_are_missing_or_others(tmp_path):
+    """A fresh head is never made; of a body what is beside it is known by name."""
+    tensors = random_tensors(with_task(BERT, CLASSIFY))
+    without = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+    folder = write_checkpoint(tmp_path / "body", BERT, without)
+    assert "missing tensors: classifier.bias, classifier.weight" in line(lambda: loaded(folder, BERT, CLASSIFY))
+    body = BERT | {"architectures": ["BertForMaskedLM"]}
+    hidden, classes = encoded(*loaded(folder, body, EMBED))
+    assert classes is None
+    whole = write_checkpoint(tmp_path / "whole", BERT, tensors)
+    np.testing.assert_array_equal(hidden, encoded(*loaded(whole, BERT, CLASSIFY))[0])
+    assert "unknown tensors: classifier.bias, classifier.weight" in line(lambda: loaded(whole, body, EMBED))
+    three = BERT | {"id2label": {"0": "a", "1": "b", "2": "c"}}
+    assert "wrong shapes: classifier.bias [2] instead of [3]" in line(lambda: loaded(whole, three, CLASSIFY))
+
+
+def test_a_language_model_encodes_without_its_head(tmp_path):
+    folder = write_checkpoint(tmp_path / "model", LLAMA, tensors := random_tensors(LLAMA))
+    model, params = loaded(folder, LLAMA, EMBED)
+    assert not any("lm_head" in name for name in params)
+    hidden, _ = encoded(model, params)
+    language, all_params = loaded(folder, LLAMA, GENERATE)
+    batch = ForwardBatch.of_sequences(TEXTS, 16)
+    logits = jax.jit(lambda params: language.bind(params)(batch, None)[0])(all_params)
+    np.testing.assert_allclose(hidden[:7] @ tensors["lm_head.weight"].T, logits[:7], rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ VARIANTS = {
 }
 MUTANTS = {
     "albert: activation": Mutant("albert", lambda config: replace(config, activation="gelu")),
-    "albert: runs": Mutant("albert", lambda config: replace(config, order=(0, 0))),
+    "albert: runs": Mutant("albert", lambda config: replace(config, order=(0,) * 4)),
     "albert: order": Mutant("albert-groups", lambda config: replace(config, order=(0, 1, 0, 1, 2, 3, 2, 3, 2, 3))),
     "albert: pooler's activation": Mutant("albert-classes", head(activation="gelu")),
 }

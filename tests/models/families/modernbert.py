@@ -44,7 +44,7 @@ def windows(change):
 MUTANTS = {
     "modernbert: window": Mutant("modernbert", windows(1)),
     "modernbert: window's end": Mutant("modernbert", windows(-1)),
-    "modernbert: which layers slide": Mutant("modernbert", lambda c: replace(c, windows=c.windows[::-1])),
+    "modernbert: which layers slide": Mutant("modernbert", lambda c: replace(c, windows=c.windows[1:] + c.windows[:1])),
     "modernbert: ropes of the types": Mutant("modernbert-typed-biased-silu", lambda c: replace(c, ropes=c.ropes[::-1])),
     "modernbert: eps": Mutant("modernbert", lambda config: replace(config, norm_eps=1e-2)),
     "modernbert: activation": Mutant("modernbert", lambda config: replace(config, activation="gelu_new")),

@@ -2,7 +2,10 @@ import json
 from dataclasses import replace
 
 from tests.models.families import BODY, CLASSES, Mutant, Variant, of_ropes
-from tests.models.families.bert import FIELDS, THREE
+from tests.models.families.bert import FIELDS as BERT
+from tests.models.families.bert import THREE
+
+FIELDS = BERT | {"pad_token_id": 0}
 
 SPELT = {
     "hidden_size": "n_embd",
@@ -35,34 +38,44 @@ def renamed(tensors, names):
     return out
 
 
-def joined(tensors, parts, whole):
-    """With some tensors as parts of one."""
+def parted(tensors, whole, parts):
+    """With some tensors cut into parts of the same size."""
     import numpy as np
 
-    first = parts[0]
-    for name in [name for name in tensors if first in name]:
-        tensors[name.replace(first, whole)] = np.concatenate([tensors.pop(name.replace(first, part)) for part in parts])
+    for name in [name for name in tensors if whole in name]:
+        pieces = np.split(tensors.pop(name), len(parts))
+        tensors |= {name.replace(whole, part): piece.copy() for part, piece in zip(parts, pieces, strict=True)}
     return tensors
 
 
-def of_the_hub(folder):
-    """What the hub's own code has."""
-    from safetensors.numpy import load_file, save_file
+QKV = [f"self_attn.{part}_proj" for part in "qkv"]
 
-    path, file = folder / "config.json", folder / "model.safetensors"
+
+def of_the_hub(folder):
+    """What the hub's own code says; its names are those that transformers writes, too."""
+    path = folder / "config.json"
     data = json.loads(path.read_text())
     theta = data.pop("rope_parameters")["rope_theta"]
     data = {SPELT.get(name, name): value for name, value in data.items()}
     said = {"rotary_emb_base": theta, "activation_function": "swiglu", "prenorm": False, "rotary_emb_fraction": 1.0}
     path.write_text(json.dumps(data | said | {"architectures": ["NomicBertModel"]}))
-    tensors = joined(load_file(file), [f"self_attn.{part}_proj" for part in "qkv"], "attn.Wqkv")
-    save_file(renamed(tensors, NAMES), file)
+
+
+def as_in_memory(folder):
+    """The names that transformers has itself."""
+    from safetensors.numpy import load_file, save_file
+
+    file = folder / "model.safetensors"
+    ours = {theirs: ours for ours, theirs in NAMES.items()}
+    save_file(renamed(parted(load_file(file), "attn.Wqkv", QKV), ours), file)
 
 
 VARIANTS = {
     "nomic_bert": Variant("NomicBertConfig", FIELDS, auto=BODY),
     "nomic_bert-hub": Variant("NomicBertConfig", FIELDS | THETA, of_the_hub, auto=BODY),
-    "nomic_bert-words": Variant("NomicBertConfig", FIELDS | {"hidden_act": "gelu"}, auto="AutoModelForMaskedLM"),
+    "nomic_bert-words": Variant(
+        "NomicBertConfig", FIELDS | {"hidden_act": "gelu"}, as_in_memory, auto="AutoModelForMaskedLM"
+    ),
     "nomic_bert-classes": Variant("NomicBertConfig", FIELDS | THREE | {"head_dim": 12}, auto=CLASSES),
 }
 MUTANTS = {
