@@ -165,6 +165,7 @@ print(json.dumps([empty, loaded, replaced, resident()]))
 """
 
 
+@pytest.mark.slow
 def test_process_memory_goes_back(folder, tmp_path):
     import numpy as np
     from safetensors.numpy import load_file, save_file

@@ -36,12 +36,13 @@ def divergence(base, other):
     return float(np.mean(np.sum(np.exp(base) * (base - other), axis=1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "method", "share"),
     [
         ("int4", "gptq", 0.6),
-        pytest.param("int4", "awq", 0.9, marks=pytest.mark.slow),
-        pytest.param("int8-w8a8", "smoothquant", 1.0, marks=pytest.mark.slow),
+        ("int4", "awq", 0.9),
+        ("int8-w8a8", "smoothquant", 1.0),
     ],
 )
 def test_nearer_than_rounding(tmp_path, scheme, method, share):

@@ -8,6 +8,7 @@ from jaxinfer.attention.backend import AttentionBackend, AttentionCase
 from jaxinfer.attention.backends import BACKENDS, reasons
 from jaxinfer.attention.batch import ForwardBatch, LayerMap, Table
 from jaxinfer.attention.layout import CacheLayout, LayerLayout
+from jaxinfer.attention.relative import Relative
 from jaxinfer.attention.spec import AttentionSpec
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ForwardBatch",
     "LayerLayout",
     "LayerMap",
+    "Relative",
     "Table",
     "attend",
     "reasons",

@@ -57,7 +57,7 @@ def attend(
         # A cache group of chunks shows of each row the chunk that it is in, and nothing before it.
         call = functools.partial(backend, spec=dataclasses.replace(spec, chunk=None))
         pages = PartitionSpec(None, *backend.partition_spec[1:])
-    if batch.mesh is None:
+    if batch.mesh is None or (cache is None and jax.sharding.get_abstract_mesh().empty):
         return call(q, k, v, cache, batch, **own)
     times = math.lcm(k.shape[1], axis_size(batch.mesh, (KV,))) // k.shape[1]
     if times > 1:

@@ -37,8 +37,8 @@ def distances(reach: int) -> np.ndarray:
 
 def t5_buckets(distance: np.ndarray, buckets: int = 32, furthest: int = 128, causal: bool = False) -> np.ndarray:
     """Which row of a table of `buckets` a distance has: each its own while near, then in steps that grow, until
-    `furthest`, from where on all have one (Raffel et al., arXiv:1910.10683, section 2.1). Half of them are for keys after
-    the query; causal: those have none of their own."""
+    `furthest`, from where on all have one (Raffel et al., arXiv:1910.10683, section 2.1). Half of them are for keys
+    after the query; causal: those have none of their own."""
     first = np.zeros_like(distance)
     if causal:
         size = np.maximum(-distance, 0)

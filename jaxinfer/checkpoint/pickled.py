@@ -204,12 +204,11 @@ def _check_storages(wanted: Mapping[str, Storage], there: Iterable[str]) -> None
 def _state_dict(value: Any) -> dict[str, View]:
     if type(value) not in (dict, Ordered):
         raise ValueError(f"{what(value)} instead of a dictionary of tensors")
-    if not any(type(item) is View for item in value.values()):
-        nested = [name for name in NESTED if type(value.get(name)) in (dict, Ordered)]
-        if len(nested) > 1:
-            raise ValueError(f"several dictionaries that may be the model's: {', '.join(nested)}")
-        if nested:
-            value = value[nested[0]]
+    nested = [name for name in NESTED if type(value.get(name)) in (dict, Ordered)]
+    if len(nested) > 1:
+        raise ValueError(f"several dictionaries that may be the model's: {', '.join(nested)}")
+    if nested:
+        value = value[nested[0]]
     for name, item in value.items():
         if type(name) is not str or type(item) is not View:
             raise ValueError(f"{short(name)} is {what(item)}, and should be the name of a tensor")

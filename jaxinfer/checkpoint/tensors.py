@@ -135,26 +135,32 @@ class TensorFile(ABC):
     def _gather(self, array: Array, first: int, strides: Shape, smallest: int) -> None:
         """Fills `array` from the byte `first` on, whose axes lie by `strides`, outermost first; `smallest` is the
         tensor's own smallest stride."""
-        # The last axes that one run of bytes has, with little that isn't wanted: without gaps, or overlapping.
-        axis, run, dense = array.ndim, array.itemsize, True
-        while axis:
-            count, stride = array.shape[axis - 1], strides[axis - 1]
-            if count > 1:
-                step = run == array.itemsize and stride == smallest <= _STEP * array.itemsize
-                if stride > run and not step:
-                    break
-                dense = dense and stride == run
-                run += (count - 1) * stride
+        shape, one = array.shape, array.itemsize
+        # How far the last axes reach, from each axis on.
+        reach = [
+            one + sum((count - 1) * stride for count, stride in zip(shape[axis:], strides[axis:], strict=True))
+            for axis in range(array.ndim + 1)
+        ]
+        # The last axes that one run of bytes has: without gaps, or overlapping so much that they want more than it has.
+        axis = next(axis for axis, run in enumerate(reach) if run <= math.prod(shape[axis:]) * one)
+        if axis and reach[axis] == one and strides[axis - 1] == smallest <= _STEP * one:  # with little between
             axis -= 1
-        rows = array.reshape(-1, *array.shape[axis:])
+            while axis and strides[axis - 1] <= reach[axis]:
+                axis -= 1
+        run = reach[axis]
+        dense = all(
+            count == 1 or stride == inner
+            for count, stride, inner in zip(shape[axis:], strides[axis:], reach[axis + 1 :], strict=True)
+        )
+        rows = array.reshape(-1, *shape[axis:])
         piece = None if dense else bytearray(run)
         target = array.reshape(-1).view(np.uint8).data if dense else memoryview(b"")
-        for number, place in enumerate(_places(first, array.shape[:axis], strides[:axis])):
+        for number, place in enumerate(_places(first, shape[:axis], strides[:axis])):
             if piece is None:
                 self._fill(target[number * run : (number + 1) * run], place)
             else:
                 self._fill(memoryview(piece), place)
-                rows[number] = np.ndarray(array.shape[axis:], array.dtype, piece, strides=strides[axis:])
+                rows[number] = np.ndarray(shape[axis:], array.dtype, piece, strides=strides[axis:])
 
 
 def _places(first: int, counts: Shape, strides: Shape) -> Iterator[int]:

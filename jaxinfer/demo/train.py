@@ -135,8 +135,6 @@ def batches(tokenizer: SentencePieceProcessor, seed: int) -> Iterator[TrainingBa
     questions = training_questions(seed)
     waiting: list[tuple[list[int], int]] = []
     constant: dict[str, Any] = {
-        "cu_q_lens": np.full((ROWS, 2), (0, ROW_LENGTH), np.int32),
-        "kv_lens": np.full((ROWS, 1), ROW_LENGTH, np.int32),
         "tables": (),
         "distribution": np.full((ROWS, 3), (0, 1, 1), np.int32),
     }
@@ -144,9 +142,9 @@ def batches(tokenizer: SentencePieceProcessor, seed: int) -> Iterator[TrainingBa
         if len(waiting) < 8 * ROWS:
             waiting += _examples(tokenizer, list(itertools.islice(questions, 32 * ROWS)))
         packed = [_pack_row(waiting) for _ in range(ROWS)]
-        tokens, positions, row, targets, weights = map(np.stack, zip(*packed, strict=True))
-        per_token: dict[str, Any] = {"tokens": tokens, "positions": positions, "segment_ids": row}
-        yield TrainingBatch(ForwardBatch(**per_token, **constant), targets, weights)
+        tokens, positions, row, cu_q_lens, targets, weights = map(np.stack, zip(*packed, strict=True))
+        own: dict[str, Any] = {"tokens": tokens, "positions": positions, "segment_ids": row, "cu_q_lens": cu_q_lens}
+        yield TrainingBatch(ForwardBatch(kv_lens=np.diff(cu_q_lens), **own, **constant), targets, weights)
 
 
 def _examples(tokenizer: SentencePieceProcessor, questions: Sequence[Question]) -> list[tuple[list[int], int]]:
@@ -158,10 +156,12 @@ def _examples(tokenizer: SentencePieceProcessor, questions: Sequence[Question]) 
 
 
 def _pack_row(waiting: list[tuple[list[int], int]]) -> tuple[np.ndarray, ...]:
-    """Takes the first examples out of `waiting` that fit in a row: its tokens, positions, row, targets, weights."""
+    """Takes the first examples out of `waiting` that fit in a row: its tokens, positions, examples' numbers and where
+    they start, targets, weights."""
     tokens, positions, row, targets = (np.zeros(ROW_LENGTH, np.int32) for _ in range(4))
+    starts = np.zeros(ROW_LENGTH + 1, np.int32)
     weights = np.zeros(ROW_LENGTH, np.float32)
-    start, index = 0, 0
+    start, index, taken = 0, 0, 0
     while index < len(waiting):
         example, prompt_length = waiting[index]
         count = len(example) - 1  # the last token is only a target
@@ -173,10 +173,11 @@ def _pack_row(waiting: list[tuple[list[int], int]]) -> tuple[np.ndarray, ...]:
         tokens[here], targets[here] = example[:-1], example[1:]
         positions[here] = np.arange(count)
         weights[start + prompt_length - 1 : start + count] = 1
-        row[here] = start  # any number that tells the examples apart
-        start += count
-    row[start:] = ROW_LENGTH
-    return tokens, positions, row, targets, weights
+        row[here] = taken
+        start, taken = start + count, taken + 1
+        starts[taken:] = start
+    row[start:] = taken
+    return tokens, positions, row, starts, targets, weights
 
 
 def _ahead(items: Iterator[T], size: int = 8) -> Iterator[T]:

@@ -99,8 +99,9 @@ def grouped_routing(fields: ConfigReader) -> Routing:
 
 def sparse_layers(fields: ConfigReader, layers: int) -> tuple[bool, ...]:
     """Each `decoder_sparse_step`-th layer has experts, but for those in `mlp_only_layers`."""
-    step, dense = fields.integer("decoder_sparse_step", 1), fields.data.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(isinstance(i, int) and 0 <= i < layers for i in dense):
+    step, dense = fields.integer("decoder_sparse_step", 1), fields.data.get("mlp_only_layers")
+    dense = [] if dense is None else dense
+    if not isinstance(dense, list) or not all(type(i) is int and 0 <= i < layers for i in dense):
         raise fields.error("mlp_only_layers", f"it must be a list of layers, from 0 to {layers - 1}")
     return tuple((i + 1) % step == 0 and i not in dense for i in range(layers))
 

@@ -8,15 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.attention import AttentionBackend, AttentionSpec, ForwardBatch, Table
+from jaxinfer.attention.relative import Relative
 from jaxinfer.attention.xla import XLA
 from jaxinfer.cache import HeadMajorPages
 
 
 def attend_row(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: AttentionSpec, sinks: np.ndarray | None = None
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    spec: AttentionSpec,
+    sinks: np.ndarray | None = None,
+    relative: Relative | None = None,
 ) -> np.ndarray:
     """The last len(q) tokens of one sequence: q `[n, H, d]` over k, v `[m, K, d]` -> `[n, H, d]`, in float64. sinks:
     `[H]`, scores of one more key, whose value is zero."""
+    if not len(q):
+        return np.zeros(q.shape)
     q, k, v = (np.asarray(a, np.float64).swapaxes(0, 1) for a in (q, k, v))
     k, v = (np.repeat(a, len(q) // len(a), axis=0) for a in (k, v))
     query = np.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None]
@@ -24,9 +32,24 @@ def attend_row(
     seen = (key <= query) | (not spec.causal)
     if spec.window is not None:
         seen &= abs(key - query) < spec.window
-    scores = spec.scale * q @ k.swapaxes(1, 2)
+    if spec.chunk is not None:
+        seen &= key // spec.chunk == query // spec.chunk
+
+    def near(by_distance: np.ndarray) -> np.ndarray:
+        """`[H, n, m, ...]`."""
+        furthest = by_distance.shape[1] // 2
+        return np.asarray(by_distance, np.float64)[:, np.clip(key - query, -furthest, furthest) + furthest]
+
+    scores = q @ k.swapaxes(1, 2)
+    if relative is not None and relative.keys is not None:
+        scores = scores + np.einsum("hnd,hnmd->hnm", q, near(relative.keys))
+    if relative is not None and relative.queries is not None:
+        scores = scores + np.einsum("hmd,hnmd->hnm", k, near(relative.queries))
+    scores = spec.scale * scores
     if spec.soft_cap is not None:
         scores = np.tanh(scores / spec.soft_cap) * spec.soft_cap
+    if relative is not None and relative.bias is not None:
+        scores = scores + near(relative.bias)
     scores = np.where(seen, scores, -np.inf)
     if sinks is not None:
         more = np.broadcast_to(np.asarray(sinks, np.float64)[:, None, None], (*scores.shape[:2], 1))

@@ -96,6 +96,8 @@ def everything() -> dict[str, Any]:
         "windows": row.as_strided((5, 6), (3, 1)),
         "windows of windows": row.as_strided((4, 5, 6), (10, 1, 1)),
         "far apart": row.as_strided((3, 2), (13, 9), 2),
+        "windows with gaps": row.as_strided((12, 3), (1, 9)),
+        "windows of steps": row.as_strided((5, 4), (2, 2)),
         "parameter": torch.nn.Parameter(random(2, 3)),
     }
     made["tied"] = made["parameter"]
@@ -184,12 +186,13 @@ A = torch.arange(6.0).view(2, 3)
 @pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "model", "module"])
 @pytest.mark.parametrize("form", ["zip-2", "legacy-2"])
 def test_a_checkpoint_of_a_training(tmp_path: Path, name: str, form: str) -> None:
-    """As Lightning and others write it, with an optimizer's state, of which nothing is wanted."""
+    """As Lightning and others write it, with an optimizer's state and a loss, of which nothing is wanted."""
     module = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(module.parameters())
     module(A).sum().backward()
     optimizer.step()
     training = {"epoch": 3, "lr": 0.1, "note": None, "done": True, "optimizer_states": [optimizer.state_dict()]}
+    training["loss"] = torch.tensor(0.5)
     torch.save({**training, name: module.state_dict()}, tmp_path / "last.ckpt", **FORMS[form])
     with Checkpoint(tmp_path) as checkpoint:
         assert checkpoint.tensors.keys() == {"weight", "bias"}

@@ -354,6 +354,16 @@ def test_strides_of_axes_that_have_one_index_are_any(path: Path) -> None:
         assert opened(path) == {"a": ("float32", shape, STORAGE[: 4 * shape[0] * shape[1]])}
 
 
+def test_elements_that_overlap_are_read_together(path: Path) -> None:
+    """One read for each of them would take minutes."""
+    shape, strides = (2**11, 2**11), (17, 16)
+    content = zipped(dictionary(a=tensor(0, shape, strides, storage(33 * 2**11))), {"0": bytes(4 * 33 * 2**11)})
+    path.write_bytes(content)
+    start = time.process_time()
+    assert opened(path) == {"a": ("float32", shape, bytes(2**24))}
+    assert time.process_time() - start < 1
+
+
 def test_bools_are_0_or_1(path: Path) -> None:
     write(path, zipped(dictionary(a=tensor(of=storage(12, "BoolStorage"))), {"0": bytes(range(12))}))
     with pytest.raises(ValueError, match="other than 0 and 1"):

@@ -37,7 +37,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 TOKENS = np.random.default_rng(0).integers(0, 250, LENGTH).tolist()
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["and all", slow("alone")])
 def folder(request, tmp_path_factory):
     config = MODELS[request.param]
     return write_checkpoint(tmp_path_factory.mktemp("chunks") / request.param, config, random_tensors(config))
@@ -145,7 +145,7 @@ def test_beams(folder):
             np.testing.assert_allclose(beam.cumulative_logprob, total, atol=1e-3)
 
 
-@pytest.mark.parametrize(("chunk", "size"), [(CHUNK, 16), (20, 4), (8192, 16)])
+@pytest.mark.parametrize(("chunk", "size"), [slow(CHUNK, 16), (20, 4), slow(8192, 16)])
 def test_pages_that_nobody_asked_for_divide_chunks(tmp_path, chunk, size):
     config = CONFIG | {"attention_chunk_size": chunk}
     folder = write_checkpoint(tmp_path / "model", config, random_tensors(config))

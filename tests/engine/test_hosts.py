@@ -83,6 +83,7 @@ class Hosts:
         return process.returncode, results, err
 
 
+@pytest.mark.slow
 def test_the_same_tokens_and_half_of_the_weights(wide):  # noqa: F811
     with LLM(wide, **OPTIONS) as llm:
         tokens = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]

@@ -64,6 +64,7 @@ def check_same(llm, ours, theirs):
     assert different <= REQUESTS // 100
 
 
+@pytest.mark.slow
 def test_a_common_beginning_is_computed_once(folder, without):
     completions, stats = without
     with LLM(folder, **OPTIONS) as llm:

@@ -61,6 +61,7 @@ def anything(rng: np.random.Generator) -> tuple[list[int], SamplingParams]:
     return rng.integers(0, 8, length).tolist(), SamplingParams(**params)
 
 
+@pytest.mark.slow
 def test_after_the_warm_up_nothing_compiles(llm):
     rng = np.random.default_rng(1)
     made = [anything(rng) for _ in range(500)]

@@ -25,7 +25,9 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
 MODELS = {"mistral-window": [WINDOW], "qwen3-layer_types-bias": [WINDOW, None]}
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=[pytest.param("mistral-window", marks=pytest.mark.slow), "qwen3-layer_types-bias"]
+)
 def folder(request, checkpoints, tmp_path_factory):
     """The tiny model for a longer context."""
     folder = tmp_path_factory.mktemp("windows") / request.param

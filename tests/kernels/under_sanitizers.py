@@ -59,6 +59,16 @@ for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
         options = {"scale": np.float32(0.1), "soft_cap": np.float32(cap), "window": np.int64(window)}
         starts = np.arange(4, dtype=np.int32) if one_each else cu_q_lens
         jax.block_until_ready(call(q, random(sinks, "float32"), starts, lengths, pages, *pools, **options))
+jax.ffi.register_ffi_target("attend_rows", jax.ffi.pycapsule(library.jaxinfer_attention_rows), platform="cpu")
+for kind, level, group in itertools.product(("float32", "bfloat16"), range(len(cpu.LEVELS)), (1, 5)):
+    library.jaxinfer_level(level)
+    starts = np.array([0, 0, 1, 3, 70, 135, 140], np.int32)  # and three tokens of padding
+    q, (k, v) = random((143, 2, group, 48), kind), (random((143, 2, 48), kind) for _ in range(2))
+    call = jax.ffi.ffi_call("attend_rows", jax.ShapeDtypeStruct(q.shape, q.dtype))
+    for window, cap, causal, sinks, bias in itertools.product((0, 4, 999), (0, 5), (False, True), (0, 1), (0, 1, 9)):
+        options = {"scale": np.float32(0.1), "soft_cap": np.float32(cap), "window": np.int64(window), "causal": causal}
+        distances = random((2 * group, 2 * bias - 1) if bias else 0, "float32")
+        jax.block_until_ready(call(q, random(2 * group * sinks, "float32"), distances, starts, k, v, **options))
 jax.ffi.register_ffi_target("take", jax.ffi.pycapsule(library.jaxinfer_take), platform="cpu")
 call = jax.ffi.ffi_call("take", jax.ShapeDtypeStruct((3, 5), np.float32))
 jax.block_until_ready(call(random((4, 5), "float32"), np.array([3, 9, -1], np.int32)))

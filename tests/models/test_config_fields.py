@@ -115,7 +115,7 @@ BAD_VALUES = {
     float: [-1.0, True, math.nan, math.inf, "1", [1], 1e300, 5e-324, HUGE],
     bool: ["true", [], 2],
     str: NAMES,
-    list: [2, "full_attention", ["chunked_attention"] * 2, []],
+    list: [0, 2, {}, [True], "full_attention", ["chunked_attention"] * 2, []],
     dict: [5, "default", {"rope_type": 5}, {"rope_type": "default", "rope_theta": -1}],
 }
 

@@ -76,7 +76,11 @@ def abstract(found: Reference) -> Model:
     return Model(models.AbstractModel.from_config(config, "float32"), lambda module, batch: module(batch, None)[0])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# In each run one variant of a family, or few; in CI all.
+ALL = [pytest.param(name, marks=pytest.mark.slow if "-" in name else ()) for name in VARIANTS]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_logits(checkpoints, name):
     model = None
     for scale in SCALES:

@@ -206,6 +206,7 @@ def test_only_owners_have_a_cache(folder):
     assert layout.bytes_per_token == 4 * 2 * 2 * (8 * 16 + 32)
 
 
+@pytest.mark.slow
 def test_pieces_windows_and_prefixes(folder):
     """Prompts in pieces beside rows that decode, longer than windows; and prefixes that were there."""
     with LLM(folder, **OPTIONS) as llm:

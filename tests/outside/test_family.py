@@ -61,7 +61,8 @@ def check(llm, prompts=PROMPTS, params=GREEDY):
         assert same(tokens, values.argmax(axis=-1).tolist(), gaps)
 
 
-@pytest.mark.parametrize("name", ["pages", pytest.param("state", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pages", "state"])
 def test_with_prefix_hits_and_preemption(folders, name):
     """There is room for less than two sequences. Pages are found again; a state is there only at a sequence's end."""
     with LLM(folders[name], kv_cache_memory=2**20, **OPTIONS) as probe:

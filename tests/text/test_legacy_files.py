@@ -204,6 +204,7 @@ def change_or_write(path: Path, options: dict[str, Any]) -> None:
         ("bert", "strip_accents", 1),
         ("t5", "extra_ids", 10**9),
         ("byt5", "extra_ids", -1),
+        ("byt5", "extra_ids", 2000),
         ("t5", "extra_ids", True),
         ("mbart", "src_lang", ["en_XX"]),
         ("mbart", "src_lang", "xx_XX"),
@@ -222,6 +223,16 @@ def test_options_that_can_not_be(folder_of: Callable[[str], Path], kind: str, op
         write(folder, tokenizer_config_json={})
     change(folder, "tokenizer_config.json", **{option: value})
     refused(folder)
+
+
+@pytest.mark.parametrize("kind", ["bert", "byt5", "gpt2", "marian", "t5"])
+def test_null_is_as_if_it_were_not_there(folder_of: Callable[[str], Path], kind: str) -> None:
+    folder = folder_of(kind)
+    text = "Hello <extra_id_1> World"
+    usual = load_tokenizer(folder).encode(text)
+    path = folder / "tokenizer_config.json"
+    change_or_write(path, dict.fromkeys(["added_tokens_decoder", "do_lower_case", "extra_ids", "extra_special_tokens"]))
+    assert load_tokenizer(folder).encode(text) == usual
 
 
 def test_all_options_of_the_classes_are_known() -> None:

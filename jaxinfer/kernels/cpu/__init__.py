@@ -1,5 +1,5 @@
-"""Products with weights as they are kept, and attention to pages where they are, on CPU, through XLA's foreign function
-interface.
+"""Products with weights as they are kept, and attention to keys where they are, in pages or in the stream, on CPU,
+through XLA's foreign function interface.
 
 XLA multiplies float32 well, but makes a float32 copy of any other weight in each product. The kernels (`micro.h`) read
 each weight once. They are built with the package where there is a C++ compiler (`build.py`), for all instruction sets
@@ -25,9 +25,9 @@ from jax.sharding import AxisType
 
 LEVELS = ("portable", "avx2", "avx512")
 VARIABLE = "JAXINFER_CPU_KERNELS"
-DOT, INT4, GROUPED, GROUPED_INT4, TAKE, ATTEND = TARGETS = (
+DOT, INT4, GROUPED, GROUPED_INT4, TAKE, ATTEND, ATTEND_ROWS = TARGETS = (
     *("jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_grouped_dot", "jaxinfer_grouped_dot_int4"),
-    *("jaxinfer_take", "jaxinfer_attention"),
+    *("jaxinfer_take", "jaxinfer_attention", "jaxinfer_attention_rows"),
 )
 MOST_QUERIES = 128  # of a token that have one key
 CACHES = ("float32", "bfloat16", "int8")
@@ -273,9 +273,49 @@ def attend(
     score more of each query head, which has no value.
     """
     call = jax.ffi.ffi_call(ATTEND, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential")
-    options = {"scale": np.float32(scale), "soft_cap": np.float32(soft_cap or 0), "window": np.int64(window or 0)}
-    sinks = jnp.zeros(0, "float32") if sinks is None else sinks
-    return call(q, sinks, cu_q_lens, kv_lens, pages, *pools, **options)
+    options = _options(scale, window, soft_cap)
+    return call(q, _or_none(sinks), cu_q_lens, kv_lens, pages, *pools, **options)
+
+
+def _options(scale: float, window: int | None, soft_cap: float | None) -> dict[str, Any]:
+    return {"scale": np.float32(scale), "soft_cap": np.float32(soft_cap or 0), "window": np.int64(window or 0)}
+
+
+def _or_none(x: jax.Array | None) -> jax.Array:
+    return jnp.zeros(0, "float32") if x is None else x.astype("float32")
+
+
+def attends_rows(activations: str, queries: int) -> bool:
+    """Whether there is a kernel for attention within rows here, `queries` of a token that have one key."""
+    fits = activations in ("float32", "bfloat16") and queries <= MOST_QUERIES
+    return fits and kernels().level is not None and alone()
+
+
+def attend_rows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cu_q_lens: jax.Array,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of `q [T, K, G, d]` to keys and values `[T, K, d]` of its own row: `[T, K, G, d]`, zeros for tokens of
+    no row. In programs for a CPU, where `attends_rows` says so.
+
+    Row r has tokens cu_q_lens[r]:cu_q_lens[r + 1]. bias: f32[K * G, 2D - 1], added to scores, of keys that are so far
+    from the query, -(D - 1) to D - 1; those further away have what is at the ends. The rest as in `attend`; a window
+    without causality goes in both directions.
+    """
+    dim, more = q.shape[-1], -q.shape[-1] % 16  # which a vector must divide
+    q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)]) if more else x for x in (q, k, v))
+    call = jax.ffi.ffi_call(ATTEND_ROWS, jax.ShapeDtypeStruct(q.shape, q.dtype), vmap_method="sequential")
+    options = _options(scale, window, soft_cap) | {"causal": causal}
+    out = call(q, _or_none(sinks), _or_none(bias), cu_q_lens, k, v, **options)
+    return out[..., :dim] if more else out
 
 
 kernels()  # compiled programs that are read from a file look for them by name

@@ -158,13 +158,22 @@ void in_pieces(Threads& threads, const Parts& parts, int64_t pieces, int64_t row
 }
 
 struct Attention {
-  const float* q;  // [tokens, kv_heads, group, dim]
-  float* out;
+  const void* q;  // [tokens, kv_heads, group, dim], of float where there are pages
+  void* out;
   const float* sinks;                          // [kv_heads, group], or null
   const float *k_scales, *v_scales;            // [pages, kv_heads, page_size], or null
-  const int32_t *q_start, *kv_len, *pages;     // [rows + 1], [rows] and [rows, table]
+  const int32_t *q_start, *kv_len, *pages;     // [rows + 1], [rows] and [rows, table]; null: keys are in the stream
   int64_t kv_heads, group, dim, page_size, table, window;
   float scale, cap;  // of scores; where cap is not 0 they are scale * tanh(cap * score)
+  int64_t stride;    // from one key to the next
+  bool causal = true;
+  const float* bias = nullptr;  // of distances from -furthest to furthest [kv_heads, group, 2 * furthest + 1], or null
+  int64_t furthest = 0;
+
+  void set_scale(float of_scores, float soft_cap) {
+    scale = soft_cap > 0 ? soft_cap : of_scores;
+    cap = soft_cap > 0 ? std::max(of_scores / soft_cap, FLT_MIN) : 0;
+  }
 };
 
 constexpr int64_t MOST_QUERIES = 128;  // of a token that have one key
@@ -393,20 +402,23 @@ ffi::Error take(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi
   return ffi::Error::Success();
 }
 
-template <class T>
+// X: of queries and what comes out. Those of pages are float, and what has one token there is done by itself.
+template <class X, class T>
 void attend(Threads& threads, const Attention& a, const void* keys, const void* values, int64_t rows) {
   const auto one = AT_LEVEL(attend<T>);
-  const auto some = AT_LEVEL(attend_tile<T>);
-  const int64_t lanes = AT_LEVEL(tile_lanes());
+  const auto some = AT_LEVEL(attend_tile<X, T>);
   struct Task {
-    int64_t row, first;  // of its queries, each of a token and a head; -1: the row has one token
+    int64_t row, first, lanes;  // the first of its queries, each of a token and a head; -1: the row has one token
   };
   std::vector<Task> tasks;
   for (int64_t row = rows - 1; row >= 0; row--) {  // the longest come first: those at the end of a prompt
     const int64_t tokens = a.kv_len[row] > 0 ? a.q_start[row + 1] - a.q_start[row] : 0;
-    if (tokens == 1) tasks.push_back({row, -1});
-    if (tokens > 1)
-      for (int64_t tile = (tokens * a.group - 1) / lanes; tile >= 0; tile--) tasks.push_back({row, tile * lanes});
+    if (tokens == 1 && a.pages) {
+      tasks.push_back({row, -1, 0});
+    } else if (tokens > 0) {
+      const int64_t queries = tokens * a.group, lanes = AT_LEVEL(tile_lanes(queries));
+      for (int64_t tile = (queries - 1) / lanes; tile >= 0; tile--) tasks.push_back({row, tile * lanes, lanes});
+    }
   }
   threads.run(tasks.size() * a.kv_heads, [&](int64_t i) {
     const Task& task = tasks[i / a.kv_heads];
@@ -414,14 +426,17 @@ void attend(Threads& threads, const Attention& a, const void* keys, const void* 
     if (task.first < 0)
       one(a, (const T*)keys, (const T*)values, task.row, head);
     else
-      some(a, (const T*)keys, (const T*)values, task.row, head, task.first);
+      some(a, (const T*)keys, (const T*)values, task.row, head, task.first, task.lanes);
   });
 }
 
-ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t window, ffi::Buffer<ffi::F32> q,
-                     ffi::Buffer<ffi::F32> sinks, ffi::Buffer<ffi::S32> q_start, ffi::Buffer<ffi::S32> kv_len,
-                     ffi::Buffer<ffi::S32> pages, ffi::AnyBuffer keys, ffi::AnyBuffer values, Arguments scales,
-                     ffi::ResultBuffer<ffi::F32> out) {
+using Floats = ffi::Buffer<ffi::F32>;
+
+const float* if_any(const Floats& x) { return x.element_count() ? x.typed_data() : nullptr; }
+
+ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t window, Floats q, Floats sinks,
+                     ffi::Buffer<ffi::S32> q_start, ffi::Buffer<ffi::S32> kv_len, ffi::Buffer<ffi::S32> pages,
+                     ffi::AnyBuffer keys, ffi::AnyBuffer values, Arguments scales, ffi::ResultBuffer<ffi::F32> out) {
   const auto shape = keys.dimensions(), queries = q.dimensions();
   if (shape.size() != 4 || queries.size() != 4 || shape[3] % 16 || queries[3] != shape[3] || queries[1] != shape[1] ||
       queries[2] > MOST_QUERIES || pages.dimensions().size() != 2 ||
@@ -430,7 +445,7 @@ ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t 
     return wrong("jaxinfer_attention: q must be [T, K, G, d], and keys and values [P, K, size, d]");
   Attention a{q.typed_data(),
               out->typed_data(),
-              sinks.element_count() ? sinks.typed_data() : nullptr,
+              if_any(sinks),
               nullptr,
               nullptr,
               q_start.typed_data(),
@@ -442,11 +457,13 @@ ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t 
               shape[2],
               pages.dimensions()[1],
               window ? window : INT32_MAX,
-              soft_cap > 0 ? soft_cap : scale,
-              soft_cap > 0 ? std::max(scale / soft_cap, FLT_MIN) : 0};
+              0,
+              0,
+              shape[3]};
+  a.set_scale(scale, soft_cap);
   if (scales.size() == 2) {
-    a.k_scales = scales.get<ffi::Buffer<ffi::F32>>(0)->typed_data();
-    a.v_scales = scales.get<ffi::Buffer<ffi::F32>>(1)->typed_data();
+    a.k_scales = scales.get<Floats>(0)->typed_data();
+    a.v_scales = scales.get<Floats>(1)->typed_data();
   }
   std::memset(a.out, 0, out->size_bytes());
   Threads threads(pool);
@@ -454,10 +471,68 @@ ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t 
     call(threads, a, keys.untyped_data(), values.untyped_data(), kv_len.element_count());
     return ffi::Error::Success();
   };
-  if (keys.element_type() == ffi::DataType::F32) return with(attend<float>);
-  if (keys.element_type() == ffi::DataType::BF16) return with(attend<bf16>);
-  if (keys.element_type() == ffi::DataType::S8) return with(attend<int8_t>);
+  if (keys.element_type() == ffi::DataType::F32) return with(attend<float, float>);
+  if (keys.element_type() == ffi::DataType::BF16) return with(attend<float, bf16>);
+  if (keys.element_type() == ffi::DataType::S8) return with(attend<float, int8_t>);
   return wrong("jaxinfer_attention: there is none for keys of this type");
+}
+
+ffi::Error attention_rows(ffi::ThreadPool pool, float scale, float soft_cap, int64_t window, bool causal,
+                          ffi::AnyBuffer q, Floats sinks, Floats bias, ffi::Buffer<ffi::S32> q_start,
+                          ffi::AnyBuffer keys, ffi::AnyBuffer values, ffi::Result<ffi::AnyBuffer> out) {
+  const auto queries = q.dimensions(), shape = keys.dimensions();
+  const bool fits = queries.size() == 4 && shape.size() == 3 && queries[0] == shape[0] && queries[1] == shape[1] &&
+                    queries[3] == shape[2] && shape[2] % 16 == 0 && queries[2] <= MOST_QUERIES;
+  const auto kind = q.element_type();
+  if (!fits || values.element_count() != keys.element_count() || out->element_count() != q.element_count() ||
+      keys.element_type() != kind || values.element_type() != kind || out->element_type() != kind)
+    return wrong("jaxinfer_attention_rows: q must be [T, K, G, d], and keys and values [T, K, d], of one type");
+  const int64_t heads = queries[1] * queries[2], rows = (int64_t)q_start.element_count() - 1;
+  if ((sinks.element_count() && (int64_t)sinks.element_count() != heads) || bias.element_count() % heads ||
+      (bias.element_count() && bias.element_count() / heads % 2 == 0))
+    return wrong("jaxinfer_attention_rows: sinks must be [K * G] and a bias [K * G, 2 D - 1]");
+  std::vector<int32_t> lengths;
+  int64_t products = 0;
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t start = q_start.typed_data()[row], stop = q_start.typed_data()[row + 1];
+    if (start < 0 || stop < start || stop > queries[0])
+      return wrong("jaxinfer_attention_rows: rows must follow each other within the tokens");
+    lengths.push_back(stop - start);
+    products += (stop - start) * (stop - start) * heads * shape[2];
+  }
+  // A window that is no shorter than the stream is none, and doesn't overflow.
+  const int64_t seen = window ? std::min<int64_t>(window, queries[0]) : queries[0];
+  Attention a{q.untyped_data(),
+              out->untyped_data(),
+              if_any(sinks),
+              nullptr,
+              nullptr,
+              q_start.typed_data(),
+              lengths.data(),
+              nullptr,
+              shape[1],
+              queries[2],
+              shape[2],
+              0,
+              0,
+              seen,
+              0,
+              0,
+              shape[1] * shape[2],
+              causal,
+              if_any(bias),
+              (int64_t)bias.element_count() / heads / 2};
+  a.set_scale(scale, soft_cap);
+  std::memset(a.out, 0, out->size_bytes());
+  Threads threads(pool);
+  if (products < SMALL) threads.count = 1;
+  auto with = [&](auto call) {
+    call(threads, a, keys.untyped_data(), values.untyped_data(), rows);
+    return ffi::Error::Success();
+  };
+  if (kind == ffi::DataType::F32) return with(attend<float, float>);
+  if (kind == ffi::DataType::BF16) return with(attend<bf16, bf16>);
+  return wrong("jaxinfer_attention_rows: there is none of this type");
 }
 
 auto binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("rounds"); }
@@ -482,21 +557,32 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_take, take,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
 
+auto attention_binding() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("scale").Attr<float>("soft_cap").Attr<int64_t>("window");
+}
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attention, attention,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<float>("scale")
-                                  .Attr<float>("soft_cap")
-                                  .Attr<int64_t>("window")
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                              attention_binding()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<Floats>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_attention_rows, attention_rows,
+                              attention_binding()
+                                  .Attr<bool>("causal")
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 
 // The instruction set that is used, 0 to 2; set to at most `wanted`.
 extern "C" int jaxinfer_level(int wanted) { return level = std::min(wanted, level_of_machine()); }

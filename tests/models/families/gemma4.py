@@ -128,7 +128,7 @@ OTHER, UNIFIED = "gemma4_text-bias-silu-last-full", "gemma4_unified_text"
 MUTANTS = {
     "gemma4: eps": Mutant(ALL, lambda config: replace(config, norm_eps=1e-2)),
     "gemma4: embedding_scale": Mutant(ALL, lambda config: replace(config, embedding_scale=1.0)),
-    "gemma4: activation": Mutant(ALL, lambda config: replace(config, activation="gelu")),
+    "gemma4: activation": Mutant(ALL, lambda config: replace(config, activation="relu")),
     "gemma4: final_logit_softcapping": Mutant(ALL, lambda config: replace(config, logit_soft_cap=None)),
     "gemma4: scale": Mutant(ALL, lambda config: replace(config, scale=16**-0.5)),
     "gemma4: window": Mutant(ALL, of_layers("windows", lambda window: window and window + 1)),
