@@ -222,6 +222,8 @@ class LLM:
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **template_kwargs: Any
     ) -> dict[str, list[int]]:
         """A conversation as a prompt, by the checkpoint's chat template; it gets `tools` and all further arguments."""
+        if self._thread is None:
+            raise self._unsupported()
         return {"prompt_token_ids": self.tokenizer.apply_chat_template(messages, tools, **template_kwargs)}
 
     def chat(

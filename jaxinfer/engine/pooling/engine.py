@@ -76,7 +76,7 @@ class PoolingEngine(ReadyPrograms):
         reader.start()
         try:
             while (rows := reader.take(wait=not flying)) is not None:
-                for packed in pack(rows, self.programs.sizes, self.budget, self.programs.shards):
+                for packed in pack(rows, self.programs, self.budget):
                     flying.append(self._launch(packed))
                     if len(flying) > IN_FLIGHT:
                         yield self._wait(flying.popleft())
@@ -108,10 +108,10 @@ class PoolingEngine(ReadyPrograms):
         trim_memory()
 
     def _launch(self, packed: Packed) -> Call:
-        batch, skips = arrays(packed)
+        each = self.programs.rows(packed.size)
+        batch, skips = arrays(packed, each)
         program: PoolTexts = self.programs[PoolTexts.kind, packed.size]  # type: ignore[assignment]
         inputs = (batch, skips)[: len(program.inputs)]
-        each = len(skips) // len(packed.shards)
         rows = [row for shard in packed.shards for row in shard]
         places = [i * each + place for i, shard in enumerate(packed.shards) for place in range(len(shard))]
         with self._turn:

@@ -124,7 +124,7 @@ def load_pooling(opened: Opened) -> LoadedPooling:
         dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
         abstract = abstract_model(config, dtype, placement, settings, declarations)
         budget = _budget(settings, placement)
-        programs = PoolingPrograms(abstract, placement, sizes_of(budget, max_model_len), pooler)
+        programs = PoolingPrograms(abstract, placement, sizes_of(shape, budget, max_model_len), pooler)
         done = 0
 
         def on_array(nbytes: int) -> None:

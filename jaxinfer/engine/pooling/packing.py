@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.engine.buckets import Buckets
-from jaxinfer.engine.pooling.programs import most_rows
+from jaxinfer.engine.pooling.programs import PoolingPrograms
 
 FULL = 0.75  # a call that would have fewer of its tokens becomes several smaller ones
 
@@ -42,22 +42,23 @@ class Packed:
     shards: list[list[Row]]
 
 
-def pack(rows: Sequence[Row], sizes: tuple[int, ...], budget: int, shards: int = 1) -> Iterator[Packed]:
+def pack(rows: Sequence[Row], programs: PoolingPrograms, budget: int) -> Iterator[Packed]:
     """Calls of up to `budget` tokens a shard, or of a single text that has more."""
+    sizes, shards = programs.sizes, programs.shards
+    usual = tuple(size for size in sizes if size <= max(budget, sizes[0]))
     waiting = sorted(rows, key=lambda row: len(row.ids))  # the longest at the end
     left = sum(len(row.ids) for row in rows)
     while waiting:
-        fitting = tuple(size for size in sizes if size <= budget)
-        size = Buckets.fit(fitting, min(-(-left // shards), fitting[-1]))
-        if left < FULL * size * shards and size > fitting[0]:
-            size = fitting[fitting.index(size) - 1]
+        size = Buckets.fit(usual, min(-(-left // shards), usual[-1]))
+        if left < FULL * size * shards and size > usual[0]:
+            size = usual[usual.index(size) - 1]
         size = max(size, Buckets.fit(sizes, len(waiting[-1].ids)))
         taken: list[list[Row]] = [[] for _ in range(shards)]
         used = [0] * shards
         while waiting:
             shard = used.index(min(used))
             length = len(waiting[-1].ids)
-            if used[shard] + length > size or len(taken[shard]) == most_rows(size):
+            if used[shard] + length > size or len(taken[shard]) == programs.rows(size):
                 break
             taken[shard].append(waiting.pop())
             used[shard] += length
@@ -65,9 +66,10 @@ def pack(rows: Sequence[Row], sizes: tuple[int, ...], budget: int, shards: int =
         yield Packed(Buckets.fit(sizes, max(used)), taken)
 
 
-def arrays(packed: Packed) -> tuple[ForwardBatch, np.ndarray]:
-    """What the program of its size takes: the batch, and of each row how many tokens are skipped."""
-    shape, rows = (len(packed.shards), packed.size), most_rows(packed.size)
+def arrays(packed: Packed, rows: int) -> tuple[ForwardBatch, np.ndarray]:
+    """What the program of its size takes, with so many rows a shard: the batch, and of each how many tokens are
+    skipped."""
+    shape = len(packed.shards), packed.size
     tokens, positions, types = (np.zeros(shape, np.int32) for _ in range(3))
     segments = np.full(shape, rows - 1, np.int32)
     ends, skips = np.zeros((len(packed.shards), rows + 1), np.int32), np.zeros((len(packed.shards), rows), np.int32)

@@ -17,24 +17,23 @@ from jaxinfer.engine.buckets import powers
 from jaxinfer.engine.programs import Function, Key, ModelPrograms, Program, State
 from jaxinfer.layers.pooling import pool
 from jaxinfer.layers.vectors import Step
+from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.model import Params
 from jaxinfer.sharding import ROWS
 from jaxinfer.weights import Axes
 
-# Products of fewer tokens take another path, with other sums.
-SMALLEST = 16
+# Of the smallest call: what is less is summed in another order, and a text's numbers would depend on its company.
+# Products take another path for fewer tokens, and XLA sums arrays of fewer elements otherwise.
+LEAST_TOKENS, LEAST_ELEMENTS = 16, 4096
 TOKENS_A_ROW = 4  # texts are rarely shorter, on the average of a call
 
 
-def sizes_of(budget: int, longest: int) -> tuple[int, ...]:
+def sizes_of(config: ModelConfig, budget: int, longest: int) -> tuple[int, ...]:
     """Tokens of calls, in ascending order: up to the budget, and beyond it for texts that are longer."""
-    usual = powers(SMALLEST, max(budget, SMALLEST), 2)
+    narrowest = min(config.hidden_size, config.num_kv_heads * config.head_dim)
+    smallest = max(LEAST_TOKENS, -(-LEAST_ELEMENTS // narrowest))
+    usual = powers(smallest, max(budget, smallest), 2)
     return usual if longest <= usual[-1] else (*usual, *powers(2 * usual[-1], longest, 2))
-
-
-def most_rows(size: int) -> int:
-    """Texts of a call of so many tokens."""
-    return max(SMALLEST, size // TOKENS_A_ROW)
 
 
 @dataclass(frozen=True)
@@ -78,6 +77,10 @@ class PoolingPrograms(ModelPrograms):
     sizes: tuple[int, ...]
     pooler: Pooler | None
 
+    def rows(self, size: int) -> int:
+        """Texts of a call of so many tokens."""
+        return max(self.sizes[0], size // TOKENS_A_ROW)
+
     @cached_property
     def table(self) -> Mapping[Key, Program[Any]]:
         programs = [PoolTexts(self, size) for size in self.sizes]
@@ -106,7 +109,7 @@ class PoolTexts(Program[PoolingPrograms]):
 
     @property
     def inputs(self) -> tuple[object, ...]:
-        ints, rows = self.shapes.ints, most_rows(self.size)
+        ints, rows = self.shapes.ints, self.shapes.rows(self.size)
         token, row = ints(self.size), ints(rows)
         batch = ForwardBatch(token, token, token, ints(rows + 1), row, (), ints(3), token_types=token)
         return (batch, row) if self.shapes.pooler is not None and self.shapes.pooler.skips else (batch,)
