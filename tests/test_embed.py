@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+import jaxinfer
 from jaxinfer import LLM, RequestError, UnsupportedError
 from jaxinfer.errors import CheckpointError, ContextLengthError, EngineClosed
 from tests.models.families import Variant
@@ -365,6 +366,18 @@ def test_closed(folders):
         next(stream)
     with pytest.raises(EngineClosed):
         llm.embed("a")
+
+
+def test_in_one_call(folders, bert):
+    try:
+        np.testing.assert_array_equal(
+            jaxinfer.embed(TEXTS, folders["bert"], prompt_name="query"), vectors(bert, prompt_name="query")
+        )
+        assert jaxinfer.embed("a", folders["bert"], dimensions=7).shape == (7,)
+        assert jaxinfer.embed([], folders["bert"]).shape[0] == 0
+        assert "'dimension' is not known" in line(lambda: jaxinfer.embed("a", folders["bert"], dimension=7))
+    finally:
+        jaxinfer.unload()
 
 
 def test_many_threads_at_once(bert):

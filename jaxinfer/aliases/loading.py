@@ -37,7 +37,6 @@ LOADING = Words(
         "hf_token": "token",
         "use_auth_token": "token",
         "torch_dtype": "dtype",
-        "override_pooler_config": "pooler_config",
     },
     made={"tensor_parallel_size": _axis("tensor"), "data_parallel_size": _axis("data")},
     instead=names(
@@ -71,6 +70,7 @@ LOADING = Words(
             "config_format": "config.json in Hugging Face's format is read",
             "model_impl": "models are this package's own",
             "task": "here it is runner and convert",
+            "override_pooler_config": "here it is pooler_config",
             "tokenizer_mode": "there is one way to read each tokenizer: leave it out",
             "tokenizer_revision": "revision is of the tokenizer, too",
             "tokenizer_pool_size tokenizer_pool_type tokenizer_pool_extra_config": "not needed here: text is split in "
