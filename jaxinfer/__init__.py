@@ -12,9 +12,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxinfer.api import chat, generate, stream, unload
+    from jaxinfer.api import chat, embed, generate, stream, unload
     from jaxinfer.engine.async_engine import AsyncEngine
-    from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ScoreOutput
+    from jaxinfer.engine.outputs import (
+        ClassificationRequestOutput,
+        CompletionOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+        ScoreOutput,
+    )
     from jaxinfer.errors import (
         CheckpointError,
         ContextLengthError,
@@ -34,6 +42,8 @@ _HOME = {
     "SamplingParams": "jaxinfer.sampling.params",
     "RequestOutput": "jaxinfer.engine.outputs",
     "ScoreOutput": "jaxinfer.engine.outputs",
+    "EmbeddingRequestOutput": "jaxinfer.engine.outputs",
+    "ClassificationRequestOutput": "jaxinfer.engine.outputs",
     "RequestMetrics": "jaxinfer.engine.outputs",
     "CompletionOutput": "jaxinfer.engine.outputs",
     "Logprob": "jaxinfer.engine.outputs",
@@ -46,6 +56,7 @@ _HOME = {
     "generate": "jaxinfer.api",
     "stream": "jaxinfer.api",
     "chat": "jaxinfer.api",
+    "embed": "jaxinfer.api",
     "unload": "jaxinfer.api",
 }
 
@@ -53,8 +64,10 @@ __all__ = [
     "LLM",
     "AsyncEngine",
     "CheckpointError",
+    "ClassificationRequestOutput",
     "CompletionOutput",
     "ContextLengthError",
+    "EmbeddingRequestOutput",
     "EngineClosed",
     "Logprob",
     "QueueFullError",
@@ -65,6 +78,7 @@ __all__ = [
     "ScoreOutput",
     "UnsupportedError",
     "chat",
+    "embed",
     "generate",
     "stream",
     "unload",

@@ -1,4 +1,4 @@
-"""One call does it: `generate`, `stream`, `chat` on a model that stays loaded for the next call."""
+"""One call does it: `generate`, `stream`, `chat`, `embed` on a model that stays loaded for the next call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
+import numpy as np
+
 from jaxinfer.aliases.loading import LOADING
 from jaxinfer.aliases.sampling import SAMPLING
 from jaxinfer.demo import MODEL_DIR
@@ -18,12 +20,14 @@ from jaxinfer.engine.prompts import Prompt, is_single_conversation, is_single_pr
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.llm import LLM, Message
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
+from jaxinfer.tasks.pooling import Text
 
 _SAMPLING = [field.name for field in dataclasses.fields(SamplingParams)]
 # Sampling and LLM both have a seed: here it is the request's.
 _LOADING = set(EngineConfig.__annotations__) - set(_SAMPLING)
 
 _TEMPLATE = ("tools", "chat_template", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+_EMBEDDING = ("prompt_name", "prompt", "dimensions", "normalize", "truncate", "truncate_prompt_tokens")
 _UNSEEN = {"n": 1, "logprobs": None, "prompt_logprobs": None, "detokenize": True}
 
 _loaded: tuple[tuple[Any, ...], LLM] | None = None
@@ -74,9 +78,24 @@ def chat(messages: Any, model: str | os.PathLike[str] | None = None, **options: 
     return texts[0] if is_single_conversation(messages) else texts
 
 
+def embed(texts: Text | Sequence[Text], model: str | os.PathLike[str], **options: Any) -> np.ndarray:
+    """The vectors f32[N, D] of a list of texts, in input order; of a single text f32[D].
+
+    model: a folder or hub id; it stays loaded as for `generate`. options: those of LLM.embed (prompt_name, dimensions,
+    normalize, truncate, ...) and of LLM (dtype, mesh, ...). Raises what they raise.
+    """
+    own = {name: value for name, value in options.items() if name in _EMBEDDING}
+    load = LOADING.translated({name: value for name, value in options.items() if name not in own}, _LOADING | {"seed"})
+    with _held(model, load) as llm:
+        outputs = llm.embed(texts, use_tqdm=False, **own)
+    vectors = [output.outputs.embedding for output in outputs]
+    single = is_single_prompt(texts)
+    return vectors[0] if single else np.stack(vectors) if vectors else np.zeros((0, 0), np.float32)
+
+
 def unload() -> None:
-    """Frees the model that `generate`, `stream` and `chat` keep loaded, once no other thread is in one of them. A
-    stream that is not at its end then ends with an error."""
+    """Frees the model that `generate`, `stream`, `chat` and `embed` keep loaded, once no other thread is in one of
+    them. A stream that is not at its end then ends with an error."""
     with _changed:
         _unload()
 
@@ -91,7 +110,6 @@ def _text(output: RequestOutput) -> str:
 def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> Iterator[tuple[LLM, SamplingParams]]:
     """The model, which no other thread replaces meanwhile, and parameters. Checks all options before anything is
     loaded."""
-    global _users
     if isinstance(model, SamplingParams) or not {"sampling_params", "params"}.isdisjoint(options):
         raise RequestError(
             "sampling parameters are given by name, as max_tokens=16; LLM.generate takes them as they are",
@@ -104,12 +122,20 @@ def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> 
             raise UnsupportedError(
                 f"{name} does not show in the text that is returned: use jaxinfer.LLM(...).generate", name
             )
-    with _changed:
-        llm = _load(MODEL_DIR if model is None else model, load)
-        _users += 1
-    try:
+    with _held(MODEL_DIR if model is None else model, load) as llm:
         llm.tokenizer.require("text that is returned", "use jaxinfer.LLM(...).generate, which gives token ids")
         yield llm, llm.get_default_sampling_params().with_changes(**sampling)
+
+
+@contextlib.contextmanager
+def _held(model: str | os.PathLike[str], load: dict[str, Any]) -> Iterator[LLM]:
+    """The model, which no other thread replaces meanwhile."""
+    global _users
+    with _changed:
+        llm = _load(model, load)
+        _users += 1
+    try:
+        yield llm
     finally:
         with _changed:
             _users -= 1

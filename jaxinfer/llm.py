@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -13,20 +15,35 @@ from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.feed import OnError
-from jaxinfer.engine.load import load_engine
-from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
+from jaxinfer.engine.load import Loaded, load_opened
+from jaxinfer.engine.loading import open_model
+from jaxinfer.engine.outputs import ClassificationRequestOutput, EmbeddingRequestOutput, RequestOutput, ScoreOutput
+from jaxinfer.engine.pooling.engine import PoolingEngine
+from jaxinfer.engine.pooling.load import LoadedPooling, load_pooling
 from jaxinfer.engine.prompts import Prompt, encode_prompt, is_single_conversation, prompt_list
+from jaxinfer.engine.sizing import Sizes
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.thread import EngineThread
-from jaxinfer.errors import RequestError
+from jaxinfer.errors import RequestError, UnsupportedError
+from jaxinfer.models.model import AbstractModel
+from jaxinfer.models.tasks import CLASSIFY, EMBED, GENERATE
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.tasks.beam_search import BeamSearchOutput, beam_search
+from jaxinfer.tasks.classify import ClassifyTask
+from jaxinfer.tasks.embed import EmbedTask
 from jaxinfer.tasks.generate import GenerateTask, prompts_as_they_come, prompts_asked
+from jaxinfer.tasks.pooling import Pair, progress
+from jaxinfer.tasks.pooling import Text as EmbedText
 from jaxinfer.tasks.score import Scorable, ScoreTask, Text, TextAsked, texts_asked
 from jaxinfer.text.base import Tokenizer
 
 Message = Mapping[str, Any]
-
+ClassifyText = EmbedText | Pair
+CAN = {
+    GENERATE: 'the model generates text (LLM.generate, chat, score); convert="embed" loads it for vectors',
+    EMBED: "the model makes vectors of texts (LLM.embed), and nothing else",
+    CLASSIFY: "the model gives texts classes (LLM.classify), and nothing else",
+}
 
 # Arguments of calls that are other programs', or belong to SamplingParams.
 ARGUMENTS = CALL.meaning((*SamplingParams.__dataclass_fields__, *SAMPLING), "it belongs in SamplingParams")
@@ -41,18 +58,29 @@ class LLM:
     """
 
     def __init__(self, model: str | os.PathLike[str], **options: Unpack[EngineConfig]):
-        loaded = load_engine(model, **options)
+        opened = open_model(model, **options)
+        self.task = opened.task
+        self._thread: EngineThread | None = None
+        self._pooling: PoolingEngine | None = None
+        loaded: Loaded | LoadedPooling
+        if self.task == GENERATE:
+            loaded = load_opened(opened)
+            self._sizes = loaded.sizes
+            self.model: AbstractModel = loaded.engine.runner.model
+            self.tokenizer = loaded.engine.tokenizer
+            self._default_sampling_params = loaded.default_sampling_params
+            self._thread = EngineThread(loaded.engine, "LLM")
+        else:
+            loaded = load_pooling(opened)
+            self.model, self.tokenizer, self._pooling = loaded.engine.model, loaded.tokenizer, loaded.engine
+            if self.task == EMBED:
+                self._embed = EmbedTask(loaded)
+            else:
+                self._classify = ClassifyTask(loaded)
         self.folder = loaded.folder
         self.dtype = loaded.dtype
-        self.sizes = loaded.sizes
         self.load_seconds = loaded.load_seconds
         self.description = loaded.describe()
-        self.model = loaded.engine.runner.model
-        self.tokenizer = loaded.engine.tokenizer
-        self._default_sampling_params = loaded.default_sampling_params
-        self.engine_thread = EngineThread(loaded.engine, "LLM")
-        self._generate = GenerateTask(self.engine_thread)
-        self._score = ScoreTask(self.engine_thread)
 
     @classmethod
     def from_config(
@@ -68,6 +96,32 @@ class LLM:
         return cls(model, **options)
 
     @property
+    def engine_thread(self) -> EngineThread:
+        """Where requests are submitted. Raises UnsupportedError where the model makes no text."""
+        if self._thread is None:
+            raise self._unsupported()
+        return self._thread
+
+    @property
+    def sizes(self) -> Sizes:
+        """How much context there is room for. Raises UnsupportedError where the model makes no text."""
+        if self._thread is None:
+            raise self._unsupported()
+        return self._sizes
+
+    @cached_property
+    def _generate(self) -> GenerateTask:
+        return GenerateTask(self.engine_thread)
+
+    @cached_property
+    def _score(self) -> ScoreTask:
+        return ScoreTask(self.engine_thread)
+
+    def _unsupported(self) -> UnsupportedError:
+        """What the model can do, where something else was asked for."""
+        return UnsupportedError(f"{self.folder}: {CAN[self.task]}")
+
+    @property
     def engine(self) -> Engine:
         """What runs the requests, in a thread of its own. Raises ValueError after `close`."""
         self.engine_thread.check_open()
@@ -76,15 +130,16 @@ class LLM:
     @property
     def stats(self) -> EngineStats:
         """Requests, pages, tokens and seconds, as they are now and since loading."""
-        return self.engine.stats
+        return self.engine.stats if self._pooling is None else dataclasses.replace(self._pooling.stats)
 
     @property
     def compile_seconds(self) -> float:
         """Seconds spent compiling (or fetching compiled programs from the cache) since loading."""
-        return self.engine.runner.compile_seconds
+        return (self.engine.runner if self._pooling is None else self._pooling).compile_seconds
 
     def __repr__(self) -> str:
-        return f"<LLM {self.folder}: {'closed' if self.engine_thread.closed else self.description}>"
+        closed = self.engine_thread.closed if self._pooling is None else self._pooling.closed
+        return f"<LLM {self.folder}: {'closed' if closed else self.description}>"
 
     def get_tokenizer(self) -> Tokenizer:
         """`tokenizer`, as vLLM has it."""
@@ -92,6 +147,8 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the checkpoint's generation_config.json asks for; greedy unless it says `do_sample`."""
+        if self._thread is None:
+            raise self._unsupported()
         return self._default_sampling_params()
 
     @takes(ARGUMENTS)
@@ -165,6 +222,8 @@ class LLM:
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **template_kwargs: Any
     ) -> dict[str, list[int]]:
         """A conversation as a prompt, by the checkpoint's chat template; it gets `tools` and all further arguments."""
+        if self._thread is None:
+            raise self._unsupported()
         return {"prompt_token_ids": self.tokenizer.apply_chat_template(messages, tools, **template_kwargs)}
 
     def chat(
@@ -231,10 +290,108 @@ class LLM:
         encoded = [encode_prompt(prompt, self.tokenizer) for prompt in prompt_list(prompts)]
         return beam_search(self.engine_thread, encoded, beam_width, max_tokens, length_penalty, ignore_eos)
 
+    def embed(
+        self,
+        prompts: EmbedText | Sequence[EmbedText],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+        on_error: OnError = "raise",
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of each text; outputs come in input order.
+
+        A text is text, a list of token ids, which are all that the model gets, or a dict with `prompt` or
+        `prompt_token_ids`. prompt_name: the name of one of the checkpoint's prompts, which is put before each text;
+        prompt: another one. dimensions: vectors are cut to so many, as Matryoshka models are trained for. normalize: to
+        length 1, after the cut; None: as the checkpoint says. truncate: of a text that is too long the end is cut off,
+        special tokens stay; truncate_prompt_tokens: to so many tokens, or with -1 to max_model_len. Without them such a
+        text raises ValueError, as does all that can't be served; with on_error="return" its own output says why.
+        """
+        texts = self._embedding.list_of(prompts)
+        outputs = self._embedded(
+            texts, prompt_name, prompt, dimensions, normalize, truncate, truncate_prompt_tokens, on_error
+        )
+        return list(progress(outputs, len(texts), use_tqdm, EmbedTask.done))
+
+    def embed_iter(
+        self,
+        prompts: Iterable[EmbedText],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[EmbeddingRequestOutput]:
+        """`embed` of texts as they come out of an iterable, in their order. It is read no further ahead than it takes
+        to keep the device busy, so the memory does not depend on how many there are."""
+        if isinstance(prompts, str | Mapping):
+            raise RequestError("prompts is one text: embed_iter takes an iterable of them", "prompts")
+        return self._embedded(
+            prompts, prompt_name, prompt, dimensions, normalize, truncate, truncate_prompt_tokens, on_error
+        )
+
+    def classify(
+        self,
+        prompts: ClassifyText | Sequence[ClassifyText],
+        *,
+        use_activation: bool = True,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+        on_error: OnError = "raise",
+    ) -> list[ClassificationRequestOutput]:
+        """The classes of each text, or pair of texts, `(a, b)`; outputs come in input order.
+
+        use_activation: probabilities, as the checkpoint's `problem_type` says; False: logits. The rest is as for
+        `embed`; of a pair the longer text loses its end.
+        """
+        task = self._classification
+        texts = task.list_of(prompts)
+        options = task.text_options(None, truncate, truncate_prompt_tokens)
+        return list(progress(task.run(texts, options, use_activation, on_error), len(texts), use_tqdm, task.done))
+
+    @property
+    def _embedding(self) -> EmbedTask:
+        if self.task != EMBED:
+            raise self._unsupported()
+        return self._embed
+
+    @property
+    def _classification(self) -> ClassifyTask:
+        if self.task != CLASSIFY:
+            raise self._unsupported()
+        return self._classify
+
+    def _embedded(
+        self,
+        texts: Iterable[EmbedText],
+        prompt_name: str | None,
+        prompt: str | None,
+        dimensions: int | None,
+        normalize: bool | None,
+        truncate: bool,
+        truncate_prompt_tokens: int | None,
+        on_error: OnError,
+    ) -> Iterator[EmbeddingRequestOutput]:
+        task = self._embedding
+        before = task.text_options(task.prompt(prompt_name, prompt), truncate, truncate_prompt_tokens)
+        return task.run(texts, before, task.options(dimensions, normalize), on_error)
+
     def close(self) -> None:
         """Frees weights and cache. What was returned stays; what runs in other threads ends with an error, and nothing
         can be asked any more."""
-        self.engine_thread.close()
+        if self._pooling is not None:
+            self._pooling.close()
+        else:
+            self.engine_thread.close()
 
     def __enter__(self) -> Self:
         return self

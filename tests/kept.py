@@ -53,7 +53,7 @@ def identity(program: Program) -> Hashable:
         model.weight_dtype,
         tuple(sorted(model.quantized.items(), key=str)),
     )
-    options = programs.placement, programs.max_steps, programs.attention, programs.kv_cache_dtype
+    options = programs.placement, str(programs.facts)
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(("JAX_", "JAXINFER_"))))
     return program.key, tree, arrays, held, options, environment
 

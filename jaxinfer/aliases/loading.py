@@ -69,7 +69,8 @@ LOADING = Words(
             "max_parallel_loading_workers low_cpu_mem_usage": "not needed here: weights are read one at a time",
             "config_format": "config.json in Hugging Face's format is read",
             "model_impl": "models are this package's own",
-            "task runner convert pooler_config override_pooler_config": "generating and scoring are what is done here",
+            "task": "here it is runner and convert",
+            "override_pooler_config": "here it is pooler_config",
             "tokenizer_mode": "there is one way to read each tokenizer: leave it out",
             "tokenizer_revision": "revision is of the tokenizer, too",
             "tokenizer_pool_size tokenizer_pool_type tokenizer_pool_extra_config": "not needed here: text is split in "
@@ -160,8 +161,6 @@ LOADING = Words(
         "low_cpu_mem_usage": (ANY,),
         "config_format": ("auto", "hf"),
         "task": ("auto", "generate"),
-        "runner": ("auto", "generate"),
-        "convert": ("auto", "none"),
         "tokenizer_pool_type": ("ray",),
         "swap_space": (0, 4),
         "offload_backend": ("auto",),

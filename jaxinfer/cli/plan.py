@@ -165,7 +165,7 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
     from jaxinfer.checkpoint.files import read_config
     from jaxinfer.checkpoint.open import open_weights
     from jaxinfer.checkpoint.settle import as_stored
-    from jaxinfer.engine.load import check_architecture
+    from jaxinfer.engine.loading import check_architecture
     from jaxinfer.models.registry import parse_config
     from jaxinfer.models.wrapped import TIED, untied, with_text
 

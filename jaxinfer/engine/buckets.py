@@ -29,10 +29,10 @@ class Buckets:
         """Powers of two up to the limits, which are the last entries; of four for rows on an accelerator, which reads
         its weights for as long as it multiplies some hundred rows."""
         on_cpu = platform == "cpu"
-        decode = _powers(1, max_rows, 2) if on_cpu else _powers(min(ROWS_AT_ONCE, max_rows), max_rows, 4)
+        decode = powers(1, max_rows, 2) if on_cpu else powers(min(ROWS_AT_ONCE, max_rows), max_rows, 4)
         sample = (max_rows,) if max_rows <= SMALL_ROWS else (SMALL_ROWS, max_rows)
         # Few tokens are not worth a program of their own on a device that is made for many rows.
-        tokens = _powers(min(max(SMALLEST_TOKENS, max_rows // 4), max_tokens), max_tokens, 2)
+        tokens = powers(min(max(SMALLEST_TOKENS, max_rows // 4), max_tokens), max_tokens, 2)
         # What is seldom asked for has half as many sizes: each takes longest to compile.
         return cls(decode, decode[::-2][::-1], tokens, sample)
 
@@ -45,7 +45,7 @@ class Buckets:
         raise ValueError(f"{count} is more than the largest bucket, {table[-1]}")
 
 
-def _powers(first: int, last: int, base: int) -> tuple[int, ...]:
+def powers(first: int, last: int, base: int) -> tuple[int, ...]:
     sizes = []
     while first < last:
         sizes.append(first)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from jaxinfer.engine.config import check_options, which
-from jaxinfer.engine.programs import Key, Programs
+from jaxinfer.engine.programs import Key, ModelPrograms
 from jaxinfer.engine.serialized import (
     deserialize,
     environment,
@@ -111,7 +111,7 @@ class Folder:
         """Says why the folder is not used."""
         _say(self.name, f"not used: {problem}", self.on_progress)
 
-    def fetch(self, programs: Programs, key: Key) -> Any:
+    def fetch(self, programs: ModelPrograms, key: Key) -> Any:
         """The program, ready to be called; None, and a warning that says why, if it isn't what the manifest says."""
         name = name_of(key)
         entry = self.manifest.programs.get(name)

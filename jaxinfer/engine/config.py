@@ -15,6 +15,21 @@ from jaxinfer.quantization.schemes import SCHEMES, Quantization, check_quantizat
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "xla", "pallas"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
+Runner = Literal["auto", "generate", "pooling"]
+Convert = Literal["auto", "none", "embed", "classify"]
+POOLINGS = {"CLS": "cls", "LAST": "lasttoken", "MEAN": "mean"}  # vLLM's names, and sentence-transformers'
+
+
+def check_pooler_config(value: object) -> None:
+    """Raises ValueError for what can't be a `pooler_config`."""
+    if value is None:
+        return
+    fine = isinstance(value, Mapping) and value.keys() <= {"pooling_type", "normalize"} and "pooling_type" in value
+    if not fine or value["pooling_type"] not in POOLINGS or value.get("normalize") not in (None, True, False):  # type: ignore[index, attr-defined]
+        raise ValueError(
+            f"pooler_config is {value!r:.100}: it must be a dict with pooling_type, one of {', '.join(POOLINGS)}, and "
+            "perhaps normalize, true or false"
+        )
 
 
 @dataclass(frozen=True)
@@ -227,6 +242,31 @@ class EngineConfig(TypedDict, total=False):
         ),
     ]
     skip_tokenizer_init: Annotated[bool, Option(False, details="load no tokenizer (off)", of_process_0=True)]
+    runner: Annotated[
+        Runner,
+        Option(
+            "auto",
+            details="`generate`, or `pooling` for vectors and classes of whole texts; `auto` (default): what the "
+            "checkpoint is for, by its class and by the modules of a sentence-transformers folder",
+        ),
+    ]
+    convert: Annotated[
+        Convert,
+        Option(
+            "auto",
+            details="what a model that generates is loaded for instead: `embed` or `classify`; `auto` and `none`: what "
+            "the checkpoint is for",
+        ),
+    ]
+    pooler_config: Annotated[
+        Mapping[str, Any] | None,
+        Option(
+            details='how tokens\' vectors become a text\'s: `{"pooling_type": "MEAN", "normalize": True}`, or `CLS` or '
+            "`LAST`; default: what a sentence-transformers folder says, and of a language model the last token's, "
+            "normalized",
+            check=check_pooler_config,
+        ),
+    ]
     architecture: Annotated[
         Mapping[str, Any] | None,
         Option(

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from jaxinfer.engine.compiled import file_of, name_of
-from jaxinfer.engine.programs import Key, Programs
+from jaxinfer.engine.programs import Key, ModelPrograms
 from jaxinfer.engine.serialized import code, deserialize, environment, serialize, signature
 from jaxinfer.models.declared import Declarations
 from jaxinfer.private_folder import PrivateFolder
@@ -38,7 +38,7 @@ class ExecutableCache:
         self.folder, self.own = folder, own
         self.loaded = 0
 
-    def fetch(self, programs: Programs, key: Key) -> jax.stages.Compiled | None:
+    def fetch(self, programs: ModelPrograms, key: Key) -> jax.stages.Compiled | None:
         """The program, ready to be called; None if it is not there. One that can't be read is removed, and said."""
         name = self._name(programs, key)
         path = self.folder.path / name
@@ -56,7 +56,7 @@ class ExecutableCache:
         self.loaded += 1
         return executable
 
-    def store(self, programs: Programs, key: Key, executable: jax.stages.Compiled) -> None:
+    def store(self, programs: ModelPrograms, key: Key, executable: jax.stages.Compiled) -> None:
         """Keeps a program that was compiled just now."""
         if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
             return  # what comes out of JAX's cache can't be written again on CPU, and nothing says so
@@ -72,7 +72,7 @@ class ExecutableCache:
         except OSError as error:
             log.warning("%s: %s; the program is not kept for the next start", path, error.strerror)
 
-    def _name(self, programs: Programs, key: Key) -> str:
+    def _name(self, programs: ModelPrograms, key: Key) -> str:
         return f"{self.own}/{signature(programs, key)[:16]}-{file_of(name_of(key))}"
 
 
@@ -86,7 +86,7 @@ def open_declarations(root: Path) -> Declarations:
         return Declarations()
 
 
-def open_executables(root: Path, programs: Programs) -> ExecutableCache | None:
+def open_executables(root: Path, programs: ModelPrograms) -> ExecutableCache | None:
     """Those of this engine in the folder `root`, which is made if need be. None, and a line in the log that says why,
     if others could write there. None too for a family from outside of the package: nobody sees a change of its code."""
     if not programs.model.built_in:
@@ -101,7 +101,7 @@ def open_executables(root: Path, programs: Programs) -> ExecutableCache | None:
     return ExecutableCache(folder, own)
 
 
-def _digest(programs: Programs) -> str:
+def _digest(programs: ModelPrograms) -> str:
     """Of what all programs of an engine are made from, but for their arguments, of which each has a signature."""
     model = programs.model
     facts: dict[str, Any] = {
@@ -109,15 +109,7 @@ def _digest(programs: Programs) -> str:
         "model": model.declared.described,
         "dtypes": [str(model.dtype), str(model.weight_dtype)],
         "quantized": {name: str(scheme) for name, scheme in model.quantized.items()},
-        "attention": programs.layout.names,
-        "sizes": [
-            str(programs.buckets),
-            programs.page_counts,
-            programs.page_size,
-            programs.max_model_len,
-            programs.max_rows,
-            programs.max_steps,
-        ],
+        **programs.facts,
         "mesh": None if programs.mesh is None else dict(programs.mesh.shape),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
-from jaxinfer.checkpoint.files import eos_token_ids, read_config, read_generation_config
-from jaxinfer.checkpoint.hub import resolve
+from jaxinfer.checkpoint.files import eos_token_ids, read_generation_config
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
 from jaxinfer.checkpoint.settle import as_stored
@@ -26,14 +24,23 @@ from jaxinfer.compile_cache import enable_compile_cache, executables_folder
 from jaxinfer.distributed import reported
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.compiled import Folder, open_folder
-from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
+from jaxinfer.engine.config import EngineConfig, check_options
 from jaxinfer.engine.defaults import checkpoint_params
-from jaxinfer.engine.dtypes import choose_dtype, computes_in
+from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.executables import open_declarations, open_executables
 from jaxinfer.engine.follower import agree, follow
 from jaxinfer.engine.kv_cache import KVCacheManager
 from jaxinfer.engine.leader import Leader
+from jaxinfer.engine.loading import (
+    Opened,
+    abstract_model,
+    all_devices,
+    check_architecture,
+    choose_placement,
+    open_model,
+    read_tokenizer,
+)
 from jaxinfer.engine.programs import (
     MAX_STEPS,
     Programs,
@@ -47,17 +54,16 @@ from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.shards import DataParallelScheduler
 from jaxinfer.engine.sizing import CPU_SHARE, RESERVE, Sizes, check_cache_memory, choose_sizes, device_bytes
-from jaxinfer.errors import CheckpointError
-from jaxinfer.models.config import ModelConfig
+from jaxinfer.errors import CheckpointError, UnsupportedError
 from jaxinfer.models.declared import Declarations
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import parse_config
-from jaxinfer.models.wrapped import TEXT, with_text
+from jaxinfer.models.tasks import GENERATE
+from jaxinfer.models.wrapped import with_text
 from jaxinfer.quantization.stored import asked_for, check_stored
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sharding import ROWS, axis_size, describe, devices_of, local_devices, make_mesh
-from jaxinfer.text.base import NoTokenizer, Tokenizer
-from jaxinfer.text.tokenizer import LOOKED_FOR, check_vocabulary, has_tokenizer, load_tokenizer
+from jaxinfer.sharding import ROWS, axis_size, describe, devices_of, local_devices
+from jaxinfer.text.tokenizer import check_vocabulary
 
 log = logging.getLogger("jaxinfer")
 
@@ -99,29 +105,33 @@ class Loaded:
         )
 
 
-@reported
 def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     """Loads a folder in Hugging Face's format, or a hub id. Options: see EngineConfig.
 
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
     """
-    start = time.perf_counter()
-    settings, options = check_options(options), dict(in_our_words(options))
+    return load_opened(open_model(model, **options))
+
+
+@reported
+def load_opened(opened: Opened) -> Loaded:
+    """A model that generates. Raises what `load_engine` raises, and UnsupportedError for others."""
+    if opened.task != GENERATE:
+        raise UnsupportedError(f"{opened.folder}: it is there to {opened.task} texts, which jaxinfer.LLM does")
+    start, folder, settings, options, config = opened.start, opened.folder, opened.settings, opened.given, opened.config
     say = settings["on_progress"] or (lambda _: None)
-    folder = resolve(model, settings["revision"], settings["token"])
     cache = executables_folder()
     group = distributed.group()
     if group is not None and group.taken:
         raise ValueError("there was an LLM in this program already: on several hosts it can have one")
-    devices = _devices()
+    devices = all_devices()
     check_cache_memory(settings["kv_cache_memory"], _memory())
-    config = read_config(folder)
     # The cheap files first: what is wrong with them shows before gigabytes are read.
     generation_config = read_generation_config(folder)
     declarations = Declarations() if cache is None or group is not None else open_declarations(cache)
     shape = declarations.config(config).config
     check_stored(config)
-    tokenizer = _tokenizer(folder, settings)
+    tokenizer = read_tokenizer(folder, settings)
     check_vocabulary(tokenizer, shape.vocab_size)
     eos = _eos_token_ids(folder, generation_config, config, tokenizer.eos_token_id)
     asked = checkpoint_params(generation_config, with_text(config), folder, shape.vocab_size)
@@ -136,9 +146,9 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
             settings.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
         if isinstance(checkpoint, Converted):
             checkpoint.check(settings["quantization"])
-        placement = _placement(shape, devices, settings["mesh"])
+        placement = choose_placement(shape, devices, settings["mesh"])
         dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
-        abstract = _model(config, dtype, placement, settings, declarations)
+        abstract = abstract_model(config, dtype, placement, settings, declarations)
         # Refuses what can't be, before the weights are read.
         cache_layout(abstract, placement, settings["attention"], settings["kv_cache_dtype"])
         if group is not None:
@@ -155,7 +165,7 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     if compiled is not None and (problem := _misfit(compiled, abstract, placement, settings)):
         compiled.complain(problem)
         compiled, settings["max_model_len"] = None, options.get("max_model_len")
-        abstract = _model(config, dtype, placement, settings, declarations)
+        abstract = abstract_model(config, dtype, placement, settings, declarations)
     if abstract.config.max_context > shape.max_context:
         log.warning(
             "max_model_len is %d, beyond the original context of %d tokens: sequences of any length are computed with "
@@ -194,43 +204,6 @@ def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
     return loaded
 
 
-def _tokenizer(folder: Path, settings: EngineConfig) -> Tokenizer:
-    """The one that is asked for, the checkpoint's own, or a stand-in that says that there is none."""
-    if settings["skip_tokenizer_init"]:
-        return NoTokenizer(folder, "skip_tokenizer_init loads none")
-    if settings["tokenizer"] is not None:
-        return load_tokenizer(resolve(settings["tokenizer"], token=settings["token"], weights=False))
-    if has_tokenizer(folder):
-        return load_tokenizer(folder)
-    log.warning("%s has no tokenizer (%s): it takes and gives token ids only", folder, LOOKED_FOR)
-    return NoTokenizer(folder, f"{folder} has none")
-
-
-def check_architecture(wanted: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:
-    """Whether `config`, the content of `path`, is of the same architecture, however it is spelt. Raises ValueError."""
-    if wanted.get("model_type") != config.get("model_type"):
-        raise _disagreement(path, "model_type", config.get("model_type"), wanted.get("model_type"))
-    _, actual = parse_config(config)
-    try:
-        _, expected = parse_config(wanted)
-    except ValueError as error:
-        raise ValueError(str(error).replace("config.json", "architecture", 1)) from None
-    if type(actual) is not type(expected):
-        kind, other = ((fields.get(TEXT) or {}).get("model_type") for fields in (config, wanted))
-        raise _disagreement(path, f"{TEXT}.model_type", kind, other)
-    for field in dataclasses.fields(actual):
-        value, other = getattr(actual, field.name), getattr(expected, field.name)
-        if value != other:
-            raise _disagreement(path, field.name, value, other)
-
-
-def _disagreement(path: Path, name: str, value: object, wanted: object) -> ValueError:
-    return ValueError(
-        f"{path}: {name} is {value!r:.200}, and the deployment's architecture says {wanted!r:.200}: give the model "
-        "that is meant, or its architecture"
-    )
-
-
 @reported
 def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Programs, Sizes]:
     """The programs of an engine with these options on this machine's devices, or those of all hosts together.
@@ -239,42 +212,18 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     Raises what load_engine raises.
     """
     settings = check_options(options)
-    devices = _devices()
+    devices = all_devices()
     check_cache_memory(settings["kv_cache_memory"], _memory())
-    placement = _placement(parse_config(config)[1], devices, settings["mesh"])
+    placement = choose_placement(parse_config(config)[1], devices, settings["mesh"])
     dtype = choose_dtype(settings["dtype"], config, None, placement)
-    model = _model(config, dtype, placement, settings)
+    model = abstract_model(config, dtype, placement, settings)
     weights = device_bytes(placed_params(model, placement))
     return sized_programs(model, placement, settings, _available(model, placement, settings, weights=weights))
 
 
-def _model(
-    config: Mapping[str, Any],
-    dtype: np.dtype[Any],
-    placement: jax.Device | Mesh,
-    settings: EngineConfig,
-    declarations: Declarations | None = None,
-) -> AbstractModel:
-    asked, computed = (settings["quantization"], dtype, settings["max_model_len"]), computes_in(dtype, placement)
-    return AbstractModel.from_config(config, computed, *asked, declarations)
-
-
-def _devices() -> list[jax.Device]:
-    """Of this machine; where several hosts have one model, of all of them."""
-    return local_devices() if distributed.group() is None else jax.devices()
-
-
 def placement_for(model: AbstractModel, mesh: str | None) -> jax.Device | Mesh:
     """What would hold the model here: see EngineConfig."""
-    return _placement(model.config, _devices(), mesh)
-
-
-def _placement(shape: ModelConfig, devices: Sequence[jax.Device], mesh: str | None) -> jax.Device | Mesh:
-    """What holds the model: a mesh, or the first device."""
-    alone = devices[0].process_index == devices[-1].process_index
-    wanted = 1 if devices[0].platform == "cpu" and alone else len(devices)
-    sizes = shape.num_heads, shape.num_kv_heads, shape.hidden_size
-    return make_mesh(mesh, devices, *sizes, wanted, shape.experts_per_token > 0) or devices[0]
+    return choose_placement(model.config, all_devices(), mesh)
 
 
 def _misfit(compiled: Folder, model: AbstractModel, placement: jax.Device | Mesh, settings: EngineConfig) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from jaxinfer.engine.request import FinishReason
 
@@ -167,6 +169,74 @@ class ScoreOutput:
             return math.exp(-self.logprob / units) if units else math.nan
         except OverflowError:
             return math.inf
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """A text's vector.
+
+    embedding: f32[D]; empty where there is an error.
+    """
+
+    embedding: np.ndarray
+
+    @property
+    def hidden_size(self) -> int:
+        """D, by vLLM's name."""
+        return len(self.embedding)
+
+
+@dataclass(frozen=True)
+class ClassificationOutput:
+    """A text's classes.
+
+    probs: f32[C]: of one class of several (softmax), of each class (sigmoid), or values of a regression, as the
+        checkpoint's `problem_type` says; logits where these were asked for; empty where there is an error.
+    label: the name of the class with the largest one, and label_id its number; "" and -1 where there is an error.
+    """
+
+    probs: np.ndarray
+    label: str
+    label_id: int
+
+    @property
+    def num_classes(self) -> int:
+        """C, by vLLM's name."""
+        return len(self.probs)
+
+
+@dataclass(frozen=True)
+class PoolingRequestOutput:
+    """What comes back for a text.
+
+    request_id: its number; -1 of what was not served.
+    prompt_token_ids: of the text, with prompt and special tokens, as far as it was not cut.
+    index, error: as in RequestOutput.
+    """
+
+    request_id: int
+    prompt_token_ids: list[int]
+    index: int = 0
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """As vLLM has it."""
+        return True
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput(PoolingRequestOutput):
+    """With its vector."""
+
+    outputs: EmbeddingOutput = field(kw_only=True)
+
+
+@dataclass(frozen=True)
+class ClassificationRequestOutput(PoolingRequestOutput):
+    """With its classes."""
+
+    outputs: ClassificationOutput = field(kw_only=True)
 
 
 def score_error(index: int, error: str) -> ScoreOutput:

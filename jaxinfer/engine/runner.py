@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +11,12 @@ import jax
 import numpy as np
 
 from jaxinfer.distributed import blamed
-from jaxinfer.engine.background import afterwards, in_background
 from jaxinfer.engine.batch_builder import BatchBuilder, Call, ScoredSpan
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.executables import ExecutableCache
 from jaxinfer.engine.leader import Leader
 from jaxinfer.engine.programs import Key, PrepareCounts, PrepareMasks, Programs, Sampled, Score, State, Zeros
+from jaxinfer.engine.ready import ReadyPrograms, trim_memory
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.models.model import Params
@@ -75,7 +71,7 @@ class PendingStep:
         return Result(tokens, count, info, scored, self.spans)
 
 
-class Runner:
+class Runner(ReadyPrograms):
     """Runs schedules. Cache and slots are donated to every call, so there is one of them at any time."""
 
     def __init__(
@@ -86,18 +82,11 @@ class Runner:
         compiled: Folder | None = None,
         kept: ExecutableCache | None = None,
     ):
+        super().__init__(programs, on_compile, compiled, kept)
         self.programs = programs
         self.model, self.buckets = programs.model, programs.buckets
         self.max_rows, self.max_steps = programs.max_rows, programs.max_steps
         self.params = params
-        self.on_compile = on_compile
-        self.compile_seconds = 0.0
-        self.compilations = 0
-        self._compiled = compiled
-        self._kept = kept
-        self._executables: dict[Key, jax.stages.Compiled] = {}
-        self._coming: dict[Key, Future[None]] = {}  # those that threads have begun to compile
-        self._abandoned: Future[None] = Future()
         self.batches = BatchBuilder(programs)
         self.state = State()
         self._prepare([Zeros.key], lambda *_: "making the cache")
@@ -147,25 +136,14 @@ class Runner:
         self._executables.clear()
         # On CPU weights lie in numpy's memory, which JAX lets go of when Python collects garbage.
         gc.collect()
-        _trim_memory()
-
-    def abandon(self) -> None:
-        """Nobody waits any more for a program that is being compiled: before `close`, from another thread."""
-        if not self._abandoned.done():
-            self._abandoned.set_result(None)
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether a call may have failed for that."""
-        return self._abandoned.done()
+        trim_memory()
 
     def warm_up(self, keys: Sequence[Key] | None = None) -> None:
-        """Compiles every program that a schedule can need, or these, several at a time, on all hosts."""
+        """The same on all hosts."""
         keys = self.programs.keys() if keys is None else keys
         if self.leader is not None:
             self.leader.warm_up(keys)
-        what = "loaded" if self._compiled else "compiled"
-        self._prepare(keys, lambda done, count: f"{what} {done} of {count} programs")
+        super().warm_up(keys)
 
     def _call(self, calls: Sequence[Call], then: Sequence[Key] = ()) -> list[Any]:
         executables = self._ready([key for key, _ in calls], then)
@@ -175,60 +153,6 @@ class Runner:
             results.append(result)
         return results
 
-    def _ready(self, keys: Sequence[Key], then: Sequence[Key] = ()) -> list[Any]:
-        """Programs that were compiled ahead: a bucket compiles once, and never behind our back. While some of them are
-        waited for, those of `then` are begun where a thread has nothing to do."""
-        if missing := [key for key in keys if key not in self._executables]:
-            words = " and ".join(f"{kind} for {size} tokens" for kind, size in missing)
-            what = f"{'loading' if self._compiled else 'compiling'} {words}"
-            self._prepare(missing, lambda done, count: "generating" if done == count else what, then)
-        return [self._executables[key] for key in keys]
-
-    def _prepare(self, keys: Sequence[Key], words: Callable[[int, int], str], then: Sequence[Key] = ()) -> None:
-        """Waits until these programs are there, which other threads compile: Ctrl-C is heard at once, and what had
-        begun by then is there later for whoever needs it. words: what is said when so many are done, of how many."""
-        missing = [key for key in keys if key not in self._executables]
-        coming = [key for key in then if key not in self._executables]
-        anew = [key for key in (*missing, *coming) if key not in self._coming or self._coming[key].done()]
-        start = time.perf_counter()
-        try:
-            with in_background(self._compile, anew) as futures:
-                self._coming |= dict(zip(anew, futures, strict=True))
-                for done, key in enumerate(missing):
-                    self._say(words(done, len(missing)))
-                    wait([self._coming[key], self._abandoned], return_when=FIRST_COMPLETED)
-                    if not self._coming[key].done():
-                        raise ValueError("the engine was closed while a program was compiled")
-                    self._coming[key].result()
-        finally:
-            self.compile_seconds += time.perf_counter() - start
-        if missing:
-            self._say(words(len(missing), len(missing)))
-
-    def _say(self, what: str) -> None:
-        if self.on_compile is not None:
-            self.on_compile(what)
-
-    def _compile(self, key: Key) -> None:
-        executable = None
-        for earlier in (self._compiled, self._kept):
-            if executable is None and earlier is not None:
-                executable = earlier.fetch(self.programs, key)
-        if executable is None:
-            executable = self.programs[key].lower().compile()
-            self.compilations += 1
-            if self._kept is not None:
-                afterwards(self._kept.store, self.programs, key, executable)
-        self._executables[key] = executable
-        _trim_memory()  # the compiler leaves a hundred megabytes behind each time
-
 
 def _want_logprobs(schedules: Sequence[SchedulerOutput]) -> bool:
     return any(request.params.logprobs is not None for schedule in schedules for request in schedule.requests)
-
-
-def _trim_memory() -> None:
-    """glibc keeps freed pieces below 32 MB until it is told to give them back."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

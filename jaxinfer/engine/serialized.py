@@ -24,7 +24,7 @@ from jax.experimental import serialize_executable
 
 from jaxinfer import __version__
 from jaxinfer.attention.fused import tokamax_version
-from jaxinfer.engine.programs import Key, Programs
+from jaxinfer.engine.programs import Key, ModelPrograms
 from jaxinfer.kernels.cpu import kernels
 
 SETTINGS = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
@@ -58,21 +58,21 @@ def code() -> str:
     return f"{__version__} ({_source()})"
 
 
-def signature(programs: Programs, key: Key) -> str:
+def signature(programs: ModelPrograms, key: Key) -> str:
     """Of a program's arguments and results: names, shapes, types and how they are split."""
     leaves = [(s.shape, str(s.dtype), _spec(s.sharding)) for s in jax.tree.leaves(programs[key].arguments)]
     text = f"{_trees(programs, key)} {leaves}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def serialize(programs: Programs, key: Key, compiled: Any) -> bytes:
+def serialize(programs: ModelPrograms, key: Key, compiled: Any) -> bytes:
     """A compiled program in JAX's format."""
     content, *trees = serialize_executable.serialize(compiled)
     assert tuple(trees) == _trees(programs, key), key
     return content
 
 
-def deserialize(programs: Programs, key: Key, content: bytes) -> jax.stages.Compiled:
+def deserialize(programs: ModelPrograms, key: Key, content: bytes) -> jax.stages.Compiled:
     """It again, ready to be called. Runs pickle: of trusted bytes alone. Raises ValueError."""
     devices = programs.devices
     try:
@@ -83,7 +83,7 @@ def deserialize(programs: Programs, key: Key, content: bytes) -> jax.stages.Comp
         raise ValueError(f"JAX can't read it ({type(error).__name__}: {error})") from None
 
 
-def _trees(programs: Programs, key: Key) -> tuple[Any, Any]:
+def _trees(programs: ModelPrograms, key: Key) -> tuple[Any, Any]:
     """Of arguments and results. JAX would have them pickled."""
     program = programs[key]
     return jax.tree.structure((program.arguments, {})), jax.tree.structure(program.results)

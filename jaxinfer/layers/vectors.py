@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer import weights as kinds
+
 # Classes of torch.nn, with their default arguments.
 TORCH_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "Identity": lambda x: x,
@@ -112,7 +114,7 @@ class Normalize:
 
 
 def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    return lax.dot_general(x, matrix, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return kinds.dot(x, kinds.Dense(matrix, (None, None)), "float32")
 
 
 def shortened(x: jax.Array, dimensions: int, normalize: bool) -> jax.Array:

@@ -2,7 +2,9 @@
 
 from jaxinfer.engine.programs.base import (
     MAX_STEPS,
+    Function,
     Key,
+    ModelPrograms,
     Program,
     cache_layout,
     placed_decode_state,
@@ -26,7 +28,9 @@ __all__ = [
     "Forward",
     "FullDecode",
     "FullSample",
+    "Function",
     "Key",
+    "ModelPrograms",
     "PrepareCounts",
     "PrepareMasks",
     "Program",

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.sampling.slots import DecodeState
 from jaxinfer.sharding import ROWS, axis_size, devices_of, on_axes, replicated
+from jaxinfer.weights import Axes
 
 T = TypeVar("T")
 Key = tuple[str, int]  # of a program: what it does, and for how many tokens or rows
@@ -72,23 +73,89 @@ def placed_hidden(model: AbstractModel, placement: jax.Device | Mesh, max_tokens
 
 
 @dataclass(frozen=True)
-class EngineShapes:
-    """What programs are made for: a model on one device or a mesh, with a cache of pages.
+class ModelPrograms:
+    """Programs of a model on one device or a mesh, by key.
 
     model, placement: what runs, and on which device or mesh.
+
+    Where the mesh splits rows, `shards` of them, all sizes are of one shard; arrays hold them one after the other.
+    """
+
+    model: AbstractModel
+    placement: jax.Device | Mesh
+
+    @property
+    def table(self) -> Mapping[Key, Program[Any]]:
+        """All that can be needed, known before the first request."""
+        raise NotImplementedError
+
+    def keys(self) -> list[Key]:
+        """Of all of them."""
+        return list(self.table)
+
+    def __getitem__(self, key: Key) -> Program[Any]:
+        return self.table[key]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What programs are made from besides model, place and arguments."""
+        raise NotImplementedError
+
+    @property
+    def mesh(self) -> Mesh | None:
+        return self.placement if isinstance(self.placement, Mesh) else None
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Those of the mesh, in its order."""
+        return devices_of(self.placement)
+
+    @property
+    def shards(self) -> int:
+        """Of rows."""
+        return axis_size(self.mesh, ROWS)
+
+    @cached_property
+    def whole(self) -> Sharding:
+        """Of what every device has the same of."""
+        return replicated(self.placement) if isinstance(self.placement, Mesh) else SingleDeviceSharding(self.placement)
+
+    @cached_property
+    def params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The weights."""
+        return placed_params(self.model, self.placement)
+
+    @property
+    def axes(self) -> Mapping[str, Axes]:
+        """Their logical axes."""
+        return self.model.axes
+
+    @property
+    def state(self) -> State:
+        """What stays on the devices from one call to the next, abstractly."""
+        return State()
+
+    def like(self, tree: T) -> T:
+        """Arguments that the host gives, abstractly."""
+        return structs(tree, self.whole)
+
+    def ints(self, first: int, *shape: int) -> jax.Array:
+        """An array of integers, `first` of each shard of rows, abstractly."""
+        return cast(jax.Array, jax.ShapeDtypeStruct((self.shards * first, *shape), np.int32, sharding=self.whole))
+
+
+@dataclass(frozen=True)
+class EngineShapes(ModelPrograms):
+    """Those over a cache of pages. Each shard of rows has its own slots and pages.
+
     buckets: sizes of calls.
     num_pages, page_size: of the cache's first pool, page 0 among them, and tokens of each.
     max_model_len: most tokens of a sequence.
     max_rows: sequences that run at once.
     max_steps: tokens a row that one decoding call may produce.
     attention, kv_cache_dtype: see EngineConfig.
-
-    Where the mesh splits rows, `shards` of them, all sizes (buckets' too) are of one shard; arrays hold them one after
-    the other.
     """
 
-    model: AbstractModel
-    placement: jax.Device | Mesh
     buckets: Buckets
     num_pages: int
     page_size: int
@@ -99,23 +166,14 @@ class EngineShapes:
     kv_cache_dtype: str = "auto"
 
     @property
-    def mesh(self) -> Mesh | None:
-        return self.placement if isinstance(self.placement, Mesh) else None
+    def facts(self) -> dict[str, Any]:
+        sizes = self.page_counts, self.page_size, self.max_model_len, self.max_rows, self.max_steps
+        return {"attention": self.layout.names, "sizes": [str(self.buckets), *sizes]}
 
     @cached_property
     def layout(self) -> CacheLayout:
         """Of the cache."""
         return cache_layout(self.model, self.placement, self.attention, self.kv_cache_dtype)
-
-    @property
-    def devices(self) -> list[jax.Device]:
-        """Those of the mesh, in its order."""
-        return devices_of(self.placement)
-
-    @property
-    def shards(self) -> int:
-        """Of rows; each has its own slots and pages."""
-        return axis_size(self.mesh, ROWS)
 
     @property
     def max_tokens(self) -> int:
@@ -155,29 +213,11 @@ class EngineShapes:
         return tuple(0 if group.pool is None else group.most_pages(*most) for group in self.layout.groups)
 
     @cached_property
-    def whole(self) -> Sharding:
-        """Of what every device has the same of."""
-        return replicated(self.placement) if isinstance(self.placement, Mesh) else SingleDeviceSharding(self.placement)
-
-    @cached_property
-    def params(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The weights."""
-        return placed_params(self.model, self.placement)
-
-    @cached_property
     def state(self) -> State:
         """All of it."""
         cache = self.layout.arrays(self.page_counts, self.page_size, self.max_rows)
         slots = placed_decode_state(self.model, self.placement, self.max_rows)
         return State(cache, slots, placed_hidden(self.model, self.placement, self.max_tokens))
-
-    def like(self, tree: T) -> T:
-        """Arguments that the host gives, abstractly."""
-        return structs(tree, self.whole)
-
-    def ints(self, first: int, *shape: int) -> jax.Array:
-        """An array of integers, `first` of each shard of rows, abstractly."""
-        return cast(jax.Array, jax.ShapeDtypeStruct((self.shards * first, *shape), np.int32, sharding=self.whole))
 
     def tables(self, rows: int) -> tuple[Table | None, ...]:
         """The page tables of so many rows, abstractly."""
@@ -187,12 +227,13 @@ class EngineShapes:
         )
 
 
+S = TypeVar("S", bound=ModelPrograms)
 # A program's function: parameters by name, state that it changes (donated), state that it reads, what the host gives
 # it -> what the host gets, the changed state.
 Function = Callable[..., tuple[object, State]]
 
 
-class Program(ABC):
+class Program(ABC, Generic[S]):
     """A pure function that runs on the devices, for batches of one size.
 
     kind: what it does.
@@ -205,14 +246,14 @@ class Program(ABC):
     changes: ClassVar[Collection[str]] = ()
     reads: ClassVar[Collection[str]] = ()
 
-    def __init__(self, shapes: EngineShapes, size: int = 1):
+    def __init__(self, shapes: S, size: int = 1):
         self.shapes, self.size = shapes, size
         self.key: Key = (self.kind, size)
 
     @property
     def weights(self) -> Collection[str]:
         """Names of the parameters that it takes: all, where it says nothing else."""
-        return self.shapes.model.abstract
+        return self.shapes.params
 
     @property
     @abstractmethod
@@ -271,7 +312,7 @@ class Program(ABC):
     def over_rows(self, function: Function, input_specs: tuple[object, ...], result: object) -> Function:
         """A function that is written for one shard of rows, for all of them: each runs its own. What tensor devices do
         within a shard is left to XLA. input_specs, result: how what the host gives and gets is split."""
-        mesh, axes = self.shapes.mesh, self.shapes.model.axes
+        mesh, axes = self.shapes.mesh, self.shapes.axes
         if mesh is None:
             return function
         params = {name: on_axes(axes[name], ROWS) for name in self.weights}

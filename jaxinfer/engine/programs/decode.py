@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.attention import ForwardBatch, Table
-from jaxinfer.engine.programs.base import Function, Program
+from jaxinfer.engine.programs.base import EngineShapes, Function, Program
 from jaxinfer.engine.programs.logits import (
     SAMPLED,
     Sampled,
@@ -48,7 +48,7 @@ class DecodeRows:
     tables: tuple[Table | None, ...]
 
 
-class Decode(Program):
+class Decode(Program[EngineShapes]):
     """Up to `max_steps` tokens of each of up to `size` rows; `steps`, i32[], says how many this time. A row ends at one
     of its stop ids or after `samples` tokens; the call ends when all rows have. All of them are plain
     (`SamplingParams.is_plain`)."""

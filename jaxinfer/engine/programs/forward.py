@@ -11,14 +11,14 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.attention import ForwardBatch
-from jaxinfer.engine.programs.base import Function, Program
+from jaxinfer.engine.programs.base import EngineShapes, Function, Program
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.slots import DecodeState
 from jaxinfer.sharding import ROWS
 
 
-class Forward(Program):
+class Forward(Program[EngineShapes]):
     """Decoding rows, one token each (taken from their slots), then chunks of prompts: up to `size` tokens of as many
     rows as there are slots.
 

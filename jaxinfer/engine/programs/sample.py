@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jaxinfer.engine.programs.base import Function, Program
+from jaxinfer.engine.programs.base import EngineShapes, Function, Program
 from jaxinfer.engine.programs.logits import (
     SAMPLED,
     Sampled,
@@ -47,7 +47,7 @@ class SampleRows:
     length: jax.Array | np.ndarray
 
 
-class Sample(Program):
+class Sample(Program[EngineShapes]):
     """A token of each of up to `size` rows, all of them plain (`SamplingParams.is_plain`), after a forward."""
 
     kind = "sample"

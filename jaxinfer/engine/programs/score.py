@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxinfer.engine.programs.base import Function, Program
+from jaxinfer.engine.programs.base import EngineShapes, Function, Program
 from jaxinfer.engine.programs.logits import logits_of, logprobs, most
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
@@ -38,7 +38,7 @@ class Scored:
     likeliest: jax.Array | np.ndarray
 
 
-class Score(Program):
+class Score(Program[EngineShapes]):
     """Logprobs `[size]` of up to `size` tokens, after a forward."""
 
     kind = "score"

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.engine.programs.base import Function, Program
+from jaxinfer.engine.programs.base import EngineShapes, Function, Program
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.slots import Masks, TokenCounts, prepare_slot
 
 
-class PrepareMasks(Program):
+class PrepareMasks(Program[EngineShapes]):
     """Puts a sequence's masks into its slot."""
 
     kind = "prepare masks"
@@ -50,7 +50,7 @@ class PrepareCounts(PrepareMasks):
         return TokenCounts.of(self.shapes.model.config.vocab_size, [], [])
 
 
-class Zeros(Program):
+class Zeros(Program[EngineShapes]):
     """A new state: one zero-filled pool, no temporaries."""
 
     kind = "zeros"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from jaxinfer.engine.programs.base import EngineShapes, Key, Program
 from jaxinfer.engine.programs.decode import Decode, FullDecode
@@ -18,7 +19,7 @@ class Programs(EngineShapes):
     """By key. A mixed call is a forward, and sample or score or both after it; where all rows decode it is a decode."""
 
     @cached_property
-    def table(self) -> dict[Key, Program]:
+    def table(self) -> dict[Key, Program[Any]]:
         programs = [
             *(Decode(self, rows) for rows in self.buckets.decode),
             *(Forward(self, tokens) for tokens in self.buckets.tokens),
@@ -31,13 +32,6 @@ class Programs(EngineShapes):
             Zeros(self),
         ]
         return {program.key: program for program in programs}
-
-    def keys(self) -> list[Key]:
-        """Of all of them."""
-        return list(self.table)
-
-    def __getitem__(self, key: Key) -> Program:
-        return self.table[key]
 
     @property
     def largest(self) -> list[Key]:

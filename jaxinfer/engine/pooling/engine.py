@@ -1,0 +1,134 @@
+"""Packed calls of whole texts, several on their way at a time. Nothing stays on the device but the weights, so any
+number of threads may ask at once."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxinfer.engine.executables import ExecutableCache
+from jaxinfer.engine.pooling.packing import Packed, Row, arrays, pack
+from jaxinfer.engine.pooling.programs import PoolingPrograms, PoolTexts
+from jaxinfer.engine.pooling.reader import Reader
+from jaxinfer.engine.ready import ReadyPrograms, trim_memory
+from jaxinfer.engine.stats import EngineStats
+from jaxinfer.errors import EngineClosed
+from jaxinfer.models.model import Params
+
+IN_FLIGHT = 3  # calls that the device has
+CALLS_A_PORTION = 16  # texts of so many are sorted together
+
+
+class Call(NamedTuple):
+    """One that the device has.
+
+    rows: its texts, in the order of `values`.
+    values: f32[rows of all shards, N].
+    places: of each text among those rows.
+    start: when it was launched, by time.perf_counter.
+    """
+
+    rows: list[Row]
+    values: jax.Array
+    places: list[int]
+    start: float
+
+
+class PoolingEngine(ReadyPrograms):
+    """Texts in, rows of numbers out.
+
+    budget: tokens of a call, on each shard of rows.
+    stats: of `calls`, `prefill_tokens` and `prefill_seconds`, and how many texts are `finished`.
+    """
+
+    def __init__(
+        self,
+        programs: PoolingPrograms,
+        params: Params,
+        budget: int,
+        on_compile: Callable[[str], None] | None = None,
+        kept: ExecutableCache | None = None,
+    ):
+        super().__init__(programs, on_compile, kept=kept)
+        self.programs, self.params, self.budget = programs, params, budget
+        self.model = programs.model
+        self.stats = EngineStats()
+        self.closed = False
+        self._turn = threading.Lock()
+        self._arrived = 0.0  # when the last call's numbers did
+
+    @property
+    def portion(self) -> int:
+        """Tokens of texts that are sorted together, about."""
+        return CALLS_A_PORTION * self.budget * self.programs.shards
+
+    def run(self, reader: Reader) -> Iterator[tuple[list[Row], np.ndarray]]:
+        """The numbers of texts, f32[rows, N] of a call, as they are there. Raises EngineClosed, and what ended the
+        reading."""
+        flying: deque[Call] = deque()
+        reader.start()
+        try:
+            while (rows := reader.take(wait=not flying)) is not None:
+                for packed in pack(rows, self.programs, self.budget):
+                    flying.append(self._launch(packed))
+                    if len(flying) > IN_FLIGHT:
+                        yield self._wait(flying.popleft())
+                if not rows:
+                    yield self._wait(flying.popleft())
+            while flying:
+                yield self._wait(flying.popleft())
+            reader.end()
+        finally:
+            reader.stop()
+
+    def check_open(self) -> None:
+        """Raises EngineClosed after `close`."""
+        if self.closed:
+            raise EngineClosed("this LLM was closed: load it again with LLM(...)")
+
+    def close(self) -> None:
+        """Frees the device's memory."""
+        self.abandon()
+        with self._turn:
+            if self.closed:
+                return
+            self.closed = True
+            for array in self.params.values():
+                array.delete()
+            self.params = {}
+            self._executables.clear()
+        gc.collect()
+        trim_memory()
+
+    def _launch(self, packed: Packed) -> Call:
+        each = self.programs.rows(packed.size)
+        batch, skips = arrays(packed, each)
+        program: PoolTexts = self.programs[PoolTexts.kind, packed.size]  # type: ignore[assignment]
+        inputs = (batch, skips)[: len(program.inputs)]
+        rows = [row for shard in packed.shards for row in shard]
+        places = [i * each + place for i, shard in enumerate(packed.shards) for place in range(len(shard))]
+        with self._turn:
+            self.check_open()
+            smaller = [key for key in self.programs.table if key[1] <= self.budget]
+            (executable,) = self._ready([program.key], smaller)
+            values, _ = program.run(executable, self.params, self.programs.state, inputs)
+            self.stats.calls += 1
+        assert isinstance(values, jax.Array)
+        return Call(rows, values, places, time.perf_counter())
+
+    def _wait(self, call: Call) -> tuple[list[Row], np.ndarray]:
+        values = np.asarray(jax.device_get(call.values))[call.places]
+        with self._turn:
+            now = time.perf_counter()
+            self.stats.prefill_seconds += now - max(call.start, self._arrived)
+            self._arrived = now
+            self.stats.prefill_tokens += sum(len(row.ids) for row in call.rows)
+            self.stats.finished += len(call.rows)
+        return call.rows, values
