@@ -148,10 +148,10 @@ def test_alone_as_in_company(llms, kind):
 def test_nothing_compiles_after_a_warm_up(folders, llms):
     with LLM(folders["bert"], max_num_batched_tokens=64, warmup=True) as llm:
         engine = llm._pooling
-        assert engine.compilations + engine._kept.loaded == len(engine.programs.sizes) == 4
-        before = engine.compilations, engine._kept.loaded
+        assert len(engine._executables) == len(engine.programs.sizes) == 4
+        before = engine.compile_seconds
         np.testing.assert_array_equal(vectors(llm), vectors(llms["bert"]))
-        assert (engine.compilations, engine._kept.loaded) == before
+        assert engine.compile_seconds == before
         stats = llm.stats
         assert stats.finished == len(TEXTS)
         assert stats.prefill_tokens == sum(len(text.encode()) + 1 for text in TEXTS)

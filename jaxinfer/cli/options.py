@@ -108,11 +108,11 @@ class ModelOptions:
         return MODEL_DIR if self.model is None else self.model, options
 
     def load(self, progress: Progress, **more: Any) -> LLM:
-        """The model in memory, with `more` options of `LLM`. Raises what that raises; a wrong name shows before JAX is
-        imported."""
+        """A model that makes text in memory, with `more` options of `LLM`. Raises what that raises; a wrong name shows
+        before JAX is imported."""
         from jaxinfer.checkpoint.hub import resolve
 
-        model, options = self.loading(**more)
+        model, options = self.loading(**{"runner": "generate"} | more)
         folder = resolve(model, options.pop("revision", None))
         progress("starting JAX")
         from jaxinfer.llm import LLM

@@ -17,6 +17,7 @@ from jaxinfer.errors import EngineClosed
 
 log = logging.getLogger("jaxinfer")
 
+NAME = "jaxinfer-engine"  # of all such threads
 STREAM_SECONDS = 0.1  # who reads as it comes is told something this often, where the device is fast enough
 GATHER_SECONDS = 0.005  # an idle engine waits so long for the next of several requests, to begin with all of them
 EXIT_SECONDS = 60.0  # the program's end waits so long for a call of the device to end
@@ -54,8 +55,7 @@ class EngineThread:
         self._lock = threading.Lock()
         self.closed = False
         self._freed = False
-        self._thread = threading.Thread(target=self._owner.run, name="jaxinfer-engine", daemon=True)
-        _running[self._thread] = self._owner
+        self._thread = threading.Thread(target=self._owner.run, name=NAME, daemon=True)
         self._thread.start()
         weakref.finalize(self, self._owner.tasks.put, None).atexit = False
         _threads.add(self)
@@ -132,13 +132,10 @@ class Owner:
 
     def run(self) -> None:
         """Until the end."""
-        try:
-            while self._tasks():
-                if not self.engine.idle:
-                    self._step()
-            self._fail(self.closed)
-        finally:
-            _running.pop(threading.current_thread(), None)
+        while self._tasks():
+            if not self.engine.idle:
+                self._step()
+        self._fail(self.closed)
 
     def begin(self, submissions: Sequence[Submission]) -> None:
         for submission in submissions:
@@ -205,13 +202,12 @@ class Owner:
 
 
 _threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()
-_running: dict[threading.Thread, Owner] = {}
 
 
 @atexit.register  # after JAX's own, so before them: a thread that is in JAX while JAX is taken down would crash
 def _stop_all() -> None:
     for engine_thread in list(_threads):
         engine_thread.stop()
-    for thread, owner in list(_running.items()):  # also those that the garbage collector has ended, in their last step
-        owner.tasks.put(None)
-        thread.join(EXIT_SECONDS)
+    for thread in threading.enumerate():  # those too that the garbage collector has ended: they free what they had
+        if thread.name == NAME:
+            thread.join(EXIT_SECONDS)

@@ -3,6 +3,8 @@
 import asyncio
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -310,3 +312,26 @@ def test_a_closed_event_loop_harms_nobody(checkpoints, llm):
     assert asyncio.run(token_ids()) == llm.generate([work(4)[0]], work(4)[1], use_tqdm=False)[0].outputs[0].token_ids
     settled(engine)
     engine.close()
+
+
+FREED_LATE = """
+import threading, time
+from jaxinfer.engine.thread import EngineThread
+
+class Engine:
+    idle = True
+    def drop_all(self, reason): pass
+    def __del__(self):
+        begun.set()
+        time.sleep(0.5)  # what frees the device's memory is in C++, where Python's end would abort the process
+        print("freed")
+
+begun = threading.Event()
+EngineThread(Engine(), "LLM")
+begun.wait()
+"""
+
+
+def test_the_end_waits_for_threads_that_free_what_they_had():
+    done = subprocess.run([sys.executable, "-c", FREED_LATE], capture_output=True, text=True, check=True)
+    assert done.stdout == "freed\n"

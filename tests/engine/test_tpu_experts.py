@@ -23,14 +23,13 @@ QWEN3_30B = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("topology", "mesh", "quantization"),
     [
-        ("v5e-8", "tensor=8", None),
-        ("v6e-8", "data=2,tensor=4", None),
-        ("v5e-8", "tensor=8", "int8"),
-        ("v5e-8", "tensor=8", "int4"),
+        pytest.param("v5e-8", "tensor=8", None, marks=pytest.mark.long),
+        pytest.param("v6e-8", "data=2,tensor=4", None, marks=pytest.mark.slow),
+        pytest.param("v5e-8", "tensor=8", "int8", marks=pytest.mark.long),
+        pytest.param("v5e-8", "tensor=8", "int4", marks=pytest.mark.slow),
     ],
 )
 def test_experts_stay_where_they_are(topology, mesh, quantization):

@@ -7,7 +7,7 @@ pytest.importorskip("torch", reason="transformers' models are the judge")
 from jaxinfer.models.registry import model_types
 from tests.models.random_fields import Result, run, share, table
 
-SOME = 5  # of each family
+SOME = 3  # of each family
 
 
 @pytest.fixture(autouse=True)

@@ -144,7 +144,7 @@ def test_other_heads_are_refused_by_name(model_type, named, task, supported):
 
 def test_an_encoder_makes_no_text(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    refusal(tmp_path, "model_type 'bert' is an encoder: it makes no text")
+    refusal(tmp_path, "model_type 'bert' is an encoder: it makes no text", runner="generate")
     assert "jaxinfer_task is 'sing'" in line(lambda: architecture(with_task({"model_type": "bert"}, "sing")))
 
 
@@ -159,7 +159,7 @@ def test_a_classifier_is_no_language_model(tmp_path, cli):
     config = CONFIG | {"tie_word_embeddings": True}
     folder = write_checkpoint(tmp_path / "model", config, random_tensors(config))
     change(folder, architectures=["LlamaForSequenceClassification"])
-    refusal(folder, "architectures is ['LlamaForSequenceClassification']", "LlamaForCausalLM")
+    refusal(folder, "architectures is ['LlamaForSequenceClassification']", "LlamaForCausalLM", runner="generate")
     assert "LlamaForSequenceClassification" in cli("generate", "x", "-m", folder).error()
     assert "LlamaForSequenceClassification" in cli("plan", folder, "--topology", "h100-1").error()
 
