@@ -37,7 +37,7 @@ def test_experts_stay_where_they_are(topology, mesh, quantization):
     takes are mostly its tokens, each as often as it has experts. In floats all three products are a kernel's."""
     shards = 2 if "data=2" in mesh else 1
     case = {"topology": topology, "mesh": mesh, "config": QWEN3_30B, "rows": 64 // shards, "tokens": 1024 // shards}
-    decode, forward, _ = compiled(case | {"quantization": quantization})
+    decode, forward = compiled(case | {"kinds": ["decode", "forward"], "quantization": quantization})
     assert decode["kernels"] == forward["kernels"] == 2 * (1 if quantization else 4)
     print(topology, quantization, *(f"{figures['temporaries'] / MIB:.1f} MiB" for figures in (decode, forward)))
     values = 16 * 768 * 2048 * {None: 2, "int8": 1, "int4": 0.5}[quantization]
@@ -56,7 +56,7 @@ def test_gpt_oss(topology):
     XLA, whose pools are aliased, and nowhere copied."""
     config = deployment_of("gpt-oss-120b_v6e-8").architecture | {"num_hidden_layers": 2}
     case = {"topology": topology, "mesh": "tensor=8", "config": config, "rows": 64, "tokens": 1024}
-    decode, forward, _ = compiled(case)
+    decode, forward = compiled(case | {"kinds": ["decode", "forward"]})
     print(topology, *(f"{figures['temporaries'] / MIB:.1f} MiB" for figures in (decode, forward)))
     experts = 2 * 3 * 16 * 2880 * 2880 * 17 // 32
     assert experts < decode["weights"] < experts + 2 * 201088 // 8 * 2880 * 2 + 100 * MIB

@@ -48,7 +48,8 @@ for case in json.loads(sys.argv[1]):
         Buckets.make(rows, 1024), num_pages=1025, page_size=case.get("page_size", 64), max_model_len=4096,
         max_rows=rows, max_steps=32, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
     )
-    for key in (("full_decode", rows), ("forward", case["tokens"]), ("full_sample", rows)):
+    for kind in case["kinds"]:
+        key = kind, case["tokens"] if kind == "forward" else rows
         asked.clear()
         compiled = programs[key].lower().compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -74,7 +75,8 @@ MIB = 2**20
 
 
 def compiled(*cases):
-    """For each case what decodes, and what does the two parts of a mixed call."""
+    """For each case its programs, of `kinds`: what decodes, and what does the two parts of a mixed call."""
+    cases = [{"kinds": ["full_decode", "forward", "full_sample"]} | case for case in cases]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(cases)],
         capture_output=True,
@@ -83,7 +85,7 @@ def compiled(*cases):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == 3 * len(cases)
+    assert len(lines) == sum(len(case["kinds"]) for case in cases)
     return lines
 
 
