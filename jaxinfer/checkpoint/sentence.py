@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxinfer.checkpoint.files import check_folder, read_any_json, read_json, short, some
 from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.static import unknown_token
 from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.pooling import POOLINGS
 from jaxinfer.layers.vectors import TORCH_ACTIVATIONS, Dense, Normalize, Step, VectorNorm
@@ -63,6 +64,8 @@ class SentenceModel:
     dimensions: vectors are cut to so many; None: they are not.
     max_seq_length: tokens of a text, with special ones; None: what the model can do.
     lower_case: texts are made lower-case first.
+    is_table: there is a table of vectors instead of the model (see static.py), and no token around a text.
+    dropped: the id of a token that is left out of texts.
     """
 
     transformer: Path
@@ -76,6 +79,8 @@ class SentenceModel:
     dimensions: int | None = None
     max_seq_length: int | None = None
     lower_case: bool = False
+    is_table: bool = False
+    dropped: int | None = None
 
     def output_size(self, hidden_size: int) -> int:
         """The width of vectors, of hidden states of that width. Raises CheckpointError if modules don't fit."""
@@ -98,17 +103,29 @@ def read_sentence_model(folder: str | os.PathLike[str]) -> SentenceModel | None:
     if not os.path.lexists(root / MODULES):
         return None
     transformer, *others = _modules(root)
-    _check_kind(transformer, root / MODULES, "Transformer")
-    found: Json = {"transformer": transformer.folder, **_lengths(transformer.folder), **_said(root)}
-    if not others or others[0].kind != "Pooling":
+    _check_kind(transformer, root / MODULES, "Transformer", "StaticEmbedding")
+    found: Json = {"transformer": transformer.folder, **_said(root)}
+    if transformer.kind == "StaticEmbedding":
+        found["is_table"] = True
+    elif not others or others[0].kind != "Pooling":
         raise CheckpointError(f"{root / MODULES}: the module after the transformer must be a Pooling")
-    found |= _pooling(others.pop(0).folder)
+    else:
+        found |= _lengths(transformer.folder) | _pooling(others.pop(0).folder)
     steps = []
     for module in others:
         _check_kind(module, root / MODULES, *STEPS)
         step = STEPS[module.kind](module.folder)
         steps += [] if step is None else [(step, module.folder)]
     return SentenceModel(**found, steps=tuple(steps))
+
+
+def read_model2vec(folder: Path, config: Mapping[str, Any]) -> SentenceModel:
+    """What the config.json of a model2vec folder says that has no modules. Raises CheckpointError."""
+    fields = ConfigReader(config, str(folder / "config.json"))
+    steps: tuple[tuple[Step, Path], ...] = ((Normalize(), folder),) if fields.boolean("normalize", False) else ()
+    unlimited = "max_length" in config and config["max_length"] is None
+    length = None if unlimited else fields.integer("max_length", 512)
+    return SentenceModel(folder, steps=steps, max_seq_length=length, is_table=True, dropped=unknown_token(folder))
 
 
 def read_steps(model: SentenceModel) -> list[dict[str, np.ndarray[Any, Any]]]:

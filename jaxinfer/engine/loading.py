@@ -18,14 +18,15 @@ from jax.sharding import Mesh
 from jaxinfer import distributed
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.hub import resolve
-from jaxinfer.checkpoint.sentence import MODULES, SentenceModel, read_sentence_model
+from jaxinfer.checkpoint.sentence import MODULES, SentenceModel, read_model2vec, read_sentence_model
+from jaxinfer.checkpoint.static import static_config
 from jaxinfer.distributed import reported
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.dtypes import computes_in
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.declared import Declarations
 from jaxinfer.models.model import AbstractModel
-from jaxinfer.models.registry import parse_config, task_of
+from jaxinfer.models.registry import STATIC, parse_config, task_of
 from jaxinfer.models.tasks import CLASSIFY, EMBED, GENERATE
 from jaxinfer.models.wrapped import TEXT
 from jaxinfer.sharding import local_devices, make_mesh
@@ -65,6 +66,8 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> Opened:
     folder = resolve(model, settings["revision"], settings["token"])
     if settings["runner"] == "generate" or not os.path.lexists(folder / MODULES):
         config = read_config(folder)
+        if config["model_type"] == STATIC:
+            return Opened(folder, static_config(folder), EMBED, read_model2vec(folder, config), settings, given, start)
         return Opened(folder, config, _task(config, settings), None, settings, given, start)
     if os.path.lexists(folder / "config.json"):  # cross-encoders have modules, too
         config = read_config(folder)
@@ -72,7 +75,8 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> Opened:
             return Opened(folder, config, CLASSIFY, None, settings, given, start)
     sentence = read_sentence_model(folder)
     assert sentence is not None
-    return Opened(sentence.transformer, read_config(sentence.transformer), EMBED, sentence, settings, given, start)
+    config = (static_config if sentence.is_table else read_config)(sentence.transformer)
+    return Opened(sentence.transformer, config, EMBED, sentence, settings, given, start)
 
 
 def _task(config: Mapping[str, Any], settings: EngineConfig) -> str:

@@ -114,14 +114,17 @@ class PoolingTask(ABC, Generic[PoolingOut]):
         if isinstance(text, Mapping):
             text = _of_dict(text)
         limit = Truncation(options.most) if options.truncate else None
-        types: list[int] | None = None
+        types, sentence = None, self.loaded.sentence
         if isinstance(text, str):
             text = text if options.prompt is None else options.prompt + text
-            if self.loaded.sentence is not None and self.loaded.sentence.lower_case:
+            if sentence and sentence.lower_case:
                 text = text.lower()
-            ids = self.tokenizer.encode(text)
+            special = not (sentence and sentence.is_table)
+            ids = self.tokenizer.encode(text, special)
             if limit is not None and len(ids) > options.most:
-                ids = self.tokenizer.encoding(text, truncation=limit).ids
+                ids = self.tokenizer.encoding(text, truncation=limit, add_special_tokens=special).ids
+            if sentence and sentence.dropped is not None:
+                ids = [i for i in ids if i != sentence.dropped]
         elif isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
             if not self.pairs:
                 raise RequestError("a pair of texts is given, and the model makes vectors of single ones", "prompt")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.executables import ExecutableCache
 from jaxinfer.engine.pooling.packing import Packed, Row, arrays, pack
 from jaxinfer.engine.pooling.programs import PoolingPrograms, PoolTexts
@@ -52,12 +53,12 @@ class PoolingEngine(ReadyPrograms):
         self,
         programs: PoolingPrograms,
         params: Params,
-        budget: int,
         on_compile: Callable[[str], None] | None = None,
+        compiled: Folder | None = None,
         kept: ExecutableCache | None = None,
     ):
-        super().__init__(programs, on_compile, kept=kept)
-        self.programs, self.params, self.budget = programs, params, budget
+        super().__init__(programs, on_compile, compiled, kept)
+        self.programs, self.params, self.budget = programs, params, programs.budget
         self.model = programs.model
         self.stats = EngineStats()
         self.closed = False

@@ -15,11 +15,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
-from jaxinfer.checkpoint.open import load_weights, open_weights
+from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.sentence import SentenceModel, read_steps
 from jaxinfer.checkpoint.settle import as_stored
+from jaxinfer.checkpoint.static import read_table
 from jaxinfer.compile_cache import enable_compile_cache, executables_folder
 from jaxinfer.distributed import reported
+from jaxinfer.engine.compiled import open_folder
 from jaxinfer.engine.config import OPTIONS, POOLINGS, EngineConfig
 from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.engine.executables import open_declarations, open_executables
@@ -33,10 +36,13 @@ from jaxinfer.engine.loading import (
 )
 from jaxinfer.engine.pooling.engine import PoolingEngine
 from jaxinfer.engine.pooling.programs import Pooler, PoolingPrograms, sizes_of
+from jaxinfer.engine.programs import placed_params
 from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.vectors import Normalize
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.declared import Declarations
+from jaxinfer.models.model import AbstractModel, Params
+from jaxinfer.models.registry import parse_config
 from jaxinfer.models.tasks import CLASSIFY, with_task
 from jaxinfer.quantization.stored import asked_for, check_stored
 from jaxinfer.sharding import ROWS, axis_size, describe, devices_of
@@ -47,7 +53,7 @@ log = logging.getLogger("jaxinfer")
 
 OF_A_CACHE = (
     *("kv_cache_dtype", "kv_cache_memory", "page_size", "max_num_seqs", "memory_utilization", "enable_prefix_caching"),
-    *("compiled", "seed", "attention"),
+    *("seed", "attention"),
 )
 
 
@@ -101,17 +107,8 @@ def load_pooling(opened: Opened) -> LoadedPooling:
     declarations = Declarations() if cache is None else open_declarations(cache)
     shape = declarations.config(config).config
     check_stored(config)
-    sentence, pooler, normalizes, size = None, None, False, 0
-    if task != CLASSIFY:
-        sentence = _sentence(opened, shape)
-        size = dataclasses.replace(sentence, dimensions=None).output_size(shape.output_size)
-        steps = [step for step, _ in sentence.steps]
-        normalizes = bool(steps) and isinstance(steps[-1], Normalize)
-        # The last thing that is done, after the cut, and so by the host.
-        pooler = Pooler(sentence.pooling, tuple(steps[:-1] if normalizes else steps), not sentence.include_prompt)
-    elif shape.classifier is not None:
-        size = shape.classifier.num_labels
-    max_model_len = _max_model_len(settings, sentence, shape, folder)
+    sentence, pooler, normalizes, size = vectors_of(opened, shape)
+    text_length(opened, sentence, shape)  # refused before anything is read
     tokenizer = read_tokenizer(folder, settings)
     check_vocabulary(tokenizer, shape.vocab_size)
     devices = all_devices()
@@ -119,12 +116,15 @@ def load_pooling(opened: Opened) -> LoadedPooling:
         config = as_stored(config, checkpoint, declarations)
         if settings["architecture"] is not None:
             check_architecture(with_task(settings["architecture"], task), config, folder / "config.json")
-        settings["quantization"] = asked_for(settings["quantization"], config)
+        settings["quantization"] = opened.given["quantization"] = asked_for(settings["quantization"], config)
+        compiled = None
+        if settings["compiled"] is not None:
+            compiled = open_folder(settings["compiled"], config, devices, opened.given, say, str(pooler))
+            settings.update(compiled.manifest.options if compiled else {})  # type: ignore[typeddict-item]
         placement = choose_placement(shape, devices, settings["mesh"])
         dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
         abstract = abstract_model(config, dtype, placement, settings, declarations)
-        budget = _budget(settings, placement)
-        programs = PoolingPrograms(abstract, placement, sizes_of(shape, budget, max_model_len), pooler)
+        programs = pooling_programs(abstract, placement, settings, pooler, text_length(opened, sentence, shape))
         done = 0
 
         def on_array(nbytes: int) -> None:
@@ -132,22 +132,71 @@ def load_pooling(opened: Opened) -> LoadedPooling:
             done += nbytes
             say(f"loading weights {done / abstract.nbytes:.0%}")
 
-        params = load_weights(abstract, checkpoint, placement, on_array)
+        if sentence is not None and sentence.is_table:
+            params = _table(abstract, checkpoint, placement)
+        else:
+            params = load_weights(abstract, checkpoint, placement, on_array)
     if pooler is not None and sentence is not None:
         weights = [array for own in read_steps(sentence) for array in own.values()]
         params |= {n: jax.device_put(a, programs.whole) for n, a in zip(pooler.shapes, weights, strict=True)}
-    kept = None if cache is None else open_executables(cache, programs)
+    kept = None if cache is None or compiled is not None else open_executables(cache, programs)
     if kept is None:
         enable_compile_cache()
-    engine = PoolingEngine(programs, params, budget, say, kept)
+    engine = PoolingEngine(programs, params, say, compiled, kept)
     if settings["warmup"]:
         engine.warm_up()
     seconds = time.perf_counter() - opened.start
     loaded = LoadedPooling(
-        engine, tokenizer, folder, dtype, config, task, sentence, normalizes, size, max_model_len, seconds
+        engine, tokenizer, folder, dtype, config, task, sentence, normalizes, size, programs.max_model_len, seconds
     )
     log.info("loaded %s in %.1f s: %s", folder, seconds, loaded.describe())
     return loaded
+
+
+def _table(model: AbstractModel, checkpoint: Weights, placement: jax.Device | Mesh) -> Params:
+    """The only parameter of a table of vectors."""
+    assert isinstance(checkpoint, Checkpoint)
+    ((name, array),) = placed_params(model, placement).items()
+    return {name: jax.device_put(read_table(checkpoint).astype(array.dtype), array.sharding)}
+
+
+def local_pooling_programs(opened: Opened) -> PoolingPrograms:
+    """The programs of an engine for it on this machine's devices. Raises what load_pooling raises."""
+    settings, config = opened.settings, with_task(opened.config, opened.task)
+    shape = parse_config(config)[1]
+    sentence, pooler, *_ = vectors_of(opened, shape)
+    placement = choose_placement(shape, all_devices(), settings["mesh"])
+    model = abstract_model(config, choose_dtype(settings["dtype"], config, None, placement), placement, settings)
+    return pooling_programs(model, placement, settings, pooler, text_length(opened, sentence, shape))
+
+
+def pooling_programs(
+    model: AbstractModel,
+    placement: jax.Device | Mesh,
+    settings: EngineConfig,
+    pooler: Pooler | None,
+    max_model_len: int,
+) -> PoolingPrograms:
+    """With calls of as many tokens as these settings say."""
+    on_cpu = devices_of(placement)[0].platform == "cpu"
+    tokens = settings["max_num_batched_tokens"] or (1024 if on_cpu else 8192)
+    budget = max(-(-tokens // axis_size(placement, ROWS)), 1)
+    sizes = sizes_of(model.config, budget, max_model_len)
+    return PoolingPrograms(model, placement, sizes, pooler, budget, max_model_len)
+
+
+def vectors_of(opened: Opened, shape: ModelConfig) -> tuple[SentenceModel | None, Pooler | None, bool, int]:
+    """How vectors are made of hidden states: see `sentence`, `normalizes` and `size` of LoadedPooling, and `pooler` of
+    PoolingPrograms. Raises CheckpointError."""
+    if opened.task == CLASSIFY:
+        return None, None, False, 0 if shape.classifier is None else shape.classifier.num_labels
+    sentence = _sentence(opened, shape)
+    size = dataclasses.replace(sentence, dimensions=None).output_size(shape.output_size)
+    steps = [step for step, _ in sentence.steps]
+    normalizes = bool(steps) and isinstance(steps[-1], Normalize)
+    # The last thing that is done, after the cut, and so by the host.
+    pooler = Pooler(sentence.pooling, tuple(steps[:-1] if normalizes else steps), not sentence.include_prompt)
+    return sentence, pooler, normalizes, size
 
 
 def _sentence(opened: Opened, shape: ModelConfig) -> SentenceModel:
@@ -168,17 +217,12 @@ def _sentence(opened: Opened, shape: ModelConfig) -> SentenceModel:
     return said
 
 
-def _max_model_len(settings: EngineConfig, sentence: SentenceModel | None, shape: ModelConfig, folder: Path) -> int:
-    wanted, said = settings["max_model_len"], None if sentence is None else sentence.max_seq_length
+def text_length(opened: Opened, sentence: SentenceModel | None, shape: ModelConfig) -> int:
+    """How many tokens a text may have. Raises ValueError."""
+    wanted, said = opened.settings["max_model_len"], None if sentence is None else sentence.max_seq_length
     if wanted is not None and wanted > shape.max_context:
         raise ValueError(
-            f"max_model_len is {wanted}: {folder / 'config.json'} defines the model for at most {shape.max_context}"
+            f"max_model_len is {wanted}: {opened.folder / 'config.json'} defines the model for at most "
+            f"{shape.max_context}"
         )
     return wanted or min(said or shape.max_context, shape.max_context)
-
-
-def _budget(settings: EngineConfig, placement: jax.Device | Mesh) -> int:
-    """Tokens of a call, on each shard of rows."""
-    on_cpu = devices_of(placement)[0].platform == "cpu"
-    tokens = settings["max_num_batched_tokens"] or (1024 if on_cpu else 8192)
-    return max(-(-tokens // axis_size(placement, ROWS)), 1)

@@ -72,10 +72,14 @@ class PoolingPrograms(ModelPrograms):
 
     sizes: tokens of calls, in ascending order.
     pooler: what makes vectors; None: the model's head makes classes.
+    budget: tokens of a call, on each shard of rows.
+    max_model_len: of a text.
     """
 
     sizes: tuple[int, ...]
     pooler: Pooler | None
+    budget: int
+    max_model_len: int
 
     def rows(self, size: int) -> int:
         """Texts of a call of so many tokens."""
@@ -89,6 +93,12 @@ class PoolingPrograms(ModelPrograms):
     @property
     def facts(self) -> dict[str, Any]:
         return {"pooler": str(self.pooler)}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        nothing = {"max_num_seqs": None, "page_size": None, "attention": "auto", "kv_cache_dtype": "auto"}
+        tokens = {"max_model_len": self.max_model_len, "max_num_batched_tokens": self.budget * self.shards}
+        return super().options | tokens | nothing
 
     @cached_property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
