@@ -164,8 +164,9 @@ def test_over_devices(folders, llms, mesh):
         assert error(vectors(llm), vectors(llms["qwen3"])) < TOLERANCE
 
 
-def test_an_encoder_over_devices(folders, bert):
-    with LLM(folders["bert"], mesh="data=4,tensor=2", max_num_batched_tokens=512) as llm:
+@pytest.mark.parametrize("mesh", ["data=4,tensor=2", "fsdp=8"])
+def test_an_encoder_over_devices(folders, bert, mesh):
+    with LLM(folders["bert"], mesh=mesh, max_num_batched_tokens=512) as llm:
         assert error(vectors(llm), vectors(bert)) < TOLERANCE
 
 
