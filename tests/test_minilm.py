@@ -29,7 +29,7 @@ def model():
 def sentences():
     """500 of the documentation's."""
     paragraphs = [part for file in sorted(DOCS.glob("*.md")) for part in file.read_text().split("\n\n")]
-    prose = " ".join(" ".join(part.split()) for part in paragraphs if part[0].isalpha())
+    prose = " ".join(" ".join(part.split()) for part in paragraphs if part[0].isalpha() or part[:2] == "- ")
     found = [sentence for sentence in re.split(r"(?<=[.:?]) ", prose) if len(sentence) > 20][:500]
     assert len(found) == 500
     return found

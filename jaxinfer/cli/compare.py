@@ -88,7 +88,7 @@ def compare(
     for name in ("quantization", "kv_cache_dtype", "compiled"):
         if (value := options.get(name)) is not None:
             raise ValueError(f"{name} is {value!r}, which is of one scheme: here it is --schemes")
-    model = next((folder for folder in PACKAGED if folder == Path(model)), model)
+    model = next((folder for folder in PACKAGED if folder == Path(model).resolve()), model)
     packaged = model in PACKAGED
     if data is not None:
         rows = [Parser("score", SamplingParams()).parse(record) for record in records(find_sources([data]))]
