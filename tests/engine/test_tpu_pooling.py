@@ -59,15 +59,15 @@ GEMMA = {
     "use_bidirectional_attention": True,
 }
 # A slice, a model's widths, and MiB at most: a call's 2,048 tokens (of v6e-8's chips 256 each, but a text of 512).
-FEW = [("v5e-1", BERT, 40), ("v6e-8", MODERNBERT, 60)]
+FEW = [("v5e-1", BERT, 16), ("v6e-8", MODERNBERT, 24)]
 OTHERS = [
-    ("v6e-8", BERT, 40),
-    ("v5e-1", MODERNBERT, 60),
-    ("v5e-1", GEMMA, 60),
-    ("v6e-8", GEMMA, 60),
-    ("v5e-1", QWEN3, 60),
-    ("v6e-8", QWEN3, 60),
-    ("v5e-1", {**BERT, "model_type": "mpnet"}, 40),
+    ("v6e-8", BERT, 16),
+    ("v5e-1", MODERNBERT, 24),
+    ("v5e-1", GEMMA, 16),
+    ("v6e-8", GEMMA, 16),
+    ("v5e-1", QWEN3, 24),
+    ("v6e-8", QWEN3, 24),
+    ("v5e-1", {**BERT, "model_type": "mpnet"}, 32),
 ]
 
 

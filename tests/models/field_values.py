@@ -142,7 +142,7 @@ ENCODER_VALUES: dict[str, Values] = {
     "num_hidden_groups": lambda case, fields: case.pick("groups", range(1, fields["num_hidden_layers"] + 1)),
     "inner_group_num": (1, 2),
     "type_vocab_size": (2, 1, 3),
-    "relative_attention_num_buckets": (ABSENT, 8, 4),
+    "relative_attention_num_buckets": (ABSENT, 32, 40),
     "max_relative_positions": (ABSENT, -1, 7, 40),
     "pos_att_type": (["p2c", "c2p"], ABSENT, ["c2p"], "p2c|c2p", [], ["p2c"]),
     "local_attention": (8, 3, 1, ABSENT, 40),

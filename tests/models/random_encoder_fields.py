@@ -46,8 +46,7 @@ def drawn(case: Case) -> dict[str, Any]:
     fields = {name: value for name, value in fields.items() if name not in ("is_decoder", "add_cross_attention")}
     if "max_position_embeddings" in fields:
         fields["max_position_embeddings"] += 8
-    if fields.get("pad_token_id", 0) is None:
-        del fields["pad_token_id"]
+    fields["pad_token_id"] = fields.get("pad_token_id") or 0  # defaults are outside of a small vocabulary
     heads = fields.get("num_attention_heads", 1)
     return fields | ({"hidden_size": 24} if fields.get("hidden_size", 0) % heads else {})
 
@@ -159,7 +158,9 @@ def main() -> None:
             if result.problem or result.discarded:
                 print("  ", result.problem or f"discarded: {result.discarded}", flush=True)
         if args.write:
-            TABLE.write_text(json.dumps({**(table() if TABLE.exists() else {}), family: found}, indent=1) + "\n")
+            TABLE.write_text(
+                json.dumps({**(table() if TABLE.exists() else {}), family: found}, indent=1, sort_keys=True) + "\n"
+            )
 
 
 if __name__ == "__main__":
