@@ -101,7 +101,7 @@ def _programs(
     from jaxinfer.models.tasks import GENERATE, wanted_task
 
     if wanted_task(config) != GENERATE:
-        return _pooling_programs(model, topology, options), None, nullcontext()
+        return _pooling_programs(model, config, topology, options), None, nullcontext()
     if topology is None:
         from jaxinfer.engine.load import local_programs
 
@@ -115,13 +115,16 @@ def _programs(
     return held.programs, held.sizes, refusals(held)
 
 
-def _pooling_programs(model: Any, topology: str | None, options: Any) -> ModelPrograms:
-    from jaxinfer.engine.loading import open_model
-    from jaxinfer.engine.pooling.load import local_pooling_programs
-    from jaxinfer.plan.pooled import fit_pooled
+def _pooling_programs(model: Any, config: Any, topology: str | None, options: Any) -> ModelPrograms:
+    from jaxinfer.engine.pooling.load import local_pooling_programs, vectors_of
+    from jaxinfer.plan.pooled import fit_pooled, model_for, opened_for
 
-    opened = open_model(model, **options)
-    return local_pooling_programs(opened) if topology is None else fit_pooled(opened, _target(topology)).programs
+    opened = opened_for(model, config, options)
+    if topology is None:
+        return local_pooling_programs(opened)
+    abstract = model_for(opened, target := _target(topology))
+    vectors_of(opened, abstract.config)  # a plan does with less, and takes the mean
+    return fit_pooled(opened, target, abstract).programs
 
 
 def _target(topology: str) -> Slice:
