@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
+from jaxinfer.checkpoint.cross_encoder import CrossEncoderModel
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.checkpoint.sentence import SentenceModel, read_steps
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.compile_cache import enable_compile_cache, executables_folder
 from jaxinfer.distributed import reported
-from jaxinfer.engine.config import OPTIONS, POOLINGS, EngineConfig
+from jaxinfer.engine.config import OF_TOKENS, OPTIONS, POOLINGS, EngineConfig
 from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.engine.executables import open_declarations, open_executables
 from jaxinfer.engine.loading import (
@@ -37,7 +38,7 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.vectors import Normalize
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.declared import Declarations
-from jaxinfer.models.tasks import CLASSIFY, with_task
+from jaxinfer.models.tasks import CLASSIFY, OF_STEPS, with_head_tokens, with_task
 from jaxinfer.quantization.stored import asked_for, check_stored
 from jaxinfer.sharding import ROWS, axis_size, describe, devices_of
 from jaxinfer.text.base import Tokenizer
@@ -59,9 +60,12 @@ class LoadedPooling:
     folder, dtype, config: the checkpoint's, that of its weights here, and config.json's content.
     task: EMBED or CLASSIFY.
     sentence: what is done with a text, and with its tokens' vectors; of a model that classifies None.
+    pairs: of a model that classifies what is said of pairs of texts; of others None.
+    pooling: the option pooler_config, or nothing.
+    of_tokens: each token has numbers of its own, where nothing else is asked for.
     normalizes: vectors are of length 1 unless somebody wants them otherwise.
     size: of vectors, before they are cut; of a model that classifies how many classes there are.
-    max_model_len: tokens of a text.
+    max_model_len: tokens of a text, where nothing else is asked for. longest: that it may ever have.
     load_seconds: that all of it took.
     """
 
@@ -72,9 +76,13 @@ class LoadedPooling:
     config: Mapping[str, Any]
     task: str
     sentence: SentenceModel | None
+    pairs: CrossEncoderModel | None
+    pooling: Mapping[str, Any]
+    of_tokens: bool
     normalizes: bool
     size: int
     max_model_len: int
+    longest: int
     load_seconds: float
 
     def describe(self) -> str:
@@ -96,8 +104,12 @@ def load_pooling(opened: Opened) -> LoadedPooling:
     for name in OF_A_CACHE:
         if settings[name] != OPTIONS[name].option.default:  # type: ignore[literal-required]
             raise ValueError(f"{name} is {settings[name]!r:.100}: models that {task} have no use for it; leave it out")  # type: ignore[literal-required]
-    say = settings["on_progress"] or (lambda _: None)
-    config, cache = with_task(opened.config, task), executables_folder()
+    say, asked = settings["on_progress"] or (lambda _: None), settings["pooler_config"] or {}
+    for name in ("normalize", "dimensions") if task == CLASSIFY else ("step_tag_id", "returned_token_ids"):
+        if asked.get(name) is not None:
+            raise ValueError(f"pooler_config: {name} is {asked[name]!r:.80}: models that {task} have no use for it")
+    tokenizer = read_tokenizer(folder, settings)
+    config, cache = with_task(_with_head(opened, tokenizer), task), executables_folder()
     declarations = Declarations() if cache is None else open_declarations(cache)
     shape = declarations.config(config).config
     check_stored(config)
@@ -109,10 +121,13 @@ def load_pooling(opened: Opened) -> LoadedPooling:
         normalizes = bool(steps) and isinstance(steps[-1], Normalize)
         # The last thing that is done, after the cut, and so by the host.
         pooler = Pooler(sentence.pooling, tuple(steps[:-1] if normalizes else steps), not sentence.include_prompt)
+        wanted = asked.get("use_activation") if asked.get("normalize") is None else asked["normalize"]
+        normalizes = normalizes if wanted is None else wanted
     elif shape.classifier is not None:
         size = shape.classifier.num_labels
-    max_model_len = _max_model_len(settings, sentence, shape, folder)
-    tokenizer = read_tokenizer(folder, settings)
+    of_tokens = asked.get("pooling_type") in OF_TOKENS or (task == CLASSIFY and _names(config).endswith(OF_STEPS))
+    max_model_len = _max_model_len(settings, sentence or opened.pairs, shape, folder)
+    longest = settings["max_model_len"] or shape.max_context
     check_vocabulary(tokenizer, shape.vocab_size)
     devices = all_devices()
     with open_weights(folder) as checkpoint:
@@ -124,7 +139,7 @@ def load_pooling(opened: Opened) -> LoadedPooling:
         dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
         abstract = abstract_model(config, dtype, placement, settings, declarations)
         budget = _budget(settings, placement)
-        programs = PoolingPrograms(abstract, placement, sizes_of(shape, budget, max_model_len), pooler)
+        programs = PoolingPrograms(abstract, placement, sizes_of(shape, budget, longest), pooler)
         done = 0
 
         def on_array(nbytes: int) -> None:
@@ -141,34 +156,62 @@ def load_pooling(opened: Opened) -> LoadedPooling:
         enable_compile_cache()
     engine = PoolingEngine(programs, params, budget, say, kept)
     if settings["warmup"]:
-        engine.warm_up()
+        engine.warm(of_tokens)
     seconds = time.perf_counter() - opened.start
     loaded = LoadedPooling(
-        engine, tokenizer, folder, dtype, config, task, sentence, normalizes, size, max_model_len, seconds
+        *(engine, tokenizer, folder, dtype, config, task, sentence, opened.pairs, asked, of_tokens, normalizes, size),
+        *(max_model_len, longest, seconds),
     )
     log.info("loaded %s in %.1f s: %s", folder, seconds, loaded.describe())
     return loaded
 
 
+def _with_head(opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
+    """config.json's content, where a few words' logits are the classes with their ids."""
+    pairs, asked = opened.pairs, opened.settings["pooler_config"] or {}
+    kind = asked.get("pooling_type")
+    if opened.task == CLASSIFY and kind in POOLINGS:
+        raise ValueError(f"pooler_config: pooling_type is {kind!r}: a head for classes has its own; give ALL or STEP")
+    tokens = () if pairs is None else pairs.tokens
+    if not tokens:
+        return opened.config
+    ids = [tokenizer.token_id(token) if isinstance(token, str) else token for token in tokens]
+    if None in ids:
+        raise CheckpointError(
+            f"{opened.folder}: classifier_from_token: {tokens[ids.index(None)]!r:.80} is no token of its tokenizer; "
+            "give ids"
+        )
+    return with_head_tokens(opened.config, [i for i in ids if i is not None], pairs is not None and pairs.difference)
+
+
+def _names(config: Mapping[str, Any]) -> str:
+    """The class that config.json names."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
 def _sentence(opened: Opened, shape: ModelConfig) -> SentenceModel:
     """What the folder says, or `pooler_config` in its place. A model that sees only what came before has one token that
     has seen all."""
-    asked, said = opened.settings["pooler_config"], opened.sentence
-    if asked is not None:
-        base = SentenceModel(opened.folder) if said is None else said
-        steps = ((Normalize(), opened.folder),) if asked.get("normalize") in (None, True) else ()
-        return dataclasses.replace(base, pooling=(POOLINGS[asked["pooling_type"]],), steps=steps)
-    if said is None and shape.causal:
-        return SentenceModel(opened.folder, ("lasttoken",), steps=((Normalize(), opened.folder),))
+    asked, said = opened.settings["pooler_config"] or {}, opened.sentence
+    kind = asked.get("pooling_type")
+    if kind == "STEP":
+        raise ValueError("pooler_config: pooling_type is 'STEP': models that embed have no steps")
+    if said is None and (kind in POOLINGS or kind in OF_TOKENS or shape.causal):
+        said = SentenceModel(opened.folder, ("lasttoken",), steps=((Normalize(), opened.folder),))
     if said is None:
         raise CheckpointError(
             f"{opened.folder}: nothing says how its tokens' vectors become one of a text (there is no modules.json); "
             'give pooler_config={"pooling_type": "MEAN"}, or CLS or LAST, as it was trained'
         )
-    return said
+    if kind in POOLINGS:
+        said = dataclasses.replace(said, pooling=(POOLINGS[kind],), steps=((Normalize(), opened.folder),))
+    return said if asked.get("dimensions") is None else dataclasses.replace(said, dimensions=asked["dimensions"])
 
 
-def _max_model_len(settings: EngineConfig, sentence: SentenceModel | None, shape: ModelConfig, folder: Path) -> int:
+def _max_model_len(
+    settings: EngineConfig, sentence: SentenceModel | CrossEncoderModel | None, shape: ModelConfig, folder: Path
+) -> int:
     wanted, said = settings["max_model_len"], None if sentence is None else sentence.max_seq_length
     if wanted is not None and wanted > shape.max_context:
         raise ValueError(

@@ -68,7 +68,7 @@ def _name(step: int, name: str) -> str:
 
 @dataclass(frozen=True)
 class PoolingPrograms(ModelPrograms):
-    """One for each size of calls.
+    """Two for each size of calls: what comes of texts, and what of their tokens.
 
     sizes: tokens of calls, in ascending order.
     pooler: what makes vectors; None: the model's head makes classes.
@@ -83,7 +83,7 @@ class PoolingPrograms(ModelPrograms):
 
     @cached_property
     def table(self) -> Mapping[Key, Program[Any]]:
-        programs = [PoolTexts(self, size) for size in self.sizes]
+        programs = [kind(self, size) for kind in (PoolTexts, PoolTokens) for size in self.sizes]
         return {program.key: program for program in programs}
 
     @property
@@ -131,3 +131,24 @@ class PoolTexts(Program[PoolingPrograms]):
             return module.classify(x, batch) if pooler is None else pooler(x, batch, skip, params), State()
 
         return self.over_rows(pool_texts, (PartitionSpec(ROWS),) * len(self.inputs), PartitionSpec(ROWS))
+
+
+class PoolTokens(PoolTexts):
+    """The same to a row of numbers of each token: its hidden state, or its logits of classes."""
+
+    kind = "tokens"
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        return super().inputs[:1]
+
+    def function(self) -> Function:
+        model, pooler, mesh = self.shapes.model, self.shapes.pooler, self.shapes.mesh
+        kind = self.shapes.devices[0].device_kind
+
+        def pool_tokens(params: Params, _: State, read: State, batch: ForwardBatch) -> tuple[jax.Array, State]:
+            module = model.bind(params)
+            x = module.encode(dataclasses.replace(batch, mesh=mesh, device_kind=kind))
+            return (module.classify_tokens(x) if pooler is None else x.astype("float32")), State()
+
+        return self.over_rows(pool_tokens, (PartitionSpec(ROWS),), PartitionSpec(ROWS))
