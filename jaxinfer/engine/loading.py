@@ -73,10 +73,13 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> Opened:
     if not has_modules or os.path.lexists(folder / "config.json"):  # cross-encoders may have modules, too
         config = _overridden(read_config(folder), settings)
         task = _task(config, settings)
-        if task == GENERATE and settings["hf_overrides"]:
+        if task == GENERATE and not has_modules and settings["hf_overrides"]:
             fields = settings["hf_overrides"]
             raise ValueError(f"hf_overrides is {fields!r:.100}: for models that make text, change config.json")
-        pairs = read_cross_encoder(folder, config) if task == CLASSIFY else None
+        pairs = None
+        if task == CLASSIFY:  # a model that has other modules is refused later, saying what it is
+            named = task_of(config) == CLASSIFY or not has_modules
+            pairs = read_cross_encoder(folder, config) if named else CrossEncoderModel(folder)
         if not has_modules or pairs is not None:
             return Opened(folder, config, task, None, pairs, settings, given, start)
     sentence = read_sentence_model(folder)
