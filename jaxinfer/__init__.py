@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxinfer.api import chat, embed, generate, stream, unload
-    from jaxinfer.engine.async_engine import AsyncEngine
+    from jaxinfer.async_engine import AsyncEngine
     from jaxinfer.engine.outputs import (
         ClassificationRequestOutput,
         CompletionOutput,
@@ -45,7 +45,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "jaxinfer.llm",
-    "AsyncEngine": "jaxinfer.engine.async_engine",
+    "AsyncEngine": "jaxinfer.async_engine",
     "SamplingParams": "jaxinfer.sampling.params",
     "RequestOutput": "jaxinfer.engine.outputs",
     "ScoreOutput": "jaxinfer.engine.outputs",

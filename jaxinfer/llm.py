@@ -73,7 +73,7 @@ class LLM(PoolingMethods):
         else:
             loaded = load_pooling(opened)
             self.model, self.tokenizer, self._pooling = loaded.engine.model, loaded.tokenizer, loaded.engine
-            self._take(loaded)
+            self.take(loaded)
         self.folder = loaded.folder
         self.dtype = loaded.dtype
         self.load_seconds = loaded.load_seconds

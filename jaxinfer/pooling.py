@@ -28,6 +28,7 @@ from jaxinfer.tasks.params import PoolingParams
 from jaxinfer.tasks.pooling import Pair, PoolingTask, TextOptions, progress
 from jaxinfer.tasks.pooling import Text as EmbedText
 from jaxinfer.tasks.similarity import pairwise_similarity, similarity
+from jaxinfer.tasks.stream import Ask
 from jaxinfer.tasks.tokens import TokenOptions, TokensOutput, TokenTask
 
 ClassifyText = EmbedText | Pair
@@ -124,13 +125,11 @@ class PoolingMethods:
         use_activation: probabilities, as the checkpoint's `problem_type` says, which is the default; False: logits. The
         rest: see PoolingMethods.
         """
-        task = self._classification
-        texts = task.list_of(prompts)
+        texts = self._classification.list_of(prompts)
         params = given(pooling_params, truncate_prompt_tokens, use_activation=use_activation)
-        params.only("classify", "use_activation", "truncate_prompt_tokens")
-        options = self._text_options(task, params, truncate)
-        outputs = task.run(texts, options, self._activates(params), on_error)
-        return list(progress(outputs, len(texts), use_tqdm, task.done))
+        ask = self.classifying(params, truncate)
+        outputs = ask.task.run(texts, ask.text_options, ask.options, on_error)
+        return list(progress(outputs, len(texts), use_tqdm, ask.task.done))
 
     def _scored(
         self,
@@ -145,23 +144,18 @@ class PoolingMethods:
         """See `LLM.score`: by both texts at once, or by the similarity of their vectors."""
         if documents is None:
             raise RequestError.at("documents", "a query is scored with a document: give score(queries, documents)")
-        params.only("score", "use_activation", "truncate_prompt_tokens")
         if self.task == CLASSIFY:
-            task = self._pairs
-            pairs = paired(task.list_of(queries), task.list_of(documents))
-            options = self._text_options(task, params, truncate, chat_template=chat_template)
-            outputs = task.run(pairs, options, self._activates(params), on_error)
-            return list(progress(outputs, len(pairs), shown, task.done))
+            pairs = paired(self._pairs.list_of(queries), self._pairs.list_of(documents))
+            ask = self.scoring(params, truncate, chat_template)
+            outputs = ask.task.run(pairs, ask.text_options, ask.options, on_error)
+            return list(progress(outputs, len(pairs), shown, ask.task.done))
         embedding = self._embedding
-        if chat_template is not None:
-            raise RequestError.at("chat_template", "the model makes vectors of single texts: leave it out")
-        if params.use_activation is not None:
-            raise RequestError.at("use_activation", "the score is the similarity of two vectors: leave it out")
+        self.scoring(params, truncate, chat_template)
         asked, answers = embedding.list_of(queries), embedding.list_of(documents)
         pairs = paired(list(range(len(asked))), list(range(len(asked), len(asked) + len(answers))))
         embedded = self._embedded([*asked, *answers], None, None, truncate, params, on_error)
         vectors = list(progress(embedded, len(asked) + len(answers), shown, EmbedTask.done))
-        return [self._similar(i, vectors[a], vectors[b]) for i, (a, b) in enumerate(pairs)]
+        return [self.similar(vectors[a], vectors[b], i) for i, (a, b) in enumerate(pairs)]
 
     def rerank(
         self,
@@ -285,9 +279,9 @@ class PoolingMethods:
         chosen = TokenOptions(classify.probabilities if activates else lambda x: x, tag, columns)
         return lambda texts, how, on_error: self._tokens.run(texts, how, chosen, on_error)
 
-    def _take(self, loaded: LoadedPooling) -> None:
+    def take(self, loaded: LoadedPooling) -> None:
         """The model. Raises CheckpointError."""
-        self.loaded = loaded
+        self.task, self.folder, self.loaded = loaded.task, loaded.folder, loaded
         assert self._embedding if self.task == EMBED else self._classification
 
     @cached_property
@@ -333,10 +327,36 @@ class PoolingMethods:
         params: PoolingParams,
         on_error: OnError,
     ) -> Iterator[EmbeddingRequestOutput]:
+        ask = self.embedding(params, truncate, prompt_name, prompt)
+        outputs: Iterator[EmbeddingRequestOutput] = ask.task.run(texts, ask.text_options, ask.options, on_error)
+        return outputs
+
+    def embedding(
+        self, params: PoolingParams, truncate: bool, prompt_name: str | None = None, prompt: str | None = None
+    ) -> Ask:
+        """What `embed` asks of texts."""
         task = self._embedding
         params.only("embed", "dimensions", "use_activation", "truncate_prompt_tokens")
         before = task.text_options(task.prompt(prompt_name, prompt), truncate, params.truncate_prompt_tokens)
-        return task.run(texts, before, task.options(params.dimensions, params.use_activation), on_error)
+        return Ask(task, before, task.options(params.dimensions, params.use_activation))
+
+    def classifying(self, params: PoolingParams, truncate: bool) -> Ask:
+        """What `classify` asks of texts and pairs."""
+        task = self._classification
+        params.only("classify", "use_activation", "truncate_prompt_tokens")
+        return Ask(task, self._text_options(task, params, truncate), self._activates(params))
+
+    def scoring(self, params: PoolingParams, truncate: bool, chat_template: str | None) -> Ask:
+        """What `score` asks of pairs, or of each of two texts."""
+        params.only("score", "use_activation", "truncate_prompt_tokens")
+        if self.task == CLASSIFY:
+            options = self._text_options(self._pairs, params, truncate, chat_template=chat_template)
+            return Ask(self._pairs, options, self._activates(params))
+        if chat_template is not None:
+            raise RequestError.at("chat_template", "the model makes vectors of single texts: leave it out")
+        if params.use_activation is not None:
+            raise RequestError.at("use_activation", "the score is the similarity of two vectors: leave it out")
+        return self.embedding(params, truncate)
 
     @property
     def _similarity(self) -> str:
@@ -344,7 +364,8 @@ class PoolingMethods:
         assert sentence is not None
         return sentence.similarity
 
-    def _similar(self, index: int, a: EmbeddingRequestOutput, b: EmbeddingRequestOutput) -> ScoringRequestOutput:
+    def similar(self, a: EmbeddingRequestOutput, b: EmbeddingRequestOutput, index: int = 0) -> ScoringRequestOutput:
+        """The score of two vectors."""
         error, ids = a.error or b.error, a.prompt_token_ids + b.prompt_token_ids
         if error is not None:
             return ScoringRequestOutput(-1, ids, index, error, outputs=NO_SCORE)

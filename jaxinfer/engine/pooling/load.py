@@ -38,7 +38,7 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.vectors import Normalize
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.declared import Declarations
-from jaxinfer.models.tasks import CLASSIFY, OF_STEPS, with_head_tokens, with_task
+from jaxinfer.models.tasks import CLASSIFIER, CLASSIFY, HEAD_TOKENS, OF_STEPS, with_head_tokens, with_task
 from jaxinfer.quantization.stored import asked_for, check_stored
 from jaxinfer.sharding import ROWS, axis_size, describe, devices_of
 from jaxinfer.text.base import Tokenizer
@@ -110,6 +110,8 @@ def load_pooling(opened: Opened) -> LoadedPooling:
             raise ValueError(f"pooler_config: {name} is {asked[name]!r:.80}: models that {task} have no use for it")
     tokenizer = read_tokenizer(folder, settings)
     config, cache = with_task(_with_head(opened, tokenizer), task), executables_folder()
+    if HEAD_TOKENS in config:
+        asked = {**asked, "returned_token_ids": None}  # the head has no others
     declarations = Declarations() if cache is None else open_declarations(cache)
     shape = declarations.config(config).config
     check_stored(config)
@@ -173,6 +175,8 @@ def _with_head(opened: Opened, tokenizer: Tokenizer) -> dict[str, Any]:
     if opened.task == CLASSIFY and kind in POOLINGS:
         raise ValueError(f"pooler_config: pooling_type is {kind!r}: a head for classes has its own; give ALL or STEP")
     tokens = () if pairs is None else pairs.tokens
+    if not tokens and opened.task == CLASSIFY and not _names(opened.config).endswith(CLASSIFIER):
+        tokens = tuple(asked.get("returned_token_ids") or ())  # each token's logits of these words
     if not tokens:
         return opened.config
     ids = [tokenizer.token_id(token) if isinstance(token, str) else token for token in tokens]
