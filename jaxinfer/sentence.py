@@ -22,7 +22,7 @@ from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.layers.vectors import TORCH_ACTIVATIONS
 from jaxinfer.llm import LLM
 from jaxinfer.models.registry import task_of
-from jaxinfer.models.tasks import GENERATE
+from jaxinfer.models.tasks import CLASSIFY, GENERATE
 from jaxinfer.tasks.classify import ClassifyTask, activated, softmax
 from jaxinfer.tasks.embed import EmbedTask, VectorOptions, normalized
 from jaxinfer.tasks.pooling import PoolingTask, TextOptions, progress
@@ -202,13 +202,16 @@ class SentenceTransformer(_Face):
     ):
         options = {"runner": "pooling", "revision": revision, "token": token} | _options(model_kwargs, options)
         folder = resolve(model_name_or_path, revision, token)
-        if not os.path.lexists(folder / MODULES) and "pooler_config" not in options:
-            kind = "LAST" if task_of(read_config(folder)) == GENERATE else "MEAN"
-            options["pooler_config"] = {"pooling_type": kind, "normalize": False}
+        if not os.path.lexists(folder / MODULES):
+            task = task_of(read_config(folder))
+            if task == CLASSIFY:
+                raise ValueError(f"{folder}: the model gives texts classes: it is a CrossEncoder")
+            usual = {"pooling_type": "LAST" if task == GENERATE else "MEAN", "normalize": False}
+            options.setdefault("pooler_config", usual)
         super().__init__(LLM(folder, **options), device, prompts, default_prompt_name)
         sentence = self.loaded.sentence
         if sentence is None:
-            raise ValueError(f"{folder}: the model gives texts classes: it is a CrossEncoder")
+            raise ValueError(f"{folder}: the model scores pairs of texts: it is a CrossEncoder")
         self._task, self._tokens = EmbedTask(self.loaded), TokenTask(self.loaded)
         self.truncate_dim = sentence.dimensions if truncate_dim is None else truncate_dim
         self.similarity_fn_name = sentence.similarity if similarity_fn_name is None else similarity_fn_name

@@ -109,16 +109,13 @@ def test_language_models_answer_by_the_logits_of_words(qwen3, last, reranker, tm
         (plain, one, sigmoid(logits[:, 1])),
         (converted, None, sigmoid(difference)),
     ):
-        with LLM(folder, hf_overrides=overrides) as llm:
-            found = np.stack([output.outputs.probs for output in llm.classify(TEXTS, **QUIET)])[:, 0]
+        with LLM(folder, hf_overrides=overrides, **SMALL) as llm:
+            found = np.stack([output.outputs.probs for output in llm.classify(texts, **QUIET)])[:, 0]
             np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
-            shapes = {
-                name: param.shape for name, param in llm.model.params.items() if "head" in name or "class" in name
-            }
-            assert shapes == {
-                "classifier.out.weight": (len(overrides["classifier_from_token"]) if overrides else 1, 128)
-            }
-    ids = [[*ours(text), END] for text in TEXTS]
+            count = len(overrides["classifier_from_token"]) if overrides else 1
+            assert llm.model.params["classifier.out.weight"].shape == (count, 128)
+            assert not [name for name in llm.model.params if "lm_head" in name]
+    ids = [[*ours(text), END] for text in texts]
     logit = [output.outputs.probs[0] for output in reranker.classify(ids, use_activation=False, **QUIET)]
     np.testing.assert_allclose(logit, difference, atol=TOLERANCE * 10)
     for overrides, problem in (
@@ -161,6 +158,7 @@ def test_templates_of_known_rerankers(qwen3):
         'can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n<Instruct>: Judge it\n<Query>:  why? \n'
         "<Document>: so<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
+    assert "is in the template already" in line(lambda: text("qwen3_reranker", asked, "b", None), RequestError)
     assert "<Instruct>: Given a web search query, retrieve relevant" in text("qwen3_reranker", "a", "b", None)
     asked = text(TEMPLATES["bge_reranker_gemma"], "a", "b", None)
     assert asked.startswith("A: a\nB: b\nGiven a query A and a passage B,")
@@ -304,20 +302,12 @@ def test_rewards_of_steps(qwen3, tmp_path):
 
 def test_tokens_over_devices(qwen3):
     hidden = np.load(qwen3 / "reference.npz")
-    with LLM(qwen3, mesh="data=4,tensor=2", max_num_batched_tokens=512) as llm:
-        found = llm.encode(TEXTS, PoolingParams(normalize=False), pooling_task="token_embed", **QUIET)
-    for i, output in enumerate(found):
+    with LLM(qwen3, mesh="data=4,tensor=2", max_num_batched_tokens=128) as llm:
+        found = llm.encode(
+            [TEXTS[i] for i in SHORT], PoolingParams(normalize=False), pooling_task="token_embed", **QUIET
+        )
+    for i, output in zip(SHORT, found, strict=True):
         np.testing.assert_allclose(output.outputs.data, hidden[f"arr_{i}"], atol=TOLERANCE * 10)
-
-
-def test_language_models_score_as_they_did(checkpoints):
-    with LLM(checkpoints("llama").folder) as llm:
-        (scored,) = llm.score("hello", " world", **QUIET)
-        assert isinstance(scored, jaxinfer.ScoreOutput)
-        assert scored.logprob == llm.score(texts="hello", continuations=" world", **QUIET)[0].logprob
-        assert "the model generates text" in line(lambda: llm.score("a", "b", truncate=True), RequestError)
-        for call in (lambda: llm.rerank("a", ["b"]), lambda: llm.similarity("a", "b"), lambda: llm.encode("a")):
-            assert "the model generates text" in line(call, UnsupportedError)
 
 
 async def _many(folder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.text.base import Tokenizer
 
+LEAST_HEAD = 10  # characters of a template's first line, which no query begins with
 # What stands for the two, and for a prompt, while a template writes what is around them. A template that strips them of
 # white space has to do so with all that comes.
 QUERY, DOCUMENT, PROMPT = " \ue000query\ue000 ", " \ue000document\ue000 ", "\ue000prompt\ue000"
@@ -54,7 +55,11 @@ class PairTemplate:
     def ids(self, query: str, document: str, prompt: str | None, most: int | None) -> list[int]:
         """Those of the whole text. most: tokens of it; where there are more, the document loses its end. Raises
         RequestError."""
-        written = _put(_put(self._write(bool(prompt)), QUERY, query), PROMPT, prompt or "")
+        written = self._write(bool(prompt))
+        head = written.partition("\n")[0]
+        if len(head) >= LEAST_HEAD and query.startswith(head):  # as programs have it that write templates themselves
+            raise RequestError("the query is in the template already: give both texts as they are", "prompt")
+        written = _put(_put(written, QUERY, query), PROMPT, prompt or "")
         kept = DOCUMENT in written
         document = document if kept else document.strip()
         before, after = written.split(DOCUMENT if kept else DOCUMENT.strip())
