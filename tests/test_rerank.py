@@ -34,7 +34,10 @@ def derived(folder, to, tensors=None, modules=None, **fields):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, to)
     (to / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | fields))
-    save_file(load_file(folder / "model.safetensors") | (tensors or {}), to / "model.safetensors")
+    stored = load_file(folder / "model.safetensors") | (tensors or {})
+    if fields.get("tie_word_embeddings"):
+        del stored["lm_head.weight"]
+    save_file(stored, to / "model.safetensors")
     for name, content in (modules or {}).items():
         (to / name).parent.mkdir(exist_ok=True)
         (to / name).write_text(content if isinstance(content, str) else json.dumps(content))
@@ -72,7 +75,14 @@ LOGIT_SCORE = {
         "model_type": "CrossEncoder",
         "activation_fn": "torch.nn.modules.linear.Identity",
     },
-    "sentence_bert_config.json": {"transformer_task": "text-generation"},
+    "sentence_bert_config.json": {
+        "transformer_task": "text-generation",
+        "modality_config": {
+            "text": {"method": "forward", "method_output_name": "logits"},
+            "message": {"method": "forward", "method_output_name": "logits", "format": "flat"},
+        },
+        "module_output_name": "causal_logits",
+    },
     "chat_template.jinja": PAIR,
 }
 TWO_WAYS = {"classifier_from_token": ["n", "y"], "method": "from_2_way_softmax"}
@@ -101,6 +111,8 @@ def test_language_models_answer_by_the_logits_of_words(qwen3, last, reranker, tm
         id2label={"0": "score"},
         label2id={"score": 0},
     )
+    tied = derived(qwen3, tmp_path / "tied", tie_word_embeddings=True)
+    both = states @ load_file(tied / "model.safetensors")["model.embed_tokens.weight"][[NO, YES]].T
     named = {"architectures": ["Qwen3ForSequenceClassification"], "classifier_from_token": ["n", "y"]}
     one = {"classifier_from_token": ["y"], "method": "no_post_processing"}
     for folder, overrides, wanted in (
@@ -108,6 +120,7 @@ def test_language_models_answer_by_the_logits_of_words(qwen3, last, reranker, tm
         (plain, named | {"is_original_qwen3_reranker": True}, sigmoid(difference)),
         (plain, one, sigmoid(logits[:, 1])),
         (converted, None, sigmoid(difference)),
+        (tied, TWO_WAYS, sigmoid(both[:, 1] - both[:, 0])),
     ):
         with LLM(folder, hf_overrides=overrides, **SMALL) as llm:
             found = np.stack([output.outputs.probs for output in llm.classify(texts, **QUIET)])[:, 0]

@@ -153,7 +153,8 @@ def theirs(folder, to, pooling):
 
 def with_padding(folder):
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "<end>"}))
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "<end>", "model_input_names": names}))
     return folder
 
 

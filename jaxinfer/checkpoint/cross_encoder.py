@@ -73,7 +73,7 @@ def scores_by_logits(folder: Path) -> CrossEncoderModel | None:
     false = None if fields.data.get("false_token_id") is None else fields.integer("false_token_id", minimum=0)
     found = {**lengths(transformer.folder, "text-generation"), **_spoken(folder)}
     tokens = (true,) if false is None else (false, true)
-    found |= {"tokens": tokens, "difference": false is not None, "conversation": True}
+    found |= {"tokens": tokens, "difference": false is not None}
     return CrossEncoderModel(transformer.folder, **found)
 
 

@@ -229,7 +229,13 @@ def lengths(folder: Path, task: str = "feature-extraction") -> Json:
         output = "last_hidden_state" if task == "feature-extraction" else "logits"
         ConfigReader(text, f"{fields.where}: modality_config: text").refuse("method_output_name", output)
     length = None if fields.data.get("max_seq_length") is None else fields.integer("max_seq_length")
-    return {"max_seq_length": length, "lower_case": fields.boolean("do_lower_case", False)}
+    found = {"max_seq_length": length, "lower_case": fields.boolean("do_lower_case", False)}
+    messages = isinstance(modalities, dict) and "message" in modalities
+    if task != "feature-extraction":
+        return {**found, "conversation": messages}
+    if messages:
+        raise fields.error("modality_config", "vectors of texts that a chat template writes are not supported")
+    return found
 
 
 def said(root: Path, model_type: str = "SentenceTransformer") -> tuple[ConfigReader, Json]:
