@@ -111,6 +111,11 @@ def read_sentence_model(folder: str | os.PathLike[str]) -> SentenceModel | None:
     return SentenceModel(**found, steps=tuple(steps))
 
 
+def module_folders(root: Path) -> list[Path]:
+    """Where the modules of a folder are, which may be the folder itself. Raises CheckpointError."""
+    return [module.folder for module in modules(root)] if os.path.lexists(root / MODULES) else []
+
+
 def read_steps(model: SentenceModel) -> list[dict[str, np.ndarray[Any, Any]]]:
     """The weights of each step, float32. Raises CheckpointError for any that are missing, unknown or misshaped."""
     return [_weights(step, folder) if step.shapes else {} for step, folder in model.steps]
