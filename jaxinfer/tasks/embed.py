@@ -24,6 +24,9 @@ class VectorOptions(NamedTuple):
     normalize: bool
 
 
+WHOLE = VectorOptions(None, False)  # as the model has them
+
+
 class EmbedTask(PoolingTask[EmbeddingRequestOutput]):
     """Of a model that embeds."""
 
