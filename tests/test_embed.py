@@ -328,11 +328,10 @@ def test_what_a_model_can_not_do_is_said(folders, bert):
     for call in (
         lambda: bert.generate("a"),
         lambda: bert.chat([{"role": "user", "content": "a"}]),
-        lambda: bert.score("a"),
         lambda: next(bert.generate_iter(["a"])),
         lambda: bert.classify("a"),
     ):
-        assert "the model makes vectors of texts (LLM.embed)" in line(call, UnsupportedError)
+        assert "the model makes vectors of texts (LLM.embed, score" in line(call, UnsupportedError)
     with LLM(folders["qwen3"], runner="generate") as llm:
         assert llm.task == "generate"
         assert "the model generates text" in line(lambda: llm.embed("a"), UnsupportedError)
@@ -347,7 +346,9 @@ def test_what_can_not_be_loaded(folders, tmp_path):
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype is 'int8': models that embed have no use for it"),
         ({"max_model_len": 161}, "max_model_len is 161"),
         ({"pooler_config": {"pooling_type": "SUM"}}, "one of CLS, LAST, MEAN"),
-        ({"pooler_config": {"normalize": True}}, "it must be a dict with pooling_type"),
+        ({"pooler_config": {"logit_bias": 1}}, "it must be a dict with pooling_type"),
+        ({"pooler_config": {"pooling_type": "STEP"}}, "models that embed have no steps"),
+        ({"pooler_config": {"step_tag_id": 1}}, "step_tag_id is 1: models that embed have no use for it"),
         ({"runner": "pool"}, "runner is 'pool'"),
         ({"runner": "generate", "convert": "embed"}, "leave one of them out"),
         ({"convert": "classify"}, "to classify with model_type bert it can be"),

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture as Architecture
-from jaxinfer.models.tasks import BOTH_WAYS, CLASSIFIER, CLASSIFY, EMBED, ENDINGS, GENERATE, for_task, stem, wanted_task
+from jaxinfer.models.tasks import (
+    BODIES,
+    BOTH_WAYS,
+    CLASSIFIER,
+    CLASSIFY,
+    EMBED,
+    ENDINGS,
+    GENERATE,
+    HEAD_TOKENS,
+    for_task,
+    stem,
+    wanted_task,
+)
 from jaxinfer.models.wrapped import (
     GEMMA3,
     GEMMA4,
@@ -212,7 +224,8 @@ def _named(data: Mapping[str, Any], task: str) -> tuple[str, Entry, Mapping[str,
     name = named[0] if isinstance(named, list) and named else None
     stems = {stem(known_name): known_name for known_name in reversed(known)}
     found = next(iter(known)) if name is None and task == EMBED else None
-    if isinstance(name, str) and name.endswith(ENDINGS[task]):
+    endings = ENDINGS[task] if data.get(HEAD_TOKENS) is None else (*ENDINGS[task], *BODIES)
+    if isinstance(name, str) and name.endswith(endings):
         found = stems.get(stem(name))
     if found is None:
         classes = ", ".join(base + ending for base in stems for ending in ENDINGS[task]) or "nothing"

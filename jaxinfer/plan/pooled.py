@@ -19,12 +19,12 @@ from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.config import EngineConfig, check_options
 from jaxinfer.engine.loading import Opened, open_model
-from jaxinfer.engine.pooling.load import pooling_programs, text_length, vectors_of
+from jaxinfer.engine.pooling.load import pooling_programs, task_config, vectors_of
 from jaxinfer.engine.pooling.programs import Pooler, PoolingPrograms, PoolTexts
 from jaxinfer.engine.sizing import device_bytes
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.model import AbstractModel
-from jaxinfer.models.tasks import wanted_task, with_task
+from jaxinfer.models.tasks import wanted_task
 from jaxinfer.plan.compile import compiled_program
 from jaxinfer.plan.fit import DoesNotFit, model_of
 from jaxinfer.plan.roofline import Bound
@@ -85,12 +85,12 @@ def opened_for(model: str | os.PathLike[str], config: Mapping[str, Any], options
     folder = path.parent if path.name == "config.json" else path
     if folder.is_dir():
         return open_model(folder, **options)
-    return Opened(folder, dict(config), wanted_task(config), None, check_options(options), dict(options), 0.0)
+    return Opened(folder, dict(config), wanted_task(config), None, None, check_options(options), dict(options), 0.0)
 
 
 def model_for(opened: Opened, target: Slice) -> AbstractModel:
     """See `model_of`."""
-    settings, config = opened.settings, with_task(opened.config, opened.task)
+    settings, config = opened.settings, task_config(opened)
     return model_of(config, settings["dtype"], target, settings["quantization"], settings["max_model_len"])
 
 
@@ -105,7 +105,7 @@ def fit_pooled(opened: Opened, target: Slice, model: AbstractModel | None = None
         sentence, pooler, *_ = vectors_of(opened, shape)
     except CheckpointError:  # nothing says how, and the mean costs what others do
         sentence, pooler = None, Pooler(("mean",))
-    programs = pooling_programs(model, placement, settings, pooler, text_length(opened, sentence, shape))
+    programs = pooling_programs(model, placement, opened, sentence, pooler)
     held = PooledFit(target, programs, device_bytes(programs.params))
     if held.weights > target.chip.memory:
         raise DoesNotFit(

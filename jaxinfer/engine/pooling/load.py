@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
+from jaxinfer.checkpoint.cross_encoder import CrossEncoderModel
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
 from jaxinfer.checkpoint.sentence import SentenceModel, read_steps
@@ -23,7 +24,7 @@ from jaxinfer.checkpoint.static import read_table
 from jaxinfer.compile_cache import enable_compile_cache, executables_folder
 from jaxinfer.distributed import reported
 from jaxinfer.engine.compiled import open_folder
-from jaxinfer.engine.config import OPTIONS, POOLINGS, EngineConfig
+from jaxinfer.engine.config import OF_TOKENS, OPTIONS, POOLINGS
 from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.engine.executables import open_declarations, open_executables
 from jaxinfer.engine.loading import (
@@ -43,7 +44,7 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.declared import Declarations
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.models.registry import parse_config
-from jaxinfer.models.tasks import CLASSIFY, with_task
+from jaxinfer.models.tasks import CLASSIFIER, CLASSIFY, HEAD_TOKENS, OF_STEPS, with_head_tokens, with_task
 from jaxinfer.quantization.stored import asked_for, check_stored
 from jaxinfer.sharding import ROWS, axis_size, describe, devices_of
 from jaxinfer.text.base import Tokenizer
@@ -65,9 +66,12 @@ class LoadedPooling:
     folder, dtype, config: the checkpoint's, that of its weights here, and config.json's content.
     task: EMBED or CLASSIFY.
     sentence: what is done with a text, and with its tokens' vectors; of a model that classifies None.
+    pairs: of a model that classifies what is said of pairs of texts; of others None.
+    pooling: the option pooler_config, or nothing.
+    of_tokens: each token has numbers of its own, where nothing else is asked for.
     normalizes: vectors are of length 1 unless somebody wants them otherwise.
     size: of vectors, before they are cut; of a model that classifies how many classes there are.
-    max_model_len: tokens of a text.
+    max_model_len: tokens of a text, where nothing else is asked for. longest: that it may ever have.
     load_seconds: that all of it took.
     """
 
@@ -78,9 +82,13 @@ class LoadedPooling:
     config: Mapping[str, Any]
     task: str
     sentence: SentenceModel | None
+    pairs: CrossEncoderModel | None
+    pooling: Mapping[str, Any]
+    of_tokens: bool
     normalizes: bool
     size: int
     max_model_len: int
+    longest: int
     load_seconds: float
 
     def describe(self) -> str:
@@ -102,14 +110,19 @@ def load_pooling(opened: Opened) -> LoadedPooling:
     for name in OF_A_CACHE:
         if settings[name] != OPTIONS[name].option.default:  # type: ignore[literal-required]
             raise ValueError(f"{name} is {settings[name]!r:.100}: models that {task} have no use for it; leave it out")  # type: ignore[literal-required]
-    say = settings["on_progress"] or (lambda _: None)
-    config, cache = with_task(opened.config, task), executables_folder()
+    say, asked = settings["on_progress"] or (lambda _: None), settings["pooler_config"] or {}
+    for name in ("normalize", "dimensions") if task == CLASSIFY else ("step_tag_id", "returned_token_ids"):
+        if asked.get(name) is not None:
+            raise ValueError(f"pooler_config: {name} is {asked[name]!r:.80}: models that {task} have no use for it")
+    tokenizer = read_tokenizer(folder, settings)
+    config, cache = task_config(opened, tokenizer), executables_folder()
+    if HEAD_TOKENS in config:
+        asked = {**asked, "returned_token_ids": None}  # the head has no others
     declarations = Declarations() if cache is None else open_declarations(cache)
     shape = declarations.config(config).config
     check_stored(config)
     sentence, pooler, normalizes, size = vectors_of(opened, shape)
     text_length(opened, sentence, shape)  # refused before anything is read
-    tokenizer = read_tokenizer(folder, settings)
     check_vocabulary(tokenizer, shape.vocab_size)
     devices = all_devices()
     with open_weights(folder) as checkpoint:
@@ -124,7 +137,8 @@ def load_pooling(opened: Opened) -> LoadedPooling:
         placement = choose_placement(shape, devices, settings["mesh"])
         dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
         abstract = abstract_model(config, dtype, placement, settings, declarations)
-        programs = pooling_programs(abstract, placement, settings, pooler, text_length(opened, sentence, shape))
+        longest = settings["max_model_len"] or shape.max_context
+        programs = pooling_programs(abstract, placement, opened, sentence, pooler, longest)
         done = 0
 
         def on_array(nbytes: int) -> None:
@@ -147,7 +161,8 @@ def load_pooling(opened: Opened) -> LoadedPooling:
         engine.warm_up()
     seconds = time.perf_counter() - opened.start
     loaded = LoadedPooling(
-        engine, tokenizer, folder, dtype, config, task, sentence, normalizes, size, programs.max_model_len, seconds
+        *(engine, tokenizer, folder, dtype, config, task, sentence, opened.pairs, asked, programs.of_tokens),
+        *(normalizes, size, programs.max_model_len, longest, seconds),
     )
     log.info("loaded %s in %.1f s: %s", folder, seconds, loaded.describe())
     return loaded
@@ -162,27 +177,29 @@ def _table(model: AbstractModel, checkpoint: Weights, placement: jax.Device | Me
 
 def local_pooling_programs(opened: Opened) -> PoolingPrograms:
     """The programs of an engine for it on this machine's devices. Raises what load_pooling raises."""
-    settings, config = opened.settings, with_task(opened.config, opened.task)
+    settings, config = opened.settings, task_config(opened)
     shape = parse_config(config)[1]
     sentence, pooler, *_ = vectors_of(opened, shape)
     placement = choose_placement(shape, all_devices(), settings["mesh"])
     model = abstract_model(config, choose_dtype(settings["dtype"], config, None, placement), placement, settings)
-    return pooling_programs(model, placement, settings, pooler, text_length(opened, sentence, shape))
+    return pooling_programs(model, placement, opened, sentence, pooler)
 
 
 def pooling_programs(
     model: AbstractModel,
     placement: jax.Device | Mesh,
-    settings: EngineConfig,
+    opened: Opened,
+    sentence: SentenceModel | None,
     pooler: Pooler | None,
-    max_model_len: int,
+    longest: int = 0,
 ) -> PoolingPrograms:
-    """With calls of as many tokens as these settings say."""
+    """With calls of as many tokens as its options say, and for texts of so many, if they may be longer than usual."""
     on_cpu = devices_of(placement)[0].platform == "cpu"
-    tokens = settings["max_num_batched_tokens"] or (1024 if on_cpu else 8192)
+    tokens = opened.settings["max_num_batched_tokens"] or (1024 if on_cpu else 8192)
     budget = max(-(-tokens // axis_size(placement, ROWS)), 1)
-    sizes = sizes_of(model.config, budget, max_model_len)
-    return PoolingPrograms(model, placement, sizes, pooler, budget, max_model_len)
+    length = text_length(opened, sentence, model.config)
+    sizes = sizes_of(model.config, budget, max(length, longest))
+    return PoolingPrograms(model, placement, sizes, pooler, budget, length, _of_tokens(opened))
 
 
 def vectors_of(opened: Opened, shape: ModelConfig) -> tuple[SentenceModel | None, Pooler | None, bool, int]:
@@ -190,36 +207,72 @@ def vectors_of(opened: Opened, shape: ModelConfig) -> tuple[SentenceModel | None
     PoolingPrograms. Raises CheckpointError."""
     if opened.task == CLASSIFY:
         return None, None, False, 0 if shape.classifier is None else shape.classifier.num_labels
-    sentence = _sentence(opened, shape)
+    sentence, asked = _sentence(opened, shape), opened.settings["pooler_config"] or {}
     size = dataclasses.replace(sentence, dimensions=None).output_size(shape.output_size)
     steps = [step for step, _ in sentence.steps]
     normalizes = bool(steps) and isinstance(steps[-1], Normalize)
     # The last thing that is done, after the cut, and so by the host.
     pooler = Pooler(sentence.pooling, tuple(steps[:-1] if normalizes else steps), not sentence.include_prompt)
-    return sentence, pooler, normalizes, size
+    wanted = asked.get("use_activation") if asked.get("normalize") is None else asked["normalize"]
+    return sentence, pooler, normalizes if wanted is None else wanted, size
+
+
+def _of_tokens(opened: Opened) -> bool:
+    kind = (opened.settings["pooler_config"] or {}).get("pooling_type")
+    return kind in OF_TOKENS or (opened.task == CLASSIFY and _names(opened.config).endswith(OF_STEPS))
+
+
+def task_config(opened: Opened, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+    """config.json's content with the task, and where a few words' logits are the classes with their ids."""
+    pairs, asked = opened.pairs, opened.settings["pooler_config"] or {}
+    kind = asked.get("pooling_type")
+    if opened.task == CLASSIFY and kind in POOLINGS:
+        raise ValueError(f"pooler_config: pooling_type is {kind!r}: a head for classes has its own; give ALL or STEP")
+    tokens = () if pairs is None else pairs.tokens
+    if not tokens and opened.task == CLASSIFY and not _names(opened.config).endswith(CLASSIFIER):
+        tokens = tuple(asked.get("returned_token_ids") or ())  # each token's logits of these words
+    if not tokens:
+        return with_task(opened.config, opened.task)
+    tokenizer = read_tokenizer(opened.folder, opened.settings) if tokenizer is None else tokenizer
+    ids = [tokenizer.token_id(token) if isinstance(token, str) else token for token in tokens]
+    if None in ids:
+        raise CheckpointError(
+            f"{opened.folder}: classifier_from_token: {tokens[ids.index(None)]!r:.80} is no token of its tokenizer; "
+            "give ids"
+        )
+    difference = pairs is not None and pairs.difference
+    return with_task(with_head_tokens(opened.config, [i for i in ids if i is not None], difference), opened.task)
+
+
+def _names(config: Mapping[str, Any]) -> str:
+    """The class that config.json names."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def _sentence(opened: Opened, shape: ModelConfig) -> SentenceModel:
     """What the folder says, or `pooler_config` in its place. A model that sees only what came before has one token that
     has seen all."""
-    asked, said = opened.settings["pooler_config"], opened.sentence
-    if asked is not None:
-        base = SentenceModel(opened.folder) if said is None else said
-        steps = ((Normalize(), opened.folder),) if asked.get("normalize") in (None, True) else ()
-        return dataclasses.replace(base, pooling=(POOLINGS[asked["pooling_type"]],), steps=steps)
-    if said is None and shape.causal:
-        return SentenceModel(opened.folder, ("lasttoken",), steps=((Normalize(), opened.folder),))
+    asked, said = opened.settings["pooler_config"] or {}, opened.sentence
+    kind = asked.get("pooling_type")
+    if kind == "STEP":
+        raise ValueError("pooler_config: pooling_type is 'STEP': models that embed have no steps")
+    if said is None and (kind in POOLINGS or kind in OF_TOKENS or shape.causal):
+        said = SentenceModel(opened.folder, ("lasttoken",), steps=((Normalize(), opened.folder),))
     if said is None:
         raise CheckpointError(
             f"{opened.folder}: nothing says how its tokens' vectors become one of a text (there is no modules.json); "
             'give pooler_config={"pooling_type": "MEAN"}, or CLS or LAST, as it was trained'
         )
-    return said
+    if kind in POOLINGS:
+        said = dataclasses.replace(said, pooling=(POOLINGS[kind],), steps=((Normalize(), opened.folder),))
+    return said if asked.get("dimensions") is None else dataclasses.replace(said, dimensions=asked["dimensions"])
 
 
 def text_length(opened: Opened, sentence: SentenceModel | None, shape: ModelConfig) -> int:
     """How many tokens a text may have. Raises ValueError."""
-    wanted, said = opened.settings["max_model_len"], None if sentence is None else sentence.max_seq_length
+    spoken = sentence or opened.pairs
+    wanted, said = opened.settings["max_model_len"], None if spoken is None else spoken.max_seq_length
     if wanted is not None and wanted > shape.max_context:
         raise ValueError(
             f"max_model_len is {wanted}: {opened.folder / 'config.json'} defines the model for at most "
