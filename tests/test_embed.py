@@ -10,6 +10,7 @@ import pytest
 import jaxinfer
 from jaxinfer import LLM, RequestError, UnsupportedError
 from jaxinfer.errors import CheckpointError, ContextLengthError, EngineClosed
+from tests.checkpoints import building
 from tests.models.families import Variant
 from tests.models.references import error, found_or_made, random_model
 from tests.refusals import line
@@ -68,24 +69,23 @@ def make(kind):
 
         config, auto, more = KINDS[kind]
         model = random_model(Variant(config, FIELDS | more, auto=auto), 0.2, 0.2)
-        building = folder.with_suffix(".building")
-        model.save_pretrained(building)
-        tokenizer(building)
-        ids = [[*ours(text), END] for text in TEXTS]
-        with torch.no_grad():
-            hidden = [model.base_model(torch.tensor([row])).last_hidden_state[0].numpy() for row in ids]
-        np.savez(building / "reference.npz", *hidden)
-        modules = ["Transformer", "Pooling", "Normalize"]
-        entries = [
-            {"idx": i, "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
-            for i, name in enumerate(modules)
-        ]
-        (building / "modules.json").write_text(json.dumps(entries))
-        (building / "1_Pooling").mkdir()
-        (building / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": POOLINGS[kind]}))
-        said = {"prompts": {"query": "query: "}, "similarity_fn_name": "cosine"}
-        (building / "config_sentence_transformers.json").write_text(json.dumps(said))
-        building.rename(folder)
+        with building(folder) as own:
+            model.save_pretrained(own)
+            tokenizer(own)
+            ids = [[*ours(text), END] for text in TEXTS]
+            with torch.no_grad():
+                hidden = [model.base_model(torch.tensor([row])).last_hidden_state[0].numpy() for row in ids]
+            np.savez(own / "reference.npz", *hidden)
+            modules = ["Transformer", "Pooling", "Normalize"]
+            entries = [
+                {"idx": i, "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+                for i, name in enumerate(modules)
+            ]
+            (own / "modules.json").write_text(json.dumps(entries))
+            (own / "1_Pooling").mkdir()
+            (own / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": POOLINGS[kind]}))
+            said = {"prompts": {"query": "query: "}, "similarity_fn_name": "cosine"}
+            (own / "config_sentence_transformers.json").write_text(json.dumps(said))
 
     return made
 

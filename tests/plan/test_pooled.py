@@ -15,7 +15,7 @@ BERT = {"model_type": "bert"}  # base
 
 
 def bound(config, length, topology="h100-1", **options):
-    opened = Opened(Path("model"), config, "embed", None, check_options(options), options, 0.0)
+    opened = Opened(Path("model"), config, "embed", None, None, check_options(options), options, 0.0)
     return fit_pooled(opened, find_target(topology)).bound(length)
 
 
