@@ -23,7 +23,7 @@ from jaxinfer.plan.targets import find_target
 
 for topology, config in json.loads(sys.argv[1]):
     options = {"dtype": "bfloat16", "max_num_batched_tokens": 2048, "max_model_len": 500}
-    opened = Opened(Path("model"), config, "embed", None, check_options(options), options, 0.0)
+    opened = Opened(Path("model"), config, "embed", None, None, check_options(options), options, 0.0)
     programs = fit_pooled(opened, find_target(topology)).programs
     program = compiled_program(programs, ("pool", programs.sizes[-1]))
     print(json.dumps([programs.sizes[-1], program.temporaries, program.padding, program.seconds]), flush=True)
