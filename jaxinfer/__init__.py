@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     )
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
-    from jaxinfer.sentence import CrossEncoder, SentenceTransformer
+    from jaxinfer.sentence.pairs import CrossEncoder
+    from jaxinfer.sentence.vectors import SentenceTransformer
     from jaxinfer.tasks.params import PoolingParams
 
 __version__ = "0.1.0"
@@ -49,8 +50,8 @@ _HOME = {
     "SamplingParams": "jaxinfer.sampling.params",
     "RequestOutput": "jaxinfer.engine.outputs",
     "ScoreOutput": "jaxinfer.engine.outputs",
-    "SentenceTransformer": "jaxinfer.sentence",
-    "CrossEncoder": "jaxinfer.sentence",
+    "SentenceTransformer": "jaxinfer.sentence.vectors",
+    "CrossEncoder": "jaxinfer.sentence.pairs",
     "PoolingParams": "jaxinfer.tasks.params",
     "EmbeddingRequestOutput": "jaxinfer.engine.outputs",
     "PoolingRequestOutput": "jaxinfer.engine.outputs",
