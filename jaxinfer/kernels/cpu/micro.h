@@ -71,6 +71,21 @@ INLINE float sum(Float v) {
   return v[0];
 }
 
+template <int STEP, int... LANE>
+INLINE void swap_blocks(Float& a, Float& b, std::integer_sequence<int, LANE...>) {
+  const Float low{(LANE & STEP ? b[LANE & ~STEP] : a[LANE])...};
+  b = Float{(LANE & STEP ? b[LANE] : a[LANE | STEP])...};
+  a = low;
+}
+
+// rows[i][j] becomes rows[j][i]: the halves of all, then the halves of those, and so on.
+template <int STEP = LANES / 2>
+INLINE void transpose(Float (&rows)[LANES]) {
+  for (int i = 0; i < LANES; i++)
+    if (!(i & STEP)) swap_blocks<STEP>(rows[i], rows[i + STEP], std::make_integer_sequence<int, LANES>());
+  if constexpr (STEP > 1) transpose<STEP / 2>(rows);
+}
+
 // ---- gemv: a few tokens, float32 activations, exact products.
 
 // Rows of weights that meet so many tokens at once: registers have no room for more of four, and one token waits for
