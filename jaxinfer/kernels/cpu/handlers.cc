@@ -74,6 +74,8 @@ constexpr int64_t FEW = 8;          // tokens, below which each weight is used a
 constexpr int64_t MANY = 16;        // tokens, from which on activations may be rounded
 constexpr int64_t SMALL = 1 << 16;  // products that are done before another thread has woken up
 constexpr int64_t EXACT = 1024;     // products of int8 whose sum float32 has exactly: 1024 * 127 * 128 < 2**24
+constexpr int64_t CACHED = 1 << 18; // bytes of tokens that meet all weights before others do
+constexpr int64_t COPIED = 64;      // tokens, from which on weights are put where they follow each other
 
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(int8_t x) { return x; }
