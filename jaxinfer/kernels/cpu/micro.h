@@ -331,7 +331,9 @@ template <class Units, int ROWS, int PANELS, class Out>
 APART void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, int64_t stride, int64_t begin,
                      int64_t end, const Out* more, Out* out, int64_t columns, int64_t tokens, bool add,
                      const char* next, int64_t bytes) {
-  typename Units::Total total[PANELS][ROWS] = {};
+  typename Units::Total total[PANELS][ROWS];
+  for (auto& panel : total)
+    for (auto& row : panel) row = typename Units::Total{};
   for (int64_t u = begin; u < end; u++) {
     __builtin_prefetch(next + u * bytes);
     for (int r = 0; r < ROWS; r++)
