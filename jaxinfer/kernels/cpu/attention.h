@@ -334,7 +334,8 @@ void attend_some(const Attention& a, const T* keys, const T* values, int64_t row
     start = std::min(start, tile.start);
     stop = std::max(stop, tile.stop);
   }
-  for (int64_t block = start; block < stop; block += KEYS) {
+  // Blocks begin at multiples of KEYS, so that what a query's sums are does not depend on the task that it is in.
+  for (int64_t block = start / KEYS * KEYS; block < stop; block += KEYS) {
     const int64_t end = std::min(block + KEYS, stop);
     const float* k = block_of(a, keys, a.k_scales, row, head, block, end, staged);
     const float* v = block_of(a, values, a.v_scales, row, head, block, end, staged + KEYS * dim);
