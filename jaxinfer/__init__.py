@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
+    from jaxinfer.sampling.structured import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOME = {
     "LLM": "jaxinfer.llm",
     "AsyncEngine": "jaxinfer.engine.async_engine",
     "SamplingParams": "jaxinfer.sampling.params",
+    "StructuredOutputsParams": "jaxinfer.sampling.structured",
     "RequestOutput": "jaxinfer.engine.outputs",
     "ScoreOutput": "jaxinfer.engine.outputs",
     "EmbeddingRequestOutput": "jaxinfer.engine.outputs",
@@ -76,6 +78,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "ScoreOutput",
+    "StructuredOutputsParams",
     "UnsupportedError",
     "chat",
     "embed",

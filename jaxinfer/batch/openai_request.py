@@ -18,7 +18,10 @@ from jaxinfer.sampling.params import SamplingParams
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 COMPLETION_TOKENS = 16  # OpenAI's default there; a chat has none
 # What the answer would have no place for, or would be without.
-_OWN = {field.name for field in dataclasses.fields(SamplingParams)} - {"prompt_logprobs", "detokenize"}
+_OWN = {"response_format"} | {field.name for field in dataclasses.fields(SamplingParams)} - {
+    "prompt_logprobs",
+    "detokenize",
+}
 # Labels, accounting and caching on OpenAI's side: they say nothing about the answer. `model` is the job's.
 _LABELS = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Fields with the only values that are supported, besides null.
@@ -26,7 +29,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "echo": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "modalities": (["text"],),

@@ -120,7 +120,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
         {"tool_choice": 1, "modalities": 1, "stream": 1, "tools": 1, "suffix": 1},
         "tool_choice is not",
     ),  # always the first
-    ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+    ({"response_format": {"type": "yaml"}}, "response_format: its type is 'yaml'"),
     ({"tools": [{"type": "function"}]}, "tools is not supported"),
     ({"tool_choice": "auto"}, "tool_choice is not supported"),
     ({"functions": []}, "'functions' is not supported"),

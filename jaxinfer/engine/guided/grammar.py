@@ -1,0 +1,112 @@
+"""What a user asks for, as a grammar of llguidance's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxinfer.errors import RequestError
+from jaxinfer.sampling.structured import PARAM, StructuredOutputsParams
+
+WHITESPACE = r" |\r?\n[ \t]{0,32}"
+MOST_PROPERTIES = 2000  # of an object: the time that they take goes with their square
+
+
+def grammar_of(asked: StructuredOutputsParams) -> str:
+    """The grammar. Raises RequestError for what can be seen without a tokenizer."""
+    try:
+        return _MAKERS[asked.kind](asked)
+    except RequestError:
+        raise
+    except Exception as error:  # of llguidance's converters, which raise what comes
+        raise refusal(asked, str(error)) from None
+
+
+def refusal(asked: StructuredOutputsParams, problem: str) -> RequestError:
+    """One line, which names the keyword that can't be done."""
+    problem = " ".join(problem.split("<state>")[0].split("<non-verbose/>")[0].split())
+    keyword = ""
+    if asked.kind == "json":
+        signs = {"regex parse error": "pattern: ", "Resource '": "$ref: ", "Pointer '": "$ref: "}
+        keyword = next((word for sign, word in signs.items() if sign in problem), "")
+    return RequestError(f"{PARAM}.{asked.kind}: {keyword}{problem:.300}", PARAM)
+
+
+def _json(asked: StructuredOutputsParams) -> str:
+    from llguidance import LLMatcher
+
+    schema = "{}" if asked.json is None else str(asked.json)
+    if asked.json_object:
+        schema = '{"type": "object"}'
+    if sum(count**2 for count in _properties(json.loads(schema))) > MOST_PROPERTIES**2:
+        raise RequestError(f"{PARAM}.json: properties: at most {MOST_PROPERTIES} are supported", PARAM)
+    spaces: dict[str, Any] = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
+    return LLMatcher.grammar_from_json_schema(
+        schema,
+        overrides={"whitespace_flexible": False} if asked.disable_any_whitespace else spaces,  # type: ignore[arg-type]
+    )
+
+
+def _regex(asked: StructuredOutputsParams) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_regex(str(asked.regex))
+
+
+def _choice(asked: StructuredOutputsParams) -> str:
+    from llguidance import LLMatcher
+
+    texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in asked.choice or ())
+    return LLMatcher.grammar_from_lark(f"start: {texts}")
+
+
+def _grammar(asked: StructuredOutputsParams) -> str:
+    from llguidance import grammar_from
+
+    return grammar_from("grammar", str(asked.grammar))
+
+
+def _structural_tag(asked: StructuredOutputsParams) -> str:
+    from llguidance import LLMatcher, StructTag
+
+    tag = json.loads(str(asked.structural_tag))
+    structures, triggers = tag.get("structures"), tag.get("triggers")
+    if not isinstance(structures, list) or not isinstance(triggers, list) or not structures:
+        raise refusal(asked, 'it must have lists "structures" and "triggers"; other forms are not supported')
+    tags = []
+    for i, structure in enumerate(structures):
+        fields = [structure.get(name) if isinstance(structure, dict) else None for name in ("begin", "end")]
+        begin, end = fields
+        schema = structure.get("schema", structure.get("parameters")) if isinstance(structure, dict) else None
+        trigger = next((t for t in triggers if t and isinstance(begin, str) and begin.startswith(t)), None)
+        if trigger is None or not isinstance(end, str) or not isinstance(schema, dict):
+            raise refusal(
+                asked,
+                f'structures[{i}] must have texts "begin" and "end", a "schema", and one of the triggers before it',
+            )
+        tags.append(StructTag(trigger=trigger, begin=str(begin), grammar=schema, end=end))
+    return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False))
+
+
+_MAKERS: dict[str, Callable[[StructuredOutputsParams], str]] = {
+    "json": _json,
+    "json_object": _json,
+    "regex": _regex,
+    "choice": _choice,
+    "grammar": _grammar,
+    "structural_tag": _structural_tag,
+}
+
+
+def _properties(schema: Any) -> Iterator[int]:
+    """How many each object of a schema has."""
+    pending = [schema]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            if isinstance(item.get("properties"), dict):
+                yield len(item["properties"])
+            pending += item.values()
+        elif isinstance(item, list):
+            pending += item
