@@ -36,9 +36,10 @@ def refusal(asked: StructuredOutputsParams, problem: str) -> RequestError:
 def _json(asked: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
-    schema = "{}" if asked.json is None else str(asked.json)
-    if asked.json_object:
-        schema = '{"type": "object"}'
+    schema = '{"type": "object"}' if asked.json is None else str(asked.json)
+    if schema == "false":
+        raise refusal(asked, "no text matches false")
+    schema = "{}" if schema == "true" else schema
     if sum(count**2 for count in _properties(json.loads(schema))) > MOST_PROPERTIES**2:
         raise RequestError(f"{PARAM}.json: properties: at most {MOST_PROPERTIES} are supported", PARAM)
     spaces: dict[str, Any] = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
