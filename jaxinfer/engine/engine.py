@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from jaxinfer.engine.constraints import fill_masks
+from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import RequestGroup, SequenceOutput
 from jaxinfer.engine.guided.guide import Guide, Guides
@@ -219,12 +219,7 @@ class Engine:
         always = excluded.always if excluded else ()
         check_some_left(params, always, stop_ids, length, self.vocab_size)
         self.scheduler.check(self._limit(length, params))
-        guide = self.guides.guide(params, stop_ids)
-        if guide is not None and (params.has_masks or params.least(length)):
-            early = stop_ids if params.least(length) else ()
-            first = (*early, *(params.begin_suppress_tokens or ()))
-            guide.check_first(Masks.of(self.vocab_size, params.allowed_token_ids, always, None, first).allowed[0])
-        return stop_ids, excluded, guide
+        return stop_ids, excluded, guide_of(self.guides, params, stop_ids, always, length, self.vocab_size)
 
     def step(self, max_seconds: float | None = None) -> list[SequenceOutput | Scoring]:
         """Gives the device its next call and takes in the tokens of the one before; returns the generations that got
@@ -280,22 +275,22 @@ class Engine:
             self._prepare_slots(schedules)
             self._in_flight.append(self._launch(schedules))
             if len(self._in_flight) == 1:
-                self._sample(self._in_flight[0])
-                return []  # the next one is scheduled while this one runs
+                return self._sample(self._in_flight[0])  # the next one is scheduled while this one runs
         touched = self._take_in(self._in_flight.popleft()) if self._in_flight else []
-        for call in self._in_flight:  # all tokens before it are known now
-            self._sample(call)
+        for call in list(self._in_flight):  # all tokens before it are known now
+            touched += self._sample(call)
         return touched
 
     def _launch(self, schedules: list[SchedulerOutput]) -> Call:
         launched = self.runner.launch(schedules)
         return Call(schedules, launched, time.perf_counter(), self.runner.compile_seconds)
 
-    def _sample(self, call: Call) -> None:
-        """Launches what the call samples, if that had to wait for the tokens before it."""
+    def _sample(self, call: Call) -> list[SequenceOutput | Scoring]:
+        """Launches what the call samples, if that had to wait for the tokens before it. Gives the generations that got
+        tokens without: those that a grammar leaves no choice for are like the next chunk of a prompt."""
         step = call.launched
         if step.held is None:
-            return
+            return []
         masks = self.runner.all_allowed(step)
         size = len(masks) // len(call.schedules)  # of each shard
         rows = [
@@ -305,7 +300,18 @@ class Engine:
             if request.constrained and schedule.samples[row] and request.id in self._generations
         ]
         fill_masks(self.guides, rows, masks)
-        self.runner.sample(step, masks)
+        room = self.runner.buckets.tokens[0] - len(self.scheduler.running) if self.runner.on_cpu else None
+        forced = {row: (request, tokens) for request, row in rows if (tokens := forced_tokens(request, room))}
+        self.runner.sample(step, masks, list(forced))
+        touched: list[SequenceOutput | Scoring] = []
+        for request, tokens in forced.values():
+            generation = self._generations[request.id]
+            assert isinstance(generation, SequenceOutput)
+            generation.accept(tokens)
+            request.length, request.decoding = len(request.tokens), False
+            touched.append(generation)
+            self._taken(generation)
+        return touched
 
     def _max_steps(self, max_seconds: float | None) -> int:
         if any(request.constrained for request in self.scheduler.running):
@@ -355,16 +361,19 @@ class Engine:
             elif not generation.finished:
                 continue  # an inner chunk of a prompt
             touched.append(generation)
-            for follower in self._followers.pop(request.id, ()):
-                self.scheduler.add(follower)
-            if generation.finished:
-                self._stats.finished += 1
             if request.slot >= 0:
                 self.scheduler.publish(request, len(request.tokens) - 1)
-            if generation.finished:
-                self._forget(request)
+            self._taken(generation)
         self._count(call.schedules, int(result.count.sum()), int(result.count.max()), seconds)
         return touched
+
+    def _taken(self, generation: SequenceOutput | Scoring) -> None:
+        """After some tokens of it: its prompt is computed, and it may have ended."""
+        for follower in self._followers.pop(generation.request.id, ()):
+            self.scheduler.add(follower)
+        if generation.finished:
+            self._stats.finished += 1
+            self._forget(generation.request)
 
     def _count(self, schedules: list[SchedulerOutput], sampled: int, steps: int, seconds: float) -> None:
         stats = self._stats

@@ -44,7 +44,7 @@ class SequenceOutput:
     def finished(self) -> bool:
         return self.request.finish_reason is not None
 
-    def accept(self, tokens: Sequence[int], logprobs: Logprobs | None, row: int) -> None:
+    def accept(self, tokens: Sequence[int], logprobs: Logprobs | None = None, row: int = 0) -> None:
         """Appends sampled tokens up to the one that ends the request; those after it are dropped."""
         request, params = self.request, self.request.params
         self._first = self._first or time.perf_counter()

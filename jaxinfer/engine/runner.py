@@ -115,10 +115,16 @@ class Runner(ReadyPrograms):
         words = mask_words(self.model.config.vocab_size)
         return np.full((self.programs.shards * size, words), 0xFFFFFFFF, np.uint32)
 
-    def sample(self, step: PendingStep, masks: np.ndarray) -> None:
-        """Gives the device the sampling that a step holds back."""
+    @property
+    def on_cpu(self) -> bool:
+        return self.programs.devices[0].platform == "cpu"
+
+    def sample(self, step: PendingStep, masks: np.ndarray, but: Sequence[int] = ()) -> None:
+        """Gives the device the sampling that a step holds back, `but` for some rows."""
         assert step.held is not None
         key, inputs = step.held
+        rows: Any = inputs[0]
+        rows.samples[list(but)] = 0
         (step.sampled,) = self.call([(key, (*inputs, masks))])
         step.held = None
 

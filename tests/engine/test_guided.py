@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from jaxinfer import LLM, RequestError, SamplingParams, StructuredOutputsParams
+from jaxinfer.engine import engine
+from jaxinfer.engine.runner import Runner
 from tests.settled import settled
 
 PERSON = {
@@ -81,7 +83,7 @@ def mixed():
     params[1] = asked("regex", seed=1, n=3, repetition_penalty=1.2)
     params[2] = asked("choice", seed=2, bad_words=["yes"], temperature=0.0)
     params[3] = asked("grammar", seed=2, no_repeat_ngram_size=4, max_tokens=12)
-    for at, more in ((4, {}), (8, {"bad_words": ["ab", "c d"]}), (11, {"logprobs": 1})):
+    for at, more in ((4, {}), (8, {"bad_words": ["ab", "c d"]})):
         params.insert(at, SamplingParams(temperature=1.0, seed=at, max_tokens=30, ignore_eos=True, **more))
     return [prompt(i) for i in range(len(params))], params
 
@@ -106,6 +108,27 @@ def test_company_changes_nothing(llm, mixed, alone):
     assert tokens(llm.generate(*mixed, use_tqdm=False)) == tokens(alone)
     streamed = list(llm.stream(mixed[0][0], mixed[1][0]))
     assert "".join(streamed) == alone[0].outputs[0].text
+
+
+def test_forced_tokens_are_the_same(llm, mixed, alone, monkeypatch):
+    """Where a grammar leaves no choice, tokens go through as a prompt's do, in fewer calls."""
+    schema = {"properties": {name: {"enum": ["left", "right"]} for name in ("first", "second")}, "required": ["second"]}
+    call = asked(
+        "json", seed=0, structured_outputs={"json": schema | {"type": "object"}, "disable_any_whitespace": True}
+    )
+
+    def generated():
+        before = llm.stats.calls
+        output = llm.generate([1, 2, 3], call, use_tqdm=False)
+        return tokens(output), llm.stats.calls - before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "forced_tokens", lambda *_: [])
+        expected, usual = generated()
+    monkeypatch.setattr(Runner, "on_cpu", False)
+    assert generated()[0] == expected
+    assert generated()[1] < usual / 2
+    assert tokens(llm.generate(*mixed, use_tqdm=False)) == tokens(alone)
 
 
 @pytest.mark.slow

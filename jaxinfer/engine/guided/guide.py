@@ -51,6 +51,10 @@ class Guide:
             self.error = f"{PARAM}: the tokens {list(tokens)} do not follow its grammar"
         self.complete = self.matcher.is_stopped()
 
+    def forced(self) -> list[int]:
+        """The next tokens, as far as there is no choice."""
+        return self.matcher.compute_ff_tokens()
+
     def check_first(self, allowed: np.ndarray) -> None:
         """Raises RequestError where the tokens that other parameters allow, u32[V/32], are none of the first ones."""
         words = np.frombuffer(self.matcher.compute_bitmask(), np.uint32).copy()
