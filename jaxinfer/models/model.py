@@ -178,7 +178,9 @@ def _build(data: Mapping[str, Any], max_model_len: int | None, dtype: np.dtype[A
 
     architecture, config = registry.parse_config(data)
     config = config.for_length(max_model_len)
-    module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
+    # It may be built while a program is traced on a mesh, and nnx would split the variables itself.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
     graph, state = nnx.split(module)
     return graph, tuple(nnx.to_flat_state(state))
 

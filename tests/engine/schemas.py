@@ -152,7 +152,7 @@ class Maker:
 
 def checker(schema: Any) -> jsonschema.protocols.Validator:
     kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
-    return kind(schema, format_checker=jsonschema.FormatChecker())
+    return kind(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
 
 
 def sweep(llm: LLM, schemas: list[Any], temperature: float = 1.5, max_tokens: int = 200) -> collections.Counter[str]:
