@@ -11,6 +11,7 @@ import pytest
 from jaxinfer import LLM, RequestError, SamplingParams, StructuredOutputsParams
 from jaxinfer.engine import engine
 from jaxinfer.engine.runner import Runner
+from tests.engine.schemas import Maker, sweep
 from tests.settled import settled
 
 PERSON = {
@@ -138,6 +139,20 @@ def test_preempted_ones_go_on(checkpoints, mixed, alone):
     ) as llm:
         assert tokens(llm.generate(*mixed, use_tqdm=False)) == tokens(alone)
         assert llm.stats.preemptions > 0
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(checkpoints, mixed, alone):
+    with LLM(checkpoints("llama").folder, mesh="data=2,tensor=2", **OPTIONS) as llm:
+        assert tokens(llm.generate(*mixed, use_tqdm=False)) == tokens(alone)
+
+
+@pytest.mark.slow
+def test_random_schemas(llm):
+    """All keywords: a text that ends validates. tests/engine/schemas.py does it with more."""
+    counts = sweep(llm, [Maker(i).schema() for i in range(150)])
+    assert counts["INVALID"] == 0
+    assert counts["valid"] > 100
 
 
 def test_log_probabilities_are_the_model_s(llm, mixed, alone):
