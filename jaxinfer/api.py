@@ -47,8 +47,8 @@ def generate(prompts: Any, model: str | os.PathLike[str] | None = None, *, schem
 
     model: a folder or hub id; None is the small model that ships with the package. It stays loaded for the next call
     with the same model and options; another one takes its place, so there is one in memory at a time.
-    schema: the text is JSON of this schema, and what comes back is not the text but what it says: of a class with
-    pydantic's methods an object of it, else a value as json.loads has it.
+    schema: the text is JSON of this schema, without properties that it does not name, and what comes back is not the
+    text but what it says: of a class with pydantic's methods an object of it, else a value as json.loads has it.
     options: those of SamplingParams (max_tokens, here 256 unless given, temperature, top_p, seed, stop, ...; what is
     not given is as the checkpoint's generation_config.json says) and of LLM (dtype, max_model_len, ...).
     Raises ValueError or OSError with one line: what is wrong, where, what to do.
@@ -137,7 +137,7 @@ def _prepared(
     if schema is not None:
         if "structured_outputs" in sampling:
             raise RequestError("schema is structured_outputs with json: leave one of them out", "schema")
-        sampling["structured_outputs"] = {"json": schema}
+        sampling["structured_outputs"] = {"json": schema, "disable_additional_properties": True}
     checked = SamplingParams(**sampling)
     for name, default in _UNSEEN.items():
         if getattr(checked, name) != default:

@@ -202,6 +202,7 @@ class Answer(pydantic.BaseModel):
     grade: Literal["a", "b"]
 
 
+@pytest.mark.slow
 def test_a_schema_gives_what_the_text_says(folder):
     sampling = {"max_tokens": 160, "temperature": 1.0, "seed": 1} | OPTIONS
     assert isinstance(jaxinfer.generate("one", folder, schema=Answer, **sampling), Answer)

@@ -51,6 +51,8 @@ def forced_tokens(request: Request, room: int | None) -> list[int]:
         return []
     if params.logprobs is not None or params.has_penalties or params.has_masks:
         return []  # the device has to see each
-    tokens = guide.forced()[: request.limit - len(request.tokens)]
+    left = request.limit - len(request.tokens)
+    tokens = guide.forced()[:left]
     pays = len(tokens) > 1 if room is None else FORCED_ON_CPU <= len(tokens) <= room
-    return tokens if pays else []
+    # Those that end the text are free: nothing comes after them.
+    return tokens if tokens and (pays or len(tokens) == left or guide.ends_with(tokens)) else []

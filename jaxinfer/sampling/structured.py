@@ -30,7 +30,7 @@ class StructuredOutputsParams:
     whitespace_pattern: what may stand between the parts of JSON, besides nothing. None: a space, or a line's end and up
         to 32 spaces or tabs, so that no text ends in an endless row of them.
     disable_any_whitespace: JSON without any.
-    disable_additional_properties: objects of the schema have only the properties that it names, where it does not say.
+    disable_additional_properties: objects of which the schema names properties have no others, where it does not say.
 
     Raises RequestError naming the field.
     """
@@ -146,13 +146,13 @@ class StructuredOutputsParams:
 
 
 def _closed(schema: Any) -> Any:
-    """With objects that say nothing of additional properties having none."""
+    """With objects that name properties, and say nothing of additional ones, having none of these."""
     if isinstance(schema, list):
         return [_closed(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     names = {"properties", "patternProperties", "$defs", "definitions"}
-    as_is = {"const", "enum", "default", "examples"}
+    as_is = {"const", "enum", "default", "examples", "allOf"}  # what parts of allOf don't name, others may
     closed = {
         key: {name: _closed(item) for name, item in value.items()}
         if key in names and isinstance(value, dict)
@@ -161,5 +161,5 @@ def _closed(schema: Any) -> Any:
         else _closed(value)
         for key, value in schema.items()
     }
-    is_object = "properties" in schema or "patternProperties" in schema or schema.get("type") == "object"
-    return {**closed, "additionalProperties": False} if is_object and "additionalProperties" not in schema else closed
+    names_some = "properties" in schema or "patternProperties" in schema
+    return {**closed, "additionalProperties": False} if names_some and "additionalProperties" not in schema else closed

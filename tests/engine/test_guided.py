@@ -258,9 +258,13 @@ def test_fields():
     params = SamplingParams(structured_outputs=same[0])
     assert params.structured_outputs == SamplingParams(guided_json=PERSON).structured_outputs
     assert params.with_changes(max_tokens=3).structured_outputs is params.structured_outputs
-    closed = StructuredOutputsParams(json={"properties": {"a": {"type": "object"}}}, disable_additional_properties=True)
+    inner, free = {"properties": {"b": {}}}, {"type": "object"}
+    closed = StructuredOutputsParams(
+        json={"properties": {"a": inner, "properties": free}, "const": inner}, disable_additional_properties=True
+    )
     assert json.loads(closed.json) == {
-        "properties": {"a": {"type": "object", "additionalProperties": False}},
+        "properties": {"a": inner | {"additionalProperties": False}, "properties": free},
+        "const": inner,
         "additionalProperties": False,
     }
     with pytest.raises(RequestError, match="forced_eos_token_id"):

@@ -55,6 +55,11 @@ class Guide:
         """The next tokens, as far as there is no choice."""
         return self.matcher.compute_ff_tokens()
 
+    def ends_with(self, tokens: Sequence[int]) -> bool:
+        """Whether the text is complete after these, and nothing can follow."""
+        after = self.matcher.deep_copy()
+        return after.consume_tokens(list(tokens)) and after.is_stopped() and not after.is_error()
+
     def check_first(self, allowed: np.ndarray) -> None:
         """Raises RequestError where the tokens that other parameters allow, u32[V/32], are none of the first ones."""
         words = np.frombuffer(self.matcher.compute_bitmask(), np.uint32).copy()
