@@ -32,6 +32,9 @@ class StructuredOutputsParams:
     disable_any_whitespace: JSON without any.
     disable_additional_properties: objects of which the schema names properties have no others, where it does not say.
 
+    after: what comes before is free, up to and with this text or special token: "</think>", for models that reason
+        first. vLLM has nothing like it.
+
     Raises RequestError naming the field.
     """
 
@@ -44,6 +47,7 @@ class StructuredOutputsParams:
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
+    after: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
@@ -58,7 +62,7 @@ class StructuredOutputsParams:
                 f"{PARAM} has {' and '.join(there) or 'none of its kinds'}: give exactly one of {', '.join(KINDS)}",
                 PARAM,
             )
-        for name in ("regex", "grammar", "whitespace_pattern"):
+        for name in ("regex", "grammar", "whitespace_pattern", "after"):
             self._check_text(name)
         for name in ("json", "structural_tag"):
             object.__setattr__(self, name, self._as_json(name))

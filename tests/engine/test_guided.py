@@ -1,8 +1,10 @@
 """Structured output: every text matches what it was to match, in any company, and what can't be is refused by name."""
 
+import dataclasses
 import json
 import re
 import threading
+import types
 
 import jsonschema
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from jaxinfer import LLM, RequestError, SamplingParams, StructuredOutputsParams
 from jaxinfer.engine import engine
+from jaxinfer.engine.guided.guide import Guides
 from jaxinfer.engine.runner import Runner
 from tests.engine.schemas import Maker, sweep
 from tests.settled import settled
@@ -196,6 +199,49 @@ def test_none_is_left(llm):
     assert other.error is None
     with pytest.raises(RequestError, match="leave no token to begin with"):
         llm.generate([5], SamplingParams(structured_outputs={"choice": ["bc"]}, suppress_tokens=[b]), use_tqdm=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_after_a_text(llm, form):
+    """What comes before it is free, and it may end within a token."""
+    params = asked(form, structured_outputs={form: FORMS[form], "after": "</t>"}, max_tokens=40, seed=3)
+    bias = {llm.tokenizer.encode(character)[0]: 40.0 for character in "</t>"}
+    guide = llm.engine.check([1], params)[2]
+    begin = {"json": "{", "json_object": "{", "regex": "1", "choice": "n", "grammar": "("}[form]
+    for text, fine in (("free < text</t>", True), (f"</t>\n\n{begin}", True), ("</t>#", False)):
+        ids = llm.tokenizer.encode(text)
+        assert (guide.anew().matcher.try_consume_tokens(ids) == len(ids)) == fine
+    completion = llm.generate([5], params.with_changes(logit_bias=bias), use_tqdm=False)[0].outputs[0]
+    _, end, answer = completion.text.partition("</t>")
+    if end and completion.finish_reason == "stop":
+        check(form, dataclasses.replace(completion, text=answer.strip()))
+    else:
+        assert completion.finish_reason == "length"
+
+
+def test_after_a_special_token():
+    """Which is no text: the same characters, one by one, are not it."""
+    tokenizer = types.SimpleNamespace(
+        require=lambda *_: None,
+        cleans_up=False,
+        looks_ahead=False,
+        special_ids=frozenset([1]),
+        token_bytes=None,
+        all_bytes=lambda size: [*(b"e", b"<t>", b"a"), *([b""] * (size - 3))],
+        encode_text=lambda text, **_: [],
+    )
+    guides = Guides(tokenizer, 40, [])
+    guide = guides.guide(SamplingParams(structured_outputs={"regex": "a", "after": "<t>"}), [])
+    masks = np.zeros((1, 2), np.uint32)
+    allowed = []
+    for token in (0, 1, 2):
+        guides.fill([(guide, 0)], masks)
+        allowed.append([i for i in range(40) if masks[0, i // 32] >> (i % 32) & 1])
+        guide.accept([token])
+    assert allowed == [[0, 1, 2], [0, 1, 2], [2]]
+    assert guide.complete
+    with pytest.raises(RequestError, match="'b' can't be written"):
+        guides.guide(SamplingParams(structured_outputs={"choice": ["a", "b"]}), [])
 
 
 DEEP = '{"items":' * 10_000 + "{}" + "}" * 10_000

@@ -13,14 +13,26 @@ WHITESPACE = r" |\r?\n[ \t]{0,32}"
 MOST_PROPERTIES = 2000  # of an object: the time that they take goes with their square
 
 
-def grammar_of(asked: StructuredOutputsParams) -> str:
-    """The grammar. Raises RequestError for what can be seen without a tokenizer."""
+def grammar_of(asked: StructuredOutputsParams, special: int | None = None) -> str:
+    """The grammar. special: the token that `after` is, if it is one. Raises RequestError for what can be seen without a
+    tokenizer."""
     try:
-        return _MAKERS[asked.kind](asked)
+        grammar = _MAKERS[asked.kind](asked)
+        return grammar if asked.after is None else _begun_by(asked.after, special, grammar)
     except RequestError:
         raise
     except Exception as error:  # of llguidance's converters, which raise what comes
         raise refusal(asked, str(error)) from None
+
+
+def _begun_by(after: str, special: int | None, grammar: str) -> str:
+    """Free text with this at its end, and then, after some whitespace perhaps, the grammar."""
+    answer = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
+    answer[0]["name"] = "answer"
+    end = json.dumps(after, ensure_ascii=False) if special is None else f"<[{special}]>"
+    before = f"before{'[lazy]' if special is None else ''}: /(.|\n)*/ {end}"
+    outer = f"start: before SPACE? @answer\n{before}\nSPACE: /[ \t\r\n]{{1,4}}/\n"
+    return json.dumps({"grammars": [{"name": "outer", "lark_grammar": outer}, *answer]})
 
 
 def refusal(asked: StructuredOutputsParams, problem: str) -> RequestError:

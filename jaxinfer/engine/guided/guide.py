@@ -142,7 +142,7 @@ class Guides:
                 return self._known[asked]
         from llguidance import LLMatcher, LLParserLimits
 
-        grammar = grammar_of(asked)
+        grammar = grammar_of(asked, vocabulary.special(asked.after))
         matcher = LLMatcher(self._theirs, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if matcher.is_error():
             raise refusal(asked, matcher.get_error())

@@ -35,6 +35,10 @@ class Vocabulary:
         self._ids = {token: i for i, token in enumerate(self.tokens) if token and i not in self.special_ids}
         self._longest = max(map(len, self._ids), default=0)
 
+    def special(self, text: str | None) -> int | None:
+        """The special token that is written so; None if there is none."""
+        return next((i for i in self.special_ids if text and self.tokens[i] == text.encode()), None)
+
     @property
     def spells_all(self) -> bool:
         """Whether it has all bytes, so that every text can be written in it."""
