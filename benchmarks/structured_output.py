@@ -52,7 +52,7 @@ PERSON = {
     "required": ["name", "age", "email", "tags", "address"],
     "additionalProperties": False,
 }
-PEOPLE = {"type": "array", "items": PERSON}
+PEOPLE = {"type": "array", "items": PERSON, "minItems": 1000}  # no row ends before the others
 LABELS = [
     f"{kind} {noun}"
     for kind in ["red", "blue", "cold", "warm", "small"]

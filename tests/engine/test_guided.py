@@ -1,17 +1,21 @@
 """Structured output: every text matches what it was to match, in any company, and what can't be is refused by name."""
 
 import dataclasses
+import functools
 import json
 import re
 import threading
 import types
 
 import jsonschema
+import llguidance
 import numpy as np
 import pytest
+from llguidance import LLParserLimits
 
 from jaxinfer import LLM, RequestError, SamplingParams, StructuredOutputsParams
 from jaxinfer.engine import engine
+from jaxinfer.engine.guided import guide
 from jaxinfer.engine.guided.guide import Guides
 from jaxinfer.engine.runner import Runner
 from tests.engine.schemas import Maker, sweep
@@ -206,11 +210,11 @@ def test_after_a_text(llm, form):
     """What comes before it is free, and it may end within a token."""
     params = asked(form, structured_outputs={form: FORMS[form], "after": "</t>"}, max_tokens=40, seed=3)
     bias = {llm.tokenizer.encode(character)[0]: 40.0 for character in "</t>"}
-    guide = llm.engine.check([1], params)[2]
+    begun = llm.engine.check([1], params)[2]
     begin = {"json": "{", "json_object": "{", "regex": "1", "choice": "n", "grammar": "("}[form]
     for text, fine in (("free < text</t>", True), (f"</t>\n\n{begin}", True), ("</t>#", False)):
         ids = llm.tokenizer.encode(text)
-        assert (guide.anew().matcher.try_consume_tokens(ids) == len(ids)) == fine
+        assert (begun.anew().matcher.try_consume_tokens(ids) == len(ids)) == fine
     completion = llm.generate([5], params.with_changes(logit_bias=bias), use_tqdm=False)[0].outputs[0]
     _, end, answer = completion.text.partition("</t>")
     if end and completion.finish_reason == "stop":
@@ -231,17 +235,36 @@ def test_after_a_special_token():
         encode_text=lambda text, **_: [],
     )
     guides = Guides(tokenizer, 40, [])
-    guide = guides.guide(SamplingParams(structured_outputs={"regex": "a", "after": "<t>"}), [])
+    one = guides.guide(SamplingParams(structured_outputs={"regex": "a", "after": "<t>"}), [])
     masks = np.zeros((1, 2), np.uint32)
     allowed = []
     for token in (0, 1, 2):
-        guides.fill([(guide, 0)], masks)
+        guides.fill([(one, 0)], masks)
         allowed.append([i for i in range(40) if masks[0, i // 32] >> (i % 32) & 1])
-        guide.accept([token])
+        one.accept([token])
     assert allowed == [[0, 1, 2], [0, 1, 2], [2]]
-    assert guide.complete
+    assert one.complete
     with pytest.raises(RequestError, match="'b' can't be written"):
         guides.guide(SamplingParams(structured_outputs={"choice": ["a", "b"]}), [])
+
+
+@pytest.mark.parametrize(("states", "renewed"), [(10**5, 0), (1200, 1)])
+def test_limits_are_each_sequence_s(llm, monkeypatch, states, renewed):
+    """Copies of a grammar share what is known of it, and its limits: who reaches them begins with a new one."""
+    monkeypatch.setattr(llguidance, "LLParserLimits", functools.partial(LLParserLimits, max_lexer_states=states))
+    monkeypatch.setattr(guide, "RENEWED_IN", 10.0)
+    guides = Guides(llm.tokenizer, llm.engine.vocab_size, llm.engine.eos_token_ids)
+    asked = SamplingParams(structured_outputs={"regex": "(.*a){1,50}(.{3,30}b){1,200}"})
+    rng, masks, origins = np.random.default_rng(0), np.zeros((2, 10), np.uint32), set()
+    pair = [guides.guide(asked, []) for _ in range(2)]
+    for _ in range(100):
+        guides.fill([(pair[0], 0), (pair[1], 1)], masks)
+        assert masks.any(axis=1).all()
+        for each in pair:
+            each.accept(llm.tokenizer.encode("abc"[rng.integers(3)]))
+            assert each.error is None
+            origins.add(id(each._origin))
+    assert len(origins) > renewed if renewed else len(origins) == 1
 
 
 DEEP = '{"items":' * 10_000 + "{}" + "}" * 10_000

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,25 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 KEPT = 128  # grammars that are understood already, the latest ones
+RENEWED_IN = 0.02  # seconds: what takes longer is not understood anew while others wait
+RENEWED_EVERY = 16  # tokens
+
+
+class Grammar:
+    """One that is understood. make: does that. matcher: at its beginning; its copies share what they have found out of
+    the grammar, and the limits of that: where one has reached them, all have."""
+
+    def __init__(self, make: Callable[[], LLMatcher]):
+        start = time.perf_counter()
+        self.matcher = make()
+        self.seconds = time.perf_counter() - start
+        self._make = make
+
+    def renewed(self, spent: LLMatcher) -> LLMatcher:
+        """Another one than that, which has reached its limits."""
+        if self.matcher is spent:
+            self.matcher = self._make()
+        return self.matcher
 
 
 class Guide:
@@ -31,25 +50,25 @@ class Guide:
     ends: ids that may end a text that is complete; the others of `eos` may not.
     """
 
-    def __init__(self, matcher: LLMatcher, eos: Sequence[int], ends: Sequence[int]):
-        self.matcher = matcher
+    def __init__(self, grammar: Grammar, eos: Sequence[int], ends: Sequence[int]):
         self.complete = False
         self.error: str | None = None
         self.eos, self.ends = eos, ends
+        self._grammar, self._origin = grammar, grammar.matcher
+        self.matcher = self._origin.deep_copy()
+        self._tokens: list[int] = []
+        self._renewed = -RENEWED_EVERY  # after how many tokens
 
     def anew(self) -> Guide:
-        """The same for another sequence, from here on."""
-        other = copy.copy(self)
-        other.matcher = self.matcher.deep_copy()
-        return other
+        """The same for another sequence, from the beginning."""
+        return Guide(self._grammar, self.eos, self.ends)
 
     def accept(self, tokens: Sequence[int]) -> None:
         """The next ones."""
-        fine = self.matcher.consume_tokens(list(tokens))
+        self._tokens += tokens
+        self.matcher.consume_tokens(list(tokens))
         self._check()
-        if not fine and self.error is None:
-            self.error = f"{PARAM}: the tokens {list(tokens)} do not follow its grammar"
-        self.complete = self.matcher.is_stopped()
+        self.complete = self.error is None and self.matcher.is_stopped()
 
     def forced(self) -> list[int]:
         """The next tokens, as far as there is no choice."""
@@ -69,6 +88,8 @@ class Guide:
 
     def finish_mask(self, words: np.ndarray) -> None:
         """What llguidance has said, u32[V/32 or more], with what may end this text."""
+        if self._check():
+            words[:] = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)
         self._check()
         if self.error is not None:
             words[:] = 0
@@ -83,9 +104,18 @@ class Guide:
         for token in self.ends if may_end else ():
             words[token >> 5] |= np.uint32(1 << (token & 31))
 
-    def _check(self) -> None:
-        if self.matcher.is_error():
-            self.error = f"{PARAM}: {_one_line(self.matcher.get_error())}"
+    def _check(self) -> bool:
+        """Notes an error, if there is one. True where a limit was reached and the same place is found without."""
+        if not self.matcher.is_error():
+            return False
+        error = _one_line(self.matcher.get_error())
+        if self._grammar.seconds < RENEWED_IN and len(self._tokens) >= self._renewed + RENEWED_EVERY:
+            self._renewed, self._origin = len(self._tokens), self._grammar.renewed(self._origin)
+            self.matcher = self._origin.deep_copy()
+            if self.matcher.consume_tokens(self._tokens):
+                return True
+        self.error = f"{PARAM}: {error}"
+        return False
 
 
 class Guides:
@@ -97,7 +127,7 @@ class Guides:
         self._vocabulary: Vocabulary | None = None
         self._theirs: LLTokenizer
         self._executor: LLExecutor
-        self._known: OrderedDict[StructuredOutputsParams, LLMatcher] = OrderedDict()
+        self._known: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
 
     def prepare(self) -> Vocabulary:
         """Reads the tokenizer. Raises UnsupportedError where no grammar can be followed."""
@@ -118,10 +148,10 @@ class Guides:
             return None
         assert isinstance(asked, StructuredOutputsParams)
         vocabulary = self.prepare()
-        matcher = self._matcher(asked, vocabulary)
+        grammar = self._grammar(asked, vocabulary)
         # Ids that end a text, and are no text themselves; those that are come where the grammar has them.
         ends = [token for token in stop_ids if token in vocabulary.special_ids]
-        return Guide(matcher.deep_copy(), self._eos, ends)
+        return Guide(grammar, self._eos, ends)
 
     def fill(self, guides: Sequence[tuple[Guide, int]], masks: np.ndarray) -> None:
         """Bits of the tokens that may come next: of each guide into its row of u32[R, V/32]."""
@@ -134,16 +164,17 @@ class Guides:
             guide.finish_mask(mask)
             masks[row] = mask[: masks.shape[1]]
 
-    def _matcher(self, asked: StructuredOutputsParams, vocabulary: Vocabulary) -> LLMatcher:
-        """At the beginning, of those that are kept or a new one."""
+    def _grammar(self, asked: StructuredOutputsParams, vocabulary: Vocabulary) -> Grammar:
+        """One of those that are kept, or a new one."""
         with self._lock:
             if asked in self._known:
                 self._known.move_to_end(asked)
                 return self._known[asked]
         from llguidance import LLMatcher, LLParserLimits
 
-        grammar = grammar_of(asked, vocabulary.special(asked.after))
-        matcher = LLMatcher(self._theirs, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        text, limits = grammar_of(asked, vocabulary.special(asked.after)), LLParserLimits(verbose_errors=False)
+        grammar = Grammar(lambda: LLMatcher(self._theirs, text, log_level=0, limits=limits))
+        matcher = grammar.matcher.deep_copy()
         if matcher.is_error():
             raise refusal(asked, matcher.get_error())
         if not vocabulary.spells_all:
@@ -154,10 +185,10 @@ class Guides:
         if matcher.is_error() or not first.any():
             raise refusal(asked, "no text matches it")
         with self._lock:
-            self._known[asked] = matcher
+            self._known[asked] = grammar
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
-        return matcher
+        return grammar
 
 
 def _one_line(text: str) -> str:
