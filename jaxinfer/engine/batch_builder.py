@@ -94,8 +94,8 @@ class BatchBuilder:
         if any(request.scored_from is not None for schedule in schedules for request, _ in schedule.chunks):
             scored = [self._scored_arrays(shard, s, spans) for shard, s in enumerate(schedules)]
             calls.append(((Score.kind, self._max_tokens), _joined(scored)))
-        held &= any(any(schedule.samples) for schedule in schedules)
-        if held or not spans or any(any(schedule.samples) for schedule in schedules):  # something is to be waited for
+        samples = not spans or any(any(schedule.samples) for schedule in schedules)
+        if samples:  # perhaps nothing, but then there is something to be waited for
             size = Buckets.fit(self._buckets.sample, max(len(s.requests) for s in schedules))
             arrays = [self._sample_arrays(shard, s, size) for shard, s in enumerate(schedules)]
             sample = GuidedSample if held else Sample if plain else FullSample
@@ -104,7 +104,7 @@ class BatchBuilder:
         going_on = max(sum(request.room > 0 for request in s.requests) for s in schedules)
         over = all(all(s.samples) and sum(s.counts) < self._max_tokens for s in schedules)
         decode = DecodeForward if held else Decode if plain else FullDecode
-        return Built(calls, spans, [self._decode_key(going_on, decode)] if over and going_on else [], held)
+        return Built(calls, spans, [self._decode_key(going_on, decode)] if over and going_on else [], held and samples)
 
     def _decode_key(self, rows: int, program: type[Decode | DecodeForward]) -> Key:
         """Of the program that decodes so many rows of each shard."""

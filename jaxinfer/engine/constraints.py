@@ -49,8 +49,8 @@ def forced_tokens(request: Request, room: int | None) -> list[int]:
     params, guide = request.params, request.guide
     if guide is None or guide.error is not None:
         return []
-    if params.logprobs is not None or params.has_penalties or params.has_masks:
-        return []  # the device has to see each
+    if params.logprobs is not None or params.has_penalties or params.has_masks or request.scored_from is not None:
+        return []  # the device has to see each, or the host has to wait for what it says of the prompt
     left = request.limit - len(request.tokens)
     tokens = guide.forced()[:left]
     pays = len(tokens) > 1 if room is None else FORCED_ON_CPU <= len(tokens) <= room

@@ -172,6 +172,15 @@ def test_log_probabilities_are_the_model_s(llm, mixed, alone):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def test_log_probabilities_of_the_prompt(llm):
+    """Also where the text is there before they are."""
+    params = SamplingParams(structured_outputs={"choice": ["a"]}, prompt_logprobs=1)
+    for length in (3, 70):
+        (output,) = llm.generate(prompt(length)[:2] * length, params, use_tqdm=False)
+        assert output.outputs[0].text == "a"
+        assert len(output.prompt_logprobs) == 2 * length
+
+
 def test_ends(llm):
     """The end of the grammar is that of the text, whatever else says so; a stop string comes before it."""
     only = {"structured_outputs": {"choice": ["abcdef"]}, "max_tokens": 20, "temperature": 0.0}
