@@ -11,7 +11,7 @@ from jaxinfer.engine.request import Request
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.slots import Masks
 
-FORCED_ON_CPU = 6  # tokens: the smallest forward takes as long as so many steps of one
+FORCED_ON_CPU = 4  # tokens: the smallest forward takes as long as about three steps of one
 
 
 def guide_of(

@@ -45,17 +45,15 @@ class StructuredOutputsParams:
     json_object: bool | None = None
     structural_tag: str | Mapping[str, Any] | None = None
     whitespace_pattern: str | None = None
-    disable_any_whitespace: bool = False
-    disable_additional_properties: bool = False
+    disable_any_whitespace: bool | None = False
+    disable_additional_properties: bool | None = False
     after: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
             if not isinstance(getattr(self, name), bool | None):
                 raise self._error(name, "it must be True or False")
-            object.__setattr__(
-                self, name, getattr(self, name) or None if name == "json_object" else getattr(self, name) or False
-            )
+        object.__setattr__(self, "json_object", self.json_object or None)  # False asks for nothing
         there = [name for name in KINDS if getattr(self, name) is not None]
         if len(there) != 1:
             raise RequestError(

@@ -30,19 +30,24 @@ def _begun_by(after: str, special: int | None, grammar: str) -> str:
     answer = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
     answer[0]["name"] = "answer"
     end = json.dumps(after, ensure_ascii=False) if special is None else f"<[{special}]>"
-    before = f"before{'[lazy]' if special is None else ''}: /(.|\n)*/ {end}"
-    outer = f"start: before SPACE? @answer\n{before}\nSPACE: /[ \t\r\n]{{1,4}}/\n"
+    before = f"before{'[lazy]' if special is None else ''}: /(.|\\n)*/ {end}"
+    outer = f"start: before SPACE? @answer\n{before}\nSPACE: /[ \\t\\r\\n]{{1,4}}/\n"
     return json.dumps({"grammars": [{"name": "outer", "lark_grammar": outer}, *answer]})
 
 
 def refusal(asked: StructuredOutputsParams, problem: str) -> RequestError:
     """One line, which names the keyword that can't be done."""
-    problem = " ".join(problem.split("<state>")[0].split("<non-verbose/>")[0].split())
+    problem = one_line(problem)
     keyword = ""
     if asked.kind == "json":
         signs = {"regex parse error": "pattern: ", "Resource '": "$ref: ", "Pointer '": "$ref: "}
         keyword = next((word for sign, word in signs.items() if sign in problem), "")
-    return RequestError(f"{PARAM}.{asked.kind}: {keyword}{problem:.300}", PARAM)
+    return RequestError(f"{PARAM}.{asked.kind}: {keyword}{problem}", PARAM)
+
+
+def one_line(problem: str) -> str:
+    """What llguidance says, without what only its authors need."""
+    return " ".join(problem.split("<state>")[0].split("<non-verbose/>")[0].split())[:300]
 
 
 def _json(asked: StructuredOutputsParams) -> str:

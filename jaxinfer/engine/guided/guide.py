@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxinfer.engine.guided.grammar import grammar_of, refusal
+from jaxinfer.engine.guided.grammar import grammar_of, one_line, refusal
 from jaxinfer.engine.guided.vocabulary import Vocabulary
 from jaxinfer.errors import RequestError
 from jaxinfer.sampling.params import SamplingParams
@@ -108,7 +108,7 @@ class Guide:
         """Notes an error, if there is one. True where a limit was reached and the same place is found without."""
         if not self.matcher.is_error():
             return False
-        error = _one_line(self.matcher.get_error())
+        error = one_line(self.matcher.get_error())
         if self._grammar.seconds < RENEWED_IN and len(self._tokens) >= self._renewed + RENEWED_EVERY:
             self._renewed, self._origin = len(self._tokens), self._grammar.renewed(self._origin)
             self.matcher = self._origin.deep_copy()
@@ -172,8 +172,8 @@ class Guides:
                 return self._known[asked]
         from llguidance import LLMatcher, LLParserLimits
 
-        text, limits = grammar_of(asked, vocabulary.special(asked.after)), LLParserLimits(verbose_errors=False)
-        grammar = Grammar(lambda: LLMatcher(self._theirs, text, log_level=0, limits=limits))
+        source, limits = grammar_of(asked, vocabulary.special(asked.after)), LLParserLimits(verbose_errors=False)
+        grammar = Grammar(lambda: LLMatcher(self._theirs, source, log_level=0, limits=limits))
         matcher = grammar.matcher.deep_copy()
         if matcher.is_error():
             raise refusal(asked, matcher.get_error())
@@ -189,7 +189,3 @@ class Guides:
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
         return grammar
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split("<state>")[0].split("<non-verbose/>")[0].split())[:300]
