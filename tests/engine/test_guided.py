@@ -16,6 +16,7 @@ from llguidance import LLParserLimits
 from jaxinfer import LLM, RequestError, SamplingParams, StructuredOutputsParams
 from jaxinfer.engine import engine
 from jaxinfer.engine.guided import guide
+from jaxinfer.engine.guided.grammar import grammar_of
 from jaxinfer.engine.guided.guide import Guides
 from jaxinfer.engine.runner import Runner
 from tests.engine.schemas import Maker, sweep
@@ -286,7 +287,8 @@ REFUSED = [
     ({"json": {"a": {1}}}, "it is no JSON"),
     ({"json": DEEP}, "nested too deeply"),
     ({"json": {"enum": [f"value number {i}" for i in range(100_000)]}}, "bytes: at most"),
-    ({"json": {"properties": {f"p{i}": {} for i in range(3000)}}}, "properties: at most 2000"),
+    ({"json": {"properties": {f"p{i}": {} for i in range(3000)}}}, "at most 400 that are not required"),
+    ({"json": {"anyOf": [{"properties": {f"{j}p{i}": {} for i in range(300)}} for j in range(20)]}}, "the squares of"),
     ({"json": {"not": {}}}, '"not"'),
     ({"json": {"type": "array", "uniqueItems": True}}, '"uniqueItems"'),
     ({"json": {"oneOf": [{"type": "string"}, {"maxLength": 3}]}}, "oneOf"),
@@ -349,18 +351,27 @@ def test_fields():
         SamplingParams(structured_outputs={"regex": "a"}, forced_eos_token_id=1)
 
 
-def test_a_hostile_grammar_slows_nobody(llm):
-    """Grammars are understood where they are asked for: the engine's thread goes on."""
-    schema = {"type": "object", "properties": {f"property{i}": {"minLength": 3} for i in range(1200)}}
-    done = threading.Event()
+def test_who_waits_for_a_grammar(llm, monkeypatch):
+    """Who asks for it, and nobody else: the engine's thread goes on."""
+    begun, over = threading.Event(), threading.Event()
 
-    def hostile():
-        llm.generate([5], SamplingParams(structured_outputs={"json": schema}, max_tokens=1), use_tqdm=False)
-        done.set()
+    def slow(*of):
+        begun.set()
+        assert over.wait(60)
+        return grammar_of(*of)
 
-    thread = threading.Thread(target=hostile)
+    monkeypatch.setattr(guide, "grammar_of", slow)
+    texts = []
+
+    def ask():
+        params = SamplingParams(structured_outputs={"choice": ["a new one"]})
+        texts.append(llm.generate([5], params, use_tqdm=False)[0].outputs[0].text)
+
+    thread = threading.Thread(target=ask)
     thread.start()
-    for _ in range(3):
-        llm.generate([5, 6], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
-    assert not done.is_set() or thread.join() is None
+    assert begun.wait(60)
+    assert llm.generate([5, 6], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)[0].finished
+    assert not texts
+    over.set()
     thread.join()
+    assert texts == ["a new one"]

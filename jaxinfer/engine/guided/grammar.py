@@ -10,7 +10,8 @@ from jaxinfer.errors import RequestError
 from jaxinfer.sampling.structured import PARAM, StructuredOutputsParams
 
 WHITESPACE = r" |\r?\n[ \t]{0,32}"
-MOST_PROPERTIES = 2000  # of an object: the time that they take goes with their square
+MOST_OPTIONAL = 400  # properties: llguidance looks at all of an object's at once, at most 2,000 things in all
+MOST_SQUARED = 10**6  # of all objects: the time that they take goes with the squares, half a second for so much
 
 
 def grammar_of(asked: StructuredOutputsParams, special: int | None = None) -> str:
@@ -57,8 +58,13 @@ def _json(asked: StructuredOutputsParams) -> str:
     if schema == "false":
         raise refusal(asked, "no text matches false")
     schema = "{}" if schema == "true" else schema
-    if sum(count**2 for count in _properties(json.loads(schema))) > MOST_PROPERTIES**2:
-        raise RequestError(f"{PARAM}.json: properties: at most {MOST_PROPERTIES} are supported", PARAM)
+    optional = list(_optional_properties(json.loads(schema)))
+    if max(optional, default=0) > MOST_OPTIONAL or sum(count**2 for count in optional) > MOST_SQUARED:
+        raise refusal(
+            asked,
+            f"properties: an object may have at most {MOST_OPTIONAL} that are not required, and the squares of their "
+            f"numbers may come to {MOST_SQUARED}",
+        )
     spaces: dict[str, Any] = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
     return LLMatcher.grammar_from_json_schema(
         schema,
@@ -117,14 +123,15 @@ _MAKERS: dict[str, Callable[[StructuredOutputsParams], str]] = {
 }
 
 
-def _properties(schema: Any) -> Iterator[int]:
-    """How many each object of a schema has."""
+def _optional_properties(schema: Any) -> Iterator[int]:
+    """How many each object of a schema has that are not required."""
     pending = [schema]
     while pending:
         item = pending.pop()
         if isinstance(item, dict):
-            if isinstance(item.get("properties"), dict):
-                yield len(item["properties"])
+            properties, required = item.get("properties"), item.get("required")
+            if isinstance(properties, dict):
+                yield len(properties.keys() - set(map(str, required if isinstance(required, list) else ())))
             pending += item.values()
         elif isinstance(item, list):
             pending += item
