@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.errors import RequestError
+from jaxinfer.sampling.json_schema import closed
 
 PARAM = "structured_outputs"
 MAX_BYTES = 2**20  # of a schema or grammar: what is longer takes too long to understand
@@ -71,8 +72,6 @@ class StructuredOutputsParams:
                     raise self._error(name, "it is for json and json_object")
         if self.whitespace_pattern is not None and self.disable_any_whitespace:
             raise self._error("whitespace_pattern", "there is disable_any_whitespace too: leave one out")
-        if self.disable_additional_properties and self.json is not None:
-            object.__setattr__(self, "json", json.dumps(_closed(json.loads(str(self.json)))))
 
     @staticmethod
     def of(value: Any) -> StructuredOutputsParams:
@@ -126,6 +125,8 @@ class StructuredOutputsParams:
                 value = json.loads(value)
             if not isinstance(value, Mapping) and not (name == "json" and isinstance(value, bool)):
                 raise self._error(name, "it must be an object, as a dict or as JSON")
+            if name == "json" and self.disable_additional_properties:
+                value = closed(value)
             text = json.dumps(value, ensure_ascii=False)
         except RecursionError:
             raise RequestError(f"{PARAM}.{name} is nested too deeply", PARAM) from None
@@ -145,23 +146,3 @@ class StructuredOutputsParams:
             raise self._error("choice", "it must be a list of texts, at least one, none of them empty")
         self._check_length("choice", "".join(texts))
         object.__setattr__(self, "choice", tuple(dict.fromkeys(texts)))
-
-
-def _closed(schema: Any) -> Any:
-    """With objects that name properties, and say nothing of additional ones, having none of these."""
-    if isinstance(schema, list):
-        return [_closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    names = {"properties", "patternProperties", "$defs", "definitions"}
-    as_is = {"const", "enum", "default", "examples", "allOf"}  # what parts of allOf don't name, others may
-    closed = {
-        key: {name: _closed(item) for name, item in value.items()}
-        if key in names and isinstance(value, dict)
-        else value
-        if key in as_is
-        else _closed(value)
-        for key, value in schema.items()
-    }
-    names_some = "properties" in schema or "patternProperties" in schema
-    return {**closed, "additionalProperties": False} if names_some and "additionalProperties" not in schema else closed

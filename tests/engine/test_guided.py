@@ -277,6 +277,7 @@ def test_limits_are_each_sequence_s(llm, monkeypatch, states, renewed):
     assert len(origins) > renewed if renewed else len(origins) == 1
 
 
+NESTED = functools.reduce(lambda inner, _: {"items": inner}, range(480), {})
 DEEP = '{"items":' * 10_000 + "{}" + "}" * 10_000
 REFUSED = [
     ({}, "none of its kinds"),
@@ -286,14 +287,17 @@ REFUSED = [
     ({"json": "3"}, "it must be an object"),
     ({"json": {"a": {1}}}, "it is no JSON"),
     ({"json": DEEP}, "nested too deeply"),
+    ({"json": NESTED}, "recursion limit|nested too deeply"),
+    ({"json": NESTED, "disable_additional_properties": True}, "recursion limit|nested too deeply"),
     ({"json": {"enum": [f"value number {i}" for i in range(100_000)]}}, "bytes: at most"),
     ({"json": {"properties": {f"p{i}": {} for i in range(3000)}}}, "at most 400 that are not required"),
     ({"json": {"anyOf": [{"properties": {f"{j}p{i}": {} for i in range(300)}} for j in range(20)]}}, "the squares of"),
-    ({"json": {"not": {}}}, '"not"'),
+    ({"json": {"not": {}}}, '"not".*"lenient": true'),
     ({"json": {"type": "array", "uniqueItems": True}}, '"uniqueItems"'),
-    ({"json": {"oneOf": [{"type": "string"}, {"maxLength": 3}]}}, "oneOf"),
+    ({"json": {"oneOf": [{"type": "string"}, {"maxLength": 3}]}}, 'oneOf.*"coerce_one_of": true'),
     ({"json": {"type": "string", "pattern": "(?=a)b"}}, "pattern: .*look-around"),
-    ({"json": {"type": "string", "format": "colour"}}, "[Uu]nknown format: colour"),
+    ({"json": {"type": "string", "format": "regex"}}, "Unknown format: regex; .*lenient"),
+    ({"json": {"type": "string", "pattern": "\\bb"}}, "pattern: .*lookarounds"),
     ({"json": {"$ref": "https://example.org/schema"}}, r"\$ref: "),
     ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "minimum"),
     ({"json": False}, "no text matches"),
@@ -349,6 +353,30 @@ def test_fields():
     }
     with pytest.raises(RequestError, match="forced_eos_token_id"):
         SamplingParams(structured_outputs={"regex": "a"}, forced_eos_token_id=1)
+
+
+LENIENT = {"x-guidance": {"lenient": True, "coerce_one_of": True}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "string", "format": "password"}, '"a b"'),  # OpenAPI's and pydantic's formats are no constraints
+        ({"properties": {"format": {"type": "string", "format": "path"}}, "type": "object"}, '{"format": "a"}'),
+        ({"const": {"format": "path"}}, '{"format": "path"}'),
+        (LENIENT | {"type": "array", "uniqueItems": True}, "[1, 1]"),
+        (LENIENT | {"oneOf": [{"type": "string"}, {"maxLength": 3}], "not": {"const": "a"}}, '"a"'),
+        (LENIENT | {"type": "string", "format": "regex"}, '"("'),
+    ],
+    ids=["format", "a property", "data", "uniqueItems", "oneOf", "format of JSON Schema"],
+)
+def test_what_a_schema_need_not_say(llm, schema, text):
+    """Keywords that constrain nothing, and those that a schema says itself to be no constraints."""
+    guides = Guides(llm.tokenizer, llm.engine.vocab_size, llm.engine.eos_token_ids)
+    guide = guides.guide(SamplingParams(structured_outputs={"json": schema}), [])
+    guide.accept(guides.prepare().split(text))
+    assert guide.error is None
+    assert guide.matcher.is_accepting()
 
 
 def test_who_waits_for_a_grammar(llm, monkeypatch):

@@ -7,11 +7,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxinfer.errors import RequestError
+from jaxinfer.sampling.json_schema import of_known_formats
 from jaxinfer.sampling.structured import PARAM, StructuredOutputsParams
 
 WHITESPACE = r" |\r?\n[ \t]{0,32}"
 MOST_OPTIONAL = 400  # properties: llguidance looks at all of an object's at once, at most 2,000 things in all
 MOST_SQUARED = 10**6  # of all objects: the time that they take goes with the squares, half a second for so much
+_LENIENT = '"x-guidance": {"lenient": true} in the schema leaves out what can\'t be followed'
+REMEDIES = {  # of what llguidance says of a schema
+    "Unimplemented": _LENIENT,
+    "Unknown format": _LENIENT,
+    "coerce_one_of": '"x-guidance": {"coerce_one_of": true} in the schema takes oneOf for anyOf',
+}
 
 
 def grammar_of(asked: StructuredOutputsParams, special: int | None = None) -> str:
@@ -22,6 +29,8 @@ def grammar_of(asked: StructuredOutputsParams, special: int | None = None) -> st
         return grammar if asked.after is None else _begun_by(asked.after, special, grammar)
     except RequestError:
         raise
+    except RecursionError:
+        raise refusal(asked, "it is nested too deeply") from None
     except Exception as error:  # of llguidance's converters, which raise what comes
         raise refusal(asked, str(error)) from None
 
@@ -41,8 +50,10 @@ def refusal(asked: StructuredOutputsParams, problem: str) -> RequestError:
     problem = one_line(problem)
     keyword = ""
     if asked.kind == "json":
-        signs = {"regex parse error": "pattern: ", "Resource '": "$ref: ", "Pointer '": "$ref: "}
-        keyword = next((word for sign, word in signs.items() if sign in problem), "")
+        signs = {" regex ": "pattern: ", "Resource '": "$ref: ", "Pointer '": "$ref: "}
+        keyword = next((word for sign, word in signs.items() if sign in f" {problem}"), "")
+        remedy = next((f"; {remedy}" for sign, remedy in REMEDIES.items() if sign in problem), "")
+        problem = problem.split(" Enable ")[0] + remedy
     return RequestError(f"{PARAM}.{asked.kind}: {keyword}{problem}", PARAM)
 
 
@@ -54,11 +65,11 @@ def one_line(problem: str) -> str:
 def _json(asked: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
-    schema = '{"type": "object"}' if asked.json is None else str(asked.json)
-    if schema == "false":
+    schema = {"type": "object"} if asked.json is None else json.loads(str(asked.json))
+    if schema is False:
         raise refusal(asked, "no text matches false")
-    schema = "{}" if schema == "true" else schema
-    optional = list(_optional_properties(json.loads(schema)))
+    schema = {} if schema is True else of_known_formats(schema)
+    optional = list(_optional_properties(schema))
     if max(optional, default=0) > MOST_OPTIONAL or sum(count**2 for count in optional) > MOST_SQUARED:
         raise refusal(
             asked,
@@ -67,7 +78,7 @@ def _json(asked: StructuredOutputsParams) -> str:
         )
     spaces: dict[str, Any] = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
     return LLMatcher.grammar_from_json_schema(
-        schema,
+        json.dumps(schema, ensure_ascii=False),
         overrides={"whitespace_flexible": False} if asked.disable_any_whitespace else spaces,  # type: ignore[arg-type]
     )
 
