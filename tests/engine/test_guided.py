@@ -292,6 +292,7 @@ REFUSED = [
     ({"json": {"enum": [f"value number {i}" for i in range(100_000)]}}, "bytes: at most"),
     ({"json": {"properties": {f"p{i}": {} for i in range(3000)}}}, "at most 400 that are not required"),
     ({"json": {"anyOf": [{"properties": {f"{j}p{i}": {} for i in range(300)}} for j in range(20)]}}, "the squares of"),
+    ({"json": {"type": "object", "propertyNames": {"maxLength": 3}}}, '"propertyNames"'),
     ({"json": {"not": {}}}, '"not".*"lenient": true'),
     ({"json": {"type": "array", "uniqueItems": True}}, '"uniqueItems"'),
     ({"json": {"oneOf": [{"type": "string"}, {"maxLength": 3}]}}, 'oneOf.*"coerce_one_of": true'),
@@ -355,6 +356,7 @@ def test_fields():
         SamplingParams(structured_outputs={"regex": "a"}, forced_eos_token_id=1)
 
 
+NUMBER = {"type": "integer"}
 LENIENT = {"x-guidance": {"lenient": True, "coerce_one_of": True}}
 
 
@@ -364,14 +366,16 @@ LENIENT = {"x-guidance": {"lenient": True, "coerce_one_of": True}}
         ({"type": "string", "format": "password"}, '"a b"'),  # OpenAPI's and pydantic's formats are no constraints
         ({"properties": {"format": {"type": "string", "format": "path"}}, "type": "object"}, '{"format": "a"}'),
         ({"const": {"format": "path"}}, '{"format": "path"}'),
+        ({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": NUMBER, "type": "object"}, '{"b": 1}'),
+        ({"propertyNames": {"$ref": "#/$defs/n"}, "$defs": {"n": {"pattern": "^x"}}, "type": "object"}, '{"xy": "1"}'),
         (LENIENT | {"type": "array", "uniqueItems": True}, "[1, 1]"),
         (LENIENT | {"oneOf": [{"type": "string"}, {"maxLength": 3}], "not": {"const": "a"}}, '"a"'),
         (LENIENT | {"type": "string", "format": "regex"}, '"("'),
     ],
-    ids=["format", "a property", "data", "uniqueItems", "oneOf", "format of JSON Schema"],
+    ids=["format", "a property", "data", "names", "names' pattern", "uniqueItems", "oneOf", "format of JSON Schema"],
 )
 def test_what_a_schema_need_not_say(llm, schema, text):
-    """Keywords that constrain nothing, and those that a schema says itself to be no constraints."""
+    """Keywords that constrain nothing, those that others say, and those that a schema does not insist on."""
     guides = Guides(llm.tokenizer, llm.engine.vocab_size, llm.engine.eos_token_ids)
     guide = guides.guide(SamplingParams(structured_outputs={"json": schema}), [])
     guide.accept(guides.prepare().split(text))

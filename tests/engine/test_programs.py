@@ -39,14 +39,6 @@ def test_the_table():
     assert [size for kind, size in keys if kind == "score"] == [2048]
 
 
-def test_a_module_is_built_while_a_program_is_traced():
-    """A later start knows what is declared, and builds the module only for a program that was not kept."""
-    mesh = jax.sharding.AbstractMesh((2,), ("tensor",))
-    with jax.sharding.use_abstract_mesh(mesh):
-        model = AbstractModel.from_config(CONFIG, "float32")
-    assert model.abstract["lm_head.weight"].sharding is None
-
-
 @pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_head_s_parameters(tied, quantization):

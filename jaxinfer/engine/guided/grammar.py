@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from jaxinfer.errors import RequestError
-from jaxinfer.sampling.json_schema import of_known_formats
+from jaxinfer.sampling.json_schema import in_fewer_words
 from jaxinfer.sampling.structured import PARAM, StructuredOutputsParams
 
 WHITESPACE = r" |\r?\n[ \t]{0,32}"
@@ -53,7 +53,7 @@ def refusal(asked: StructuredOutputsParams, problem: str) -> RequestError:
         signs = {" regex ": "pattern: ", "Resource '": "$ref: ", "Pointer '": "$ref: "}
         keyword = next((word for sign, word in signs.items() if sign in f" {problem}"), "")
         remedy = next((f"; {remedy}" for sign, remedy in REMEDIES.items() if sign in problem), "")
-        problem = problem.split(" Enable ")[0] + remedy
+        problem = problem.split(". Enable ")[0] + remedy
     return RequestError(f"{PARAM}.{asked.kind}: {keyword}{problem}", PARAM)
 
 
@@ -68,7 +68,7 @@ def _json(asked: StructuredOutputsParams) -> str:
     schema = {"type": "object"} if asked.json is None else json.loads(str(asked.json))
     if schema is False:
         raise refusal(asked, "no text matches false")
-    schema = {} if schema is True else of_known_formats(schema)
+    schema = {} if schema is True else in_fewer_words(schema)
     optional = list(_optional_properties(schema))
     if max(optional, default=0) > MOST_OPTIONAL or sum(count**2 for count in optional) > MOST_SQUARED:
         raise refusal(
