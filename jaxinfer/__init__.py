@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
+    from jaxinfer.sampling.structured import StructuredOutputsParams
     from jaxinfer.sentence.pairs import CrossEncoder
     from jaxinfer.sentence.vectors import SentenceTransformer
     from jaxinfer.tasks.params import PoolingParams
@@ -48,6 +49,7 @@ _HOME = {
     "LLM": "jaxinfer.llm",
     "AsyncEngine": "jaxinfer.async_engine",
     "SamplingParams": "jaxinfer.sampling.params",
+    "StructuredOutputsParams": "jaxinfer.sampling.structured",
     "RequestOutput": "jaxinfer.engine.outputs",
     "ScoreOutput": "jaxinfer.engine.outputs",
     "SentenceTransformer": "jaxinfer.sentence.vectors",
@@ -100,6 +102,7 @@ __all__ = [
     "ScoringOutput",
     "ScoringRequestOutput",
     "SentenceTransformer",
+    "StructuredOutputsParams",
     "UnsupportedError",
     "chat",
     "embed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -36,21 +37,25 @@ _changed = threading.Condition()  # of both
 
 
 @overload
+def generate(prompts: Any, model: str | os.PathLike[str] | None = None, *, schema: Any, **options: Any) -> Any: ...
+@overload
 def generate(prompts: str, model: str | os.PathLike[str] | None = None, **options: Any) -> str: ...
 @overload
 def generate(prompts: Sequence[str], model: str | os.PathLike[str] | None = None, **options: Any) -> list[str]: ...
-def generate(prompts: Any, model: str | os.PathLike[str] | None = None, **options: Any) -> str | list[str]:
+def generate(prompts: Any, model: str | os.PathLike[str] | None = None, *, schema: Any = None, **options: Any) -> Any:
     """The continuation of a prompt, or of each of a list of prompts, in input order.
 
     model: a folder or hub id; None is the small model that ships with the package. It stays loaded for the next call
     with the same model and options; another one takes its place, so there is one in memory at a time.
+    schema: the text is JSON of this schema, without properties that it does not name, and what comes back is not the
+    text but what it says: of a class with pydantic's methods an object of it, else a value as json.loads has it.
     options: those of SamplingParams (max_tokens, here 256 unless given, temperature, top_p, seed, stop, ...; what is
     not given is as the checkpoint's generation_config.json says) and of LLM (dtype, max_model_len, ...).
     Raises ValueError or OSError with one line: what is wrong, where, what to do.
     """
-    with _prepared(model, options) as (llm, params):
-        texts = [_text(output) for output in llm.generate(prompts, params, use_tqdm=False)]
-    return texts[0] if is_single_prompt(prompts) else texts
+    with _prepared(model, options, schema) as (llm, params):
+        results = [_result(output, schema) for output in llm.generate(prompts, params, use_tqdm=False)]
+    return results[0] if is_single_prompt(prompts) else results
 
 
 def stream(prompt: Prompt, model: str | os.PathLike[str] | None = None, **options: Any) -> Iterator[str]:
@@ -60,22 +65,24 @@ def stream(prompt: Prompt, model: str | os.PathLike[str] | None = None, **option
 
 
 @overload
+def chat(messages: Any, model: str | os.PathLike[str] | None = None, *, schema: Any, **options: Any) -> Any: ...
+@overload
 def chat(messages: Sequence[Message], model: str | os.PathLike[str] | None = None, **options: Any) -> str: ...
 @overload
 def chat(
     messages: Sequence[Sequence[Message]], model: str | os.PathLike[str] | None = None, **options: Any
 ) -> list[str]: ...
-def chat(messages: Any, model: str | os.PathLike[str] | None = None, **options: Any) -> str | list[str]:
+def chat(messages: Any, model: str | os.PathLike[str] | None = None, *, schema: Any = None, **options: Any) -> Any:
     """The answer to a conversation, a list of `{"role": ..., "content": ...}`, or to each of a list of them, through
     the checkpoint's chat template.
 
-    Options as for `generate`, and what `LLM.chat` takes for the template: `tools`, a list of functions or JSON schemas,
-    `chat_template`, `add_generation_prompt`, `chat_template_kwargs`.
+    Schema and options as for `generate`, and what `LLM.chat` takes for the template: `tools`, a list of functions or
+    JSON schemas, `chat_template`, `add_generation_prompt`, `chat_template_kwargs`.
     """
     template = {name: options.pop(name) for name in _TEMPLATE if name in options}
-    with _prepared(model, options) as (llm, params):
-        texts = [_text(output) for output in llm.chat(messages, params, use_tqdm=False, **template)]
-    return texts[0] if is_single_conversation(messages) else texts
+    with _prepared(model, options, schema) as (llm, params):
+        results = [_result(output, schema) for output in llm.chat(messages, params, use_tqdm=False, **template)]
+    return results[0] if is_single_conversation(messages) else results
 
 
 def embed(texts: Text | Sequence[Text], model: str | os.PathLike[str] | None = None, **options: Any) -> np.ndarray:
@@ -101,14 +108,25 @@ def unload() -> None:
         _unload()
 
 
-def _text(output: RequestOutput) -> str:
+def _result(output: RequestOutput, schema: Any) -> Any:
+    """The text, or what it says where it is JSON of a schema."""
     if output.error is not None:
         raise ValueError(output.error)
-    return output.outputs[0].text
+    completion = output.outputs[0]
+    if schema is None:
+        return completion.text
+    if completion.finish_reason == "length":
+        raise ValueError(
+            f"the JSON is not complete after {len(completion.token_ids)} tokens: raise max_tokens, or bound its schema"
+        )
+    parse = getattr(schema, "model_validate_json", json.loads)
+    return parse(completion.text)
 
 
 @contextlib.contextmanager
-def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> Iterator[tuple[LLM, SamplingParams]]:
+def _prepared(
+    model: str | os.PathLike[str] | None, options: dict[str, Any], schema: Any = None
+) -> Iterator[tuple[LLM, SamplingParams]]:
     """The model, which no other thread replaces meanwhile, and parameters. Checks all options before anything is
     loaded."""
     if isinstance(model, SamplingParams) or not {"sampling_params", "params"}.isdisjoint(options):
@@ -117,6 +135,10 @@ def _prepared(model: str | os.PathLike[str] | None, options: dict[str, Any]) -> 
             "sampling_params",
         )
     load, sampling = _split(options)
+    if schema is not None:
+        if "structured_outputs" in sampling:
+            raise RequestError("schema is structured_outputs with json: leave one of them out", "schema")
+        sampling["structured_outputs"] = {"json": schema, "disable_additional_properties": True}
     checked = SamplingParams(**sampling)
     for name, default in _UNSEEN.items():
         if getattr(checked, name) != default:

@@ -105,7 +105,11 @@ class AsyncEngine:
             raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
         thread.check_open()
         text, ids, salt = encode_prompt(prompt, self.tokenizer)
-        group = thread.engine.new_group(ids, params, text, priority, salt)
+        make = thread.engine.new_group
+        if params.structured_outputs is None:
+            group = make(ids, params, text, priority, salt)
+        else:  # a grammar takes its time
+            group = await asyncio.to_thread(make, ids, params, text, priority, salt)
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()

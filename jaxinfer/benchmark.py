@@ -129,7 +129,7 @@ class _Rehearsal:
         for row, schedule in zip(count, schedules, strict=True):
             row[: len(schedule.samples)] = np.minimum(schedule.samples, steps)
         result = Result(np.zeros((steps, count.size), np.int32), count.reshape(-1), None, None, {})
-        return SimpleNamespace(wait=lambda: result)
+        return SimpleNamespace(wait=lambda: result, held=None)
 
 
 def programs_together(llm: LLM, work: Sequence[Work]) -> list[Key]:

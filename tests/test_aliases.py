@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxinfer
-from jaxinfer import LLM, SamplingParams
+from jaxinfer import LLM, SamplingParams, StructuredOutputsParams
 from jaxinfer.aliases import takes
 from jaxinfer.aliases.loading import LOADING
 from jaxinfer.aliases.sampling import CALL, SAMPLING
@@ -223,6 +223,24 @@ def test_every_sampling_parameter(fields):
         ({"do_sample": True, "temperature": 0.3}, {"temperature": 0.3}),
         ({"do_sample": False, "temp": 0}, {"temperature": 0}),
         ({"max_new_tokens": None, "best_of": 1, "skip_clone": True}, {"max_tokens": 16}),
+        ({"guided_choice": ["a"]}, {"structured_outputs": StructuredOutputsParams(choice=("a",))}),
+        (
+            {"guided_json": {}, "guided_whitespace_pattern": " "},
+            {"structured_outputs": StructuredOutputsParams(json={}, whitespace_pattern=" ")},
+        ),
+        (
+            {"guided_decoding": {"regex": "a", "backend": "xgrammar"}},
+            {"structured_outputs": StructuredOutputsParams(regex="a")},
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "strict": True}}},
+            {"structured_outputs": StructuredOutputsParams(json="{}")},
+        ),
+        (
+            {"response_format": {"type": "json_object"}},
+            {"structured_outputs": StructuredOutputsParams(json_object=True)},
+        ),
+        ({"response_format": {"type": "text"}}, {}),
     ],
 )
 def test_sampling_parameters_that_are_ours(fields, expected):
@@ -262,8 +280,8 @@ def test_all_that_is_wrong_is_in_one_line():
     for fact in ("enforce_eager: not needed here", "swap_space: ", "'dtyp' is not known: did you mean dtype?"):
         assert fact in text
     assert text.endswith(f"; known are {', '.join(EngineConfig.__annotations__)}")
-    text = line(lambda: jaxinfer.generate("x", model="/none", enforce_eager=True, best_of=2, guided_json="{}"))
-    for fact in ("option enforce_eager: ", "sampling parameter best_of: ", "guided_json: "):
+    text = line(lambda: jaxinfer.generate("x", model="/none", enforce_eager=True, best_of=2, max_time=1))
+    for fact in ("option enforce_eager: ", "sampling parameter best_of: ", "max_time: "):
         assert fact in text
     assert "trust_remote_code: no code of a checkpoint is ever run" in line(
         lambda: LLM("/none", trust_remote_code=True)

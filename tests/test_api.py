@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from typing import Literal
 
 import jax
+import pydantic
 import pytest
 
 import jaxinfer
@@ -193,3 +195,25 @@ def test_process_memory_goes_back(folder, tmp_path):
     assert loaded - empty > 0.8 * weights
     assert replaced - empty < 1.8 * weights  # both models would be 2
     assert after - empty < 0.5 * weights
+
+
+class Answer(pydantic.BaseModel):
+    good: bool
+    grade: Literal["a", "b"]
+
+
+@pytest.mark.slow
+def test_a_schema_gives_what_the_text_says(folder):
+    sampling = {"max_tokens": 160, "temperature": 1.0, "seed": 1} | OPTIONS
+    assert isinstance(jaxinfer.generate("one", folder, schema=Answer, **sampling), Answer)
+    several = jaxinfer.generate(["one", "two"], folder, schema={"enum": [1, None]}, **sampling)
+    assert len(several) == 2
+    assert set(several) <= {1, None}
+    assert jaxinfer.chat([{"role": "user", "content": "a"}], folder, schema={"const": ["x"]}, **sampling) == ["x"]
+    assert jaxinfer.generate("one", folder, guided_choice=["yes"], **sampling) == "yes"
+    assert "raise max_tokens" in line(
+        lambda: jaxinfer.generate("one", folder, schema=Answer, **sampling | {"max_tokens": 3})
+    )
+    assert "leave one of them out" in line(
+        lambda: jaxinfer.generate("one", folder, schema=Answer, structured_outputs={"regex": "a"})
+    )

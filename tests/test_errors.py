@@ -64,8 +64,9 @@ def refused(call, kind, param):
         ({"max_new_tokens": 5, "max_tokens": 6}, RequestError, "max_new_tokens"),
         ({"do_sample": False, "temperature": 0.7}, RequestError, "do_sample"),
         ({"best_of": 2}, UnsupportedError, "best_of"),
-        ({"guided_json": "{}"}, UnsupportedError, "guided_json"),
-        ({"guided_json": "{}", "tempature": 1}, RequestError, "guided_json"),
+        ({"max_time": 1}, UnsupportedError, "max_time"),
+        ({"max_time": 1, "tempature": 1}, RequestError, "max_time"),
+        ({"guided_json": "{"}, RequestError, "structured_outputs"),
     ],
 )
 def test_sampling_parameters(fields, kind, param):

@@ -96,9 +96,7 @@ class Words:
                 if our in translation and (our in options or name in self.same):
                     problems[name] = f"it is {our}, which is given too"
                 else:
-                    translation[our] = (
-                        f"{translation[our]},{meant}" if our in translation else meant
-                    )  # axes of one mesh
+                    translation[our] = _joined(translation[our], meant) if our in translation else meant
         return translation, problems
 
     def error(self, problems: Mapping[str, str], known: Collection[str]) -> ValueError:
@@ -127,6 +125,11 @@ class Words:
             return isinstance(value, PLAIN) and (not value or value == "auto")
         setting = getattr(value, "name", value)  # of an enum
         return ANY in fine or (isinstance(setting, PLAIN) and any(_same(setting, choice) for choice in fine))
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Of two options that are one here: axes of a mesh, or fields of a grammar."""
+    return {**one, **other} if isinstance(one, Mapping) else f"{one},{other}"
 
 
 def _same(value: Any, other: Any) -> bool:

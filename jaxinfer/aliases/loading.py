@@ -18,7 +18,8 @@ XLA = "not needed here: XLA compiles every program; warmup=True does it while lo
 TEXT = "models of text run here, and no others"
 LORA = "adapters are not applied here: jaxinfer merge BASE ADAPTER DST writes the model with one"
 SPECULATIVE = "there is no speculative decoding"
-GRAMMAR = "output is not constrained by a grammar; allowed_token_ids and bad_words are there"
+GRAMMAR = "SamplingParams(structured_outputs=...) has grammars, which llguidance follows"
+REASONING = "text is not split into reasoning and answer"
 SERVER = "it is for a server's log and metrics; LLM.stats and RequestOutput.metrics have the figures"
 HOSTS = "jaxinfer.distributed.initialize, or --coordinator, joins several hosts; mesh splits the model over devices"
 OFFLOAD = "weights and cache stay on the devices: quantization, kv_cache_dtype and mesh make them smaller there"
@@ -113,7 +114,8 @@ LOADING = Words(
             "spec_decoding_acceptance_method typical_acceptance_sampler_posterior_threshold "
             "typical_acceptance_sampler_posterior_alpha disable_logprobs_during_spec_decoding spec_method spec_model "
             "spec_tokens": SPECULATIVE,
-            "guided_decoding_backend structured_outputs_config reasoning_parser reasoning_parser_plugin": GRAMMAR,
+            "guided_decoding_backend structured_outputs_config": GRAMMAR,
+            "reasoning_parser reasoning_parser_plugin": REASONING,
             "logits_processors logits_processor_pattern": "SamplingParams has logit_bias and allowed_token_ids",
             "chat_template": "give it to LLM.chat, or to generate and chat on the command line",
             "generation_config": "without sampling_params it is the checkpoint's; give sampling_params for others",
@@ -192,7 +194,7 @@ LOADING = Words(
         "lora_extra_vocab_size": (256,),
         "max_prompt_adapters": (1,),
         "spec_decoding_acceptance_method": ("rejection_sampler",),
-        "guided_decoding_backend": ("auto", "xgrammar"),
+        "guided_decoding_backend": ("auto", "xgrammar", "guidance"),
         "generation_config": ("auto",),
         "local_files_only": (False,),
         "engine_recovery_timeout": (60,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxinfer.aliases import ANY, Options, Words, names
@@ -15,6 +16,39 @@ def _do_sample(value: Any, options: Options) -> dict[str, Any]:
     if bool(value) != bool(temperature):
         raise ValueError(f"{value} is temperature {'above 0' if value else '0'}, and temperature is {temperature!r}")
     return {}
+
+
+def _field(name: str) -> Callable[[Any, Options], dict[str, Any]]:
+    """Of structured_outputs."""
+    return lambda value, _: {"structured_outputs": {name: value}}
+
+
+def _guided_decoding(value: Any, _: Options) -> dict[str, Any]:
+    """vLLM's GuidedDecodingParams, or a dict of its fields."""
+    fields = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+    unsaid = {"backend", "backend_was_auto", "disable_fallback"}
+    asked = {name: v for name, v in fields.items() if name not in unsaid and v is not None}
+    if not asked:
+        raise ValueError("it says nothing: here it is structured_outputs")
+    return {"structured_outputs": asked}
+
+
+def _response_format(value: Any, _: Options) -> dict[str, Any]:
+    """OpenAI's."""
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    match kind:
+        case "text":
+            return {}
+        case "json_object":
+            return {"structured_outputs": {"json_object": True}}
+        case "json_schema":
+            inner = value.get("json_schema")
+            if not isinstance(inner, Mapping) or inner.get("schema") is None:
+                raise ValueError('it must have {"json_schema": {"schema": {...}}}')
+            return {"structured_outputs": {"json": inner["schema"]}}
+        case "structural_tag":
+            return {"structured_outputs": {"structural_tag": value}}
+    raise ValueError(f"its type is {kind!r:.60}: it must be text, json_object, json_schema or structural_tag")
 
 
 BEAMS = "LLM.beam_search(prompts, beam_width=...) has beams"
@@ -35,17 +69,27 @@ SAMPLING = Words(
         "temp": "temperature",
         "repeat_penalty": "repetition_penalty",
     },
-    made={"do_sample": _do_sample},
+    made={
+        "do_sample": _do_sample,
+        "guided_json": _field("json"),
+        "guided_regex": _field("regex"),
+        "guided_choice": _field("choice"),
+        "guided_grammar": _field("grammar"),
+        "guided_json_object": _field("json_object"),
+        "guided_whitespace_pattern": _field("whitespace_pattern"),
+        "guided_decoding": _guided_decoding,
+        "response_format": _response_format,
+    },
     instead=names(
         {
             "do_sample": "here it is temperature: 0 is greedy",
+            "guided_json guided_regex guided_choice guided_grammar guided_json_object guided_whitespace_pattern "
+            "guided_decoding response_format": "here it is structured_outputs",
             "best_of": "all n continuations come back: raise n, and take the one of the best cumulative_logprob",
             "use_beam_search num_beams num_beam_groups diversity_penalty length_penalty early_stopping "
             "constraints force_words_ids": BEAMS,
             "max_length": "max_tokens counts new tokens alone",
             "max_time": "max_tokens is the only limit",
-            "guided_decoding structured_outputs guided_json guided_regex guided_choice guided_grammar "
-            "response_format": GRAMMAR,
             "logits_processors logits_processor sequence_bias prefix_allowed_tokens_fn sampler": "logit_bias, "
             "allowed_token_ids and bad_words are there",
             "decoder_start_token_id": "a prompt of token ids ends as it is to",
@@ -107,7 +151,6 @@ SAMPLING = Words(
         "spaces_between_special_tokens": (True,),
         "output_kind": ("CUMULATIVE", "FINAL_ONLY", 0, 2),
         "thinking_token_budget": (-1,),
-        "guided_json": (),
         # 0 is a token, too
         **dict.fromkeys(["eos_token_id", "bos_token_id"], ()),
         "decoder_start_token_id": (),

@@ -30,6 +30,7 @@ from jaxinfer.batch.summary import Summary
 from jaxinfer.batch.writer import Writer
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.sampling.structured import StructuredOutputsParams
 from jaxinfer.text.tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def run(
         need("zstandard", f"output {out.name}")
     changes = dataclasses.asdict(sampling_params) if isinstance(sampling_params, SamplingParams) else sampling_params
     wanted = SamplingParams().with_changes(**changes or {})
+    if changes and "structured_outputs" in changes:  # as JSON has it, whatever class it is
+        changes = {**changes, "structured_outputs": _as_given(wanted)}
     checker = Parser(task, SamplingParams(), changes, prompt_template)  # mistakes show before a model is loaded
     seed = 0 if task in POOLING else options.pop("seed", 0)
     group = distributed.group()
@@ -233,3 +236,10 @@ def _folder(model: str | os.PathLike[str] | LLM, options: EngineConfig) -> Path:
     if options:
         raise ValueError(f"option {next(iter(options))!r} is for loading a model, and this one is an LLM already")
     return model.folder
+
+
+def _as_given(params: SamplingParams) -> dict[str, Any] | None:
+    """What its outputs must look like."""
+    asked = params.structured_outputs
+    fields = {} if asked is None else dataclasses.asdict(StructuredOutputsParams.of(asked))
+    return {name: value for name, value in fields.items() if value} or None

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxinfer.aliases.sampling import SAMPLING
 from jaxinfer.batch.fields import FORMS, conversation, decoded, kind, text, token_ids, with_int_bias
 from jaxinfer.batch.row import Ask, Task
 from jaxinfer.sampling.params import SamplingParams
@@ -24,6 +25,7 @@ URLS: dict[str, tuple[str, ...]] = {
 COMPLETION_TOKENS = 16  # OpenAI's default there; a chat has none
 # What the answer would have no place for, or would be without.
 _OWN = {field.name for field in dataclasses.fields(SamplingParams)} - {"prompt_logprobs", "detokenize"}
+_OWN |= {"response_format", *(name for name in SAMPLING.made if name.startswith("guided"))}
 # Labels, accounting and caching on OpenAI's side: they say nothing about the answer. `model` is the job's.
 _LABELS = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 # Fields with the only values that are supported, besides null.
@@ -31,7 +33,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
     "echo": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "modalities": (["text"],),

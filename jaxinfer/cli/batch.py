@@ -17,6 +17,7 @@ import typer
 
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import say_error
+from jaxinfer.cli.guided import GuidedOptions
 from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import ModelOptions, SamplingOptions, Verbosity, grouped
 from jaxinfer.cli.rerank import TOP_N
@@ -134,6 +135,7 @@ def batch(
     load: ModelOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
+    guided: GuidedOptions,
     vectors: VectorOptions,
     verbosity: Verbosity,
 ) -> None:
@@ -157,7 +159,7 @@ def batch(
     if output.output is None:
         raise ValueError("--output is missing: a folder, or a file *.jsonl, *.csv or *.parquet")
     check_kept(output.output, "output")
-    changes = sampling.changes
+    changes = sampling.changes | guided.changes
     model, options = named(load, task).loading(**batching.options, seed=changes.pop("seed", None))
     if logprobs is not None:
         changes["logprobs"] = logprobs

@@ -13,6 +13,7 @@ import typer
 
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import Progress, print_pieces, say_error, title
+from jaxinfer.cli.guided import GuidedOptions
 from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import CHAT_TEMPLATE, JSON, ModelOptions, SamplingOptions, Verbosity, grouped
 from jaxinfer.cli.options import chat_template as read_chat_template
@@ -55,6 +56,7 @@ def generate(
     load: ModelOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
+    guided: GuidedOptions,
     verbosity: Verbosity,
 ) -> None:
     """Continue one prompt, or each of several.
@@ -66,7 +68,7 @@ def generate(
         raise ValueError("--chat-template is for messages: give --chat too")
     if logprobs is not None and not as_json:
         raise ValueError("--logprobs are part of what --json prints: give that too")
-    asked: dict[str, Any] = {"n": n, "logprobs": logprobs}
+    asked: dict[str, Any] = {"n": n, "logprobs": logprobs, **guided.changes}
     with verbosity.apply() as progress:
         if hosts.join():
             batching.load(load, progress)

@@ -12,10 +12,12 @@ from jaxinfer.attention import ForwardBatch, Table
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import (
     Decode,
+    DecodeForward,
     DecodeRows,
     Forward,
     FullDecode,
     FullSample,
+    GuidedSample,
     Key,
     Programs,
     Sample,
@@ -47,12 +49,14 @@ class Built(NamedTuple):
 
     calls: programs, one after the other, and what the host gives them.
     spans: by request, where its scored tokens' log-probabilities will be.
-    next: of the program that the step after this one is likely to call, if it is another.
+    next: of the programs that the step after this one is likely to call, if they are others.
+    held: the last of the calls lacks its masks, its last argument, which need the tokens of the step before.
     """
 
     calls: list[Call]
     spans: dict[int, ScoredSpan]
     next: Sequence[Key] = ()
+    held: bool = False
 
 
 class BatchBuilder:
@@ -73,30 +77,39 @@ class BatchBuilder:
     def build(self, schedules: Sequence[SchedulerOutput]) -> Built:
         """What is called for these schedules, one for each shard of rows."""
         plain = all(request.params.is_plain for schedule in schedules for request in schedule.requests)
-        if not any(schedule.chunks for schedule in schedules):
-            key = self._decode_key(max(len(s.decode) for s in schedules), plain)
+        held = any(request.constrained for schedule in schedules for request in schedule.requests)
+        if any(schedule.chunks for schedule in schedules):
+            length = Buckets.fit(self._buckets.tokens, max(sum(s.counts) for s in schedules))
+            arrays = [self._forward_arrays(shard, s, length) for shard, s in enumerate(schedules)]
+            calls: list[Call] = [((Forward.kind, length), _joined(arrays))]
+        elif held:
+            key = self._decode_key(max(len(s.decode) for s in schedules), DecodeForward)
+            arrays = [(self._decode_rows(shard, s, key[1]),) for shard, s in enumerate(schedules)]
+            calls = [(key, _joined(arrays))]
+        else:
+            key = self._decode_key(max(len(s.decode) for s in schedules), Decode if plain else FullDecode)
             arrays = [self._decode_arrays(shard, s, key[1]) for shard, s in enumerate(schedules)]
             return Built([(key, (*_joined(arrays), np.int32(max(s.steps for s in schedules))))], {})
-        length = Buckets.fit(self._buckets.tokens, max(sum(s.counts) for s in schedules))
-        arrays = [self._forward_arrays(shard, s, length) for shard, s in enumerate(schedules)]
-        calls: list[Call] = [((Forward.kind, length), _joined(arrays))]
         spans: dict[int, ScoredSpan] = {}
         if any(request.scored_from is not None for schedule in schedules for request, _ in schedule.chunks):
             scored = [self._scored_arrays(shard, s, spans) for shard, s in enumerate(schedules)]
             calls.append(((Score.kind, self._max_tokens), _joined(scored)))
-        if not spans or any(any(schedule.samples) for schedule in schedules):  # something is there to be waited for
+        samples = not spans or any(any(schedule.samples) for schedule in schedules)
+        if samples:  # perhaps nothing, but then there is something to be waited for
             size = Buckets.fit(self._buckets.sample, max(len(s.requests) for s in schedules))
             arrays = [self._sample_arrays(shard, s, size) for shard, s in enumerate(schedules)]
-            calls.append((((Sample if plain else FullSample).kind, size), _joined(arrays)))
+            sample = GuidedSample if held else Sample if plain else FullSample
+            calls.append(((sample.kind, size), _joined(arrays)))
         # Where no prompt is left to be computed, all rows that have room decode next.
         going_on = max(sum(request.room > 0 for request in s.requests) for s in schedules)
         over = all(all(s.samples) and sum(s.counts) < self._max_tokens for s in schedules)
-        return Built(calls, spans, [self._decode_key(going_on, plain)] if over and going_on else [])
+        decode = DecodeForward if held else Decode if plain else FullDecode
+        return Built(calls, spans, [self._decode_key(going_on, decode)] if over and going_on else [], held and samples)
 
-    def _decode_key(self, rows: int, plain: bool) -> Key:
+    def _decode_key(self, rows: int, program: type[Decode | DecodeForward]) -> Key:
         """Of the program that decodes so many rows of each shard."""
-        decode, sizes = (Decode, self._buckets.decode) if plain else (FullDecode, self._buckets.full_decode)
-        return decode.kind, Buckets.fit(sizes, rows)
+        sizes = self._buckets.decode if program is Decode else self._buckets.full_decode
+        return program.kind, Buckets.fit(sizes, rows)
 
     def slot(self, request: Request) -> int:
         """A request's among those of all shards."""
@@ -157,12 +170,14 @@ class BatchBuilder:
 
     def _decode_arrays(self, shard: int, schedule: SchedulerOutput, size: int) -> tuple[Any, ...]:
         """What one shard gives to a decoding call."""
+        return self._decode_rows(shard, schedule, size), self._sampling(shard, schedule.decode, size)
+
+    def _decode_rows(self, shard: int, schedule: SchedulerOutput, size: int) -> DecodeRows:
         requests = schedule.decode
         positions = np.zeros(size, np.int32)
         positions[: len(requests)] = schedule.start
         slot, samples = self._slots(schedule, size)
-        rows = DecodeRows(slot, samples, positions, self._tables_of(shard, requests, slot))
-        return rows, self._sampling(shard, requests, size)
+        return DecodeRows(slot, samples, positions, self._tables_of(shard, requests, slot))
 
     def _slots(self, schedule: SchedulerOutput, size: int) -> tuple[np.ndarray, np.ndarray]:
         """slot and samples of each row."""

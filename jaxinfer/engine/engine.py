@@ -10,8 +10,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import RequestGroup, SequenceOutput
+from jaxinfer.engine.guided.guide import Guide, Guides
 from jaxinfer.engine.request import FinishReason, Request
 from jaxinfer.engine.runner import PendingStep, Runner
 from jaxinfer.engine.scheduler import SchedulerOutput
@@ -59,6 +61,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_model_len = max_model_len
+        self.guides = Guides(tokenizer, self.vocab_size, self.eos_token_ids)
         self._stats = EngineStats()
         self._seed = seed
         self._next_id = 0
@@ -102,7 +105,7 @@ class Engine:
 
         Any thread may call it: it reads what was loaded, and nothing that changes.
         """
-        stop_ids, excluded = self.check(prompt_token_ids, params)
+        stop_ids, excluded, guide = self.check(prompt_token_ids, params)
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise RequestError(f"priority is {priority!r:.100}: it must be an integer", "priority")
         length = len(prompt_token_ids)
@@ -124,6 +127,7 @@ class Engine:
                 cache_salt=cache_salt,
                 scored_from=1 if params.prompt_logprobs is not None and not index else None,
                 exclusions=excluded.anew() if excluded is not None else None,
+                guide=guide.anew() if guide is not None else None,
             )
             members.append(SequenceOutput(request, self.tokenizer, index))
         return RequestGroup(prompt, members)
@@ -184,8 +188,9 @@ class Engine:
 
     def check(
         self, prompt_token_ids: Sequence[int], params: SamplingParams
-    ) -> tuple[tuple[int, ...], Exclusions | None]:
-        """What ends the prompt's continuations, and the tokens that may not come. Raises what `new_group` does."""
+    ) -> tuple[tuple[int, ...], Exclusions | None, Guide | None]:
+        """What ends the prompt's continuations, the tokens that may not come, and the grammar that they follow. Raises
+        what `new_group` does."""
         length = len(prompt_token_ids)
         self._check_ids("the prompt", prompt_token_ids, "prompt")
         if not length:
@@ -211,9 +216,10 @@ class Engine:
                 "stop_token_ids",
             )
         excluded = exclusions(params, self.tokenizer, self.eos_token_ids, length)
-        check_some_left(params, excluded.always if excluded else (), stop_ids, length, self.vocab_size)
+        always = excluded.always if excluded else ()
+        check_some_left(params, always, stop_ids, length, self.vocab_size)
         self.scheduler.check(self._limit(length, params))
-        return stop_ids, excluded
+        return stop_ids, excluded, guide_of(self.guides, params, stop_ids, always, length, self.vocab_size)
 
     def step(self, max_seconds: float | None = None) -> list[SequenceOutput | Scoring]:
         """Gives the device its next call and takes in the tokens of the one before; returns the generations that got
@@ -263,22 +269,53 @@ class Engine:
             return self._next_id - count
 
     def _step(self, max_seconds: float | None) -> list[SequenceOutput | Scoring]:
-        exact = any(r.exclusions is not None and r.exclusions.follows for r in self.scheduler.running)
-        if not exact or not self._in_flight:
-            # Preempting, or excluding what may not follow the tokens so far, needs all of them to be known.
-            schedules = self.scheduler.schedule(1 if exact else self._max_steps(max_seconds), not self._in_flight)
-            if any(schedule.requests for schedule in schedules):
-                self._prepare_slots(schedules)
-                self._in_flight.append(self._launch(schedules))
-                if len(self._in_flight) == 1 and not exact:
-                    return []  # the next one is scheduled while this one runs
-        return self._take_in(self._in_flight.popleft()) if self._in_flight else []
+        # Preempting needs all tokens to be known.
+        schedules = self.scheduler.schedule(self._max_steps(max_seconds), not self._in_flight)
+        if any(schedule.requests for schedule in schedules):
+            self._prepare_slots(schedules)
+            self._in_flight.append(self._launch(schedules))
+            if len(self._in_flight) == 1:
+                return self._sample(self._in_flight[0])  # the next one is scheduled while this one runs
+        touched = self._take_in(self._in_flight.popleft()) if self._in_flight else []
+        for call in list(self._in_flight):  # all tokens before it are known now
+            touched += self._sample(call)
+        return touched
 
     def _launch(self, schedules: list[SchedulerOutput]) -> Call:
         launched = self.runner.launch(schedules)
         return Call(schedules, launched, time.perf_counter(), self.runner.compile_seconds)
 
+    def _sample(self, call: Call) -> list[SequenceOutput | Scoring]:
+        """Launches what the call samples, if that had to wait for the tokens before it. Gives the generations that got
+        tokens without: those that a grammar leaves no choice for are like the next chunk of a prompt."""
+        step = call.launched
+        if step.held is None:
+            return []
+        masks = self.runner.all_allowed(step)
+        size = len(masks) // len(call.schedules)  # of each shard
+        rows = [
+            (request, shard * size + row)
+            for shard, schedule in enumerate(call.schedules)
+            for row, request in enumerate(schedule.requests)
+            if request.constrained and schedule.samples[row] and request.id in self._generations
+        ]
+        fill_masks(self.guides, rows, masks)
+        room = self.runner.buckets.tokens[0] - len(self.scheduler.running) if self.runner.on_cpu else None
+        forced = {row: (request, tokens) for request, row in rows if (tokens := forced_tokens(request, room))}
+        self.runner.sample(step, masks, list(forced))
+        touched: list[SequenceOutput | Scoring] = []
+        for request, tokens in forced.values():
+            generation = self._generations[request.id]
+            assert isinstance(generation, SequenceOutput)
+            generation.accept(tokens)
+            request.length, request.decoding = len(request.tokens), False
+            touched.append(generation)
+            self._taken(generation)
+        return touched
+
     def _max_steps(self, max_seconds: float | None) -> int:
+        if any(request.constrained for request in self.scheduler.running):
+            return 1
         steps = self.runner.max_steps
         if any(request.params.stop_strings for request in self.scheduler.running):
             steps = min(steps, STOP_STRING_STEPS)
@@ -294,15 +331,12 @@ class Engine:
             if params.has_penalties and not request.prepared:
                 counts = TokenCounts.of(self.vocab_size, request.prompt_token_ids, request.output_token_ids)
                 self.runner.prepare(request, counts)
-            begins = params.has_masks and not request.prepared
+            if params.has_masks and not request.prepared:
+                always = excluded.always if excluded is not None else ()
+                not_first = params.begin_suppress_tokens or ()
+                masks = Masks.of(self.vocab_size, params.allowed_token_ids, always, params.logit_bias, not_first)
+                self.runner.prepare(request, masks)
             request.prepared = True
-            if begins or (excluded is not None and excluded.follows and request.decoding):
-                forbidden = frozenset(excluded.forbidden(request.tokens)) if excluded is not None else frozenset()
-                if begins or forbidden != request.forbidden:
-                    not_first = params.begin_suppress_tokens or ()
-                    masks = Masks.of(self.vocab_size, params.allowed_token_ids, forbidden, params.logit_bias, not_first)
-                    self.runner.prepare(request, masks)
-                    request.forbidden = forbidden
 
     def _take_in(self, call: Call) -> list[SequenceOutput | Scoring]:
         result = call.launched.wait()
@@ -327,16 +361,19 @@ class Engine:
             elif not generation.finished:
                 continue  # an inner chunk of a prompt
             touched.append(generation)
-            for follower in self._followers.pop(request.id, ()):
-                self.scheduler.add(follower)
-            if generation.finished:
-                self._stats.finished += 1
             if request.slot >= 0:
                 self.scheduler.publish(request, len(request.tokens) - 1)
-            if generation.finished:
-                self._forget(request)
+            self._taken(generation)
         self._count(call.schedules, int(result.count.sum()), int(result.count.max()), seconds)
         return touched
+
+    def _taken(self, generation: SequenceOutput | Scoring) -> None:
+        """After some tokens of it: its prompt is computed, and it may have ended."""
+        for follower in self._followers.pop(generation.request.id, ()):
+            self.scheduler.add(follower)
+        if generation.finished:
+            self._stats.finished += 1
+            self._forget(generation.request)
 
     def _count(self, schedules: list[SchedulerOutput], sampled: int, steps: int, seconds: float) -> None:
         stats = self._stats

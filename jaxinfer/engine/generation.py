@@ -44,7 +44,7 @@ class SequenceOutput:
     def finished(self) -> bool:
         return self.request.finish_reason is not None
 
-    def accept(self, tokens: Sequence[int], logprobs: Logprobs | None, row: int) -> None:
+    def accept(self, tokens: Sequence[int], logprobs: Logprobs | None = None, row: int = 0) -> None:
         """Appends sampled tokens up to the one that ends the request; those after it are dropped."""
         request, params = self.request, self.request.params
         self._first = self._first or time.perf_counter()
@@ -68,7 +68,12 @@ class SequenceOutput:
                 request.finish_reason = "stop"
                 break
             text.append(self._stops.push(self._detokenize(token), may_end))
-            if self._stops.matched is not None:
+            if request.guide is not None:
+                request.guide.accept([token])
+                if request.guide.error is not None:
+                    request.finish_reason, self.error = "error", request.guide.error
+                    break
+            if self._stops.matched is not None or (request.guide is not None and request.guide.complete):
                 request.finish_reason = "stop"
                 break
             if len(request.tokens) >= request.limit:
@@ -122,6 +127,10 @@ class SequenceOutput:
     def _why_none(self, token: int) -> str:
         """Why this came in place of a token."""
         tokens = len(self.request.tokens)
+        guide = self.request.guide
+        if token == NONE_LEFT and guide is not None:
+            others = "it and the other sampling parameters exclude all of them"
+            return f"no token is left after {tokens}: {guide.error or f'structured_outputs: {others}'}"
         if token == NONE_LEFT and (self.request.params.has_masks or self._least):
             return f"no token is left after {tokens}: the sampling parameters exclude all of them"
         return not_finite(tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -189,6 +190,8 @@ def load_opened(opened: Opened) -> Loaded:
     )
     if settings["warmup"]:
         runner.warm_up()
+        with contextlib.suppress(UnsupportedError):
+            engine.guides.prepare()
     loaded = Loaded(engine, folder, dtype, sizes, asked, time.perf_counter() - start)
     log.info("loaded %s in %.1f s: %s", folder, loaded.load_seconds, loaded.describe())
     log.info("attention: %s", programs.layout.in_words)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxinfer.engine.exclusions import Exclusions
+from jaxinfer.engine.guided.guide import Guide
 from jaxinfer.sampling.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -41,13 +42,13 @@ class Request:
     scored_from: the first of the given tokens whose log-probability is wanted, if any is.
     target: the token after the last one, where only log-probabilities are wanted; such a request samples nothing.
     exclusions: tokens that may not come; None if there are none.
+    guide: its place in its grammar; None if it has none.
     length: tokens, those that are on their way too.
     computed: how many tokens will have their keys and values in the cache when all scheduled calls are done.
     decoding: its last token is in its slot on the device.
     shard: of the rows: where its slot and its pages are.
     slot: its place in the device's arrays; -1 while it waits.
     prepared: its slot has been made ready for its penalties and masks.
-    forbidden: what is excluded in its slot.
     pages: of each group that has pages, while it runs.
     capacity: tokens that they have room for without asking; 0 where that is not so simple.
     keys: of its full pages.
@@ -69,13 +70,13 @@ class Request:
     scored_from: int | None = None
     target: int | None = None
     exclusions: Exclusions | None = None
+    guide: Guide | None = None
     length: int = 0
     computed: int = 0
     decoding: bool = False
     shard: int = 0
     slot: int = -1
     prepared: bool = False
-    forbidden: frozenset[int] = frozenset()
     pages: list[Held] = field(default_factory=list)
     capacity: int = 0
     keys: list[bytes] = field(default_factory=list)
@@ -86,6 +87,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.length = len(self.tokens)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether what may come next depends on all tokens so far."""
+        return self.guide is not None or (self.exclusions is not None and self.exclusions.follows)
 
     @property
     def room(self) -> int:

@@ -21,7 +21,7 @@ from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.logprobs import Logprobs
-from jaxinfer.sampling.slots import Masks, TokenCounts
+from jaxinfer.sampling.slots import Masks, TokenCounts, mask_words
 
 
 @dataclass
@@ -46,11 +46,12 @@ class Result:
 class PendingStep:
     """A call that the device has been given.
 
-    sampled: None where nothing is.
+    sampled: None where nothing is, or not yet.
     scored: None where nothing is.
     wants_logprobs: whether some row asks for those of its tokens.
     spans: see Result.
     rows: of all shards.
+    held: the sampling that waits for its masks.
     """
 
     sampled: Sampled | None
@@ -58,6 +59,7 @@ class PendingStep:
     wants_logprobs: bool
     spans: dict[int, ScoredSpan]
     rows: int
+    held: Call | None = None
 
     def wait(self) -> Result:
         """The call's result, when it is there."""
@@ -94,15 +96,37 @@ class Runner(ReadyPrograms):
         self.leader: Leader | None = None  # on process 0 of several
 
     def launch(self, schedules: Sequence[SchedulerOutput]) -> PendingStep:
-        """Gives a call to the device, one schedule for each shard of rows, and does not wait for it."""
+        """Gives a call to the device, one schedule for each shard of rows, and does not wait for it. What it samples
+        may be held back until `sample`."""
         built = self.batches.build(schedules)
-        results = {
-            key[0]: result for (key, _), result in zip(built.calls, self.call(built.calls, built.next), strict=True)
-        }
+        calls = built.calls[:-1] if built.held else built.calls
+        then = [*([built.calls[-1][0]] if built.held else ()), *built.next]
+        results = {key[0]: result for (key, _), result in zip(calls, self.call(calls, then), strict=True)}
         scored = results.pop(Score.kind, None)
         sampled = next((result for result in results.values() if isinstance(result, Sampled)), None)
         rows = len(schedules) * max(len(schedule.requests) for schedule in schedules)
-        return PendingStep(sampled, scored, _want_logprobs(schedules), built.spans, rows)
+        held = built.calls[-1] if built.held else None
+        return PendingStep(sampled, scored, _want_logprobs(schedules), built.spans, rows, held)
+
+    def all_allowed(self, step: PendingStep) -> np.ndarray:
+        """Masks u32[R, V/32] for what a step holds back, with all bits set. Each shard of rows has as many."""
+        assert step.held is not None
+        (_, size), _ = step.held
+        words = mask_words(self.model.config.vocab_size)
+        return np.full((self.programs.shards * size, words), 0xFFFFFFFF, np.uint32)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.programs.devices[0].platform == "cpu"
+
+    def sample(self, step: PendingStep, masks: np.ndarray, but: Sequence[int] = ()) -> None:
+        """Gives the device the sampling that a step holds back, `but` for some rows."""
+        assert step.held is not None
+        key, inputs = step.held
+        rows: Any = inputs[0]
+        rows.samples[list(but)] = 0
+        (step.sampled,) = self.call([(key, (*inputs, masks))])
+        step.held = None
 
     def prepare(self, request: Request, values: Masks | TokenCounts) -> None:
         """Makes a sequence's slot ready for its masks or its penalties."""

@@ -12,6 +12,7 @@ from jaxinfer.aliases import takes
 from jaxinfer.aliases.sampling import SAMPLING
 from jaxinfer.errors import RequestError
 from jaxinfer.sampling.ids import are_ids, is_id
+from jaxinfer.sampling.structured import StructuredOutputsParams
 
 DEFAULT_MAX_TOKENS = 256  # of jaxinfer.generate and the command line: people want an answer, not vLLM's 16 tokens
 MAX_LOGPROBS = 20
@@ -64,6 +65,8 @@ class SamplingParams:
     logprobs: None, or how many of the likeliest tokens to report beside the sampled one, at most 20. They are those of
         the model, before penalties, temperature and filters.
     prompt_logprobs: the same for the prompt.
+    structured_outputs: what the text must look like, StructuredOutputsParams or a dict of its fields. See
+        docs/structured_output.md for how it meets the other parameters.
     skip_special_tokens: leave special tokens out of the text.
     detokenize: False: no text at all.
 
@@ -105,6 +108,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
     suppress_tokens: Sequence[int] | None = None
@@ -157,6 +161,7 @@ class SamplingParams:
         self._check_bias()
         self._check_bad_words_ids()
         self._check_decay()
+        self._check_structured_outputs()
 
     def with_changes(self, /, **changes: Any) -> SamplingParams:
         """These parameters with others in place of some. Who asks for a filter of a greedy default asks for sampling:
@@ -206,7 +211,9 @@ class SamplingParams:
         later = self.min_tokens or self.min_length or self.exponential_decay_length_penalty
         forced = self.forced_bos_token_id is not None or self.forced_eos_token_id is not None
         cut_off = self.typical_p < 1 or self.epsilon_cutoff > 0 or self.eta_cutoff > 0
-        return not (self.has_penalties or self.has_masks or self.logprobs is not None or later or forced or cut_off)
+        guided = self.structured_outputs is not None
+        asked = self.has_penalties or self.has_masks or self.logprobs is not None
+        return not (asked or later or forced or cut_off or guided)
 
     def least(self, prompt_length: int) -> int:
         """How many tokens come before anything may end the output."""
@@ -291,6 +298,14 @@ class SamplingParams:
                 "exponential_decay_length_penalty", "it must be a number of tokens and a factor above 0, as (12, 1.05)"
             )
         object.__setattr__(self, "exponential_decay_length_penalty", (int(pair[0]), float(pair[1])))
+
+    def _check_structured_outputs(self) -> None:
+        if self.structured_outputs is None:
+            return
+        object.__setattr__(self, "structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            if getattr(self, name) is not None:
+                raise self._error(name, "a forced token need not be one of structured_outputs: leave one of them out")
 
 
 # Other programs' names too: of a dataclass, __init__ is what takes them.

@@ -15,7 +15,13 @@ from jaxinfer.sampling.slots import DecodeState, copies
 
 
 def process(
-    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: DecodeState, slot: jax.Array, parts: int = 1
+    logits: jax.Array,
+    sampling: SamplingArrays,
+    length: jax.Array,
+    slots: DecodeState,
+    slot: jax.Array,
+    parts: int = 1,
+    allowed: jax.Array | None = None,
 ) -> jax.Array:
     """All of them, one after the other, if a row asks for one: nearly all is element by element, so that it becomes one
     pass, and one thing to compile. Arguments as for `Sampler`."""
@@ -24,6 +30,8 @@ def process(
 
     def processed() -> jax.Array:
         result = _mask(logits, sampling, length, slots, slot, parts)
+        if allowed is not None:
+            result = jnp.where(_bits(allowed, logits.shape[1], parts), result, -jnp.inf)
         stop_ids = jnp.asarray(sampling.stop_ids)  # -1 for none, which no token is
         tokens = jnp.arange(logits.shape[1], dtype=jnp.int32)
         stop = functools.reduce(jnp.logical_or, (tokens == stop_ids[:, i, None] for i in range(stop_ids.shape[1])))
@@ -32,7 +40,7 @@ def process(
         result = jnp.where(stop & _decays(sampling, length)[:, None], _grown(result, sampling, length), result)
         return _force(result, tokens, sampling, length)
 
-    return lax.cond(jnp.any(asked), processed, lambda: logits)
+    return processed() if allowed is not None else lax.cond(jnp.any(asked), processed, lambda: logits)
 
 
 def is_early(sampling: SamplingArrays, length: jax.Array) -> jax.Array:
@@ -57,17 +65,22 @@ def _mask(
     """Minus infinity for tokens that are not allowed; biases added."""
     rows, vocab = logits.shape
     masked = jnp.asarray(sampling.masked)[:, None]
-    words = slots.allowed[slot, (length != sampling.begin).astype(jnp.int32)]
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
-    allowed = bits.reshape(rows, -1)[:, :vocab] != 0
-    if parts > 1:
-        # Or XLA would, where a device's part begins within a word, have devices exchange bits, those of all shards
-        # of rows in one step: it would wait for ever for a shard of which no row has masks.
-        allowed = lax.with_sharding_constraint(allowed, PartitionSpec())
+    allowed = _bits(slots.allowed[slot, (length != sampling.begin).astype(jnp.int32)], vocab, parts)
     ids = jnp.where(masked, slots.bias_ids[slot], vocab)
     index = jnp.arange(rows, dtype=jnp.int32)[:, None]
     biased = logits.at[index, ids].add(slots.bias[slot], mode="drop")
     return jnp.where(allowed | ~masked, biased, -jnp.inf)
+
+
+def _bits(words: jax.Array, vocab: int, parts: int) -> jax.Array:
+    """u32[R, V/32] as bool[R, V]."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
+    allowed = bits.reshape(words.shape[0], -1)[:, :vocab] != 0
+    if parts > 1:
+        # Or XLA would, where a device's part begins within a word, have devices exchange bits, those of all shards
+        # of rows in one step: it would wait for ever for a shard of which no row has masks.
+        allowed = lax.with_sharding_constraint(allowed, PartitionSpec())
+    return allowed
 
 
 def _penalize(logits: jax.Array, sampling: SamplingArrays, slots: DecodeState, slot: jax.Array) -> jax.Array:

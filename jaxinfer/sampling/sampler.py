@@ -35,7 +35,8 @@ class Sampler:
     parts: over how many devices the vocabulary is split.
 
     Called with logits f32[R, V]; slots; slot i32[R], each row's own; length i32[R], the number of tokens before the
-    sampled one: with the row's seed it decides the draw, so that the same request gives the same text in any company.
+    sampled one: with the row's seed it decides the draw, so that the same request gives the same text in any company;
+    and if it is full, perhaps allowed u32[R, V/32], a bit for each token that may come now, whatever else says so.
     Gives the tokens, i32[R], NOT_FINITE or NONE_LEFT among them, and if it is full their `Logprobs`.
     """
 
@@ -43,18 +44,26 @@ class Sampler:
     parts: int = 1
 
     def __call__(
-        self, logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: DecodeState, slot: jax.Array
+        self,
+        logits: jax.Array,
+        sampling: SamplingArrays,
+        length: jax.Array,
+        slots: DecodeState,
+        slot: jax.Array,
+        allowed: jax.Array | None = None,
     ) -> tuple[jax.Array, Logprobs | None]:
         """A block of rows at a time: together they need several times the memory of the logits that they work on, and
         those of 256 rows and a vocabulary of 128,000 are 125 MiB."""
         rows, vocab = logits.shape
         block = max(BLOCK * self.parts // (4 * vocab), 1)
 
-        def some(logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slot: jax.Array) -> Any:
-            tokens = self.tokens(logits, sampling, length, slots, slot)
+        def some(
+            logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slot: jax.Array, allowed: jax.Array | None
+        ) -> Any:
+            tokens = self.tokens(logits, sampling, length, slots, slot, allowed)
             return tokens, logprobs(logits, tokens, sampling) if self.full else None
 
-        inputs = logits, sampling, length, slot
+        inputs = logits, sampling, length, slot, allowed
         if rows <= block:
             return some(*inputs)
 
@@ -71,11 +80,17 @@ class Sampler:
         return jnp.zeros(rows, jnp.int32), no_logprobs(rows, vocab) if self.full else None
 
     def tokens(
-        self, logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: DecodeState, slot: jax.Array
+        self,
+        logits: jax.Array,
+        sampling: SamplingArrays,
+        length: jax.Array,
+        slots: DecodeState,
+        slot: jax.Array,
+        allowed: jax.Array | None = None,
     ) -> jax.Array:
         """Those of all rows at once."""
         if self.full:
-            logits = process(logits, sampling, length, slots, slot, self.parts)
+            logits = process(logits, sampling, length, slots, slot, self.parts, allowed)
         highest, greedy = _likeliest(logits)
 
         def draw() -> jax.Array:

@@ -18,6 +18,11 @@ from jaxinfer.sampling.params import MAX_LOGIT_BIAS, MOST_COPIES
 from jaxinfer.sharding import ROWS, TENSOR, axis_size
 
 
+def mask_words(vocab: int) -> int:
+    """How many words of 32 bits have a bit for each token."""
+    return -(-vocab // 32)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
@@ -53,7 +58,7 @@ class DecodeState:
             alive=array("bool"),
             in_prompt=array("bool", vocab),
             in_output=array("uint16", vocab),
-            allowed=array("uint32", 2, -(-vocab // 32)),
+            allowed=array("uint32", 2, mask_words(vocab)),
             bias_ids=array("int32", MAX_LOGIT_BIAS),
             bias=array("float32", MAX_LOGIT_BIAS),
         )
@@ -89,7 +94,7 @@ class Masks:
     ) -> Masks:
         """Allowed tokens (None for all) without the forbidden ones, and at the beginning without `not_first`, and
         biases."""
-        bits = np.zeros((2, -(-vocab // 32) * 32), bool)
+        bits = np.zeros((2, mask_words(vocab) * 32), bool)
         bits[:, :vocab] = allowed is None
         bits[:, list(allowed or ())] = True
         bits[:, list(forbidden)] = False

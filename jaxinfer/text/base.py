@@ -181,6 +181,21 @@ class Tokenizer(ABC):
             text = self.middle_text[token_id] = self.decode_raw([*before, token_id])[len(shown) :]
         return text
 
+    def all_bytes(self, size: int) -> list[bytes]:
+        """What each of `size` ids adds inside a text, as bytes; nothing where it has no token. Not exact where the
+        tokenizer looks ahead or cleans up."""
+        table = [b""] * size
+        for token_id in self.known_ids:
+            if token_id >= size:
+                continue
+            if self.token_bytes is not None:
+                table[token_id] = self.token_bytes(token_id)
+            elif token_id in self.byte_values:
+                table[token_id] = bytes((self.byte_values[token_id],))
+            else:
+                table[token_id] = self.token_text(token_id).encode()
+        return table
+
     @property
     def has_chat_template(self) -> bool:
         return bool(self.chat_templates.templates)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from jaxinfer import LLM
+from jaxinfer import LLM, StructuredOutputsParams
 from jaxinfer.batch.openai import response_line
 from jaxinfer.batch.parse import Parser
 from jaxinfer.batch.row import Ask, Record, Row
@@ -37,6 +37,12 @@ def complete(**body: Any) -> Ask:
     request = row({"model": "gpt", "prompt": "hi"} | body, COMPLETIONS)
     assert request.error is None
     return request.ask
+
+
+def test_response_formats():
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}, "strict": True}}
+    assert chat(response_format=form).params.structured_outputs == StructuredOutputsParams(json={"type": "integer"})
+    assert chat(guided_regex="a").params.structured_outputs == StructuredOutputsParams(regex="a")
 
 
 def test_openais_defaults_and_not_the_checkpoints():
@@ -120,7 +126,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
         {"tool_choice": 1, "modalities": 1, "stream": 1, "tools": 1, "suffix": 1},
         "tool_choice is not",
     ),  # always the first
-    ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+    ({"response_format": {"type": "yaml"}}, "response_format: its type is 'yaml'"),
     ({"tools": [{"type": "function"}]}, "tools is not supported"),
     ({"tool_choice": "auto"}, "tool_choice is not supported"),
     ({"functions": []}, "'functions' is not supported"),

@@ -169,6 +169,27 @@ def test_a_chat_template_of_one_s_own(cli, model, tmp_path):
     assert "give --chat too" in cli("generate", "hi", *asked, "--chat-template", file).error()
 
 
+@pytest.mark.slow
+def test_structured_output(cli, model, tmp_path):
+    for file, content in (("schema.json", '{"const": [1, "x"]}'), ("grammar", 'root ::= "a" "b"')):
+        (tmp_path / file).write_text(content)
+    for options, text in (
+        (["--choice", "yes"], "yes"),
+        (["--regex", "a{3}"], "aaa"),
+        (["--json-schema", tmp_path / "schema.json"], None),
+        (["--grammar", tmp_path / "grammar"], "ab"),
+    ):
+        code, out, err = cli("generate", "one", "-m", model, "--max-tokens", "60", *options)
+        assert (code, err) == (0, "")
+        assert out == f"{text}\n" if text else json.loads(out) == [1, "x"]
+    code, _, err = cli("generate", "one", "-m", model, "--choice", "yes", "--regex", "a")
+    assert code == 2
+    assert "give exactly one of" in err
+    assert "none: No such file" in cli("generate", "one", "-m", model, "--grammar", tmp_path / "none")[2].replace(
+        "'", ""
+    )
+
+
 def test_stop_strings_may_be_repeated(cli, model, expected):
     text = text_of(expected, "one")
     stop = next(c for c in text[2:] if c.isascii())

@@ -29,11 +29,13 @@ def programs(quantization=None, **fields):
 def test_the_table():
     """Forwards by tokens alone, samples by rows alone."""
     keys = programs().keys()
-    assert len(keys) == len(set(keys)) == 28
+    assert len(keys) == len(set(keys)) == 35
     assert [size for kind, size in keys if kind == "forward"] == [64, 128, 256, 512, 1024, 2048]
     assert [size for kind, size in keys if kind == "sample"] == [16, 256]
     assert [size for kind, size in keys if kind == "full_sample"] == [16, 256]
     assert [size for kind, size in keys if kind == "full_decode"] == [1, 4, 16, 64, 256]
+    assert [size for kind, size in keys if kind == "guided_sample"] == [16, 256]
+    assert [size for kind, size in keys if kind == "decode_forward"] == [1, 4, 16, 64, 256]
     assert [size for kind, size in keys if kind == "score"] == [2048]
 
 

@@ -10,6 +10,11 @@ import pytest
 from jaxinfer import LLM, SamplingParams
 
 ROWS = 8
+GRAMMARS = (
+    {"regex": "[0-9a-f]{2,20}(-[a-z]+)?"},
+    {"choice": ["maybe", "maybe not", "never", "42"]},
+    {"json": {"type": "object", "properties": {"a": {"type": "string"}, "b": {"enum": [1, None]}}, "required": ["b"]}},
+)
 COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: COMPILED.append(event) if "backend_compile" in event else None
@@ -57,6 +62,8 @@ def anything(rng: np.random.Generator) -> tuple[list[int], SamplingParams]:
     params |= maybe(0.2, prompt_logprobs=int(rng.integers(0, 21)))
     params |= {"detokenize": False} if "stop" not in params and rng.random() < 0.2 else {}
     params |= maybe(0.2, min_tokens=int(rng.integers(0, params["max_tokens"] + 1)))
+    if "allowed_token_ids" not in params and rng.random() < 0.25:
+        params["structured_outputs"] = GRAMMARS[rng.integers(len(GRAMMARS))]
     length = int(rng.choice([1, 5, 40, 90]))
     return rng.integers(0, 8, length).tolist(), SamplingParams(**params)
 
@@ -67,7 +74,7 @@ def test_after_the_warm_up_nothing_compiles(llm):
     made = [anything(rng) for _ in range(500)]
     runner = llm.engine.runner
     buckets = runner.buckets
-    table = len(buckets.decode) + len(buckets.full_decode) + len(buckets.tokens) + 2 * len(buckets.sample) + 4
+    table = len(buckets.decode) + 2 * len(buckets.full_decode) + len(buckets.tokens) + 3 * len(buckets.sample) + 4
     compilations, seconds = runner.compilations, runner.compile_seconds
     assert compilations == table
     jax.jit(lambda x: x * 3 + 1)(np.arange(7.0))

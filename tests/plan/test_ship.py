@@ -17,9 +17,11 @@ from tests.plan.test_roofline import CONFIG
 OPTIONS = {"max_num_seqs": 1, "max_num_batched_tokens": 4, "max_model_len": 16}
 NAMES = [
     "decode_1.xla",
+    "decode_forward_1.xla",
     "forward_4.xla",
     "full_decode_1.xla",
     "full_sample_1.xla",
+    "guided_sample_1.xla",
     "manifest.json",
     "prepare_counts_1.xla",
     "prepare_masks_1.xla",

@@ -12,10 +12,10 @@ from jaxinfer.engine.programs.base import (
     placed_params,
     reach,
 )
-from jaxinfer.engine.programs.decode import Decode, DecodeRows, FullDecode
+from jaxinfer.engine.programs.decode import Decode, DecodeForward, DecodeRows, FullDecode
 from jaxinfer.engine.programs.forward import Forward
 from jaxinfer.engine.programs.logits import Sampled
-from jaxinfer.engine.programs.sample import FullSample, Sample, SampleRows
+from jaxinfer.engine.programs.sample import FullSample, GuidedSample, Sample, SampleRows
 from jaxinfer.engine.programs.score import Score, Scored
 from jaxinfer.engine.programs.slots import PrepareCounts, PrepareMasks, Zeros
 from jaxinfer.engine.programs.state import State
@@ -24,11 +24,13 @@ from jaxinfer.engine.programs.table import Programs
 __all__ = [
     "MAX_STEPS",
     "Decode",
+    "DecodeForward",
     "DecodeRows",
     "Forward",
     "FullDecode",
     "FullSample",
     "Function",
+    "GuidedSample",
     "Key",
     "ModelPrograms",
     "PrepareCounts",

@@ -28,6 +28,7 @@ from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.logprobs import Logprobs
+from jaxinfer.sampling.slots import DecodeState
 from jaxinfer.sharding import ROWS
 
 
@@ -46,6 +47,28 @@ class DecodeRows:
     samples: jax.Array | np.ndarray
     positions: jax.Array | np.ndarray
     tables: tuple[Table | None, ...]
+
+
+def decode_batch(
+    shapes: EngineShapes, rows: DecodeRows, positions: jax.Array, active: jax.Array, slots: DecodeState
+) -> ForwardBatch:
+    """The last token of each row, at these positions."""
+    slot = jnp.asarray(rows.slot)
+    size = slot.shape[0]
+    return ForwardBatch(
+        tokens=slots.token[slot],
+        positions=positions,
+        segment_ids=jnp.arange(size, dtype=jnp.int32),
+        cu_q_lens=jnp.arange(size + 1, dtype=jnp.int32),
+        kv_lens=jnp.where(active, positions + 1, 0),
+        tables=rows.tables,
+        distribution=jnp.full(3, size, jnp.int32),
+        slots=slot,
+        decode_only=True,
+        mesh=shapes.mesh,
+        device_kind=shapes.devices[0].device_kind,
+        layers=shapes.layer_map,
+    )
 
 
 class Decode(Program[EngineShapes]):
@@ -69,8 +92,7 @@ class Decode(Program[EngineShapes]):
 
     def function(self) -> Function:
         model, mesh, max_steps = self.shapes.model, self.shapes.mesh, self.shapes.max_steps
-        kind, sampler = self.shapes.devices[0].device_kind, sampler_of(model, mesh, self.full)
-        layers = self.shapes.layer_map
+        sampler = sampler_of(model, mesh, self.full)
 
         def decode(
             params: Params, state: State, read: State, rows: DecodeRows, sampling: SamplingArrays, steps: jax.Array
@@ -79,24 +101,10 @@ class Decode(Program[EngineShapes]):
             logits = logits_of(module, model, mesh)
             slot = jnp.asarray(rows.slot)
             size = slot.shape[0]
-            index = jnp.arange(size, dtype=jnp.int32)
 
             def advance(i: jax.Array, active: jax.Array, state: State) -> tuple[jax.Array, Logprobs | None, State]:
                 positions = jnp.asarray(rows.positions) + i
-                batch = ForwardBatch(
-                    tokens=state.slots.token[slot],
-                    positions=positions,
-                    segment_ids=index,
-                    cu_q_lens=jnp.arange(size + 1, dtype=jnp.int32),
-                    kv_lens=jnp.where(active, positions + 1, 0),
-                    tables=rows.tables,
-                    distribution=jnp.full(3, size, jnp.int32),
-                    slots=slot,
-                    decode_only=True,
-                    mesh=mesh,
-                    device_kind=kind,
-                    layers=layers,
-                )
+                batch = decode_batch(self.shapes, rows, positions, active, state.slots)
                 hidden, cache = module.hidden(batch, state.cache)
                 assert cache is not None
                 tokens, info = sampler(logits(hidden), sampling, positions + 1, state.slots, slot)
@@ -133,3 +141,34 @@ class FullDecode(Decode):
 
     kind = "full_decode"
     full = True
+
+
+class DecodeForward(Program[EngineShapes]):
+    """One token of each of up to `size` rows through all layers but the head, before a sample that has to wait for
+    something: what `Forward` is where there are chunks of prompts."""
+
+    kind = "decode_forward"
+    changes = ("cache", "hidden")
+    reads = ("slots",)
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        shapes = self.shapes
+        row, tables = shapes.ints(self.size), shapes.tables(self.size)
+        return (DecodeRows(row, row, row, tables),)
+
+    @property
+    def result(self) -> None:
+        return None
+
+    def function(self) -> Function:
+        model = self.shapes.model
+
+        def forward(params: Params, state: State, read: State, rows: DecodeRows) -> tuple[None, State]:
+            active = (jnp.asarray(rows.samples) > 0) & read.slots.alive[jnp.asarray(rows.slot)]
+            batch = decode_batch(self.shapes, rows, jnp.asarray(rows.positions), active, read.slots)
+            hidden, cache = model.bind(params).hidden(batch, state.cache)
+            assert cache is not None
+            return None, State(cache, hidden=lax.dynamic_update_slice_in_dim(state.hidden, hidden, 0, 0))
+
+        return self.over_rows(forward, (PartitionSpec(ROWS),), PartitionSpec())

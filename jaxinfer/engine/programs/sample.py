@@ -27,6 +27,7 @@ from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.logprobs import Logprobs
+from jaxinfer.sampling.slots import mask_words
 from jaxinfer.sharding import ROWS
 
 
@@ -73,7 +74,7 @@ class Sample(Program[EngineShapes]):
         sampler = sampler_of(model, mesh, self.full)
 
         def sample(
-            params: Params, state: State, read: State, rows: SampleRows, sampling: SamplingArrays
+            params: Params, state: State, read: State, rows: SampleRows, sampling: SamplingArrays, *masks: jax.Array
         ) -> tuple[Sampled, State]:
             logits = logits_of(model.bind(params), model, mesh)
             slots, hidden = state.slots, read.hidden
@@ -82,14 +83,14 @@ class Sample(Program[EngineShapes]):
             count = jnp.where(slots.alive[slot], jnp.asarray(rows.samples), 0)
 
             def chosen() -> tuple[jax.Array, Logprobs | None]:
-                return sampler(logits(hidden[rows.logits_indices]), sampling, length, slots, slot)
+                return sampler(logits(hidden[rows.logits_indices]), sampling, length, slots, slot, *masks)
 
             nothing = sampler.nothing(slot.shape[0], model.config.vocab_size)
             tokens, info = lax.cond(anywhere(jnp.any(count > 0), mesh), chosen, lambda: nothing)
             slots = take(slots, slot, tokens, count > 0, sampling, length, sampler.full)
             return Sampled(tokens[None], count, jax.tree.map(lambda x: x[None], info)), State(slots=slots)
 
-        return self.over_rows(sample, (PartitionSpec(ROWS),) * 2, SAMPLED)
+        return self.over_rows(sample, (PartitionSpec(ROWS),) * len(self.inputs), SAMPLED)
 
 
 class FullSample(Sample):
@@ -97,3 +98,16 @@ class FullSample(Sample):
 
     kind = "full_sample"
     full = True
+
+
+class GuidedSample(FullSample):
+    """The same with masks from the host, u32[R, V/32]: a bit for each token that may come. They are not needed before
+    this is called, so the host makes them while the device is in the forward before it."""
+
+    kind = "guided_sample"
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        shapes = self.shapes
+        masks = np.zeros((shapes.shards * self.size, mask_words(shapes.model.config.vocab_size)), np.uint32)
+        return *super().inputs, shapes.like(masks)

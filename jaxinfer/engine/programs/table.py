@@ -7,9 +7,9 @@ from functools import cached_property
 from typing import Any
 
 from jaxinfer.engine.programs.base import EngineShapes, Key, Program
-from jaxinfer.engine.programs.decode import Decode, FullDecode
+from jaxinfer.engine.programs.decode import Decode, DecodeForward, FullDecode
 from jaxinfer.engine.programs.forward import Forward
-from jaxinfer.engine.programs.sample import FullSample, Sample
+from jaxinfer.engine.programs.sample import FullSample, GuidedSample, Sample
 from jaxinfer.engine.programs.score import Score
 from jaxinfer.engine.programs.slots import PrepareCounts, PrepareMasks, Zeros
 
@@ -26,6 +26,8 @@ class Programs(EngineShapes):
             *(Sample(self, rows) for rows in self.buckets.sample),
             *(FullDecode(self, rows) for rows in self.buckets.full_decode),
             *(FullSample(self, rows) for rows in self.buckets.sample),
+            *(DecodeForward(self, rows) for rows in self.buckets.full_decode),
+            *(GuidedSample(self, rows) for rows in self.buckets.sample),
             Score(self, self.max_tokens),
             PrepareMasks(self),
             PrepareCounts(self),

@@ -1,0 +1,95 @@
+"""A tokenizer as llguidance wants it: the bytes of every token, and how text inside a text is split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jaxinfer.errors import UnsupportedError
+from jaxinfer.text.base import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+
+class Vocabulary:
+    """Of a model with `size` tokens, those that the tokenizer doesn't know among them: they never come.
+
+    Raises UnsupportedError where a token's text depends on its neighbours.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, size: int, eos_token_ids: Sequence[int]):
+        tokenizer.require("structured_outputs", "leave it out", "structured_outputs")
+        if tokenizer.cleans_up or (tokenizer.looks_ahead and tokenizer.token_bytes is None):
+            raise UnsupportedError(
+                f"structured_outputs: {tokenizer.folder}: a token of this tokenizer has no text of its own, so no "
+                "grammar can be followed token by token",
+                "structured_outputs",
+            )
+        self.size = size
+        self.special_ids = tokenizer.special_ids | frozenset(eos_token_ids)
+        # One more, which is no token: where a model has no EOS, or for what ends a text that has none.
+        self.eos_token_ids = (*eos_token_ids, size)
+        self.tokens = [*tokenizer.all_bytes(size), b""]
+        self._tokenizer = tokenizer
+        self._ids = {token: i for i, token in enumerate(self.tokens) if token and i not in self.special_ids}
+        self._longest = max(map(len, self._ids), default=0)
+
+    def special(self, text: str | None) -> int | None:
+        """The special token that is written so; None if there is none."""
+        return next((i for i in self.special_ids if text and self.tokens[i] == text.encode()), None)
+
+    @property
+    def spells_all(self) -> bool:
+        """Whether it has all bytes, so that every text can be written in it."""
+        return all(bytes([byte]) in self._ids for byte in range(256))
+
+    def spells(self, text: bytes) -> bool:
+        """Whether some tokens make this text."""
+        ends = {0}
+        for start in range(len(text)):
+            if start in ends:
+                most = min(self._longest, len(text) - start)
+                ends |= {start + n for n in range(1, most + 1) if text[start : start + n] in self._ids}
+        return len(text) in ends
+
+    def split(self, text: str | bytes) -> list[int]:
+        """The tokens of a text that follows another one: the tokenizer's own, or else the longest ones."""
+        data = text.encode() if isinstance(text, str) else text
+        try:
+            ids = self._tokenizer.encode_text(data.decode(), add_special_tokens=False)
+        except UnicodeDecodeError:
+            ids = []
+        if not self.special_ids.intersection(ids) and b"".join(self.tokens[i] for i in ids) == data:
+            return ids
+        ids, at = [], 0
+        while at < len(data):
+            sizes = range(min(self._longest, len(data) - at), 0, -1)
+            token = next((data[at : at + n] for n in sizes if data[at : at + n] in self._ids), None)
+            if token is None:
+                return []
+            ids.append(self._ids[token])
+            at += len(token)
+        return ids
+
+    def for_llguidance(self) -> LLTokenizer:
+        """As llguidance has it. It takes about a second for a vocabulary of 100,000."""
+        from llguidance import LLTokenizer
+
+        return LLTokenizer(_Wrapper(self), n_vocab=self.size + 1, eos_token=list(self.eos_token_ids))  # type: ignore[arg-type]
+
+
+class _Wrapper:
+    """What LLTokenizer reads."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.eos_token_id = vocabulary.eos_token_ids[0]
+        self.tokens = vocabulary.tokens
+        self.special_token_ids = sorted(vocabulary.special_ids | {vocabulary.size})
+        self._split = vocabulary.split
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._split(text)

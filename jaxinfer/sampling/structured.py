@@ -1,0 +1,148 @@
+"""What a text must look like: JSON, a regular expression, one of several choices, a grammar. Names are vLLM's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.errors import RequestError
+from jaxinfer.sampling.json_schema import closed
+
+PARAM = "structured_outputs"
+MAX_BYTES = 2**20  # of a schema or grammar: what is longer takes too long to understand
+KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What an output must match. Exactly one of the first six is given.
+
+    json: a JSON schema: a dict, JSON in a string, True, or a class with pydantic's `model_json_schema`. Kept as JSON.
+    regex: a regular expression that the whole output matches, in the syntax of Rust's regex crate: no look-around, no
+        backreferences.
+    choice: the output is one of these texts.
+    grammar: in Lark's syntax as llguidance has it (with a rule `start`), GBNF or EBNF (with a rule `root ::=`).
+    json_object: True: any JSON object.
+    structural_tag: free text, in which what follows a trigger must match: {"type": "structural_tag", "triggers": [...],
+        "structures": [{"begin": ..., "schema": {...}, "end": ...}]}, or the same as JSON. Kept as JSON.
+    whitespace_pattern: what may stand between the parts of JSON, besides nothing. None: a space, or a line's end and up
+        to 32 spaces or tabs, so that no text ends in an endless row of them.
+    disable_any_whitespace: JSON without any.
+    disable_additional_properties: objects of which the schema names properties have no others, where it does not say.
+
+    after: what comes before is free, up to and with this text or special token: "</think>", for models that reason
+        first. vLLM has nothing like it.
+
+    Raises RequestError naming the field.
+    """
+
+    json: str | bool | Mapping[str, Any] | type | None = None
+    regex: str | None = None
+    choice: Iterable[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = False
+    disable_additional_properties: bool | None = False
+    after: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise self._error(name, "it must be True or False")
+        object.__setattr__(self, "json_object", self.json_object or None)  # False asks for nothing
+        there = [name for name in KINDS if getattr(self, name) is not None]
+        if len(there) != 1:
+            raise RequestError(
+                f"{PARAM} has {' and '.join(there) or 'none of its kinds'}: give exactly one of {', '.join(KINDS)}",
+                PARAM,
+            )
+        for name in ("regex", "grammar", "whitespace_pattern", "after"):
+            self._check_text(name)
+        for name in ("json", "structural_tag"):
+            object.__setattr__(self, name, self._as_json(name))
+        self._check_choice()
+        if self.json is None and self.json_object is None:
+            for name in ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"):
+                if getattr(self, name):
+                    raise self._error(name, "it is for json and json_object")
+        if self.whitespace_pattern is not None and self.disable_any_whitespace:
+            raise self._error("whitespace_pattern", "there is disable_any_whitespace too: leave one out")
+
+    @staticmethod
+    def of(value: Any) -> StructuredOutputsParams:
+        """Itself, or what a mapping of its fields says. Raises RequestError."""
+        if isinstance(value, StructuredOutputsParams):
+            return value
+        if not isinstance(value, Mapping):
+            raise RequestError(
+                f"sampling parameter {PARAM} is a {type(value).__name__}: it must be StructuredOutputsParams, or a "
+                "dict of its fields",
+                PARAM,
+            )
+        known = [field.name for field in dataclasses.fields(StructuredOutputsParams)]
+        if strange := [name for name in value if name not in known]:
+            raise RequestError(f"{PARAM} has no {strange[0]!r:.60}; there are {', '.join(known)}", PARAM)
+        return StructuredOutputsParams(**value)
+
+    @property
+    def kind(self) -> str:
+        """Which of the six it is."""
+        return next(name for name in KINDS if getattr(self, name) is not None)
+
+    def _error(self, name: str, problem: str) -> RequestError:
+        return RequestError(f"{PARAM}.{name} is {getattr(self, name)!r:.100}: {problem}", PARAM)
+
+    def _check_text(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if not isinstance(value, str) or not value:
+            raise self._error(name, "it must be a text that is not empty")
+        self._check_length(name, value)
+
+    def _check_length(self, name: str, text: str) -> None:
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise self._error(name, "it has half a surrogate pair, which no text has") from None
+        if size > MAX_BYTES:
+            raise RequestError(f"{PARAM}.{name} has {size} bytes: at most {MAX_BYTES} are supported", PARAM)
+
+    def _as_json(self, name: str) -> str | None:
+        value = getattr(self, name)
+        if value is None:
+            return None
+        if hasattr(value, "model_json_schema"):
+            value = value.model_json_schema()
+        try:
+            if isinstance(value, str):
+                self._check_length(name, value)
+                value = json.loads(value)
+            if not isinstance(value, Mapping) and not (name == "json" and isinstance(value, bool)):
+                raise self._error(name, "it must be an object, as a dict or as JSON")
+            if name == "json" and self.disable_additional_properties:
+                value = closed(value)
+            text = json.dumps(value, ensure_ascii=False)
+        except RecursionError:
+            raise RequestError(f"{PARAM}.{name} is nested too deeply", PARAM) from None
+        except RequestError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise self._error(name, f"it is no JSON: {error}") from None
+        self._check_length(name, text)
+        return text
+
+    def _check_choice(self) -> None:
+        value = self.choice
+        if value is None:
+            return
+        texts = [] if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) else list(value)
+        if not texts or not all(isinstance(text, str) and text for text in texts):
+            raise self._error("choice", "it must be a list of texts, at least one, none of them empty")
+        self._check_length("choice", "".join(texts))
+        object.__setattr__(self, "choice", tuple(dict.fromkeys(texts)))

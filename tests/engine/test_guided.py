@@ -1,0 +1,409 @@
+"""Structured output: every text matches what it was to match, in any company, and what can't be is refused by name."""
+
+import dataclasses
+import functools
+import json
+import re
+import threading
+import types
+
+import jsonschema
+import llguidance
+import numpy as np
+import pytest
+from llguidance import LLParserLimits
+
+from jaxinfer import LLM, RequestError, SamplingParams, StructuredOutputsParams
+from jaxinfer.engine import engine
+from jaxinfer.engine.guided import guide
+from jaxinfer.engine.guided.grammar import grammar_of
+from jaxinfer.engine.guided.guide import Guides
+from jaxinfer.engine.runner import Runner
+from tests.engine.schemas import Maker, sweep
+from tests.settled import settled
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 4},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b", "ü"]}, "maxItems": 2},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+FORMS = {
+    "json": PERSON,
+    "regex": r"[0-9]{3}-[a-f]{2,4}",
+    "choice": ["yes", "no", "yes and no", "日本"],
+    "grammar": 'root ::= "(" item ("," item)* ")"\nitem ::= [a-c] | "(" item ")"',
+    "json_object": True,
+}
+OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}  # as in test_features: the same programs
+
+
+def asked(form, **more):
+    fields = {"temperature": 1.0, "max_tokens": 64, "structured_outputs": {form: FORMS[form]}} | more
+    return SamplingParams(**fields)
+
+
+def prompt(seed):
+    return np.random.default_rng(seed).integers(0, 250, 3 + seed % 40).tolist()
+
+
+def check(form, completion):
+    """A text that has ended matches; one that was cut begins well."""
+    text = completion.text
+    if completion.finish_reason == "length":
+        assert form in ("json", "json_object", "grammar")
+        return
+    assert completion.finish_reason == "stop"
+    match form:
+        case "json":
+            jsonschema.validate(json.loads(text), PERSON)
+        case "json_object":
+            assert isinstance(json.loads(text), dict)
+        case "choice":
+            assert text in FORMS["choice"]
+        case "regex":
+            assert re.fullmatch(FORMS["regex"], text)
+        case "grammar":
+            assert re.fullmatch(r"\(\(*[a-c]\)*(,\(*[a-c]\)*)*\)", text)
+            assert text.count("(") == text.count(")")
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoints):
+    with LLM(checkpoints("llama").folder, **OPTIONS) as llm:
+        yield llm
+        settled(llm)
+        assert llm.stats.pages_used == 0
+
+
+def tokens(outputs):
+    return [[completion.token_ids for completion in output.outputs] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Prompts and parameters: guided and plain ones, with all that may meet a grammar."""
+    params = [asked(form, seed=i) for i in range(3) for form in FORMS]
+    params[0] = asked("json", seed=0, logprobs=3, max_tokens=128)
+    params[1] = asked("regex", seed=1, n=3, repetition_penalty=1.2)
+    params[2] = asked("choice", seed=2, bad_words=["yes"], temperature=0.0)
+    params[3] = asked("grammar", seed=2, no_repeat_ngram_size=4, max_tokens=12)
+    for at, more in ((4, {}), (8, {"bad_words": ["ab", "c d"]})):
+        params.insert(at, SamplingParams(temperature=1.0, seed=at, max_tokens=30, ignore_eos=True, **more))
+    return [prompt(i) for i in range(len(params))], params
+
+
+@pytest.fixture(scope="module")
+def alone(llm, mixed):
+    return [llm.generate(p, q, use_tqdm=False)[0] for p, q in zip(*mixed, strict=True)]
+
+
+def test_every_text_matches(alone, mixed):
+    ended = 0
+    for output, params in zip(alone, mixed[1], strict=True):
+        assert output.error is None
+        for completion in output.outputs if params.structured_outputs is not None else ():
+            check(params.structured_outputs.kind, completion)
+            ended += completion.finish_reason == "stop"
+    assert ended >= 12
+    assert "yes" not in alone[2].outputs[0].text
+
+
+def test_company_changes_nothing(llm, mixed, alone):
+    assert tokens(llm.generate(*mixed, use_tqdm=False)) == tokens(alone)
+    streamed = list(llm.stream(mixed[0][0], mixed[1][0]))
+    assert "".join(streamed) == alone[0].outputs[0].text
+
+
+def test_forced_tokens_are_the_same(llm, mixed, alone, monkeypatch):
+    """Where a grammar leaves no choice, tokens go through as a prompt's do, in fewer calls."""
+    schema = {"properties": {name: {"enum": ["left", "right"]} for name in ("first", "second")}, "required": ["second"]}
+    call = asked(
+        "json", seed=0, structured_outputs={"json": schema | {"type": "object"}, "disable_any_whitespace": True}
+    )
+
+    def generated():
+        before = llm.stats.calls
+        output = llm.generate([1, 2, 3], call, use_tqdm=False)
+        return tokens(output), llm.stats.calls - before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "forced_tokens", lambda *_: [])
+        expected, usual = generated()
+    monkeypatch.setattr(Runner, "on_cpu", False)
+    assert generated()[0] == expected
+    assert generated()[1] < usual / 2
+    assert tokens(llm.generate(*mixed, use_tqdm=False)) == tokens(alone)
+
+
+@pytest.mark.slow
+def test_preempted_ones_go_on(checkpoints, mixed, alone):
+    with LLM(
+        checkpoints("llama").folder, kv_cache_memory=24 * 8 * 2 * 2 * 2 * 8 * 4, max_model_len=184, **OPTIONS
+    ) as llm:
+        assert tokens(llm.generate(*mixed, use_tqdm=False)) == tokens(alone)
+        assert llm.stats.preemptions > 0
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(checkpoints, mixed, alone):
+    with LLM(checkpoints("llama").folder, mesh="data=2,tensor=2", **OPTIONS) as llm:
+        assert tokens(llm.generate(*mixed, use_tqdm=False)) == tokens(alone)
+
+
+@pytest.mark.slow
+def test_random_schemas(llm):
+    """All keywords: a text that ends validates. tests/engine/schemas.py does it with more."""
+    counts = sweep(llm, [Maker(i).schema() for i in range(150)])
+    assert counts["INVALID"] == 0
+    assert counts["valid"] > 100
+
+
+def test_log_probabilities_are_the_model_s(llm, mixed, alone):
+    """Of all tokens, not of those that the grammar leaves."""
+    (output,) = alone[0].outputs
+    whole = mixed[0][0] + output.token_ids
+    scored = llm.generate(whole, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)[0].prompt_logprobs
+    theirs = [scored[i][token].logprob for i, token in enumerate(whole) if i >= len(mixed[0][0])]
+    ours = [step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_log_probabilities_of_the_prompt(llm):
+    """Also where the text is there before they are."""
+    params = SamplingParams(structured_outputs={"choice": ["a"]}, prompt_logprobs=1)
+    for length in (3, 70):
+        (output,) = llm.generate(prompt(length)[:2] * length, params, use_tqdm=False)
+        assert output.outputs[0].text == "a"
+        assert len(output.prompt_logprobs) == 2 * length
+
+
+def test_ends(llm):
+    """The end of the grammar is that of the text, whatever else says so; a stop string comes before it."""
+    only = {"structured_outputs": {"choice": ["abcdef"]}, "max_tokens": 20, "temperature": 0.0}
+    for more in ({}, {"ignore_eos": True}, {"min_tokens": 12}, {"stop_token_ids": [3]}):
+        completion = llm.generate([5, 6], SamplingParams(**only, **more), use_tqdm=False)[0].outputs[0]
+        assert (completion.text, completion.finish_reason) == ("abcdef", "stop")
+    cut = llm.generate([5, 6], SamplingParams(**only, stop="d"), use_tqdm=False)[0].outputs[0]
+    assert (cut.text, cut.stop_reason) == ("abc", "d")
+    short = llm.generate([5, 6], SamplingParams(**(only | {"max_tokens": 4})), use_tqdm=False)[0].outputs[0]
+    assert (short.text, short.finish_reason) == ("abcd", "length")
+    eos = llm.tokenizer.eos_token_id
+    open_end = SamplingParams(structured_outputs={"regex": "a+"}, logit_bias={eos: 1e9}, max_tokens=9, temperature=0.0)
+    assert llm.generate([5], open_end, use_tqdm=False)[0].outputs[0].token_ids[1:] == [eos]
+    later = open_end.with_changes(min_tokens=3)
+    assert llm.generate([5], later, use_tqdm=False)[0].outputs[0].text == "aaa"
+    never = open_end.with_changes(ignore_eos=True)
+    assert llm.generate([5], never, use_tqdm=False)[0].outputs[0].text == "a" * 9
+
+
+def test_none_is_left(llm):
+    """Where another parameter excludes what the grammar needs: an error of the request alone, or before it runs."""
+    b = llm.tokenizer.encode("b")[0]
+    broken = SamplingParams(structured_outputs={"choice": ["abc"]}, suppress_tokens=[b], temperature=0.0)
+    fine = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    one, other = llm.generate([[5], [6]], [broken, fine], use_tqdm=False)
+    assert "structured_outputs" in one.error
+    assert one.outputs[0].finish_reason == "error"
+    assert one.outputs[0].text == "a"
+    assert other.error is None
+    with pytest.raises(RequestError, match="leave no token to begin with"):
+        llm.generate([5], SamplingParams(structured_outputs={"choice": ["bc"]}, suppress_tokens=[b]), use_tqdm=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_after_a_text(llm, form):
+    """What comes before it is free, and it may end within a token."""
+    params = asked(form, structured_outputs={form: FORMS[form], "after": "</t>"}, max_tokens=40, seed=3)
+    bias = {llm.tokenizer.encode(character)[0]: 40.0 for character in "</t>"}
+    begun = llm.engine.check([1], params)[2]
+    begin = {"json": "{", "json_object": "{", "regex": "1", "choice": "n", "grammar": "("}[form]
+    for text, fine in (("free < text</t>", True), (f"</t>\n\n{begin}", True), ("</t>#", False)):
+        ids = llm.tokenizer.encode(text)
+        assert (begun.anew().matcher.try_consume_tokens(ids) == len(ids)) == fine
+    completion = llm.generate([5], params.with_changes(logit_bias=bias), use_tqdm=False)[0].outputs[0]
+    _, end, answer = completion.text.partition("</t>")
+    if end and completion.finish_reason == "stop":
+        check(form, dataclasses.replace(completion, text=answer.strip()))
+    else:
+        assert completion.finish_reason == "length"
+
+
+def test_after_a_special_token():
+    """Which is no text: the same characters, one by one, are not it."""
+    tokenizer = types.SimpleNamespace(
+        require=lambda *_: None,
+        cleans_up=False,
+        looks_ahead=False,
+        special_ids=frozenset([1]),
+        token_bytes=None,
+        all_bytes=lambda size: [*(b"e", b"<t>", b"a"), *([b""] * (size - 3))],
+        encode_text=lambda text, **_: [],
+    )
+    guides = Guides(tokenizer, 40, [])
+    one = guides.guide(SamplingParams(structured_outputs={"regex": "a", "after": "<t>"}), [])
+    masks = np.zeros((1, 2), np.uint32)
+    allowed = []
+    for token in (0, 1, 2):
+        guides.fill([(one, 0)], masks)
+        allowed.append([i for i in range(40) if masks[0, i // 32] >> (i % 32) & 1])
+        one.accept([token])
+    assert allowed == [[0, 1, 2], [0, 1, 2], [2]]
+    assert one.complete
+    with pytest.raises(RequestError, match="'b' can't be written"):
+        guides.guide(SamplingParams(structured_outputs={"choice": ["a", "b"]}), [])
+
+
+@pytest.mark.parametrize(("states", "renewed"), [(10**5, 0), (1200, 1)])
+def test_limits_are_each_sequence_s(llm, monkeypatch, states, renewed):
+    """Copies of a grammar share what is known of it, and its limits: who reaches them begins with a new one."""
+    monkeypatch.setattr(llguidance, "LLParserLimits", functools.partial(LLParserLimits, max_lexer_states=states))
+    monkeypatch.setattr(guide, "RENEWED_IN", 10.0)
+    guides = Guides(llm.tokenizer, llm.engine.vocab_size, llm.engine.eos_token_ids)
+    asked = SamplingParams(structured_outputs={"regex": "(.*a){1,50}(.{3,30}b){1,200}"})
+    rng, masks, origins = np.random.default_rng(0), np.zeros((2, 10), np.uint32), set()
+    pair = [guides.guide(asked, []) for _ in range(2)]
+    for _ in range(100):
+        guides.fill([(pair[0], 0), (pair[1], 1)], masks)
+        assert masks.any(axis=1).all()
+        for each in pair:
+            each.accept(llm.tokenizer.encode("abc"[rng.integers(3)]))
+            assert each.error is None
+            origins.add(id(each._origin))
+    assert len(origins) > renewed if renewed else len(origins) == 1
+
+
+NESTED = functools.reduce(lambda inner, _: {"items": inner}, range(480), {})
+DEEP = '{"items":' * 10_000 + "{}" + "}" * 10_000
+REFUSED = [
+    ({}, "none of its kinds"),
+    ({"json": {}, "regex": "a"}, "json and regex: give exactly one"),
+    ({"jsn": {}}, "no 'jsn'"),
+    ({"json": "{"}, "it is no JSON"),
+    ({"json": "3"}, "it must be an object"),
+    ({"json": {"a": {1}}}, "it is no JSON"),
+    ({"json": DEEP}, "nested too deeply"),
+    ({"json": NESTED}, "recursion limit|nested too deeply"),
+    ({"json": NESTED, "disable_additional_properties": True}, "recursion limit|nested too deeply"),
+    ({"json": {"enum": [f"value number {i}" for i in range(100_000)]}}, "bytes: at most"),
+    ({"json": {"properties": {f"p{i}": {} for i in range(3000)}}}, "at most 400 that are not required"),
+    ({"json": {"anyOf": [{"properties": {f"{j}p{i}": {} for i in range(300)}} for j in range(20)]}}, "the squares of"),
+    ({"json": {"type": "object", "propertyNames": {"maxLength": 3}}}, '"propertyNames"'),
+    ({"json": {"not": {}}}, '"not".*"lenient": true'),
+    ({"json": {"type": "array", "uniqueItems": True}}, '"uniqueItems"'),
+    ({"json": {"oneOf": [{"type": "string"}, {"maxLength": 3}]}}, 'oneOf.*"coerce_one_of": true'),
+    ({"json": {"type": "string", "pattern": "(?=a)b"}}, "pattern: .*look-around"),
+    ({"json": {"type": "string", "format": "regex"}}, "Unknown format: regex; .*lenient"),
+    ({"json": {"type": "string", "pattern": "\\bb"}}, "pattern: .*lookarounds"),
+    ({"json": {"$ref": "https://example.org/schema"}}, r"\$ref: "),
+    ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "minimum"),
+    ({"json": False}, "no text matches"),
+    ({"json": {"$ref": "#"}}, "no text matches"),
+    ({"regex": "(?=a)b"}, "look-around"),
+    ({"regex": r"(a)\1"}, "backreferences"),
+    ({"regex": "a("}, "unclosed group"),
+    ({"regex": ""}, "not empty"),
+    ({"regex": "\ud800"}, "surrogate"),
+    ({"regex": r"[^\s\S]"}, "no text matches"),
+    ({"choice": []}, "at least one"),
+    ({"choice": "yes"}, "list of texts"),
+    ({"choice": ["a", ""]}, "none of them empty"),
+    ({"grammar": "start: missing"}, "missing"),
+    ({"grammar": 'root ::= "a'}, "grammar: "),
+    ({"structural_tag": {"format": {}}}, "structures"),
+    ({"json_object": "yes"}, "True or False"),
+    ({"choice": ["a"], "whitespace_pattern": " "}, "for json"),
+]
+
+
+@pytest.mark.parametrize(("fields", "fact"), REFUSED, ids=range(len(REFUSED)))
+def test_what_is_refused(llm, fields, fact):
+    """In one line, and the next request finds all in order."""
+    with pytest.raises(RequestError, match=fact) as raised:
+        llm.generate([5], SamplingParams(structured_outputs=fields), use_tqdm=False)
+    assert raised.value.param == "structured_outputs"
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
+
+
+def test_fields():
+    """One form inside, whatever was given."""
+
+    class Model:
+        @staticmethod
+        def model_json_schema():
+            return PERSON
+
+    same = [StructuredOutputsParams(json=form) for form in (PERSON, json.dumps(PERSON), Model)]
+    assert {hash(params) for params in same} == {hash(same[0])}
+    params = SamplingParams(structured_outputs=same[0])
+    assert params.structured_outputs == SamplingParams(guided_json=PERSON).structured_outputs
+    assert params.with_changes(max_tokens=3).structured_outputs is params.structured_outputs
+    inner, free = {"properties": {"b": {}}}, {"type": "object"}
+    closed = StructuredOutputsParams(
+        json={"properties": {"a": inner, "properties": free}, "const": inner}, disable_additional_properties=True
+    )
+    assert json.loads(closed.json) == {
+        "properties": {"a": inner | {"additionalProperties": False}, "properties": free},
+        "const": inner,
+        "additionalProperties": False,
+    }
+    with pytest.raises(RequestError, match="forced_eos_token_id"):
+        SamplingParams(structured_outputs={"regex": "a"}, forced_eos_token_id=1)
+
+
+NUMBER = {"type": "integer"}
+LENIENT = {"x-guidance": {"lenient": True, "coerce_one_of": True}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"type": "string", "format": "password"}, '"a b"'),  # OpenAPI's and pydantic's formats are no constraints
+        ({"properties": {"format": {"type": "string", "format": "path"}}, "type": "object"}, '{"format": "a"}'),
+        ({"const": {"format": "path"}}, '{"format": "path"}'),
+        ({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": NUMBER, "type": "object"}, '{"b": 1}'),
+        ({"propertyNames": {"$ref": "#/$defs/n"}, "$defs": {"n": {"pattern": "^x"}}, "type": "object"}, '{"xy": "1"}'),
+        (LENIENT | {"type": "array", "uniqueItems": True}, "[1, 1]"),
+        (LENIENT | {"oneOf": [{"type": "string"}, {"maxLength": 3}], "not": {"const": "a"}}, '"a"'),
+        (LENIENT | {"type": "string", "format": "regex"}, '"("'),
+    ],
+    ids=["format", "a property", "data", "names", "names' pattern", "uniqueItems", "oneOf", "format of JSON Schema"],
+)
+def test_what_a_schema_need_not_say(llm, schema, text):
+    """Keywords that constrain nothing, those that others say, and those that a schema does not insist on."""
+    guides = Guides(llm.tokenizer, llm.engine.vocab_size, llm.engine.eos_token_ids)
+    guide = guides.guide(SamplingParams(structured_outputs={"json": schema}), [])
+    guide.accept(guides.prepare().split(text))
+    assert guide.error is None
+    assert guide.matcher.is_accepting()
+
+
+def test_who_waits_for_a_grammar(llm, monkeypatch):
+    """Who asks for it, and nobody else: the engine's thread goes on."""
+    begun, over = threading.Event(), threading.Event()
+
+    def slow(*of):
+        begun.set()
+        assert over.wait(60)
+        return grammar_of(*of)
+
+    monkeypatch.setattr(guide, "grammar_of", slow)
+    texts = []
+
+    def ask():
+        params = SamplingParams(structured_outputs={"choice": ["a new one"]})
+        texts.append(llm.generate([5], params, use_tqdm=False)[0].outputs[0].text)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert begun.wait(60)
+    assert llm.generate([5, 6], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)[0].finished
+    assert not texts
+    over.set()
+    thread.join()
+    assert texts == ["a new one"]
