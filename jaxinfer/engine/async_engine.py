@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import threading
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.load import load_engine
+from jaxinfer.engine.mail import Box, Mail
 from jaxinfer.engine.outputs import RequestOutput
-from jaxinfer.engine.prompts import Prompt, encode_prompt
+from jaxinfer.engine.prompts import Encoded, Prompt, encode_prompt
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.thread import EngineThread, Submission
 from jaxinfer.errors import EngineClosed, QueueFullError, RequestError
@@ -35,18 +38,44 @@ class AsyncEngine:
         if not isinstance(max_queued, int) or isinstance(max_queued, bool) or max_queued < 1:
             raise ValueError(f"max_queued is {max_queued!r}: it must be an integer of at least 1")
         loaded = load_engine(model, **options)
+        self._begin(EngineThread(loaded.engine, "AsyncEngine"), loaded.default_sampling_params, max_queued)
+
+    @classmethod
+    def over(
+        cls, engine_thread: EngineThread, default: Callable[[], SamplingParams], *, max_queued: int = 1024
+    ) -> AsyncEngine:
+        """On an engine that others may use, too, and close. default: makes the parameters where none are given."""
+        engine = cls.__new__(cls)
+        engine._begin(engine_thread, default, max_queued)
+        return engine
+
+    def _begin(self, engine_thread: EngineThread, default: Callable[[], SamplingParams], max_queued: int) -> None:
         self.max_queued = max_queued
-        self.tokenizer = loaded.engine.tokenizer
-        self.engine_thread = EngineThread(loaded.engine, "AsyncEngine")
-        self._default_sampling_params = loaded.default_sampling_params
+        self.tokenizer = engine_thread.engine.tokenizer
+        self.engine_thread = engine_thread
+        self._default_sampling_params = default
         self._ids = itertools.count()
-        self._open: dict[str, RequestGroup] = {}  # all requests that have not ended
+        self._open: dict[str, Sequence[RequestGroup]] = {}  # all requests that have not ended
         self._lock = threading.Lock()  # of _open
+        self._mails: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Mail] = weakref.WeakKeyDictionary()
 
     @property
     def stats(self) -> EngineStats:
         """Requests, pages, tokens and seconds, as they are now and since loading."""
         return self.engine_thread.engine.stats
+
+    def new_group(
+        self, prompt: Prompt | Encoded, sampling_params: SamplingParams | None = None, priority: int = 0
+    ) -> RequestGroup:
+        """A request for `deltas`. Any thread may call it: text becomes tokens here, which takes its time. Raises
+        RequestError."""
+        params = sampling_params or self._default_sampling_params()
+        if not isinstance(params, SamplingParams):
+            kind = type(params).__name__
+            raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
+        self.engine_thread.check_open()
+        text, ids, salt = prompt if isinstance(prompt, Encoded) else encode_prompt(prompt, self.tokenizer)
+        return self.engine_thread.engine.new_group(ids, params, text, priority, salt)
 
     async def generate(
         self,
@@ -62,45 +91,70 @@ class AsyncEngine:
         or an id that is in use, and QueueFullError. An error of the device ends all requests with it; the next one
         finds the engine in order.
         """
-        params = sampling_params or self._default_sampling_params()
-        if not isinstance(params, SamplingParams):
-            kind = type(params).__name__
-            raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
-        self.engine_thread.check_open()
-        text, ids, salt = encode_prompt(prompt, self.tokenizer)
-        group = self.engine_thread.engine.new_group(ids, params, text, priority, salt)
-        name = request_id if request_id is not None else f"request-{next(self._ids)}"
+        group = self.new_group(prompt, sampling_params, priority)
+        async with contextlib.aclosing(self._outputs([group], RequestGroup.output, request_id)) as outputs:
+            async for arrived in outputs:
+                for output in arrived:
+                    yield output
+
+    async def deltas(
+        self, groups: Sequence[RequestGroup], *, request_id: str | None = None
+    ) -> AsyncIterator[list[RequestOutput]]:
+        """Runs requests of `new_group`, and yields what has come since the last time: for each that got something, a
+        `RequestGroup.delta` whose `index` is its place. All of them have ended after the last one.
+
+        They are one request to `abort` and to the queue; errors are as for `generate`.
+        """
+        async with contextlib.aclosing(self._outputs(groups, RequestGroup.delta, request_id)) as outputs:
+            async for arrived in outputs:
+                yield arrived
+
+    async def _outputs(
+        self, groups: Sequence[RequestGroup], output: Callable[[RequestGroup, int], RequestOutput], name: str | None
+    ) -> AsyncGenerator[list[RequestOutput], None]:
+        name = name if name is not None else f"request-{next(self._ids)}"
         loop = asyncio.get_running_loop()
-        outputs: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
+        mail = self._mails.setdefault(loop, Mail(loop))
+        box = Box()
 
-        def listener(group: RequestGroup, error: BaseException | None) -> None:
-            closed = isinstance(error, EngineClosed)
-            if error is not None or group.finished:
-                self._forget(name, group)  # before anybody hears of the end, and uses the name again
-            output = group.output() if error is None or closed else error
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
+        def submission(index: int, group: RequestGroup) -> Submission:
+            def listener(group: RequestGroup, error: BaseException | None) -> None:
+                closed = isinstance(error, EngineClosed)
+                if error is not None or all(group.finished for group in groups):
+                    self._forget(name, groups)  # before anybody hears of the end, and uses the name again
+                mail.put(box, output(group, index) if error is None or closed else error)
 
-        self._remember(name, group)
+            return Submission(group, listener, streams=True, after=mail.send)
+
+        self._remember(name, groups)
         try:
-            self.engine_thread.submit([Submission(group, listener, streams=True)])
-            while True:
-                output = await outputs.get()
-                if isinstance(output, BaseException):
-                    raise output
-                yield output
-                if output.finished:
-                    return
+            self.engine_thread.submit([submission(i, group) for i, group in enumerate(groups)])
+            running = len(groups)
+            while running:
+                arrived: list[RequestOutput] = []
+                for item in await box.take():
+                    if isinstance(item, BaseException):
+                        raise item
+                    arrived.append(item)
+                    running -= item.finished
+                yield arrived
         finally:
-            self._forget(name, group)
-            self.engine_thread.abort(group)
+            self._forget(name, groups)
+            for group in groups:
+                self.engine_thread.abort(group)
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is; who waits for its outputs gets a last one, with finish_reason "abort". An id
         that is unknown, or has ended, is no error."""
-        group = self._open.get(request_id)
-        if group is not None:
+        for group in self._open.get(request_id, ()):
             self.engine_thread.abort(group)
+
+    def abort_all(self) -> None:
+        """Ends all requests as `abort` does."""
+        with self._lock:
+            names = list(self._open)
+        for name in names:
+            self.abort(name)
 
     def close(self) -> None:
         """Aborts what runs, ends the thread and frees the memory."""
@@ -114,17 +168,20 @@ class AsyncEngine:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    def _remember(self, name: str, group: RequestGroup) -> None:
+    def _remember(self, name: str, groups: Sequence[RequestGroup]) -> None:
         with self._lock:
             if name in self._open:
                 raise RequestError(f"request_id {name!r} is in use by a request that has not ended", "request_id")
-            waiting = sum(group.waiting for group in self._open.values())
-            if waiting >= self.max_queued:
-                raise QueueFullError(f"{waiting} requests are waiting, and max_queued is {self.max_queued}; try later")
-            self._open[name] = group
+            if len(self._open) >= self.max_queued:
+                waiting = sum(all(group.waiting for group in groups) for groups in self._open.values())
+                if waiting >= self.max_queued:
+                    raise QueueFullError(
+                        f"{waiting} requests are waiting, and max_queued is {self.max_queued}; try later"
+                    )
+            self._open[name] = groups
 
-    def _forget(self, name: str, group: RequestGroup) -> None:
+    def _forget(self, name: str, groups: Sequence[RequestGroup]) -> None:
         """The request, not another one that has its name by now."""
         with self._lock:
-            if self._open.get(name) is group:
+            if self._open.get(name) is groups:
                 del self._open[name]
