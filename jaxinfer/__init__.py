@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
+    from jaxinfer.server.run import serve
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ _HOME = {
     "chat": "jaxinfer.api",
     "embed": "jaxinfer.api",
     "unload": "jaxinfer.api",
+    "serve": "jaxinfer.server.run",
 }
 
 __all__ = [
@@ -80,6 +82,7 @@ __all__ = [
     "chat",
     "embed",
     "generate",
+    "serve",
     "stream",
     "unload",
 ]

@@ -23,6 +23,7 @@ from jaxinfer.cli.console import say_error
 COMMANDS = (
     "generate",
     "chat",
+    "serve",
     "batch",
     "score",
     "bench",
@@ -39,8 +40,7 @@ COMMANDS = (
 
 # What other programs call things that are something else here, or nothing yet.
 GUESSES = {
-    "serve": "there is no server yet: jaxinfer batch runs files of requests, OpenAI's batch lines too, and "
-    "jaxinfer.AsyncEngine serves many callers of a Python program",
+    "api": "did you mean jaxinfer serve?",
     "embed": "embeddings are not there yet; jaxinfer models lists what is",
     "download": "a model is downloaded when it is first used: jaxinfer generate --model ORG/NAME",
     "list": "jaxinfer models lists the architectures that load",
@@ -50,7 +50,7 @@ GUESSES = {
     "benchmark": "did you mean jaxinfer bench throughput, or bench latency?",
     "version": "did you mean jaxinfer --version?",
 }
-SAME = {"api": "serve", "server": "serve", "start": "serve", "embeddings": "embed", "encode": "embed"}
+SAME = {"server": "api", "start": "api", "embeddings": "embed", "encode": "embed"}
 SAME |= {"pull": "download", "fetch": "download", "ls": "list", "show": "list"}
 SAME |= {"prompt": "run", "ask": "run", "completion": "complete", "evaluate": "eval", "perf": "benchmark"}
 

@@ -53,7 +53,7 @@ class AsyncEngine:
         self.max_queued = max_queued
         self.tokenizer = engine_thread.engine.tokenizer
         self.engine_thread = engine_thread
-        self._default_sampling_params = default
+        self.default_sampling_params = default
         self._ids = itertools.count()
         self._open: dict[str, Sequence[RequestGroup]] = {}  # all requests that have not ended
         self._lock = threading.Lock()  # of _open
@@ -69,7 +69,7 @@ class AsyncEngine:
     ) -> RequestGroup:
         """A request for `deltas`. Any thread may call it: text becomes tokens here, which takes its time. Raises
         RequestError."""
-        params = sampling_params or self._default_sampling_params()
+        params = sampling_params or self.default_sampling_params()
         if not isinstance(params, SamplingParams):
             kind = type(params).__name__
             raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
@@ -99,9 +99,10 @@ class AsyncEngine:
 
     async def deltas(
         self, groups: Sequence[RequestGroup], *, request_id: str | None = None
-    ) -> AsyncIterator[list[RequestOutput]]:
+    ) -> AsyncGenerator[list[RequestOutput], None]:
         """Runs requests of `new_group`, and yields what has come since the last time: for each that got something, a
-        `RequestGroup.delta` whose `index` is its place. All of them have ended after the last one.
+        `RequestGroup.delta` whose `index` is its place. The first list is empty and says that they were taken; all of
+        them have ended after the last one.
 
         They are one request to `abort` and to the queue; errors are as for `generate`.
         """
@@ -130,6 +131,7 @@ class AsyncEngine:
         try:
             self.engine_thread.submit([submission(i, group) for i, group in enumerate(groups)])
             running = len(groups)
+            yield []
             while running:
                 arrived: list[RequestOutput] = []
                 for item in await box.take():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,31 @@ class Envelope:
         """An object of this kind."""
         body = {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
         return body if usage is None else body | {"usage": usage}
+
+
+class Chunks:
+    """The events of a stream: what is the same in all of them is written once."""
+
+    DONE = b"data: [DONE]\n\n"
+
+    def __init__(self, envelope: Envelope, kind: str):
+        self._envelope, self._kind = envelope, kind
+        self._head = "data: " + json.dumps(envelope.around(kind, []))[:-2]
+
+    def choice(self, choice: Json, usage: Json | None = None) -> bytes:
+        """One choice, or what has come of it."""
+        counts = "" if usage is None else f', "usage": {json.dumps(usage)}'
+        return f"{self._head}{json.dumps(choice)}]{counts}}}\n\n".encode()
+
+    def usage(self, usage: Json) -> bytes:
+        """The last one."""
+        return event(self._envelope.around(self._kind, [], usage))
+
+
+def event(data: Json, name: str | None = None) -> bytes:
+    """A server-sent event."""
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {json.dumps(data)}\n\n".encode()
 
 
 def usage(prompt: int, completion: int, cached: int | None = None, reasoning: int | None = None) -> Json:

@@ -1,0 +1,75 @@
+"""From a chat to a prompt, and from a model's text to messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+from jaxinfer.errors import UnsupportedError
+from jaxinfer.openai.requests import ChatRequest
+from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.text.base import Tokenizer
+from jaxinfer.text.calls import schemas
+from jaxinfer.text.formats import message_format, opened_by, reasoning_of, shows_special, tools_of
+from jaxinfer.text.scanner import Format, Scanner
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A chat as the engine gets it.
+
+    ids: the prompt. params: with special tokens in the text where they are markers of it. scanners: one for each
+    continuation, for its text.
+    """
+
+    ids: list[int]
+    params: SamplingParams
+    scanners: list[Scanner]
+
+
+class ChatFormats:
+    """What a checkpoint's chat templates show of how its model writes calls and reasoning; or what was said instead."""
+
+    def __init__(self, tokenizer: Tokenizer, tools: str, reasoning: str):
+        self._tokenizer, self._tools, self._reasoning = tokenizer, tools, reasoning
+        self._format = cache(self._made)
+
+    def prepare(self, request: ChatRequest) -> Prepared:
+        """Takes its time: renders and tokenizes. Raises RequestError."""
+        source = request.template.get("chat_template") or self._source(bool(request.tools))
+        for name in ("documents", "reasoning_effort"):
+            if name in request.template and name not in source:
+                raise UnsupportedError(f"{name}: the model's chat template takes none; leave it out", name)
+        if request.tools is not None and "tools" not in source:
+            raise UnsupportedError("tools: the model's chat template takes none; leave them out", "tools")
+        form, special = self._format(source)
+        if request.tools is not None and not any(section.kind == "call" for section in form.sections):
+            raise UnsupportedError(
+                "tools: the chat template does not show how the model writes calls; start the server with "
+                "--tool-call-parser",
+                "tools",
+            )
+        prompt = self._tokenizer.chat_prompt(request.messages, request.tools, **request.template)
+        ids = self._tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
+        params = request.params
+        if special and params.skip_special_tokens and params.detokenize:
+            params = replace(params, skip_special_tokens=False)
+        known = None if request.tools is None else schemas(request.tools)
+        scanners = [
+            Scanner(form, known, opened_by(form, prompt), None if request.parallel else 1) for _ in range(params.n)
+        ]
+        return Prepared(ids, params, scanners)
+
+    def _source(self, with_tools: bool) -> str:
+        templates = self._tokenizer.chat_templates.templates
+        return templates.get("tool_use", templates.get("default", "")) if with_tools else templates.get("default", "")
+
+    def _made(self, source: str) -> tuple[Format, bool]:
+        """The format, and whether special tokens are among its markers."""
+        tools = tools_of(source) if self._tools == AUTO else self._tools
+        reasoning = reasoning_of(source) if self._reasoning == AUTO else self._reasoning
+        special = [self._tokenizer.decode_raw([i]) for i in sorted(self._tokenizer.special_ids)]
+        form = message_format(tools, reasoning)
+        return (message_format(tools, reasoning, special), True) if shows_special(form, special) else (form, False)
