@@ -51,6 +51,11 @@ def server_error(error: BaseException) -> ServerError:
     return ServerError(500, "the server has failed on this request; its log says why")
 
 
+def error_kind(status: int) -> str:
+    """What an error is called."""
+    return KINDS.get(status, KINDS[400])
+
+
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an answer that is none."""
-    return {"error": {"message": message, "type": KINDS.get(status, KINDS[400]), "param": param, "code": code}}
+    return {"error": {"message": message, "type": error_kind(status), "param": param, "code": code}}

@@ -72,6 +72,11 @@ class Fields:
         """Takes all that SamplingParams has, with the token ids of logit_bias as integers."""
         return with_int_bias({name: self._rest.pop(name) for name in list(self._rest) if name in SAMPLING})
 
+    def refuse(self, name: str, taken: Mapping[str, Any]) -> None:
+        """One of those that were taken, which is not of this kind of request."""
+        if name in taken:
+            raise UnsupportedError(f"{self._at(name)!r} is not supported here; leave it out", name)
+
     def end(self) -> None:
         """Refuses what is left."""
         for name in self._rest:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from jaxinfer.openai.anthropic import message_error
 from jaxinfer.openai.errors import ServerError, error_body
 
 PING_SECONDS = 15.0  # without a frame, then a comment keeps proxies from closing the connection
@@ -60,7 +61,10 @@ def json_answer(body: Any, status: int = 200, headers: Mapping[str, str] | None 
     return Response(json.dumps(body), status, headers, "application/json")
 
 
-def error_answer(error: ServerError) -> Response:
+def error_answer(error: ServerError, path: str = "") -> Response:
+    """In the form of the API that the path is of."""
+    if path.startswith("/v1/messages"):
+        return json_answer(message_error(str(error), error.status), error.status, error.headers)
     return json_answer(error_body(str(error), error.status, error.param, error.code), error.status, error.headers)
 
 

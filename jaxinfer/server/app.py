@@ -10,7 +10,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from jaxinfer.openai.answers import Json
-from jaxinfer.server import chat, completions, operations, tokens
+from jaxinfer.server import blocks, chat, completions, operations, pooling, tokens
 from jaxinfer.server.body import read_json
 from jaxinfer.server.guard import Guard
 from jaxinfer.server.service import Service
@@ -31,6 +31,11 @@ GET: dict[str, Reads] = {
 POST: dict[str, Takes] = {
     "/v1/completions": completions.completions,
     "/v1/chat/completions": chat.chat_completions,
+    "/v1/responses": blocks.responses,
+    "/v1/messages": blocks.messages,
+    "/v1/messages/count_tokens": blocks.count_tokens,
+    "/v1/embeddings": pooling.embeddings,
+    "/classify": pooling.classify,
     "/tokenize": tokens.tokenize,
     "/detokenize": tokens.detokenize,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from jaxinfer.errors import UnsupportedError
 from jaxinfer.openai.requests import ChatRequest
@@ -51,7 +52,8 @@ class ChatFormats:
                 "--tool-call-parser",
                 "tools",
             )
-        prompt = self._tokenizer.chat_prompt(request.messages, request.tools, **request.template)
+        messages = request.messages if "developer" in source else [_as_system(message) for message in request.messages]
+        prompt = self._tokenizer.chat_prompt(messages, request.tools, **request.template)
         ids = self._tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
         params = request.params
         if special and params.skip_special_tokens and params.detokenize:
@@ -73,3 +75,8 @@ class ChatFormats:
         special = [self._tokenizer.decode_raw([i]) for i in sorted(self._tokenizer.special_ids)]
         form = message_format(tools, reasoning)
         return (message_format(tools, reasoning, special), True) if shows_special(form, special) else (form, False)
+
+
+def _as_system(message: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's new name for it, which few templates know."""
+    return message | {"role": "system"} if isinstance(message, dict) and message.get("role") == "developer" else message

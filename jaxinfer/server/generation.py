@@ -33,10 +33,15 @@ class Generation:
         self.texts = texts
         self.ids = [group.members[0].request.prompt_token_ids for group in groups]
         self.prompt_tokens = sum(map(len, self.ids))
-        self.cached_tokens = self.completion_tokens = 0
+        self.completion_tokens = 0
+        self._cached = [0] * len(groups)
         self._generated = [0] * len(groups)
         self._reasons: list[list[str]] = [[] for _ in groups]
         self._last = [0.0] * len(groups)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(self._cached)
 
     async def deltas(self) -> AsyncGenerator[list[RequestOutput], None]:
         """What has come, as `AsyncEngine.deltas`. Raises ServerError, too."""
@@ -67,8 +72,8 @@ class Generation:
         self._generated[i] += tokens
         self.completion_tokens += tokens
         self._reasons[i] += [choice.finish_reason for choice in output.outputs if choice.finish_reason is not None]
+        self._cached[i] = output.metrics.cached_tokens
         if output.finished:
-            self.cached_tokens += output.metrics.cached_tokens
             metrics.end(output, len(self.ids[i]), self._generated[i], self._reasons[i])
 
     async def whole(self, firsts: dict[int, RequestOutput]) -> list[CompletionOutput]:

@@ -76,7 +76,7 @@ class Guard:
             if failure.status >= 500:
                 log.error("request %s failed", request_id, exc_info=not isinstance(error, ServerError))
             if not begun:
-                await error_answer(failure)(scope, receive, answer)
+                await error_answer(failure, request.url.path)(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._service.metrics.http[route, request.method, status] += 1

@@ -90,7 +90,12 @@ _TOOLS_IN_TEMPLATES = (
     ("<|python_tag|>", "llama3_json"),
     ('"parameters": dictionary of argument name', "llama3_json"),
 )
-_REASONING_IN_TEMPLATES = (("<|channel|>", "openai"), ("[THINK]", "mistral"), ("</think>", "think"))
+_REASONING_IN_TEMPLATES = (
+    ("<|channel|>", "openai"),
+    ("[THINK]", "mistral"),
+    ("</think>", "think"),
+    ("<think>", "think"),
+)
 
 
 def tools_of(template: str) -> str | None:
