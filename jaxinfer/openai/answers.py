@@ -42,7 +42,7 @@ class Chunks:
 
     def __init__(self, envelope: Envelope, kind: str):
         self._envelope, self._kind = envelope, kind
-        self._head = "data: " + json.dumps(envelope.around(kind, []))[:-2]
+        self._head = f"data: {json.dumps(envelope.around(kind, []))[:-2]}"
 
     def choice(self, choice: Json, usage: Json | None = None) -> bytes:
         """One choice, or what has come of it."""
@@ -66,14 +66,14 @@ def usage(prompt: int, completion: int, cached: int | None = None, reasoning: in
     return counts if cached is None else counts | {"prompt_tokens_details": {"cached_tokens": cached}}
 
 
-def text_choice(choice: CompletionOutput, index: int | None = None, before: Json | None = None) -> Json:
+def text_choice(choice: CompletionOutput, before: Json | None = None) -> Json:
     """Of a completion, or what has come of it. before: log-probabilities that go before its own."""
     logprobs = None if choice.logprobs is None else text_logprobs(list(_steps(choice)))
     if logprobs is not None and before is not None:
         logprobs = {name: before[name] + logprobs[name] for name in logprobs if logprobs[name] is not None}
         logprobs["text_offset"] = None
     return {
-        "index": choice.index if index is None else index,
+        "index": choice.index,
         "text": choice.text,
         "logprobs": logprobs,
         "finish_reason": choice.finish_reason,
@@ -102,10 +102,10 @@ def prompt_logprobs(ids: Sequence[int], first: str, steps: Sequence[Step | None]
     }
 
 
-def chat_choice(choice: CompletionOutput, message: Message, wanted: int, index: int | None = None) -> Json:
+def chat_choice(choice: CompletionOutput, message: Message, wanted: int) -> Json:
     """Of a chat. wanted: how many of the likeliest tokens to report."""
     return {
-        "index": choice.index if index is None else index,
+        "index": choice.index,
         "message": message_json(message),
         "logprobs": chat_logprobs(choice, wanted),
         "finish_reason": finish_reason(choice, bool(message.calls)),

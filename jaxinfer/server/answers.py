@@ -77,15 +77,21 @@ class EventStream(Response):
             {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
         )
         self._frames = frames
-        self._last = 0.0
+        self._last, self._writing, self._stuck = 0.0, False, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         self._last = time.monotonic()
-        pings = asyncio.ensure_future(self._ping(send))
+        task = asyncio.current_task()
+        assert task is not None
+        pings = asyncio.ensure_future(self._watch(send, task))
         try:
             async with contextlib.aclosing(self._frames):
                 await while_connected(receive, self._send(send))
+        except asyncio.CancelledError:
+            if self._stuck and task.uncancel() == 0:
+                raise ClientGone from None
+            raise
         finally:
             pings.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -93,15 +99,19 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         async for frame in self._frames:
             if frame:
-                self._last = time.monotonic()
-                try:
-                    async with asyncio.timeout(WRITE_SECONDS):
-                        await send({"type": "http.response.body", "body": frame, "more_body": True})
-                except TimeoutError:
-                    raise ClientGone from None
+                self._last, self._writing = time.monotonic(), True
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+                self._writing = False
 
-    async def _ping(self, send: Send) -> None:
+    async def _watch(self, send: Send, task: asyncio.Task[Any]) -> None:
+        """Cancels the task where nobody reads; says something where there is nothing to say for long."""
         while True:
-            await asyncio.sleep(PING_SECONDS)
-            if time.monotonic() - self._last >= PING_SECONDS:
+            await asyncio.sleep(min(PING_SECONDS, WRITE_SECONDS) / 2)
+            silent = time.monotonic() - self._last
+            if self._writing and silent >= WRITE_SECONDS:
+                self._stuck = True
+                task.cancel()
+                return
+            if not self._writing and silent >= PING_SECONDS:
+                self._last = time.monotonic()
                 await send({"type": "http.response.body", "body": b": ping\n\n", "more_body": True})

@@ -6,12 +6,11 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxinfer.engine.outputs import RequestOutput
+from jaxinfer.engine.outputs import CompletionOutput
 from jaxinfer.openai.answers import Chunks, Envelope, Json, event, prompt_logprobs, text_choice, usage
 from jaxinfer.openai.errors import error_body, server_error
 from jaxinfer.openai.requests import COMPLETION_TOKENS, CompletionRequest, completion_request
@@ -41,15 +40,7 @@ async def completions(service: Service, request: Request, body: Json) -> Respons
 
 
 async def _whole(service: Service, run: Generation, asked: CompletionRequest, envelope: Envelope) -> Response:
-    prompts: dict[int, RequestOutput] = {}
-    choices = []
-    for choice in await run.whole(prompts):
-        index = choice.index // run.n
-        echo = _echo(service, run, index, prompts.get(index)) if asked.echo else None
-        entry = text_choice(choice, before=None if echo is None else echo[1])
-        if echo is not None:
-            entry["text"] = echo[0] + entry["text"]
-        choices.append(entry | _ids(asked, run.ids[index], choice.token_ids))
+    choices = [_choice(service, run, asked, choice, True) for choice in await run.whole()]
     return json_answer(envelope.around("text_completion", choices, _usage(run)))
 
 
@@ -62,20 +53,10 @@ async def _frames(
             async with contextlib.aclosing(run.deltas()) as deltas:
                 async for arrived in deltas:
                     frames = []
-                    for output in arrived:
-                        for choice in output.outputs:
-                            index = output.index * run.n + choice.index
-                            entry = text_choice(choice, index)
-                            ids: Any = None
-                            if index not in begun:
-                                begun.add(index)
-                                ids = run.ids[output.index]
-                                if asked.echo:
-                                    text, before = _echo(service, run, output.index, output)
-                                    entry = text_choice(choice, index, before)
-                                    entry["text"] = text + entry["text"]
-                            entry |= _ids(asked, ids, choice.token_ids)
-                            frames.append(chunks.choice(entry, _usage(run) if asked.continuous_usage else None))
+                    for choice in arrived:
+                        entry = _choice(service, run, asked, choice, choice.index not in begun)
+                        begun.add(choice.index)
+                        frames.append(chunks.choice(entry, _usage(run) if asked.continuous_usage else None))
                     taken = True
                     yield b"".join(frames)
             yield (chunks.usage(_usage(run)) if asked.include_usage else b"") + Chunks.DONE
@@ -83,6 +64,18 @@ async def _frames(
             if not taken:
                 raise
             yield failed(error)
+
+
+def _choice(service: Service, run: Generation, asked: CompletionRequest, choice: CompletionOutput, first: bool) -> Json:
+    """A continuation, or what has come of it. first: and the prompt before it, where that is to be echoed."""
+    index = choice.index // run.n
+    text, before = _echo(service, run, index) if asked.echo and first else ("", None)
+    entry = text_choice(choice, before)
+    if text:
+        entry["text"] = text + entry["text"]
+    if asked.return_token_ids:
+        entry |= {"prompt_token_ids": run.ids[index] if first else None, "token_ids": choice.token_ids}
+    return entry
 
 
 def failed(error: BaseException) -> bytes:
@@ -95,14 +88,8 @@ def _usage(run: Generation) -> Json:
     return usage(run.prompt_tokens, run.completion_tokens, run.cached_tokens)
 
 
-def _echo(service: Service, run: Generation, index: int, output: RequestOutput | None) -> tuple[str, Json | None]:
+def _echo(service: Service, run: Generation, index: int) -> tuple[str, Json | None]:
     """The prompt's text, and its log-probabilities where they are asked for."""
     tokenizer, ids, text = service.llm.tokenizer, run.ids[index], run.texts[index]
-    text = tokenizer.decode(ids) if text is None else text
-    if output is None or output.prompt_logprobs is None:
-        return text, None
-    return text, prompt_logprobs(ids, tokenizer.token_text(ids[0]), output.prompt_logprobs)
-
-
-def _ids(asked: CompletionRequest, prompt: list[int] | None, tokens: list[int]) -> Json:
-    return {"prompt_token_ids": prompt, "token_ids": tokens} if asked.return_token_ids else {}
+    text, steps = tokenizer.decode(ids) if text is None else text, run.firsts[index].prompt_logprobs
+    return text, None if steps is None else prompt_logprobs(ids, tokenizer.token_text(ids[0]), steps)

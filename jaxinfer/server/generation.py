@@ -24,7 +24,8 @@ MOST = {"stop": 64, "bad_words": 1024, "bad_words_ids": 1024}
 class Generation:
     """One request's prompts, all their continuations numbered in one row.
 
-    prompt_tokens, cached_tokens, completion_tokens: so far. ids: of the prompts.
+    prompt_tokens, cached_tokens, completion_tokens: so far. ids, texts: of the prompts. firsts: the first output of
+    each, which has its log-probabilities.
     """
 
     def __init__(self, service: Service, groups: Sequence[RequestGroup], texts: Sequence[str | None], name: str):
@@ -33,6 +34,7 @@ class Generation:
         self.texts = texts
         self.ids = [group.members[0].request.prompt_token_ids for group in groups]
         self.prompt_tokens = sum(map(len, self.ids))
+        self.firsts: dict[int, RequestOutput] = {}
         self.completion_tokens = 0
         self._cached = [0] * len(groups)
         self._generated = [0] * len(groups)
@@ -43,18 +45,21 @@ class Generation:
     def cached_tokens(self) -> int:
         return sum(self._cached)
 
-    async def deltas(self) -> AsyncGenerator[list[RequestOutput], None]:
-        """What has come, as `AsyncEngine.deltas`. Raises ServerError, too."""
+    async def deltas(self) -> AsyncGenerator[list[CompletionOutput], None]:
+        """What has come of each continuation since the last time, the first time nothing. Raises ServerError, too."""
         loop, service = asyncio.get_running_loop(), self._service
         limit = loop.call_later(service.config.request_seconds, service.engine.abort, self._name)
         try:
             async with contextlib.aclosing(service.engine.deltas(self._groups, request_id=self._name)) as outputs:
                 async for arrived in outputs:
+                    parts: dict[int, list[CompletionOutput]] = {}
                     for output in arrived:
                         self._count(output)
                         if output.error is not None:
                             raise ServerError(500, output.error)
-                    yield arrived
+                        for choice in output.outputs:
+                            parts.setdefault(output.index * self.n + choice.index, []).append(choice)
+                    yield [joined(index, choices) for index, choices in parts.items()]
         except (RequestError, ServerError, EngineClosed, QueueFullError):
             raise
         except Exception as error:  # of the device
@@ -65,34 +70,38 @@ class Generation:
 
     def _count(self, output: RequestOutput) -> None:
         i, now, metrics = output.index, time.perf_counter(), self._service.metrics
-        tokens = sum(len(choice.token_ids) for choice in output.outputs)
+        self.firsts.setdefault(i, output)
+        tokens = 0
+        for choice in output.outputs:
+            tokens += len(choice.token_ids)
+            if choice.finish_reason is not None:
+                self._reasons[i].append(choice.finish_reason)
         if tokens and self._last[i]:
             metrics.between.observe((now - self._last[i]) * len(output.outputs) / tokens, tokens)
         self._last[i] = now
         self._generated[i] += tokens
         self.completion_tokens += tokens
-        self._reasons[i] += [choice.finish_reason for choice in output.outputs if choice.finish_reason is not None]
         self._cached[i] = output.metrics.cached_tokens
         if output.finished:
             metrics.end(output, len(self.ids[i]), self._generated[i], self._reasons[i])
 
-    async def whole(self, firsts: dict[int, RequestOutput]) -> list[CompletionOutput]:
-        """All continuations, when they have ended. firsts: gets the first output of each prompt."""
+    async def whole(self) -> list[CompletionOutput]:
+        """All continuations, when they have ended."""
         parts: dict[int, list[CompletionOutput]] = {}
         async with contextlib.aclosing(self.deltas()) as deltas:
             async for arrived in deltas:
-                for output in arrived:
-                    firsts.setdefault(output.index, output)
-                    for choice in output.outputs:
-                        parts.setdefault(output.index * self.n + choice.index, []).append(choice)
+                for choice in arrived:
+                    parts.setdefault(choice.index, []).append(choice)
         return [joined(index, parts[index]) for index in sorted(parts)]
 
 
 def joined(index: int, parts: Sequence[CompletionOutput]) -> CompletionOutput:
     """One continuation out of what came of it."""
     end = parts[-1]
+    if len(parts) == 1 and index == end.index:
+        return end
     logprobs = None if end.logprobs is None else [step for part in parts for step in part.logprobs or ()]
-    text, ids = "".join(part.text for part in parts), [token for part in parts for token in part.token_ids]
+    text, ids = "".join([part.text for part in parts]), [token for part in parts for token in part.token_ids]
     return CompletionOutput(index, text, ids, end.finish_reason, end.stop_reason, None, logprobs)
 
 
@@ -120,7 +129,7 @@ class Chat(Generation):
         """What has come, the first time nothing."""
         async with contextlib.aclosing(self.deltas()) as deltas:
             async for arrived in deltas:
-                yield [self._turn(choice) for output in arrived for choice in output.outputs]
+                yield [self._turn(choice) for choice in arrived]
 
     def _turn(self, choice: CompletionOutput) -> Turn:
         scanner = self._scanners[choice.index]

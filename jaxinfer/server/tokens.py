@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxinfer.errors import RequestError
+from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.answers import Json
 from jaxinfer.openai.fields import Fields, is_number, prompts
 from jaxinfer.openai.requests import chat_request
@@ -34,7 +35,7 @@ async def tokenize(service: Service, request: Request, body: Json) -> Response:
             raise RequestError("prompt must be text: give that, or messages", "prompt")
         prompt = text
         ids = await service.prepared(lambda: tokenizer.encode(prompt, special))
-    limit = service.llm.engine.max_model_len
+    limit = service.llm.engine.max_model_len if service.llm.task == GENERATE else None
     shown = [tokenizer.token_text(token) for token in ids] if strings else None
     return json_answer({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": shown})
 

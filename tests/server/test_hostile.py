@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import httpx2 as httpx
 import pytest
 
+from jaxinfer.server import answers
 from tests.settled import settled
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -197,3 +198,22 @@ def test_metrics_have_vllms_names(client):
     ):
         assert f'{name}{{model_name="tiny"' in text
     assert 'handler="/v1/completions",method="POST",status="200"' in text
+
+
+def test_who_does_not_read_is_cut_off(server, served_llm, monkeypatch):
+    """What waits for a slow reader is bounded: the answer, of which the sockets take some."""
+    monkeypatch.setattr(answers, "WRITE_SECONDS", 0.2)
+    cut_off = server._service.metrics.http[COMPLETIONS, "POST", 499]
+    body = json.dumps({"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 4, "logprobs": 20})
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        deadline = time.monotonic() + 30
+        while server._service.active or served_llm.stats.running:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert server._service.metrics.http[COMPLETIONS, "POST", 499] == cut_off + 1
+    settled(served_llm)
