@@ -48,6 +48,8 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[list[CompletionOutput], None]:
         """What has come of each continuation since the last time, the first time nothing. Raises ServerError, too."""
         loop, service = asyncio.get_running_loop(), self._service
+        if service.aborting:  # while it was prepared
+            raise ServerError(503, "the server is shutting down; try another one")
         limit = loop.call_later(service.config.request_seconds, service.engine.abort, self._name)
         try:
             async with contextlib.aclosing(service.engine.deltas(self._groups, request_id=self._name)) as outputs:

@@ -61,9 +61,10 @@ class Guard:
             await self._app(scope, receive, answer)
         except (ClientGone, ConnectionError):
             status = CLIENT_GONE
-        except asyncio.CancelledError:
-            status = status or 503
-            raise
+        except asyncio.CancelledError:  # at the end, where the device takes too long to stop
+            if not begun:
+                gone = ServerError(503, "the server is shutting down; try another one")
+                await error_answer(gone, request.url.path)(scope, receive, answer)
         except HTTPException as error:
             text = {404: "there is nothing here", 405: f"{request.method} is not for this path"}
             await error_answer(
@@ -73,7 +74,7 @@ class Guard:
             )(scope, receive, answer)
         except Exception as error:
             failure = server_error(error)
-            if failure.status >= 500:
+            if failure.status == 500:
                 log.error("request %s failed", request_id, exc_info=not isinstance(error, ServerError))
             if not begun:
                 await error_answer(failure, request.url.path)(scope, receive, answer)

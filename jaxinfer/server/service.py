@@ -34,6 +34,7 @@ class Service:
         self.state: Literal["ready", "draining", "failed"] = "ready"
         self.failure: BaseException | None = None
         self.active = 0
+        self.aborting = False
         self.by_key: Counter[int | None] = Counter()
         self._pool = ThreadPoolExecutor(THREADS, "jaxinfer-server")
         self._engine: AsyncEngine | None = None
@@ -98,7 +99,8 @@ class Service:
             self.state, self.failure = "failed", error
 
     def abort_all(self) -> None:
-        """Ends what runs, with what there is so far."""
+        """Ends what runs, with what there is so far, and what is about to."""
+        self.aborting = True
         if self._engine is not None:
             self._engine.abort_all()
 
