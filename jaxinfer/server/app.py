@@ -10,7 +10,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from jaxinfer.openai.answers import Json
-from jaxinfer.server import blocks, chat, completions, operations, pooling, tokens
+from jaxinfer.server import blocks, chat, completions, operations, pages, pooling, tokens
 from jaxinfer.server.body import read_json
 from jaxinfer.server.guard import Guard
 from jaxinfer.server.service import Service
@@ -19,6 +19,8 @@ Reads = Callable[[Service, Request], Awaitable[Response]]
 Takes = Callable[[Service, Request, Json], Awaitable[Response]]
 
 GET: dict[str, Reads] = {
+    "/": pages.index,
+    "/page/{name}": pages.part,
     "/health": operations.health,
     "/ready": operations.ready,
     "/ping": operations.health,

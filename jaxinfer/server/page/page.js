@@ -1,0 +1,160 @@
+// The chat page. What a model says becomes text of elements, never HTML.
+const $ = (id) => document.getElementById(id);
+const fields = document.querySelector("#settings form").elements;
+let messages = []; // as the API has them, with what is shown beside: {role, content, ...}
+let running = null; // AbortController of the answer that comes
+
+const element = (name, properties = {}, ...children) => {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+};
+
+const headers = () => ({
+  "Content-Type": "application/json",
+  ...(fields.key.value ? { Authorization: `Bearer ${fields.key.value}` } : {}),
+});
+
+async function loadModels() {
+  const answer = await fetch("/v1/models", { headers: headers() });
+  const body = await answer.json();
+  if (!answer.ok) return say(body.error.message);
+  $("model").replaceChildren(...body.data.map((model) => element("option", { textContent: model.id })));
+  say("");
+}
+
+const say = (text) => { $("status").textContent = text; };
+
+// Server-sent events of a response, as objects.
+export async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.split("\n").filter((line) => line.startsWith("data: ")).map((line) => line.slice(6)).join("\n");
+      if (data === "[DONE]") return;
+      if (data) yield JSON.parse(data);
+    }
+  }
+}
+
+// What one chunk adds to an assistant's message.
+export function add(message, chunk) {
+  if (chunk.error) throw new Error(chunk.error.message);
+  if (chunk.usage) message.usage = chunk.usage;
+  for (const choice of chunk.choices ?? []) {
+    message.content += choice.delta.content ?? "";
+    message.reasoning += choice.delta.reasoning ?? "";
+    message.calls.push(...(choice.delta.tool_calls ?? []));
+    message.tokens.push(...(choice.logprobs?.content ?? []));
+    message.finish = choice.finish_reason ?? message.finish;
+  }
+}
+
+function request() {
+  const system = fields.system.value ? [{ role: "system", content: fields.system.value }] : [];
+  const said = messages.map(({ role, content, calls }) => ({
+    role,
+    content,
+    ...(calls?.length ? { tool_calls: calls.map(({ index, ...call }) => call) } : {}),
+  }));
+  const body = { model: $("model").value, messages: [...system, ...said], stream: true };
+  body.stream_options = { include_usage: true };
+  for (const name of ["temperature", "top_p", "top_k", "max_tokens", "seed"]) {
+    if (fields[name].value !== "") body[name] = Number(fields[name].value);
+  }
+  if (fields.logprobs.checked) Object.assign(body, { logprobs: true, top_logprobs: 5 });
+  if (fields.tools.value.trim()) body.tools = JSON.parse(fields.tools.value);
+  return body;
+}
+
+async function answer() {
+  running = new AbortController();
+  const message = { role: "assistant", content: "", reasoning: "", calls: [], tokens: [] };
+  $("stop").hidden = false;
+  const start = performance.now();
+  try {
+    const body = JSON.stringify(request());
+    messages.push(message);
+    const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body, signal: running.signal });
+    if (!response.ok) throw new Error((await response.json()).error.message);
+    for await (const chunk of events(response.body)) {
+      add(message, chunk);
+      show();
+    }
+  } catch (error) {
+    if (error.name === "AbortError") message.finish = "stopped";
+    else message.error = String(error.message);
+    if (messages.at(-1) !== message) messages.push(message);
+  }
+  message.seconds = (performance.now() - start) / 1000;
+  running = null;
+  $("stop").hidden = true;
+  show();
+}
+
+function figures({ usage, seconds, finish }) {
+  if (!usage) return finish ?? "";
+  const { prompt_tokens: prompt, completion_tokens: count, prompt_tokens_details: details } = usage;
+  return `${prompt} prompt (${details?.cached_tokens ?? 0} cached), ${count} new, ${(count / seconds).toFixed(1)} tokens/s, ${finish}`;
+}
+
+const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)}%`;
+
+function spoken({ content, tokens }) {
+  if (!tokens?.length || tokens.map((token) => token.token).join("") !== content) return [content];
+  return tokens.map(({ token, logprob, top_logprobs: top }) => element("span", {
+    textContent: token,
+    title: [`${percent(logprob)}`, ...top.map((other) => `${percent(other.logprob)} ${JSON.stringify(other.token)}`)].join("\n"),
+  }));
+}
+
+function shown(message, index) {
+  const card = element("article", { className: message.role });
+  if (message.reasoning) {
+    card.append(element("details", { open: !message.content && index === messages.length - 1 },
+      element("summary", { textContent: "Reasoning" }), element("div", { className: "text", textContent: message.reasoning })));
+  }
+  card.append(element("div", { className: "text" }, ...spoken(message)));
+  for (const call of message.calls ?? []) {
+    card.append(element("pre", { textContent: `${call.function.name} ${call.function.arguments}` }));
+  }
+  if (message.error) card.append(element("div", { className: "error", textContent: message.error }));
+  const button = (text, onclick) => element("button", { type: "button", textContent: text, onclick, disabled: running !== null });
+  const edit = () => { $("text").value = message.content; messages.length = index; show(); $("text").focus(); };
+  const retry = () => { messages.length = index; answer(); };
+  card.append(element("nav", {}, message.role === "user" ? button("Edit", edit) : button("Retry", retry),
+    element("span", { textContent: message.role === "assistant" && message.seconds ? figures(message) : "" })));
+  return card;
+}
+
+function show() {
+  const atEnd = window.innerHeight + window.scrollY >= document.body.scrollHeight - 40;
+  $("chat").replaceChildren(...messages.map(shown));
+  if (atEnd) window.scrollTo(0, document.body.scrollHeight);
+}
+
+$("ask").onsubmit = (event) => {
+  event.preventDefault();
+  const content = $("text").value.trim();
+  if (!content || running) return;
+  messages.push({ role: "user", content });
+  $("text").value = "";
+  answer();
+};
+$("text").onkeydown = (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("ask").requestSubmit();
+  }
+};
+document.onkeydown = (event) => { if (event.key === "Escape") running?.abort(); };
+$("stop").onclick = () => running?.abort();
+$("new").onclick = () => { running?.abort(); messages = []; show(); $("text").focus(); };
+fields.key.onchange = loadModels;
+document.querySelector("#settings form").onsubmit = (event) => event.preventDefault();
+loadModels().catch((error) => say(error.message));
