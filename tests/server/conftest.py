@@ -5,8 +5,6 @@ import logging
 import httpx2 as httpx
 import pytest
 
-pytest.importorskip("uvicorn")
-
 from jaxinfer import LLM
 from jaxinfer.server.config import ServerConfig
 from jaxinfer.server.run import Background
