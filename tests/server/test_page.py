@@ -47,7 +47,7 @@ def test_the_page_loads_nothing_from_elsewhere_and_writes_no_html():
 def test_a_stream_becomes_a_message(tmp_path):
     script = (FOLDER / "page.js").read_text()
     functions = re.findall(r"^export (?:async )?function.*?^}$", script, re.MULTILINE | re.DOTALL)
-    assert len(functions) == 2
+    assert len(functions) == 3
     frames = (
         ": ping\n\n" + "".join(f"data: {json.dumps(c, ensure_ascii=False)}\n\n" for c in CHUNKS) + "data: [DONE]\n\n"
     )
@@ -66,10 +66,13 @@ for (const size of [1, 7, 10000]) {{
   for await (const chunk of events(body)) add(message, chunk);
   console.log(JSON.stringify(message));
 }}
+const tokens = ["hm", "</think>", " 4", " <b>", "2", "</s>"].map((token) => ({{ token }}));
+console.log(JSON.stringify(cut("4 <b>2", tokens).map(([text, token]) => [text, token.token])));
 """
     )
     done = subprocess.run(["node", str(tmp_path / "run.mjs")], capture_output=True, text=True, timeout=60, check=True)
-    lines = done.stdout.splitlines()
+    *lines, pieces = done.stdout.splitlines()
+    assert json.loads(pieces) == [["4", " 4"], [" <b>", " <b>"], ["2", "2"]]
     assert len(lines) == 3
     assert len(set(lines)) == 1
     message = json.loads(lines[0])

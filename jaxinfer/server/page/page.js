@@ -105,12 +105,25 @@ function figures({ usage, seconds, finish }) {
 
 const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(1)}%`;
 
+// The content, token by token: reasoning before it and what ends it are tokens, too.
+export function cut(content, tokens) {
+  const start = tokens.map((token) => token.token).join("").lastIndexOf(content);
+  if (!content || start < 0) return [[content, null]];
+  const pieces = [];
+  let at = -start;
+  for (const token of tokens) {
+    const text = content.slice(Math.max(at, 0), Math.max(at + token.token.length, 0));
+    at += token.token.length;
+    if (text) pieces.push([text, token]);
+  }
+  return pieces;
+}
+
 function spoken({ content, tokens }) {
-  if (!tokens?.length || tokens.map((token) => token.token).join("") !== content) return [content];
-  return tokens.map(({ token, logprob, top_logprobs: top }) => element("span", {
-    textContent: token,
-    title: [`${percent(logprob)}`, ...top.map((other) => `${percent(other.logprob)} ${JSON.stringify(other.token)}`)].join("\n"),
-  }));
+  return cut(content, tokens ?? []).map(([textContent, token]) => (token === null ? textContent : element("span", {
+    textContent,
+    title: [percent(token.logprob), ...token.top_logprobs.map((o) => `${percent(o.logprob)} ${JSON.stringify(o.token)}`)].join("\n"),
+  })));
 }
 
 function shown(message, index) {
