@@ -155,10 +155,14 @@ def url_of(config: ServerConfig, bound: socket.socket) -> str:
 
 
 def run(llm: LLM, config: ServerConfig, bound: socket.socket) -> BaseException | None:
-    """Serves until a signal comes. Returns what the engine failed with, if it has."""
+    """Serves until a signal comes. Returns what the engine failed with, if it has. Raises KeyboardInterrupt after a
+    second signal, so that nobody waits for the device."""
     service = Service(llm, config)
+    server = Server(service)
     with closing(service):
-        Server(service).run(sockets=[bound])
+        server.run(sockets=[bound])
+    if server.force_exit:
+        raise KeyboardInterrupt
     return service.failure
 
 
