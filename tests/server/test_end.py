@@ -70,8 +70,8 @@ def test_signals(checkpoints):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jaxinfer", "serve", str(checkpoints("llama").folder), "--port", str(port), "-q"]
     with subprocess.Popen([*command, "--max-num-seqs", "4"], env=os.environ | {"JAX_PLATFORMS": "cpu"}) as process:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            for _ in range(600):
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+            for _ in range(3000):
                 try:
                     client.get("/ready").raise_for_status()
                     break
@@ -81,7 +81,7 @@ def test_signals(checkpoints):
                 lines = stream.iter_lines()
                 process.send_signal(signal.SIGTERM)
                 assert events(lines)[-1] == "[DONE]"
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_server_that_others_reach_needs_a_key(cli):
