@@ -1,7 +1,7 @@
 """OpenAI's batch lines: {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}.
 
-Format: https://platform.openai.com/docs/guides/batch; bodies are those of `jaxinfer.openai.requests`, with OpenAI's
-defaults. What an answer in a line has no place for is refused by name, unless it asks for nothing.
+Format: https://platform.openai.com/docs/guides/batch; bodies are those of `jaxinfer.openai`, with OpenAI's defaults.
+What an answer in a line has no place for is refused by name, unless it asks for nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.batch.fields import FORMS, decoded, text
-from jaxinfer.batch.row import Ask
+from jaxinfer.batch.row import Ask, Task
+from jaxinfer.errors import UnsupportedError
 from jaxinfer.openai.fields import kind
+from jaxinfer.openai.pooling import embedding_request
 from jaxinfer.openai.requests import COMPLETION_TOKENS, chat_request, completion_request
 from jaxinfer.sampling.params import SamplingParams
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+URLS: dict[str, tuple[str, ...]] = {
+    "generate": (CHAT, COMPLETIONS),
+    "chat": (CHAT, COMPLETIONS),
+    "embed": (EMBEDDINGS,),
+}
 # Fields with the only values that are supported, besides null.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "stream": (False,),
@@ -51,13 +58,15 @@ def custom_id(line: Mapping[str, Any]) -> str:
     return value
 
 
-def ask(line: Mapping[str, Any], options: dict[str, Any]) -> Ask:
+def ask(line: Mapping[str, Any], task: Task, options: dict[str, Any]) -> Ask:
     """What a line asks for; `options` go before OpenAI's defaults. Raises ValueError."""
+    if task not in URLS:
+        raise ValueError(f"an OpenAI batch line is for the tasks {', '.join(URLS)}, and this is {task}")
     if line.get("method") != "POST":
         raise ValueError(f"method is {line.get('method')!r:.40}: it must be 'POST'")
     url = line.get("url")
-    if url not in (CHAT, COMPLETIONS):
-        raise ValueError(f"url is {url!r:.80}: supported are {CHAT} and {COMPLETIONS}")
+    if url not in URLS[task]:
+        raise ValueError(f"url is {url!r:.80}: the task {task} is for {' and '.join(URLS[task])}")
     body = decoded(line, "body")
     if not isinstance(body, dict):
         raise ValueError(f"body must be an object, and is {kind(body)}")
@@ -67,6 +76,8 @@ def ask(line: Mapping[str, Any], options: dict[str, Any]) -> Ask:
             raise ValueError(f"{name} is not supported{_REMEDIES.get(name, '')}; leave it out")
         if name in _SERVERS:
             raise ValueError(f"{name!r:.80} is not supported; leave it out")
+    if url == EMBEDDINGS:
+        return _embeddings(body)
     if url == CHAT:
         chat = chat_request(body, SamplingParams(**{"max_tokens": None} | options))
         return Ask(messages=chat.messages, params=chat.params)
@@ -74,3 +85,11 @@ def ask(line: Mapping[str, Any], options: dict[str, Any]) -> Ask:
     if len(completion.prompts) > 1:
         raise ValueError(f"prompt is a list of {len(completion.prompts)}: give one prompt a line")
     return Ask(prompt=completion.prompts[0], params=completion.params)
+
+
+def _embeddings(body: dict[str, Any]) -> Ask:
+    asked = embedding_request(body)
+    for name in ("prompt_name", "prompt", "normalize", "use_activation"):
+        if name in body:
+            raise UnsupportedError(f"{name!r} is not supported: all lines of a job have the same; leave it out", name)
+    return Ask(texts=tuple(asked.texts), dimensions=asked.params.dimensions, base64=asked.base64)

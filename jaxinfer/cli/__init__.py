@@ -26,6 +26,9 @@ COMMANDS = (
     "serve",
     "batch",
     "score",
+    "embed",
+    "classify",
+    "rerank",
     "bench",
     "plan",
     "compile",
@@ -41,17 +44,18 @@ COMMANDS = (
 # What other programs call things that are something else here, or nothing yet.
 GUESSES = {
     "api": "did you mean jaxinfer serve?",
-    "embed": "embeddings are not there yet; jaxinfer models lists what is",
     "download": "a model is downloaded when it is first used: jaxinfer generate --model ORG/NAME",
     "list": "jaxinfer models lists the architectures that load",
     "run": "did you mean jaxinfer generate, chat or batch?",
+    "encode": "did you mean jaxinfer embed?",
     "complete": "did you mean jaxinfer generate?",
     "eval": "did you mean jaxinfer lm-eval, or score?",
     "benchmark": "did you mean jaxinfer bench throughput, or bench latency?",
     "version": "did you mean jaxinfer --version?",
 }
-SAME = {"server": "api", "start": "api", "embeddings": "embed", "encode": "embed"}
+SAME = {"server": "api", "start": "api"}
 SAME |= {"pull": "download", "fetch": "download", "ls": "list", "show": "list"}
+SAME |= {"embeddings": "encode", "similarity": "encode"}
 SAME |= {"prompt": "run", "ask": "run", "completion": "complete", "evaluate": "eval", "perf": "benchmark"}
 
 

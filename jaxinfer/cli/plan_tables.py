@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from jaxinfer.plan.sweep import Candidate
@@ -15,6 +16,41 @@ SHOWN = 20  # of a sweep
 
 def print_plan(figures: dict[str, Any]) -> None:
     """The figures of a plan as tables."""
+    console = _print_programs(figures)
+    console.print(_speed(figures))
+    if figures["experts_over"]:
+        console.print(_busiest(figures))
+
+
+def print_pooled(figures: dict[str, Any]) -> None:
+    """The same of a model that makes vectors or classes."""
+    title = f"calls of {figures['max_num_batched_tokens']:,} tokens at best; GFLOP and GB of each device"
+    table = _table(title, "tokens a text", "GFLOP", "GB", "ms", "texts/s", "a chip", "binds")
+    for step in figures["texts"]:
+        work = f"{step['flops'] / 1e9:,.0f}", f"{step['bytes_moved'] / 1e9:.2f}", f"{1000 * step['seconds']:.3f}"
+        rates = f"{step['texts_per_second']:,.0f}", f"{step['texts_per_second_per_chip']:,.0f}"
+        table.add_row(f"{step['tokens']:,}", *work, *rates, step["binds"])
+    _print_programs(figures).print(table)
+
+
+def print_pooled_sweep(candidates: list[dict[str, Any]], refused: int) -> None:
+    """What fits, most texts/s a chip first: of each place its best mesh, or all of the only place."""
+    from rich.console import Console
+
+    best: dict[str, dict[str, Any]] = {}
+    for entry in candidates:
+        best.setdefault(entry["topology"], entry)
+    title = f"from shapes alone, texts of {candidates[0]['tokens']:,} tokens" if candidates else "nothing fits"
+    table = _table(title, "where", "mesh", "texts/s", "a chip", "binds")
+    for entry in list(best.values() if len(best) > 1 else candidates)[:SHOWN]:
+        rates = f"{entry['texts_per_second']:,.0f}", f"{entry['texts_per_second_per_chip']:,.0f}"
+        table.add_row(entry["topology"], entry["mesh"], *rates, entry["binds"])
+    Console().print(table)
+    Console().print(f"of {len(candidates) + refused} meshes {refused} do not fit")
+
+
+def _print_programs(figures: dict[str, Any]) -> Console:
+    """What there is to say of any model; what is speed comes after it."""
     from rich.console import Console
 
     console = Console()
@@ -24,9 +60,7 @@ def print_plan(figures: dict[str, Any]) -> None:
     if figures["programs"]:
         console.print(_programs(figures))
         console.print(_collectives(figures))
-    console.print(_speed(figures))
-    if figures["experts_over"]:
-        console.print(_busiest(figures))
+    return console
 
 
 def _table(title: str, first: str, *columns: str) -> Table:
@@ -42,7 +76,7 @@ def _memory(figures: dict[str, Any]) -> Table:
     of = "of each chip" if figures["devices_per_chip"] == 1 else "of each device, half of a chip"
     table = _table(f"{figures['topology']}, {figures['mesh']}, {figures['precision']}", of, "GiB")
     names = {
-        "cache": f"KV cache, {figures['cache_tokens']:,} tokens of context",
+        "cache": f"KV cache, {figures.get('cache_tokens', 0):,} tokens of context",
         "hidden_states": "hidden states",
         "padding": "padding by the compiler",
         "total": "all",

@@ -27,6 +27,7 @@ GET: dict[str, Reads] = {
     "/version": operations.version,
     "/load": operations.load,
     "/metrics": operations.metrics,
+    "/info": pooling.tei_info,
     "/v1/models": operations.models,
     "/v1/models/{name:path}": operations.model,
 }
@@ -38,6 +39,14 @@ POST: dict[str, Takes] = {
     "/v1/messages/count_tokens": blocks.count_tokens,
     "/v1/embeddings": pooling.embeddings,
     "/classify": pooling.classify,
+    "/score": pooling.score,
+    "/v1/score": pooling.score,
+    "/rerank": pooling.rerank,
+    "/v1/rerank": pooling.rerank,
+    "/v2/rerank": pooling.rerank,
+    "/pooling": pooling.pooling,
+    "/embed": pooling.tei_embed,
+    "/predict": pooling.tei_predict,
     "/tokenize": tokens.tokenize,
     "/detokenize": tokens.detokenize,
 }

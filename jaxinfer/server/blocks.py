@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from starlette.requests import Request
 from starlette.responses import Response
 
+from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.answers import Json
 from jaxinfer.openai.anthropic import MessageWriter, messages_request
 from jaxinfer.openai.blocks import BlockWriter, Counts, Ending
@@ -23,14 +24,14 @@ from jaxinfer.server.service import Service
 
 async def messages(service: Service, request: Request, body: Json) -> Response:
     """Answers a conversation, in Anthropic's form."""
-    model = service.model(body.get("model"))
+    model = service.model(body.get("model"), GENERATE)
     asked = messages_request(body, chat_defaults(service))
     return await _answer(service, request, asked, MessageWriter(request.state.name, model))
 
 
 async def count_tokens(service: Service, request: Request, body: Json) -> Response:
     """How many tokens a conversation has."""
-    service.model(body.get("model"))
+    service.model(body.get("model"), GENERATE)
     asked = messages_request(body, chat_defaults(service), counting=True)
     prepared = await service.prepared(lambda: service.formats.prepare(asked))
     return json_answer({"input_tokens": len(prepared.ids)})
@@ -38,7 +39,7 @@ async def count_tokens(service: Service, request: Request, body: Json) -> Respon
 
 async def responses(service: Service, request: Request, body: Json) -> Response:
     """Answers what may be a conversation."""
-    model = service.model(body.get("model"))
+    model = service.model(body.get("model"), GENERATE)
     asked, echo = response_request(body, chat_defaults(service))
     return await _answer(service, request, asked, ResponseWriter(request.state.name, model, echo))
 

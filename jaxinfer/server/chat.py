@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from starlette.requests import Request
 from starlette.responses import Response
 
+from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.answers import Chunks, Envelope, Json, call_json, chat_choice, chat_logprobs, finish_reason, usage
 from jaxinfer.openai.requests import ChatRequest, chat_request
 from jaxinfer.sampling.params import SamplingParams
@@ -21,7 +22,7 @@ from jaxinfer.server.service import Service
 
 async def chat_completions(service: Service, request: Request, body: Json) -> Response:
     """Answers a conversation."""
-    model = service.model(body.get("model"))
+    model = service.model(body.get("model"), GENERATE)
     asked = chat_request(body, chat_defaults(service), service.config.trust_request_chat_template)
     with ExitStack() as stack:
         run = await begun_chat(service, request, asked, stack)

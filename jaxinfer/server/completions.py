@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxinfer.engine.outputs import CompletionOutput
+from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.answers import Chunks, Envelope, Json, event, prompt_logprobs, text_choice, usage
 from jaxinfer.openai.errors import error_body, server_error
 from jaxinfer.openai.requests import COMPLETION_TOKENS, CompletionRequest, completion_request
@@ -21,7 +22,7 @@ from jaxinfer.server.service import Service
 
 async def completions(service: Service, request: Request, body: Json) -> Response:
     """Continues prompts."""
-    model = service.model(body.get("model"))
+    model = service.model(body.get("model"), GENERATE)
     defaults = service.engine.default_sampling_params().with_changes(max_tokens=COMPLETION_TOKENS)
     asked = completion_request(body, defaults)
     key, name = request.state.key, request.state.name

@@ -175,7 +175,6 @@ def begin_chat(service: Service, request: ChatRequest, key: int | None, others: 
         raise RequestError(
             f"{len(request.messages)} messages are given: at most {service.config.max_messages} are taken", "messages"
         )
-    _ = service.engine
     prepared = service.formats.prepare(request)
     group = _group(service, replace(request, params=prepared.params), prepared.ids, key, others)
     return Chat(service, group, prepared.scanners, name)

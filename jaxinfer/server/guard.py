@@ -74,6 +74,7 @@ class Guard:
             )(scope, receive, answer)
         except Exception as error:
             failure = server_error(error)
+            failure.args = (str(failure).replace(str(self._service.llm.folder), "the model"),)
             if failure.status == 500:
                 log.error("request %s failed", request_id, exc_info=not isinstance(error, ServerError))
             if not begun:

@@ -6,7 +6,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from jaxinfer import __version__
-from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.answers import Json
 from jaxinfer.openai.errors import ServerError
 from jaxinfer.server.answers import json_answer
@@ -15,7 +14,7 @@ from jaxinfer.server.service import Service
 
 async def health(service: Service, request: Request) -> Response:
     """Whether it is alive."""
-    if service.state == "failed" or (service.llm.task == GENERATE and service.llm.engine_thread.closed):
+    if service.state == "failed" or service.closed:
         raise ServerError(503, "the server has failed")
     return Response()
 
@@ -51,6 +50,4 @@ async def model(service: Service, request: Request) -> Response:
 
 def _model(service: Service, name: str) -> Json:
     body = {"id": name, "object": "model", "created": service.created, "owned_by": "jaxinfer"}
-    if service.llm.task == GENERATE:
-        body["max_model_len"] = service.llm.engine.max_model_len
-    return body
+    return body | {"max_model_len": service.max_model_len}

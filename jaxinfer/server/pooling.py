@@ -1,76 +1,179 @@
-"""/v1/embeddings and /classify: models that make vectors or classes of whole texts."""
+"""Routes of models that make vectors, classes and scores of whole texts."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxinfer.errors import RequestError, UnsupportedError
-from jaxinfer.llm import CAN
+from jaxinfer import __version__
+from jaxinfer.errors import RequestError
 from jaxinfer.models.tasks import CLASSIFY, EMBED
+from jaxinfer.openai import tei
 from jaxinfer.openai.answers import Json
-from jaxinfer.openai.embeddings import (
+from jaxinfer.openai.errors import ServerError
+from jaxinfer.openai.pooling import (
+    EmbeddingRequest,
     PoolingRequest,
-    classify_body,
+    classified,
     classify_request,
     embedding_request,
     embeddings_body,
+    encoding_request,
+    in_base64,
+    list_body,
+    ranking_body,
+    ranking_request,
+    score_request,
 )
-from jaxinfer.openai.errors import ServerError
 from jaxinfer.server.answers import json_answer, while_connected
 from jaxinfer.server.service import Service
 
 MOST_TEXTS = 2048  # of a request, as OpenAI has it
-Result = TypeVar("Result")
+Asked = TypeVar("Asked", bound=PoolingRequest)
 
 
 async def embeddings(service: Service, request: Request, body: Json) -> Response:
     """The vectors of texts."""
-    model = service.model(body.get("model"))
-    _check_task(service, EMBED)
-    asked = embedding_request(body)
-    llm = service.llm
-    work = _work(asked, lambda: llm.embed(asked.texts, use_tqdm=False, **asked.options))
-    outputs = await _done(service, request, work)
-    return json_answer(await service.prepared(lambda: embeddings_body(outputs, model, asked.base64)))
+    asked, model = _asked(service, body, embedding_request, EMBED)
+    outputs = await _vectors(service, request, asked)
+
+    def answer() -> Response:
+        vectors = [_encoded(output.outputs.embedding, asked.base64) for output in outputs]
+        return json_answer(embeddings_body(vectors, _tokens(outputs), model))
+
+    return await service.prepared(answer)
 
 
 async def classify(service: Service, request: Request, body: Json) -> Response:
     """The classes of texts."""
-    model = service.model(body.get("model"))
-    _check_task(service, CLASSIFY)
-    asked = classify_request(body)
+    asked, model = _asked(service, body, classify_request, CLASSIFY)
+    outputs = await _classes(service, request, asked)
+    data = [classified(i, output.outputs) for i, output in enumerate(outputs)]
+    return _list_answer(request, "classify", model, data, outputs)
+
+
+async def score(service: Service, request: Request, body: Json) -> Response:
+    """How well documents answer queries."""
+    asked, model = _asked(service, body, score_request, EMBED, CLASSIFY)
+    outputs = await _scores(service, request, asked)
+    data = [{"index": i, "object": "score", "score": output.outputs.score} for i, output in enumerate(outputs)]
+    return _list_answer(request, "score", model, data, outputs)
+
+
+async def rerank(service: Service, request: Request, body: Json) -> Response:
+    """The documents that answer a query best."""
+    if "texts" in body:
+        asked, _ = _asked(service, body, tei.rank_request, EMBED, CLASSIFY)
+        outputs = await _scores(service, request, asked)
+        return json_answer(tei.ranking(asked, [output.outputs.score for output in outputs]))
+    asked, model = _asked(service, body, ranking_request, EMBED, CLASSIFY)
+    outputs = await _scores(service, request, asked)
+    scores = [output.outputs.score for output in outputs]
+    return json_answer(ranking_body(asked, scores, request.state.name, model, _tokens(outputs)))
+
+
+async def pooling(service: Service, request: Request, body: Json) -> Response:
+    """What the model makes of texts, or of each of their tokens."""
+    asked, model = _asked(service, body, encoding_request, EMBED, CLASSIFY)
     llm = service.llm
-    work = _work(asked, lambda: llm.classify(asked.texts, use_tqdm=False, **asked.options))
-    outputs = await _done(service, request, work)
-    return json_answer(classify_body(outputs, model, request.state.name, int(time.time())))
+    outputs = await _done(
+        service,
+        request,
+        lambda: service.prepared(
+            lambda: llm.encode(asked.texts, asked.params, pooling_task=asked.task, use_tqdm=False)
+        ),
+    )
+
+    def answer() -> Response:
+        numbers = [_encoded(output.outputs.data, asked.base64) for output in outputs]
+        data = [{"index": i, "object": "pooling", "data": entry} for i, entry in enumerate(numbers)]
+        return _list_answer(request, "pool", model, data, outputs)
+
+    return await service.prepared(answer)
 
 
-def _check_task(service: Service, task: str) -> None:
-    if service.llm.task != task:
-        raise UnsupportedError(f"this model can't do that: {CAN[service.llm.task]}", "model")
-
-
-def _work(asked: PoolingRequest, run: Callable[[], Result]) -> Callable[[], Result]:
+def _asked(service: Service, body: Json, read: Callable[[Json], Asked], *tasks: str) -> tuple[Asked, str]:
+    """What is asked for, and the name of the model. Raises what `Service.model` and `read` raise."""
+    model, asked = service.model(body.get("model"), *tasks), read(body)
     if len(asked.texts) > MOST_TEXTS:
-        raise RequestError(f"input has {len(asked.texts)} texts: at most {MOST_TEXTS} are taken", "input")
-
-    def work() -> Result:
-        outputs = run()
-        for output in outputs:  # type: ignore[attr-defined]
-            if output.error is not None:
-                raise ServerError(500, output.error)
-        return outputs
-
-    return work
+        raise RequestError(f"{len(asked.texts)} texts are given: at most {MOST_TEXTS} are taken at once", "input")
+    return asked, model
 
 
-async def _done(service: Service, request: Request, work: Callable[[], Result]) -> Result:
+async def tei_embed(service: Service, request: Request, body: Json) -> Response:
+    """The vectors of texts, as text-embeddings-inference gives them."""
+    asked, _ = _asked(service, body, tei.embed_request, EMBED)
+    outputs = await _vectors(service, request, asked)
+    return await service.prepared(lambda: json_answer([output.outputs.embedding.tolist() for output in outputs]))
+
+
+async def tei_predict(service: Service, request: Request, body: Json) -> Response:
+    """The classes of texts, likewise."""
+    asked, _ = _asked(service, body, tei.predict_request, CLASSIFY)
+    outputs = await _classes(service, request, asked)
+    answers = [tei.predictions(output, service.engine.pooling.labels) for output in outputs]
+    return json_answer(answers[0] if asked.alone else answers)
+
+
+async def tei_info(service: Service, request: Request) -> Response:
+    """What is served, likewise."""
+    service.model(None, EMBED, CLASSIFY)
+    labels = service.engine.pooling.labels if service.llm.task == CLASSIFY else None
+    return json_answer(
+        {
+            "model_id": service.config.names[0],
+            "model_dtype": str(service.llm.dtype),
+            "model_type": tei.model_type(labels),
+            "max_input_length": service.max_model_len,
+            "max_concurrent_requests": service.config.max_queued,
+            "max_client_batch_size": MOST_TEXTS,
+            "version": __version__,
+        }
+    )
+
+
+async def _vectors(service: Service, request: Request, asked: EmbeddingRequest) -> list[Any]:
+    engine = service.engine
+    ask = engine.pooling.embedding(asked.params, asked.truncate, asked.prompt_name, asked.prompt)
+    return await _done(service, request, lambda: engine.answers(asked.texts, ask))
+
+
+async def _classes(service: Service, request: Request, asked: PoolingRequest) -> list[Any]:
+    engine = service.engine
+    ask = engine.pooling.classifying(asked.params, asked.truncate)
+    return await _done(service, request, lambda: engine.answers(asked.texts, ask))
+
+
+async def _scores(service: Service, request: Request, asked: PoolingRequest) -> list[Any]:
+    engine = service.engine
+    ask = engine.pooling.scoring(asked.params, asked.truncate, None)
+    return await _done(service, request, lambda: engine.scores(asked.texts, ask))
+
+
+async def _done(service: Service, request: Request, work: Callable[[], Awaitable[list[Any]]]) -> list[Any]:
+    """The outputs. Raises ServerError for one that failed."""
     with service.admitted(request.state.key):
         if service.active > service.config.max_queued:
             raise ServerError(429, "too many requests are waiting; try later", code="queue_full")
-        return await while_connected(request.receive, service.prepared(work))
+        outputs = await while_connected(request.receive, work())
+    for output in outputs:
+        if output.error is not None:
+            raise ServerError(500, output.error)
+    return outputs
+
+
+def _list_answer(request: Request, kind: str, model: str, data: list[Json], outputs: Sequence[Any]) -> Response:
+    return json_answer(list_body(kind, request.state.name, int(time.time()), model, data, _tokens(outputs)))
+
+
+def _encoded(numbers: np.ndarray, in_text: bool) -> Any:
+    return in_base64(numbers) if in_text else numbers.tolist()
+
+
+def _tokens(outputs: Sequence[Any]) -> int:
+    return sum(len(output.prompt_token_ids) for output in outputs)

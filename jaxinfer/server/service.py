@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal, TypeVar
 
-from jaxinfer.engine.async_engine import AsyncEngine
+from jaxinfer.async_engine import AsyncEngine
 from jaxinfer.errors import UnsupportedError
-from jaxinfer.llm import CAN, LLM
+from jaxinfer.llm import LLM
 from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.errors import ServerError
+from jaxinfer.pooling import CAN
 from jaxinfer.server.chats import ChatFormats
 from jaxinfer.server.config import ServerConfig
 from jaxinfer.server.metrics import Metrics
@@ -37,25 +38,35 @@ class Service:
         self.aborting = False
         self.by_key: Counter[int | None] = Counter()
         self._pool = ThreadPoolExecutor(THREADS, "jaxinfer-server")
-        self._engine: AsyncEngine | None = None
-        if llm.task == GENERATE:
-            default = llm.get_default_sampling_params
-            self._engine = AsyncEngine.over(llm.engine_thread, default, max_queued=config.max_queued)
+        thread, default = (llm.engine_thread, llm.get_default_sampling_params) if self.generates else (None, None)
+        self.engine = AsyncEngine.over(llm, thread, default, max_queued=config.max_queued)
+        if self.generates:
             self.formats = ChatFormats(llm.tokenizer, config.tool_call_parser, config.reasoning_parser)
 
     @property
-    def engine(self) -> AsyncEngine:
-        """Where text is made. Raises UnsupportedError for a model that makes none."""
-        if self._engine is None:
-            raise UnsupportedError(f"this model can't do that: {CAN[self.llm.task]}", "model")
-        return self._engine
+    def generates(self) -> bool:
+        """Whether the model makes text."""
+        return self.llm.task == GENERATE
 
-    def model(self, name: object) -> str:
-        """The name of the model that a request asks for. Raises ServerError for another one."""
-        if name is None or name in self.config.names:
-            return self.config.names[0] if name is None else str(name)
-        there = ", ".join(self.config.names)
-        raise ServerError(404, f"no model {name!r:.80}: here there is {there}", "model", "model_not_found")
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a text, or of a prompt and what follows it."""
+        return self.llm.engine.max_model_len if self.llm.loaded is None else self.llm.loaded.max_model_len
+
+    @property
+    def closed(self) -> bool:
+        """Whether the model is gone."""
+        return self.llm.engine_thread.closed if self.llm.loaded is None else self.llm.loaded.engine.closed
+
+    def model(self, name: object, *tasks: str) -> str:
+        """The name of the model that a request asks for. Raises ServerError for another one, and UnsupportedError where
+        the model does none of these tasks."""
+        if name is not None and name not in self.config.names:
+            there = ", ".join(self.config.names)
+            raise ServerError(404, f"no model {name!r:.80}: here there is {there}", "model", "model_not_found")
+        if tasks and self.llm.task not in tasks:
+            raise UnsupportedError(f"this model can't do that: {CAN[self.llm.task]}", "model")
+        return self.config.names[0] if name is None else str(name)
 
     async def prepared(self, work: Callable[[], Result]) -> Result:
         """Done in another thread: the event loop has others to serve."""
@@ -101,8 +112,8 @@ class Service:
     def abort_all(self) -> None:
         """Ends what runs, with what there is so far, and what is about to."""
         self.aborting = True
-        if self._engine is not None:
-            self._engine.abort_all()
+        self.engine.abort_all()
 
     def close(self) -> None:
+        self.engine.close()
         self._pool.shutdown(wait=False, cancel_futures=True)

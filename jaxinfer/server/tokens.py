@@ -25,7 +25,7 @@ async def tokenize(service: Service, request: Request, body: Json) -> Response:
         asked = chat_request(
             {name: value for name, value in body.items() if name != "return_token_strs"}, SamplingParams()
         )
-        _ = service.engine
+        service.model(body.get("model"), GENERATE)
         ids = await service.prepared(lambda: service.formats.prepare(asked).ids)
     else:
         text, special = fields.text("prompt"), fields.flag("add_special_tokens", True)
@@ -35,7 +35,7 @@ async def tokenize(service: Service, request: Request, body: Json) -> Response:
             raise RequestError("prompt must be text: give that, or messages", "prompt")
         prompt = text
         ids = await service.prepared(lambda: tokenizer.encode(prompt, special))
-    limit = service.llm.engine.max_model_len if service.llm.task == GENERATE else None
+    limit = service.max_model_len
     shown = [tokenizer.token_text(token) for token in ids] if strings else None
     return json_answer({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": shown})
 

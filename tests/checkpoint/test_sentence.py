@@ -8,7 +8,8 @@ from safetensors.numpy import save_file
 
 from jaxinfer import CheckpointError
 from jaxinfer.checkpoint.sentence import SentenceModel, read_sentence_model, read_steps
-from jaxinfer.layers.vectors import TORCH_ACTIVATIONS, Dense, Normalize, VectorNorm, shortened
+from jaxinfer.layers.vectors import TORCH_ACTIVATIONS, Dense, Normalize, VectorNorm
+from jaxinfer.tasks.embed import VectorOptions, finished
 from tests.refusals import line
 
 OLD, NEW = "sentence_transformers.models", "sentence_transformers.base.modules"
@@ -130,9 +131,9 @@ def test_residuals(width):
 
 def test_vectors_are_normed_after_they_are_cut():
     x = RNG.standard_normal((3, 6)).astype(np.float32)
-    cut = np.asarray(shortened(x, 2, True))
+    cut = np.asarray(finished(x, VectorOptions(2, True)))
     np.testing.assert_allclose(np.linalg.norm(cut, axis=1), 1, rtol=1e-6)
-    np.testing.assert_array_equal(shortened(x, 2, False), x[:, :2])
+    np.testing.assert_array_equal(finished(x, VectorOptions(2, False)), x[:, :2])
 
 
 UNKNOWN = ["Router", "Asym", "WeightedLayerPooling", "CNN", "LSTM", "BoW", "WordWeights", "CLIPModel", "SpladePooling"]
@@ -215,6 +216,7 @@ def test_bad_settings(tmp_path, said, problem):
         ({"do_lower_case": 1}, "do_lower_case is 1"),
         ({"transformer_task": "fill-mask"}, "transformer_task is 'fill-mask'"),
         ({"query_length": 32}, "query_length is 32"),
+        ({"modality_config": {"message": {"format": "flat"}}}, "that a chat template writes are not supported"),
         (
             {"modality_config": {"text": {"method_output_name": "pooler_output"}}},
             "method_output_name is 'pooler_output'",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from jaxinfer.models import model as models
 from jaxinfer.models import registry
-from tests.checkpoints import write_tokenizer
+from tests.checkpoints import building, write_tokenizer
 from tests.models.families import Mutant, Variant
 
 # Of matrices, and of what vectors differ by from what they start as. Large ones show caps, small ones a wrong epsilon.
@@ -41,6 +40,14 @@ def random_model(variant: Variant, matrices: float, vectors: float) -> Any:
     text.eos_token_id, text.pad_token_id = None, variant.fields.get("text_config", variant.fields).get("pad_token_id")
     config._attn_implementation = text._attn_implementation = "eager"
     model = getattr(transformers, variant.auto).from_config(config).eval().float()
+    randomize(model, matrices, vectors)
+    return model
+
+
+def randomize(model: Any, matrices: float, vectors: float) -> None:
+    """Every parameter, and the buffers that matter: by these standard deviations, around what vectors are."""
+    import torch
+
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn_like(weight)
@@ -48,19 +55,16 @@ def random_model(variant: Variant, matrices: float, vectors: float) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "layer_scalar")):
                 buffer.copy_(buffer + torch.randn_like(buffer) * vectors)
-    return model
 
 
 def save(model: Any, variant: Variant, folder: Path, **arrays: np.ndarray) -> None:
     """The checkpoint, and what it computes as reference.npz."""
-    building = folder.with_suffix(".building")
-    shutil.rmtree(building, ignore_errors=True)
-    model.save_pretrained(building)
-    write_tokenizer(building)
-    np.savez(building / "reference.npz", **arrays)
-    if variant.change is not None:
-        variant.change(building)
-    building.rename(folder)
+    with building(folder) as own:
+        model.save_pretrained(own)
+        write_tokenizer(own)
+        np.savez(own / "reference.npz", **arrays)
+        if variant.change is not None:
+            variant.change(own)
 
 
 def mutate(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:

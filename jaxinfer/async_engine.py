@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.generation import RequestGroup
-from jaxinfer.engine.load import load_engine
+from jaxinfer.engine.load import load_opened
+from jaxinfer.engine.loading import open_model
 from jaxinfer.engine.mail import Box, Mail
-from jaxinfer.engine.outputs import RequestOutput
+from jaxinfer.engine.outputs import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoringRequestOutput,
+)
+from jaxinfer.engine.pooling.load import load_pooling
 from jaxinfer.engine.prompts import Encoded, Prompt, encode_prompt
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.thread import EngineThread, Submission
-from jaxinfer.errors import EngineClosed, QueueFullError, RequestError
+from jaxinfer.errors import EngineClosed, QueueFullError, RequestError, UnsupportedError, placed
+from jaxinfer.models.tasks import CLASSIFY, GENERATE
+from jaxinfer.pooling import CAN, ClassifyText, PoolingMethods, given
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.tasks.params import PoolingParams
+from jaxinfer.tasks.pooling import Text
+from jaxinfer.tasks.stream import Ask, Stream
 
 
 class AsyncEngine:
@@ -32,36 +45,81 @@ class AsyncEngine:
 
         async for output in engine.generate("...", SamplingParams(max_tokens=64)):
             print(output.outputs[0].text)  # all the text so far
+
+    Of a model that keeps no cache `embed`, `classify` and `score` are awaited, any number of them at once.
     """
 
     def __init__(self, model: str | os.PathLike[str], *, max_queued: int = 1024, **options: Unpack[EngineConfig]):
         if not isinstance(max_queued, int) or isinstance(max_queued, bool) or max_queued < 1:
             raise ValueError(f"max_queued is {max_queued!r}: it must be an integer of at least 1")
-        loaded = load_engine(model, **options)
-        self._begin(EngineThread(loaded.engine, "AsyncEngine"), loaded.default_sampling_params, max_queued)
+        opened = open_model(model, **options)
+        methods = PoolingMethods()
+        methods.task, methods.folder = opened.task, opened.folder
+        if opened.task == GENERATE:
+            loaded = load_opened(opened)
+            thread = EngineThread(loaded.engine, "AsyncEngine")
+            self._begin(methods, thread, loaded.default_sampling_params, max_queued)
+        else:
+            methods.take(load_pooling(opened))
+            self._begin(methods, None, None, max_queued)
+        self._owns = True
 
     @classmethod
     def over(
-        cls, engine_thread: EngineThread, default: Callable[[], SamplingParams], *, max_queued: int = 1024
+        cls,
+        methods: PoolingMethods,
+        thread: EngineThread | None,
+        default: Callable[[], SamplingParams] | None,
+        *,
+        max_queued: int = 1024,
     ) -> AsyncEngine:
-        """On an engine that others may use, too, and close. default: makes the parameters where none are given."""
+        """On a model that others use, too, and close: an LLM. thread, default: of one that generates; default makes the
+        parameters where none are given."""
         engine = cls.__new__(cls)
-        engine._begin(engine_thread, default, max_queued)
+        engine._begin(methods, thread, default, max_queued)
+        engine._owns = False
         return engine
 
-    def _begin(self, engine_thread: EngineThread, default: Callable[[], SamplingParams], max_queued: int) -> None:
-        self.max_queued = max_queued
-        self.tokenizer = engine_thread.engine.tokenizer
-        self.engine_thread = engine_thread
-        self.default_sampling_params = default
+    def _begin(
+        self,
+        methods: PoolingMethods,
+        thread: EngineThread | None,
+        default: Callable[[], SamplingParams] | None,
+        max_queued: int,
+    ) -> None:
+        self.task, self.pooling, self.max_queued = methods.task, methods, max_queued
+        self._thread, self._default = thread, default
+        self._stream: Stream | None = None
+        if thread is not None:
+            self.tokenizer = thread.engine.tokenizer
+        else:
+            assert methods.loaded is not None
+            self.tokenizer = methods.loaded.tokenizer
+            self._stream = Stream(methods.loaded.engine, max_queued)
+            weakref.finalize(self, self._stream.stop).atexit = False
         self._ids = itertools.count()
         self._open: dict[str, Sequence[RequestGroup]] = {}  # all requests that have not ended
         self._lock = threading.Lock()  # of _open
         self._mails: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Mail] = weakref.WeakKeyDictionary()
 
     @property
+    def engine_thread(self) -> EngineThread:
+        """Where requests are submitted. Raises UnsupportedError where the model makes no text."""
+        if self._thread is None:
+            raise UnsupportedError(f"{self.pooling.folder}: {CAN[self.task]}")
+        return self._thread
+
+    def default_sampling_params(self) -> SamplingParams:
+        """Those of requests that have none. Raises UnsupportedError where the model makes no text."""
+        if self._default is None:
+            raise UnsupportedError(f"{self.pooling.folder}: {CAN[self.task]}")
+        return self._default()
+
+    @property
     def stats(self) -> EngineStats:
         """Requests, pages, tokens and seconds, as they are now and since loading."""
+        if self._stream is not None:
+            return dataclasses.replace(self._stream.engine.stats)
         return self.engine_thread.engine.stats
 
     def new_group(
@@ -145,6 +203,77 @@ class AsyncEngine:
             for group in groups:
                 self.engine_thread.abort(group)
 
+    async def embed(
+        self,
+        text: Text,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        pooling_params: PoolingParams | None = None,
+    ) -> EmbeddingRequestOutput:
+        """The vector of a text, as `LLM.embed` has it. Raises what that raises, and QueueFullError. Cancelled, a text
+        is left out that has not been read."""
+        params = given(pooling_params, truncate_prompt_tokens, dimensions=dimensions, use_activation=normalize)
+        ask = self.pooling.embedding(params, truncate, prompt_name, prompt)
+        output: EmbeddingRequestOutput
+        (output,) = await self.answers([text], ask)
+        return output
+
+    async def classify(
+        self,
+        text: ClassifyText,
+        *,
+        use_activation: bool | None = None,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        pooling_params: PoolingParams | None = None,
+    ) -> ClassificationRequestOutput:
+        """The classes of a text or pair, as `LLM.classify` has them. Raises as `embed` does."""
+        params = given(pooling_params, truncate_prompt_tokens, use_activation=use_activation)
+        output: ClassificationRequestOutput
+        (output,) = await self.answers([text], self.pooling.classifying(params, truncate))
+        return output
+
+    async def score(
+        self,
+        query: Text,
+        document: Text,
+        *,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        pooling_params: PoolingParams | None = None,
+        chat_template: str | None = None,
+    ) -> ScoringRequestOutput:
+        """How well a document answers a query, as `LLM.score` has it. Raises as `embed` does."""
+        ask = self.pooling.scoring(given(pooling_params, truncate_prompt_tokens), truncate, chat_template)
+        (output,) = await self.scores([(query, document)], ask)
+        return output
+
+    async def scores(self, pairs: Sequence[tuple[Any, Any]], ask: Ask) -> list[ScoringRequestOutput]:
+        """Of queries and documents; ask: what `pooling.scoring` gives. Otherwise as `answers`."""
+        if self.task == CLASSIFY:
+            return await self.answers(pairs, ask)
+        vectors = await self.answers([text for pair in pairs for text in pair], ask)
+        return [self.pooling.similar(a, b, i) for i, (a, b) in enumerate(zip(vectors[::2], vectors[1::2], strict=True))]
+
+    async def answers(self, texts: Sequence[Any], ask: Ask) -> list[Any]:
+        """The outputs of texts, in order; ask: what a method of `pooling`, such as `embedding`, gives. They are one
+        request to the queue. Raises as `embed` does, for the first that fails."""
+        assert self._stream is not None
+        futures = [asyncio.wrap_future(future) for future in self._stream.submit(texts, ask)]
+        try:
+            return await asyncio.gather(*futures)
+        except ValueError as error:
+            first = next(i for i, future in enumerate(futures) if future.done() and future.exception() is error)
+            raise (placed(f"text {first}", error) if len(texts) > 1 else error) from None
+        finally:
+            for future in futures:
+                future.cancel()
+
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is; who waits for its outputs gets a last one, with finish_reason "abort". An id
         that is unknown, or has ended, is no error."""
@@ -159,8 +288,13 @@ class AsyncEngine:
             self.abort(name)
 
     def close(self) -> None:
-        """Aborts what runs, ends the thread and frees the memory."""
-        self.engine_thread.close()
+        """Aborts what runs, ends the thread and frees the memory, where they are nobody else's."""
+        if self._owns:
+            (self._stream or self.engine_thread).close()
+            return
+        self.abort_all()
+        if self._stream is not None:
+            self._stream.stop()
 
     async def __aenter__(self) -> Self:
         return self
