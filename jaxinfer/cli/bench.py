@@ -39,9 +39,9 @@ class BatchingOptions:
         dataclasses.field(default_factory=EngineConfig)
     )
 
-    def load(self, model: ModelOptions, progress: Progress) -> LLM:
-        """The model in memory."""
-        return model.load(progress, **self.options)
+    def load(self, model: ModelOptions, progress: Progress, **more: Any) -> LLM:
+        """The model in memory, with `more` options of `LLM`."""
+        return model.load(progress, **self.options, **more)
 
 
 NumPrompts = Annotated[int, typer.Option(metavar="N", min=1, help="How many.", rich_help_panel=REQUESTS)]

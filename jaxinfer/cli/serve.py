@@ -73,6 +73,10 @@ class ServerOptions:
     drain_seconds: Annotated[
         float, typer.Option(metavar="X", help="For requests to end in after SIGTERM.", rich_help_panel=LIMITS)
     ] = 30.0
+    no_warmup: Annotated[
+        bool,
+        typer.Option("--no-warmup", help="Programs are compiled when they are first needed.", rich_help_panel=LIMITS),
+    ] = False
     tool_call_parser: Annotated[
         str,
         typer.Option(
@@ -93,7 +97,7 @@ class ServerOptions:
         from jaxinfer.server.config import ServerConfig
 
         given = dataclasses.asdict(self)
-        for name in ("served_model_name", "api_key", "api_key_file", "allowed_host"):
+        for name in ("served_model_name", "api_key", "api_key_file", "allowed_host", "no_warmup"):
             del given[name]
         return ServerConfig(**given, names=names, api_keys=self._keys(), allowed_hosts=tuple(self.allowed_host or ()))
 
@@ -132,8 +136,9 @@ def serve(
             import uvicorn  # noqa: F401
         except ImportError:
             raise ValueError("a server needs starlette, uvicorn and httptools: pip install '.[server]'") from None
+        options = {"runner": "auto", "warmup": not server.no_warmup}
         if hosts.join():
-            batching.load(load, progress)
+            batching.load(load, progress, **options)
         from contextlib import closing
 
         from jaxinfer.server.run import names_of, open_socket, run, url_of
@@ -141,7 +146,7 @@ def serve(
         name, _ = load.loading()
         config = server.config(names_of(name, server.served_model_name or ()))
         with closing(open_socket(config)) as bound:
-            llm = batching.load(load, progress)
+            llm = batching.load(load, progress, **options)
             progress.hide()
             if not verbosity.quiet:
                 logging.getLogger("jaxinfer").setLevel(logging.INFO)

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxinfer.engine.outputs import ClassificationRequestOutput
 from jaxinfer.errors import RequestError
+from jaxinfer.models.tasks import CLASSIFY, EMBED
 from jaxinfer.openai.answers import Json
 from jaxinfer.openai.fields import Fields, prompts
 from jaxinfer.openai.pooling import EmbeddingRequest, PoolingRequest, RankingRequest, texts_of
@@ -76,10 +77,10 @@ def _text_or_pair(value: Any) -> str | tuple[str, str]:
     return texts[0] if len(texts) == 1 else (texts[0], texts[1])
 
 
-def model_type(labels: Sequence[str] | None) -> Json:
-    """What the model does. labels: of its classes; None: it makes vectors."""
-    if labels is None:
-        return {"embedding": {}}
+def model_type(task: str, labels: Sequence[str]) -> Json:
+    """What the model does. labels: of its classes."""
+    if task != CLASSIFY:
+        return {"embedding" if task == EMBED else "generation": {}}
     kind = "reranker" if len(labels) == 1 else "classifier"
     numbers = {label: i for i, label in enumerate(labels)}
     return {kind: {"id2label": {str(i): label for label, i in numbers.items()}, "label2id": numbers}}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.outputs import CompletionOutput, RequestOutput
 from jaxinfer.engine.prompts import Encoded
-from jaxinfer.errors import ContextLengthError, EngineClosed, QueueFullError, RequestError
+from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.openai.errors import ServerError
 from jaxinfer.openai.requests import ChatRequest, CompletionRequest, Options
 from jaxinfer.server.service import Service
@@ -52,21 +52,17 @@ class Generation:
             raise ServerError(503, "the server is shutting down; try another one")
         limit = loop.call_later(service.config.request_seconds, service.engine.abort, self._name)
         try:
-            async with contextlib.aclosing(service.engine.deltas(self._groups, request_id=self._name)) as outputs:
-                async for arrived in outputs:
-                    parts: dict[int, list[CompletionOutput]] = {}
-                    for output in arrived:
-                        self._count(output)
-                        if output.error is not None:
-                            raise ServerError(500, output.error)
-                        for choice in output.outputs:
-                            parts.setdefault(output.index * self.n + choice.index, []).append(choice)
-                    yield [joined(index, choices) for index, choices in parts.items()]
-        except (RequestError, ServerError, EngineClosed, QueueFullError):
-            raise
-        except Exception as error:  # of the device
-            service.fail(error)
-            raise
+            with service.watched():
+                async with contextlib.aclosing(service.engine.deltas(self._groups, request_id=self._name)) as outputs:
+                    async for arrived in outputs:
+                        parts: dict[int, list[CompletionOutput]] = {}
+                        for output in arrived:
+                            self._count(output)
+                            if output.error is not None:
+                                raise ServerError(500, output.error)
+                            for choice in output.outputs:
+                                parts.setdefault(output.index * self.n + choice.index, []).append(choice)
+                        yield [joined(index, choices) for index, choices in parts.items()]
         finally:
             limit.cancel()
 

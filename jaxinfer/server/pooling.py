@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -122,13 +123,12 @@ async def tei_predict(service: Service, request: Request, body: Json) -> Respons
 
 async def tei_info(service: Service, request: Request) -> Response:
     """What is served, likewise."""
-    service.model(None, EMBED, CLASSIFY)
-    labels = service.engine.pooling.labels if service.llm.task == CLASSIFY else None
+    task = service.llm.task
     return json_answer(
         {
             "model_id": service.config.names[0],
             "model_dtype": str(service.llm.dtype),
-            "model_type": tei.model_type(labels),
+            "model_type": tei.model_type(task, service.engine.pooling.labels if task == CLASSIFY else ()),
             "max_input_length": service.max_model_len,
             "max_concurrent_requests": service.config.max_queued,
             "max_client_batch_size": MOST_TEXTS,
@@ -160,11 +160,21 @@ async def _done(service: Service, request: Request, work: Callable[[], Awaitable
     with service.admitted(request.state.key):
         if service.active > service.config.max_queued:
             raise ServerError(429, "too many requests are waiting; try later", code="queue_full")
-        outputs = await while_connected(request.receive, work())
+        outputs = await while_connected(request.receive, _watched(service, work))
     for output in outputs:
         if output.error is not None:
             raise ServerError(500, output.error)
     return outputs
+
+
+async def _watched(service: Service, work: Callable[[], Awaitable[list[Any]]]) -> list[Any]:
+    limit = service.config.request_seconds
+    try:
+        async with asyncio.timeout(limit):
+            with service.watched():
+                return await work()
+    except TimeoutError:
+        raise ServerError(503, f"the request took longer than {limit:g} s, the limit here; ask for less") from None
 
 
 def _list_answer(request: Request, kind: str, model: str, data: list[Json], outputs: Sequence[Any]) -> Response:

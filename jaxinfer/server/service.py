@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 from jaxinfer.async_engine import AsyncEngine
-from jaxinfer.errors import UnsupportedError
+from jaxinfer.errors import EngineClosed, QueueFullError, RequestError, UnsupportedError
 from jaxinfer.llm import LLM
 from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.errors import ServerError
@@ -104,10 +104,17 @@ class Service:
         if self.state == "ready":
             self.state = "draining"
 
-    def fail(self, error: BaseException) -> None:
-        """After an error that is not of a request but of the device."""
-        if self.state != "failed":
-            self.state, self.failure = "failed", error
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the device works: after an error that is its, and not a request's, the server ends."""
+        try:
+            yield
+        except (RequestError, ServerError, EngineClosed, QueueFullError):
+            raise
+        except Exception as error:
+            if self.state != "failed":
+                self.state, self.failure = "failed", error
+            raise
 
     def abort_all(self) -> None:
         """Ends what runs, with what there is so far, and what is about to."""

@@ -69,7 +69,9 @@ def test_signals(checkpoints):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "jaxinfer", "serve", str(checkpoints("llama").folder), "--port", str(port), "-q"]
-    with subprocess.Popen([*command, "--max-num-seqs", "4"], env=os.environ | {"JAX_PLATFORMS": "cpu"}) as process:
+    with subprocess.Popen(
+        [*command, "--max-num-seqs", "4", "--no-warmup"], env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    ) as process:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
             for _ in range(3000):
                 try:

@@ -93,7 +93,7 @@ def test_vectors(http, loaded):
 
 
 @pytest.mark.parametrize("loaded", [CLASSIFIER], indirect=True)
-def test_classes(http, loaded):
+def test_classes(http, loaded, monkeypatch):
     expected = loaded.classify([*TEXTS, tuple(TEXTS)], use_tqdm=False)
     answer = http.post("/classify", json={"input": TEXTS}).json()
     assert [entry["label"] for entry in answer["data"]] == [output.outputs.label for output in expected[:2]]
@@ -110,6 +110,14 @@ def test_classes(http, loaded):
         refused = http.post(path, json=body)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
         assert str(loaded.folder) not in refused.text
+
+    def fails(*_):
+        raise RuntimeError("secret of the device")
+
+    monkeypatch.setattr(loaded.loaded.engine, "_launch", fails)
+    failed = http.post("/classify", json={"input": "a"})
+    assert failed.status_code == 500
+    assert "secret" not in failed.text
 
 
 @pytest.mark.parametrize("loaded", [RANKER], indirect=True)

@@ -3,6 +3,12 @@ const $ = (id) => document.getElementById(id);
 const fields = document.querySelector("#settings form").elements;
 let messages = []; // as the API has them, with what is shown beside: {role, content, ...}
 let running = null; // AbortController of the answer that comes
+let kind = "generation"; // what the model does
+const HINTS = {
+  embedding: "A text to embed; or a query, and below it, a line each, the texts to compare it with.",
+  reranker: "A query, and below it, a line each, the texts that may answer it.",
+  classifier: "Texts to classify, a line each.",
+};
 
 const element = (name, properties = {}, ...children) => {
   const made = Object.assign(document.createElement(name), properties);
@@ -20,6 +26,9 @@ async function loadModels() {
   const body = await answer.json();
   if (!answer.ok) return say(body.error.message);
   $("model").replaceChildren(...body.data.map((model) => element("option", { textContent: model.id })));
+  const info = await (await fetch("/info", { headers: headers() })).json();
+  [kind] = Object.keys(info.model_type);
+  $("text").placeholder = HINTS[kind] ?? $("text").placeholder;
   say("");
 }
 
@@ -72,19 +81,47 @@ function request() {
   return body;
 }
 
+async function post(path, body) {
+  const response = await fetch(path, { method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal });
+  if (!response.ok) throw new Error((await response.json()).error.message);
+  return response;
+}
+
+// What a model that generates nothing makes of lines: classes of each, a vector, or how well each answers the first.
+async function judged(kind, lines) {
+  const [query, ...documents] = lines;
+  if (kind === "classifier") {
+    const classes = await (await post("/predict", { inputs: lines.map((line) => [line]) })).json();
+    const listed = (all) => all.map(({ label, score }) => `${(100 * score).toFixed(1)}% ${label}`).join(", ");
+    return lines.map((line, i) => `${line}\n    ${listed(classes[i])}`).join("\n");
+  }
+  if (documents.length === 0 && kind === "embedding") {
+    const { embedding } = (await (await post("/v1/embeddings", { input: query })).json()).data[0];
+    return `${embedding.length} dimensions: ${embedding.slice(0, 8).map((x) => x.toFixed(3)).join(", ")}, ...`;
+  }
+  const { results } = await (await post("/rerank", { query, documents })).json();
+  return results.map(({ index, relevance_score }) => `${relevance_score.toFixed(4)} ${documents[index]}`).join("\n");
+}
+
+async function stream(message) {
+  const response = await post("/v1/chat/completions", request());
+  messages.push(message);
+  for await (const chunk of events(response.body)) {
+    add(message, chunk);
+    show();
+  }
+}
+
 async function answer() {
   running = new AbortController();
   const message = { role: "assistant", content: "", reasoning: "", calls: [], tokens: [] };
   $("stop").hidden = false;
   const start = performance.now();
   try {
-    const body = JSON.stringify(request());
-    messages.push(message);
-    const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body, signal: running.signal });
-    if (!response.ok) throw new Error((await response.json()).error.message);
-    for await (const chunk of events(response.body)) {
-      add(message, chunk);
-      show();
+    if (kind === "generation") await stream(message);
+    else {
+      message.content = await judged(kind, messages.at(-1).content.split("\n").filter((line) => line.trim()));
+      messages.push(message);
     }
   } catch (error) {
     if (error.name === "AbortError") message.finish = "stopped";
