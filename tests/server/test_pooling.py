@@ -23,7 +23,7 @@ EMBEDDER, CLASSIFIER, RANKER = (
 @pytest.fixture
 def loaded(checkpoints, request):
     folder, kind, make = request.param
-    with LLM(found_or_made(checkpoints.root / folder, kind, "large", make(kind)), max_num_batched_tokens=128) as llm:
+    with LLM(found_or_made(checkpoints.root / folder, kind, "large", make(kind)), max_num_batched_tokens=32) as llm:
         yield llm
 
 
