@@ -148,6 +148,7 @@ def serve(
         with closing(open_socket(config)) as bound:
             llm = batching.load(load, progress, **options)
             progress.hide()
+            bound.listen(2048)  # who reads the next line may come at once
             if not verbosity.quiet:
                 logging.getLogger("jaxinfer").setLevel(logging.INFO)
                 print(f"serving {config.names[0]} at {url_of(config, bound)}", file=sys.stderr, flush=True)
