@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from jaxinfer.sampling.structured import StructuredOutputsParams
     from jaxinfer.sentence.pairs import CrossEncoder
     from jaxinfer.sentence.vectors import SentenceTransformer
+    from jaxinfer.server.run import serve
     from jaxinfer.tasks.params import PoolingParams
 
 __version__ = "0.1.0"
@@ -76,6 +77,7 @@ _HOME = {
     "chat": "jaxinfer.api",
     "embed": "jaxinfer.api",
     "unload": "jaxinfer.api",
+    "serve": "jaxinfer.server.run",
 }
 
 __all__ = [
@@ -107,6 +109,7 @@ __all__ = [
     "chat",
     "embed",
     "generate",
+    "serve",
     "stream",
     "unload",
 ]

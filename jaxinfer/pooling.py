@@ -289,6 +289,11 @@ class PoolingMethods:
     def _classification(self) -> ClassifyTask:
         return ClassifyTask(self._loaded(CLASSIFY))
 
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes, in the order of `probs`. Raises UnsupportedError where the model has none."""
+        return self._classification.labels
+
     @cached_property
     def _pairs(self) -> PairTask:
         return PairTask(self._loaded(CLASSIFY))

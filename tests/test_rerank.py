@@ -345,8 +345,8 @@ async def _many(folder):
     with pytest.raises(asyncio.CancelledError):
         await cancelled
     again = (await engine.embed(TEXTS[0])).outputs.embedding  # it goes on
-    launch, failures = engine._pooling._launch, [MemoryError("no room")]
-    engine._pooling._launch = lambda *call: (_ for _ in ()).throw(failures.pop()) if failures else launch(*call)
+    launch, failures = engine._stream.engine._launch, [MemoryError("no room")]
+    engine._stream.engine._launch = lambda *call: (_ for _ in ()).throw(failures.pop()) if failures else launch(*call)
     with pytest.raises(MemoryError, match="no room"):
         await engine.embed("a")
     after = (await engine.embed(TEXTS[0])).outputs.embedding
@@ -374,7 +374,7 @@ async def _at_once(folder, monkeypatch):
 
     monkeypatch.setattr(EmbedTask, "row", slowly)
     async with AsyncEngine(folder, max_num_batched_tokens=256) as engine:
-        launch, failures = engine._pooling._launch, [MemoryError("no room")]
+        launch, failures = engine._stream.engine._launch, [MemoryError("no room")]
 
         def fails(*call):
             begun.wait()
@@ -382,7 +382,7 @@ async def _at_once(folder, monkeypatch):
                 raise failures.pop()
             return launch(*call)
 
-        engine._pooling._launch = fails
+        engine._stream.engine._launch = fails
         asked = [asyncio.ensure_future(engine.embed(text)) for text in ("a", "slow", "b")]
         ends = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
         assert isinstance(ends[0], MemoryError)

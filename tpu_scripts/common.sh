@@ -3,7 +3,7 @@
 # is sourced.
 #
 # read_options sets what the functions below it take: NAME, ZONE, TYPE (accelerator), RUNTIME (version), PROJECT ("":
-# gcloud's own), SPOT ("": none), POLL (seconds), WORKER ("": the first host, "all"), DRY_RUN ("": run), and ARGUMENTS,
+# gcloud's own), SPOT ("": none), POLL (seconds), PORT, WORKER ("": the first host, "all"), DRY_RUN ("": run), and ARGUMENTS,
 # what comes after `--`.
 #
 # Commands and states: https://cloud.google.com/sdk/gcloud/reference/compute/tpus/queued-resources and
@@ -186,6 +186,14 @@ tpu_require() {
 # tpu_ssh COMMAND: runs it on the VM. Its exit code, or 255 where there was no connection, or 1 where gcloud had trouble.
 tpu_ssh() {
     tpus tpu-vm ssh "$NAME" ${WORKER:+"--worker=$WORKER"} "--command=$1"
+}
+
+# tpu_tunnel PORT: leads from this port here to that of the first host, until it is killed: to be run in the background.
+tpu_tunnel() {
+    local command=(gcloud compute tpus tpu-vm ssh "$NAME" --worker=0 "--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"} --quiet)
+    command+=(-- -N -L "$1:127.0.0.1:$1")
+    [ -n "$DRY_RUN" ] || exec "${command[@]}" </dev/null
+    run "${command[@]}"
 }
 
 # tpu_install EXTRAS [REQUIREMENTS...]: installs this copy of jaxinfer on the VM as jaxinfer-venv/bin/jaxinfer, with a Python

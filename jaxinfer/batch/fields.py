@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.batch.values import json_value, parse_json
-from jaxinfer.errors import UnsupportedError
+from jaxinfer.openai.fields import kind, with_int_bias
 from jaxinfer.sampling.ids import is_id
-from jaxinfer.text.messages import normalize_messages
 
 FORMS = ("prompt", "messages", "text", "prompt_token_ids")
-
-
-def kind(value: Any) -> str:
-    """What a value is, in JSON's words."""
-    names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), "null")
 
 
 def text(name: str, value: Any) -> str:
@@ -52,14 +44,6 @@ def token_ids(name: str, value: Any) -> list[int]:
     return value
 
 
-def conversation(messages: Any) -> list[dict[str, Any]]:
-    """Messages, checked: what the model's chat template takes becomes of them when it is known, which also says why it
-    takes no images."""
-    with contextlib.suppress(UnsupportedError):
-        normalize_messages(messages)
-    return list(messages)
-
-
 def tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """`tools`, JSON schemas; None where there are none."""
     schemas = decoded(row, "tools")
@@ -79,13 +63,3 @@ def own_params(row: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} must be an object of sampling parameters, and is {kind(params)}")
         return with_int_bias({parameter: value for parameter, value in params.items() if value is not None})
     return {}
-
-
-def with_int_bias(params: dict[str, Any]) -> dict[str, Any]:
-    """With the token ids of logit_bias as integers: keys in JSON are text. What is no integer is left for
-    SamplingParams to refuse."""
-    bias = params.get("logit_bias")
-    if isinstance(bias, dict):
-        ids = {int(key) if key.isascii() and key.isdecimal() and len(key) < 20 else key: v for key, v in bias.items()}
-        params = params | {"logit_bias": ids}
-    return params

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from jaxinfer.batch import openai_request as request
-from jaxinfer.batch.fields import FORMS, conversation, decoded, kind, own_params, text, token_ids, tools
+from jaxinfer.batch.fields import FORMS, decoded, own_params, text, token_ids, tools
 from jaxinfer.batch.row import POOLING, Ask, Record, Row, Task
 from jaxinfer.batch.template import PromptTemplate
 from jaxinfer.batch.values import json_value, parse_json, printable
+from jaxinfer.openai.fields import kind
+from jaxinfer.openai.requests import conversation
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.text.files import one_line
 

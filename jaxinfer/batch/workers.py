@@ -15,7 +15,6 @@ from jaxinfer.engine.prompts import Encoded, encode_prompt
 from jaxinfer.engine.scoring import encode_pair, encode_text
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
-from jaxinfer.tasks.classify import ClassifyTask
 from jaxinfer.tasks.embed import WHOLE, EmbedTask, VectorOptions, finished
 from jaxinfer.tasks.pairs import PairTask, ranked
 from jaxinfer.tasks.params import PoolingParams
@@ -160,14 +159,12 @@ class Embedding(OfTexts):
 
 
 class Classification(OfTexts):
-    """Texts, and pairs of them, to classes. labels: their names."""
+    """Texts, and pairs of them, to classes."""
 
     def __init__(self, llm: LLM, results: Results, **options: Any):
         super().__init__(llm, results, **options)
         self.how = llm.classifying(PoolingParams(use_activation=self.params.get("use_activation")), self.truncate)
-        assert isinstance(self.how.task, ClassifyTask)
-        self.labels = self.how.task.labels
-        self.results = dataclasses.replace(results, size=len(self.labels), logits=not self.how.options)
+        self.results = dataclasses.replace(results, size=len(llm.labels), logits=not self.how.options)
 
     def result(self, row: Row, outputs: list[Any]) -> Result:
         return self.results.classified(row, outputs[0].outputs, _tokens(outputs))

@@ -23,6 +23,7 @@ from jaxinfer.cli.console import say_error
 COMMANDS = (
     "generate",
     "chat",
+    "serve",
     "batch",
     "score",
     "embed",
@@ -43,8 +44,7 @@ COMMANDS = (
 
 # What other programs call things that are something else here, or nothing yet.
 GUESSES = {
-    "serve": "there is no server yet: jaxinfer batch runs files of requests, OpenAI's batch lines too, and "
-    "jaxinfer.AsyncEngine serves many callers of a Python program",
+    "api": "did you mean jaxinfer serve?",
     "download": "a model is downloaded when it is first used: jaxinfer generate --model ORG/NAME",
     "list": "jaxinfer models lists the architectures that load",
     "run": "did you mean jaxinfer generate, chat or batch?",
@@ -54,7 +54,7 @@ GUESSES = {
     "benchmark": "did you mean jaxinfer bench throughput, or bench latency?",
     "version": "did you mean jaxinfer --version?",
 }
-SAME = {"api": "serve", "server": "serve", "start": "serve"}
+SAME = {"server": "api", "start": "api"}
 SAME |= {"pull": "download", "fetch": "download", "ls": "list", "show": "list"}
 SAME |= {"embeddings": "encode", "similarity": "encode"}
 SAME |= {"prompt": "run", "ask": "run", "completion": "complete", "evaluate": "eval", "perf": "benchmark"}

@@ -1,4 +1,4 @@
-"""`jaxinfer bench throughput` and `jaxinfer bench latency`."""
+"""`jaxinfer bench throughput`, `jaxinfer bench latency` and `jaxinfer bench serve`."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class BatchingOptions:
         dataclasses.field(default_factory=EngineConfig)
     )
 
-    def load(self, model: ModelOptions, progress: Progress) -> LLM:
-        """The model in memory."""
-        return model.load(progress, **self.options)
+    def load(self, model: ModelOptions, progress: Progress, **more: Any) -> LLM:
+        """The model in memory, with `more` options of `LLM`."""
+        return model.load(progress, **self.options, **more)
 
 
 NumPrompts = Annotated[int, typer.Option(metavar="N", min=1, help="How many.", rich_help_panel=REQUESTS)]
@@ -49,12 +49,21 @@ InputLen = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a pro
 OutputLen = Annotated[int, typer.Option(metavar="N", min=1, help="Tokens that continue it.", rich_help_panel=REQUESTS)]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="Of prompts and arrivals.", rich_help_panel=REQUESTS)]
 
+RequestRate = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Requests a second, at random times (a Poisson process); without it, all come at once.",
+        rich_help_panel=REQUESTS,
+    ),
+]
+
 bench = typer.Typer()
 
 
 @bench.callback(invoke_without_command=True)
 def _bench(context: typer.Context) -> None:
-    """Measure the throughput or the latency of a model on this machine."""
+    """Measure the throughput or the latency of a model on this machine, or of a server."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -105,14 +114,7 @@ def latency(
     num_prompts: NumPrompts = 8,
     input_len: InputLen = 32,
     output_len: OutputLen = 128,
-    request_rate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Requests a second, at random times (a Poisson process); without it, all come at once.",
-            rich_help_panel=REQUESTS,
-        ),
-    ] = None,
+    request_rate: RequestRate = None,
     num_iters: Annotated[
         int, typer.Option(metavar="N", min=1, help="How often, after once to warm up.", rich_help_panel=REQUESTS)
     ] = 10,
@@ -129,8 +131,7 @@ def latency(
     Waiting for a place in the batch counts. ITL is the time between pieces of an output, which may be several tokens.
     """
     with verbosity.apply(plain=True) as progress:
-        if request_rate is not None and not 0 < request_rate < float("inf"):
-            raise ValueError(f"--request-rate is {request_rate}: it must be a finite number above 0")
+        _check_rate(request_rate)
         hosts.join()
         llm = batching.load(load, progress)
         from jaxinfer import benchmark
@@ -158,6 +159,91 @@ def latency(
         print(json.dumps(figures))
     else:
         _print_table(["milliseconds", "mean", "median", "p90", "p99"], _latency_rows(figures))
+
+
+@bench.command()
+@grouped
+def serve(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="Of a server that speaks OpenAI, as http://127.0.0.1:8000.")
+    ],
+    num_prompts: NumPrompts = 64,
+    input_len: InputLen = 32,
+    output_len: OutputLen = 128,
+    request_rate: RequestRate = None,
+    vocab_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Prompts have token ids below.", rich_help_panel=REQUESTS)
+    ] = 256,
+    goodput: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:MS", help="Count requests within limits of ttft, tpot and e2el; may be repeated."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", envvar="JAXINFER_API_KEY", help="Of the server.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: JSON = False,
+    *,
+    verbosity: Verbosity,
+) -> None:
+    """How long requests to a server take, as its clients see it.
+
+    Requests come at random times whether or not others are done. ITL is the time between events of a stream.
+    """
+    with verbosity.apply(plain=True) as progress:
+        _check_rate(request_rate)
+        limits = dict(map(_limit, goodput or ()))
+        import asyncio
+
+        from jaxinfer import benchmark
+        from jaxinfer.server import measure
+
+        server = measure.Server(url, api_key)
+        work = benchmark.random_work(vocab_size, [input_len] * num_prompts, [output_len] * num_prompts, seed)
+        arrivals = [0.0] * num_prompts
+        if request_rate is not None:
+            arrivals = benchmark.poisson_arrivals(num_prompts, request_rate, seed)
+
+        async def run() -> list[Trace]:
+            model = await server.model()
+            progress("one request to warm up")
+            await measure.serve(server, model, work[:1], [0.0])
+            progress(f"{num_prompts} requests")
+            return await measure.serve(server, model, work, arrivals)
+
+        try:
+            traces = asyncio.run(run())
+        except* (ValueError, OSError) as errors:
+            raise ValueError(f"{url}: {errors.exceptions[0]}") from None
+        figures: dict[str, Any] = benchmark.latency([traces])
+        if limits:
+            figures["request_goodput"] = measure.goodput(traces, figures["duration"], limits)
+    if as_json:
+        print(json.dumps(figures))
+    else:
+        _print_table(["milliseconds", "mean", "median", "p90", "p99"], _latency_rows(figures))
+        rates = {
+            "request_throughput": "requests",
+            "output_throughput": "output tokens",
+            "request_goodput": "good requests",
+        }
+        _print_table(["", "a second"], [[text, f"{figures[n]:.2f}"] for n, text in rates.items() if n in figures])
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, milliseconds = text.partition(":")
+    try:
+        value = float(milliseconds)
+    except ValueError:
+        value = -1.0
+    if name not in ("ttft", "tpot", "e2el") or not value > 0:
+        raise ValueError(f"--goodput is {text!r}: it must be as ttft:200, tpot:50 or e2el:2000, in milliseconds")
+    return name, value
+
+
+def _check_rate(rate: float | None) -> None:
+    if rate is not None and not 0 < rate < float("inf"):
+        raise ValueError(f"--request-rate is {rate}: it must be a finite number above 0")
 
 
 def _measured(llm: LLM, run: Callable[[int], Run], count: int) -> list[Run]:

@@ -43,11 +43,8 @@ def classify(
 
 
 def _line(worker: Worker, row: Row, new: dict[str, Any]) -> str:
-    from jaxinfer.batch.workers import Classification
-
     values = new["logits" if worker.results.logits else "probs"]
-    assert isinstance(worker, Classification)
-    best = sorted(zip(worker.labels, values, strict=True), key=lambda entry: -entry[1])[:SHOWN]
+    best = sorted(zip(worker.llm.labels, values, strict=True), key=lambda entry: -entry[1])[:SHOWN]
     text = row.ask.texts[0] if row.ask else ""
     shown = " | ".join(text) if isinstance(text, tuple) else str(text)
     return f"{', '.join(f'{label} {value:.4f}' for label, value in best)}  {title(shown)}"

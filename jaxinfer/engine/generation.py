@@ -39,6 +39,8 @@ class SequenceOutput:
         self._arrived, self._added = time.time(), time.perf_counter()
         self._first: float | None = None
         self._finished: float | None = None
+        self._told_text = self._told_tokens = 0  # how much `delta` has given
+        self._told_end = False
 
     @property
     def finished(self) -> bool:
@@ -117,6 +119,25 @@ class SequenceOutput:
             logprobs=list(self._logprobs) if wants else None,
         )
 
+    def delta(self) -> CompletionOutput | None:
+        """What has come since the last call; None if nothing has, nor the end."""
+        tokens = self.request.tokens[self.request.prompt_length + self._told_tokens :]
+        text = self.text[self._told_text :]
+        if not tokens and not text and (not self.finished or self._told_end):
+            return None
+        logprobs = self._logprobs[self._told_tokens :] if self.request.params.logprobs is not None else None
+        self._told_tokens += len(tokens)
+        self._told_text += len(text)
+        self._told_end = self.finished
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=tokens,
+            finish_reason=self.request.finish_reason,
+            stop_reason=self.stop_reason,
+            logprobs=logprobs,
+        )
+
     def metrics(self) -> RequestMetrics:
         """Its times so far."""
         now = self._finished or time.perf_counter()
@@ -159,6 +180,7 @@ class RequestGroup:
     def __init__(self, prompt: str | None, members: list[SequenceOutput]):
         self.prompt = prompt
         self.members = members
+        self._told = False  # whether `delta` has given what is of the prompt
 
     @property
     def finished(self) -> bool:
@@ -171,16 +193,27 @@ class RequestGroup:
 
     def output(self, index: int = 0) -> RequestOutput:
         """What there is so far; `index` is the prompt's place in its list."""
+        return self._output([member.completion() for member in self.members], index, True)
+
+    def delta(self, index: int = 0) -> RequestOutput:
+        """What has come since the last call, of those continuations that have something. The prompt's ids and
+        log-probabilities are in the first one."""
+        outputs = [delta for member in self.members if (delta := member.delta()) is not None]
+        first, self._told = not self._told, True
+        return self._output(outputs, index, first)
+
+    def _output(self, outputs: list[CompletionOutput], index: int, with_prompt: bool) -> RequestOutput:
         first = self.members[0]
         request = first.request
+        scored = with_prompt and request.params.prompt_logprobs is not None
         return RequestOutput(
             request_id=request.id,
             prompt=self.prompt,
-            prompt_token_ids=request.tokens[: request.prompt_length],
-            outputs=[member.completion() for member in self.members],
+            prompt_token_ids=request.tokens[: request.prompt_length] if with_prompt else [],
+            outputs=outputs,
             finished=self.finished,
             metrics=first.metrics(),
             index=index,
             error=next((member.error for member in self.members if member.error is not None), None),
-            prompt_logprobs=None if request.params.prompt_logprobs is None else list(first.prompt_logprobs),
+            prompt_logprobs=list(first.prompt_logprobs) if scored else None,
         )

@@ -33,11 +33,13 @@ class Submission(NamedTuple):
     listener: called in the engine's thread when the request has ended, and where it `streams`, whenever there is more;
         with an error if the engine has failed or was closed. It must be quick.
     streams: whether the listener is told on the way.
+    after: called, once for all that have the same one, when the listeners of a step have been told.
     """
 
     group: AnyGroup
     listener: Listener
     streams: bool = False
+    after: Callable[[], None] | None = None
 
 
 class EngineThread:
@@ -157,7 +159,7 @@ class Owner:
         except BaseException as error:
             self._fail(error)
         else:
-            self._tell(submission)
+            self._tell([submission])
 
     def _tasks(self) -> bool:
         """Does what was submitted; waits for something if there is nothing to run. False at the end."""
@@ -180,25 +182,31 @@ class Owner:
             self._fail(self.closed if self.engine.runner.abandoned else error)
             return
         submissions = (self._submissions.get(generation.request.id) for generation in touched)
-        for submission in {id(s.group): s for s in submissions if s is not None}.values():
-            if submission.streams or submission.group.finished:
-                self._tell(submission)
+        told = {id(s.group): s for s in submissions if s is not None}.values()
+        self._tell([s for s in told if s.streams or s.group.finished])
 
     def _fail(self, error: BaseException) -> None:
         """Ends all that there is."""
         self.engine.drop_all("abort" if error is self.closed else "error")
-        for submission in {id(s.group): s for s in self._submissions.values()}.values():
-            self._tell(submission, error)
+        self._tell(list({id(s.group): s for s in self._submissions.values()}.values()), error)
 
-    def _tell(self, submission: Submission, error: BaseException | None = None) -> None:
-        if error is not None or submission.group.finished:
-            for member in submission.group.members:
-                self._submissions.pop(member.request.id, None)
-            self._streaming -= submission.streams
-        try:
-            submission.listener(submission.group, error)
-        except Exception:  # of one caller, say one whose event loop has just been closed: the others must not suffer
-            log.exception("a request's output could not be delivered")
+    def _tell(self, submissions: Sequence[Submission], error: BaseException | None = None) -> None:
+        for submission in submissions:
+            if error is not None or submission.group.finished:
+                for member in submission.group.members:
+                    self._submissions.pop(member.request.id, None)
+                self._streaming -= submission.streams
+            _call(submission.listener, submission.group, error)
+        for after in {submission.after for submission in submissions} - {None}:
+            assert after is not None
+            _call(after)
+
+
+def _call(function: Callable[..., None], *arguments: Any) -> None:
+    try:
+        function(*arguments)
+    except Exception:  # of one caller, say one whose event loop has just been closed: the others must not suffer
+        log.exception("a request's output could not be delivered")
 
 
 _threads: weakref.WeakSet[EngineThread] = weakref.WeakSet()

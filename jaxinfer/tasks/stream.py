@@ -8,7 +8,7 @@ import functools
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +51,7 @@ class Stream:
     """
 
     def __init__(self, engine: PoolingEngine, max_queued: int):
-        self._engine, self._max_queued = engine, max_queued
+        self.engine, self._max_queued = engine, max_queued
         self._queue: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()  # None: something has changed
         self._turn = 0  # of readers, one after each error of the device
         self._lock = threading.Lock()  # of what follows: nothing is queued after the end
@@ -60,18 +60,19 @@ class Stream:
         self._thread.start()
         _streams.add(self)
 
-    def submit(self, text: Any, ask: Ask) -> Future[Any]:
-        """Its output comes, or ValueError for what can't be served, or what went wrong. Cancelling it in time saves the
-        work. Raises EngineClosed and QueueFullError."""
-        asked = Asked(text, ask)
+    def submit(self, texts: Sequence[Any], ask: Ask) -> list[Future[Any]]:
+        """Of each the output comes, or ValueError for what can't be served, or what went wrong. Cancelling one in time
+        saves the work. Raises EngineClosed, and QueueFullError where too many wait already."""
+        asked = [Asked(text, ask) for text in texts]
         with self._lock:
             if self.closed:
                 raise EngineClosed(CLOSED)
             waiting = self._queue.qsize()
             if waiting >= self._max_queued:
                 raise QueueFullError(f"{waiting} texts are waiting, and max_queued is {self._max_queued}; try later")
-            self._queue.put(asked)
-        return asked.future
+            for entry in asked:
+                self._queue.put(entry)
+        return [entry.future for entry in asked]
 
     def stop(self) -> None:
         """What has no output yet ends with EngineClosed, some time later."""
@@ -82,16 +83,16 @@ class Stream:
     def close(self) -> None:
         """The same now, and the memory is freed."""
         self.stop()
-        self._engine.close()
+        self.engine.close()
         self._thread.join()
 
     def _run(self) -> None:
         while not self.closed:
             running: dict[int, Asked] = {}  # by their places
-            reader = Reader(self._read(self._turn), functools.partial(self._row, running), self._engine.portion)
+            reader = Reader(self._read(self._turn), functools.partial(self._row, running), self.engine.portion)
             error: BaseException | None = None
             try:
-                for rows, values in self._engine.run(reader):
+                for rows, values in self.engine.run(reader):
                     for i, row in enumerate(rows):
                         self._answer(running.pop(row.place), row, values[i : i + 1])
             except BaseException as caught:

@@ -149,9 +149,9 @@ def test_openai_lines(bert, rows_file, tmp_path):
     ]
     refused = {
         "input is empty": {"input": ""},
-        "is a list without any": {"input": []},
+        "input is a list of 0": {"input": []},
         "input must be a list of token ids": {"input": [[]]},
-        "encoding_format is 'int8'": {"input": "a", "encoding_format": "int8"},
+        "encoding_format must be one of float, base64, and is 'int8'": {"input": "a", "encoding_format": "int8"},
         "dimensions: 900 is not from 1 to 128": {"input": "a", "dimensions": 900},
         "'temperature' is not supported": {"input": "a", "temperature": 0.5},
         "the text has 308 tokens": {"input": ["a", "x" * 307]},

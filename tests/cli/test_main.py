@@ -83,8 +83,7 @@ def test_help_shows_what_is_in_brackets(cli):
 @pytest.mark.parametrize(
     ("guess", "fact"),
     [
-        ("serve", "there is no server yet: jaxinfer batch"),
-        ("api", "there is no server yet"),
+        ("api", "did you mean jaxinfer serve?"),
         ("pull", "a model is downloaded when it is first used"),
         ("download", "jaxinfer generate --model"),
         ("ls", "jaxinfer models"),

@@ -51,6 +51,28 @@ def test_many_at_once_give_what_each_alone_gives(engine, expected):
     asyncio.run(run())
 
 
+def test_deltas_joined_are_the_output(engine):
+    """Of several prompts at once, each with several continuations; the prompt's own come with the first one."""
+    params = SamplingParams(temperature=0.9, seed=1, n=2, max_tokens=12, ignore_eos=True)
+
+    async def run():
+        whole = [await last(engine, prompt, params) for prompt in PROMPTS[:3]]
+        texts, counts, prompts = {}, {}, {}
+        async for arrived in engine.deltas([engine.new_group(prompt, params) for prompt in PROMPTS[:3]]):
+            for output in arrived:
+                prompts.setdefault(output.index, output.prompt_token_ids)
+                for choice in output.outputs:
+                    key = output.index, choice.index
+                    texts[key] = texts.get(key, "") + choice.text
+                    counts[key] = counts.get(key, 0) + len(choice.token_ids)
+        assert texts == {(i, choice.index): choice.text for i, o in enumerate(whole) for choice in o.outputs}
+        assert set(counts.values()) == {12}
+        assert [prompts[i] for i in range(3)] == [output.prompt_token_ids for output in whole]
+        await settled(engine)
+
+    asyncio.run(run())
+
+
 def test_cancelling_the_task_aborts(engine, expected):
     async def run():
         task = asyncio.create_task(last(engine, PROMPTS[0], LONG))

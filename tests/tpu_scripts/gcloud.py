@@ -53,6 +53,7 @@ def ssh(command: str, what: Any, state: dict[str, Any]) -> int:
         if not (HOME / "jaxinfer-venv").exists():
             (HOME / "jaxinfer-venv").symlink_to(sys.prefix)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: None)  # what is meant for the VM's processes, by their command lines
     process = subprocess.Popen(["bash", "-c", command], cwd=HOME, start_new_session=True)
     while what == "killed" and process.poll() is None:
         if len(list(FOLDER.glob("answers/part-*"))) > 2:
@@ -105,6 +106,9 @@ def main() -> int:
         file.write(json.dumps(arguments) + "\n")
     assert arguments[:2] == ["compute", "tpus"]
     command = " ".join(arguments[2:4])
+    if "--" in arguments:  # for ssh itself: a tunnel, which is there until it is killed
+        assert arguments[arguments.index("--") + 1 :][:2] == ["-N", "-L"]
+        signal.pause()
     words = [word for word in arguments[4:] if not word.startswith("--")]
     options = dict(word.split("=", 1) if "=" in word else (word, "") for word in arguments[4:] if word.startswith("--"))
     if unknown := options.keys() - OPTIONS[command] - WIDE:

@@ -4,8 +4,10 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
@@ -89,7 +91,7 @@ def test_ctrl_c(cloud):
     assert "v may still come, and cost money: tpu_scripts/delete.sh v --zone z" in stderr
 
 
-@pytest.mark.parametrize(("script", "more"), [("install.sh", []), ("generate.sh", ["--", "hello"])])
+@pytest.mark.parametrize(("script", "more"), [("install.sh", []), ("serve.sh", []), ("generate.sh", ["--", "hello"])])
 def test_a_vm_that_is_not_there(cloud, script, more):
     done = cloud.run(script, "v", *ZONE, *more)
     assert done.returncode == 3
@@ -136,6 +138,34 @@ def test_a_dry_run_prints_what_is_run(cloud, script, arguments):
     assert [[word for word in line[1:] if "tar.gz" not in word or "=" in word] for line in printed] == [
         [word for word in call if "tar.gz" not in word or "=" in word] for call in called if call[3] != "describe"
     ]
+
+
+@pytest.mark.slow
+def test_serving(cloud):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    cloud.run("create.sh", "v", *MAKE)
+    cloud.run("install.sh", "v", *ZONE, "--extras", "tpu,server")
+    command = ["bash", cloud.folder / "copy/tpu_scripts/serve.sh", "v", *ZONE, "--port", str(port), "--", "--no-warmup"]
+    process = subprocess.Popen(command, env=cloud.environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        while "serving jaxinfer-demo at" not in (line := process.stderr.readline()):
+            assert process.poll() is None, line
+        body = json.dumps({"prompt": "What is 27 + 45?"}).encode()
+        url, headers = f"http://127.0.0.1:{port}/v1/completions", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=240) as response:
+            assert json.load(response)["choices"][0]["text"] == " 27 + 45 = 72."
+        (tunnel,) = [call for call in words(cloud, "ssh") if "-L" in call]
+        assert tunnel[-4:] == ["--", "-N", "-L", f"{port}:127.0.0.1:{port}"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, "shutting down" in stderr) == (130, True)
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port))
+    assert cloud.left
 
 
 @pytest.mark.slow
@@ -189,6 +219,8 @@ def test_help(cloud, script):
         ("install.sh", ["v", *ZONE, "--extras"], "--extras needs a value"),
         ("install.sh", ["v", *ZONE, "--type", "x"], "there is no option --type"),
         ("generate.sh", ["v", *ZONE], "after -- come the arguments of jaxinfer generate"),
+        ("serve.sh", ["v", *ZONE, "--port", "0"], "--port is 0: it must be from 1 to 65535"),
+        ("serve.sh", ["v", *ZONE, "--", "--port=1"], "--port comes before --, as the tunnel needs it, too"),
         ("delete.sh", ["v", "w", *ZONE], "both v and w are names"),
         ("delete.sh", ["v", "--zone", "z", "--poll", "x"], "--poll is x: it must be seconds"),
         ("plan_and_compile.sh", ["c.yaml"], "OUTPUT is missing"),

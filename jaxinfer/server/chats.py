@@ -1,0 +1,92 @@
+"""From a chat to a prompt, and from a model's text to messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from jaxinfer.errors import RequestError, UnsupportedError
+from jaxinfer.openai.requests import ChatRequest
+from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.sampling.structured import StructuredOutputsParams
+from jaxinfer.text.base import Tokenizer
+from jaxinfer.text.calls import calls_schema, schemas
+from jaxinfer.text.formats import enforced, message_format, opened_by, reasoning_of, shows_special, tools_of
+from jaxinfer.text.scanner import Format, Scanner
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A chat as the engine gets it.
+
+    ids: the prompt. params: with special tokens in the text where they are markers of it. scanners: one for each
+    continuation, for its text.
+    """
+
+    ids: list[int]
+    params: SamplingParams
+    scanners: list[Scanner]
+
+
+class ChatFormats:
+    """What a checkpoint's chat templates show of how its model writes calls and reasoning; or what was said instead."""
+
+    def __init__(self, tokenizer: Tokenizer, tools: str, reasoning: str):
+        self._tokenizer, self._tools, self._reasoning = tokenizer, tools, reasoning
+        self._format = cache(self._made)
+
+    def prepare(self, request: ChatRequest) -> Prepared:
+        """Takes its time: renders and tokenizes. Raises RequestError."""
+        source = request.template.get("chat_template") or self._source(bool(request.tools))
+        for name in ("documents", "reasoning_effort"):
+            if name in request.template and name not in source:
+                raise UnsupportedError(f"{name}: the model's chat template takes none; leave it out", name)
+        if request.tools is not None and "tools" not in source:
+            raise UnsupportedError("tools: the model's chat template takes none; leave them out", "tools")
+        form, special = self._format(source)
+        params, most = request.params, None if request.parallel and len(request.must_call) != 1 else 1
+        if request.must_call:
+            if params.structured_outputs is not None:
+                raise RequestError("tool_choice and response_format ask for two forms of one answer", "tool_choice")
+            assert request.tools is not None
+            schema = calls_schema(request.tools, request.must_call, most)
+            form, params = enforced(form), replace(params, structured_outputs={"json": schema})
+        if request.tools is not None and not any(section.kind == "call" for section in form.sections):
+            raise UnsupportedError(
+                "tools: the chat template does not show how the model writes calls; start the server with "
+                "--tool-call-parser",
+                "tools",
+            )
+        messages = request.messages if "developer" in source else [_as_system(message) for message in request.messages]
+        prompt = self._tokenizer.chat_prompt(messages, request.tools, **request.template)
+        ids = self._tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
+        if special and params.skip_special_tokens and params.detokenize:
+            params = replace(params, skip_special_tokens=False)
+        known, opened = None if request.tools is None else schemas(request.tools), opened_by(form, prompt)
+        if params.structured_outputs is not None and opened is not None:
+            asked = StructuredOutputsParams.of(params.structured_outputs)
+            after = asked.after or form.section(opened).closes[0]  # the model may think before
+            params = replace(params, structured_outputs=replace(asked, after=after))
+        most = None if request.parallel else 1
+        scanners = [Scanner(form, known, opened, most) for _ in range(params.n)]
+        return Prepared(ids, params, scanners)
+
+    def _source(self, with_tools: bool) -> str:
+        templates = self._tokenizer.chat_templates.templates
+        return templates.get("tool_use", templates.get("default", "")) if with_tools else templates.get("default", "")
+
+    def _made(self, source: str) -> tuple[Format, bool]:
+        """The format, and whether special tokens are among its markers."""
+        tools = tools_of(source) if self._tools == AUTO else self._tools
+        reasoning = reasoning_of(source) if self._reasoning == AUTO else self._reasoning
+        special = [self._tokenizer.decode_raw([i]) for i in sorted(self._tokenizer.special_ids)]
+        form = message_format(tools, reasoning)
+        return (message_format(tools, reasoning, special), True) if shows_special(form, special) else (form, False)
+
+
+def _as_system(message: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's new name for it, which few templates know."""
+    return message | {"role": "system"} if isinstance(message, dict) and message.get("role") == "developer" else message

@@ -1,0 +1,118 @@
+"""Latency of a server, of this kind or another one that speaks OpenAI, as its clients see it. It is asked in an open
+loop: requests come when they come, whether or not those before are done."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from jaxinfer.benchmark import Trace, Work
+
+LIMIT = 2**24  # of a line
+
+
+class Server:
+    """Where it is. Raises ValueError for what is no URL of a server."""
+
+    def __init__(self, url: str, api_key: str | None = None):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"URL is {url!r}: it must be as http://127.0.0.1:8000")
+        self._host, self._tls = parts.hostname, parts.scheme == "https"
+        self._port = parts.port or (443 if self._tls else 80)
+        self._path = parts.path.rstrip("/").removesuffix("/v1")
+        self._name = parts.netloc.rpartition("@")[2]
+        self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+
+    async def lines(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> AsyncIterator[bytes]:
+        """Those of an answer, as they come. Raises OSError, and ValueError for an answer other than 200."""
+        context = ssl.create_default_context() if self._tls else None
+        reader, writer = await asyncio.open_connection(self._host, self._port, ssl=context, limit=LIMIT)
+        try:
+            content = b"" if body is None else json.dumps(body).encode()
+            head = f"{method} {self._path}{path} HTTP/1.1\r\nHost: {self._name}\r\nConnection: close\r\n{self._key}"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+            writer.write(head.encode() + content)
+            status = (await reader.readline()).split(b" ")
+            chunked = False
+            while (header := (await reader.readline()).strip()) != b"":
+                chunked |= header.lower().replace(b" ", b"") == b"transfer-encoding:chunked"
+            rest = b""
+            said = b""
+            async for piece in _chunks(reader) if chunked else _all(reader):
+                *lines, rest = (rest + piece).split(b"\n")
+                if status[1:2] == [b"200"]:
+                    for line in lines:
+                        yield line
+                else:
+                    said += piece
+            if status[1:2] != [b"200"]:
+                raise ValueError(f"{path} was answered {b' '.join(status).decode().strip()}: {said.decode():.300}")
+            yield rest
+        finally:
+            writer.close()
+
+    async def model(self) -> str:
+        """The first one that it has."""
+        answer = b"".join([line async for line in self.lines("GET", "/v1/models")])
+        return str(json.loads(answer)["data"][0]["id"])
+
+
+async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
+        yield (await reader.readexactly(size + 2))[:-2]
+
+
+async def _all(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while piece := await reader.read(2**16):
+        yield piece
+
+
+async def serve(server: Server, model: str, work: Sequence[Work], arrivals: Sequence[float]) -> list[Trace]:
+    """Sends requests at the given seconds, as `jaxinfer.benchmark.serve`. Raises what `Server.lines` raises."""
+    start = time.perf_counter()
+    traces = [Trace(start + arrival) for arrival in arrivals]
+    async with asyncio.TaskGroup() as tasks:
+        for trace, request in zip(traces, work, strict=True):
+            tasks.create_task(_request(server, model, request, trace))
+    return traces
+
+
+async def _request(server: Server, model: str, work: Work, trace: Trace) -> None:
+    await asyncio.sleep(max(0.0, trace.arrival - time.perf_counter()))
+    body: dict[str, Any] = {"model": model, "prompt": work.prompt, "max_tokens": work.output_len, "temperature": 0.0}
+    body |= {"ignore_eos": True, "stream": True}
+    body |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    done = 0
+    async for line in server.lines("POST", "/v1/completions", body):
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        if "error" in event:
+            raise ValueError(f"the server says: {event['error']['message']}")
+        if not event["choices"]:
+            continue
+        usage = event.get("usage")
+        count = usage["completion_tokens"] if usage else done + bool(event["choices"][0]["text"])
+        if count > done:
+            trace.times.append(time.perf_counter())
+            trace.tokens.append(count - done)
+            done = count
+    if not trace.times:
+        raise ValueError("the server has answered nothing")
+
+
+def goodput(traces: Sequence[Trace], seconds: float, limits: Mapping[str, float]) -> float:
+    """Requests a second that keep all limits, in milliseconds: of ttft, tpot, e2el."""
+
+    def good(trace: Trace) -> bool:
+        tpot = trace.tpot
+        figures = {"ttft": trace.ttft, "e2el": trace.e2el, "tpot": tpot[0] if tpot else 0.0}
+        return all(1000 * figures[name] <= limit for name, limit in limits.items())
+
+    return sum(map(good, traces)) / seconds

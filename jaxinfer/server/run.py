@@ -1,0 +1,254 @@
+"""A server: its socket, its signals, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from types import FrameType
+from typing import Any, Unpack
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from jaxinfer.demo import MODEL_DIR
+from jaxinfer.engine.config import EngineConfig
+from jaxinfer.llm import LLM
+from jaxinfer.server.app import make_app
+from jaxinfer.server.config import ServerConfig
+from jaxinfer.server.service import Service
+
+log = logging.getLogger("jaxinfer")
+
+HEADER_BYTES = 2**16  # of a request's line and headers
+HEADER_SECONDS = 30.0  # to send them in, from the connection or the last answer on
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection that is not used
+ABORT_SECONDS = 5.0  # requests that were aborted have so long to say so
+
+
+class Protocol(HttpToolsProtocol):
+    """Bounds what may come before a request is known."""
+
+    _header_bytes = 0
+    _in_headers = True
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEADER_SECONDS, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._heard()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_headers:
+            self._header_bytes += len(data)
+            if self._header_bytes > HEADER_BYTES + len(data):  # what came before this piece was headers alone
+                self.transport.close()
+                return
+            if self._deadline is None:
+                self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        self._in_headers, self._header_bytes = True, 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        self._heard()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_headers, self._header_bytes = True, 0
+        super().on_message_complete()
+
+    def _heard(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class Server(uvicorn.Server):
+    """Ends when it has drained after a signal, or when the engine has failed."""
+
+    def __init__(self, service: Service):
+        config = service.config
+        super().__init__(
+            uvicorn.Config(
+                make_app(service),
+                http=Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                limit_concurrency=config.max_connections,
+                timeout_graceful_shutdown=int(ABORT_SECONDS),
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
+            )
+        )
+        self.service = service
+        self._ends: float | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets requests end, the second ends them."""
+        if self.service.state == "ready":
+            log.warning("shutting down: %d requests may still end; once more to end them", self.service.active)
+            self.service.drain()
+        else:
+            self.force_exit = self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        service = self.service
+        if service.state == "draining":
+            self._ends = self._ends or time.monotonic() + service.config.drain_seconds
+            if not service.active or time.monotonic() > self._ends:
+                self.should_exit = True
+        elif service.state == "failed":
+            self.should_exit = True
+        if self.should_exit:
+            service.abort_all()
+        return await super().on_tick(counter)
+
+
+def open_socket(config: ServerConfig) -> socket.socket:
+    """Bound, not yet listening: what is wrong with a port shows before a model is loaded. Raises ValueError."""
+    if config.uds is not None:
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mask = os.umask(0o177)
+        try:
+            bound.bind(config.uds)
+        except OSError as error:
+            bound.close()
+            raise ValueError(f"uds is {config.uds}: {error.strerror}; remove it, or choose another one") from None
+        finally:
+            os.umask(mask)
+        return bound
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((config.host, config.port))
+    except OSError as error:
+        bound.close()
+        raise ValueError(f"{config.host}:{config.port}: {error.strerror}; choose another --host or --port") from None
+    return bound
+
+
+def url_of(config: ServerConfig, bound: socket.socket) -> str:
+    """Where it is."""
+    if config.uds is not None:
+        return f"unix:{config.uds}"
+    host, port = bound.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if config.ssl_certfile else 'http'}://{shown}:{port}"
+
+
+def run(llm: LLM, config: ServerConfig, bound: socket.socket) -> BaseException | None:
+    """Serves until a signal comes. Returns what the engine failed with, if it has. Raises KeyboardInterrupt after a
+    second signal, so that nobody waits for the device."""
+    service = Service(llm, config)
+    server = Server(service)
+    with closing(service):
+        server.run(sockets=[bound])
+    if server.force_exit:
+        raise KeyboardInterrupt
+    return service.failure
+
+
+class Background:
+    """A server in a thread of this program.
+
+        with jaxinfer.serve("org/model") as server:
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+    url: where it is. `close()` lets requests that run end, for `drain_seconds`, and frees the model, if it was loaded
+    for this.
+    """
+
+    def __init__(self, llm: LLM, config: ServerConfig, owns: bool, bound: socket.socket | None = None):
+        self.llm, self._owns = llm, owns
+        self._socket = open_socket(config) if bound is None else bound
+        self.url = url_of(config, self._socket)
+        self._service = Service(llm, config)
+        self._server = Server(self._service)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="jaxinfer-server", daemon=True
+        )
+        self._thread.start()
+        while not self._server.started and self._thread.is_alive():
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        self._service.drain()
+        self._thread.join()
+        self._service.close()
+        if self._owns:
+            self.llm.close()
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<jaxinfer server {self.url}>"
+
+
+def serve(
+    model: str | os.PathLike[str] | LLM | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    served_model_name: str | Sequence[str] = (),
+    api_key: str | Sequence[str] = (),
+    max_queued: int = 1024,
+    drain_seconds: float = 30.0,
+    **options: Unpack[EngineConfig],
+) -> Background:
+    """A server of a model in the background, at `.url` until `.close()`.
+
+    model: a folder or hub id, the small model that comes with jaxinfer, or one that is loaded, which stays so. options:
+    those of LLM. The others: see `jaxinfer.server.config.ServerConfig`. Raises ValueError and what LLM raises.
+    """
+    source = MODEL_DIR if model is None else model
+    name = source.folder if isinstance(source, LLM) else source
+    config = ServerConfig(
+        host=host,
+        port=port,
+        names=names_of(name, [served_model_name] if isinstance(served_model_name, str) else served_model_name),
+        api_keys=(api_key,) if isinstance(api_key, str) else tuple(api_key),
+        max_queued=max_queued,
+        drain_seconds=drain_seconds,
+    )
+    if isinstance(source, LLM):
+        if options:
+            raise ValueError(f"{', '.join(options)}: the model is loaded already; give them to LLM")
+        return Background(source, config, owns=False)
+    bound = open_socket(config)
+    try:
+        return Background(LLM(source, **options), config, owns=True, bound=bound)
+    except BaseException:
+        bound.close()
+        raise
+
+
+def names_of(model: str | os.PathLike[str], given: Sequence[str]) -> tuple[str, ...]:
+    """What a model is called in requests: of a folder its name, not where it is."""
+    if given:
+        return tuple(given)
+    if model == MODEL_DIR:
+        return ("jaxinfer-demo",)
+    path = os.fspath(model)
+    return (os.path.basename(os.path.normpath(path)) if os.path.exists(path) else path,)

@@ -1,0 +1,126 @@
+"""A loaded model and what its server knows: who asks, how much runs, whether it still takes requests."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Literal, TypeVar
+
+from jaxinfer.async_engine import AsyncEngine
+from jaxinfer.errors import EngineClosed, QueueFullError, RequestError, UnsupportedError
+from jaxinfer.llm import LLM
+from jaxinfer.models.tasks import GENERATE
+from jaxinfer.openai.errors import ServerError
+from jaxinfer.pooling import CAN
+from jaxinfer.server.chats import ChatFormats
+from jaxinfer.server.config import ServerConfig
+from jaxinfer.server.metrics import Metrics
+
+THREADS = 4  # for templates, tokens and models without a cache; more callers wait
+Result = TypeVar("Result")
+
+
+class Service:
+    """What routes work with. All but what `prepared` runs is the event loop's."""
+
+    def __init__(self, llm: LLM, config: ServerConfig):
+        self.llm, self.config = llm, config
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        self.state: Literal["ready", "draining", "failed"] = "ready"
+        self.failure: BaseException | None = None
+        self.active = 0
+        self.aborting = False
+        self.by_key: Counter[int | None] = Counter()
+        self._pool = ThreadPoolExecutor(THREADS, "jaxinfer-server")
+        thread, default = (llm.engine_thread, llm.get_default_sampling_params) if self.generates else (None, None)
+        self.engine = AsyncEngine.over(llm, thread, default, max_queued=config.max_queued)
+        if self.generates:
+            self.formats = ChatFormats(llm.tokenizer, config.tool_call_parser, config.reasoning_parser)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model makes text."""
+        return self.llm.task == GENERATE
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a text, or of a prompt and what follows it."""
+        return self.llm.engine.max_model_len if self.llm.loaded is None else self.llm.loaded.max_model_len
+
+    @property
+    def closed(self) -> bool:
+        """Whether the model is gone."""
+        return self.llm.engine_thread.closed if self.llm.loaded is None else self.llm.loaded.engine.closed
+
+    def model(self, name: object, *tasks: str) -> str:
+        """The name of the model that a request asks for. Raises ServerError for another one, and UnsupportedError where
+        the model does none of these tasks."""
+        if name is not None and name not in self.config.names:
+            there = ", ".join(self.config.names)
+            raise ServerError(404, f"no model {name!r:.80}: here there is {there}", "model", "model_not_found")
+        if tasks and self.llm.task not in tasks:
+            raise UnsupportedError(f"this model can't do that: {CAN[self.llm.task]}", "model")
+        return self.config.names[0] if name is None else str(name)
+
+    async def prepared(self, work: Callable[[], Result]) -> Result:
+        """Done in another thread: the event loop has others to serve."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    @contextmanager
+    def admitted(self, key: int | None) -> Iterator[int]:
+        """While a request runs: how many others its key has. Raises ServerError where no more are taken."""
+        if self.state != "ready":
+            why = "is shutting down" if self.state == "draining" else "has failed"
+            raise ServerError(503, f"the server {why}; try another one", headers={"retry-after": "5"})
+        others = self.by_key[key]
+        self.active += 1
+        self.by_key[key] += 1
+        try:
+            yield others
+        finally:
+            self.active -= 1
+            self.by_key[key] -= 1
+            if not self.by_key[key]:
+                del self.by_key[key]
+
+    def salt(self, key: int | None, own: str) -> str:
+        """What separates the prefix cache of one key from that of the others."""
+        if key is None:
+            return own
+        return hashlib.sha256(self.config.digests[key] + own.encode(errors="replace")).hexdigest()
+
+    def priority(self, own: int, others: int) -> int:
+        """A key that has much running comes after those that have little."""
+        return own * 2**20 + (min(others, 2**20 - 1) if len(self.config.api_keys) > 1 else 0)
+
+    def drain(self) -> None:
+        """No more requests are taken."""
+        if self.state == "ready":
+            self.state = "draining"
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the device works: after an error that is its, and not a request's, the server ends."""
+        try:
+            yield
+        except (RequestError, ServerError, EngineClosed, QueueFullError):
+            raise
+        except Exception as error:
+            if self.state != "failed":
+                self.state, self.failure = "failed", error
+            raise
+
+    def abort_all(self) -> None:
+        """Ends what runs, with what there is so far, and what is about to."""
+        self.aborting = True
+        self.engine.abort_all()
+
+    def close(self) -> None:
+        self.engine.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,146 @@
+"""Calls of tools and reasoning through the server: the model's text is given, all else is real."""
+
+import json
+
+import anthropic
+import openai
+import pytest
+
+from tests.server.conftest import OPTIONS  # noqa: F401
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "of a city",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+MESSAGES = [{"role": "user", "content": "hello"}]
+TEMPLATE = (
+    "{%- for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
+    "{{ c.function.arguments }}</tool_call>{% endfor %}\n{% endfor %}{{ tools|length if tools }}"
+    "{%- if add_generation_prompt %}assistant:<think>{% endif %}"
+)
+END = "@@"
+
+
+class Scripted:
+    """In place of a detokenizer: a character of the text for each token."""
+
+    text = ""
+
+    def __init__(self, *_):
+        self.rest = iter(self.text + END)
+
+    def push(self, ids):
+        return "".join(next(self.rest, "") for _ in ids)
+
+    def finish(self):
+        return ""
+
+
+@pytest.fixture
+def says(served_llm, monkeypatch):
+    """Makes the model say something."""
+    monkeypatch.setattr("jaxinfer.engine.generation.Detokenizer", Scripted)
+    monkeypatch.setitem(served_llm.tokenizer.chat_templates.templates, "default", TEMPLATE)
+
+    def say(text):
+        monkeypatch.setattr(Scripted, "text", text)
+
+    return say
+
+
+SAID = 'hm</think>\n\nlook:\n<tool_call>\n{"name": "weather", "arguments": {"city": "Li\\u00e8ge"}}\n</tool_call>'
+ASKED = {"model": "tiny", "messages": MESSAGES, "tools": TOOLS, "max_tokens": 140, "stop": [END]}
+ASKED |= {"extra_body": {"ignore_eos": True}}
+
+
+def test_a_call_streamed_or_not(serve, says):
+    with openai.OpenAI(base_url=f"{serve().url}/v1", api_key="none", max_retries=0) as ai:
+        says(SAID)
+        choice = ai.chat.completions.create(**ASKED).choices[0]
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", "look:")
+        assert choice.message.reasoning == choice.message.reasoning_content == "hm"
+        (call,) = choice.message.tool_calls
+        assert json.loads(call.function.arguments) == {"city": "Liège"}
+        with ai.chat.completions.stream(**ASKED) as stream:
+            for _ in stream:
+                pass
+            streamed = stream.get_final_completion().choices[0]
+        assert (streamed.finish_reason, streamed.message.content) == ("tool_calls", "look:")
+        assert streamed.message.tool_calls[0].function.arguments == call.function.arguments
+        assert streamed.message.tool_calls[0].id != call.id
+        # What it said is understood when it comes back.
+        result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+        says("so</think>It rains.")
+        again = ASKED | {"messages": [*MESSAGES, choice.message.model_dump(), result]}
+        choice = ai.chat.completions.create(**again).choices[0]
+        assert (choice.finish_reason, choice.message.content, choice.message.tool_calls) == ("stop", "It rains.", None)
+        says(SAID)
+        choice = ai.chat.completions.create(**ASKED | {"tool_choice": "none"}).choices[0]
+        assert choice.message.tool_calls is None
+        assert "<tool_call>" in choice.message.content
+        choice = ai.chat.completions.create(**ASKED | {"max_tokens": 60}).choices[0]
+        assert (choice.finish_reason, choice.message.tool_calls, choice.message.content) == ("length", None, "look:")
+
+
+def test_anthropics_client(serve, says):
+    tools = [{"name": "weather", "input_schema": TOOLS[0]["function"]["parameters"]}]
+    asked = {"model": "tiny", "messages": MESSAGES, "tools": tools, "max_tokens": 130, "stop_sequences": [END]}
+    asked |= {"system": [{"type": "text", "text": "be brief"}], "extra_body": {"ignore_eos": True}}
+    says(SAID)
+    with anthropic.Anthropic(base_url=serve().url, api_key="none", max_retries=0) as ai:
+        with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
+            ai.messages.create(**asked | {"max_tokens": 1000})
+        message = ai.messages.create(**asked)
+        thinking, text, call = message.content
+        assert (thinking.thinking, text.text, call.name, call.input) == ("hm", "look:", "weather", {"city": "Liège"})
+        with ai.messages.stream(**asked) as stream:
+            events = list(stream)
+            streamed = stream.get_final_message()
+        assert [block.type for block in streamed.content] == ["thinking", "text", "tool_use"]
+        assert streamed.content[2].input == call.input
+        assert streamed.stop_reason == message.stop_reason == "tool_use"
+        assert events[0].message.usage.cache_read_input_tokens > 0
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "rain"}]}
+        again = [*MESSAGES, {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
+        assert ai.messages.create(**asked | {"messages": again, "max_tokens": 5}).stop_reason == "max_tokens"
+        count = ai.messages.count_tokens(model="tiny", messages=again, tools=tools, system=asked["system"])
+        assert count.input_tokens > 20
+
+
+def test_responses(serve, says):
+    tools = [{"type": "function"} | TOOLS[0]["function"]]
+    asked = {"model": "tiny", "input": "hello", "tools": tools, "max_output_tokens": 140, "instructions": "be brief"}
+    asked |= {"extra_body": {"stop": [END], "ignore_eos": True}}
+    with openai.OpenAI(base_url=f"{serve().url}/v1", api_key="none", max_retries=0) as ai:
+        says(SAID)
+        response = ai.responses.create(**asked)
+        assert response.status == "completed"
+        reasoning, message, call = response.output
+        assert (reasoning.content[0].text, message.content[0].text) == ("hm", "look:")
+        assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "Liège"})
+        events = list(ai.responses.create(**asked, stream=True))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert events[0].type == "response.created"
+        final = events[-1].response
+        assert [item.type for item in final.output] == ["reasoning", "message", "function_call"]
+        added = [event.item.id for event in events if event.type == "response.output_item.added"]
+        assert added == [item.id for item in final.output]
+        assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == "look:"
+        with ai.responses.stream(**asked) as stream:
+            for _ in stream:
+                pass
+            assert stream.get_final_response().output_text == "look:"
+        says("</think>It rains.")
+        output = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+        items = [{"role": "user", "content": "hello"}, *(item.model_dump() for item in response.output), output]
+        assert ai.responses.create(**asked | {"input": items, "max_output_tokens": 60}).output_text == "It rains."
+        cut = ai.responses.create(**asked | {"max_output_tokens": 3})
+        assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+        with pytest.raises(openai.BadRequestError, match="nothing is stored"):
+            ai.responses.create(**asked, previous_response_id="resp_1")

@@ -1,0 +1,93 @@
+"""How a server ends: with what runs done, or cut off, or with the engine's failure."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2 as httpx
+import pytest
+
+import jaxinfer
+from tests.settled import settled
+
+COMPLETIONS = "/v1/completions"
+LONG = {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "stream": True}
+
+
+def events(lines):
+    return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+
+
+@pytest.mark.parametrize(("seconds", "reason"), [(20, "length"), (0, "abort")])
+def test_what_runs_may_end(serve, served_llm, slowly, seconds, reason):
+    server = serve(drain_seconds=seconds)
+    slow = slowly(served_llm)
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        with client.stream("POST", COMPLETIONS, json=LONG) as stream:
+            lines = stream.iter_lines()
+            first = next(lines)
+            closing = threading.Thread(target=server.close)
+            closing.start()
+            if seconds:
+                while client.get("/ready").status_code == 200:
+                    time.sleep(0.01)
+                assert client.post(COMPLETIONS, json=LONG).status_code == 503
+                slow.stop()
+            *_, last, done = events([first, *lines])
+        closing.join()
+    assert done == "[DONE]"
+    assert json.loads(last)["choices"][0]["finish_reason"] == reason
+    settled(served_llm)
+
+
+def test_an_engine_that_fails_fails_its_requests_and_ends_the_server(serve, served_llm, slowly):
+    server = serve()
+    slow = slowly(served_llm)
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        with client.stream("POST", COMPLETIONS, json=LONG) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            slow.fail(RuntimeError("secret of the device"))
+            error = json.loads(events(lines)[-1])["error"]
+        assert error["type"] == "server_error"
+        assert "secret" not in error["message"]
+    server._thread.join(20)
+    assert not server._thread.is_alive()
+    slow.stop()
+    assert jaxinfer.serve(served_llm).close() is None  # the model is in order, and stays loaded
+
+
+@pytest.mark.slow
+def test_signals(checkpoints):
+    """SIGTERM ends the command, with what runs done."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jaxinfer", "serve", str(checkpoints("llama").folder), "--port", str(port), "-q"]
+    with subprocess.Popen(
+        [*command, "--max-num-seqs", "4", "--no-warmup"], env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    ) as process:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+            for _ in range(3000):
+                try:
+                    client.get("/ready").raise_for_status()
+                    break
+                except httpx.HTTPError:
+                    time.sleep(0.1)
+            with client.stream("POST", COMPLETIONS, json=LONG) as stream:
+                lines = stream.iter_lines()
+                process.send_signal(signal.SIGTERM)
+                assert events(lines)[-1] == "[DONE]"
+        assert process.wait(60) == 0
+
+
+def test_a_server_that_others_reach_needs_a_key(cli):
+    assert "--no-api-key" in cli("serve", "--host", "0.0.0.0").error()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in cli("serve", "--port", str(port)).error()

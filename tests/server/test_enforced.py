@@ -1,0 +1,101 @@
+"""Answers in a form that is asked for, and calls that must come, of a random model."""
+
+import json
+
+import anthropic
+import openai
+import pytest
+
+from tests.server.conftest import OPTIONS  # noqa: F401
+from tests.server.test_calls import MESSAGES, TEMPLATE
+
+CITY = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
+CITY |= {"additionalProperties": False}
+TIME = {
+    "type": "object",
+    "properties": {"now": {"type": "boolean"}},
+    "required": ["now"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": schema}}
+    for name, schema in (("weather", CITY), ("time", TIME))
+]
+ASKED = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120, "temperature": 1.5, "seed": 3}
+PLAIN = TEMPLATE.replace("<think>", "")
+
+
+@pytest.fixture(autouse=True)
+def template(served_llm, monkeypatch):
+    monkeypatch.setitem(served_llm.tokenizer.chat_templates.templates, "default", PLAIN)
+
+
+def good(name, arguments):
+    value = json.loads(arguments)
+    assert value["city"] in ("Rome", "Oslo") if name == "weather" else isinstance(value["now"], bool)
+
+
+def test_calls_that_must_come(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as ai:
+        for seed in range(3):
+            asked = ASKED | {"tools": TOOLS, "seed": seed, "parallel_tool_calls": False}
+            choice = ai.chat.completions.create(**asked, tool_choice="required").choices[0]
+            (call,) = choice.message.tool_calls
+            good(call.function.name, call.function.arguments)
+            assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+            with ai.chat.completions.stream(**asked, tool_choice="required") as stream:
+                for _ in stream:
+                    pass
+                (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
+            assert streamed.function.arguments == call.function.arguments
+        named = {"type": "function", "function": {"name": "time"}}
+        (call,) = ai.chat.completions.create(**asked, tool_choice=named).choices[0].message.tool_calls
+        assert call.function.name == "time"
+        good("time", call.function.arguments)
+        with pytest.raises(openai.BadRequestError, match="ask for two forms"):
+            ai.chat.completions.create(**asked, tool_choice="required", response_format={"type": "json_object"})
+        tools = [{"type": "function"} | tool["function"] for tool in TOOLS]
+        response = ai.responses.create(
+            model="tiny", input="hello", tools=tools, tool_choice="required", max_output_tokens=120
+        )
+        good(response.output[0].name, response.output[0].arguments)
+    tools = [{"name": tool["function"]["name"], "input_schema": tool["function"]["parameters"]} for tool in TOOLS]
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as ai:
+        asked = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120, "tools": tools}
+        message = ai.messages.create(**asked, tool_choice={"type": "tool", "name": "weather"})
+        assert (message.stop_reason, message.content[0].name) == ("tool_use", "weather")
+        assert message.content[0].input["city"] in ("Rome", "Oslo")
+        assert ai.messages.create(**asked, tool_choice={"type": "any"}).content[0].type == "tool_use"
+
+
+def test_forms(server, client):
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as ai:
+        text = ai.chat.completions.create(**ASKED, response_format=schema).choices[0].message.content
+        good("weather", text)
+        asked = {"model": "tiny", "prompt": "a", "max_tokens": 40}
+        for body in ({"guided_choice": ["yes", "no"]}, {"structured_outputs": {"choice": ["yes", "no"]}}):
+            assert ai.completions.create(**asked, extra_body=body).choices[0].text in ("yes", "no")
+        form = {"format": {"type": "json_schema", "name": "city", "schema": CITY}}
+        response = ai.responses.create(model="tiny", input="hello", text=form, max_output_tokens=120)
+        good("weather", response.output_text)
+        assert response.text.format.schema_ == CITY
+    body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120}
+    for form in ({"output_format": schema}, {"output_config": {"format": schema}}):
+        (kind,) = form
+        inner = {"type": "json_schema", "schema": CITY}
+        answer = client.post(
+            "/v1/messages", json=body | {kind: inner if kind == "output_format" else {"format": inner}}
+        )
+        assert answer.status_code == 200, answer.text
+        good("weather", answer.json()["content"][0]["text"])
+
+
+def test_after_reasoning_that_the_prompt_has_opened(server, served_llm, monkeypatch):
+    """A random model does not stop to think: what it writes before is free."""
+    monkeypatch.setitem(served_llm.tokenizer.chat_templates.templates, "default", TEMPLATE)
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as ai:
+        message = ai.chat.completions.create(**ASKED, response_format=schema).choices[0].message
+        assert message.content in (None, "")
+        assert message.reasoning

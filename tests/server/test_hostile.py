@@ -1,0 +1,228 @@
+"""What nobody should send: each gets its status, and the server goes on."""
+
+import json
+import socket
+import time
+from contextlib import ExitStack
+
+import httpx2 as httpx
+import pytest
+
+from jaxinfer.server import answers
+from tests.settled import settled
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+USER = [{"role": "user", "content": "hi"}]
+
+# What is wrong with a completion or a chat: field and value, and the param of the answer.
+BAD = [
+    (COMPLETIONS, {"n": 10**6}, "n"),
+    (COMPLETIONS, {"n": 1000}, "n"),
+    (COMPLETIONS, {"prompt": ["a"] * 129}, "prompt"),
+    (COMPLETIONS, {"prompt": [[]]}, "prompt"),
+    (COMPLETIONS, {"prompt": ""}, "prompt"),
+    (COMPLETIONS, {"prompt": [10**9]}, "prompt"),
+    (COMPLETIONS, {"prompt": [-1]}, "prompt"),
+    (COMPLETIONS, {"prompt": "a " * 300}, "prompt"),
+    (COMPLETIONS, {"prompt": "\ud800"}, "prompt"),
+    (COMPLETIONS, {"max_tokens": 2**63}, "max_tokens"),
+    (COMPLETIONS, {"temperature": "hot"}, "temperature"),
+    (COMPLETIONS, {"stop": ""}, "stop"),
+    (COMPLETIONS, {"stop": ["a"] * 65}, "stop"),
+    (COMPLETIONS, {"logprobs": 21}, "logprobs"),
+    (COMPLETIONS, {"logit_bias": {str(i): 1 for i in range(600)}}, "logit_bias"),
+    (COMPLETIONS, {"best_of": 3}, "best_of"),
+    (COMPLETIONS, {"suffix": "x"}, "suffix"),
+    (COMPLETIONS, {"stream_options": {}}, "stream_options"),
+    (COMPLETIONS, {"nonsense": 1}, "nonsense"),
+    (COMPLETIONS, {"guided_regex": "("}, "structured_outputs"),
+    (COMPLETIONS, {"cache_salt": ""}, "cache_salt"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": USER * 5000}, "messages"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]},
+        "messages",
+    ),
+    (CHAT, {"response_format": {"type": "xml"}}, "response_format"),
+    (
+        CHAT,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
+        "structured_outputs",
+    ),
+    (CHAT, {"top_logprobs": 2}, "top_logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "logprobs"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]}, "tools"),
+    (CHAT, {"tools": [], "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    (CHAT, {"chat_template": "{% for i in range(10**9) %}{% endfor %}"}, "chat_template"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (CHAT, {"reasoning_effort": "low"}, "reasoning_effort"),
+]
+
+
+@pytest.mark.parametrize(("path", "changed", "param"), BAD, ids=lambda value: None if isinstance(value, str) else "")
+def test_bad_requests_name_the_field(client, path, changed, param):
+    body = {"model": "tiny", "messages": USER} if path == CHAT else {"model": "tiny", "prompt": "a", "max_tokens": 2}
+    answer = client.post(path, content=json.dumps(body | changed), headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param
+    assert "Traceback" not in answer.text
+
+
+BODIES = [
+    (b"", 400),
+    (b"{", 400),
+    (b"[]", 400),
+    (b"\xff", 400),
+    (b'{"prompt": NaN}', 400),
+    (b'{"prompt": 1e400}', 400),
+    (b'{"max_tokens": ' + b"9" * 5000 + b"}", 400),
+    (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, 400),
+    (b'{"a":' * 80 + b"1" + b"}" * 80, 400),
+    (b" " * 2**25, 413),
+]
+
+
+@pytest.mark.parametrize(("body", "status"), BODIES, ids=range(len(BODIES)))
+def test_bodies(client, body, status):
+    answer = client.post(COMPLETIONS, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
+def test_what_a_web_page_can_send_is_refused(client):
+    body = json.dumps({"model": "tiny", "prompt": "a"})
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert client.post(COMPLETIONS, content=body, headers={"content-type": kind}).status_code == 415
+    zipped = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert client.post(COMPLETIONS, content=body, headers=zipped).status_code == 415
+    assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+    assert client.options(CHAT, headers={"origin": "http://evil.example"}).status_code == 405
+    assert "access-control-allow-origin" not in client.get("/v1/models", headers={"origin": "http://x"}).headers
+
+
+def test_paths_methods_and_ids(client):
+    assert client.get("/nothing").status_code == 404
+    assert client.get(CHAT).status_code == 405
+    assert client.get("/v1/models/").status_code in (200, 404)
+    assert client.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert client.get("/health", headers={"x-request-id": "a b\t\\"}).headers["x-request-id"] != "a b\t\\"
+    for path in ("/health", "/ready", "/ping", "/version", "/load"):
+        assert client.get(path).status_code == 200
+
+
+def test_headers_without_end_are_cut_off(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ")
+        with pytest.raises(OSError):  # noqa: PT012
+            for _ in range(200):
+                connection.sendall(b"x" * 2**16)
+                time.sleep(0.001)
+
+
+def test_keys(serve):
+    server = serve(api_keys=("first-secret", "second-secret"))
+    with httpx.Client(base_url=server.url) as client:
+        for path in ("/health", "/ready", "/ping"):
+            assert client.get(path).status_code == 200
+        for path in ("/v1/models", "/metrics", "/load", "/version"):
+            assert client.get(path).status_code == 401
+        for given in ("first-secre", "first-secret2", "x", "ü"):
+            headers = {"authorization": f"Bearer {given}".encode("latin-1")}
+            assert client.get("/v1/models", headers=headers).status_code == 401
+        for headers in ({"authorization": "Bearer first-secret"}, {"x-api-key": "second-secret"}):
+            assert client.get("/v1/models", headers=headers | {"host": "my.example"}).status_code == 200
+
+
+def test_one_key_does_not_see_what_another_has_asked(serve, served_llm):
+    server = serve(api_keys=("first-secret", "second-secret"))
+    body = {"prompt": "a secret of somebody " * 5, "max_tokens": 1}
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+
+        def cached(key):
+            answer = client.post(COMPLETIONS, json=body, headers={"authorization": f"Bearer {key}"})
+            return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert cached("first-secret") == 0
+        assert cached("second-secret") == 0
+        assert cached("first-secret") > 0
+
+
+def test_who_leaves_takes_the_request_along(server, served_llm):
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 200, "ignore_eos": True}
+    aborted = served_llm.stats.aborted
+    for stream in (True, False):
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            if stream:
+                with client.stream("POST", COMPLETIONS, json=body | {"stream": True, "n": 2}) as answer:
+                    next(answer.iter_lines())
+            else:
+                with pytest.raises(httpx.TimeoutException):
+                    client.post(COMPLETIONS, json=body | {"n": 8}, timeout=0.02)
+        settled(served_llm)
+    assert served_llm.stats.aborted > aborted
+
+
+def test_a_full_queue_says_429(serve, served_llm, slowly):
+    server = serve(max_queued=1)
+    body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    slowly(served_llm)
+    with httpx.Client(base_url=server.url, timeout=60) as client, ExitStack() as streams:
+        for running in range(1, 6):  # and one that waits
+            assert streams.enter_context(client.stream("POST", COMPLETIONS, json=body)).status_code == 200
+            deadline = time.monotonic() + 120  # programs may have to be compiled
+            while (served_llm.stats.running, served_llm.stats.waiting) != (min(running, 4), max(running - 4, 0)):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        refused = client.post(COMPLETIONS, json=body)
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"]
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+    settled(served_llm)
+
+
+def test_tokens(client, served_llm):
+    ids = served_llm.tokenizer.encode("hello")
+    answer = client.post("/tokenize", json={"prompt": "hello", "return_token_strs": True}).json()
+    assert (answer["tokens"], answer["count"]) == (ids, len(ids))
+    assert len(answer["token_strs"]) == len(ids)
+    chat = client.post("/tokenize", json={"messages": USER}).json()
+    assert chat["tokens"] == served_llm.tokenizer.apply_chat_template(USER)
+    assert client.post("/detokenize", json={"tokens": ids}).json()["prompt"] == served_llm.tokenizer.decode(ids, False)
+    assert client.post("/detokenize", json={"tokens": ["a"]}).status_code == 400
+
+
+def test_metrics_have_vllms_names(client):
+    client.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 3, "ignore_eos": True})
+    text = client.get("/metrics").text
+    for name in (
+        "vllm:num_requests_running",
+        "vllm:generation_tokens_total",
+        "vllm:time_to_first_token_seconds_bucket",
+    ):
+        assert f'{name}{{model_name="tiny"' in text
+    assert 'handler="/v1/completions",method="POST",status="200"' in text
+
+
+def test_who_does_not_read_is_cut_off(serve, served_llm, monkeypatch):
+    """What waits for a slow reader is bounded: the answer, of which the sockets take some."""
+    monkeypatch.setattr(answers, "WRITE_SECONDS", 0.2)
+    server = serve()
+    server._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    cut_off = server._service.metrics.http[COMPLETIONS, "POST", 499]
+    body = json.dumps({"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True, "n": 4, "logprobs": 20})
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((host, int(port)))
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        deadline = time.monotonic() + 120
+        while server._service.metrics.http[COMPLETIONS, "POST", 499] == cut_off:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not server._service.active
+    settled(served_llm)
