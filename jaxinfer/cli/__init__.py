@@ -34,6 +34,7 @@ COMMANDS = (
     "compile",
     "compare",
     "convert",
+    "merge",
     "quantize",
     "lm-eval",
     "models",
