@@ -40,8 +40,8 @@ def in_background(
 
     try:
         for i in range(min(len(items), threads or os.cpu_count() or 1)):
-            # No daemons: a compiler that came back to a Python that is gone would abort the process.
-            threading.Thread(target=work, name=f"{NAME}-{i}").start()
+            # No daemons, though one may start them: a compiler that came back to a Python that is gone would abort it.
+            threading.Thread(target=work, name=f"{NAME}-{i}", daemon=False).start()
         yield futures
     finally:
         with contextlib.suppress(IndexError):
@@ -51,7 +51,7 @@ def in_background(
 
 def afterwards(call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
     """Calls it in a thread of its own that nobody waits for, but the program's end does."""
-    threading.Thread(target=call, name=f"{NAME}-afterwards", args=args, kwargs=kwargs).start()
+    threading.Thread(target=call, name=f"{NAME}-afterwards", args=args, kwargs=kwargs, daemon=False).start()
 
 
 def running() -> bool:

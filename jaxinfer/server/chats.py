@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from jaxinfer.errors import RequestError, UnsupportedError
@@ -36,7 +36,7 @@ class ChatFormats:
 
     def __init__(self, tokenizer: Tokenizer, tools: str, reasoning: str):
         self._tokenizer, self._tools, self._reasoning = tokenizer, tools, reasoning
-        self._format = cache(self._made)
+        self._format = lru_cache(64)(self._made)  # requests may bring templates
 
     def prepare(self, request: ChatRequest) -> Prepared:
         """Takes its time: renders and tokenizes. Raises RequestError."""

@@ -12,7 +12,7 @@ import secrets
 import time
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxinfer.openai.errors import ServerError, server_error
@@ -59,7 +59,7 @@ class Guard:
             self._check_host(request)
             scope["state"]["key"] = self._key(request)
             await self._app(scope, receive, answer)
-        except (ClientGone, ConnectionError):
+        except (ClientGone, ClientDisconnect, ConnectionError):
             status = CLIENT_GONE
         except asyncio.CancelledError:  # at the end, where the device takes too long to stop
             if not begun:

@@ -81,6 +81,13 @@ class Metrics:
         self.first.observe(output.metrics.time_to_first_token)
         self.whole.observe(output.metrics.total)
 
+    def pooled(self, prompt_tokens: int, seconds: float) -> None:
+        """Of one text."""
+        self.ended["stop"] += 1
+        self.prompt_tokens += prompt_tokens
+        self.prompts.observe(prompt_tokens)
+        self.whole.observe(seconds)
+
     def text(self, model: str, stats: EngineStats) -> str:
         """All of it."""
         escaped = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

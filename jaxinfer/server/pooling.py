@@ -157,6 +157,7 @@ async def _scores(service: Service, request: Request, asked: PoolingRequest) -> 
 
 async def _done(service: Service, request: Request, work: Callable[[], Awaitable[list[Any]]]) -> list[Any]:
     """The outputs. Raises ServerError for one that failed."""
+    start = time.perf_counter()
     with service.admitted(request.state.key):
         if service.active > service.config.max_queued:
             raise ServerError(429, "too many requests are waiting; try later", code="queue_full")
@@ -164,6 +165,7 @@ async def _done(service: Service, request: Request, work: Callable[[], Awaitable
     for output in outputs:
         if output.error is not None:
             raise ServerError(500, output.error)
+        service.metrics.pooled(len(output.prompt_token_ids), time.perf_counter() - start)
     return outputs
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import pytest
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.engine.background import in_background, running
+from jaxinfer.engine.background import afterwards, in_background, running
 from jaxinfer.engine.programs import PrepareMasks
 from jaxinfer.engine.runner import Runner
 
@@ -25,6 +25,22 @@ def test_results_and_errors_are_each_item_s():
             futures[1].result()
     with in_background(lambda n: n, []) as futures:
         assert futures == []
+
+
+def test_the_end_of_the_program_waits_whoever_began_it():
+    daemons = []
+
+    def begin():  # as an engine's own thread does
+        with in_background(lambda _: threading.current_thread().daemon, [0]) as futures:
+            daemons.append(futures[0].result(60))
+        afterwards(lambda: daemons.append(threading.current_thread().daemon))
+
+    thread = threading.Thread(target=begin, daemon=True)
+    thread.start()
+    thread.join(60)
+    while running():
+        time.sleep(0.001)
+    assert daemons == [False, False]
 
 
 def test_ctrl_c_is_heard_and_what_has_begun_runs_out():

@@ -207,6 +207,19 @@ def test_metrics_have_vllms_names(client):
     assert 'handler="/v1/completions",method="POST",status="200"' in text
 
 
+def test_a_body_that_breaks_off_is_nobodys_error(serve, caplog):
+    server = serve()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f'{head}Content-Length: 99\r\n\r\n{{"prompt":'.encode())
+    deadline = time.monotonic() + 60
+    while not server._service.metrics.http[COMPLETIONS, "POST", 499]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_who_does_not_read_is_cut_off(serve, served_llm, monkeypatch):
     """What waits for a slow reader is bounded: the answer, of which the sockets take some."""
     monkeypatch.setattr(answers, "WRITE_SECONDS", 0.2)

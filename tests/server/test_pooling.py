@@ -75,7 +75,8 @@ def test_vectors(http, loaded):
             assert error.value.param == param
         with pytest.raises(openai.BadRequestError, match="vectors of texts"):
             ai.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}])
-    assert http.get("/metrics").status_code == http.get("/ready").status_code == 200
+    assert 'vllm:request_prompt_tokens_count{model_name="tiny"' in http.get("/metrics").text
+    assert http.get("/ready").status_code == 200
     assert http.get("/v1/models").json()["data"][0]["max_model_len"] == loaded.loaded.max_model_len
     assert http.post("/tokenize", json={"prompt": "a"}).status_code == 200
     of_tokens = http.post("/pooling", json={"input": TEXTS, "task": "token_embed"}).json()["data"]
