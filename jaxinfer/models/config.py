@@ -14,6 +14,7 @@ from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.layers.rotary import Rope
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # in layer_types
+LINEAR = "linear_attention"
 PER_LAYER = "per_layer_config"  # other fields for single layers
 _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
 MAX_LAYERS = 1000  # each takes time to build, even without its weights

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxinfer.attention import AttentionSpec, ForwardBatch
 from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import Angles, Norm, SelfAttention
+from jaxinfer.layers.delta_net import DeltaNetConfig
 from jaxinfer.layers.linear import Embedding, Linear, head_logits
 from jaxinfer.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
@@ -47,10 +48,12 @@ class DecoderConfig(ModelConfig):
     chunks: of each layer, into how many tokens each a sequence is cut, of which a query sees its own; None, and nothing
         where no layer has any: it is not.
     temperatures: of each layer, how queries grow with their position; None, and nothing likewise: they do not.
+    mixers: of each layer, what it has in place of attention; None, and nothing where no layer has any: it attends.
     scale: of attention scores.
     soft_cap: attention scores stay below it, by a tanh; None: they may be anything.
     qkv_bias, out_bias, mlp_bias, head_bias: which projections have one.
     qk_norm: queries and keys are normed.
+    attention_gate: what attention makes is gated, see SelfAttention.
     sinks: heads have one, see SelfAttention.
     qkv_clip: queries, keys and values are cut off there.
     parallel: attention and MLP both take a layer's input, and are added to it together.
@@ -67,6 +70,7 @@ class DecoderConfig(ModelConfig):
     scale: float
     chunks: tuple[int | None, ...] = ()
     temperatures: tuple[Temperature | None, ...] = ()
+    mixers: tuple[DeltaNetConfig | None, ...] = ()
     norm_offset: float = 0.0
     soft_cap: float | None = None
     qkv_bias: bool = False
@@ -74,6 +78,7 @@ class DecoderConfig(ModelConfig):
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    attention_gate: bool = False
     sinks: bool = False
     qkv_clip: float | None = None
     parallel: bool = False
@@ -186,6 +191,7 @@ def self_attention(
         clip=config.qkv_clip,
         norm_after_rope=norm_after_rope,
         sinks=config.sinks,
+        gated=config.attention_gate,
         temperature=config.temperatures[layer] if config.temperatures else None,
         dtype=dtype,
         rngs=rngs,

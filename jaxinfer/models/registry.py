@@ -94,6 +94,7 @@ REGISTRY: dict[str, Entry] = {
     "Qwen2_5_VLForConditionalGeneration": Entry("qwen2_5_vl", QWEN2_5_VL, "Qwen2.5-VL (text)"),
     "Qwen3ForCausalLM": Entry("qwen3", "jaxinfer.models.qwen3", "Qwen3 (dense)"),
     "Qwen3MoeForCausalLM": Entry("qwen3_moe", "jaxinfer.models.qwen3_moe", "Qwen3-30B-A3B, Qwen3-235B-A22B"),
+    "Qwen3NextForCausalLM": Entry("qwen3_next", "jaxinfer.models.qwen3_next", "Qwen3-Next-80B-A3B, Qwen3-Coder-Next"),
     "Qwen3VLForConditionalGeneration": Entry("qwen3_vl", QWEN3_VL, "Qwen3-VL, dense (text)"),
     "Qwen3VLMoeForConditionalGeneration": Entry("qwen3_vl_moe", QWEN3_VL_MOE, "Qwen3-VL-30B-A3B, 235B-A22B (text)"),
     "SeedOssForCausalLM": Entry("seed_oss", "jaxinfer.models.seed_oss", "Seed-OSS 36B"),
