@@ -78,6 +78,7 @@ class Engine:
             waiting=self.scheduler.waiting_count + sum(map(len, list(self._followers.values()))),
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
+            prefix_caching=self.scheduler.prefix_caching,
         )
 
     @property
