@@ -32,6 +32,7 @@ from jaxinfer.models.moe import (
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Concat, Part, Source, Tensor
 from jaxinfer.models.weights import ParamMapping
+from jaxinfer.models.wrapped import MTP
 
 
 class DeltaNetLayer(DecoderLayer):
@@ -153,5 +154,4 @@ def mixed_weights(
 
 
 PROJECTION = re.compile(r"(.*\.linear_attn\.)([qkvzba])_proj\.weight")
-MTP = r"(model\.)?mtp\..+"  # predicts more than the next token, and is left aside
 ARCHITECTURE = Architecture(parse, Qwen3NextForCausalLM, mixed_weights(experts_apart(), by_key_head))
