@@ -39,6 +39,9 @@ class DeltaNetConfig:
     width: int
     activation: str
 
+    def module(self, features: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> GatedDeltaNet:
+        return GatedDeltaNet(features, self, eps=eps, dtype=dtype, rngs=rngs)
+
 
 class GatedDeltaNet(nnx.Module):
     """Queries, keys and values go through a short convolution; queries and keys have length one; what a head reads is
@@ -65,7 +68,9 @@ class GatedDeltaNet(nnx.Module):
         self.cache_spec = RecurrentSpec((past, state), ("float32", "float32"), (1, 0))
         self.cell = LinearAttention(state, delta=True)
 
-    def __call__(self, x: jax.Array, cache: LayerCache | None, batch: ForwardBatch) -> tuple[jax.Array, LayerCache | None]:
+    def __call__(
+        self, x: jax.Array, cache: LayerCache | None, batch: ForwardBatch
+    ) -> tuple[jax.Array, LayerCache | None]:
         """`x [T, D]` -> `[T, D]`, and the states after this step."""
         config, tokens, heads = self.config, x.shape[0], self.config.key_heads
         q, k, v, z, b, a = linears(x, self.q_proj, self.k_proj, self.v_proj, self.z_proj, self.b_proj, self.a_proj)

@@ -43,8 +43,8 @@ class LinearAttention:
     def chunk(self, state: jax.Array, inputs: Inputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
         """In matrix products: with g_i = a_1 ... a_i, and the state S before the chunk,
 
-            u_i = beta_i (v_i - g_i S^T k_i - sum_(j<i) (g_i / g_j) (k_i . k_j) u_j)     (by the delta rule)
-            o_i = g_i S^T q_i + sum_(j<=i) (g_i / g_j) (q_i . k_j) u_j
+        u_i = beta_i (v_i - g_i S^T k_i - sum_(j<i) (g_i / g_j) (k_i . k_j) u_j)     (by the delta rule)
+        o_i = g_i S^T q_i + sum_(j<=i) (g_i / g_j) (q_i . k_j) u_j
         """
         size = inputs[0].shape[0]
         index = jnp.arange(size, dtype=jnp.int32)

@@ -12,15 +12,34 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from jaxinfer.attention import ForwardBatch
+from jaxinfer.cache import LayerCache
 from jaxinfer.sharding import TENSOR, on_tensor
 
 CHUNK = 64  # tokens of a prompt at a time
 STEP_ROWS = 16  # decoding rows at a time beside chunks, where there may be few of them
 Inputs = tuple[jax.Array, ...]  # of each token, float32
+
+
+class Mixer(Protocol):
+    """What a layer may have in place of attention."""
+
+    def __call__(
+        self, x: jax.Array, cache: LayerCache | None, batch: ForwardBatch
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`x [T, D]` -> `[T, D]`, and what it keeps after this step."""
+
+
+class MixerConfig(Protocol):
+    """What shapes one."""
+
+    def module(self, features: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> Mixer:
+        """Of so many features; eps: of norms."""
 
 
 class Cell(Protocol):

@@ -20,10 +20,10 @@ from jax.typing import DTypeLike
 from jaxinfer.attention import AttentionSpec, ForwardBatch
 from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import Angles, Norm, SelfAttention
-from jaxinfer.layers.delta_net import DeltaNetConfig
 from jaxinfer.layers.linear import Embedding, Linear, head_logits
 from jaxinfer.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
+from jaxinfer.layers.recurrence import MixerConfig
 from jaxinfer.layers.rotary import Rope
 from jaxinfer.layers.stack import RunLayer, Stream
 from jaxinfer.layers.temperature import Temperature
@@ -70,7 +70,7 @@ class DecoderConfig(ModelConfig):
     scale: float
     chunks: tuple[int | None, ...] = ()
     temperatures: tuple[Temperature | None, ...] = ()
-    mixers: tuple[DeltaNetConfig | None, ...] = ()
+    mixers: tuple[MixerConfig | None, ...] = ()
     norm_offset: float = 0.0
     soft_cap: float | None = None
     qkv_bias: bool = False

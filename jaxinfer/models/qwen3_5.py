@@ -8,12 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from flax import nnx
-from jax.typing import DTypeLike
-
 from jaxinfer.layers.delta_net import DeltaNetConfig
 from jaxinfer.models.config import ConfigReader, ModelConfig
-from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM, DecoderLayer
+from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM
+from jaxinfer.models.hybrid import hybrid
 from jaxinfer.models.llama import weights as llama_weights
 from jaxinfer.models.qwen2_vl import of_text
 from jaxinfer.models.qwen3_next import DeltaNetLayer, hybrid_config, mixed_weights
@@ -33,15 +31,10 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def layer(config: DecoderConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DecoderLayer:
-    """One of the two kinds."""
-    return (DecoderLayer if config.mixers[index] is None else DeltaNetLayer)(config, index, dtype=dtype, rngs=rngs)
-
-
 class Qwen3_5ForCausalLM(DecoderForCausalLM):  # noqa: N801
     """Qwen3.5 with its head."""
 
-    layer = staticmethod(layer)
+    layer = staticmethod(hybrid(DeltaNetLayer))
 
 
 def parse(fields: ConfigReader) -> DecoderConfig:
@@ -49,12 +42,12 @@ def parse(fields: ConfigReader) -> DecoderConfig:
     return hybrid_config(of_text(fields, DEFAULTS))
 
 
-def one_by_one(config: DeltaNetConfig, tensors: str, which: str) -> Source:
+def one_by_one(config: DeltaNetConfig, mixer: str, which: str) -> Source:
     """A projection of a delta net, of which queries', keys' and values' come after each other in one tensor."""
     if which in "zba":
-        return Tensor(f"{tensors}in_proj_{which}.weight")
+        return Tensor(f"{mixer}in_proj_{which}.weight")
     keys, values = config.key_heads * config.key_dim, config.value_heads * config.value_dim
-    return Part(Tensor(f"{tensors}in_proj_qkv.weight"), "qkv".index(which) * keys, 2 * keys + values)
+    return Part(Tensor(f"{mixer}in_proj_qkv.weight"), "qkv".index(which) * keys, 2 * keys + values)
 
 
 def text_weights(mapping: ParamMapping) -> ParamMapping:

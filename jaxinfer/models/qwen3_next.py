@@ -8,75 +8,33 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-import jax
-from flax import nnx
-from jax.typing import DTypeLike
-
-from jaxinfer.attention import ForwardBatch
-from jaxinfer.cache import LayerCache
-from jaxinfer.layers.attention import Angles
-from jaxinfer.layers.delta_net import DeltaNetConfig, GatedDeltaNet
-from jaxinfer.models.causal import SmoothingPairs
+from jaxinfer.layers.delta_net import DeltaNetConfig
 from jaxinfer.models.config import LINEAR, ConfigReader, ModelConfig, layer_types_of
-from jaxinfer.models.decoder import DecoderConfig, DecoderLayer, decoder_config, num_layers
-from jaxinfer.models.moe import (
-    MoeConfig,
-    MoeForCausalLM,
-    SparseLayer,
-    experts_apart,
-    moe_config,
-    routing_of,
-    sparse_layers,
-    sparse_or_dense,
-)
+from jaxinfer.models.decoder import DecoderConfig, decoder_config, num_layers
+from jaxinfer.models.hybrid import MixerLayer, SparseMixerLayer, smoothing_pairs, sparse_hybrid
+from jaxinfer.models.moe import MoeConfig, MoeForCausalLM, experts_apart, moe_config, routing_of, sparse_layers
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Concat, Part, Source, Tensor
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.models.wrapped import MTP
 
 
-class DeltaNetLayer(DecoderLayer):
-    """A gated delta net, then an MLP, each behind a norm and added to the hidden states."""
+class DeltaNetLayer(MixerLayer):
+    """A gated delta net, then an MLP."""
 
-    SMOOTHING_PAIRS: SmoothingPairs = (
-        ("input_layernorm", tuple(f"linear_attn.{name}_proj" for name in "qkvzba")),
-        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        ("mlp.up_proj", ("mlp.down_proj",)),
-    )
-
-    def __init__(self, config: DecoderConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        make, mixer = type(self), cast(DeltaNetConfig, config.mixers[layer])
-        self.input_layernorm = make.make_norm(config, dtype)
-        self.linear_attn = GatedDeltaNet(config.hidden_size, mixer, eps=config.norm_eps, dtype=dtype, rngs=rngs)
-        self.post_attention_layernorm = make.make_norm(config, dtype)
-        self.mlp = make.make_mlp(config, dtype=dtype, rngs=rngs)
-
-    def __call__(
-        self, x: jax.Array, angles: Angles, cache: LayerCache | None, batch: ForwardBatch
-    ) -> tuple[jax.Array, LayerCache | None]:
-        mixed, cache = self.linear_attn(self.input_layernorm(x), cache, batch)
-        x = x + mixed
-        return x + self.feed_forward(self.post_attention_layernorm(x), batch), cache
+    SMOOTHING_PAIRS = smoothing_pairs(*(f"{name}_proj" for name in "qkvzba"))
 
 
-class SparseDeltaNetLayer(DeltaNetLayer, SparseLayer):
+class SparseDeltaNetLayer(SparseMixerLayer):
     """The same with experts."""
 
-    SMOOTHING_PAIRS: SmoothingPairs = DeltaNetLayer.SMOOTHING_PAIRS[:1]
-    make_mlp, feed_forward = SparseLayer.make_mlp, SparseLayer.feed_forward
-
-
-def layer(config: MoeConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DecoderLayer:
-    """One of the four kinds."""
-    if config.mixers[index] is None:
-        return sparse_or_dense(config, index, dtype=dtype, rngs=rngs)
-    return (SparseDeltaNetLayer if config.sparse[index] else DeltaNetLayer)(config, index, dtype=dtype, rngs=rngs)
+    SMOOTHING_PAIRS = DeltaNetLayer.SMOOTHING_PAIRS[:1]
 
 
 class Qwen3NextForCausalLM(MoeForCausalLM):
     """Qwen3-Next with its head."""
 
-    layer = staticmethod(layer)
+    layer = staticmethod(sparse_hybrid(DeltaNetLayer, SparseDeltaNetLayer))
 
 
 def hybrid_config(fields: ConfigReader, **more: Any) -> DecoderConfig:
@@ -123,35 +81,37 @@ def parse(fields: ConfigReader) -> MoeConfig:
     )
 
 
-def by_key_head(config: DeltaNetConfig, tensors: str, which: str) -> Source:
-    """A projection of a delta net, of which each head of keys has its part. tensors: what their names begin with."""
+def by_key_head(config: DeltaNetConfig, mixer: str, which: str) -> Source:
+    """A projection of a delta net, of which each head of keys has its part. mixer: what names of tensors begin with."""
     group = config.value_heads // config.key_heads
     keys, values = config.key_dim, group * config.value_dim
     sizes = {"q": keys, "k": keys, "v": values, "z": values} if which in "qkvz" else {"b": group, "a": group}
     size, each = sizes[which], sum(sizes.values())
     start = sum(list(sizes.values())[: list(sizes).index(which)])
-    whole = Tensor(f"{tensors}in_proj_{''.join(sizes)}.weight")
+    whole = Tensor(f"{mixer}in_proj_{''.join(sizes)}.weight")
     parts = (Part(whole, start + i * each, each * config.key_heads) for i in range(config.key_heads))
     return Concat(tuple(parts), (size,) * config.key_heads)
 
 
 def mixed_weights(
-    experts: Callable[[ModelConfig], ParamMapping], projection: Callable[[DeltaNetConfig, str, str], Source]
+    others: Callable[[ModelConfig], ParamMapping], projection: Callable[[DeltaNetConfig, str, str], Source]
 ) -> Callable[[ModelConfig], ParamMapping]:
-    """With what delta nets are projected by. experts: where all else is."""
+    """Where a delta net's projections are, and all else of it under transformers' name. others: where the rest is."""
 
     def weights(config: ModelConfig) -> ParamMapping:
-        mapping = experts(config)
+        mapping = others(config)
         delta_net = next((m for m in cast(DecoderConfig, config).mixers if m is not None), None)
 
         def source(name: str) -> Source:
-            match = PROJECTION.fullmatch(name)
-            return projection(delta_net, match[1], match[2]) if match and delta_net else mapping.source(name)
+            if (match := OF_MIXER.fullmatch(name)) is None:
+                return mapping.source(name)
+            mixer, which = f"{match[1]}.linear_attn.", PROJECTION.fullmatch(match[2])
+            return Tensor(mixer + match[2]) if which is None else projection(cast(Any, delta_net), mixer, which[1])
 
         return replace(mapping, source=source, beside=(*mapping.beside, MTP))
 
     return weights
 
 
-PROJECTION = re.compile(r"(.*\.linear_attn\.)([qkvzba])_proj\.weight")
+OF_MIXER, PROJECTION = re.compile(r"(.*)\.mixer\.(.*)"), re.compile(r"([qkvzba])_proj\.weight")
 ARCHITECTURE = Architecture(parse, Qwen3NextForCausalLM, mixed_weights(experts_apart(), by_key_head))

@@ -72,6 +72,8 @@ REGISTRY: dict[str, Entry] = {
     "GraniteMoeSharedForCausalLM": Entry("granitemoeshared", "jaxinfer.models.granitemoeshared", "Granite MoE, shared"),
     "HunYuanDenseV1ForCausalLM": Entry("hunyuan_v1_dense", "jaxinfer.models.hunyuan_v1_dense", "Hunyuan 0.5B to 7B"),
     "HunYuanMoEV1ForCausalLM": Entry("hunyuan_v1_moe", "jaxinfer.models.hunyuan_v1_moe", "Hunyuan-A13B"),
+    "Lfm2ForCausalLM": Entry("lfm2", "jaxinfer.models.lfm2", "LFM2 350M, 700M, 1.2B, 2.6B"),
+    "Lfm2MoeForCausalLM": Entry("lfm2_moe", "jaxinfer.models.lfm2_moe", "LFM2-8B-A1B"),
     "Llama4ForCausalLM": Entry("llama4_text", "jaxinfer.models.llama4", "the text model of Llama 4"),
     "Llama4ForConditionalGeneration": Entry("llama4", LLAMA4, "Llama 4 Scout and Maverick (text)"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),

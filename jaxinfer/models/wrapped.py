@@ -106,9 +106,7 @@ QWEN3_VL_MOE = Wrapped(
     tied_inside=False,
     name="Qwen3-VL",
 )
-QWEN3_5 = Wrapped(
-    dict.fromkeys(("qwen3_5_text", "qwen3_5"), "jaxinfer.models.qwen3_5"), (*VISUAL, MTP), name="Qwen3.5"
-)
+QWEN3_5 = Wrapped(dict.fromkeys(("qwen3_5_text", "qwen3_5"), "jaxinfer.models.qwen3_5"), (*VISUAL, MTP), name="Qwen3.5")
 QWEN3_5_MOE = Wrapped(
     dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_moe"), "jaxinfer.models.qwen3_5_moe"), (*VISUAL, MTP), name="Qwen3.5"
 )

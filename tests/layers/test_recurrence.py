@@ -72,7 +72,9 @@ class Flat:
             if total:
                 array[:total] = np.concatenate([piece[2][i] for piece in pieces])
         ints = functools.partial(np.array, dtype=np.int32)
-        lens = [0 if row in dead else past + n for row, ((_, past, _), n) in enumerate(zip(pieces, counts, strict=True))]
+        lens = [
+            0 if row in dead else past + n for row, ((_, past, _), n) in enumerate(zip(pieces, counts, strict=True))
+        ]
         rows = np.repeat(np.arange(len(pieces)), counts)
         batch = ForwardBatch(
             tokens=ints(np.zeros(TOKENS)),

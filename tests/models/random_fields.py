@@ -112,7 +112,7 @@ def theirs(case: Case, fields: dict[str, Any], folder: Path) -> tuple[list[int],
                 noise = torch.randn_like(weight)
                 weight.copy_(noise * matrices if weight.ndim > 1 else weight + noise * vectors)
             for name, buffer in model.named_buffers():
-                if name.endswith(("e_score_correction_bias", "layer_scalar")):
+                if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):
                     buffer.copy_(buffer + torch.randn_like(buffer) * vectors)
             tokens = torch.randint(0, text.vocab_size, (1, TOKENS))
             logits = speaker(model)(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[0].numpy()

@@ -46,7 +46,7 @@ def random_model(variant: Variant, matrices: float, vectors: float) -> Any:
             noise = torch.randn_like(weight)
             weight.copy_(noise * matrices if weight.ndim > 1 else weight + noise * vectors)
         for name, buffer in model.named_buffers():
-            if name.endswith(("e_score_correction_bias", "layer_scalar")):
+            if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):
                 buffer.copy_(buffer + torch.randn_like(buffer) * vectors)
     return model
 
