@@ -62,11 +62,10 @@ class GatedDeltaNet(nnx.Module):
         self.norm = RMSNorm(config.value_dim, eps=eps, dtype=dtype, axes=(None,))
         self.out_proj = Linear(values, features, axes=("embed", "heads"), dtype=dtype, rngs=rngs)
         self.config = config
-        group = config.value_heads // config.key_heads
-        state = config.key_heads, group, config.key_dim, config.value_dim
-        past = config.width - 1, config.key_heads, 2 * config.key_dim + group * config.value_dim
+        state = config.value_heads, config.key_dim, config.value_dim
+        past = config.width - 1, config.key_heads, 2 * config.key_dim + values // config.key_heads
         self.cache_spec = RecurrentSpec((past, state), ("float32", "float32"), (1, 0))
-        self.cell = LinearAttention(state, delta=True)
+        self.cell = LinearAttention(state)
 
     def __call__(
         self, x: jax.Array, cache: LayerCache | None, batch: ForwardBatch
@@ -81,11 +80,10 @@ class GatedDeltaNet(nnx.Module):
         q, k, v = jnp.split(mixed, [config.key_dim, 2 * config.key_dim], axis=-1)
         q, k = (part * jax.lax.rsqrt(jnp.sum(part * part, axis=-1, keepdims=True) + NORM_EPS) for part in (q, k))
         decay = -jnp.exp(self.A_log.get_value()) * jax.nn.softplus(a.astype(jnp.float32) + self.dt_bias.get_value())
-        beta = jax.nn.sigmoid(b)
-        decay, beta = (part.reshape(tokens, heads, -1) for part in (decay, beta))
-        v = v.reshape(tokens, heads, -1, config.value_dim)
-        out, states = recur(self.cell, (q * config.key_dim**-0.5, k, v, decay, beta), states, batch)
-        out = self.norm(out.reshape(tokens, -1, config.value_dim).astype(x.dtype))
+        v = v.reshape(tokens, -1, config.value_dim)
+        inputs = q * config.key_dim**-0.5, k, v, decay, jax.nn.sigmoid(b)
+        out, states = recur(self.cell, inputs, states, batch)
+        out = self.norm(out.astype(x.dtype))
         gate = jax.nn.silu(z.reshape(out.shape).astype(jnp.float32))
         out = (out.astype(jnp.float32) * gate).astype(x.dtype)
         return self.out_proj(out.reshape(tokens, -1)), None if past is None or states is None else (past, states)

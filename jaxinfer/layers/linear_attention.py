@@ -16,25 +16,25 @@ _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element
 
 @dataclass(frozen=True)
 class LinearAttention:
-    """A Cell of K heads of keys and queries, each for G heads of values, state `[K, G, d_k, d_v]`:
+    """A Cell of H heads of values, each K-th part of which shares a head of keys and queries, state `[H, d_k, d_v]`:
 
         S_t = a_t S_(t-1) + k_t u_t^T,    o_t = S_t^T q_t
 
     where u_t is v_t (Mamba-2: Dao and Gu, arXiv:2405.21060), or, by the delta rule, what v_t is more than the decayed
     state gives for k_t, times beta_t (Yang et al., arXiv:2412.06464).
 
-    Inputs: q and k `[T, K, d_k]`, v `[T, K, G, d_v]`, log a `[T, K, G]`, and of the delta rule beta `[T, K, G]`.
+    Inputs: q and k `[T, K, d_k]`, v `[T, H, d_v]`, log a `[T, H]`, and, for the delta rule, beta `[T, H]`.
 
-    state: see Cell. delta: by the delta rule.
+    state: see Cell.
     """
 
     state: tuple[int, ...]
-    delta: bool
 
     def step(self, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         q, k, v, decay, *beta = (x.astype(jnp.float32) for x in inputs)
+        heads = v.shape[1]
+        q, k = (jnp.repeat(x, heads // x.shape[1], axis=1)[..., None] for x in (q, k))
         state = state * jnp.exp(decay)[..., None, None]
-        q, k = q[:, :, None, :, None], k[:, :, None, :, None]
         for factor in beta:
             v = (v - jnp.sum(state * k, axis=-2)) * factor[..., None]
         state = state + k * v[..., None, :]
@@ -43,28 +43,29 @@ class LinearAttention:
     def chunk(self, state: jax.Array, inputs: Inputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
         """In matrix products: with g_i = a_1 ... a_i, and the state S before the chunk,
 
-        u_i = beta_i (v_i - g_i S^T k_i - sum_(j<i) (g_i / g_j) (k_i . k_j) u_j)     (by the delta rule)
-        o_i = g_i S^T q_i + sum_(j<=i) (g_i / g_j) (q_i . k_j) u_j
+            u_i = beta_i (v_i - g_i S^T k_i - sum_(j<i) (g_i / g_j) (k_i . k_j) u_j)     (by the delta rule)
+            o_i = g_i S^T q_i + sum_(j<=i) (g_i / g_j) (q_i . k_j) u_j
         """
-        size = inputs[0].shape[0]
-        index = jnp.arange(size, dtype=jnp.int32)
+        index = jnp.arange(inputs[0].shape[0], dtype=jnp.int32)
         own = index < count
         q, k, v, decay, *beta = (
             jnp.where(own.reshape(-1, *(1,) * (x.ndim - 1)), x.astype(jnp.float32), 0) for x in inputs
         )
-        # From here on heads come first: [K, G, tokens, ...].
-        total = jnp.moveaxis(jnp.cumsum(decay, axis=0), 0, -1)
-        v = jnp.moveaxis(v, 0, 2)
+        # Heads come first from here on, those of one head of keys together: [K, H / K, tokens, ...].
+        size, keys = len(index), k.shape[1]
+        before = state.reshape(keys, -1, *state.shape[1:])
+        v = v.reshape(size, keys, -1, v.shape[-1]).transpose(1, 2, 0, 3)
+        total = jnp.cumsum(decay, axis=0).T.reshape(keys, -1, size)
         so_far = jnp.exp(total)[..., None]
         causal = index[:, None] >= index
         between = jnp.exp(jnp.where(causal, total[..., :, None] - total[..., None, :], -jnp.inf))
         for factor in beta:
-            factor = jnp.moveaxis(factor, 0, -1)[..., None]
+            factor = factor.T.reshape(keys, -1, size, 1)
             overlap = _einsum("ikd,jkd->kij", k, k)[:, None] * between * factor
-            error = (v - so_far * _einsum("ikd,kgdv->kgiv", k, state)) * factor
+            error = (v - so_far * _einsum("ikd,khdv->khiv", k, before)) * factor
             v = lax.linalg.triangular_solve(overlap, error, left_side=True, lower=True, unit_diagonal=True)
         scores = _einsum("ikd,jkd->kij", q, k)[:, None] * between
-        out = so_far * _einsum("ikd,kgdv->kgiv", q, state) + _einsum("kgij,kgjv->kgiv", scores, v)
+        out = so_far * _einsum("ikd,khdv->khiv", q, before) + _einsum("khij,khjv->khiv", scores, v)
         left = jnp.exp(total[..., -1:] - total)[..., None]
-        state = state * so_far[..., -1:, :] + _einsum("ikd,kgiv->kgdv", k, v * left)
-        return jnp.moveaxis(out, 2, 0), state
+        after = before * so_far[..., -1:, :] + _einsum("ikd,khiv->khdv", k, v * left)
+        return out.transpose(2, 0, 1, 3).reshape(size, -1, v.shape[-1]), after.reshape(state.shape)

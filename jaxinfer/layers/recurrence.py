@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Protocol
 
 import jax
@@ -19,11 +20,11 @@ from jax.typing import DTypeLike
 
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import LayerCache
-from jaxinfer.sharding import TENSOR, on_tensor
+from jaxinfer.sharding import TENSOR, axis_size, on_tensor
 
 CHUNK = 64  # tokens of a prompt at a time
 STEP_ROWS = 16  # decoding rows at a time beside chunks, where there may be few of them
-Inputs = tuple[jax.Array, ...]  # of each token, float32
+Inputs = tuple[jax.Array, ...]  # of each token
 
 
 class Mixer(Protocol):
@@ -63,13 +64,16 @@ def recur(
 ) -> tuple[jax.Array, jax.Array | None]:
     """What comes out of each token, float32 `[T, heads, ...]`, and the states `[slots, *state]` after them.
 
-    inputs: each `[T, heads, ...]`. states: None: rows are whole sequences, and nothing is kept of them.
+    inputs: each `[T, heads, ...]`; of fewer heads than `tensor` has devices, or not of a multiple of them, some are
+    there several times. states: None: rows are whole sequences, and nothing is kept of them.
     """
     held = jnp.zeros((batch.kv_lens.shape[0] + 1, *cell.state), jnp.float32) if states is None else states
     slots = row_slots(batch, held.shape[0], states is None)
     call: Any = functools.partial(_recur, cell)
     batch_alone = dataclasses.replace(batch, mesh=None)
     if batch.mesh is not None:
+        devices = axis_size(batch.mesh, TENSOR)
+        inputs = tuple(jnp.repeat(x, math.lcm(x.shape[1], devices) // x.shape[1], axis=1) for x in inputs)
         heads = PartitionSpec(None, TENSOR)
         call = on_tensor(call, (heads, heads, PartitionSpec(), PartitionSpec()), (heads, heads))
     out, held = call(inputs, held, slots, batch_alone)

@@ -47,6 +47,7 @@ class Entry(NamedTuple):
 # By the class that config.json names in `architectures`.
 REGISTRY: dict[str, Entry] = {
     "ArceeForCausalLM": Entry("arcee", "jaxinfer.models.arcee", "AFM 4.5B"),
+    "BambaForCausalLM": Entry("bamba", "jaxinfer.models.bamba", "Bamba 9B"),
     "Cohere2ForCausalLM": Entry("cohere2", "jaxinfer.models.cohere2", "Command R7B, Command A"),
     "CohereForCausalLM": Entry("cohere", "jaxinfer.models.cohere", "Command R, Command R+, Aya 23, Aya Expanse"),
     "Dots1ForCausalLM": Entry("dots1", "jaxinfer.models.dots1", "dots.llm1"),
@@ -77,6 +78,7 @@ REGISTRY: dict[str, Entry] = {
     "Llama4ForCausalLM": Entry("llama4_text", "jaxinfer.models.llama4", "the text model of Llama 4"),
     "Llama4ForConditionalGeneration": Entry("llama4", LLAMA4, "Llama 4 Scout and Maverick (text)"),
     "LlamaForCausalLM": Entry("llama", "jaxinfer.models.llama", "Llama 2, Llama 3.x, TinyLlama, SmolLM"),
+    "Mamba2ForCausalLM": Entry("mamba2", "jaxinfer.models.mamba2", "Mamba-2, Codestral Mamba"),
     "MiniMaxM2ForCausalLM": Entry("minimax_m2", "jaxinfer.models.minimax_m2", "MiniMax-M2, M2.1"),
     "Ministral3ForCausalLM": Entry("ministral3", "jaxinfer.models.ministral3", "the text model of Ministral 3"),
     "MinistralForCausalLM": Entry("ministral", "jaxinfer.models.ministral", "Ministral 8B"),

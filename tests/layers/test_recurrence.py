@@ -30,19 +30,21 @@ def inputs(length, delta):
     values = RNG.normal(size=(length, HEADS, GROUP, VALUE))
     decay = -RNG.exponential(0.3, size=(length, HEADS, GROUP))
     beta = (RNG.uniform(0, 1, size=(length, HEADS, GROUP)),) if delta else ()
-    arrays = unit(length, HEADS, KEY), unit(length, HEADS, KEY), values, decay, *beta
+    heads = (array.reshape(length, HEADS * GROUP, *array.shape[3:]) for array in (values, decay, *beta))
+    arrays = unit(length, HEADS, KEY), unit(length, HEADS, KEY), *heads
     return tuple(array.astype(np.float32) for array in arrays)
 
 
 def one_by_one(delta, q, k, v, decay, beta=None):
     """By the definition, in float64."""
-    state = np.zeros((HEADS, GROUP, KEY, VALUE))
+    state = np.zeros((HEADS * GROUP, KEY, VALUE))
+    q, k = (np.repeat(array, GROUP, axis=1) for array in (q, k))
     outs = []
     for t in range(len(q)):
         state = state * np.exp(decay[t].astype(np.float64))[..., None, None]
-        new = v[t] if not delta else beta[t][..., None] * (v[t] - np.einsum("kgdv,kd->kgv", state, k[t]))
-        state = state + np.einsum("kd,kgv->kgdv", k[t], new)
-        outs.append(np.einsum("kgdv,kd->kgv", state, q[t]))
+        new = v[t] if not delta else beta[t][..., None] * (v[t] - np.einsum("hdv,hd->hv", state, k[t]))
+        state = state + np.einsum("hd,hv->hdv", k[t], new)
+        outs.append(np.einsum("hdv,hd->hv", state, q[t]))
     return np.stack(outs), state
 
 
@@ -58,7 +60,7 @@ class Flat:
     """
 
     def __init__(self, call, states, like):
-        self.call = jax.jit(call, static_argnums=())
+        self.call = jax.jit(call)
         self.states = jax.tree.map(lambda x: jnp.asarray(np.full(x.shape, np.nan, np.float32)), states)  # others' rest
         self.like = like
 
@@ -91,7 +93,7 @@ class Flat:
 
 
 def attention(delta):
-    cell = LinearAttention((HEADS, GROUP, KEY, VALUE), delta)
+    cell = LinearAttention((HEADS * GROUP, KEY, VALUE))
     states = jax.ShapeDtypeStruct((SLOTS, *cell.state), jnp.float32)
     return Flat(lambda stream, states, batch: recur(cell, stream, states, batch), states, inputs(1, delta))
 
@@ -124,7 +126,7 @@ def test_rows_beside_each_other(delta):
     at = 0
     for i, size in enumerate([1, CHUNK, 7, 2, 3, CHUNK - 10, 4]):
         one = CHUNK + i
-        decoded, dead, chunk = flat.run(
+        decoded, _, chunk = flat.run(
             [(1, one, cuts(own[1], one, 1)), (3, one, cuts(own[0], one, 1)), (0, at, cuts(own[2], at, size))], 2, [1]
         )
         np.testing.assert_allclose(decoded, expected[1][one : one + 1], atol=2e-5)
@@ -139,13 +141,12 @@ def test_against_transformers():
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
 
     q, k, v, decay, beta = inputs(LENGTH, True)
-    heads = (v.reshape(LENGTH, -1, VALUE), *(x.reshape(LENGTH, -1) for x in (decay, beta)))
-    theirs = [torch.tensor(x)[None] for x in (q, k, *heads)]
+    theirs = [torch.tensor(x)[None] for x in (q, k, v, decay, beta)]
     out, state = torch_recurrent_gated_delta_rule(*theirs, initial_state=None, output_final_state=True)
     flat = attention(True)
     ours = [flat.run([(0, at, cuts((q * KEY**-0.5, k, v, decay, beta), at, 90))])[0] for at in range(0, LENGTH, 90)]
-    np.testing.assert_allclose(np.concatenate(ours).reshape(LENGTH, -1, VALUE), out[0], atol=2e-5)
-    np.testing.assert_allclose(flat.states[0].reshape(-1, KEY, VALUE), state[0], atol=2e-5)
+    np.testing.assert_allclose(np.concatenate(ours), out[0], atol=2e-5)
+    np.testing.assert_allclose(flat.states[0], state[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("sizes", SIZES)
