@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import jax
@@ -14,6 +14,7 @@ from jaxinfer.layers.recurrence import Inputs
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LinearAttention:
     """A Cell of H heads of values, each K-th part of which shares a head of keys and queries, state `[H, d_k, d_v]`:
@@ -28,7 +29,7 @@ class LinearAttention:
     state: see Cell.
     """
 
-    state: tuple[int, ...]
+    state: tuple[int, ...] = field(metadata={"static": True})
 
     def step(self, state: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         q, k, v, decay, *beta = (x.astype(jnp.float32) for x in inputs)
@@ -43,8 +44,8 @@ class LinearAttention:
     def chunk(self, state: jax.Array, inputs: Inputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
         """In matrix products: with g_i = a_1 ... a_i, and the state S before the chunk,
 
-            u_i = beta_i (v_i - g_i S^T k_i - sum_(j<i) (g_i / g_j) (k_i . k_j) u_j)     (by the delta rule)
-            o_i = g_i S^T q_i + sum_(j<=i) (g_i / g_j) (q_i . k_j) u_j
+        u_i = beta_i (v_i - g_i S^T k_i - sum_(j<i) (g_i / g_j) (k_i . k_j) u_j)     (by the delta rule)
+        o_i = g_i S^T q_i + sum_(j<=i) (g_i / g_j) (q_i . k_j) u_j
         """
         index = jnp.arange(inputs[0].shape[0], dtype=jnp.int32)
         own = index < count

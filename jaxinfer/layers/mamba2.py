@@ -70,7 +70,12 @@ class Mamba2(nnx.Module):
         def of_heads(value: float) -> nnx.Param[jax.Array]:
             return nnx.Param(jnp.full(config.heads, value, "float32"), axes=("heads",))
 
-        self.z_proj, self.x_proj, self.bc_proj, self.dt_proj = into(inner), into(inner), into(shared, None), into(config.heads)
+        self.z_proj, self.x_proj, self.bc_proj, self.dt_proj = (
+            into(inner),
+            into(inner),
+            into(shared, None),
+            into(config.heads),
+        )
         self.conv1d = Convolution(inner + shared, config.width, bias=config.conv_bias, dtype=dtype)
         self.A_log, self.D, self.dt_bias = of_heads(0.0), of_heads(1.0), of_heads(0.0)
         norm = RMSNorm(inner, eps=eps, dtype=dtype, axes=("heads",), wide=True, groups=config.groups)

@@ -7,7 +7,6 @@ proportion to the tokens that there are, whatever the sizes of the batch's array
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, Protocol
 
@@ -44,7 +43,8 @@ class MixerConfig(Protocol):
 
 
 class Cell(Protocol):
-    """A recurrence. Where a mesh has a `tensor` axis, it runs on each device's own part of the heads.
+    """A recurrence, a pytree of parameters `[heads, ...]`. Where a mesh has a `tensor` axis, it runs on each device's own
+    part of the heads.
 
     state: the shape of a row's state, heads first.
     """
@@ -69,14 +69,14 @@ def recur(
     """
     held = jnp.zeros((batch.kv_lens.shape[0] + 1, *cell.state), jnp.float32) if states is None else states
     slots = row_slots(batch, held.shape[0], states is None)
-    call: Any = functools.partial(_recur, cell)
+    call: Any = _recur
     batch_alone = dataclasses.replace(batch, mesh=None)
     if batch.mesh is not None:
         devices = axis_size(batch.mesh, TENSOR)
         inputs = tuple(jnp.repeat(x, math.lcm(x.shape[1], devices) // x.shape[1], axis=1) for x in inputs)
         heads = PartitionSpec(None, TENSOR)
-        call = on_tensor(call, (heads, heads, PartitionSpec(), PartitionSpec()), (heads, heads))
-    out, held = call(inputs, held, slots, batch_alone)
+        call = on_tensor(call, (PartitionSpec(TENSOR), heads, heads, PartitionSpec(), PartitionSpec()), (heads, heads))
+    out, held = call(cell, inputs, held, slots, batch_alone)
     return out, None if states is None else held
 
 

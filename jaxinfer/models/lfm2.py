@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from jaxinfer.layers.short_convolution import ShortConvolutionConfig
-from jaxinfer.models.config import FULL, ConfigReader, ModelConfig, layer_types_of
+from jaxinfer.models.config import ConfigReader, ModelConfig, layer_types_of
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, decoder_config, num_layers
 from jaxinfer.models.hybrid import MixerLayer, hybrid, smoothing_pairs
 from jaxinfer.models.registry import Architecture

@@ -6,7 +6,7 @@ from jaxinfer.models.config import ConfigReader, ModelConfig, layer_types_of
 from jaxinfer.models.decoder import num_layers
 from jaxinfer.models.hybrid import SparseMixerLayer, sparse_hybrid
 from jaxinfer.models.lfm2 import CONV, NAMES, ConvolutionLayer, convolution_config, part_of
-from jaxinfer.models.moe import STACKED, MoeConfig, MoeForCausalLM, experts_apart, moe_config, routing_of
+from jaxinfer.models.moe import MoeConfig, MoeForCausalLM, experts_apart, moe_config, routing_of
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Source
 from jaxinfer.models.weights import ParamMapping

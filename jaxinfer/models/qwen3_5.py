@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-class Qwen3_5ForCausalLM(DecoderForCausalLM):  # noqa: N801
+class Qwen3_5ForCausalLM(DecoderForCausalLM):
     """Qwen3.5 with its head."""
 
     layer = staticmethod(hybrid(DeltaNetLayer))

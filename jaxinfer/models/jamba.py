@@ -1,0 +1,95 @@
+"""Jamba (AI21, arXiv:2403.19887): Mamba with normed time steps, B and C in most layers, in the others attention without
+positions; every other layer has experts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from jaxinfer.layers.mamba import MambaConfig
+from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.decoder import decoder_config
+from jaxinfer.models.hybrid import MixerLayer, SparseMixerLayer, smoothing_pairs, sparse_hybrid
+from jaxinfer.models.mamba import MAMBA, mamba_part
+from jaxinfer.models.moe import MoeConfig, MoeForCausalLM, experts_apart, moe_config, routing_of
+from jaxinfer.models.registry import Architecture
+from jaxinfer.models.sources import Source
+from jaxinfer.models.weights import ParamMapping
+
+NAMES = {
+    "post_attention_layernorm": "pre_ff_layernorm",
+    ".mlp.gate.": ".feed_forward.router.",
+    ".mlp.": ".feed_forward.",
+    ".mixer.": ".mamba.",
+    "model.norm.": "model.final_layernorm.",
+}
+
+
+class JambaMambaLayer(MixerLayer):
+    """Mamba, then an MLP."""
+
+    SMOOTHING_PAIRS = smoothing_pairs(*MAMBA)
+
+
+class SparseJambaMambaLayer(SparseMixerLayer):
+    """Mamba, then experts."""
+
+    SMOOTHING_PAIRS = JambaMambaLayer.SMOOTHING_PAIRS[:1]
+
+
+class JambaForCausalLM(MoeForCausalLM):
+    """Jamba with its head."""
+
+    layer = staticmethod(sparse_hybrid(JambaMambaLayer, SparseJambaMambaLayer))
+
+
+def parse(fields: ConfigReader) -> MoeConfig:
+    """Every `attn_layer_period`-th layer attends, from `attn_layer_offset` on, and every `expert_layer_period`-th has
+    experts, if there are two and more."""
+
+    def every(which: str, period: int, offset: int) -> tuple[bool, ...]:
+        period = fields.integer(f"{which}_layer_period", period)
+        offset = fields.integer(f"{which}_layer_offset", offset, minimum=0)
+        if offset >= period:
+            raise fields.error(f"{which}_layer_offset", f"it must be less than {which}_layer_period, {period}")
+        return tuple(i % period == offset for i in range(fields.integer("num_hidden_layers", 32)))
+
+    base = decoder_config(
+        ConfigReader({"max_position_embeddings": 262144, **fields.data}, fields.where), default_kv_heads=8
+    )
+    inner = fields.integer("mamba_expand", 2) * base.hidden_size
+    rank = fields.data.get("mamba_dt_rank")
+    mixer = MambaConfig(
+        inner=inner,
+        state_size=fields.integer("mamba_d_state", 16),
+        rank=math.ceil(base.hidden_size / 16) if rank in (None, "auto") else fields.integer("mamba_dt_rank"),
+        width=fields.integer("mamba_d_conv", 4, minimum=2),
+        activation=base.activation,
+        conv_bias=fields.boolean("mamba_conv_bias", True),
+        bias=fields.boolean("mamba_proj_bias", False),
+        norm_eps=base.norm_eps,
+        norm_weights=True,
+    )
+    attend, sparse = every("attn", 8, 4), every("expert", 2, 1)
+    routing = routing_of(fields, ("num_experts", 16), 2)
+    base = replace(base, mixers=tuple(None if a else mixer for a in attend), ropes=(None,) * base.num_layers)
+    return moe_config(
+        base,
+        routing=routing,
+        expert_size=base.intermediate_size,
+        sparse=tuple(s and routing.experts > 1 for s in sparse),
+    )
+
+
+def weights(config: ModelConfig) -> ParamMapping:
+    """Experts are one by one."""
+    mapping = experts_apart(NAMES)(config)
+    inner = next((m.inner for m in config.mixers if m is not None), 0)  # type: ignore[attr-defined]
+
+    def source(name: str) -> Source:
+        return mamba_part(name, inner, "mamba") or mapping.source(name)
+
+    return ParamMapping(source, ignored=mapping.ignored)
+
+
+ARCHITECTURE = Architecture(parse, JambaForCausalLM, weights)

@@ -1,0 +1,73 @@
+"""Mamba (Gu and Dao, arXiv:2312.00752): state spaces alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from jaxinfer.layers.mamba import MambaConfig as MixerConfig
+from jaxinfer.layers.mlp import ACTIVATIONS
+from jaxinfer.models.causal import SmoothingPairs
+from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.mamba2 import NAMES, MambaConfig, MambaForCausalLM, MambaLayer, mamba_config
+from jaxinfer.models.registry import Architecture
+from jaxinfer.models.sources import Part, Source, Tensor
+from jaxinfer.models.weights import ParamMapping, spelled
+
+MAMBA = "in_proj", "z_proj"
+_PROJECTION = re.compile(r"(.*)\.mixer\.(in|z)_proj\.(weight|bias)")
+
+
+class Mamba1Layer(MambaLayer):
+    """A mixer behind a norm."""
+
+    SMOOTHING_PAIRS: SmoothingPairs = (("norm", tuple(f"mixer.{name}" for name in MAMBA)),)
+
+
+class Mamba1ForCausalLM(MambaForCausalLM):
+    """Mamba with its head."""
+
+    layer = Mamba1Layer
+
+
+def mixer_config(fields: ConfigReader, inner: int, **more: Any) -> MixerConfig:
+    """Of Mamba's own fields. more: see there."""
+    rank, hidden = fields.data.get("time_step_rank"), fields.integer("hidden_size")
+    return MixerConfig(
+        inner=inner,
+        state_size=fields.integer("state_size", 16),
+        rank=math.ceil(hidden / 16) if rank in (None, "auto") else fields.integer("time_step_rank"),
+        width=fields.integer("conv_kernel", 4, minimum=2),
+        activation=fields.choice("hidden_act", "silu", tuple(ACTIVATIONS)),
+        conv_bias=fields.boolean("use_conv_bias", True),
+        bias=fields.boolean("use_bias", False),
+        **more,
+    )
+
+
+def parse(fields: ConfigReader, **more: Any) -> MambaConfig:
+    """It is `expand` times as wide inside. more: of its mixers, see there."""
+    inner = fields.integer("expand", 2) * fields.integer("hidden_size", 768)
+    return mamba_config(fields, inner, mixer_config(fields, inner, **more), tied=True)
+
+
+def mamba_part(name: str, inner: int, mixer: str) -> Source | None:
+    """A projection of Mamba's, both of which are in one tensor; None of other weights. mixer: what the module's name is
+    in checkpoints."""
+    if (match := _PROJECTION.fullmatch(name)) is None:
+        return None
+    return Part(Tensor(f"{match[1]}.{mixer}.in_proj.{match[3]}"), inner if match[2] == "z" else 0, 2 * inner)
+
+
+def weights(config: ModelConfig) -> ParamMapping:
+    """Under names of its own."""
+
+    def source(name: str) -> Source:
+        own = spelled(name, NAMES)
+        return mamba_part(own, config.num_heads, "mixer") or Tensor(own)
+
+    return ParamMapping(source, "backbone.", embedding="backbone.embeddings.weight")
+
+
+ARCHITECTURE = Architecture(parse, Mamba1ForCausalLM, weights)
