@@ -153,8 +153,8 @@ def load_opened(opened: Opened) -> Loaded:
         layout = cache_layout(abstract, placement, settings["attention"], settings["kv_cache_dtype"])
         if options.get("enable_prefix_caching") and not layout.paged:
             raise ValueError(
-                "enable_prefix_caching is True: layers of this model keep a state of a sequence, which is there only at "
-                "its end, and prefixes are computed anew; leave it out"
+                "enable_prefix_caching is True: layers of this model keep a state of a sequence, which is there only "
+                "at its end: what prompts share is computed for each; leave it out"
             )
         if group is not None:
             agree(group, settings, config, dtype, checkpoint, placement, compiled)

@@ -24,8 +24,8 @@ def causal_convolution(
 ) -> tuple[jax.Array, jax.Array | None]:
     """`y_t = b + sum_j w_j x_(t - width + 1 + j)` over each row's own tokens.
 
-    x `[T, *channels]`, weight `[*channels, width]`, bias `[*channels]`. states: float32 `[slots, width - 1, *channels]`,
-    of each row its last inputs; None: rows are whole sequences. Returns y in float32 and the new states.
+    x `[T, *channels]`, weight `[*channels, width]`, bias `[*channels]`. states: of each row its last inputs, float32
+    `[slots, width - 1, *channels]`; None: rows are whole sequences. Returns y in float32 and the new states.
     """
     width, rows = weight.shape[-1], batch.kv_lens.shape[0]
     weight, x = jnp.moveaxis(weight, -1, 0).astype(jnp.float32), x.astype(jnp.float32)

@@ -92,6 +92,9 @@ REGISTRY: dict[str, Entry] = {
     "Mistral3ForConditionalGeneration": Entry("mistral3", MISTRAL3, "Mistral Small 3.1 and 3.2, Ministral 3 (text)"),
     "MistralForCausalLM": Entry("mistral", "jaxinfer.models.mistral", "Mistral 7B, Mistral Nemo"),
     "MixtralForCausalLM": Entry("mixtral", "jaxinfer.models.mixtral", "Mixtral 8x7B and 8x22B"),
+    "NemotronHForCausalLM": Entry(
+        "nemotron_h", "jaxinfer.models.nemotron_h", "Nemotron-H, Nemotron 2 and 3 Nano, Super"
+    ),
     "Olmo2ForCausalLM": Entry("olmo2", "jaxinfer.models.olmo2", "OLMo 2"),
     "Olmo3ForCausalLM": Entry("olmo3", "jaxinfer.models.olmo3", "Olmo 3, Olmo 3.1"),
     "OlmoeForCausalLM": Entry("olmoe", "jaxinfer.models.olmoe", "OLMoE 1B-7B"),
