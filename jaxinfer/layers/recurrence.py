@@ -43,8 +43,8 @@ class MixerConfig(Protocol):
 
 
 class Cell(Protocol):
-    """A recurrence, a pytree of parameters `[heads, ...]`. Where a mesh has a `tensor` axis, it runs on each device's own
-    part of the heads.
+    """A recurrence, a pytree of parameters `[heads, ...]`. Where a mesh has a `tensor` axis, it runs on each device's
+    own part of the heads.
 
     state: the shape of a row's state, heads first.
     """

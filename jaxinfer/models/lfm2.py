@@ -76,7 +76,7 @@ def parse(fields: ConfigReader) -> DecoderConfig:
         if fields.data.get("block_ffn_dim_multiplier", 1.0) is not None:
             multiple = fields.integer("block_multiple_of", 256)
             width = -(-int(fields.number("block_ffn_dim_multiplier", 1.0) * width) // multiple) * multiple
-    return convolution_config(ConfigReader(fields.data | {"intermediate_size": width}, fields.where), types)
+    return convolution_config(ConfigReader({**fields.data, "intermediate_size": width}, fields.where), types)
 
 
 def part_of(name: str, hidden: int) -> Source | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from jaxinfer.layers.mamba import MambaConfig as MixerConfig
 from jaxinfer.layers.mlp import ACTIVATIONS
-from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.mamba2 import NAMES, MambaConfig, MambaForCausalLM, MambaLayer, mamba_config
 from jaxinfer.models.registry import Architecture
@@ -22,7 +21,7 @@ _PROJECTION = re.compile(r"(.*)\.mixer\.(in|z)_proj\.(weight|bias)")
 class Mamba1Layer(MambaLayer):
     """A mixer behind a norm."""
 
-    SMOOTHING_PAIRS: SmoothingPairs = (("norm", tuple(f"mixer.{name}" for name in MAMBA)),)
+    SMOOTHING_PAIRS = (("norm", tuple(f"mixer.{name}" for name in MAMBA)),)
 
 
 class Mamba1ForCausalLM(MambaForCausalLM):

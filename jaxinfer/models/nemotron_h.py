@@ -34,6 +34,7 @@ from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import OneOf, Source, Tensor
 from jaxinfer.models.state_space import CONTEXT, MAMBA2, groups_of, mamba2_part
 from jaxinfer.models.weights import ParamMapping, spelled
+from jaxinfer.weights import Axes
 
 MOE, DENSE = "moe", "mlp"  # in layers_block_type
 PATTERN = {"M": LINEAR, "*": FULL, "-": DENSE, "E": MOE}
@@ -62,9 +63,13 @@ class LatentExperts(nnx.Module):
     """Experts of what hidden states are projected to, and an MLP of these."""
 
     def __init__(self, config: NemotronHConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        routing, hidden, options = cast(Routing, config.routing), config.hidden_size, {"dtype": dtype, "rngs": rngs}
-        latent, bias = config.latent_size, config.mlp_bias
-        self.gate = Router(hidden, routing, **cast(Any, options))
+        routing, hidden, latent = cast(Routing, config.routing), config.hidden_size, config.latent_size
+        options: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+
+        def latent_proj(size: int, to: int, axes: Axes) -> Linear | None:
+            return None if latent is None else Linear(size, to, axes=axes, bias=config.mlp_bias, **options)
+
+        self.gate = Router(hidden, routing, **options)
         self.experts = Experts(
             latent or hidden,
             config.expert_size,
@@ -74,16 +79,10 @@ class LatentExperts(nnx.Module):
             **options,
         )
         self.shared_experts = MLP(
-            hidden, config.shared_size, activation=config.activation, bias=bias, **cast(Any, options)
+            hidden, config.shared_size, activation=config.activation, bias=config.mlp_bias, **options
         )
-        self.fc1_latent_proj = self.fc2_latent_proj = None
-        if latent is not None:
-            self.fc1_latent_proj = nnx.data(
-                Linear(hidden, latent, axes=(None, "embed"), bias=bias, **cast(Any, options))
-            )
-            self.fc2_latent_proj = nnx.data(
-                Linear(latent, hidden, axes=("embed", None), bias=bias, **cast(Any, options))
-            )
+        self.fc1_latent_proj = latent_proj(hidden, latent or 0, (None, "embed"))
+        self.fc2_latent_proj = latent_proj(latent or 0, hidden, ("embed", None))
 
     def __call__(self, x: jax.Array, live: jax.Array) -> jax.Array:
         experts, shares = self.gate(x)
@@ -96,7 +95,7 @@ class LatentExperts(nnx.Module):
 class Block(nnx.Module):
     """A layer of one kind behind a norm, added to the hidden states."""
 
-    SMOOTHING_PAIRS: ClassVar[SmoothingPairs] = (("norm", ("mixer.shared_experts.up_proj",)),)
+    SMOOTHING_PAIRS: ClassVar[SmoothingPairs] = ()
 
     def __init__(self, config: NemotronHConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = wide_rms_norm(config, dtype)

@@ -72,9 +72,7 @@ REGISTRY: dict[str, Entry] = {
     "GptOssForCausalLM": Entry("gpt_oss", "jaxinfer.models.gpt_oss", "gpt-oss 20b and 120b"),
     "GraniteForCausalLM": Entry("granite", "jaxinfer.models.granite", "Granite 3.x (dense)"),
     "GraniteMoeForCausalLM": Entry("granitemoe", "jaxinfer.models.granitemoe", "Granite 3.x 1B-A400M, 3B-A800M"),
-    "GraniteMoeHybridForCausalLM": Entry(
-        "granitemoehybrid", "jaxinfer.models.granitemoehybrid", "Granite 4.0 (h, micro)"
-    ),
+    "GraniteMoeHybridForCausalLM": Entry("granitemoehybrid", "jaxinfer.models.granitemoehybrid", "Granite 4.0"),
     "GraniteMoeSharedForCausalLM": Entry("granitemoeshared", "jaxinfer.models.granitemoeshared", "Granite MoE, shared"),
     "HunYuanDenseV1ForCausalLM": Entry("hunyuan_v1_dense", "jaxinfer.models.hunyuan_v1_dense", "Hunyuan 0.5B to 7B"),
     "HunYuanMoEV1ForCausalLM": Entry("hunyuan_v1_moe", "jaxinfer.models.hunyuan_v1_moe", "Hunyuan-A13B"),

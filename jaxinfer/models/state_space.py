@@ -40,21 +40,19 @@ def mamba2_config(fields: ConfigReader, activation: str, inner: int | None = Non
     size = inner // heads if size in (None, "auto") else fields.integer("mamba_d_head")
     if size * heads != inner:
         raise fields.error("mamba_n_heads", f"its product with mamba_d_head, {size}, must be {inner}")
-    return Mamba2Config(
-        **{
-            "heads": heads,
-            "head_dim": size,
-            "groups": groups_of(fields, "mamba_n_groups", 1, heads),
-            "state_size": fields.integer("mamba_d_state", 256),
-            "width": fields.integer("mamba_d_conv", 4, minimum=2),
-            "activation": activation,
-            "conv_bias": fields.boolean("mamba_conv_bias", True),
-            "in_bias": fields.boolean("mamba_proj_bias", False),
-            "out_bias": fields.boolean("mamba_proj_bias", False),
-            "limits": time_step_limits(fields),
-        }
-        | more
-    )
+    values: dict[str, Any] = {
+        "heads": heads,
+        "head_dim": size,
+        "groups": groups_of(fields, "mamba_n_groups", 1, heads),
+        "state_size": fields.integer("mamba_d_state", 256),
+        "width": fields.integer("mamba_d_conv", 4, minimum=2),
+        "activation": activation,
+        "conv_bias": fields.boolean("mamba_conv_bias", True),
+        "in_bias": fields.boolean("mamba_proj_bias", False),
+        "out_bias": fields.boolean("mamba_proj_bias", False),
+        "limits": time_step_limits(fields),
+    }
+    return Mamba2Config(**(values | more))
 
 
 def groups_of(fields: ConfigReader, name: str, default: int, heads: int) -> int:

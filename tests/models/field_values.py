@@ -39,6 +39,15 @@ INERT = {
     **dict.fromkeys(("summary_type", "summary_use_proj", "summary_activation"), "of another head"),
     **dict.fromkeys(("summary_proj_to_labels", "summary_first_dropout"), "of another head"),
     **dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), OF_IMAGES),
+    **dict.fromkeys(("time_step_max", "time_step_scale", "time_step_init_scheme", "time_step_floor"), OF_TRAINING),
+    **dict.fromkeys(("rescale_prenorm_residual", "z_loss_coefficient"), OF_TRAINING),
+    "residual_in_fp32": "float32 is that",
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), "of how it is computed"),
+    **dict.fromkeys(("use_mambapy", "use_associative_scan", "use_mamba_kernels"), "of how it is computed"),
+    "mamba_ssm_cache_dtype": "states are float32",
+    "moe_shared_expert_overlap": "of how it is computed",
+    "num_logits_to_keep": OF_GENERATION,
+    **dict.fromkeys(("num_nextn_predict_layers", "mtp_layers_block_type"), "layers that predict more tokens"),
     **dict.fromkeys(("boi_token_index", "eoi_token_index", "image_token_index"), OF_IMAGES),
     **dict.fromkeys(("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_index", "audio_token_id"), OF_IMAGES),
 }
@@ -131,11 +140,39 @@ def _no_rope_layers(case: Case, fields: dict[str, Any]) -> Any:
     return ABSENT
 
 
+def _kinds(*kinds: str, given: bool = False) -> Callable[[Case, dict[str, Any]], Any]:
+    """Any of these for each layer. given: something is always said."""
+
+    def values(case: Case, fields: dict[str, Any]) -> Any:
+        if not given and case.pick("layer_types", (0, 0, 1)):
+            return ABSENT
+        return case.rng("layer_types").choices(kinds, k=fields.get("num_hidden_layers", 3))
+
+    return values
+
+
+def _some_layers(case: Case, fields: dict[str, Any]) -> Any:
+    layers = fields["num_hidden_layers"]
+    return case.pick("some layers", (ABSENT, [0], [layers - 1], list(range(layers))))
+
+
+def _mamba_heads(case: Case, fields: dict[str, Any]) -> Any:
+    """As many as the other sizes leave."""
+    inner = fields.get("mamba_d_ssm") or fields.get("mamba_expand", fields.get("expand", 1)) * fields["hidden_size"]
+    size = fields.get("mamba_d_head", fields.get("head_dim"))
+    return inner // size if isinstance(size, int) else case.pick("mamba heads", (2, 4))
+
+
+def _period(which: str) -> Callable[[Case, dict[str, Any]], Any]:
+    return lambda case, fields: fields[f"{which}_layer_offset"] + case.pick(which, (1, 2))
+
+
+LINEAR = "linear_attention"
 Values = Sequence[Any] | Callable[[Case, dict[str, Any]], Any]
 # By name, for all families; None is one more where the class says so. Functions take what was drawn before.
 VALUES: dict[str, Values] = {
     "n_embd": (24, 48, 36),
-    "hidden_size": lambda case, fields: case.pick("hidden_size", _hidden_sizes(fields["num_attention_heads"])),
+    "hidden_size": lambda case, fields: case.pick("hidden_size", _hidden_sizes(fields.get("num_attention_heads", 2))),
     **dict.fromkeys(("num_attention_heads", "n_head"), (4, 2, 6, 3, 1)),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), (2, 3, 1)),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "intermediate_size_mlp"), (40, 16, 8, 57)),
@@ -193,6 +230,44 @@ VALUES: dict[str, Values] = {
     "vocab_size_per_layer_input": lambda case, fields: fields["vocab_size"] + case.pick("vocab_per_layer", (0, 3)),
     "top_k_experts": (1, 2, 3, 4),
     "word_embed_proj_dim": (ABSENT, 16, 33),
+    **dict.fromkeys(("linear_conv_kernel_dim", "conv_L_cache", "conv_kernel", "mamba_d_conv"), (4, 2, 3)),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim"), (8, 4, 12)),
+    "linear_num_key_heads": (2, 1),
+    "linear_num_value_heads": (2, 4),
+    **dict.fromkeys(("norm_eps", "mixer_rms_eps"), EPSILONS),
+    "block_multiple_of": (8, 1, 7),
+    "block_ffn_dim_multiplier": FACTORS,
+    **dict.fromkeys(("full_attn_idxs", "attn_layer_indices"), _some_layers),
+    "num_dense_layers": (0, 1, 2),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), (6, 1, 5)),
+    **dict.fromkeys(("expand", "mamba_expand"), (2, 1, 3)),
+    **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), (ABSENT, "auto", 1, 5)),
+    **dict.fromkeys(("num_heads", "mamba_n_heads"), _mamba_heads),
+    "mamba_num_heads": (4, 8),
+    "mamba_d_head": ("auto", 4, 8),
+    "mamba_d_ssm": (48, 96, None),
+    **dict.fromkeys(("n_groups", "mamba_n_groups"), (1, 2)),
+    "time_step_limit": (ABSENT, [0.3, 0.9], [0.0, 2.0]),
+    **dict.fromkeys(("time_step_min", "time_step_max", "time_step_scale", "time_step_floor"), (ABSENT, 0.2, 0.5)),
+    "time_step_init_scheme": (ABSENT, "constant"),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), (16, 4, 256)),
+    **dict.fromkeys(("expert_layer_offset", "attn_layer_offset"), (0, 1)),
+    "expert_layer_period": _period("expert"),
+    "attn_layer_period": _period("attn"),
+    "num_logits_to_keep": (1, 3),
+    "z_loss_coefficient": RATES,
+    **{f"{name}_multiplier": FACTORS for name in ("lm_head", "key", "attention_out", "attention_in")},
+    **{f"ssm_{name}_multiplier": FACTORS for name in ("in", "out")},
+    "mlp_multipliers": (ABSENT, [0.6, 0.8], [1.2, 1.7]),
+    "ssm_multipliers": (ABSENT, [0.5, 1.3, 0.8, 0.7, 1.4]),
+    "position_embedding_type": (ABSENT, "rope"),
+    "layers_block_type": _kinds(LINEAR, FULL, "moe", "mlp", given=True),
+    **dict.fromkeys(("mlp_hidden_act", "mamba_hidden_act"), (ABSENT, *ACTIVATIONS)),
+    "mamba_ssm_cache_dtype": (ABSENT, "float32"),
+    "moe_shared_expert_intermediate_size": (24, 40),
+    "moe_latent_size": (ABSENT, 12, 20),
+    "num_nextn_predict_layers": (ABSENT, 0),
+    "mtp_layers_block_type": (ABSENT, [FULL, "moe"]),
     **{name: RATES for name in INERT if "drop" in name or name in ("initializer_range", "init_std")},
     **{name: IDS for name in INERT if name.endswith(("_token_id", "_token_index"))},
     "eos_token_id": (*IDS, [3, 5]),
@@ -202,6 +277,8 @@ VALUES: dict[str, Values] = {
     "summary_activation": (ABSENT, "tanh"),
 }
 # Whatever the classes say, models compute with them.
+DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+MAMBA2 = ("bamba", "falcon_h1", "granitemoehybrid")
 GEMMA4 = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 NOT_NULL = {
     **dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size", "pad_token_id"), GEMMA4),
@@ -212,15 +289,28 @@ NOT_NULL = {
     "max_window_layers": ("qwen2_vl", "qwen2_5_vl"),
     "image_token_index": ("gemma3",),
     **dict.fromkeys(
-        ("num_experts_per_tok", "n_routed_experts", "n_shared_experts"), ("dots1", "granitemoe", "granitemoeshared")
+        ("num_experts_per_tok", "n_routed_experts", "n_shared_experts"),
+        ("dots1", "granitemoe", "granitemoeshared", "granitemoehybrid"),
     ),
     **dict.fromkeys(("n_group", "first_k_dense_replace"), ("dots1",)),
-    "num_local_experts": ("granitemoe", "granitemoeshared"),
-    **dict.fromkeys(("embedding_multiplier", "logits_scaling"), ("granitemoe", "granitemoeshared")),
-    **dict.fromkeys(("residual_multiplier", "attention_multiplier"), ("granitemoe", "granitemoeshared")),
+    "num_local_experts": ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+    **dict.fromkeys(("embedding_multiplier", "logits_scaling"), ("granitemoe", "granitemoeshared", "granitemoehybrid")),
+    **dict.fromkeys(
+        ("residual_multiplier", "attention_multiplier"), ("granitemoe", "granitemoeshared", "granitemoehybrid")
+    ),
     **dict.fromkeys(("moe_num_experts", "moe_k", "moe_num_shared_experts"), ("ernie4_5_moe",)),
     **dict.fromkeys(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), ("ernie4_5_moe",)),
     "moe_norm_min": ("ernie4_5_moe",),
+    **dict.fromkeys(
+        (
+            *("mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
+            *("mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias", "time_step_limit", "num_key_value_heads"),
+            *("num_logits_to_keep", "z_loss_coefficient", "mamba_norm_before_gate", "mamba_rms_norm"),
+            *("projectors_bias", "lm_head_multiplier", "key_multiplier", "attention_out_multiplier"),
+            *("attention_in_multiplier", "ssm_in_multiplier", "ssm_out_multiplier", "mamba_d_ssm"),
+        ),
+        MAMBA2,
+    ),
 }
 BOOL = (ABSENT, True, False)
 # Of single families: which other values a field may have, and which fields there are besides those of the class.
@@ -231,6 +321,14 @@ OWN_VALUES: dict[tuple[str, str], Values] = {
     **{(family, "head_dim"): (8, 12, 16, 4) for family in GEMMA4},
     **{(family, "final_logit_softcapping"): (ABSENT, 3.0, 20.0) for family in GEMMA4},
     **{(family, "moe_intermediate_size"): (16, 8, 24) for family in GEMMA4},  # what its grouped products can do
+    **{(family, "layer_types"): _kinds(LINEAR, FULL) for family in (*DELTA_NETS, "granitemoehybrid")},
+    **{(family, "head_dim"): (8, 16, 24) for family in DELTA_NETS},
+    ("lfm2", "layer_types"): _kinds("conv", FULL),
+    ("lfm2_moe", "layer_types"): _kinds("conv", FULL, given=True),
+    ("mamba2", "head_dim"): (4, 8, 2),
+    ("jamba", "num_experts"): (4, 1, 5),
+    ("granitemoehybrid", "num_local_experts"): (4, 0, 5),
+    ("nemotron_h", "num_key_value_heads"): (1,),
     # Of tokens that are placeholders the embedding is another's.
     **{(family, f"{kind}_token_id"): (ABSENT, 200) for family in GEMMA4 for kind in ("image", "video", "audio")},
 }

@@ -36,7 +36,9 @@ EPSILON = "0: a hidden state of zeros, as padding may have, would be no number"
 ACTIVATION = "prelu and xielu have parameters of their own"
 REASONS = {
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), EPSILON),
+    **dict.fromkeys(("norm_eps", "mixer_rms_eps"), EPSILON),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), ACTIVATION),
+    **dict.fromkeys(("mlp_hidden_act", "mamba_hidden_act"), ACTIVATION),
     "rope_type": "proportional is Gemma 4's",
     "partial_rotary_factor": "beside proportional",
     "truncate": "of one layer type, which transformers doesn't read",
