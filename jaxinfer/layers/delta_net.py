@@ -39,6 +39,9 @@ class DeltaNetConfig:
     width: int
     activation: str
 
+    def heads_of(self, features: int) -> int:
+        return self.key_heads
+
     def module(self, features: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> GatedDeltaNet:
         return GatedDeltaNet(features, self, eps=eps, dtype=dtype, rngs=rngs)
 

@@ -44,6 +44,9 @@ class MambaConfig:
     norm_eps: float | None = None
     norm_weights: bool = False
 
+    def heads_of(self, features: int) -> int:
+        return self.inner
+
     def module(self, features: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> Mamba:
         return Mamba(features, self, dtype=dtype, rngs=rngs)
 

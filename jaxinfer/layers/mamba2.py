@@ -51,6 +51,9 @@ class Mamba2Config:
     in_scale: float = 1.0
     scales: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
 
+    def heads_of(self, features: int) -> int:
+        return self.heads
+
     def module(self, features: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> Mamba2:
         return Mamba2(features, self, eps=eps, dtype=dtype, rngs=rngs)
 

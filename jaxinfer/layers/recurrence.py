@@ -38,6 +38,9 @@ class Mixer(Protocol):
 class MixerConfig(Protocol):
     """What shapes one."""
 
+    def heads_of(self, features: int) -> int:
+        """How many heads a mesh can split."""
+
     def module(self, features: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> Mixer:
         """Of so many features; eps: of norms."""
 

@@ -26,6 +26,9 @@ class ShortConvolutionConfig:
     width: int
     bias: bool
 
+    def heads_of(self, features: int) -> int:
+        return features
+
     def module(self, features: int, *, eps: float, dtype: DTypeLike, rngs: nnx.Rngs) -> ShortConvolution:
         return ShortConvolution(features, self, dtype=dtype, rngs=rngs)
 

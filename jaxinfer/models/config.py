@@ -34,6 +34,7 @@ class ModelConfig:
     max_context: the most positions that it is defined for.
     tie_word_embeddings: the output head is the embedding table.
     experts_per_token: where weights are of experts, how many of them a token takes.
+    state_heads: where layers keep states, heads of those, or what those of several kinds can be divided by; 0: none do.
     causal: tokens see only what comes before them.
     classifier: the head that gives a text's classes, where it is wanted.
     """
@@ -47,8 +48,14 @@ class ModelConfig:
     max_context: int
     tie_word_embeddings: bool
     experts_per_token: int = field(default=0, kw_only=True)
+    state_heads: int = field(default=0, kw_only=True)
     causal: bool = field(default=True, kw_only=True)
     classifier: ClassifierConfig | None = field(default=None, kw_only=True)
+
+    @property
+    def split_heads(self) -> int:
+        """What a mesh's `tensor` axis must divide."""
+        return math.gcd(self.num_heads, self.state_heads)
 
     @property
     def output_size(self) -> int:

@@ -6,6 +6,7 @@ Module attributes carry Hugging Face's names, so the path of a weight is its nam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -86,6 +87,10 @@ class DecoderConfig(ModelConfig):
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        heads = (mixer.heads_of(self.hidden_size) for mixer in self.mixers if mixer is not None)
+        object.__setattr__(self, "state_heads", math.gcd(*heads))
 
     def for_length(self, max_model_len: int | None) -> Self:
         """With longrope's long factors, where it is more than the original context, as vLLM does it."""

@@ -60,10 +60,13 @@ def hybrid(mixer: type[DecoderLayer], attention: type[DecoderLayer] = DecoderLay
 
 
 def sparse_hybrid(
-    mixer: type[DecoderLayer], sparse_mixer: type[DecoderLayer], attention: type[DecoderLayer] = DecoderLayer
+    mixer: type[DecoderLayer],
+    sparse_mixer: type[DecoderLayer],
+    attention: type[DecoderLayer] = DecoderLayer,
+    sparse_attention: type[DecoderLayer] = SparseLayer,
 ) -> Callable[..., DecoderLayer]:
     """The same where some layers have experts."""
-    dense, sparse = hybrid(mixer, attention), hybrid(sparse_mixer, SparseLayer)
+    dense, sparse = hybrid(mixer, attention), hybrid(sparse_mixer, sparse_attention)
 
     def layer(config: MoeConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DecoderLayer:
         return (sparse if config.sparse[index] else dense)(config, index, dtype=dtype, rngs=rngs)

@@ -14,7 +14,7 @@ from jaxinfer.models.decoder import DecoderConfig, DecoderForCausalLM
 from jaxinfer.models.hybrid import hybrid
 from jaxinfer.models.llama import weights as llama_weights
 from jaxinfer.models.qwen2_vl import of_text
-from jaxinfer.models.qwen3_next import DeltaNetLayer, hybrid_config, mixed_weights
+from jaxinfer.models.qwen3_next import AttentionLayer, DeltaNetLayer, hybrid_config, mixed_weights
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Part, Source, Tensor
 from jaxinfer.models.weights import ParamMapping
@@ -34,7 +34,7 @@ DEFAULTS: dict[str, Any] = {
 class Qwen3_5ForCausalLM(DecoderForCausalLM):
     """Qwen3.5 with its head."""
 
-    layer = staticmethod(hybrid(DeltaNetLayer))
+    layer = staticmethod(hybrid(DeltaNetLayer, AttentionLayer))
 
 
 def parse(fields: ConfigReader) -> DecoderConfig:

@@ -10,31 +10,51 @@ from typing import Any, cast
 
 from jaxinfer.layers.delta_net import DeltaNetConfig
 from jaxinfer.models.config import LINEAR, ConfigReader, ModelConfig, layer_types_of
-from jaxinfer.models.decoder import DecoderConfig, decoder_config, num_layers
-from jaxinfer.models.hybrid import MixerLayer, SparseMixerLayer, smoothing_pairs, sparse_hybrid
-from jaxinfer.models.moe import MoeConfig, MoeForCausalLM, experts_apart, moe_config, routing_of, sparse_layers
+from jaxinfer.models.decoder import DecoderConfig, DecoderLayer, decoder_config, num_layers
+from jaxinfer.models.hybrid import MixerLayer, SparseMixerLayer, sparse_hybrid
+from jaxinfer.models.moe import (
+    MoeConfig,
+    MoeForCausalLM,
+    SparseLayer,
+    experts_apart,
+    moe_config,
+    routing_of,
+    sparse_layers,
+)
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Concat, Part, Source, Tensor
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.models.wrapped import MTP
 
 
+class AttentionLayer(DecoderLayer):
+    """Attention, then an MLP. SMOOTHING_PAIRS: without the norms, whose outputs are no multiples of their weights."""
+
+    SMOOTHING_PAIRS = DecoderLayer.SMOOTHING_PAIRS[1::2]
+
+
+class SparseAttentionLayer(SparseLayer):
+    """The same with experts."""
+
+    SMOOTHING_PAIRS = AttentionLayer.SMOOTHING_PAIRS[:1]
+
+
 class DeltaNetLayer(MixerLayer):
     """A gated delta net, then an MLP."""
 
-    SMOOTHING_PAIRS = smoothing_pairs(*(f"{name}_proj" for name in "qkvzba"))
+    SMOOTHING_PAIRS = AttentionLayer.SMOOTHING_PAIRS[1:]
 
 
 class SparseDeltaNetLayer(SparseMixerLayer):
     """The same with experts."""
 
-    SMOOTHING_PAIRS = DeltaNetLayer.SMOOTHING_PAIRS[:1]
+    SMOOTHING_PAIRS = ()
 
 
 class Qwen3NextForCausalLM(MoeForCausalLM):
     """Qwen3-Next with its head."""
 
-    layer = staticmethod(sparse_hybrid(DeltaNetLayer, SparseDeltaNetLayer))
+    layer = staticmethod(sparse_hybrid(DeltaNetLayer, SparseDeltaNetLayer, AttentionLayer, SparseAttentionLayer))
 
 
 def hybrid_config(fields: ConfigReader, **more: Any) -> DecoderConfig:

@@ -112,7 +112,13 @@ def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) ->
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
     options, settings = in_our_words(options), check_options(options)
     shape = model.config
-    sizes_of = shape.num_heads, shape.num_kv_heads, shape.hidden_size, len(target.devices), shape.experts_per_token > 0
+    sizes_of = (
+        shape.split_heads,
+        shape.num_kv_heads,
+        shape.hidden_size,
+        len(target.devices),
+        shape.experts_per_token > 0,
+    )
     placement = make_mesh(settings["mesh"], target.devices, *sizes_of) or target.devices[0]
     rows, tokens = limits(settings, placement)
     weights = device_bytes(placed_params(model, placement))
@@ -149,7 +155,7 @@ def _remedies(model: AbstractModel, target: Slice, tensor: int, room: int, optio
     """What would fit: more chips, half the bytes, shorter sequences."""
     remedies = []
     shape, dtype = model.config, model.dtype
-    for n in tensor_sizes(shape.num_heads, shape.num_kv_heads, 256):
+    for n in tensor_sizes(shape.split_heads, shape.num_kv_heads, 256):
         if n > tensor:
             try:
                 fit(model, target.with_devices(n), **options | {"mesh": f"tensor={n}"})
