@@ -328,6 +328,7 @@ OWN_VALUES: dict[tuple[str, str], Values] = {
     ("mamba2", "head_dim"): (4, 8, 2),
     ("jamba", "num_experts"): (4, 1, 5),
     ("granitemoehybrid", "num_local_experts"): (4, 0, 5),
+    ("granitemoehybrid", "shared_intermediate_size"): (24, 40),
     ("nemotron_h", "num_key_value_heads"): (1,),
     # Of tokens that are placeholders the embedding is another's.
     **{(family, f"{kind}_token_id"): (ABSENT, 200) for family in GEMMA4 for kind in ("image", "video", "audio")},

@@ -117,6 +117,7 @@ MUTANTS = {
     "mamba2: norm and gate": Mutant("mamba2", mixers(norm_first=True)),
     "mamba2: limits": Mutant("mamba2-bias-limits-tied", mixers(limits=(0.0, 0.9))),
     "mamba2: activation": Mutant("mamba2", mixers(activation="gelu")),
+    "bamba: which part turns": Mutant("bamba", of_ropes(dim=8)),
     "granitemoehybrid: residual_multiplier": Mutant(
         "granitemoehybrid", lambda config: replace(config, residual_scale=1.0)
     ),
