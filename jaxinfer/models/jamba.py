@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 
 from jaxinfer.layers.mamba import MambaConfig
+from jaxinfer.layers.router import Routing
 from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.decoder import decoder_config
 from jaxinfer.models.hybrid import MixerLayer, SparseMixerLayer, smoothing_pairs, sparse_hybrid
@@ -52,7 +53,7 @@ def parse(fields: ConfigReader) -> MoeConfig:
         offset = fields.integer(f"{which}_layer_offset", offset, minimum=0)
         if offset >= period:
             raise fields.error(f"{which}_layer_offset", f"it must be less than {which}_layer_period, {period}")
-        return tuple(i % period == offset for i in range(fields.integer("num_hidden_layers", 32)))
+        return tuple(i % period == offset for i in range(base.num_layers))
 
     base = decoder_config(
         ConfigReader({"max_position_embeddings": 262144, **fields.data}, fields.where), default_kv_heads=8
@@ -71,13 +72,15 @@ def parse(fields: ConfigReader) -> MoeConfig:
         norm_weights=True,
     )
     attend, sparse = every("attn", 8, 4), every("expert", 2, 1)
-    routing = routing_of(fields, ("num_experts", 16), 2)
+    alone = fields.data.get("num_experts") == 1
+    routing = Routing(1, 1) if alone else routing_of(fields, ("num_experts", 16), 2)
     base = replace(base, mixers=tuple(None if a else mixer for a in attend), ropes=(None,) * base.num_layers)
     return moe_config(
         base,
         routing=routing,
         expert_size=base.intermediate_size,
-        sparse=tuple(s and routing.experts > 1 for s in sparse),
+        sparse=tuple(s and not alone for s in sparse),
+        experts_per_token=0 if alone else routing.top_k,
     )
 
 
