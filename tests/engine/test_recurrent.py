@@ -26,6 +26,27 @@ DELTA_NETS = {
     "linear_value_head_dim": 8,
     "max_position_embeddings": 2048,
 }
+ALONE = {
+    "model_type": "mamba",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "state_size": 6,
+    "tie_word_embeddings": True,
+}
+BESIDE = {
+    "model_type": "falcon_h1",
+    **{
+        name: DELTA_NETS[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings")
+    },
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_state": 6,
+    "mamba_rms_norm": True,
+}
 LENGTH = 256
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 96, "page_size": 8, "max_model_len": LENGTH, "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
@@ -103,6 +124,23 @@ def test_a_thousand_tokens_do_not_drift(folder):
     expected = values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
     ours = [logprobs[token].logprob for token, logprobs in zip(tokens, output.outputs[0].logprobs, strict=True)]
     np.testing.assert_allclose(ours, expected[np.arange(len(tokens)), tokens], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [ALONE, BESIDE], ids=["alone", "beside attention"])
+def test_on_a_mesh(config, tmp_path):
+    """What is for all heads is on each device: here one group, and B and C of Mamba."""
+    folder = write_checkpoint(tmp_path / "model", config, random_tensors(config))
+    found = []
+    for mesh in (None, "data=2,tensor=2"):
+        with LLM(folder, mesh=mesh, **OPTIONS) as llm:
+            found += [llm.score(PROMPTS[2:5]), generated(llm, PROMPTS[2:5], GREEDY)]
+            if mesh is None:
+                for prompt, tokens in zip(PROMPTS[2:5], found[-1], strict=True):
+                    check(llm, prompt, tokens)
+    for one, split in zip(found[0], found[2], strict=True):
+        np.testing.assert_allclose(split.logprobs, one.logprobs, atol=1e-4)
+    assert found[1] == found[3]
 
 
 def test_prefixes_are_not_shared(folder):
