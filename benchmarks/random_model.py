@@ -52,6 +52,9 @@ QWEN3_MOE_1B = {
     "torch_dtype": "float32",
 }
 
+# Of encoders what isn't BERT-base's: MiniLM-L6's.
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+
 # Of each a folder's name, and its configuration.
 MODELS = {"llama": ("jaxinfer-llama-350m", LLAMA_350M), "qwen3-moe": ("jaxinfer-qwen3-moe-1b", QWEN3_MOE_1B)}
 
@@ -81,5 +84,54 @@ def write_model(folder: Path, config: dict[str, object] = LLAMA_350M, seed: int 
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(building / "tokenizer.json"))
     (building / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    building.rename(folder)
+    return folder
+
+
+def words() -> list[str]:
+    """A vocabulary: syllables, and letters for all else."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    syllables = [a + b + c for a in letters for b in "aeiou" for c in letters]
+    return [*special, *letters, *(f"##{c}" for c in letters), *syllables, *(f"##{s}" for s in syllables[:600])]
+
+
+def write_encoder(folder: Path, shape: dict[str, int], classes: int = 0, seed: int = 0) -> Path:
+    """A BERT of this shape, as sentence-transformers has one that embeds, or with a head for classes."""
+    if folder.exists():
+        return folder
+    import torch
+    from tokenizers import normalizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+    building = folder.with_name(folder.name + ".building")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    torch.manual_seed(seed)
+    config = BertConfig(**shape, num_labels=max(classes, 1))
+    model = BertForSequenceClassification(config) if classes else BertModel(config)
+    model.save_pretrained(building)
+    vocab = {word: i for i, word in enumerate(words())}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
+    tokenizer.save(str(building / "tokenizer.json"))
+    names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("pad", "unk", "cls", "sep", "mask")}
+    settings = {"tokenizer_class": "BertTokenizerFast", "model_max_length": 512, "do_lower_case": True}
+    (building / "tokenizer_config.json").write_text(json.dumps(names | settings))
+    if not classes:
+        kinds = ("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (kind, path) in enumerate(kinds)
+        ]
+        (building / "modules.json").write_text(json.dumps(modules))
+        (building / "sentence_bert_config.json").write_text('{"max_seq_length": 512, "do_lower_case": false}')
+        (building / "1_Pooling").mkdir()
+        (building / "2_Normalize").mkdir()
+        pooling = {"word_embedding_dimension": config.hidden_size, "pooling_mode_mean_tokens": True}
+        (building / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     building.rename(folder)
     return folder

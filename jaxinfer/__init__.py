@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxinfer.api import chat, embed, generate, stream, unload
-    from jaxinfer.engine.async_engine import AsyncEngine
+    from jaxinfer.async_engine import AsyncEngine
     from jaxinfer.engine.outputs import (
         ClassificationRequestOutput,
         CompletionOutput,
         EmbeddingRequestOutput,
         Logprob,
+        PoolingOutput,
+        PoolingRequestOutput,
         RequestMetrics,
         RequestOutput,
+        RerankResult,
         ScoreOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
     )
     from jaxinfer.errors import (
         CheckpointError,
@@ -33,16 +38,27 @@ if TYPE_CHECKING:
     )
     from jaxinfer.llm import LLM
     from jaxinfer.sampling.params import SamplingParams
+    from jaxinfer.sentence.pairs import CrossEncoder
+    from jaxinfer.sentence.vectors import SentenceTransformer
+    from jaxinfer.tasks.params import PoolingParams
 
 __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "jaxinfer.llm",
-    "AsyncEngine": "jaxinfer.engine.async_engine",
+    "AsyncEngine": "jaxinfer.async_engine",
     "SamplingParams": "jaxinfer.sampling.params",
     "RequestOutput": "jaxinfer.engine.outputs",
     "ScoreOutput": "jaxinfer.engine.outputs",
+    "SentenceTransformer": "jaxinfer.sentence.vectors",
+    "CrossEncoder": "jaxinfer.sentence.pairs",
+    "PoolingParams": "jaxinfer.tasks.params",
     "EmbeddingRequestOutput": "jaxinfer.engine.outputs",
+    "PoolingRequestOutput": "jaxinfer.engine.outputs",
+    "PoolingOutput": "jaxinfer.engine.outputs",
+    "ScoringRequestOutput": "jaxinfer.engine.outputs",
+    "ScoringOutput": "jaxinfer.engine.outputs",
+    "RerankResult": "jaxinfer.engine.outputs",
     "ClassificationRequestOutput": "jaxinfer.engine.outputs",
     "RequestMetrics": "jaxinfer.engine.outputs",
     "CompletionOutput": "jaxinfer.engine.outputs",
@@ -67,15 +83,23 @@ __all__ = [
     "ClassificationRequestOutput",
     "CompletionOutput",
     "ContextLengthError",
+    "CrossEncoder",
     "EmbeddingRequestOutput",
     "EngineClosed",
     "Logprob",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "QueueFullError",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
+    "RerankResult",
     "SamplingParams",
     "ScoreOutput",
+    "ScoringOutput",
+    "ScoringRequestOutput",
+    "SentenceTransformer",
     "UnsupportedError",
     "chat",
     "embed",

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxinfer.aliases.loading import LOADING
 from jaxinfer.aliases.sampling import SAMPLING
-from jaxinfer.demo import MODEL_DIR
+from jaxinfer.demo import ENCODER_DIR, MODEL_DIR
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.outputs import RequestOutput
 from jaxinfer.engine.prompts import Prompt, is_single_conversation, is_single_prompt
@@ -78,15 +78,16 @@ def chat(messages: Any, model: str | os.PathLike[str] | None = None, **options: 
     return texts[0] if is_single_conversation(messages) else texts
 
 
-def embed(texts: Text | Sequence[Text], model: str | os.PathLike[str], **options: Any) -> np.ndarray:
+def embed(texts: Text | Sequence[Text], model: str | os.PathLike[str] | None = None, **options: Any) -> np.ndarray:
     """The vectors f32[N, D] of a list of texts, in input order; of a single text f32[D].
 
-    model: a folder or hub id; it stays loaded as for `generate`. options: those of LLM.embed (prompt_name, dimensions,
+    model: a folder or hub id; None is the small encoder that ships with the package, which knows the questions of its
+    demo. It stays loaded as for `generate`. options: those of LLM.embed (prompt_name, dimensions,
     normalize, truncate, ...) and of LLM (dtype, mesh, ...). Raises what they raise.
     """
     own = {name: value for name, value in options.items() if name in _EMBEDDING}
     load = LOADING.translated({name: value for name, value in options.items() if name not in own}, _LOADING | {"seed"})
-    with _held(model, load) as llm:
+    with _held(ENCODER_DIR if model is None else model, load) as llm:
         outputs = llm.embed(texts, use_tqdm=False, **own)
     vectors = [output.outputs.embedding for output in outputs]
     single = is_single_prompt(texts)

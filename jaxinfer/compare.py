@@ -1,4 +1,5 @@
-"""The price of quantization: how far a model's next-token distributions move on given texts, and what that saves."""
+"""The price of quantization: how far a model's next-token distributions (or its vectors, or classes) move on given
+texts, and what that saves."""
 
 from __future__ import annotations
 
@@ -15,9 +16,12 @@ import numpy as np
 
 from jaxinfer.attention import ForwardBatch, Table
 from jaxinfer.benchmark import generate, random_work
+from jaxinfer.compare_pooled import ClassPrice, VectorPrice, pooled_price
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.config import DType
+from jaxinfer.engine.loading import open_model
 from jaxinfer.llm import LLM
+from jaxinfer.models.tasks import GENERATE
 from jaxinfer.quantization.schemes import parse_quantization
 
 DECODED = (16, 64)  # tokens of the prompt and of the output of which the speed is measured
@@ -62,29 +66,41 @@ def compare(
     right: Callable[[LLM], float] | None = None,
     on_error: Callable[[str, Exception], None] | None = None,
     **options: Any,
-) -> Iterator[Price]:
-    """The prices of the model as it is, then of each scheme, one loaded at a time. options: of `LLM`.
+) -> Iterator[Price | VectorPrice | ClassPrice]:
+    """The prices of the model as it is, then of each scheme, one loaded at a time. options: of `LLM`. A model that
+    makes vectors or classes is compared with itself in float32, unless options say another dtype.
 
     schemes: of weights, by name or by patterns as on the command line, or of the cache as `kv-int8`, or dtypes, or
     folders of the model in another form (with a `/`). on_error: told why a scheme is not to be had, before the next one
     is tried; None: that is raised. right: the share of right answers of a model. Of each text the first `max_length`
     tokens are taken, of all together `max_tokens`, and kept on disk for their number times the vocabulary times 4
-    bytes. Raises ValueError if the texts have no two tokens, or if a folder has another model.
+    bytes. Of a model that makes no text they are whole, until they have `max_tokens`. Raises ValueError if the texts
+    have no two tokens, or if a folder has another model.
     """
-    texts = list(texts)
+    texts, pooled = list(texts), open_model(model, **options).task != GENERATE
     with tempfile.TemporaryFile() as file:
         base: np.ndarray[Any, Any] | None = None
         for scheme in (None, *schemes):
             folder, more = (scheme, {}) if scheme is not None and "/" in scheme else (model, _options(scheme))
+            if scheme is None and pooled:
+                more = {"dtype": options.get("dtype", "float32")}
+            price: Price | VectorPrice | ClassPrice
             try:
                 with LLM(folder, **options | more) as llm:
-                    sequences = _sequences(llm, texts, max_length, max_tokens)
-                    shape = sum(len(ids) - 1 for ids in sequences), llm.model.config.vocab_size
-                    if base is not None and shape != base.shape:
-                        raise ValueError(f"{scheme}: cuts texts into other tokens than {model}: it is another model")
-                    if base is None:
-                        base = np.memmap(file, np.float32, "w+", shape=shape)
-                    price = _price(llm, scheme, sequences, base, right)
+                    if pooled:
+                        texts = _texts(llm, texts, max_tokens) if base is None else texts
+                        price, numbers = pooled_price(llm, scheme, texts, base, right)
+                        base = numbers if base is None else base
+                    else:
+                        sequences = _sequences(llm, texts, max_length, max_tokens)
+                        shape = sum(len(ids) - 1 for ids in sequences), llm.model.config.vocab_size
+                        if base is not None and shape != base.shape:
+                            raise ValueError(
+                                f"{scheme}: cuts texts into other tokens than {model}: it is another model"
+                            )
+                        if base is None:
+                            base = np.memmap(file, np.float32, "w+", shape=shape)
+                        price = _price(llm, scheme, sequences, base, right)
             except (ValueError, OSError, jax.errors.JaxRuntimeError) as error:  # the last one where memory is too small
                 if scheme is None or on_error is None:
                     raise
@@ -132,6 +148,18 @@ def _options(scheme: str | None) -> dict[str, Any]:
     if scheme is None or scheme in get_args(DType):
         return {"dtype": scheme} if scheme else {}
     return {"quantization": parse_quantization(scheme)}
+
+
+def _texts(llm: LLM, texts: Sequence[str], max_tokens: int) -> list[str]:
+    """Those that are compared, whole."""
+    left = max_tokens
+    for count, text in enumerate(texts):
+        left -= len(llm.tokenizer.encode(text))
+        if left < 1:
+            return list(texts[: count + 1])
+    if not texts:
+        raise ValueError("there are no texts to compare")
+    return list(texts)
 
 
 def _sequences(llm: LLM, texts: Sequence[str], max_length: int, max_tokens: int) -> list[list[int]]:

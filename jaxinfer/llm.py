@@ -9,7 +9,8 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, Unpack
 
-from jaxinfer.aliases import takes
+from jaxinfer.aliases import Words, takes
+from jaxinfer.aliases.loading import LORA
 from jaxinfer.aliases.sampling import CALL, SAMPLING
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.deployment import read_deployment
@@ -17,39 +18,38 @@ from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.feed import OnError
 from jaxinfer.engine.load import Loaded, load_opened
 from jaxinfer.engine.loading import open_model
-from jaxinfer.engine.outputs import ClassificationRequestOutput, EmbeddingRequestOutput, RequestOutput, ScoreOutput
+from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
 from jaxinfer.engine.pooling.engine import PoolingEngine
 from jaxinfer.engine.pooling.load import LoadedPooling, load_pooling
 from jaxinfer.engine.prompts import Prompt, encode_prompt, is_single_conversation, prompt_list
 from jaxinfer.engine.sizing import Sizes
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.thread import EngineThread
-from jaxinfer.errors import RequestError, UnsupportedError
+from jaxinfer.errors import RequestError
 from jaxinfer.models.model import AbstractModel
-from jaxinfer.models.tasks import CLASSIFY, EMBED, GENERATE
+from jaxinfer.models.tasks import GENERATE
+from jaxinfer.pooling import NO_PARAMS, PoolingMethods, given
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.tasks.beam_search import BeamSearchOutput, beam_search
-from jaxinfer.tasks.classify import ClassifyTask
-from jaxinfer.tasks.embed import EmbedTask
 from jaxinfer.tasks.generate import GenerateTask, prompts_as_they_come, prompts_asked
-from jaxinfer.tasks.pooling import Pair, progress
-from jaxinfer.tasks.pooling import Text as EmbedText
+from jaxinfer.tasks.params import PoolingParams
 from jaxinfer.tasks.score import Scorable, ScoreTask, Text, TextAsked, texts_asked
 from jaxinfer.text.base import Tokenizer
 
 Message = Mapping[str, Any]
-ClassifyText = EmbedText | Pair
-CAN = {
-    GENERATE: 'the model generates text (LLM.generate, chat, score); convert="embed" loads it for vectors',
-    EMBED: "the model makes vectors of texts (LLM.embed), and nothing else",
-    CLASSIFY: "the model gives texts classes (LLM.classify), and nothing else",
-}
-
 # Arguments of calls that are other programs', or belong to SamplingParams.
 ARGUMENTS = CALL.meaning((*SamplingParams.__dataclass_fields__, *SAMPLING), "it belongs in SamplingParams")
+# Of `score`: vLLM's names.
+SCORED = Words(
+    "argument",
+    is_request=True,
+    same={"queries": "texts", "documents": "continuations", "data_1": "texts", "data_2": "continuations"}
+    | {"text_1": "texts", "text_2": "continuations"},
+    instead={"lora_request": LORA},
+)
 
 
-class LLM:
+class LLM(PoolingMethods):
     """A model in memory: a folder in Hugging Face's format, or a hub id. Options: see EngineConfig.
 
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
@@ -73,10 +73,7 @@ class LLM:
         else:
             loaded = load_pooling(opened)
             self.model, self.tokenizer, self._pooling = loaded.engine.model, loaded.tokenizer, loaded.engine
-            if self.task == EMBED:
-                self._embed = EmbedTask(loaded)
-            else:
-                self._classify = ClassifyTask(loaded)
+            self.take(loaded)
         self.folder = loaded.folder
         self.dtype = loaded.dtype
         self.load_seconds = loaded.load_seconds
@@ -116,10 +113,6 @@ class LLM:
     @cached_property
     def _score(self) -> ScoreTask:
         return ScoreTask(self.engine_thread)
-
-    def _unsupported(self) -> UnsupportedError:
-        """What the model can do, where something else was asked for."""
-        return UnsupportedError(f"{self.folder}: {CAN[self.task]}")
 
     @property
     def engine(self) -> Engine:
@@ -246,21 +239,40 @@ class LLM:
         prompts = [self.chat_prompt(c, tools, **template_kwargs) for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    @takes(SCORED)
     def score(
         self,
         texts: Text | Sequence[Text],
         continuations: Text | Sequence[Text] | None = None,
         *,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        pooling_params: PoolingParams | None = None,
+        chat_template: str | None = None,
         use_tqdm: bool = True,
         on_error: OnError = "raise",
-    ) -> list[ScoreOutput]:
-        """How likely each text is, or with continuations, how likely each of them is after its prompt (or all of them
-        after one prompt). Outputs come in input order.
+    ) -> list[Any]:
+        """Of a language model ScoreOutputs: how likely each text is, or with continuations, how likely each of them is
+        after its prompt (or all of them after one prompt). Of others ScoringRequestOutputs, of `score(queries,
+        documents)`: how well each document answers its query (or all of them one query). Outputs come in input order.
 
         A text, prompt or continuation is text or a list of token ids. What several prompts begin with is computed
         once. A text's first token is given, not scored, unless the tokenizer puts a BOS before it. Spaces at a prompt's
         end count as the continuation's, as in lm-eval. use_tqdm, on_error: as for `generate`.
+
+        A query and a document go together through a model with one class, whose score comes after the checkpoint's
+        activation; by models that embed each has a vector, and the score is their similarity, cosine where the
+        checkpoint says nothing else. chat_template: how rerankers that are language models get the two, a template with
+        the roles query and document, or one of "qwen3_reranker" and "bge_reranker_gemma". The rest: see PoolingMethods.
         """
+        params = given(pooling_params, truncate_prompt_tokens)
+        if self.task != GENERATE:
+            return self._scored(texts, continuations, truncate, params, chat_template, use_tqdm, on_error)
+        if truncate or params != NO_PARAMS or chat_template is not None:
+            raise RequestError(
+                "truncate, pooling_params and chat_template are for models that score a query and a document; "
+                f"{self._unsupported()}"
+            )
         return self._score.run_all(texts_asked(texts, continuations), on_error, use_tqdm)
 
     def score_iter(
@@ -289,101 +301,6 @@ class LLM:
         """The `beam_width` best continuations of each prompt, best first: see `jaxinfer.tasks.beam_search`."""
         encoded = [encode_prompt(prompt, self.tokenizer) for prompt in prompt_list(prompts)]
         return beam_search(self.engine_thread, encoded, beam_width, max_tokens, length_penalty, ignore_eos)
-
-    def embed(
-        self,
-        prompts: EmbedText | Sequence[EmbedText],
-        *,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        dimensions: int | None = None,
-        normalize: bool | None = None,
-        truncate: bool = False,
-        truncate_prompt_tokens: int | None = None,
-        use_tqdm: bool = True,
-        on_error: OnError = "raise",
-    ) -> list[EmbeddingRequestOutput]:
-        """The vector of each text; outputs come in input order.
-
-        A text is text, a list of token ids, which are all that the model gets, or a dict with `prompt` or
-        `prompt_token_ids`. prompt_name: the name of one of the checkpoint's prompts, which is put before each text;
-        prompt: another one. dimensions: vectors are cut to so many, as Matryoshka models are trained for. normalize: to
-        length 1, after the cut; None: as the checkpoint says. truncate: of a text that is too long the end is cut off,
-        special tokens stay; truncate_prompt_tokens: to so many tokens, or with -1 to max_model_len. Without them such a
-        text raises ValueError, as does all that can't be served; with on_error="return" its own output says why.
-        """
-        texts = self._embedding.list_of(prompts)
-        outputs = self._embedded(
-            texts, prompt_name, prompt, dimensions, normalize, truncate, truncate_prompt_tokens, on_error
-        )
-        return list(progress(outputs, len(texts), use_tqdm, EmbedTask.done))
-
-    def embed_iter(
-        self,
-        prompts: Iterable[EmbedText],
-        *,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        dimensions: int | None = None,
-        normalize: bool | None = None,
-        truncate: bool = False,
-        truncate_prompt_tokens: int | None = None,
-        on_error: OnError = "raise",
-    ) -> Iterator[EmbeddingRequestOutput]:
-        """`embed` of texts as they come out of an iterable, in their order. It is read no further ahead than it takes
-        to keep the device busy, so the memory does not depend on how many there are."""
-        if isinstance(prompts, str | Mapping):
-            raise RequestError("prompts is one text: embed_iter takes an iterable of them", "prompts")
-        return self._embedded(
-            prompts, prompt_name, prompt, dimensions, normalize, truncate, truncate_prompt_tokens, on_error
-        )
-
-    def classify(
-        self,
-        prompts: ClassifyText | Sequence[ClassifyText],
-        *,
-        use_activation: bool = True,
-        truncate: bool = False,
-        truncate_prompt_tokens: int | None = None,
-        use_tqdm: bool = True,
-        on_error: OnError = "raise",
-    ) -> list[ClassificationRequestOutput]:
-        """The classes of each text, or pair of texts, `(a, b)`; outputs come in input order.
-
-        use_activation: probabilities, as the checkpoint's `problem_type` says; False: logits. The rest is as for
-        `embed`; of a pair the longer text loses its end.
-        """
-        task = self._classification
-        texts = task.list_of(prompts)
-        options = task.text_options(None, truncate, truncate_prompt_tokens)
-        return list(progress(task.run(texts, options, use_activation, on_error), len(texts), use_tqdm, task.done))
-
-    @property
-    def _embedding(self) -> EmbedTask:
-        if self.task != EMBED:
-            raise self._unsupported()
-        return self._embed
-
-    @property
-    def _classification(self) -> ClassifyTask:
-        if self.task != CLASSIFY:
-            raise self._unsupported()
-        return self._classify
-
-    def _embedded(
-        self,
-        texts: Iterable[EmbedText],
-        prompt_name: str | None,
-        prompt: str | None,
-        dimensions: int | None,
-        normalize: bool | None,
-        truncate: bool,
-        truncate_prompt_tokens: int | None,
-        on_error: OnError,
-    ) -> Iterator[EmbeddingRequestOutput]:
-        task = self._embedding
-        before = task.text_options(task.prompt(prompt_name, prompt), truncate, truncate_prompt_tokens)
-        return task.run(texts, before, task.options(dimensions, normalize), on_error)
 
     def close(self) -> None:
         """Frees weights and cache. What was returned stays; what runs in other threads ends with an error, and nothing

@@ -6,10 +6,11 @@ that a lane without torch can use what another lane made.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,14 +229,26 @@ def _make(variant: Variant, folder: Path) -> None:
             best = model(whole).logits[0, len(prompt) - 1 : -1].topk(2).values
             greedy.append(whole[0, len(prompt) :].numpy())
             gaps.append((best[:, 0] - best[:, 1]).numpy())
-    building = folder.with_suffix(".building")
-    shutil.rmtree(building, ignore_errors=True)
-    model.save_pretrained(building, max_shard_size=variant.shard_size)
-    write_tokenizer(building)
-    np.savez(building / "reference.npz", **arrays, greedy=np.array(greedy), gaps=np.array(gaps))
-    if variant.change is not None:
-        variant.change(building)
-    building.rename(folder)
+    with building(folder) as own:
+        model.save_pretrained(own, max_shard_size=variant.shard_size)
+        write_tokenizer(own)
+        np.savez(own / "reference.npz", **arrays, greedy=np.array(greedy), gaps=np.array(gaps))
+        if variant.change is not None:
+            variant.change(own)
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """Where to write what becomes `folder` all at once. Another process may make the same, and be first."""
+    own = folder.with_name(f"{folder.name}.{os.getpid()}")
+    shutil.rmtree(own, ignore_errors=True)
+    yield own
+    try:
+        own.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(own)
 
 
 def same_tokens(ours: list[int], reference: list[int], gaps: np.ndarray) -> bool:

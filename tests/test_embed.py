@@ -10,6 +10,7 @@ import pytest
 import jaxinfer
 from jaxinfer import LLM, RequestError, UnsupportedError
 from jaxinfer.errors import CheckpointError, ContextLengthError, EngineClosed
+from tests.checkpoints import building
 from tests.models.families import Variant
 from tests.models.references import error, found_or_made, random_model
 from tests.refusals import line
@@ -68,24 +69,23 @@ def make(kind):
 
         config, auto, more = KINDS[kind]
         model = random_model(Variant(config, FIELDS | more, auto=auto), 0.2, 0.2)
-        building = folder.with_suffix(".building")
-        model.save_pretrained(building)
-        tokenizer(building)
-        ids = [[*ours(text), END] for text in TEXTS]
-        with torch.no_grad():
-            hidden = [model.base_model(torch.tensor([row])).last_hidden_state[0].numpy() for row in ids]
-        np.savez(building / "reference.npz", *hidden)
-        modules = ["Transformer", "Pooling", "Normalize"]
-        entries = [
-            {"idx": i, "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
-            for i, name in enumerate(modules)
-        ]
-        (building / "modules.json").write_text(json.dumps(entries))
-        (building / "1_Pooling").mkdir()
-        (building / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": POOLINGS[kind]}))
-        said = {"prompts": {"query": "query: "}, "similarity_fn_name": "cosine"}
-        (building / "config_sentence_transformers.json").write_text(json.dumps(said))
-        building.rename(folder)
+        with building(folder) as own:
+            model.save_pretrained(own)
+            tokenizer(own)
+            ids = [[*ours(text), END] for text in TEXTS]
+            with torch.no_grad():
+                hidden = [model.base_model(torch.tensor([row])).last_hidden_state[0].numpy() for row in ids]
+            np.savez(own / "reference.npz", *hidden)
+            modules = ["Transformer", "Pooling", "Normalize"]
+            entries = [
+                {"idx": i, "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+                for i, name in enumerate(modules)
+            ]
+            (own / "modules.json").write_text(json.dumps(entries))
+            (own / "1_Pooling").mkdir()
+            (own / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": POOLINGS[kind]}))
+            said = {"prompts": {"query": "query: "}, "similarity_fn_name": "cosine"}
+            (own / "config_sentence_transformers.json").write_text(json.dumps(said))
 
     return made
 
@@ -164,8 +164,9 @@ def test_over_devices(folders, llms, mesh):
         assert error(vectors(llm), vectors(llms["qwen3"])) < TOLERANCE
 
 
-def test_an_encoder_over_devices(folders, bert):
-    with LLM(folders["bert"], mesh="data=4,tensor=2", max_num_batched_tokens=512) as llm:
+@pytest.mark.parametrize("mesh", ["data=4,tensor=2", "fsdp=8"])
+def test_an_encoder_over_devices(folders, bert, mesh):
+    with LLM(folders["bert"], mesh=mesh, max_num_batched_tokens=512) as llm:
         assert error(vectors(llm), vectors(bert)) < TOLERANCE
 
 
@@ -327,11 +328,10 @@ def test_what_a_model_can_not_do_is_said(folders, bert):
     for call in (
         lambda: bert.generate("a"),
         lambda: bert.chat([{"role": "user", "content": "a"}]),
-        lambda: bert.score("a"),
         lambda: next(bert.generate_iter(["a"])),
         lambda: bert.classify("a"),
     ):
-        assert "the model makes vectors of texts (LLM.embed)" in line(call, UnsupportedError)
+        assert "the model makes vectors of texts (LLM.embed, score" in line(call, UnsupportedError)
     with LLM(folders["qwen3"], runner="generate") as llm:
         assert llm.task == "generate"
         assert "the model generates text" in line(lambda: llm.embed("a"), UnsupportedError)
@@ -346,7 +346,9 @@ def test_what_can_not_be_loaded(folders, tmp_path):
         ({"kv_cache_dtype": "int8"}, "kv_cache_dtype is 'int8': models that embed have no use for it"),
         ({"max_model_len": 161}, "max_model_len is 161"),
         ({"pooler_config": {"pooling_type": "SUM"}}, "one of CLS, LAST, MEAN"),
-        ({"pooler_config": {"normalize": True}}, "it must be a dict with pooling_type"),
+        ({"pooler_config": {"logit_bias": 1}}, "it must be a dict with pooling_type"),
+        ({"pooler_config": {"pooling_type": "STEP"}}, "models that embed have no steps"),
+        ({"pooler_config": {"step_tag_id": 1}}, "step_tag_id is 1: models that embed have no use for it"),
         ({"runner": "pool"}, "runner is 'pool'"),
         ({"runner": "generate", "convert": "embed"}, "leave one of them out"),
         ({"convert": "classify"}, "to classify with model_type bert it can be"),

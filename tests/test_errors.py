@@ -233,6 +233,7 @@ def test_errors_keep_what_they_say():
     assert type(placed("prompt 3", EngineClosed("gone"))) is ValueError
     assert UnsupportedError.at("messages[0].content", "no").param == "messages"
     assert RequestError("why").param is None
-    from jaxinfer.engine import async_engine, thread
+    from jaxinfer import async_engine
+    from jaxinfer.engine import thread
 
     assert (async_engine.QueueFullError, thread.EngineClosed) == (QueueFullError, EngineClosed)

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer import LLM, SamplingParams
+from jaxinfer import LLM, RequestError, SamplingParams, ScoreOutput, UnsupportedError
 from jaxinfer.engine.scoring import encode_pair, encode_text, prefix_token_id, rolling_windows
 from tests.engine.reference import all_logits
+from tests.refusals import line
 
 RNG = np.random.default_rng(0)
 
@@ -206,3 +207,12 @@ def test_ids_may_be_numpys(llm):
     two = tuple(np.array(tokens[:2]))  # a text, and no pair of prompt and continuation
     (output,) = llm.score_iter([two])
     assert output.token_ids == tokens[1:2]
+
+
+def test_other_models_scores_are_not_asked_of_a_language_model(llm):
+    (scored,) = llm.score("hello", " world", use_tqdm=False)
+    assert isinstance(scored, ScoreOutput)
+    assert scored.logprob == llm.score(queries="hello", documents=" world", use_tqdm=False)[0].logprob  # vLLM's names
+    assert "the model generates text" in line(lambda: llm.score("a", "b", truncate=True), RequestError)
+    for call in (lambda: llm.rerank("a", ["b"]), lambda: llm.similarity("a", "b"), lambda: llm.encode("a")):
+        assert "the model generates text" in line(call, UnsupportedError)

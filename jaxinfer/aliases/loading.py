@@ -61,7 +61,7 @@ LOADING = Words(
             "disable_async_output_proc": "not needed here: there is nothing like it to turn off",
             "attention_backend attention_config attn_implementation override_attention_dtype": "here it is attention",
             "disable_sliding_window": CONFIG,
-            "hf_overrides rope_scaling rope_theta hf_config_path": CONFIG,
+            "rope_scaling rope_theta hf_config_path": CONFIG,
             "download_dir cache_dir": HUB,
             "local_files_only": "HF_HUB_OFFLINE=1 says so",
             "load_format use_safetensors": "safetensors are read, and what jaxinfer convert writes",
@@ -213,10 +213,15 @@ VALUES: Mapping[str, Mapping[Any, str]] = {
 }
 
 
+POOLER_FIELDS = {"seq_pooling_type": "pooling_type", "tok_pooling_type": "pooling_type"}
+
+
 def spelt(name: str, value: Any) -> Any:
     """A value as it is spelt here: dtypes may be NumPy's, JAX's or torch's own, and None is as by default."""
     if name == "dtype" and value is not None and not isinstance(value, str):
         value = getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)
     if name == "dtype" and isinstance(value, str):
         value = value.removeprefix("torch.")
+    if name == "pooler_config" and isinstance(value, Mapping):
+        return {POOLER_FIELDS.get(field, field): setting for field, setting in value.items()}
     return VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value

@@ -23,13 +23,13 @@ from jaxinfer.batch.parts import Output
 from jaxinfer.batch.progress import Progress
 from jaxinfer.batch.readers import count_rows, records
 from jaxinfer.batch.results import Results
-from jaxinfer.batch.row import Task
+from jaxinfer.batch.row import POOLING, Task, check_pooling
 from jaxinfer.batch.shards import parse_shard
 from jaxinfer.batch.sources import find_sources, need
 from jaxinfer.batch.summary import Summary
 from jaxinfer.batch.writer import Writer
 from jaxinfer.checkpoint.hub import resolve
-from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
+from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.text.tokenizer import has_tokenizer
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def run(
     model: str | os.PathLike[str] | LLM,
     task: Task = "generate",
     sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+    pooling_params: Mapping[str, Any] | None = None,
     prompt_template: str | None = None,
     truncate: bool = False,
     token_ids: bool = False,
@@ -67,11 +68,13 @@ def run(
     written there is removed; the same job goes on. model: a folder or hub id (`options` as for LLM), or an LLM.
     sampling_params: of rows that have none of their own; as a mapping, what differs from the checkpoint's (and from 256
     max_tokens; OpenAI's lines have OpenAI's defaults).
+    pooling_params: of embed, classify and rerank, arguments of LLM's methods of these names (see `row.POOLING`).
     prompt_template: makes prompts of columns, "Translate: {text}".
     option seed: rows that sample and have no seed of their own get one that is made of it and their number.
     truncate: of prompts that are too long, keep BOS and the last tokens, so that max_tokens (at most half of the
-    context) fit. token_ids: write them too; when scoring, also each one's log-probability. output_prefix: of the names
-    of the result columns, where the input has such columns itself.
+    context) fit; of texts to embed, to classify and to rank, the first ones.
+    token_ids: write them too; when scoring, also each one's log-probability. output_prefix: of the names of the result
+    columns, where the input has such columns itself.
     rows_per_part: a part is in memory until it is complete. shard: "I/N", to do every N-th part (see `merge`).
     max_errors: raise TooManyErrors beyond so many rows with an error.
     stop: asked all the time; once it is true, the part that is the next one is finished, and no more.
@@ -79,6 +82,7 @@ def run(
     Raises ValueError, FileNotFoundError and other OSErrors, each with one line.
     """
     _check(task, rows_per_part, max_errors)
+    pooling = check_pooling(task, pooling_params, token_ids)
     out = Output(os.fspath(output), format)
     if out.format == "parquet":
         parquet_modules()
@@ -87,7 +91,7 @@ def run(
     changes = dataclasses.asdict(sampling_params) if isinstance(sampling_params, SamplingParams) else sampling_params
     wanted = SamplingParams().with_changes(**changes or {})
     checker = Parser(task, SamplingParams(), changes, prompt_template)  # mistakes show before a model is loaded
-    seed = options.pop("seed", 0)
+    seed = 0 if task in POOLING else options.pop("seed", 0)
     group = distributed.group()
     if group is None or group.leads:
         out.check()  # before a model is downloaded
@@ -96,11 +100,12 @@ def run(
         folder = _folder(model, options)
         if group is not None and not group.leads:
             _load(folder, options)  # and no further: input and output are process 0's
-        if task != "score" and not token_ids and not _gives_text(model, folder, options):
+        if task in ("generate", "chat") and not token_ids and not _gives_text(model, folder, options):
             raise ValueError(f"model {folder}: without a tokenizer there is no text to write; ask for token_ids too")
         sources = find_sources([os.fspath(path) for path in _listed(inputs)])
         check_apart(out, sources)
-        results = Results(task, wanted, token_ids, out.format, folder.name, output_prefix)
+        logits = pooling.get("use_activation") is False
+        results = Results(task, wanted, token_ids, out.format, folder.name, output_prefix, logits=logits)
         schema = common_schema(sources) if out.format == "parquet" else None
         shard_of = parse_shard(shard, {} if group is not None else os.environ)
         job = {
@@ -108,6 +113,7 @@ def run(
             "model": _fingerprint(model, folder, options),
             "task": task,
             "sampling_params": dict(changes or {}),
+            "pooling_params": pooling,
             "prompt_template": prompt_template,
             "seed": seed,
             "truncate": truncate,
@@ -141,27 +147,29 @@ def run(
             return Summary.of(out, manifest)
 
         from jaxinfer.batch.loop import Loop  # JAX comes with it
+        from jaxinfer.batch.workers import WORKERS
         from jaxinfer.llm import LLM
 
         if not isinstance(model, LLM):
             options.setdefault("on_progress", progress.say)
+            if task in POOLING:
+                options.setdefault("runner", "pooling")
             model = stack.enter_context(_load(folder, options))
-        loaded = {"dtype": str(model.dtype), "max_model_len": model.sizes.max_model_len}
+        worker = WORKERS[task](model, results, seed=seed, truncate=truncate, params=pooling)
         try:
-            manifest.take(loaded, out)
+            manifest.take(worker.facts, out)
         except AnotherJob:
             if not overwrite:
                 raise
-            manifest = begin_anew(out, shard_of[1], job | loaded)
+            manifest = begin_anew(out, shard_of[1], job | worker.facts)
         if stop():
             return Summary.of(out, manifest)
-        defaults = model.get_default_sampling_params().with_changes(max_tokens=DEFAULT_MAX_TOKENS)
-        parser = Parser(task, defaults, changes, prompt_template)
+        parser = Parser(task, worker.defaults, changes, prompt_template)
         writer = Writer(out, manifest, max_errors, others=results.others, schema=schema)
         progress.begin(writer, count_rows(sources) if show_progress and manifest.shards == 1 else None)
         before, rows, tokens, start = model.stats, writer.rows, writer.tokens, time.perf_counter()
         first = 0 if results.table and manifest.columns is None else manifest.next_part * rows_per_part
-        loop = Loop(model, parser, results, writer, progress, seed=seed, truncate=truncate, stop=stop)
+        loop = Loop(worker, parser, writer, progress, stop=stop)
         loop.run(records(sources, first, empty_lines=True))
         if manifest.finished:
             finish(out, manifest)

@@ -12,16 +12,16 @@ from jaxinfer.batch.order import ROWS, ordered
 from jaxinfer.batch.parse import Parser
 from jaxinfer.batch.progress import Progress
 from jaxinfer.batch.readers import Records
-from jaxinfer.batch.results import Results
 from jaxinfer.batch.row import Record, Row
 from jaxinfer.batch.tables import column_kinds
 from jaxinfer.batch.work import Work, Worker
 from jaxinfer.batch.writer import Result, Writer
-from jaxinfer.llm import LLM
 
 
 class Loop:
     """Runs the rows of a shard, from the first part on that is not written.
+
+    worker: runs them, and says what is written.
 
     Rows run in the order of `ordered`. Results are held until their part is complete, so nothing new is begun while an
     early row keeps too many of them waiting.
@@ -29,18 +29,15 @@ class Loop:
 
     def __init__(
         self,
-        llm: LLM,
+        worker: Worker,
         parser: Parser,
-        results: Results,
         writer: Writer,
         progress: Progress,
         *,
-        seed: int,
-        truncate: bool,
         stop: Callable[[], bool],
     ):
-        self.worker = Worker(llm, results, seed=seed, truncate=truncate)
-        self.parser, self.results, self.writer, self.progress, self.stop = parser, results, writer, progress, stop
+        self.worker, self.results = worker, worker.results
+        self.parser, self.writer, self.progress, self.stop = parser, writer, progress, stop
         self.max_held = 16 * ROWS + 2 * writer.rows_per_part
         self._first = writer.manifest.next_part
         self._last: int | None = None  # the part after which to stop

@@ -6,11 +6,15 @@ ids are digests of the row's place and custom_id, `created` is 0, and there are 
 
 from __future__ import annotations
 
+import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxinfer.batch.row import Row
+from jaxinfer.batch.values import numbers
 from jaxinfer.engine.outputs import CompletionOutput, Logprob, RequestOutput
 
 LEAST = -9999.0  # what OpenAI writes for a logprob that JSON has no number for
@@ -19,7 +23,6 @@ LEAST = -9999.0  # what OpenAI writes for a logprob that JSON has no number for
 def response_line(row: Row, output: RequestOutput | None, *, model: str) -> dict[str, Any]:
     """The line of an OpenAI row (`row.openai`). output None: only if the row has an error. model: the name of what ran,
     whatever the line called it. Of a row that failed, `response` has status_code 400 and says why."""
-    digest = hashlib.blake2b(f"{row.index}:{row.custom_id}".encode(), digest_size=12).hexdigest()
     error = row.error if row.error is not None else output.error if output is not None else "no output"
     if error is not None or output is None or row.ask is None or row.ask.params is None:
         status = 400
@@ -30,7 +33,7 @@ def response_line(row: Row, output: RequestOutput | None, *, model: str) -> dict
         status = 200
         chat = row.ask.messages is not None
         body = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{digest}",
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{_digest(row)}",
             "object": "chat.completion" if chat else "text_completion",
             "created": 0,
             "model": model,
@@ -39,8 +42,31 @@ def response_line(row: Row, output: RequestOutput | None, *, model: str) -> dict
             ],
             "usage": _usage(output),
         }
+    return _line(row, status, body)
+
+
+def embeddings_line(row: Row, vectors: Sequence[np.ndarray], tokens: int, *, model: str) -> dict[str, Any]:
+    """The line of a row of embeddings. tokens: of all its texts."""
+    assert row.ask is not None
+    encode = _base64 if row.ask.base64 else numbers
+    data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return _line(row, 200, {"object": "list", "data": data, "model": model, "usage": usage})
+
+
+def _base64(vector: np.ndarray) -> str:
+    """Of float32, the least byte of each first."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _line(row: Row, status: int, body: dict[str, Any]) -> dict[str, Any]:
+    digest = _digest(row)
     response = {"status_code": status, "request_id": f"req_{digest}", "body": body}
     return {"id": f"batch_req_{digest}", "custom_id": row.custom_id, "response": response, "error": None}
+
+
+def _digest(row: Row) -> str:
+    return hashlib.blake2b(f"{row.index}:{row.custom_id}".encode(), digest_size=12).hexdigest()
 
 
 def _usage(output: RequestOutput) -> dict[str, int]:

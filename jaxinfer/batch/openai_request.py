@@ -1,8 +1,8 @@
 """OpenAI's batch lines: {"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}.
 
-Format: https://platform.openai.com/docs/guides/batch; bodies as in that API's reference of chat/completions and
-completions, with OpenAI's defaults. Fields of SamplingParams that OpenAI has not (`top_k`, `min_p`, ...) may be there
-too, as in vLLM. What is not supported is refused by name, unless it asks for nothing.
+Format: https://platform.openai.com/docs/guides/batch; bodies as in that API's reference of chat/completions,
+completions and embeddings, with OpenAI's defaults. Fields of SamplingParams that OpenAI has not (`top_k`, `min_p`,
+...) may be there too, as in vLLM. What is not supported is refused by name, unless it asks for nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.batch.fields import FORMS, conversation, decoded, kind, text, token_ids, with_int_bias
-from jaxinfer.batch.row import Ask
+from jaxinfer.batch.row import Ask, Task
 from jaxinfer.sampling.params import SamplingParams
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+URLS: dict[str, tuple[str, ...]] = {
+    "generate": (CHAT, COMPLETIONS),
+    "chat": (CHAT, COMPLETIONS),
+    "embed": (EMBEDDINGS,),
+}
 COMPLETION_TOKENS = 16  # OpenAI's default there; a chat has none
 # What the answer would have no place for, or would be without.
 _OWN = {field.name for field in dataclasses.fields(SamplingParams)} - {"prompt_logprobs", "detokenize"}
@@ -50,13 +55,15 @@ def custom_id(line: Mapping[str, Any]) -> str:
     return value
 
 
-def ask(line: Mapping[str, Any], options: dict[str, Any]) -> Ask:
+def ask(line: Mapping[str, Any], task: Task, options: dict[str, Any]) -> Ask:
     """What a line asks for; `options` go before OpenAI's defaults. Raises ValueError."""
+    if task not in URLS:
+        raise ValueError(f"an OpenAI batch line is for the tasks {', '.join(URLS)}, and this is {task}")
     if line.get("method") != "POST":
         raise ValueError(f"method is {line.get('method')!r:.40}: it must be 'POST'")
     url = line.get("url")
-    if url not in (CHAT, COMPLETIONS):
-        raise ValueError(f"url is {url!r:.80}: supported are {CHAT} and {COMPLETIONS}")
+    if url not in URLS[task]:
+        raise ValueError(f"url is {url!r:.80}: the task {task} is for {' and '.join(URLS[task])}")
     body = decoded(line, "body")
     if not isinstance(body, dict):
         raise ValueError(f"body must be an object, and is {kind(body)}")
@@ -65,6 +72,8 @@ def ask(line: Mapping[str, Any], options: dict[str, Any]) -> Ask:
         if name in _ONLY and value not in _ONLY[name]:
             raise ValueError(f"{name} is not supported{_REMEDIES.get(name, '')}; leave it out")
     fields = {name: value for name, value in body.items() if name not in _ONLY}
+    if url == EMBEDDINGS:
+        return _embeddings(fields)
     if url == CHAT:
         messages = conversation(fields.pop("messages", None))
         return Ask(messages=messages, params=_params(_chat_params(fields), {"max_tokens": None} | options))
@@ -100,7 +109,30 @@ def _prompt(prompt: Any) -> str | list[int]:
     return prompt
 
 
-def _params(fields: dict[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
-    if unknown := sorted(fields.keys() - _OWN):
+def _embeddings(fields: dict[str, Any]) -> Ask:
+    inputs, form = fields.pop("input", None), fields.pop("encoding_format", "float")
+    if form not in ("float", "base64"):
+        raise ValueError(f"encoding_format is {form!r:.40}: it must be 'float' or 'base64'")
+    dimensions = fields.pop("dimensions", None)
+    _check_names(fields, set())
+    several = isinstance(inputs, list) and inputs and not isinstance(inputs[0], int)
+    texts = tuple(map(_input, inputs if several else [inputs]))
+    return Ask(texts=texts, dimensions=dimensions, base64=form == "base64")
+
+
+def _input(value: Any) -> str | list[int]:
+    if isinstance(value, list):
+        return token_ids("input", value)
+    if not text("input", value):
+        raise ValueError("input is empty")
+    return str(value)
+
+
+def _check_names(fields: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := sorted(fields.keys() - known):
         raise ValueError(f"{unknown[0]!r:.80} is not supported; leave it out")
+
+
+def _params(fields: dict[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+    _check_names(fields, _OWN)
     return SamplingParams(**defaults).with_changes(**with_int_bias(fields))

@@ -85,7 +85,7 @@ def table(
         values = [row.get(column) for row in rows]
         if kind == "json":
             values = [None if value is None else to_json(value) for value in values]
-        arrays.append(pa.array(values, types[kind]))
+        arrays.append(pa.array(values, pa.list_(pa.float32(), kind) if isinstance(kind, int) else types[kind]))
     return pa.table(arrays, names=list(kinds)).unify_dictionaries()
 
 

@@ -7,11 +7,14 @@ from typing import Any, get_args
 
 from jaxinfer.batch import openai_request as request
 from jaxinfer.batch.fields import FORMS, conversation, decoded, kind, own_params, text, token_ids, tools
-from jaxinfer.batch.row import Ask, Record, Row, Task
+from jaxinfer.batch.row import POOLING, Ask, Record, Row, Task
 from jaxinfer.batch.template import PromptTemplate
 from jaxinfer.batch.values import json_value, parse_json, printable
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.text.files import one_line
+
+# What rows of a task have besides one of FORMS, or in its place.
+COLUMNS = {"score": ("continuation",), "classify": ("text_pair",), "rerank": ("query", "documents")}
 
 
 class Parser:
@@ -23,11 +26,14 @@ class Parser:
         generate   prompt or text, prompt_token_ids
         chat       messages, with `tools` if it has some; prompt or text: what the user says
         score      text or prompt_token_ids, as a whole; or `continuation`, given prompt, which may be empty
+        embed      text, prompt or prompt_token_ids
+        classify   the same, or a pair of texts: text (or prompt) and `text_pair`
+        rerank     `query`, and `documents`, a list of texts
 
     Sampling parameters of its own are under `params` or `sampling_params`, by the names of SamplingParams; null is not
     given. A column that only happens to be called like a parameter (`seed`, `n`) is none. Where a file can't have lists
     and objects, they may be there as JSON in text. OpenAI batch lines (`jaxinfer.batch.openai_request`) may be among
-    the rows of generate and chat, where each one's url decides which it is.
+    the rows of generate and chat, where each one's url decides which it is, and of embed.
 
     defaults: the parameters of rows, before `options`.
     options: those that the job's user asked for. For OpenAI lines they change OpenAI's defaults instead.
@@ -44,6 +50,10 @@ class Parser:
     ):
         if task not in get_args(Task):
             raise ValueError(f"task is {task!r}: it must be one of {', '.join(get_args(Task))}")
+        if task in POOLING and options:
+            raise ValueError(f"{next(iter(options))}: nothing is sampled by the task {task}; leave it out")
+        if task == "rerank" and prompt_template is not None:
+            raise ValueError("a prompt template makes one text, and rerank needs a query and documents; leave it out")
         self.task = task
         self._options = dict(options or {})
         self._params = defaults.with_changes(**self._options)
@@ -67,7 +77,7 @@ class Parser:
                 custom_id = request.custom_id(line)
             if problems:
                 raise ValueError(problems[0])
-            ask = self._openai_ask(line) if batch_line else self._ask(columns)
+            ask = request.ask(line, self.task, self._options) if batch_line else self._ask(columns)
             return Row(record.index, record.where, columns, ask, None, batch_line, custom_id, record.origin)
         except (ValueError, OverflowError) as error:  # integers in JSON have no limit
             problem = printable(f"{record.where}: {one_line(error)}")
@@ -79,7 +89,7 @@ class Parser:
         value = parse_json(record.value) if isinstance(record.value, bytes) else record.value
         if not isinstance(value, dict):
             raise ValueError(f'a row must be an object such as {{"prompt": ...}}, and is {kind(value)}')
-        used = (*FORMS, "continuation") if self._template is None else self._template.columns
+        used = {*FORMS, *COLUMNS.get(self.task, ())} if self._template is None else self._template.columns
         columns: dict[str, Any] = {}
         for name, item in value.items():
             faults: list[str] = ["binary, not text"] if isinstance(item, bytes) and name in used else []
@@ -87,17 +97,17 @@ class Parser:
             problems += [f"{name!r:.80} is {problem}" for problem in faults]
         return columns
 
-    def _openai_ask(self, line: dict[str, Any]) -> Ask:
-        if self.task == "score":
-            raise ValueError("an OpenAI batch line can't be scored: it is for the tasks generate and chat")
-        return request.ask(line, self._options)
-
     def _ask(self, row: dict[str, Any]) -> Ask:
+        if self.task == "rerank":
+            return _rerank(row)
         form, prompt = self._prompt(row)
         if self.task == "score":
             return _score(row, form, prompt, self._template is not None)
-        if not prompt:
+        second = row.get("text_pair") if self.task == "classify" and self._template is None else None
+        if not prompt and not second:
             raise ValueError(f"{form} is empty")
+        if self.task in POOLING:
+            return _text(row, form, prompt, second)
         own = own_params(row)
         params = self._params.with_changes(**own) if own else self._params
         if self.task == "generate":
@@ -129,11 +139,39 @@ class Parser:
         return form, text(form, row[form])
 
 
+def _text(row: dict[str, Any], form: str, prompt: Any, second: Any) -> Ask:
+    """To embed or to classify. second: of a pair; as CSV has it in rows without one it may be empty."""
+    if form == "messages":
+        raise ValueError("messages are for the task chat: give text")
+    _check_unsampled(row)
+    if second in (None, ""):
+        return Ask(texts=(prompt,))
+    if form == "prompt_token_ids":
+        raise ValueError("has both prompt_token_ids and text_pair: a pair is of two texts")
+    return Ask(texts=((prompt, text("text_pair", second)),))
+
+
+def _rerank(row: dict[str, Any]) -> Ask:
+    _check_unsampled(row)
+    query, documents = text("query", row.get("query")), decoded(row, "documents")
+    if not query:
+        raise ValueError("query is empty")
+    if not isinstance(documents, list) or not documents:
+        raise ValueError(
+            f"documents must be a list of texts, and is {kind(documents)}{' without any' * (documents == [])}"
+        )
+    return Ask(query=query, texts=tuple(text(f"documents[{i}]", document) for i, document in enumerate(documents)))
+
+
+def _check_unsampled(row: dict[str, Any]) -> None:
+    if own_params(row):
+        raise ValueError("sampling parameters are for what is generated, and nothing is here: leave params out")
+
+
 def _score(row: dict[str, Any], form: str, prompt: Any, templated: bool) -> Ask:
     if form == "messages":
         raise ValueError("messages can't be scored: score text, or a continuation of a prompt")
-    if own_params(row):
-        raise ValueError("sampling parameters are for what is generated, and this is scored: leave params out")
+    _check_unsampled(row)
     continuation = row.get("continuation")
     if continuation is None or (continuation == "" and form != "prompt"):  # as CSV has it in rows without one
         if form == "prompt" and not templated:

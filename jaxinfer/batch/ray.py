@@ -22,10 +22,10 @@ from jaxinfer.batch.parquet import parquet_modules, table
 from jaxinfer.batch.parse import Parser
 from jaxinfer.batch.readers import table_rows
 from jaxinfer.batch.results import LOGPROBS, Results
-from jaxinfer.batch.row import Record, Row, Task
+from jaxinfer.batch.row import POOLING, Record, Row, Task, check_pooling
 from jaxinfer.batch.values import to_json
 from jaxinfer.batch.writer import Result
-from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
+from jaxinfer.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
     from jaxinfer.engine.config import EngineConfig
@@ -57,6 +57,7 @@ class Predictor:
         *,
         task: Task = "generate",
         sampling_params: SamplingParams | Mapping[str, Any] | None = None,
+        pooling_params: Mapping[str, Any] | None = None,
         prompt_template: str | None = None,
         truncate: bool = False,
         token_ids: bool = False,
@@ -69,19 +70,23 @@ class Predictor:
         )
         Parser(task, SamplingParams(), changes, prompt_template)  # mistakes show before the model is loaded
         parquet_modules()
-        seed = options.pop("seed", 0)
+        pooling = check_pooling(task, pooling_params, token_ids)
+        seed = 0 if task in POOLING else options.pop("seed", 0)
+        if task in POOLING:
+            options.setdefault("runner", "pooling")
 
-        from jaxinfer.batch.work import Worker  # JAX comes with it
+        from jaxinfer.batch.workers import WORKERS  # JAX comes with it
         from jaxinfer.llm import LLM
 
         llm = LLM(model, **options)
         params = SamplingParams().with_changes(**changes or {})
-        self.results = Results(task, params, token_ids, "parquet", llm.folder.name, output_prefix)
-        if task != "score" and not token_ids:
+        logits = pooling.get("use_activation") is False
+        results = Results(task, params, token_ids, "parquet", llm.folder.name, output_prefix, logits=logits)
+        if task in ("generate", "chat") and not token_ids:
             llm.tokenizer.require("text that is generated", "ask for token_ids")
-        defaults = llm.get_default_sampling_params().with_changes(max_tokens=DEFAULT_MAX_TOKENS)
-        self.parser = Parser(task, defaults, changes, prompt_template)
-        self.worker = Worker(llm, self.results, seed=seed, truncate=truncate)
+        self.worker = WORKERS[task](llm, results, seed=seed, truncate=truncate, params=pooling)
+        self.results = self.worker.results
+        self.parser = Parser(task, self.worker.defaults, changes, prompt_template)
         self.id_column = id_column
 
     def __call__(self, batch: Any) -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from jaxinfer.batch.formats import Format, is_table
-from jaxinfer.batch.openai import response_line
+from jaxinfer.batch.openai import embeddings_line, response_line
 from jaxinfer.batch.row import Row, Task
 from jaxinfer.batch.tables import Kind
+from jaxinfer.batch.values import numbers
 from jaxinfer.batch.writer import Result
-from jaxinfer.engine.outputs import Logprob, RequestOutput, ScoreOutput
+from jaxinfer.engine.outputs import ClassificationOutput, Logprob, RequestOutput, ScoreOutput
 from jaxinfer.sampling.params import SamplingParams
 
 GENERATED: dict[str, Kind] = {
@@ -28,8 +31,7 @@ SCORED: dict[str, Kind] = {
     "word_perplexity": "float64",
     "byte_perplexity": "float64",
 }
-
-
+RANKED: dict[str, Kind] = {"ranking": "list<int64>", "relevance_scores": "list<float64>", "tokens": "int64"}
 LOGPROBS: dict[str, Kind] = {"logprobs": "json", "prompt_logprobs": "json"}
 OTHERS = "other_columns"
 
@@ -44,6 +46,8 @@ class Results:
     format: of the output; in a table (CSV, Parquet) all rows have the same columns.
     model: its name.
     prefix: of the names of the result columns.
+    size: of vectors, and how many classes there are, once a model is loaded.
+    logits: of classes, and not probabilities.
     """
 
     task: Task
@@ -52,6 +56,8 @@ class Results:
     format: Format = "jsonl"
     model: str = ""
     prefix: str = ""
+    size: int = 0
+    logits: bool = False
 
     @property
     def n(self) -> int:
@@ -71,6 +77,12 @@ class Results:
         if self.task == "score":
             ids: dict[str, Kind] = {"token_ids": "list<int32>", "token_logprobs": "list<float64>"}
             kinds = {**SCORED, **(ids if self.token_ids else {})}
+        elif self.task == "embed":
+            kinds = {"embedding": self.size, "tokens": "int64"}
+        elif self.task == "classify":
+            kinds = {"label": "string", self._probs: self.size, "tokens": "int64"}
+        elif self.task == "rerank":
+            kinds = dict(RANKED)
         else:
             kinds = dict(GENERATED)
             if self.n > 1:
@@ -127,6 +139,21 @@ class Results:
         columns = row.columns | self._named(results | {"error": None})
         return Result(columns, None, output.num_prompt_tokens + len(output.token_ids), origin=row.origin)
 
+    def embedded(self, row: Row, vectors: Sequence[np.ndarray], tokens: int) -> Result:
+        """The result of a row with a vector, or several where it is an OpenAI line. tokens: of all its texts."""
+        if row.openai:
+            return Result(embeddings_line(row, vectors, tokens, model=self.model), None, tokens)
+        return self._counted(row, {"embedding": self._vector(vectors[0])}, tokens)
+
+    def classified(self, row: Row, output: ClassificationOutput, tokens: int) -> Result:
+        """The result of a row with classes."""
+        return self._counted(row, {"label": output.label, self._probs: self._vector(output.probs)}, tokens)
+
+    def ranked(self, row: Row, ranking: Sequence[tuple[int, float]], tokens: int) -> Result:
+        """The result of a row with documents: the numbers of the best ones, the best first, and how they fit."""
+        places, scores = [place for place, _ in ranking], [score for _, score in ranking]
+        return self._counted(row, {"ranking": places, "relevance_scores": scores}, tokens)
+
     def generated(self, row: Row, output: RequestOutput) -> Result:
         """The result of a row that was continued. Of several continuations, texts, reasons, ids and log-probabilities
         are lists, and the tokens are counted together."""
@@ -149,6 +176,17 @@ class Results:
             results["prompt_logprobs"] = _logprobs(output.prompt_logprobs)
         results |= {"prompt_tokens": prompt, "generated_tokens": generated, "error": None}
         return Result(row.columns | self._named(results), None, prompt, generated, row.origin)
+
+    def _counted(self, row: Row, results: Mapping[str, Any], tokens: int) -> Result:
+        columns = row.columns | self._named({**results, "tokens": tokens, "error": None})
+        return Result(columns, None, tokens, origin=row.origin)
+
+    @property
+    def _probs(self) -> str:
+        return "logits" if self.logits else "probs"
+
+    def _vector(self, vector: np.ndarray) -> Any:
+        return vector if self.format == "parquet" else numbers(vector)
 
     def _named(self, results: Mapping[str, Any]) -> dict[str, Any]:
         return {self.prefix + name: value for name, value in results.items()}

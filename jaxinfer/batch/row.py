@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxinfer.sampling.params import SamplingParams
 
-Task = Literal["generate", "chat", "score"]
+Task = Literal["generate", "chat", "score", "embed", "classify", "rerank"]
+# What the tasks that make numbers of whole texts have in place of sampling parameters: arguments of LLM's methods.
+POOLING: dict[str, tuple[str, ...]] = {
+    "embed": ("prompt_name", "prompt", "dimensions", "normalize"),
+    "classify": ("use_activation",),
+    "rerank": ("top_n",),
+}
 Origin = tuple[Any, int]  # a pyarrow.RecordBatch, and which of its rows
 
 
@@ -36,7 +43,10 @@ class Ask:
     prompt: text or token ids, to generate or to score; None in a chat.
     messages, tools: of a chat; tools may be None.
     continuation: of the prompt, what is scored; None: the prompt as a whole.
-    params: None when scoring.
+    params: None where nothing is sampled.
+    texts: to embed, to classify (pairs are tuples) or to rank, text or token ids.
+    query: what they are ranked for.
+    dimensions, base64: of an OpenAI line's vectors.
     """
 
     prompt: str | list[int] | None = None
@@ -44,6 +54,10 @@ class Ask:
     tools: list[dict[str, Any]] | None = None
     continuation: str | None = None
     params: SamplingParams | None = None
+    texts: tuple[Any, ...] = ()
+    query: str | None = None
+    dimensions: int | None = None
+    base64: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,3 +81,19 @@ class Row:
     openai: bool = False
     custom_id: str | None = None
     origin: Origin | None = None
+
+
+def check_pooling(task: Task, params: Mapping[str, Any] | None, token_ids: bool) -> dict[str, Any]:
+    """What is given of POOLING. Raises ValueError for what a task has not."""
+    given = {name: value for name, value in (params or {}).items() if value is not None}
+    known = POOLING.get(task, ())
+    for name in given:
+        if name not in known:
+            whose = next((other for other, names in POOLING.items() if name in names), None)
+            there = f"it is of the task {whose}" if whose else f"{task} has {', '.join(known) or 'none'}"
+            raise ValueError(f"pooling_params: {name} is nothing for the task {task}: {there}; leave it out")
+    if not isinstance(given.get("use_activation", True), bool):
+        raise ValueError(f"use_activation is {given['use_activation']!r:.80}: it must be true or false")
+    if known and token_ids:
+        raise ValueError(f"token_ids are not written by the task {task}; leave them out")
+    return given

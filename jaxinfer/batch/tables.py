@@ -10,7 +10,7 @@ from jaxinfer.batch.values import is_text
 Kind = Literal[
     "bool", "int64", "float64", "string", "list<bool>", "list<int32>", "list<int64>", "list<float64>", "list<string>",
     "json", "as read",
-]  # fmt: skip
+] | int  # fmt: skip  # a number: vectors of so many float32
 PLAIN: dict[type, Kind] = {bool: "bool", int: "int64", float: "float64", str: "string"}
 LISTS: dict[Kind, Kind] = {
     "bool": "list<bool>",

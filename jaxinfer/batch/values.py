@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import numpy as np
+
 MAX_DEPTH = 100  # of lists and objects: who writes the row must not run out of stack either
 
 
@@ -82,6 +84,11 @@ def json_value(value: Any, problems: list[str], depth: int = 0) -> Any:
 def printable(text: str) -> str:
     """Text with what is not Unicode in it replaced."""
     return text.encode(errors="replace").decode()
+
+
+def numbers(vector: np.ndarray) -> list[float]:
+    """Of float32, as JSON has them: the shortest that are read as the same ones."""
+    return [float(number) for number in vector.astype(str)]
 
 
 _ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str).encode

@@ -2,118 +2,100 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxinfer.batch.results import Results
-from jaxinfer.batch.row import Row
+from jaxinfer.batch.row import Ask, Row
 from jaxinfer.batch.writer import Result
-from jaxinfer.engine.prompts import Encoded, encode_prompt
-from jaxinfer.engine.scoring import encode_pair, encode_text
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.tasks.score import Pair
 
 
 class Work(NamedTuple):
     """A row that is ready to run: see `order.Work`.
 
     row: what it is of.
-    prompt: token ids, with those that are to be scored.
-    length: tokens that it may have in the end.
-    params: None when scoring.
-    scored: how many tokens at the prompt's end are to be scored.
-    text: what they are; None where the row has ids, where some were cut off, and when generating.
+    prompt: how it begins; of what is scored, all of it.
+    length: tokens that it may have in the end; of text, letters.
+    items: what the LLM is asked, once or several times.
     """
 
     row: Row
-    prompt: list[int]
+    prompt: list[int] | str
     length: int
-    params: SamplingParams | None = None
-    scored: int = 0
-    text: str | None = None
+    items: Sequence[Any]
 
 
-class Worker:
-    """Runs rows.
+class Worker(ABC):
+    """Runs rows of one task.
 
     llm, results: what runs them, and what is made of its outputs.
     seed: of those that sample and have none of their own.
     truncate: prompts that are too long.
+    params: of a task in `row.POOLING`, as far as they are given.
+
+    Raises ValueError where the model does something else, or can't do it so.
     """
 
-    def __init__(self, llm: LLM, results: Results, *, seed: int, truncate: bool):
-        self.llm, self.results, self.seed, self.truncate = llm, results, seed, truncate
+    def __init__(self, llm: LLM, results: Results, *, seed: int, truncate: bool, params: Mapping[str, Any]):
+        self.llm, self.results, self.seed, self.truncate, self.params = llm, results, seed, truncate, params
+
+    @property
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """What the results depend on besides the job and the checkpoint."""
+
+    @property
+    def defaults(self) -> SamplingParams:
+        """Those of rows that say nothing."""
+        return SamplingParams()
+
+    @abstractmethod
+    def work(self, row: Row, ask: Ask, key: object) -> Work:
+        """Of a row that was understood. Raises ValueError."""
+
+    @abstractmethod
+    def outputs(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The LLM's output for each, as they are done; errors are in them."""
+
+    @abstractmethod
+    def result(self, row: Row, outputs: list[Any]) -> Result:
+        """What is written for a row, of the outputs of its items in their order."""
 
     def prepare(self, row: Row, key: object) -> Work | str:
         """The row's work, or why it can't be done. key: by what the row is known, for its seed."""
         error = row.error or self.results.refuse(row)
         if error is not None:
             return error
+        assert row.ask is not None
         try:
-            return self._scoring(row) if self.results.task == "score" else self._generation(row, key)
+            return self.work(row, row.ask, key)
         except ValueError as problem:
             return f"{row.where}: {problem}"
 
     def run(self, works: Iterator[Work]) -> Iterator[tuple[Work, Result]]:
         """Each with its result, as they are done. They are taken as they are needed."""
-        running: dict[int, Work] = {}
+        running: dict[int, tuple[Work, list[Any]]] = {}
 
         def items() -> Iterator[Any]:
-            for index, work in enumerate(works):
-                running[index] = work
-                if self.results.task == "score":
-                    yield Pair(work.text, work.prompt[: -work.scored], work.prompt[-work.scored :])
-                else:
-                    yield Encoded(None, work.prompt), work.params
+            index = 0
+            for work in works:
+                done: list[Any] = []
+                for item in work.items:
+                    running[index] = work, done
+                    index += 1
+                    yield item
 
-        ask: Any = self.llm.score_iter if self.results.task == "score" else self.llm.generate_iter
-        for output in ask(items(), on_error="return"):
-            work = running.pop(output.index)
-            if output.error:
-                yield work, self.results.failed(work.row, f"{work.row.where}: {output.error}")
-            elif self.results.task == "score":
-                yield work, self.results.scored(work.row, output)
-            else:
-                yield work, self.results.generated(work.row, output)
+        for output in self.outputs(items()):
+            work, done = running.pop(output.index)
+            done.append(output)
+            if len(done) == len(work.items):
+                yield work, self._result(work.row, sorted(done, key=lambda output: output.index))
 
-    def _scoring(self, row: Row) -> Work:
-        ask, context = row.ask, self.llm.sizes.max_model_len
-        assert ask is not None
-        assert ask.prompt is not None
-        if ask.continuation is None:
-            text: Any = ask.prompt
-            prompt, scored = encode_text(ask.prompt, self.llm.tokenizer)
-        else:
-            text = ask.continuation
-            prompt, scored = encode_pair(ask.prompt, ask.continuation, self.llm.tokenizer)
-        ids = self._fitting([*prompt, *scored], context + 1)
-        count = min(len(scored), len(ids) - 1)
-        whole = isinstance(text, str) and count == len(scored)
-        return Work(row, ids, len(ids), None, count, text if whole else None)
-
-    def _generation(self, row: Row, key: object) -> Work:
-        ask, context = row.ask, self.llm.sizes.max_model_len
-        assert ask is not None
-        params = ask.params
-        assert params is not None
-        if ask.messages is not None:
-            ids = self.llm.chat_prompt(ask.messages, ask.tools)["prompt_token_ids"]
-        else:
-            assert ask.prompt is not None
-            ids = encode_prompt(ask.prompt, self.llm.tokenizer).ids
-        wanted = min(params.max_tokens or 1, context // 2)
-        ids = self._fitting(ids, context - wanted)
-        if params.seed is None and not params.greedy:
-            digest = hashlib.blake2b(f"{self.seed}:{key}".encode(), digest_size=8).digest()
-            params = dataclasses.replace(params, seed=int.from_bytes(digest) >> 2)
-        return Work(row, ids, min(len(ids) + (params.max_tokens or context), context), params)
-
-    def _fitting(self, ids: list[int], room: int) -> list[int]:
-        """The last `room` tokens, BOS before them where there was one; all of them unless they are to be cut."""
-        if not self.truncate or len(ids) <= room:
-            return ids
-        bos = ids[:1] if ids[0] == self.llm.tokenizer.bos_token_id else []
-        return bos + ids[len(ids) - room + len(bos) :]
+    def _result(self, row: Row, outputs: list[Any]) -> Result:
+        error = next((output.error for output in outputs if output.error), None)
+        if error is None:
+            return self.result(row, outputs)
+        return self.results.failed(row, f"{row.where}: {error}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.errors import CheckpointError
-from jaxinfer.models.registry import encoder_types, model_types, nearest
+from jaxinfer.models.registry import STATIC, encoder_types, model_types, nearest
 from jaxinfer.models.wrapped import lifted
 from jaxinfer.quantization.stored import QUANTIZATION_FIELDS
 
@@ -86,7 +86,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file; give the folder of a checkpoint in Hugging Face's format")
     config = lifted(read_json(path), *QUANTIZATION_FIELDS)
     model_type = config.get("model_type")
-    if model_type in (*model_types(), *encoder_types()):
+    if model_type in (*model_types(), *encoder_types(), STATIC):
         return config
     if model_type is None:
         problem = "has no model_type"

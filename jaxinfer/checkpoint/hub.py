@@ -129,6 +129,13 @@ def _download(name: str, revision: str | None, token: str | bool | None, weights
         names = [file.rfilename for file in info.siblings or ()]
         if belonging(names, allow=()):
             snapshot(TEMPLATES, ())
+        if "modules.json" in names and weights:
+            from jaxinfer.checkpoint.sentence import module_folders  # JAX comes with it
+
+            folder = snapshot(["modules.json"], ())
+            for place in {str(module.relative_to(folder)) for module in module_folders(folder)} - {"."}:
+                own = [name.removeprefix(f"{place}/") for name in names if name.startswith(f"{place}/")]
+                snapshot([f"{place}/{pattern}" for pattern in weights_of(own)], ())
         return snapshot(weights_of(names) if weights else SMALL)
     except Exception as error:
         raise explain(error) from None

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxinfer.checkpoint.files import check_folder, read_any_json, read_json, short, some
 from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.static import unknown_token
 from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.pooling import POOLINGS
 from jaxinfer.layers.vectors import TORCH_ACTIVATIONS, Dense, Normalize, Step, VectorNorm
@@ -63,6 +64,8 @@ class SentenceModel:
     dimensions: vectors are cut to so many; None: they are not.
     max_seq_length: tokens of a text, with special ones; None: what the model can do.
     lower_case: texts are made lower-case first.
+    is_table: there is a table of vectors instead of the model (see static.py), and no token around a text.
+    dropped: the id of a token that is left out of texts.
     """
 
     transformer: Path
@@ -76,6 +79,8 @@ class SentenceModel:
     dimensions: int | None = None
     max_seq_length: int | None = None
     lower_case: bool = False
+    is_table: bool = False
+    dropped: int | None = None
 
     def output_size(self, hidden_size: int) -> int:
         """The width of vectors, of hidden states of that width. Raises CheckpointError if modules don't fit."""
@@ -97,18 +102,35 @@ def read_sentence_model(folder: str | os.PathLike[str]) -> SentenceModel | None:
     root = check_folder(folder)
     if not os.path.lexists(root / MODULES):
         return None
-    transformer, *others = _modules(root)
-    _check_kind(transformer, root / MODULES, "Transformer")
-    found: Json = {"transformer": transformer.folder, **_lengths(transformer.folder), **_said(root)}
-    if not others or others[0].kind != "Pooling":
+    transformer, *others = modules(root)
+    _check_kind(transformer, root / MODULES, "Transformer", "StaticEmbedding")
+    found: Json = {"transformer": transformer.folder, **said(root)[1]}
+    if transformer.kind == "StaticEmbedding":
+        found["is_table"] = True
+    elif not others or others[0].kind != "Pooling":
         raise CheckpointError(f"{root / MODULES}: the module after the transformer must be a Pooling")
-    found |= _pooling(others.pop(0).folder)
+    else:
+        found |= lengths(transformer.folder) | _pooling(others.pop(0).folder)
     steps = []
     for module in others:
         _check_kind(module, root / MODULES, *STEPS)
         step = STEPS[module.kind](module.folder)
         steps += [] if step is None else [(step, module.folder)]
     return SentenceModel(**found, steps=tuple(steps))
+
+
+def module_folders(root: Path) -> list[Path]:
+    """Where the modules of a folder are, which may be the folder itself. Raises CheckpointError."""
+    return [module.folder for module in modules(root)] if os.path.lexists(root / MODULES) else []
+
+
+def read_model2vec(folder: Path, config: Mapping[str, Any]) -> SentenceModel:
+    """What the config.json of a model2vec folder says that has no modules. Raises CheckpointError."""
+    fields = ConfigReader(config, str(folder / "config.json"))
+    steps: tuple[tuple[Step, Path], ...] = ((Normalize(), folder),) if fields.boolean("normalize", False) else ()
+    unlimited = "max_length" in config and config["max_length"] is None
+    length = None if unlimited else fields.integer("max_length", 512)
+    return SentenceModel(folder, steps=steps, max_seq_length=length, is_table=True, dropped=unknown_token(folder))
 
 
 def read_steps(model: SentenceModel) -> list[dict[str, np.ndarray[Any, Any]]]:
@@ -124,9 +146,9 @@ def _weights(step: Step, folder: Path) -> dict[str, np.ndarray[Any, Any]]:
             "unknown tensors": there.keys() - step.shapes.keys(),
             "wrong shapes": {name for name, shape in step.shapes.items() if there.get(name, shape) != shape},
         }
-        said = [f"{label}: {some(sorted(names))}" for label, names in problems.items() if names]
-        if said:
-            raise CheckpointError(f"{folder}: does not fit its config.json: {'; '.join(said)}")
+        found = [f"{label}: {some(sorted(names))}" for label, names in problems.items() if names]
+        if found:
+            raise CheckpointError(f"{folder}: does not fit its config.json: {'; '.join(found)}")
         return {name: checkpoint.read(name).astype(np.float32) for name in step.shapes}
 
 
@@ -138,19 +160,20 @@ class Module:
     folder: Path
 
 
-def _modules(root: Path) -> list[Module]:
+def modules(root: Path) -> list[Module]:
+    """The entries of modules.json, in their order. Raises CheckpointError."""
     path = root / MODULES
     entries = read_any_json(path)
     if not isinstance(entries, list) or not 0 < len(entries) <= MOST_MODULES:
         raise CheckpointError(f"{path}: it must be a list of 1 to {MOST_MODULES} modules")
-    modules = []
+    found = []
     for i, entry in enumerate(entries):
         name, where = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(where, str):
             raise CheckpointError(f"{path}: [{i}] is {short(entry)}: it must have a type and a path")
         folder = root if where in ("", ".") else inside(root, where.rstrip("/"), f"{path}: [{i}]: path")
-        modules.append(Module(name.rpartition(".")[2], folder))
-    return modules
+        found.append(Module(name.rpartition(".")[2], folder))
+    return found
 
 
 def _check_kind(module: Module, path: Path, *known: str) -> None:
@@ -170,10 +193,10 @@ def _pooling(folder: Path) -> Json:
     unknown = [name for name in fields.data if name.startswith("pooling_mode_") and name not in OLD_POOLINGS]
     if unknown:
         raise fields.error(unknown[0], f"supported are {', '.join(OLD_POOLINGS)}")
-    said = fields.data.get("pooling_mode")
+    new = fields.data.get("pooling_mode")
     kinds = [OLD_POOLINGS[name] for name in old if fields.boolean(name, False)] or ["mean"]
-    if said is not None:
-        kinds = [said] if isinstance(said, str) else said
+    if new is not None:
+        kinds = [new] if isinstance(new, str) else new
     fine = isinstance(kinds, list) and 0 < len(kinds) <= len(POOLINGS)
     if not fine or any(not isinstance(kind, str) or kind not in POOLINGS for kind in kinds):
         raise fields.error("pooling_mode", f"it must be one or several of {', '.join(POOLINGS)}")
@@ -214,23 +237,33 @@ STEPS: dict[str, Callable[[Path], Step | None]] = {
 }
 
 
-def _lengths(folder: Path) -> Json:
+def lengths(folder: Path, task: str = "feature-extraction") -> Json:
+    """How long a text may be, and what else is said beside a transformer, which is for this task. Raises
+    CheckpointError."""
     name = next((name for name in LENGTHS if os.path.lexists(folder / name)), LENGTHS[0])
     fields = _fields(folder, name)
-    fields.refuse("transformer_task", "feature-extraction")
+    fields.refuse("transformer_task", task)
     for other in ("query_length", "document_length", "query_expansion"):
         fields.refuse(other)
     modalities = fields.data.get("modality_config")
     text = modalities.get("text") if isinstance(modalities, dict) else None
     if isinstance(text, dict):
-        ConfigReader(text, f"{fields.where}: modality_config: text").refuse("method_output_name", "last_hidden_state")
+        output = "last_hidden_state" if task == "feature-extraction" else "logits"
+        ConfigReader(text, f"{fields.where}: modality_config: text").refuse("method_output_name", output)
     length = None if fields.data.get("max_seq_length") is None else fields.integer("max_seq_length")
-    return {"max_seq_length": length, "lower_case": fields.boolean("do_lower_case", False)}
+    found = {"max_seq_length": length, "lower_case": fields.boolean("do_lower_case", False)}
+    messages = isinstance(modalities, dict) and "message" in modalities
+    if task != "feature-extraction":
+        return {**found, "conversation": messages}
+    if messages:
+        raise fields.error("modality_config", "vectors of texts that a chat template writes are not supported")
+    return found
 
 
-def _said(root: Path) -> Json:
+def said(root: Path, model_type: str = "SentenceTransformer") -> tuple[ConfigReader, Json]:
+    """What is said for all modules together, as it is and checked. Raises CheckpointError."""
     fields = _fields(root, SAID)
-    fields.refuse("model_type", "SentenceTransformer")
+    fields.refuse("model_type", model_type)
     prompts = {} if fields.data.get("prompts") is None else fields.data["prompts"]
     fine = isinstance(prompts, dict) and len(prompts) <= MOST_PROMPTS
     if not fine or not all(isinstance(text, str | None) for text in prompts.values()):
@@ -239,7 +272,7 @@ def _said(root: Path) -> Json:
     if default is not None and default not in prompts:
         raise fields.error("default_prompt_name", f"it must be one of {some(prompts)}")
     cut = fields.data.get("truncate_dim")
-    return {
+    return fields, {
         "prompts": {name: text for name, text in prompts.items() if text is not None},
         "default_prompt": default,
         "similarity": SIMILARITIES[fields.choice("similarity_fn_name", "cosine", tuple(SIMILARITIES))],

@@ -25,6 +25,9 @@ COMMANDS = (
     "chat",
     "batch",
     "score",
+    "embed",
+    "classify",
+    "rerank",
     "bench",
     "plan",
     "compile",
@@ -41,17 +44,22 @@ COMMANDS = (
 GUESSES = {
     "serve": "there is no server yet: jaxinfer batch runs files of requests, OpenAI's batch lines too, and "
     "jaxinfer.AsyncEngine serves many callers of a Python program",
-    "embed": "embeddings are not there yet; jaxinfer models lists what is",
     "download": "a model is downloaded when it is first used: jaxinfer generate --model ORG/NAME",
     "list": "jaxinfer models lists the architectures that load",
     "run": "did you mean jaxinfer generate, chat or batch?",
+    "encode": "did you mean jaxinfer embed?",
     "complete": "did you mean jaxinfer generate?",
     "eval": "did you mean jaxinfer lm-eval, or score?",
     "benchmark": "did you mean jaxinfer bench throughput, or bench latency?",
     "version": "did you mean jaxinfer --version?",
 }
-SAME = {"api": "serve", "server": "serve", "start": "serve", "embeddings": "embed", "encode": "embed"}
+SAME = {
+    "api": "serve",
+    "server": "serve",
+    "start": "serve",
+}
 SAME |= {"pull": "download", "fetch": "download", "ls": "list", "show": "list"}
+SAME |= {"embeddings": "encode", "similarity": "encode"}
 SAME |= {"prompt": "run", "ask": "run", "completion": "complete", "evaluate": "eval", "perf": "benchmark"}
 
 

@@ -19,6 +19,8 @@ from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import say_error
 from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import ModelOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.rerank import TOP_N
+from jaxinfer.cli.texts import VectorOptions, named
 
 if TYPE_CHECKING:
     from jaxinfer.batch import Summary
@@ -109,13 +111,17 @@ def batch(
         list[str], typer.Argument(metavar="INPUT...", help="Files, globs, folders, URLs; - is stdin (JSON Lines).")
     ],
     *,
-    task: Annotated[Literal["generate", "chat", "score"], typer.Option(help="What to do with a row.")] = "generate",
+    task: Annotated[
+        Literal["generate", "chat", "score", "embed", "classify", "rerank"], typer.Option(help="What to do with a row.")
+    ] = "generate",
     prompt_template: Annotated[
         str | None, typer.Option(metavar="T", help="Makes prompts of columns: 'Translate: {text}'.")
     ] = None,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Of prompts that are too long, keep the end; else they are errors.")
     ] = False,
+    logits: Annotated[bool, typer.Option("--logits", help="When classifying: logits, and not probabilities.")] = False,
+    top_n: TOP_N = None,
     logprobs: Annotated[
         int | None, typer.Option(metavar="N", help="Log-probabilities of the tokens, and of the N likeliest ones.")
     ] = None,
@@ -128,13 +134,15 @@ def batch(
     load: ModelOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
+    vectors: VectorOptions,
     verbosity: Verbosity,
 ) -> None:
     """Run all rows of files through a model, and write a result for each; killed, the same command goes on.
 
-    Rows: {"prompt"}, {"messages"}, {"text"} or {"prompt", "continuation"}, each with "params" if it has its own, or
-    OpenAI batch lines; in .jsonl, .csv, .txt (also .gz, .zst) and .parquet. A JSON summary is printed at the end. Exit
-    codes: 0 all is well, 1 rows have errors (see --max-errors), 2 nothing could be done, 143 stopped by SIGTERM.
+    Rows: {"prompt"}, {"messages"}, {"text"}, {"prompt", "continuation"}, {"text", "text_pair"} or {"query",
+    "documents"}, those that are continued with "params" if they have their own, or OpenAI batch lines; in .jsonl, .csv,
+    .txt (also .gz, .zst) and .parquet. A JSON summary is printed at the end. Exit codes: 0 all is well, 1 rows have
+    errors (see --max-errors), 2 nothing could be done, 143 stopped by SIGTERM.
     """
     from jaxinfer.places import check_kept
 
@@ -150,11 +158,13 @@ def batch(
         raise ValueError("--output is missing: a folder, or a file *.jsonl, *.csv or *.parquet")
     check_kept(output.output, "output")
     changes = sampling.changes
-    model, options = load.loading(**batching.options, seed=changes.pop("seed", None))
+    model, options = named(load, task).loading(**batching.options, seed=changes.pop("seed", None))
     if logprobs is not None:
         changes["logprobs"] = logprobs
-    if task == "score" and changes:
-        raise ValueError(f"--{next(iter(changes)).replace('_', '-')}: nothing is sampled when scoring; leave it out")
+    if task not in ("generate", "chat") and changes:
+        option = next(iter(changes)).replace("_", "-")
+        raise ValueError(f"--{option}: nothing is sampled by the task {task}; leave it out")
+    pooling = {**vectors.changes, "use_activation": False if logits else None, "top_n": top_n}
     from jaxinfer.batch import TooManyErrors, run
 
     with _terminable(stopping.grace) as stop, _to_go_on():
@@ -166,6 +176,7 @@ def batch(
                 model=model,
                 task=task,
                 sampling_params=changes,
+                pooling_params=pooling,
                 prompt_template=prompt_template,
                 truncate=truncate,
                 token_ids=output.token_ids,

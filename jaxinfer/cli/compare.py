@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -13,6 +14,9 @@ from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.compare import Price
+    from jaxinfer.compare_pooled import ClassPrice, VectorPrice
+
+    AnyPrice = Price | VectorPrice | ClassPrice
 
 MB = 1e6
 
@@ -37,7 +41,7 @@ def compare(
     ] = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Compare at most so many tokens.")] = 4096,
     questions: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Of the packaged model: ask it so many held-out questions too.")
+        int, typer.Option(metavar="N", min=0, help="Of a packaged model: ask it so many held-out questions too.")
     ] = 500,
     as_json: JSON = False,
     plot: Annotated[
@@ -49,14 +53,15 @@ def compare(
     """What quantization costs and saves: each scheme beside the model as it is, on texts of yours.
 
     Folders are the model in another form, as `jaxinfer convert` and `quantize` write it. KL is the divergence of the
-    next token's distribution from the unquantized model's, in nats. Without --data, the packaged model is compared on
-    its own held-out questions. A scheme that this model can't have is said, and the others are compared; exit code 1.
+    next token's distribution from the unquantized model's, in nats. Models that make vectors or classes are compared
+    with themselves in float32. Without --data, the packaged models are compared on their own held-out questions. A
+    scheme that this model can't have is said, and the others are compared; exit code 1.
     """
     from jaxinfer.batch.parse import Parser
     from jaxinfer.batch.readers import records
     from jaxinfer.batch.sources import find_sources
     from jaxinfer.checkpoint.hub import resolve
-    from jaxinfer.demo import MODEL_DIR
+    from jaxinfer.demo import MODEL_DIR, PACKAGED
     from jaxinfer.engine.config import KVCacheDType
     from jaxinfer.plan.plot import check_plot, draw
     from jaxinfer.quantization.schemes import SCHEMES, parse_quantization
@@ -83,7 +88,8 @@ def compare(
     for name in ("quantization", "kv_cache_dtype", "compiled"):
         if (value := options.get(name)) is not None:
             raise ValueError(f"{name} is {value!r}, which is of one scheme: here it is --schemes")
-    packaged = model == MODEL_DIR
+    model = next((folder for folder in PACKAGED if folder == Path(model).resolve()), model)
+    packaged = model in PACKAGED
     if data is not None:
         rows = [Parser("score", SamplingParams()).parse(record) for record in records(find_sources([data]))]
         texts = [str(row.ask.prompt) + str(row.ask.continuation or "") for row in rows if row.ask is not None]
@@ -92,15 +98,20 @@ def compare(
     elif packaged:
         from jaxinfer.demo.questions import held_out_questions
 
-        texts = [f"{question.text} {question.answer}" for question in held_out_questions(1000, 1)]
+        asked = held_out_questions(1000, 1)
+        texts = [q.text if model != MODEL_DIR else f"{q.text} {q.answer}" for q in asked]
     else:
         raise ValueError("there is nothing to compare on: give texts with --data FILE")
     right = _right(questions) if packaged and questions else None
     with verbosity.apply(plain=True) as progress:
         progress("starting JAX")
         from jaxinfer.compare import compare as prices
+        from jaxinfer.engine.loading import open_model
+        from jaxinfer.models.tasks import GENERATE
 
-        results: list[Price] = []
+        results: list[AnyPrice] = []
+        if schemes is None and open_model(model, **options).task != GENERATE:
+            names = [name for name in names if not name.startswith("kv-")]
         errors: dict[str, str] = {}
 
         def failed(scheme: str, error: Exception) -> None:
@@ -128,44 +139,61 @@ def compare(
 
 def _right(questions: int) -> Any:
     def right(llm: Any) -> float:
-        from jaxinfer.demo.evaluate import ask
-        from jaxinfer.demo.questions import held_out_questions
+        from jaxinfer.demo.evaluate import answered
 
-        answers = ask(llm, held_out_questions(questions, 1), use_tqdm=False)
+        _, answers = answered(llm, questions, 1, use_tqdm=False)
         return sum(answers) / len(answers)
 
     return right
 
 
-def _print(prices: list[Price]) -> None:
+# By the fields of prices: what a column is called, and how a number is shown.
+COLUMNS = {
+    "kl_mean": ("KL mean", "{:.2e}"),
+    "kl_p99": ("KL p99", "{:.2e}"),
+    "top1": ("same top-1", "{:.2%}"),
+    "perplexity": ("perplexity", "{:.4f}"),
+    "cosine_min": ("worst cosine", "{:.6f}"),
+    "cosine_mean": ("mean cosine", "{:.6f}"),
+    "nearest": ("same nearest", "{:.2%}"),
+    "rank": ("rank correlation", "{:.4f}"),
+    "same": ("same class", "{:.2%}"),
+    "change_max": ("worst change", "{:.2e}"),
+    "change_mean": ("mean change", "{:.2e}"),
+    "weight_bytes": ("weights MB", "{:.1f}"),
+    "cache_bytes_per_token": ("cache B/token", "{}"),
+    "decode_rate": ("decode tokens/s", "{:.1f}"),
+    "rate": ("texts/s", "{:.0f}"),
+    "exact_match": ("right answers", "{:.2%}"),
+}
+
+
+def _print(prices: list[AnyPrice]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    exact = prices[0].exact_match is not None
-    heads = ["KL mean", "KL p99", "same top-1", "perplexity", "weights MB", "cache B/token", "decode tokens/s"]
-    table = Table("", *heads, *(["right answers"] if exact else []), title=f"on {prices[0].tokens} tokens")
+    of = [dataclasses.asdict(price) for price in prices]
+    names = [name for name in COLUMNS if of[0].get(name) is not None]
+    unit = "tokens" if "tokens" in of[0] else "texts"
+    table = Table("", *(COLUMNS[name][0] for name in names), title=f"on {of[0][unit]} {unit}")
     for column in table.columns[1:]:
         column.justify = "right"
-    for price in prices:
-        table.add_row(
-            (price.scheme or "as it is").rstrip("/").rsplit("/", 1)[-1],
-            f"{price.kl_mean:.2e}",
-            f"{price.kl_p99:.2e}",
-            f"{price.top1:.2%}",
-            f"{price.perplexity:.4f}",
-            f"{price.weight_bytes / MB:.1f}",
-            str(price.cache_bytes_per_token),
-            f"{price.decode_rate:.1f}",
-            *([f"{price.exact_match:.2%}"] if exact else []),
-        )
+    for price in of:
+        values = price | {"weight_bytes": price["weight_bytes"] / MB}
+        scheme = (price["scheme"] or "as it is").rstrip("/").rsplit("/", 1)[-1]
+        table.add_row(scheme, *(COLUMNS[name][1].format(values[name]) for name in names))
     Console().print(table)
 
 
-def _draw(prices: list[Price], axes: Any) -> None:
+def _draw(prices: list[AnyPrice], axes: Any) -> None:
+    losses = {"kl_mean": "mean KL divergence, nats", "cosine_min": "1 - worst cosine", "change_mean": "mean change"}
+    name = next(name for name in losses if hasattr(prices[0], name))
     for price in prices[1:]:
-        axes.scatter(price.weight_bytes / MB, max(price.kl_mean, 1e-9))
-        axes.annotate(price.scheme, (price.weight_bytes / MB, max(price.kl_mean, 1e-9)))
+        value = getattr(price, name)
+        loss = max(1 - value if name == "cosine_min" else value, 1e-9)
+        axes.scatter(price.weight_bytes / MB, loss)
+        axes.annotate(price.scheme, (price.weight_bytes / MB, loss))
     axes.axvline(prices[0].weight_bytes / MB, color="grey", ls=":", label="as it is")
-    axes.set(yscale="log", xlabel="weights, MB", ylabel="mean KL divergence, nats")
+    axes.set(yscale="log", xlabel="weights, MB", ylabel=losses[name])
     axes.grid(alpha=0.3)
     axes.legend()

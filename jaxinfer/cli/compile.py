@@ -18,8 +18,9 @@ from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
 from jaxinfer.cli.plan import architecture, named
 
 if TYPE_CHECKING:
-    from jaxinfer.engine.programs import Programs
+    from jaxinfer.engine.programs import ModelPrograms
     from jaxinfer.engine.sizing import Sizes
+    from jaxinfer.plan.slices import Slice
 
 
 @grouped
@@ -71,7 +72,7 @@ def compile(
         if not follows:
             check_folder(output)
         try:
-            programs, sizes, checked = _programs(config, topology, options)
+            programs, sizes, checked = _programs(model, config, topology, options)
             if follows and (group := distributed.group()):
                 group.receive()  # until process 0 has compiled for all: this raises SystemExit then
             progress.hide()
@@ -93,19 +94,43 @@ def compile(
         print(f"needs: {needs}")
 
 
-def _programs(config: Any, topology: str | None, options: Any) -> tuple[Programs, Sizes, AbstractContextManager[None]]:
+def _programs(
+    model: Any, config: Any, topology: str | None, options: Any
+) -> tuple[ModelPrograms, Sizes | None, AbstractContextManager[None]]:
     """For a slice, or for what there is here; and what turns a compiler's refusal into DoesNotFit."""
+    from jaxinfer.models.tasks import GENERATE, wanted_task
+
+    if wanted_task(config) != GENERATE:
+        return _pooling_programs(model, config, topology, options), None, nullcontext()
     if topology is None:
         from jaxinfer.engine.load import local_programs
 
         return *local_programs(config, options), nullcontext()
     from jaxinfer.plan.compile import refusals
     from jaxinfer.plan.fit import fit, model_of
+
+    target = _target(topology)
+    asked = options.get("quantization"), options.get("max_model_len")
+    held = fit(model_of(config, options.get("dtype", "auto"), target, *asked), target, **options)
+    return held.programs, held.sizes, refusals(held)
+
+
+def _pooling_programs(model: Any, config: Any, topology: str | None, options: Any) -> ModelPrograms:
+    from jaxinfer.engine.pooling.load import local_pooling_programs, vectors_of
+    from jaxinfer.plan.pooled import fit_pooled, model_for, opened_for
+
+    opened = opened_for(model, config, options)
+    if topology is None:
+        return local_pooling_programs(opened)
+    abstract = model_for(opened, target := _target(topology))
+    vectors_of(opened, abstract.config)  # a plan does with less, and takes the mean
+    return fit_pooled(opened, target, abstract).programs
+
+
+def _target(topology: str) -> Slice:
     from jaxinfer.plan.targets import find_target
 
     target = find_target(topology)
     if not target.compiles:
         raise ValueError(f"topology is {topology!r}: programs of GPUs are compiled where they are; leave it out there")
-    asked = options.get("quantization"), options.get("max_model_len")
-    held = fit(model_of(config, options.get("dtype", "auto"), target, *asked), target, **options)
-    return held.programs, held.sizes, refusals(held)
+    return target

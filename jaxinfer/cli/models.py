@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 
 from jaxinfer.cli.options import JSON
-from jaxinfer.models.registry import REGISTRY
+from jaxinfer.models.registry import ENCODERS, REGISTRY
 
 
 def models(as_json: JSON = False) -> None:
-    """List the architectures that load."""
+    """List the architectures that load: those that make text, and encoders, which make vectors and classes.
+
+    The others make these, too, where a checkpoint is for it: ForSequenceClassification of any of them, and folders of
+    sentence-transformers.
+    """
+    kinds = {"text": REGISTRY, "vectors": ENCODERS}
+    rows = [(e.model_type, name, makes, e.known_as) for makes, known in kinds.items() for name, e in known.items()]
     if as_json:
-        rows = [(entry.model_type, name, entry.known_as) for name, entry in REGISTRY.items()]
-        print(json.dumps([dict(zip(("model_type", "hf_class", "known_as"), row, strict=True)) for row in rows]))
+        names = ("model_type", "hf_class", "makes", "known_as")
+        print(json.dumps([dict(zip(names, row, strict=True)) for row in rows]))
         return
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("model_type", no_wrap=True), Column("class", no_wrap=True), "models")
-    for name, entry in REGISTRY.items():
-        table.add_row(entry.model_type, name, entry.known_as)
+    table = Table(Column("model_type", no_wrap=True), Column("class", no_wrap=True), "makes", "models")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxinfer.cli.console import Progress
     from jaxinfer.engine.config import EngineConfig
     from jaxinfer.engine.deployment import Deployment
+    from jaxinfer.plan.slices import Slice
 
 
 @grouped
@@ -72,16 +73,20 @@ def plan(
             raise ValueError("--plot draws one plan, and --sweep makes many: give only one of them")
     with verbosity.apply() as progress:
         progress("starting JAX")
+        from jaxinfer.models.tasks import GENERATE, wanted_task
         from jaxinfer.plan.fit import DoesNotFit
 
         config = architecture(model, deployment)
+        topology = topology or (None if sweep or deployment is None else deployment.topology)
         try:
+            if wanted_task(config) != GENERATE:
+                if plot is not None:
+                    raise ValueError("--plot draws the bounds of decoding, and the model makes no text: leave it out")
+                _plan_pooled(model, config, topology, sweep, context, as_json, options, progress)
+                return
             if sweep:
                 _sweep(config, topology, context, as_json, options)
                 return
-            topology = topology or (deployment.topology if deployment else None)
-            if topology is None:
-                raise ValueError("topology is missing: give --topology v5e-8, or say it in a deployment's file")
             figures = _plan(config, topology, context, options, progress)
         except DoesNotFit as error:
             from jaxinfer.cli.console import say_error
@@ -102,17 +107,51 @@ def plan(
 
 
 def _plan(
-    config: Mapping[str, Any], topology: str, context: int | None, options: EngineConfig, progress: Progress
+    config: Mapping[str, Any], topology: str | None, context: int | None, options: EngineConfig, progress: Progress
 ) -> dict[str, Any]:
     from jaxinfer.models.registry import parse_config
     from jaxinfer.plan.compile import make_plan
     from jaxinfer.plan.figures import context_of, figures
-    from jaxinfer.plan.targets import find_target
 
+    target = _target(topology)
     shape = parse_config(config)[1].for_length(options.get("max_model_len"))
     context = context_of(shape, context, options)  # refused before a minute of compiling
     progress(f"compiling for {topology}, which may take a minute")
-    return figures(make_plan(config, find_target(topology), **options), context)
+    return figures(make_plan(config, target, **options), context)
+
+
+def _target(topology: str | None) -> Slice:
+    from jaxinfer.plan.targets import find_target
+
+    if topology is None:
+        raise ValueError("topology is missing: give --topology v5e-8, or say it in a deployment's file")
+    return find_target(topology)
+
+
+def _plan_pooled(
+    model: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    topology: str | None,
+    sweep: bool,
+    context: int | None,
+    as_json: bool,
+    options: EngineConfig,
+    progress: Progress,
+) -> None:
+    """Of a model that makes vectors or classes."""
+    from jaxinfer.cli.plan_tables import print_pooled, print_pooled_sweep
+    from jaxinfer.plan.pooled import opened_for, pooled_figures, pooled_sweep
+    from jaxinfer.plan.sweep import places
+
+    opened = opened_for(model, config, options)
+    if sweep:
+        candidates, refused = pooled_sweep(opened, places() if topology is None else [topology], context)
+        print(json.dumps(candidates)) if as_json else print_pooled_sweep(candidates, refused)
+        return
+    target = _target(topology)
+    progress(f"compiling for {topology}, which may take a minute")
+    figures = pooled_figures(opened, target, context)
+    print(json.dumps(figures)) if as_json else print_pooled(figures)
 
 
 def _sweep(
@@ -162,11 +201,11 @@ def named(what: str | None, load: ModelOptions) -> tuple[ModelOptions, Deploymen
 def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -> Mapping[str, Any]:
     """The content of a config.json: the deployment's, or of the model's folder, and as its weights are where there are
     some. Nothing is downloaded."""
-    from jaxinfer.checkpoint.files import read_config
     from jaxinfer.checkpoint.open import open_weights
     from jaxinfer.checkpoint.settle import as_stored
-    from jaxinfer.engine.loading import check_architecture
-    from jaxinfer.models.registry import parse_config
+    from jaxinfer.engine.loading import check_architecture, open_model
+    from jaxinfer.models.registry import parse_config, task_of
+    from jaxinfer.models.tasks import GENERATE, with_task
     from jaxinfer.models.wrapped import TIED, untied, with_text
 
     declared = deployment.architecture if deployment else None
@@ -175,7 +214,8 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
     if declared is None or folder.is_dir():
         if deployment is not None and not folder.exists():
             raise ValueError(f"{deployment.path}: architecture is missing, and {model} is no folder with a config.json")
-        config = read_config(folder)
+        opened = open_model(folder)  # the model itself may be in a folder of its own
+        folder, config = opened.folder, opened.config
         try:
             with open_weights(folder) as weights:
                 config = as_stored(config, weights)
@@ -184,8 +224,10 @@ def architecture(model: str | os.PathLike[str], deployment: Deployment | None) -
                 config = untied(config)
         if declared is not None:
             check_architecture(declared, config, folder / "config.json")
-        return config
+        return config if opened.task == GENERATE else with_task(config, opened.task)
     assert deployment is not None
+    if (task := task_of(declared)) != GENERATE:
+        declared = with_task(declared, task)
     try:
         parse_config(declared)
     except ValueError as error:

@@ -29,6 +29,42 @@ def print_plan(figures: dict[str, Any]) -> None:
         console.print(_busiest(figures))
 
 
+def print_pooled(figures: dict[str, Any]) -> None:
+    """The same of a model that makes vectors or classes."""
+    from rich.console import Console
+
+    console = Console()
+    if not figures["compiled"]:
+        console.print(f"{figures['topology']}: from shapes alone, as no compiler is at hand for it")
+    console.print(_memory(figures))
+    if figures["programs"]:
+        console.print(_programs(figures))
+        console.print(_collectives(figures))
+    title = f"calls of {figures['max_num_batched_tokens']:,} tokens at best; GFLOP and GB of each device"
+    table = _table(title, "tokens a text", "GFLOP", "GB", "ms", "texts/s", "a chip", "binds")
+    for step in figures["texts"]:
+        work = f"{step['flops'] / 1e9:,.0f}", f"{step['bytes_moved'] / 1e9:.2f}", f"{1000 * step['seconds']:.3f}"
+        rates = f"{step['texts_per_second']:,.0f}", f"{step['texts_per_second_per_chip']:,.0f}"
+        table.add_row(f"{step['tokens']:,}", *work, *rates, step["binds"])
+    console.print(table)
+
+
+def print_pooled_sweep(candidates: list[dict[str, Any]], refused: int) -> None:
+    """What fits, most texts/s a chip first: of each place its best mesh, or all of the only place."""
+    from rich.console import Console
+
+    best: dict[str, dict[str, Any]] = {}
+    for entry in candidates:
+        best.setdefault(entry["topology"], entry)
+    title = f"from shapes alone, texts of {candidates[0]['tokens']:,} tokens" if candidates else "nothing fits"
+    table = _table(title, "where", "mesh", "texts/s", "a chip", "binds")
+    for entry in list(best.values() if len(best) > 1 else candidates)[:SHOWN]:
+        rates = f"{entry['texts_per_second']:,.0f}", f"{entry['texts_per_second_per_chip']:,.0f}"
+        table.add_row(entry["topology"], entry["mesh"], *rates, entry["binds"])
+    Console().print(table)
+    Console().print(f"of {len(candidates) + refused} meshes {refused} do not fit")
+
+
 def _table(title: str, first: str, *columns: str) -> Table:
     from rich.table import Table
 
@@ -42,7 +78,7 @@ def _memory(figures: dict[str, Any]) -> Table:
     of = "of each chip" if figures["devices_per_chip"] == 1 else "of each device, half of a chip"
     table = _table(f"{figures['topology']}, {figures['mesh']}, {figures['precision']}", of, "GiB")
     names = {
-        "cache": f"KV cache, {figures['cache_tokens']:,} tokens of context",
+        "cache": f"KV cache, {figures.get('cache_tokens', 0):,} tokens of context",
         "hidden_states": "hidden states",
         "padding": "padding by the compiler",
         "total": "all",

@@ -1,4 +1,8 @@
-"""Asks a model held-out questions and counts exact answers: `python -m jaxinfer.demo.evaluate`."""
+"""Asks a model held-out questions and counts right answers: `python -m jaxinfer.demo.evaluate`.
+
+Of a model that makes vectors, a question is right whose nearest one asks for the same in other words; of one that
+classifies, that is given its family.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import numpy as np
+
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.demo.families import Question
+from jaxinfer.demo.phrasings import held_out_pairs
 from jaxinfer.demo.questions import held_out_questions
 from jaxinfer.engine.config import KVCacheDType
+from jaxinfer.models.tasks import CLASSIFY, EMBED
 from jaxinfer.quantization.schemes import SCHEMES, check_quantization
 
 MAX_ANSWER_TOKENS = 48
@@ -25,6 +33,31 @@ def ask(llm: Any, questions: Sequence[Question], use_tqdm: bool = True) -> list[
     outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS), use_tqdm=use_tqdm)
     answers = [output.outputs[0].text.strip() for output in outputs]
     return [answer == question.answer for answer, question in zip(answers, questions, strict=True)]
+
+
+def nearest(llm: Any, pairs: Sequence[tuple[Question, Question]]) -> list[bool]:
+    """Whether the first question of each pair has its second nearest to it, of all second ones, by the vectors of
+    `llm`."""
+    ours, theirs = (
+        np.stack([output.outputs.embedding for output in llm.embed([half.text for half in side], use_tqdm=False)])
+        for side in zip(*pairs, strict=True)
+    )
+    return [bool(best == place) for place, best in enumerate(np.argmax(ours @ theirs.T, axis=1))]
+
+
+def classify(llm: Any, questions: Sequence[Question]) -> list[bool]:
+    """Whether `llm` gives each question the class that is its family's name."""
+    outputs = llm.classify([question.text for question in questions], use_tqdm=False)
+    return [output.outputs.label == question.family for output, question in zip(outputs, questions, strict=True)]
+
+
+def answered(llm: Any, count: int, seed: int, use_tqdm: bool = True) -> tuple[Sequence[Question], list[bool]]:
+    """Held-out questions of a kind that `llm` can do, and which of them it gets right. Raises ValueError."""
+    if llm.task == EMBED:
+        pairs = held_out_pairs(count, seed)
+        return [first for first, _ in pairs], nearest(llm, pairs)
+    questions = held_out_questions(count, seed)
+    return questions, classify(llm, questions) if llm.task == CLASSIFY else ask(llm, questions, use_tqdm)
 
 
 def exact_match(questions: Sequence[Question], right: Sequence[bool]) -> dict[str, float]:
@@ -49,14 +82,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         check_quantization(options.quantization)
-        questions = held_out_questions(options.questions, options.seed)
+        held_out_questions(options.questions, options.seed)
     except ValueError as error:
         parser.error(str(error))
 
     from jaxinfer import LLM
 
     llm = LLM(options.model, quantization=options.quantization, kv_cache_dtype=options.kv_cache_dtype)
-    shares = exact_match(questions, ask(llm, questions))
+    questions, right = answered(llm, options.questions, options.seed)
+    shares = exact_match(questions, right)
     if options.json:
         report = {"model": options.model, "questions": len(questions), "seed": options.seed, "exact_match": shares}
         print(json.dumps(report))

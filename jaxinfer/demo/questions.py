@@ -32,7 +32,7 @@ def training_questions(seed: int) -> Iterator[Question]:
     while True:
         question = rng.choice(samplers)(rng)
         if not is_held_out(question):
-            yield Question(question.family, question.content, _carelessly(question.text, rng), question.answer)
+            yield Question(question.family, question.content, carelessly(question.text, rng), question.answer)
 
 
 def held_out_questions(n: int, seed: int = 0) -> list[Question]:
@@ -57,7 +57,8 @@ def held_out_questions(n: int, seed: int = 0) -> list[Question]:
     return list(questions.values())
 
 
-def _carelessly(text: str, rng: Random) -> str:
+def carelessly(text: str, rng: Random) -> str:
+    """A text as people type it."""
     if rng.random() < 0.15:
         text = text[0].lower() + text[1:]
     if rng.random() < 0.15:

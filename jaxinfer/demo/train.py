@@ -1,45 +1,35 @@
-"""Trains the demo model from nothing: `python -m jaxinfer.demo.train --output DIR`.
+"""Trains a packaged model from nothing: `python -m jaxinfer.demo.train --output DIR`, and for the others `--kind
+encoder` and `--kind classifier`.
 
 The same seed gives the same data and the same initial weights. Needs optax (`pip install '.[train]'`).
-The matrices learn with Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon/), which here gets as far as
-Adam does in several times as many steps; norms and the embedding learn with Adam.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import queue
 import sys
-import tempfile
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from jaxinfer.attention import ForwardBatch
-from jaxinfer.demo import evaluate
+from jaxinfer.demo import encoders, evaluate
 from jaxinfer.demo.families import FAMILIES, Question
 from jaxinfer.demo.questions import training_questions
 from jaxinfer.demo.tokenizer import BOS_ID, EOS_ID, build_tokenizer, load_tokenizer
+from jaxinfer.demo.training import optimize, save
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.places import check_new, local
 
-T = TypeVar("T")
-
 STEPS = 12_000
 ROWS, ROW_LENGTH = 24, 96  # a step's batch: rows that hold several whole examples each
-LEARNING_RATE = 0.01
-WARM_UP = 200
 
 ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 128,
@@ -181,38 +171,12 @@ def _pack_row(waiting: list[tuple[list[int], int]]) -> tuple[np.ndarray, ...]:
     return tokens, positions, row, starts, targets, weights
 
 
-def _ahead(items: Iterator[T], size: int = 8) -> Iterator[T]:
-    """The same items, made by a thread while the device is busy."""
-    made: queue.Queue[T] = queue.Queue(size)
-
-    def make() -> None:
-        for item in items:
-            made.put(item)
-
-    threading.Thread(target=make, daemon=True).start()
-    while True:
-        yield made.get()
-
-
 # Training -----------------------------------------------------------------------------------------------------------
 
 
 def train(model: AbstractModel, data: Iterator[TrainingBatch], steps: int, seed: int) -> Params:
-    """The parameters after `steps` steps on `data`; prints how it goes to stderr."""
+    """See `optimize`."""
     import optax
-    from optax.contrib import MuonDimensionNumbers, muon
-
-    schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, min(WARM_UP, steps // 2), steps, 0.0)
-    # Weights are [out, in]. The embedding is a table and not a product's matrix: Adam's, as are the norms.
-    by_muon = {
-        name: MuonDimensionNumbers(reduction_axis=1, output_axis=0)
-        if len(shape.shape) == 2 and "embed" not in name
-        else None
-        for name, shape in model.abstract.items()
-    }
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), muon(schedule, weight_decay=0.05, muon_weight_dimension_numbers=by_muon)
-    )
 
     def loss(params: Params, batch: ForwardBatch, targets: jax.Array, weights: jax.Array) -> jax.Array:
         module = model.bind(params)
@@ -220,48 +184,7 @@ def train(model: AbstractModel, data: Iterator[TrainingBatch], steps: int, seed:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return jnp.sum(losses * weights) / jnp.sum(weights)
 
-    def step(params: Params, state: Any, *data: Any) -> tuple[Params, Any, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(params, *data)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    # optax mixes dtypes in its schedules: standard promotion, whatever the caller has set.
-    with jax.numpy_dtype_promotion("standard"):
-        params = model.random_params(seed)
-        state = jax.jit(optimizer.init)(params)
-        compiled = jax.jit(step, donate_argnums=(0, 1))
-        began, losses = time.monotonic(), []
-        for done, (batch, targets, weights) in enumerate(itertools.islice(_ahead(data), steps), 1):
-            params, state, value = compiled(params, state, batch, targets, weights)
-            losses.append(value)
-            if done % 100 == 0 or done == steps:
-                mean = float(np.mean(jax.device_get(losses)))
-                left = (time.monotonic() - began) / done * (steps - done)
-                print(f"step {done} of {steps}: loss {mean:.4f}, {left:.0f} s left", file=sys.stderr, flush=True)
-                losses = []
-    return params
-
-
-def save(folder: Path, params: Mapping[str, jax.Array], settings: Mapping[str, Any], tokenizer: bytes) -> None:
-    """Writes the model in Hugging Face's format: all of it or, if that fails, nothing."""
-    from safetensors.numpy import save as serialize
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        inside = Path(temporary) / folder.name
-        inside.mkdir()
-        tensors = {name: np.asarray(value).astype(ml_dtypes.bfloat16) for name, value in params.items()}
-        (inside / "model.safetensors").write_bytes(serialize(tensors, metadata={"format": "pt"}))
-        (inside / "tokenizer.model").write_bytes(tokenizer)
-        (inside / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-        _write_json(inside / "config.json", settings)
-        _write_json(inside / "tokenizer_config.json", TOKENIZER_CONFIG)
-        _write_json(inside / "generation_config.json", GENERATION_CONFIG)
-        inside.rename(folder)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    return optimize(model, loss, data, steps, seed)
 
 
 def make(folder: Path, steps: int, seed: int, architecture: Mapping[str, Any]) -> None:
@@ -271,14 +194,30 @@ def make(folder: Path, steps: int, seed: int, architecture: Mapping[str, Any]) -
     settings = config(tokenizer.vocab_size(), architecture)
     model = AbstractModel.from_config(settings, "float32")
     params = train(model, batches(tokenizer, seed), steps, seed)
-    save(folder, params, settings, serialized)
+    files = {
+        "tokenizer.model": serialized,
+        "chat_template.jinja": CHAT_TEMPLATE,
+        "config.json": settings,
+        "tokenizer_config.json": TOKENIZER_CONFIG,
+        "generation_config.json": GENERATION_CONFIG,
+    }
+    save(folder, params, files)
+
+
+# How each is made, its sizes, and its steps.
+KINDS = {
+    "model": (make, ARCHITECTURE, STEPS),
+    "encoder": (encoders.make_encoder, encoders.ENCODER, encoders.ENCODER_STEPS),
+    "classifier": (encoders.make_classifier, encoders.CLASSIFIER, encoders.CLASSIFIER_STEPS),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m jaxinfer.demo.train", description="Trains the demo model.")
+    parser = argparse.ArgumentParser(prog="python -m jaxinfer.demo.train", description="Trains a packaged model.")
     parser.add_argument("--output", default="demo-model", help="new folder for the model")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--kind", default="model", choices=KINDS, help="which (default: the one that answers)")
+    parser.add_argument("--steps", type=int, help="how many, if not as many as the packaged one took")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:
@@ -286,13 +225,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_new(str(options.output), f"--output {options.output}")
     except ValueError as error:
         parser.error(str(error))
-    if options.steps < 1:
-        parser.error(f"--steps: {options.steps} is not a number of steps; give at least 1")
+    make_it, architecture, steps = KINDS[options.kind]
+    steps = steps if options.steps is None else options.steps
+    if steps < 1:
+        parser.error(f"--steps: {steps} is not a number of steps; give at least 1")
     try:
         import optax  # noqa: F401
     except ImportError:
         parser.error("training needs optax, which is not installed: pip install '.[train]'")
-    make(options.output, options.steps, options.seed, ARCHITECTURE)
+    make_it(options.output, steps, options.seed, architecture)
     print(f"saved in {options.output}", file=sys.stderr)
     evaluate.main(["--model", str(options.output)])
 

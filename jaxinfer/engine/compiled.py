@@ -49,8 +49,9 @@ class Manifest:
     model: of `describe_config()`.
     options: those of `LLM` that shape the programs, all of them.
     attention: what attends to each cache group.
-    sizes: as in Sizes.
+    sizes: as in Sizes; of models without a cache nothing.
     programs: by name, each file's `bytes`, `sha256`, and `signature` of its arguments.
+    pooler: what makes vectors of hidden states, in words; "None": a head makes classes. Of models with a cache "".
     format: of the manifest itself.
     """
 
@@ -60,6 +61,7 @@ class Manifest:
     attention: list[str]
     sizes: dict[str, int]
     programs: dict[str, dict[str, Any]]
+    pooler: str = ""
     format: int = field(default=FORMAT)
 
     def dump(self) -> bytes:
@@ -76,7 +78,8 @@ class Manifest:
             raise ValueError(f"{MANIFEST} is not one of this version of jaxinfer")
         try:
             manifest = Manifest(**data)
-            whole = all(type(n) is int and 0 < n < 2**63 for n in dataclasses.astuple(Sizes(**manifest.sizes)))
+            sizes = () if manifest.pooler else dataclasses.astuple(Sizes(**manifest.sizes))
+            whole = all(type(n) is int and 0 < n < 2**63 for n in sizes) and isinstance(manifest.pooler, str)
             whole &= isinstance(manifest.environment["devices"], list) and bool(manifest.environment["devices"])
             for entry in manifest.programs.values():
                 whole &= {name: type(value) for name, value in entry.items()} == ENTRY and entry["bytes"] >= 0
@@ -101,7 +104,11 @@ class Folder:
 
     def __init__(self, name: str, manifest: Manifest, on_progress: Callable[[str], None]):
         self.name, self.manifest, self.on_progress = name, manifest, on_progress
-        self.sizes = Sizes(**manifest.sizes)
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of the cache."""
+        return Sizes(**self.manifest.sizes)
 
     @property
     def digest(self) -> str:
@@ -142,10 +149,12 @@ def open_folder(
     devices: Sequence[jax.Device],
     options: Mapping[str, Any],
     on_progress: Callable[[str], None],
+    pooler: str = "",
 ) -> Folder | None:
     """The folder, if it is for this machine, this model and the `options` that are given (those with None are not).
 
-    Otherwise None, and a warning that says exactly what differs. Raises FileNotFoundError if there is no such folder.
+    pooler: as in Manifest. Otherwise None, and a warning that says exactly what differs. Raises FileNotFoundError if
+    there is no such folder.
     """
     name = os.fspath(name)
     fs, path = locate(name, "compiled")
@@ -161,6 +170,7 @@ def open_folder(
             raise ValueError(f"{MANIFEST} is damaged: its options are not those that shape programs")
         check_options(manifest.options)
         differences = _differences(manifest, config, devices, options)
+        differences += _compare("what is done with", {"hidden states": manifest.pooler}, {"hidden states": pooler})
     except ValueError as error:
         differences = [str(error)]
     except (KeyError, TypeError, AttributeError, RecursionError):
@@ -210,6 +220,8 @@ def _differences(
 def _contradictions(manifest: Manifest, model: ModelConfig) -> list[str]:
     """Sizes that are not those of the options. That there is memory for them, and one of them for a sequence, is seen
     once it is known what layers keep."""
+    if manifest.pooler:
+        return []
     sizes, options = Sizes(**manifest.sizes), manifest.options
     longest = -(-sizes.max_model_len // sizes.page_size)
     fits = (

@@ -18,17 +18,21 @@ KVCacheDType = Literal["auto", "int8", "fp8"]
 Runner = Literal["auto", "generate", "pooling"]
 Convert = Literal["auto", "none", "embed", "classify"]
 POOLINGS = {"CLS": "cls", "LAST": "lasttoken", "MEAN": "mean"}  # vLLM's names, and sentence-transformers'
+OF_TOKENS = ("ALL", "STEP")  # those that give a row of numbers of each token
+POOLER_FIELDS = ("pooling_type", "normalize", "use_activation", "dimensions", "step_tag_id", "returned_token_ids")
 
 
 def check_pooler_config(value: object) -> None:
     """Raises ValueError for what can't be a `pooler_config`."""
     if value is None:
         return
-    fine = isinstance(value, Mapping) and value.keys() <= {"pooling_type", "normalize"} and "pooling_type" in value
-    if not fine or value["pooling_type"] not in POOLINGS or value.get("normalize") not in (None, True, False):  # type: ignore[index, attr-defined]
+    known = (*POOLINGS, *OF_TOKENS)
+    fine = isinstance(value, Mapping) and value.keys() <= set(POOLER_FIELDS) and bool(value)
+    fine = fine and all(value.get(n) in (None, True, False) for n in ("normalize", "use_activation"))  # type: ignore[attr-defined]
+    if not fine or value.get("pooling_type") not in (None, *known):  # type: ignore[attr-defined]
         raise ValueError(
-            f"pooler_config is {value!r:.100}: it must be a dict with pooling_type, one of {', '.join(POOLINGS)}, and "
-            "perhaps normalize, true or false"
+            f"pooler_config is {value!r:.100}: it must be a dict with pooling_type, one of {', '.join(known)}, and "
+            f"perhaps {', '.join(POOLER_FIELDS[1:])}"
         )
 
 
@@ -263,8 +267,17 @@ class EngineConfig(TypedDict, total=False):
         Option(
             details='how tokens\' vectors become a text\'s: `{"pooling_type": "MEAN", "normalize": True}`, or `CLS` or '
             "`LAST`; default: what a sentence-transformers folder says, and of a language model the last token's, "
-            "normalized",
+            "normalized. `ALL` and `STEP` are of models whose tokens each have numbers of their own (`LLM.reward`, "
+            "`LLM.encode`), `STEP` with `step_tag_id` and `returned_token_ids`: see [embeddings](embeddings.md)",
             check=check_pooler_config,
+        ),
+    ]
+    hf_overrides: Annotated[
+        Mapping[str, Any] | None,
+        Option(
+            details="fields that a `config.json` is to have, of models that embed, classify or score; above all vLLM's "
+            'for rerankers: `{"classifier_from_token": ["no", "yes"], "is_original_qwen3_reranker": True}`',
+            must_be="fields of a config.json",
         ),
     ]
     architecture: Annotated[

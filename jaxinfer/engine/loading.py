@@ -16,16 +16,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
+from jaxinfer.checkpoint.cross_encoder import CrossEncoderModel, read_cross_encoder, scores_by_logits
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.hub import resolve
-from jaxinfer.checkpoint.sentence import MODULES, SentenceModel, read_sentence_model
+from jaxinfer.checkpoint.sentence import MODULES, SentenceModel, read_model2vec, read_sentence_model
+from jaxinfer.checkpoint.static import static_config
 from jaxinfer.distributed import reported
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.dtypes import computes_in
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.declared import Declarations
 from jaxinfer.models.model import AbstractModel
-from jaxinfer.models.registry import parse_config, task_of
+from jaxinfer.models.registry import STATIC, parse_config, task_of
 from jaxinfer.models.tasks import CLASSIFY, EMBED, GENERATE
 from jaxinfer.models.wrapped import TEXT
 from jaxinfer.sharding import local_devices, make_mesh
@@ -43,6 +45,7 @@ class Opened:
     config: its config.json's content.
     task: what it is loaded for: GENERATE, EMBED or CLASSIFY.
     sentence: what a sentence-transformers folder says, where it is to embed.
+    pairs: what is said of a model that classifies, and may score pairs of texts.
     settings: all options. given: those that are given.
     start: when loading began, by time.perf_counter.
     """
@@ -51,6 +54,7 @@ class Opened:
     config: dict[str, Any]
     task: str
     sentence: SentenceModel | None
+    pairs: CrossEncoderModel | None
     settings: EngineConfig
     given: dict[str, Any]
     start: float
@@ -63,16 +67,34 @@ def open_model(model: str | os.PathLike[str], **options: Any) -> Opened:
     start = time.perf_counter()
     settings, given = check_options(options), dict(in_our_words(options))
     folder = resolve(model, settings["revision"], settings["token"])
-    if settings["runner"] == "generate" or not os.path.lexists(folder / MODULES):
-        config = read_config(folder)
-        return Opened(folder, config, _task(config, settings), None, settings, given, start)
-    if os.path.lexists(folder / "config.json"):  # cross-encoders have modules, too
-        config = read_config(folder)
-        if _task(config, settings) == CLASSIFY:
-            return Opened(folder, config, CLASSIFY, None, settings, given, start)
+    if settings["runner"] != "generate" and (scored := scores_by_logits(folder)) is not None:
+        config = _overridden(read_config(scored.transformer), settings)
+        return Opened(scored.transformer, config, CLASSIFY, None, scored, settings, given, start)
+    has_modules = settings["runner"] != "generate" and os.path.lexists(folder / MODULES)
+    if not has_modules or os.path.lexists(folder / "config.json"):  # cross-encoders may have modules, too
+        config = _overridden(read_config(folder), settings)
+        if config["model_type"] == STATIC and not has_modules:
+            said = read_model2vec(folder, config)
+            return Opened(folder, static_config(folder), EMBED, said, None, settings, given, start)
+        task = _task(config, settings)
+        if task == GENERATE and not has_modules and settings["hf_overrides"]:
+            fields = settings["hf_overrides"]
+            raise ValueError(f"hf_overrides is {fields!r:.100}: for models that make text, change config.json")
+        pairs = None
+        if task == CLASSIFY:  # a model that has other modules is refused later, saying what it is
+            named = task_of(config) == CLASSIFY or not has_modules
+            pairs = read_cross_encoder(folder, config) if named else CrossEncoderModel(folder)
+        if not has_modules or pairs is not None:
+            return Opened(folder, config, task, None, pairs, settings, given, start)
     sentence = read_sentence_model(folder)
     assert sentence is not None
-    return Opened(sentence.transformer, read_config(sentence.transformer), EMBED, sentence, settings, given, start)
+    config = _overridden((static_config if sentence.is_table else read_config)(sentence.transformer), settings)
+    return Opened(sentence.transformer, config, EMBED, sentence, None, settings, given, start)
+
+
+def _overridden(config: dict[str, Any], settings: EngineConfig) -> dict[str, Any]:
+    """A config.json's content with the fields that are said otherwise."""
+    return {**config, **(settings["hf_overrides"] or {})}
 
 
 def _task(config: Mapping[str, Any], settings: EngineConfig) -> str:
@@ -84,6 +106,8 @@ def _task(config: Mapping[str, Any], settings: EngineConfig) -> str:
         return GENERATE
     if convert in (EMBED, CLASSIFY):
         return convert
+    if any(config.get(name) for name in ("classifier_from_token", "is_original_qwen3_reranker")):
+        return CLASSIFY
     return EMBED if runner == "pooling" and own == GENERATE else own
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from jaxinfer.engine.request import FinishReason
+
+Out = TypeVar("Out", bound="EmbeddingOutput | ClassificationOutput | ScoringOutput | PoolingOutput")
 
 
 @dataclass(frozen=True)
@@ -206,18 +209,40 @@ class ClassificationOutput:
 
 
 @dataclass(frozen=True)
-class PoolingRequestOutput:
-    """What comes back for a text.
+class ScoringOutput:
+    """How well a document answers a query, or how near two texts are.
+
+    score: after the checkpoint's activation, or by its similarity function; NaN where there is an error.
+    """
+
+    score: float
+
+
+@dataclass(frozen=True)
+class PoolingOutput:
+    """What a model makes of a text.
+
+    data: f32[N] of the text, or f32[tokens, N] of each of its tokens; empty where there is an error.
+    """
+
+    data: np.ndarray
+
+
+@dataclass(frozen=True)
+class PoolingRequestOutput(Generic[Out]):
+    """What comes back for a text, or for a pair of texts.
 
     request_id: its number; -1 of what was not served.
     prompt_token_ids: of the text, with prompt and special tokens, as far as it was not cut.
     index, error: as in RequestOutput.
+    outputs: what the model makes of it.
     """
 
     request_id: int
     prompt_token_ids: list[int]
     index: int = 0
     error: str | None = None
+    outputs: Out = field(kw_only=True)
 
     @property
     def finished(self) -> bool:
@@ -225,18 +250,30 @@ class PoolingRequestOutput:
         return True
 
 
-@dataclass(frozen=True)
-class EmbeddingRequestOutput(PoolingRequestOutput):
+class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
     """With its vector."""
 
-    outputs: EmbeddingOutput = field(kw_only=True)
+
+class ClassificationRequestOutput(PoolingRequestOutput[ClassificationOutput]):
+    """With its classes."""
+
+
+class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
+    """With its score."""
 
 
 @dataclass(frozen=True)
-class ClassificationRequestOutput(PoolingRequestOutput):
-    """With its classes."""
+class RerankResult:
+    """A document's place among others.
 
-    outputs: ClassificationOutput = field(kw_only=True)
+    index: its number in what was given.
+    relevance_score: as in ScoringOutput.
+    document: as it was given.
+    """
+
+    index: int
+    relevance_score: float
+    document: Any
 
 
 def score_error(index: int, error: str) -> ScoreOutput:

@@ -28,24 +28,26 @@ class Classifier(nnx.Module):
             if config.norm
             else None
         )
-        self.out = linear(config.num_labels, config.out_bias)
+        self.out = linear(len(config.rows) or config.num_labels, config.out_bias)
         self.config, self.dtype = config, jnp.dtype(dtype)
 
     def __call__(self, x: jax.Array, batch: ForwardBatch) -> jax.Array:
         """Logits float32 `[R, num_labels]` of hidden states `[T, D]`."""
         kind = self.config.pooling
         if self.config.late:
-            return pool(self._logits(x), batch, (kind,))
+            return pool(self.logits(x), batch, (kind,))
         if kind == LAST_BUT_PADDING:
-            return self._logits(x[self._last(batch)])
-        return self._logits(pool(x, batch, (kind,)).astype(self.dtype))
+            return self.logits(x[self._last(batch)])
+        return self.logits(pool(x, batch, (kind,)).astype(self.dtype))
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Those float32 `[N, num_labels]` of hidden states `[N, D]`, each by itself."""
         if self.dense is not None:
             x = ACTIVATIONS[self.config.activation](self.dense(x))
         if self.norm is not None:
             x = self.norm(x)
-        return head_logits(x, self.out, None)
+        logits = head_logits(x, self.out, None)
+        return logits[:, 1:] - logits[:, :1] if self.config.difference else logits
 
     def _last(self, batch: ForwardBatch) -> jax.Array:
         """Each row's last token that is not padding, or its first, by their numbers in the stream."""

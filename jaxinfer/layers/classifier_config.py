@@ -19,6 +19,9 @@ class ClassifierConfig:
     dense_bias, norm_bias, out_bias: which of them have one.
     norm_eps: of the norm.
     padding_id: a token's id; None: no token is padding.
+    rows: ids of tokens whose rows of the head for words `out` is, in place of one of its own; none: it has its own.
+    tied: that head is the embedding table, where checkpoints have no other.
+    difference: there is one logit, of the second of two rows less that of the first.
     """
 
     num_labels: int
@@ -33,3 +36,6 @@ class ClassifierConfig:
     out_bias: bool = True
     norm_eps: float = 1e-5
     padding_id: int | None = None
+    rows: tuple[int, ...] = ()
+    tied: bool = False
+    difference: bool = False

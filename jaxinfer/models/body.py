@@ -52,3 +52,8 @@ class Body(nnx.Module):
         """Logits float32 `[R, C]` of each text, of its `encode`d tokens."""
         assert self.classifier is not None, "the model has no classes"
         return self.classifier(x, batch)
+
+    def classify_tokens(self, x: jax.Array) -> jax.Array:
+        """Logits float32 `[T, C]` of each of them."""
+        assert self.classifier is not None, "the model has no classes"
+        return self.classifier.logits(x)

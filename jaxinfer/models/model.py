@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 
 from jaxinfer.cache import KVCacheSpec
@@ -178,7 +178,9 @@ def _build(data: Mapping[str, Any], max_model_len: int | None, dtype: np.dtype[A
 
     architecture, config = registry.parse_config(data)
     config = config.for_length(max_model_len)
-    module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
+    # Flax gives variables shardings where there is a mesh, and takes them all for arrays.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        module = nnx.eval_shape(lambda: architecture.build(config, dtype=dtype, rngs=cast(nnx.Rngs, _OneKey())))
     graph, state = nnx.split(module)
     return graph, tuple(nnx.to_flat_state(state))
 

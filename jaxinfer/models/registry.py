@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.architecture import Architecture as Architecture
-from jaxinfer.models.tasks import BOTH_WAYS, CLASSIFIER, CLASSIFY, EMBED, ENDINGS, GENERATE, for_task, stem, wanted_task
+from jaxinfer.models.tasks import (
+    BODIES,
+    BOTH_WAYS,
+    CLASSIFIER,
+    CLASSIFY,
+    EMBED,
+    ENDINGS,
+    GENERATE,
+    HEAD_TOKENS,
+    for_task,
+    stem,
+    wanted_task,
+)
 from jaxinfer.models.wrapped import (
     GEMMA3,
     GEMMA4,
@@ -137,6 +149,9 @@ ENCODERS: dict[str, Entry] = {
     "RobertaModel": Entry("roberta", "jaxinfer.models.roberta", "RoBERTa, all-distilroberta"),
     "XLMRobertaModel": Entry("xlm-roberta", "jaxinfer.models.xlm_roberta", "XLM-R, BGE-M3, multilingual E5"),
 }
+STATIC = "model2vec"
+# Tables of vectors, whose config.json is made up: see checkpoint/static.py.
+TABLES = {"StaticModel": Entry(STATIC, "jaxinfer.models.model2vec", "Model2Vec, potion, static-retrieval-mrl")}
 
 
 def register(name: str, model_type: str, source: str | Architecture | Wrapped, known_as: str = "") -> None:
@@ -220,7 +235,7 @@ def _named(data: Mapping[str, Any], task: str) -> tuple[str, Entry, Mapping[str,
     """What is registered of the class that config.json names, for a task that makes no text: the same body may be an
     encoder's, or a decoder's. Raises CheckpointError that lists what is known."""
     model_type, named = data.get("model_type"), data.get("architectures")
-    known = {name: entry for name, entry in (ENCODERS | REGISTRY).items() if entry.model_type == model_type}
+    known = {name: entry for name, entry in (TABLES | ENCODERS | REGISTRY).items() if entry.model_type == model_type}
     if not known:
         raise CheckpointError(f"model_type {model_type!r:.100} is not supported{nearest(model_type)}")
     if task == CLASSIFY:  # heads of models that see take images
@@ -228,7 +243,8 @@ def _named(data: Mapping[str, Any], task: str) -> tuple[str, Entry, Mapping[str,
     name = named[0] if isinstance(named, list) and named else None
     stems = {stem(known_name): known_name for known_name in reversed(known)}
     found = next(iter(known)) if name is None and task == EMBED else None
-    if isinstance(name, str) and name.endswith(ENDINGS[task]):
+    endings = ENDINGS[task] if data.get(HEAD_TOKENS) is None else (*ENDINGS[task], *BODIES)
+    if isinstance(name, str) and name.endswith(endings):
         found = stems.get(stem(name))
     if found is None:
         classes = ", ".join(base + ending for base in stems for ending in ENDINGS[task]) or "nothing"

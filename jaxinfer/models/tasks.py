@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 GENERATE, EMBED, CLASSIFY = "generate", "embed", "classify"
 TASK = "jaxinfer_task"  # beside the fields of a config.json, where it is not to generate
+HEAD_TOKENS = "jaxinfer_head_tokens"  # ids of tokens whose logits, as a model makes text, are those of classes
+DIFFERENCE = "jaxinfer_head_difference"  # of two of them, it is the second's less the first's
 BOTH_WAYS = "use_bidirectional_attention"
 # What names of classes end with, by what they can be loaded for: without their head, or with it.
-CLASSIFIER = ("ForSequenceClassification",)
+OF_STEPS = "ForProcessRewardModel"
+CLASSIFIER = ("ForSequenceClassification", OF_STEPS, "ForRewardModel")
 BODIES = ("Model", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM", "ForConditionalGeneration")
 ENDINGS = {EMBED: BODIES, CLASSIFY: CLASSIFIER}
 MOST_LABELS = 2**16
@@ -33,6 +36,12 @@ MOST_LABELS = 2**16
 def with_task(data: Mapping[str, Any], task: str) -> dict[str, Any]:
     """A config.json's content of which the model is made for a task."""
     return {**data, TASK: task}
+
+
+def with_head_tokens(data: Mapping[str, Any], tokens: list[int], difference: bool) -> dict[str, Any]:
+    """A config.json's content of which the classes are the logits of tokens, or of two the difference."""
+    named = {name: value for name, value in data.items() if name not in ("id2label", "num_labels")}
+    return {**named, HEAD_TOKENS: tokens, DIFFERENCE: difference}
 
 
 def wanted_task(data: Mapping[str, Any]) -> str:
@@ -54,12 +63,13 @@ def for_task(architecture: Architecture, task: str) -> Architecture:
 
     def parse(fields: ConfigReader) -> ModelConfig:
         # Without a head of its own it makes none, and what a file has of one is left aside.
-        config = replace(architecture.parse(fields), tie_word_embeddings=True)
+        parsed = architecture.parse(fields)
+        config = replace(parsed, tie_word_embeddings=True)
         if architecture.both_ways is not None and fields.boolean(BOTH_WAYS, False):
             config = architecture.both_ways(config)
         if task == CLASSIFY:
-            head = architecture.classifier or last_token
-            config = replace(config, classifier=head(fields, config))
+            head = _special_head(fields) or architecture.classifier or last_token
+            config = replace(config, classifier=head(fields, parsed))
         return config
 
     def build(config: Any, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Body:
@@ -74,16 +84,61 @@ def for_task(architecture: Architecture, task: str) -> Architecture:
     return replace(architecture, parse=parse, build=build, weights=lambda config: _weights(architecture, config))
 
 
+def _special_head(fields: ConfigReader) -> Callable[[ConfigReader, ModelConfig], ClassifierConfig] | None:
+    """One that any body may have."""
+    if fields.data.get(HEAD_TOKENS) is not None:
+        return of_tokens
+    named = fields.data.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    return rewards if name.endswith(CLASSIFIER[1:]) else None
+
+
 def _weights(architecture: Architecture, config: ModelConfig) -> ParamMapping:
-    from jaxinfer.models.sources import Tensor
+    from jaxinfer.models.sources import Concat, OneOf, Part, Tensor
 
     mapping, head = architecture.weights(config), config.classifier
 
     def source(name: str) -> Source:
         part = re.fullmatch(r"classifier\.(dense|norm|out)(\..+)", name)
-        return mapping.source(name) if part is None else Tensor(getattr(head, part[1]) + part[2])
+        if part is None:
+            return mapping.source(name)
+        assert head is not None
+        if part[1] != "out" or not head.rows:
+            return Tensor(getattr(head, part[1]) + part[2])
+        tables = (mapping.head, mapping.embedding) if head.tied else (mapping.head,)
+        places = [place for table in tables for place in mapping.source(table).spellings()]
+        sizes = (1,) * len(head.rows)
+        return OneOf(tuple(Concat(tuple(Part(x, i, config.vocab_size) for i in head.rows), sizes) for x in places))
 
     return replace(mapping, source=source, beside=(*mapping.beside, r"lm_head\..+"))
+
+
+def of_tokens(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
+    """Logits of some tokens after the last one: rerankers that are language models answer "yes" or "no"."""
+    from jaxinfer.layers.classifier_config import ClassifierConfig
+
+    rows, difference = fields.data[HEAD_TOKENS], fields.data.get(DIFFERENCE) is True
+    for i in rows:
+        if not 0 <= i < config.vocab_size:
+            raise CheckpointError(f"token {i} is to be a class: the model's ids go from 0 to {config.vocab_size - 1}")
+    for name, plain in (("logit_scale", 1), ("logit_soft_cap", None)):
+        if getattr(config, name, plain) != plain:
+            raise CheckpointError(f"{fields.where}: logits of words as classes are not made with a {name}")
+    return ClassifierConfig(
+        1 if difference else len(rows),
+        "lasttoken",
+        out_bias=False,
+        rows=tuple(rows),
+        tied=config.tie_word_embeddings,
+        difference=difference,
+    )
+
+
+def rewards(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:
+    """The head of Qwen2.5's reward models, of a text (ForRewardModel) or of its steps, which are right or wrong."""
+    labels = 2 if fields.data["architectures"][0].endswith(OF_STEPS) else 1
+    head = replace(last_token(fields, config), num_labels=labels, activation="relu", out_bias=True)
+    return replace(head, dense="score.0", out="score.2")
 
 
 def last_token(fields: ConfigReader, config: ModelConfig) -> ClassifierConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import re
 import time
@@ -15,7 +16,7 @@ import jax
 from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.config import EngineConfig, in_our_words
-from jaxinfer.engine.programs import Key, Programs
+from jaxinfer.engine.programs import Key, ModelPrograms
 from jaxinfer.engine.sizing import device_bytes
 from jaxinfer.plan.collectives import Collectives, collectives
 from jaxinfer.plan.fit import DoesNotFit, Fit, fit, model_of
@@ -41,6 +42,17 @@ class Program:
     code: int
     collectives: Mapping[str, Collectives]
     seconds: float
+
+    def figures(self) -> dict[str, Any]:
+        """As numbers by name."""
+        return {
+            "program": f"{self.key[0]}, {self.key[1]} tokens",
+            "arguments": self.arguments,
+            "temporaries": self.temporaries,
+            "code": self.code,
+            "collectives": {kind: dataclasses.asdict(total) for kind, total in self.collectives.items()},
+            "compile_seconds": self.seconds,
+        }
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ def make_plan(config: Mapping[str, Any], target: Slice, **options: Unpack[Engine
     if not target.compiles:
         return Plan(held, ())
     keys = held.programs.largest
-    make = functools.partial(_compiled, held.programs)
+    make = functools.partial(compiled_program, held.programs)
     with refusals(held), without_compile_cache(), in_background(make, keys, len(keys)) as futures:
         compiled = tuple(future.result() for future in futures)
     plan = Plan(held, compiled)
@@ -117,7 +129,8 @@ def _too_much(held: Fit, needed: str) -> DoesNotFit:
     )
 
 
-def _compiled(programs: Programs, key: Key) -> Program:
+def compiled_program(programs: ModelPrograms, key: Key) -> Program:
+    """One of them, compiled, and what it needs."""
     start = time.perf_counter()
     compiled = programs[key].lower().compile()
     seconds = time.perf_counter() - start

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from jaxinfer.engine.config import EngineConfig
@@ -42,17 +41,6 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
         "memory": fit.target.chip.memory,
         "free": plan.free,
     }
-    compiled = [
-        {
-            "program": f"{program.key[0]}, {program.key[1]} tokens",
-            "arguments": program.arguments,
-            "temporaries": program.temporaries,
-            "code": program.code,
-            "collectives": {kind: dataclasses.asdict(total) for kind, total in program.collectives.items()},
-            "compile_seconds": program.seconds,
-        }
-        for program in plan.programs
-    ]
     longest = fit.max_num_batched_tokens
     piece = longest // fit.shards
     prompt = _step(fit, piece, piece, 1)
@@ -71,7 +59,7 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
         "max_model_len": fit.sizes.max_model_len,
         "bytes": {n: b for n, b in sizes.items() if plan.programs or n not in UNKNOWN},
         "cache_tokens": fit.cache_tokens,
-        "programs": compiled,
+        "programs": [program.figures() for program in plan.programs],
         "context": context,
         "rows_of_context": fit.rows_of(context),
         "decode": [{"rows": rows, **decoding(fit, rows, context)} for rows in _batches(fit.max_num_seqs)],

@@ -18,11 +18,10 @@ from jaxinfer.checkpoint.output import renamed, unused
 from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.compiled import MANIFEST, Manifest, file_of, name_of
-from jaxinfer.engine.programs import Key, Programs
+from jaxinfer.engine.programs import Key, ModelPrograms
 from jaxinfer.engine.serialized import environment, serialize, signature
 from jaxinfer.engine.sizing import Sizes
 from jaxinfer.places import check_new, locate, reached
-from jaxinfer.sharding import describe
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ class Shipped:
     seconds: float
 
 
-def ship(programs: Programs, sizes: Sizes, output: str, on_program: Callable[[], Any]) -> Shipped:
+def ship(programs: ModelPrograms, sizes: Sizes | None, output: str, on_program: Callable[[], Any]) -> Shipped:
     """Compiles every program, several at a time, into a folder or URL that is there as a whole or not at all.
 
-    on_program: called when one is written. Raises ValueError if `output` is something else already, and OSError
-    if it can't be written.
+    sizes: of the cache; None: there is none. on_program: called when one is written. Raises ValueError if `output` is
+    something else already, and OSError if it can't be written.
     """
     start = time.perf_counter()
     keys = programs.keys()
@@ -66,25 +65,16 @@ def ship(programs: Programs, sizes: Sizes, output: str, on_program: Callable[[],
     return Shipped(len(keys), sum(entry["bytes"] for entry in written.values()), time.perf_counter() - start)
 
 
-def _compile(programs: Programs, key: Key) -> bytes:
+def _compile(programs: ModelPrograms, key: Key) -> bytes:
     return serialize(programs, key, programs[key].lower().compile())
 
 
-def _manifest(programs: Programs, sizes: Sizes, written: dict[str, dict[str, Any]]) -> Manifest:
-    mesh = programs.mesh
-    options = {
-        "dtype": str(programs.model.weight_dtype),
-        "mesh": "tensor=1" if mesh is None else describe(mesh),
-        "max_model_len": programs.max_model_len,
-        "max_num_seqs": programs.max_rows * programs.shards,
-        "max_num_batched_tokens": programs.max_tokens * programs.shards,
-        "page_size": programs.page_size,
-        "attention": programs.attention,
-        "kv_cache_dtype": programs.kv_cache_dtype,
-        "quantization": programs.model.quantization,
-    }
-    model, attention = json.loads(programs.model.declared.described), programs.layout.names
-    return Manifest(environment(programs.devices), model, options, attention, asdict(sizes), written)
+def _manifest(programs: ModelPrograms, sizes: Sizes | None, written: dict[str, dict[str, Any]]) -> Manifest:
+    model, facts = json.loads(programs.model.declared.described), programs.facts
+    attention, cache = facts.get("attention", []), {} if sizes is None else asdict(sizes)
+    return Manifest(
+        environment(programs.devices), model, programs.options, attention, cache, written, facts.get("pooler", "")
+    )
 
 
 def check_folder(output: str) -> tuple[Any, str]:

@@ -10,6 +10,7 @@ from jaxinfer.engine.outputs import ClassificationOutput, ClassificationRequestO
 from jaxinfer.engine.pooling.load import LoadedPooling
 from jaxinfer.engine.pooling.packing import Row
 from jaxinfer.errors import CheckpointError
+from jaxinfer.layers.vectors import TORCH_ACTIVATIONS
 from jaxinfer.tasks.embed import not_finite
 from jaxinfer.tasks.pooling import PoolingTask
 
@@ -37,9 +38,8 @@ class ClassifyTask(PoolingTask[ClassificationRequestOutput]):
         if self.problem == "regression":
             return logits
         if self.problem == "multi_label_classification" or self.loaded.size == 1:
-            return 0.5 + 0.5 * np.tanh(0.5 * logits)  # a sigmoid
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return shifted / shifted.sum(axis=1, keepdims=True)
+            return activated("Sigmoid", logits)
+        return softmax(logits)
 
     def outputs(self, rows: list[Row], values: np.ndarray, options: bool) -> Iterator[ClassificationRequestOutput]:
         """options: probabilities are wanted, and not logits."""
@@ -53,3 +53,20 @@ class ClassifyTask(PoolingTask[ClassificationRequestOutput]):
     def failure(self, index: int, error: str) -> ClassificationRequestOutput:
         nothing = ClassificationOutput(np.zeros(0, np.float32), "", -1)
         return ClassificationRequestOutput(-1, [], index, error, outputs=nothing)
+
+
+def activated(name: str, logits: np.ndarray) -> np.ndarray:
+    """What a class of torch.nn, a name in TORCH_ACTIVATIONS, makes of them."""
+    if name == "Identity":
+        return logits
+    if name == "Sigmoid":  # the usual one, without the device
+        values: np.ndarray = 0.5 + 0.5 * np.tanh(0.5 * logits)
+        return values
+    return np.asarray(TORCH_ACTIVATIONS[name](logits))  # type: ignore[arg-type]  # JAX takes NumPy's
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Of each row."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities: np.ndarray = shifted / shifted.sum(axis=1, keepdims=True)
+    return probabilities

@@ -24,6 +24,9 @@ class VectorOptions(NamedTuple):
     normalize: bool
 
 
+WHOLE = VectorOptions(None, False)  # as the model has them
+
+
 class EmbedTask(PoolingTask[EmbeddingRequestOutput]):
     """Of a model that embeds."""
 
@@ -45,30 +48,13 @@ class EmbedTask(PoolingTask[EmbeddingRequestOutput]):
         cut = self.loaded.sentence.dimensions if dimensions is None else dimensions
         return VectorOptions(cut, self.loaded.normalizes if normalize is None else normalize)
 
-    def prompt(self, name: str | None, text: str | None) -> str | None:
-        """What is put before texts: `text`, or what the checkpoint has under this name, or what it has for all."""
-        sentence = self.loaded.sentence
-        assert sentence is not None
-        prompts = sentence.prompts or {}
-        if text is not None:
-            if not isinstance(text, str):
-                raise RequestError.at("prompt", f"{text!r:.100} is no text")
-            if name is not None:
-                raise RequestError.at("prompt_name", f"{name!r:.100}: prompt is given too; leave one of them out")
-            return text
-        if name is not None and name not in prompts:
-            there = f"there are {', '.join(prompts)}" if prompts else "it has none"
-            raise RequestError.at(
-                "prompt_name", f"{name!r:.100} is no prompt of the checkpoint: {there}; or give prompt"
-            )
-        name = sentence.default_prompt if name is None else name
-        return None if name is None else prompts.get(name)
+    def finished(self, vectors: np.ndarray, options: VectorOptions) -> np.ndarray:
+        """Vectors f32[N, D], cut and normalized."""
+        vectors = vectors[:, : options.dimensions]
+        return normalized(vectors) if options.normalize else vectors
 
     def outputs(self, rows: list[Row], values: np.ndarray, options: VectorOptions) -> Iterator[EmbeddingRequestOutput]:
-        vectors = values[:, : options.dimensions]
-        if options.normalize:
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
-        for row, vector in zip(rows, vectors, strict=True):
+        for row, vector in zip(rows, self.finished(values, options), strict=True):
             outputs = EmbeddingOutput(np.ascontiguousarray(vector))
             error = None if np.isfinite(vector).all() else not_finite("vector")
             yield EmbeddingRequestOutput(row.place, row.ids, row.place, error, outputs=outputs)
@@ -76,6 +62,12 @@ class EmbedTask(PoolingTask[EmbeddingRequestOutput]):
     def failure(self, index: int, error: str) -> EmbeddingRequestOutput:
         nothing = EmbeddingOutput(np.zeros(0, np.float32))
         return EmbeddingRequestOutput(-1, [], index, error, outputs=nothing)
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """To length 1, `[..., D]`."""
+    unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), np.float32(1e-12))
+    return unit
 
 
 def not_finite(what: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from jaxinfer.checkpoint.sentence import SentenceModel
 from jaxinfer.engine.feed import OnError
 from jaxinfer.engine.outputs import PoolingRequestOutput
 from jaxinfer.engine.pooling.load import LoadedPooling
@@ -17,11 +18,12 @@ from jaxinfer.engine.pooling.reader import Reader
 from jaxinfer.engine.prompts import BYTES
 from jaxinfer.errors import ContextLengthError, RequestError, placed
 from jaxinfer.sampling.ids import are_ids, token_ids
+from jaxinfer.tasks.template import PairTemplate
 from jaxinfer.text.encoding import Truncation
 
 Text = str | Sequence[int] | Mapping[str, Any]  # ids are a whole input, with their special tokens
-Pair = tuple[str, str]
-PoolingOut = TypeVar("PoolingOut", bound=PoolingRequestOutput)
+Pair = tuple[str | Sequence[int], str | Sequence[int]]
+PoolingOut = TypeVar("PoolingOut", bound=PoolingRequestOutput[Any])
 
 
 @dataclass(frozen=True)
@@ -31,26 +33,35 @@ class TextOptions:
     prompt: what is put before them; None: nothing.
     skip: tokens of it that take no part in the pooling.
     most: tokens of a text; what is longer is cut, or with truncate=False refused.
+    template: of pairs; None: they are as the tokenizer has pairs.
     """
 
     prompt: str | None
     skip: int
     most: int
     truncate: bool
+    template: PairTemplate | None = None
 
 
 class PoolingTask(ABC, Generic[PoolingOut]):
-    """One kind of thing to ask of texts. pairs: two of them may be one input."""
+    """One kind of thing to ask of texts. pairs: two of them may be one input; of_tokens: there are numbers of each
+    token."""
 
     pairs = False
+    of_tokens = False
     done = "Encoded"
 
     def __init__(self, loaded: LoadedPooling):
         self.loaded, self.engine, self.tokenizer = loaded, loaded.engine, loaded.tokenizer
+        self.said = loaded.sentence or loaded.pairs or SentenceModel(loaded.folder)
+        pairs = loaded.pairs
+        self._template: PairTemplate | None = None
+        if pairs is not None and (pairs.conversation or pairs.original_qwen3):
+            self._template = PairTemplate(self.tokenizer, "qwen3_reranker" if pairs.original_qwen3 else None)
 
     @abstractmethod
-    def outputs(self, rows: list[Row], values: np.ndarray, options: Any) -> Iterator[PoolingOut]:
-        """Of numbers f32[rows, N]."""
+    def outputs(self, rows: list[Row], values: Any, options: Any) -> Iterator[PoolingOut]:
+        """Of numbers f32[rows, N], or of a list of f32[tokens, N]."""
 
     @abstractmethod
     def failure(self, index: int, error: str) -> PoolingOut:
@@ -80,7 +91,7 @@ class PoolingTask(ABC, Generic[PoolingOut]):
                 return None
 
         turn = 0
-        for rows, values in self.engine.run(Reader(texts, row, self.engine.portion)):
+        for rows, values in self.engine.run(Reader(texts, row, self.engine.portion), self.of_tokens):
             done |= {output.index: output for output in self.outputs(rows, values, options)}
             while turn in done:
                 yield done.pop(turn)
@@ -90,19 +101,41 @@ class PoolingTask(ABC, Generic[PoolingOut]):
             turn += 1
 
     def text_options(
-        self, prompt: str | None = None, truncate: bool = False, truncate_prompt_tokens: int | None = None
+        self,
+        prompt: str | None = None,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        chat_template: str | None = None,
     ) -> TextOptions:
-        """truncate_prompt_tokens: -1 is as many as a text may have. Raises RequestError."""
+        """truncate_prompt_tokens: -1 is as many as a text may have. chat_template: of pairs. Raises RequestError."""
         most = self.loaded.max_model_len
         wanted = truncate_prompt_tokens
         if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or not -1 <= wanted <= most):
             raise RequestError.at("truncate_prompt_tokens", f"{wanted!r:.100} is neither -1 nor up to {most}")
         if not isinstance(truncate, bool):
             raise RequestError.at("truncate", f"{truncate!r:.100} is neither true nor false")
+        template = self._template if chat_template is None else PairTemplate(self.tokenizer, chat_template)
         sentence = self.loaded.sentence
         skip = self._prompt_tokens(prompt) if prompt and sentence and not sentence.include_prompt else 0
         most = most if wanted in (None, -1) else wanted
-        return TextOptions(prompt, skip, most, truncate or wanted is not None)
+        return TextOptions(prompt, skip, most, truncate or wanted is not None, template)
+
+    def prompt(self, name: str | None, text: str | None) -> str | None:
+        """What is put before texts: `text`, or what the checkpoint has under this name, or what it has for all."""
+        prompts = self.said.prompts or {}
+        if text is not None:
+            if not isinstance(text, str):
+                raise RequestError.at("prompt", f"{text!r:.100} is no text")
+            if name is not None:
+                raise RequestError.at("prompt_name", f"{name!r:.100}: prompt is given too; leave one of them out")
+            return text
+        if name is not None and name not in prompts:
+            there = f"there are {', '.join(prompts)}" if prompts else "it has none"
+            raise RequestError.at(
+                "prompt_name", f"{name!r:.100} is no prompt of the checkpoint: {there}; or give prompt"
+            )
+        name = self.said.default_prompt if name is None else name
+        return None if name is None else prompts.get(name)
 
     def _prompt_tokens(self, prompt: str) -> int:
         """As sentence-transformers counts them: with the special tokens before, without the one after."""
@@ -114,19 +147,17 @@ class PoolingTask(ABC, Generic[PoolingOut]):
         if isinstance(text, Mapping):
             text = _of_dict(text)
         limit = Truncation(options.most) if options.truncate else None
-        types: list[int] | None = None
+        types, sentence = None, self.loaded.sentence
         if isinstance(text, str):
-            text = text if options.prompt is None else options.prompt + text
-            if self.loaded.sentence is not None and self.loaded.sentence.lower_case:
-                text = text.lower()
-            ids = self.tokenizer.encode(text)
+            text = self._lowered(text if options.prompt is None else options.prompt + text)
+            special = not (sentence and sentence.is_table)
+            ids = self.tokenizer.encode(text, special)
             if limit is not None and len(ids) > options.most:
-                ids = self.tokenizer.encoding(text, truncation=limit).ids
-        elif isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
-            if not self.pairs:
-                raise RequestError("a pair of texts is given, and the model makes vectors of single ones", "prompt")
-            encoding = self.tokenizer.encoding(*text, truncation=limit)
-            ids, types = encoding.ids, encoding.type_ids
+                ids = self.tokenizer.encoding(text, truncation=limit, add_special_tokens=special).ids
+            if sentence and sentence.dropped is not None:
+                ids = [i for i in ids if i != sentence.dropped]
+        elif is_pair(text):
+            ids, types = self._pair(text[0], text[1], options)
         else:
             ids = self._ids(text)[: options.most if options.truncate else None]
         if not ids:
@@ -138,6 +169,22 @@ class PoolingTask(ABC, Generic[PoolingOut]):
                 "prompt",
             )
         return Row(index, ids, types, options.skip if isinstance(text, str) else 0)
+
+    def _lowered(self, text: str) -> str:
+        return text.lower() if self.said.lower_case else text
+
+    def _pair(self, first: Any, second: Any, options: TextOptions) -> tuple[list[int], list[int] | None]:
+        """Ids of both, and of which of the two each is."""
+        if not self.pairs:
+            raise RequestError("a pair of texts is given, and the model makes vectors of single ones", "prompt")
+        if options.template is not None and isinstance(first, str) and isinstance(second, str):
+            return options.template.ids(first, second, options.prompt, options.most if options.truncate else None), None
+        if options.template is not None:
+            raise RequestError("a pair by a chat template is one of strings, not of token ids", "prompt")
+        first = (options.prompt or "") + first if isinstance(first, str) else first
+        a, b = (self._lowered(part) if isinstance(part, str) else self._ids(part) for part in (first, second))
+        encoding = self.tokenizer.encoding(a, b, Truncation(options.most) if options.truncate else None)
+        return encoding.ids, encoding.type_ids
 
     def _ids(self, text: Any) -> list[int]:
         what = "a text, or a pair of two, must be strings or" if self.pairs else "a text must be a string or"
@@ -152,10 +199,15 @@ class PoolingTask(ABC, Generic[PoolingOut]):
     def list_of(self, texts: Any) -> list[Any]:
         """One text or a list of them, as a list."""
         single = isinstance(texts, str | Mapping) or (are_ids(texts) and len(texts) > 0)
-        single = single or (self.pairs and isinstance(texts, tuple) and all(isinstance(part, str) for part in texts))
+        single = single or (self.pairs and is_pair(texts) and all(isinstance(part, str) for part in texts))
         if not single and (not isinstance(texts, Sequence | np.ndarray) or isinstance(texts, BYTES)):
             raise RequestError.at("prompts", f"a text or a list of them is needed, not {type(texts).__name__}")
         return [texts] if single else list(texts)
+
+
+def is_pair(text: Any) -> bool:
+    """Whether it is a tuple of two texts, as strings or ids."""
+    return isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) or are_ids(part) for part in text)
 
 
 def _of_dict(text: Mapping[str, Any]) -> Any:

@@ -85,6 +85,10 @@ class Tokenizer(ABC):
     def decode_raw(self, ids: list[int]) -> str:
         """All of `ids` as text, special tokens included, without the clean-up. Unknown ids give no text."""
 
+    def token_id(self, token: str) -> int | None:
+        """The id of what is one token of the vocabulary, in its own spelling; None: there is none."""
+        return None
+
     def require(self, what: str, instead: str, param: str | None = None) -> None:
         """Raises UnsupportedError where there is no tokenizer for `what`; `instead` is what to do then."""
         if self.missing is not None:

@@ -62,6 +62,10 @@ class HFTokenizer(Tokenizer):
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
+    def token_id(self, token: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
     def part(self, text: str) -> Part:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return Part(encoding.ids, encoding.offsets, encoding.word_ids)

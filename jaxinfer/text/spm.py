@@ -68,6 +68,10 @@ class SentencePieceTokenizer(Tokenizer):
         ids += self._encode_between(text[at:], at == 0)
         return [*self.prefix, *ids, *self.suffix] if add_special_tokens else ids
 
+    def token_id(self, token: str) -> int | None:
+        found: int = self._literal_id.get(token, self._whole.PieceToId(token))
+        return None if self._whole.IsUnknown(found) else found
+
     def make_frame(self, texts: int, add_special_tokens: bool) -> list[Slot]:
         around = (self.prefix, self.suffix) if add_special_tokens else ([], [])
         before, after = ([[Slot(None, token_id, i) for token_id in ids] for i in range(texts)] for ids in around)

@@ -277,7 +277,7 @@ def test_empty_lines_of_text_are_rows(job, tmp_path):
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
-        ({"task": "embed"}, ["task", "'embed'", "score"]),
+        ({"task": "sum"}, ["task", "'sum'", "score"]),
         ({"rows_per_part": 0}, ["rows_per_part is 0"]),
         ({"max_errors": -1}, ["max_errors is -1"]),
         ({"shard": "4/4"}, ["'4/4'", "0 to N-1"]),

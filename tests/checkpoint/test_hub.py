@@ -27,6 +27,9 @@ FILES = {
     "training_args.bin": b"pickle",
     "modeling_mine.py": b"code",
     "README.md": b"text",
+    "modules.json": b'[{"type": "x.Transformer", "path": ""}, {"type": "x.Dense", "path": "1_Dense"}]',
+    "1_Dense/config.json": b"{}",
+    "1_Dense/model.safetensors": b"weights",
     "onnx/config.json": b"{}",
     "original/model.safetensors": b"second copy",
     "consolidated.safetensors": b"third copy",
@@ -37,6 +40,8 @@ FILES = {
 TEMPLATES = {"chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"}
 WANTED = {"config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", "merges.txt"} | TEMPLATES
 WANTED |= {"source.spm", "spiece.model"}
+MODULE = {"1_Dense/config.json", "1_Dense/model.safetensors"}
+WANTED |= {"modules.json"} | MODULE
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -149,7 +154,7 @@ def test_a_tokenizer_comes_without_weights(server: list[tuple[str, str | None]])
         folder = hub.resolve("me/model", **options)  # type: ignore[arg-type]
         return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
-    assert files(weights=False) == WANTED - {"model.safetensors"}
+    assert files(weights=False) == WANTED - {"model.safetensors"} - MODULE
     assert files() == WANTED
 
 

@@ -215,6 +215,7 @@ def test_bad_settings(tmp_path, said, problem):
         ({"do_lower_case": 1}, "do_lower_case is 1"),
         ({"transformer_task": "fill-mask"}, "transformer_task is 'fill-mask'"),
         ({"query_length": 32}, "query_length is 32"),
+        ({"modality_config": {"message": {"format": "flat"}}}, "that a chat template writes are not supported"),
         (
             {"modality_config": {"text": {"method_output_name": "pooler_output"}}},
             "method_output_name is 'pooler_output'",

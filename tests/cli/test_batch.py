@@ -67,7 +67,7 @@ def test_scores(cli, source, tmp_path):
     )
     assert all(row["logprob"] < 0 for row in read_rows(tmp_path / "out"))
     command = ["batch", source, "-o", tmp_path / "out", "--task", "score", "--top-k", 3]
-    assert "--top-k: nothing is sampled" in cli(*command).error()
+    assert "--top-k: nothing is sampled by the task score" in cli(*command).error()
 
 
 def test_exit_codes_where_rows_have_errors(cli, source, tmp_path):
@@ -139,7 +139,7 @@ def test_too_many_errors(cli, source, tmp_path):
         (["rows.jsonl"], ["--output is missing"]),
         ([], ["INPUT"]),
         (["nothing.jsonl", "-o", "out"], ["nothing.jsonl"]),
-        (["rows.jsonl", "-o", "out", "--task", "embed"], ["embed"]),
+        (["rows.jsonl", "-o", "out", "--task", "sum"], ["sum"]),
         (["rows.jsonl", "-o", "out", "--shard", "3"], ["'3'", "I/N"]),
         (["rows.jsonl", "-o", "rows.jsonl"], ["rows.jsonl", "is the output"]),
         (["rows.jsonl", "-o", "out.json"], ["no *.json is written", "*.csv"]),

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import jaxinfer
 from jaxinfer.cli import COMMANDS, app
-from jaxinfer.models.registry import model_types
+from jaxinfer.models.registry import encoder_types, model_types
 
 
 def test_help_imports_nothing_heavy():
@@ -93,7 +93,7 @@ def test_help_shows_what_is_in_brackets(cli):
         ("complete", "did you mean jaxinfer generate?"),
         ("eval", "jaxinfer lm-eval"),
         ("benchmark", "jaxinfer bench throughput"),
-        ("embed", "embeddings are not there yet"),
+        ("encode", "did you mean jaxinfer embed?"),
         ("generat", "Did you mean 'generate'?"),
     ],
 )
@@ -112,10 +112,12 @@ def test_shell_completion():
 def test_models(cli):
     code, out, err = cli("models", "--json")
     assert (code, err) == (0, "")
-    assert list(dict.fromkeys(row["model_type"] for row in json.loads(out))) == model_types()
+    rows = json.loads(out)
+    for makes, types in (("text", model_types()), ("vectors", encoder_types())):
+        assert list(dict.fromkeys(row["model_type"] for row in rows if row["makes"] == makes)) == types
     assert {row["model_type"]: row["hf_class"] for row in json.loads(out)}["llama"] == "LlamaForCausalLM"
     table = cli("models")
-    assert all(name in table.out for name in model_types())
+    assert all(name in table.out for name in (*model_types(), *encoder_types()))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxinfer
-from jaxinfer.demo import train
+from jaxinfer.demo import train, training
 from jaxinfer.demo.tokenizer import BOS_ID, EOS_ID, load_tokenizer
 
 pytest.importorskip("optax")
@@ -89,9 +89,9 @@ def test_nothing_is_left_of_a_model_that_can_not_be_saved(monkeypatch, tmp_path)
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(train, "_write_json", fail)
+    monkeypatch.setattr(training, "_write", fail)
     with pytest.raises(OSError, match="disk full"):
-        train.save(tmp_path / "model", {"weight": np.ones((2, 2), np.float32)}, {}, b"")
+        train.save(tmp_path / "model", {"weight": np.ones((2, 2), np.float32)}, {"config.json": {}})
     assert not list(tmp_path.iterdir())
 
 

@@ -61,7 +61,7 @@ def test_what_is_known_of_options():
     assert {name for name in OPTIONS if name not in SHAPING} == {
         *("kv_cache_memory", "memory_utilization", "enable_prefix_caching", "warmup", "compiled", "revision", "token"),
         *("tokenizer", "skip_tokenizer_init", "architecture", "seed", "on_progress"),
-        *("runner", "convert", "pooler_config"),
+        *("runner", "convert", "pooler_config", "hf_overrides"),
     }
 
 
@@ -76,7 +76,12 @@ def test_what_is_known_of_options():
         ("memory_utilization", [1, 0.5], [0, 1.5, float("nan"), True, "0.5", None], "a number above 0 and at most 1"),
         ("runner", ["auto", "pooling"], ["draft", None, True], "one of auto, generate, pooling"),
         ("convert", ["none", "embed"], ["reward"], "one of auto, none, embed, classify"),
-        ("pooler_config", [{"pooling_type": "CLS"}, None], [{"pooling_type": "ALL"}, 5], "a dict with pooling_type"),
+        (
+            "pooler_config",
+            [{"pooling_type": "CLS"}, None],
+            [{"pooling_type": "SUM"}, {}, 5],
+            "a dict with pooling_type",
+        ),
         ("warmup", [True, False], [1, "yes", None], "true or false"),
         ("mesh", ["tensor=4", None], [4], "a string such as tensor=4"),
         ("tokenizer", ["x", Path("x"), None], [4], "a folder or a hub id"),

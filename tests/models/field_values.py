@@ -169,6 +169,30 @@ def _period(which: str) -> Callable[[Case, dict[str, Any]], Any]:
 
 LINEAR = "linear_attention"
 Values = Sequence[Any] | Callable[[Case, dict[str, Any]], Any]
+# Of encoders alone.
+ENCODER_VALUES: dict[str, Values] = {
+    "n_heads": (4, 2, 3),
+    "dim": (24, 48),
+    "n_layers": (2, 1, 3),
+    "hidden_dim": (40, 16, 57),
+    "embedding_size": (16, 24, 9),
+    "num_hidden_groups": lambda case, fields: case.pick("groups", range(1, fields["num_hidden_layers"] + 1)),
+    "inner_group_num": (1, 2),
+    "type_vocab_size": (2, 1, 3),
+    "relative_attention_num_buckets": (ABSENT, 32, 40),
+    "max_relative_positions": (ABSENT, -1, 7, 40),
+    "pos_att_type": (["p2c", "c2p"], ABSENT, ["c2p"], "p2c|c2p", [], ["p2c"]),
+    "local_attention": (8, 3, 1, ABSENT, 40),
+    "norm_eps": EPSILONS,
+    "classifier_pooling": ("mean", ABSENT, "cls"),
+    **dict.fromkeys(("activation", "pooler_hidden_act", "classifier_activation"), (ABSENT, *ACTIVATIONS)),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"), RATES),
+    **dict.fromkeys(("mlp_dropout", "qa_dropout", "seq_classif_dropout", "pooler_dropout"), RATES),
+    "summary_last_dropout": RATES,
+    "initializer_cutoff_factor": (ABSENT, 1.0),
+    "sparse_pred_ignore_index": (ABSENT, -1),
+    **dict.fromkeys(("mask_token_id", "cls_token_id"), IDS),
+}
 # By name, for all families; None is one more where the class says so. Functions take what was drawn before.
 VALUES: dict[str, Values] = {
     "n_embd": (24, 48, 36),
@@ -273,6 +297,7 @@ VALUES: dict[str, Values] = {
     "eos_token_id": (*IDS, [3, 5]),
     "pad_token_id": (0, 7),  # the default is outside of a small vocabulary
     "pretraining_tp": (ABSENT, 1, 2),
+    **ENCODER_VALUES,
     "summary_type": (ABSENT, "first", "mean"),
     "summary_activation": (ABSENT, "tanh"),
 }
@@ -332,6 +357,12 @@ OWN_VALUES: dict[tuple[str, str], Values] = {
     ("nemotron_h", "num_key_value_heads"): (1,),
     # Of tokens that are placeholders the embedding is another's.
     **{(family, f"{kind}_token_id"): (ABSENT, 200) for family in GEMMA4 for kind in ("image", "video", "audio")},
+}
+OWN_VALUES |= {
+    ("eurobert", "classifier_pooling"): (ABSENT, "late", "mean", "bos"),
+    ("modernbert", "layer_types"): lambda case, fields: case.pick(
+        "layer_types", (ABSENT, case.rng("layer_types").choices((FULL, SLIDING), k=fields["num_hidden_layers"]))
+    ),
 }
 BESIDES = dict.fromkeys(GEMMA4, ("global_head_dim", "num_global_key_value_heads"))
 

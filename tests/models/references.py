@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 from jaxinfer.models import model as models
 from jaxinfer.models import registry
-from tests.checkpoints import write_tokenizer
+from tests.checkpoints import building, write_tokenizer
 from tests.models.families import Mutant, Variant
 
 # Of matrices, and of what vectors differ by from what they start as. Large ones show caps, small ones a wrong epsilon.
@@ -53,14 +52,12 @@ def random_model(variant: Variant, matrices: float, vectors: float) -> Any:
 
 def save(model: Any, variant: Variant, folder: Path, **arrays: np.ndarray) -> None:
     """The checkpoint, and what it computes as reference.npz."""
-    building = folder.with_suffix(".building")
-    shutil.rmtree(building, ignore_errors=True)
-    model.save_pretrained(building)
-    write_tokenizer(building)
-    np.savez(building / "reference.npz", **arrays)
-    if variant.change is not None:
-        variant.change(building)
-    building.rename(folder)
+    with building(folder) as own:
+        model.save_pretrained(own)
+        write_tokenizer(own)
+        np.savez(own / "reference.npz", **arrays)
+        if variant.change is not None:
+            variant.change(own)
 
 
 def mutate(monkeypatch: pytest.MonkeyPatch, mutant: Mutant) -> None:

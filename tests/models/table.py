@@ -30,7 +30,7 @@ ENCODING = """
 
 Encoders, and what other models are beside making text: their hidden states of whole texts, and the logits of classes,
 of texts alone and packed with others. A mutant has to be off by 1e-4 of the largest value at least. This is the models'
-arithmetic: `LLM` does not load them for that yet.
+arithmetic: what `LLM` makes of it has tests of its own.
 
 | model_type | models | variants | mutants | worst difference |
 |---|---|---|---|---|

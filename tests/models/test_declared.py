@@ -4,8 +4,10 @@ import dataclasses
 import json
 import logging
 
+import jax
 import pytest
 import transformers
+from jax.sharding import AbstractMesh
 
 from jaxinfer.models import model as models
 from jaxinfer.models import registry
@@ -56,6 +58,15 @@ def test_every_family_s_come_back(data, declarations, monkeypatch):
         second.bind(second.abstract)
     with pytest.raises(AssertionError, match="a module is built"):  # of another dtype
         AbstractModel.from_config(data, "float32", None, "float32", declarations=declarations)
+
+
+def test_a_module_is_first_built_where_a_program_for_a_mesh_is_traced(declarations):
+    data = config_of("MixtralConfig")
+    AbstractModel.from_config(data, "float32", declarations=declarations)
+    later = AbstractModel.from_config(data, "float32", declarations=declarations)
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((2,), ("tensor",))):
+        assert jax.eval_shape(lambda params: (later.bind(params), params)[1], later.abstract) == later.abstract
 
 
 def files(declarations):

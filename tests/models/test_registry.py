@@ -161,7 +161,6 @@ def test_a_classifier_is_no_language_model(tmp_path, cli):
     change(folder, architectures=["LlamaForSequenceClassification"])
     refusal(folder, "architectures is ['LlamaForSequenceClassification']", "LlamaForCausalLM", runner="generate")
     assert "LlamaForSequenceClassification" in cli("generate", "x", "-m", folder).error()
-    assert "LlamaForSequenceClassification" in cli("plan", folder, "--topology", "h100-1").error()
 
 
 def test_a_deployment_of_a_classifier(tmp_path, cli):
@@ -169,8 +168,7 @@ def test_a_deployment_of_a_classifier(tmp_path, cli):
     fields = "".join(f"  {name}: {json.dumps(value)}\n" for name, value in CONFIG.items())
     file.write_text(f"model: x/y\narchitecture:\n{fields}  architectures: [LlamaForSequenceClassification]\n")
     assert read_deployment(file).architecture["architectures"]
-    error = cli("plan", file, "--topology", "h100-1").error()
-    assert error.startswith(f"{file}:{len(CONFIG) + 3}: architecture: architectures is ")
+    assert "texts/s" in cli("plan", file, "--topology", "h100-1").out
 
 
 def test_a_body_without_a_head(tmp_path):

@@ -95,3 +95,12 @@ def arrays(packed: Packed, rows: int) -> tuple[ForwardBatch, np.ndarray]:
         token_types=types.reshape(-1),  # type: ignore[arg-type]
     )
     return batch, skips.reshape(-1)
+
+
+def spans(packed: Packed) -> Iterator[slice]:
+    """Of each text, where its tokens are in the arrays."""
+    for i, shard in enumerate(packed.shards):
+        end = i * packed.size
+        for row in shard:
+            start, end = end, end + len(row.ids)
+            yield slice(start, end)

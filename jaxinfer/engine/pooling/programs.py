@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxinfer.attention import ForwardBatch
-from jaxinfer.engine.buckets import powers
+from jaxinfer.engine.buckets import Buckets, powers
 from jaxinfer.engine.programs import Function, Key, ModelPrograms, Program, State
 from jaxinfer.layers.pooling import pool
 from jaxinfer.layers.vectors import Step
@@ -68,14 +68,20 @@ def _name(step: int, name: str) -> str:
 
 @dataclass(frozen=True)
 class PoolingPrograms(ModelPrograms):
-    """One for each size of calls.
+    """Two for each size of calls: what comes of texts, and what of their tokens.
 
     sizes: tokens of calls, in ascending order.
     pooler: what makes vectors; None: the model's head makes classes.
+    budget: tokens of a call, on each shard of rows.
+    max_model_len: tokens of a text, unless somebody takes longer ones.
+    of_tokens: it is tokens of which numbers are wanted, unless somebody asks for texts.
     """
 
     sizes: tuple[int, ...]
     pooler: Pooler | None
+    budget: int
+    max_model_len: int
+    of_tokens: bool = False
 
     def rows(self, size: int) -> int:
         """Texts of a call of so many tokens."""
@@ -83,12 +89,24 @@ class PoolingPrograms(ModelPrograms):
 
     @cached_property
     def table(self) -> Mapping[Key, Program[Any]]:
-        programs = [PoolTexts(self, size) for size in self.sizes]
+        programs = [kind(self, size) for kind in (PoolTexts, PoolTokens) for size in self.sizes]
         return {program.key: program for program in programs}
+
+    def keys(self) -> list[Key]:
+        """Of those that are usual."""
+        kind, most = (PoolTokens if self.of_tokens else PoolTexts).kind, max(self.budget, self.max_model_len)
+        largest = Buckets.fit(self.sizes, min(most, self.sizes[-1]))
+        return [key for key in self.table if key[0] == kind and key[1] <= largest]
 
     @property
     def facts(self) -> dict[str, Any]:
         return {"pooler": str(self.pooler)}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        nothing = {"max_num_seqs": None, "page_size": None, "attention": "auto", "kv_cache_dtype": "auto"}
+        tokens = {"max_model_len": self.max_model_len, "max_num_batched_tokens": self.budget * self.shards}
+        return super().options | tokens | nothing
 
     @cached_property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -131,3 +149,24 @@ class PoolTexts(Program[PoolingPrograms]):
             return module.classify(x, batch) if pooler is None else pooler(x, batch, skip, params), State()
 
         return self.over_rows(pool_texts, (PartitionSpec(ROWS),) * len(self.inputs), PartitionSpec(ROWS))
+
+
+class PoolTokens(PoolTexts):
+    """The same to a row of numbers of each token: its hidden state, or its logits of classes."""
+
+    kind = "tokens"
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        return super().inputs[:1]
+
+    def function(self) -> Function:
+        model, pooler, mesh = self.shapes.model, self.shapes.pooler, self.shapes.mesh
+        kind = self.shapes.devices[0].device_kind
+
+        def pool_tokens(params: Params, _: State, read: State, batch: ForwardBatch) -> tuple[jax.Array, State]:
+            module = model.bind(params)
+            x = module.encode(dataclasses.replace(batch, mesh=mesh, device_kind=kind))
+            return (module.classify_tokens(x) if pooler is None else x.astype("float32")), State()
+
+        return self.over_rows(pool_tokens, (PartitionSpec(ROWS),), PartitionSpec(ROWS))

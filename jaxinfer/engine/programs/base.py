@@ -21,7 +21,7 @@ from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.sampling.slots import DecodeState
-from jaxinfer.sharding import ROWS, axis_size, devices_of, on_axes, replicated
+from jaxinfer.sharding import ROWS, axis_size, describe, devices_of, on_axes, replicated
 from jaxinfer.weights import Axes
 
 T = TypeVar("T")
@@ -102,6 +102,12 @@ class ModelPrograms:
         raise NotImplementedError
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Those of `LLM` that shape programs, as they were decided."""
+        mesh = "tensor=1" if self.mesh is None else describe(self.mesh)
+        return {"dtype": str(self.model.weight_dtype), "mesh": mesh, "quantization": self.model.quantization}
+
+    @property
     def mesh(self) -> Mesh | None:
         return self.placement if isinstance(self.placement, Mesh) else None
 
@@ -169,6 +175,17 @@ class EngineShapes(ModelPrograms):
     def facts(self) -> dict[str, Any]:
         sizes = self.page_counts, self.page_size, self.max_model_len, self.max_rows, self.max_steps
         return {"attention": self.layout.names, "sizes": [str(self.buckets), *sizes]}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return super().options | {
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_rows * self.shards,
+            "max_num_batched_tokens": self.max_tokens * self.shards,
+            "page_size": self.page_size,
+            "attention": self.attention,
+            "kv_cache_dtype": self.kv_cache_dtype,
+        }
 
     @cached_property
     def layout(self) -> CacheLayout:

@@ -136,18 +136,20 @@ void attend(const Attention& a, const T* keys, const T* values, int64_t row, int
 
 // ---- several tokens: lanes are queries, each of a token and a head, so that nothing is summed across them.
 
-constexpr int MOST_PANELS = 3, TILE_ROWS = LEVEL == 2 ? 8 : 4;  // 3 x 8 sums and 3 of what is added
-constexpr int64_t KEYS = 64;                                   // a block of them
+constexpr int SUMS = LEVEL == 2 ? 24 : 12;  // vectors of them: what is added has the other registers
+constexpr int64_t KEYS = 64;                // a block of them
+constexpr int64_t MOST_LANES = 128;         // of a task, which has keys and values of a block as floats once
 
-// Lanes of each tile of so many queries, about the same of all.
-inline int64_t tile_lanes(int64_t queries) {
-  const int64_t panels = (queries + LANES - 1) / LANES, tiles = (panels + MOST_PANELS - 1) / MOST_PANELS;
-  return (panels + tiles - 1) / tiles * LANES;
+// Lanes of each task of so many queries, about the same of all, for `pieces` at least if there is enough.
+inline int64_t task_lanes(int64_t queries, int64_t pieces) {
+  const int64_t most = std::clamp<int64_t>(queries / pieces, 2 * LANES, MOST_LANES), tasks = (queries + most - 1) / most;
+  return ((queries + tasks - 1) / tasks + LANES - 1) / LANES * LANES;
 }
 
-// total[r] += sum over k of x[k * step] * lanes[k], for ROWS numbers r that are `stride` apart in x.
+// total[r] += sum over k of x[k * step] * lanes[k], for ROWS numbers r that are `stride` apart in x. Compiled by itself,
+// or the compiler runs out of registers.
 template <int PANELS, int ROWS>
-INLINE void sum_rows(const float* x, int64_t stride, int64_t step, const float* lanes, int64_t count, float* total) {
+APART void sum_rows(const float* x, int64_t stride, int64_t step, const float* lanes, int64_t count, float* total) {
   constexpr int TILE = PANELS * LANES;
   Float sums[ROWS][PANELS];
   for (int r = 0; r < ROWS; r++)
@@ -162,23 +164,46 @@ INLINE void sum_rows(const float* x, int64_t stride, int64_t step, const float* 
     for (int p = 0; p < PANELS; p++) store(total + r * TILE + p * LANES, sums[r][p]);
 }
 
-// `some` keys or values, `stride` apart, as rows of float32 that follow each other: where they are, or put to `to`.
-template <class T>
-INLINE const float* as_floats(const T* from, int64_t stride, const float* scales, int64_t some, int64_t dim, float* to) {
-  if constexpr (std::is_same_v<T, float>)
-    if (stride == dim) return from;
-  for (int64_t n = 0; n < some; n++)
-    for (int64_t i = 0; i < dim; i += LANES)
-      store(to + n * dim + i, load(from + n * stride + i) * (scales ? scales[n] : 1.0f));
-  return to;
+// The same for all numbers [0, rows).
+template <int PANELS>
+INLINE void sum_all_rows(const float* x, int64_t rows, int64_t stride, int64_t step, const float* lanes, int64_t count,
+                         float* total) {
+  in_steps<SUMS / PANELS, 4, 1>(0, rows, [&](int64_t r, auto some) {
+    sum_rows<PANELS, some>(x + r * stride, stride, step, lanes, count, total + r * PANELS * LANES);
+  });
 }
 
-INLINE void put(float* to, float x) { *to = x; }
-INLINE void put(bf16* to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  to->bits = x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+// Keys or values [start, stop) of a row as rows of float32 that follow each other: where they are, or put to `to`.
+template <class T>
+const float* block_of(const Attention& a, const T* x, const float* scales, int64_t row, int64_t head, int64_t start,
+                      int64_t stop, float* to) {
+  const float* rows = to;
+  in_runs(a, row, head, start, stop, [&](int64_t k, int64_t at, int64_t some) {
+    if constexpr (std::is_same_v<T, float>)
+      if (a.stride == a.dim && some == stop - start) {
+        rows = x + at * a.dim;
+        return;
+      }
+    for (int64_t n = 0; n < some; n++)
+      for (int64_t i = 0; i < a.dim; i += LANES)
+        store(to + (k - start + n) * a.dim + i,
+              load(x + at * a.dim + n * a.stride + i) * (scales ? scales[at + n] : 1.0f));
+  });
+  return rows;
 }
+
+INLINE void put(float* to, Float x) { store(to, x); }
+INLINE void put(bf16* to, Float x) {
+  const Int bits = (Int)x, rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : Int{} + 0x7fc00000;
+  for (int i = 0; i < LANES; i++) to[i].bits = (uint32_t)rounded[i] >> 16;
+}
+
+struct Tile {  // queries of a row from `first` on, those of one key/value head, numbered by token and then by head
+  float *queries, *out;  // [dim, lanes]
+  float *top, *total;    // [lanes]: of their scores the highest, and what the weights sum up to
+  int32_t* position;     // [lanes]; -1 where results are nobody's
+  int64_t first, count, start, stop;  // and the keys that they see
+};
 
 // Adds to scores [keys][TILE] of a block what each has by the distance from its query, the first of which is `shift` for
 // the first key; tile lanes are numbered from `first` on. near: for this, [group][TILE + KEYS].
@@ -202,101 +227,124 @@ INLINE void add_bias(const Attention& a, int64_t head, int64_t first, int64_t sh
   }
 }
 
-// Queries of a row from `first` on, those of one key/value head, numbered by token and then by head.
-template <int PANELS, class X, class T>
-void attend_panels(const Attention& a, const T* keys, const T* values, int64_t row, int64_t head, int64_t first) {
+constexpr float NOTHING = -1e30f;  // a score that doesn't count
+
+template <int PANELS, class X>
+void begin(const Attention& a, int64_t row, int64_t head, Tile& tile) {
   constexpr int TILE = PANELS * LANES;
-  const int64_t begin = a.q_start[row], tokens = a.q_start[row + 1] - begin, before = a.kv_len[row] - tokens;
-  const int64_t count = std::min<int64_t>(tokens * a.group - first, TILE), dim = a.dim;
-  const int64_t nearby = a.bias ? a.group * (TILE + KEYS) : 0;
-  float* queries = (float*)buffer(4 * (2 * TILE * dim + TILE * KEYS + KEYS * dim + nearby));
-  float *out = queries + TILE * dim, *scores = out + TILE * dim, *staged = scores + TILE * KEYS;
-  auto place = [&](int64_t i) {
-    return ((begin + i / a.group) * a.kv_heads + head) * a.group * dim + i % a.group * dim;
-  };
-  int32_t position[TILE];
+  const int64_t tokens = a.q_start[row + 1] - a.q_start[row], before = a.kv_len[row] - tokens;
   for (int64_t i = 0; i < TILE; i++) {
-    position[i] = i < count ? before + (first + i) / a.group : -1;  // its results are nobody's
-    const X* q = (const X*)a.q + place(first + std::min(i, count - 1));
-    for (int64_t k = 0; k < dim; k++) queries[k * TILE + i] = to_float(q[k]);
+    tile.position[i] = i < tile.count ? before + (tile.first + i) / a.group : -1;
+    tile.top[i] = a.sinks ? sink_of(a, head * a.group + (tile.first + i) % a.group) : NOTHING;
+    tile.total[i] = a.sinks ? 1 : 0;
   }
-  std::fill(out, out + TILE * dim, 0.0f);
-  constexpr float NOTHING = -1e30f;
-  Float top[PANELS], total[PANELS] = {};
-  for (Float& one : top) one = Float{} + NOTHING;
-  for (int64_t i = 0; a.sinks && i < TILE; i++) {
-    top[i / LANES][i % LANES] = sink_of(a, head * a.group + (first + i) % a.group);
-    total[i / LANES][i % LANES] = 1;
-  }
+  for (int p = 0; p < PANELS; p++)
+    for (int64_t k = 0; k < a.dim; k += LANES) {
+      Float rows[LANES];
+      for (int i = 0; i < LANES; i++)
+        rows[i] = load((const X*)a.q + a.place(row, head, tile.first + std::min(p * LANES + i, (int)tile.count - 1)) + k);
+      transpose(rows);
+      for (int i = 0; i < LANES; i++) store(tile.queries + (k + i) * TILE + p * LANES, rows[i]);
+    }
+  std::fill(tile.out, tile.out + TILE * a.dim, 0.0f);
   const int64_t ahead = a.causal ? 1 : a.window;  // how far keys are seen
-  const int64_t stop = std::min<int64_t>(position[count - 1] + ahead, a.kv_len[row]);
-  const int64_t start = std::max<int64_t>(position[0] + 1 - a.window, 0);
-  for (int64_t block = start; block < stop; block += KEYS) {
-    const int64_t end = std::min(block + KEYS, stop);
-    std::fill(scores, scores + TILE * (end - block), 0.0f);
-    in_runs(a, row, head, block, end, [&](int64_t k, int64_t at, int64_t some) {
-      const float* rows = as_floats(keys + at * dim, a.stride, a.k_scales ? a.k_scales + at : nullptr, some, dim, staged);
-      in_steps<TILE_ROWS, 4, 1>(0, some, [&](int64_t n, auto size) {
-        sum_rows<PANELS, size>(rows + n * dim, dim, 1, queries, dim, scores + (k - block + n) * TILE);
-      });
-    });
-    capped(a, scores, TILE * (end - block));
-    if (a.bias) add_bias<TILE>(a, head, first, block - position[0], end - block, staged + KEYS * dim, scores);
-    const bool all = end <= position[0] + ahead && count == TILE && block > position[count - 1] - a.window;
-    for (int p = 0; p < PANELS; p++) {
-      const Int own = load_as<Int>(position + p * LANES);
-      Float highest = top[p];
-      for (int64_t k = block; k < end; k++) {
-        float* at = scores + (k - block) * TILE + p * LANES;
-        Float score = load(at);
-        if (!all) {
-          const Int here = Int{} + (int32_t)k;
-          score = (here < own + (int32_t)ahead) & (here > own - (int32_t)a.window) ? score : Float{} + NOTHING;
-          store(at, score);
-        }
-        highest = score > highest ? score : highest;
-      }
-      const Float keep = exponential((top[p] - highest) * a.scale);
-      Float sum = total[p] * keep;
-      top[p] = highest;
-      for (int64_t k = 0; k < end - block; k++) {
-        float* at = scores + k * TILE + p * LANES;
-        const Float score = load(at);
-        Float weight = exponential((score - highest) * a.scale);
-        weight = score <= NOTHING ? Float{} : weight;  // NaN stays
-        sum += weight;
-        store(at, weight);
-      }
-      total[p] = sum;
-      for (int64_t i = 0; i < dim; i++) {
-        float* at = out + i * TILE + p * LANES;
-        store(at, load(at) * keep);
-      }
-    }
-    in_runs(a, row, head, block, end, [&](int64_t k, int64_t at, int64_t some) {
-      const float* rows =
-          as_floats(values + at * dim, a.stride, a.v_scales ? a.v_scales + at : nullptr, some, dim, staged);
-      in_steps<TILE_ROWS, 4>(0, dim, [&](int64_t i, auto size) {
-        sum_rows<PANELS, size>(rows + i, 1, dim, scores + (k - block) * TILE, some, out + i * TILE);
-      });
-    });
-  }
-  for (int64_t k = 0; k < dim; k++)
-    for (int p = 0; p < PANELS; p++) {
-      float* at = out + k * TILE + p * LANES;
-      store(at, load(at) / total[p]);
-    }
-  for (int64_t i = 0; i < count; i++) {
-    X* to = (X*)a.out + place(first + i);
-    for (int64_t k = 0; k < dim; k++) put(to + k, out[k * TILE + i]);
-  }
+  tile.start = std::max<int64_t>(tile.position[0] + 1 - a.window, 0);
+  tile.stop = std::min<int64_t>(tile.position[tile.count - 1] + ahead, a.kv_len[row]);
 }
 
-// The same of a tile of so many lanes.
+// What is added by keys from `block` on, to `end`.
+template <int PANELS>
+void add_block(const Attention& a, int64_t head, const Tile& tile, const float* keys, const float* values, int64_t block,
+               int64_t end, float* scores) {
+  constexpr int TILE = PANELS * LANES;
+  const int64_t some = end - block, ahead = a.causal ? 1 : a.window;
+  std::fill(scores, scores + TILE * some, 0.0f);
+  sum_all_rows<PANELS>(keys, some, a.dim, 1, tile.queries, a.dim, scores);
+  capped(a, scores, TILE * some);
+  if (a.bias) add_bias<TILE>(a, head, tile.first, block - tile.position[0], some, scores + TILE * KEYS, scores);
+  const bool all = end <= tile.position[0] + ahead && tile.count == TILE &&
+                   block > tile.position[tile.count - 1] - a.window;
+  for (int p = 0; p < PANELS; p++) {
+    const Int own = load_as<Int>(tile.position + p * LANES);
+    const Float before = load(tile.top + p * LANES);
+    Float highest = before;
+    for (int64_t k = 0; k < some; k++) {
+      float* at = scores + k * TILE + p * LANES;
+      Float score = load(at);
+      if (!all) {
+        const Int here = Int{} + (int32_t)(block + k);
+        score = (here < own + (int32_t)ahead) & (here > own - (int32_t)a.window) ? score : Float{} + NOTHING;
+        store(at, score);
+      }
+      highest = score > highest ? score : highest;
+    }
+    const Float keep = exponential((before - highest) * a.scale);
+    Float sum = load(tile.total + p * LANES) * keep;
+    for (int64_t k = 0; k < some; k++) {
+      float* at = scores + k * TILE + p * LANES;
+      const Float score = load(at);
+      Float weight = exponential((score - highest) * a.scale);
+      weight = score <= NOTHING ? Float{} : weight;  // NaN stays
+      sum += weight;
+      store(at, weight);
+    }
+    store(tile.top + p * LANES, highest);
+    store(tile.total + p * LANES, sum);
+    for (int64_t i = 0; i < a.dim; i++) {
+      float* at = tile.out + i * TILE + p * LANES;
+      store(at, load(at) * keep);
+    }
+  }
+  sum_all_rows<PANELS>(values, a.dim, 1, a.dim, scores, some, tile.out);
+}
+
+template <int PANELS, class X>
+void finish(const Attention& a, int64_t row, int64_t head, const Tile& tile) {
+  constexpr int TILE = PANELS * LANES;
+  for (int64_t p = 0; p < PANELS; p++)
+    for (int64_t k = 0; k < a.dim; k += LANES) {
+      Float rows[LANES];
+      for (int i = 0; i < LANES; i++)
+        rows[i] = load(tile.out + (k + i) * TILE + p * LANES) / load(tile.total + p * LANES);
+      transpose(rows);
+      for (int64_t i = 0; i < std::min<int64_t>(tile.count - p * LANES, LANES); i++)
+        put((X*)a.out + a.place(row, head, tile.first + p * LANES + i) + k, rows[i]);
+    }
+}
+
+// Queries of a row from `first` on, as many as a task has lanes: in tiles of two panels, or one at the end.
 template <class X, class T>
-void attend_tile(const Attention& a, const T* keys, const T* values, int64_t row, int64_t head, int64_t first,
+void attend_some(const Attention& a, const T* keys, const T* values, int64_t row, int64_t head, int64_t first,
                  int64_t lanes) {
-  if (lanes == LANES) attend_panels<1, X>(a, keys, values, row, head, first);
-  if (lanes == 2 * LANES) attend_panels<2, X>(a, keys, values, row, head, first);
-  if (lanes == 3 * LANES) attend_panels<3, X>(a, keys, values, row, head, first);
+  const int64_t dim = a.dim, all = (a.q_start[row + 1] - a.q_start[row]) * a.group;
+  const int64_t wide = 2 * LANES, own = std::min(all - first, lanes), count = (own + wide - 1) / wide;
+  const int64_t nearby = a.bias ? a.group * (wide + KEYS) : 0, each = wide * (2 * dim + 3);
+  float* scores = (float*)buffer(4 * (count * each + 2 * KEYS * dim + wide * KEYS + nearby));
+  float *staged = scores + wide * KEYS + nearby, *held = staged + 2 * KEYS * dim;
+  Tile tiles[MOST_LANES / wide];
+  auto with = [&](const Tile& tile, auto call) {
+    tile.count > LANES ? call(std::integral_constant<int, 2>()) : call(std::integral_constant<int, 1>());
+  };
+  int64_t start = INT64_MAX, stop = 0;
+  for (int64_t i = 0; i < count; i++, held += each) {
+    float* more = held + 2 * wide * dim;
+    Tile& tile = tiles[i] = {held, held + wide * dim, more, more + wide, (int32_t*)(more + 2 * wide), first + i * wide};
+    tile.count = std::min(own - i * wide, wide);
+    with(tile, [&](auto panels) { begin<panels, X>(a, row, head, tile); });
+    start = std::min(start, tile.start);
+    stop = std::max(stop, tile.stop);
+  }
+  // Blocks begin at multiples of KEYS, so that what a query's sums are does not depend on the task that it is in.
+  for (int64_t block = start / KEYS * KEYS; block < stop; block += KEYS) {
+    const int64_t end = std::min(block + KEYS, stop);
+    const float* k = block_of(a, keys, a.k_scales, row, head, block, end, staged);
+    const float* v = block_of(a, values, a.v_scales, row, head, block, end, staged + KEYS * dim);
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t from = std::max(block, tiles[i].start), to = std::min(end, tiles[i].stop), skip = (from - block) * dim;
+      if (from < to)
+        with(tiles[i], [&](auto panels) { add_block<panels>(a, head, tiles[i], k + skip, v + skip, from, to, scores); });
+    }
+  }
+  for (int64_t i = 0; i < count; i++)
+    with(tiles[i], [&](auto panels) { finish<panels, X>(a, row, head, tiles[i]); });
 }

@@ -74,6 +74,8 @@ constexpr int64_t FEW = 8;          // tokens, below which each weight is used a
 constexpr int64_t MANY = 16;        // tokens, from which on activations may be rounded
 constexpr int64_t SMALL = 1 << 16;  // products that are done before another thread has woken up
 constexpr int64_t EXACT = 1024;     // products of int8 whose sum float32 has exactly: 1024 * 127 * 128 < 2**24
+constexpr int64_t CACHED = 1 << 18; // bytes of tokens that meet all weights before others do
+constexpr int64_t COPIED = 64;      // tokens, from which on weights are put where they follow each other
 
 INLINE float to_float(float x) { return x; }
 INLINE float to_float(int8_t x) { return x; }
@@ -169,6 +171,11 @@ struct Attention {
   bool causal = true;
   const float* bias = nullptr;  // of distances from -furthest to furthest [kv_heads, group, 2 * furthest + 1], or null
   int64_t furthest = 0;
+
+  // Where a query of a row begins, of those that are numbered by token and then by head.
+  int64_t place(int64_t row, int64_t head, int64_t query) const {
+    return (((q_start[row] + query / group) * kv_heads + head) * group + query % group) * dim;
+  }
 
   void set_scale(float of_scores, float soft_cap) {
     scale = soft_cap > 0 ? soft_cap : of_scores;
@@ -406,7 +413,8 @@ ffi::Error take(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi
 template <class X, class T>
 void attend(Threads& threads, const Attention& a, const void* keys, const void* values, int64_t rows) {
   const auto one = AT_LEVEL(attend<T>);
-  const auto some = AT_LEVEL(attend_tile<X, T>);
+  const auto some = AT_LEVEL(attend_some<X, T>);
+  const int64_t pieces = 4 * std::max<int64_t>(threads.pool.num_threads(), 1) / a.kv_heads + 1;
   struct Task {
     int64_t row, first, lanes;  // the first of its queries, each of a token and a head; -1: the row has one token
   };
@@ -416,7 +424,7 @@ void attend(Threads& threads, const Attention& a, const void* keys, const void* 
     if (tokens == 1 && a.pages) {
       tasks.push_back({row, -1, 0});
     } else if (tokens > 0) {
-      const int64_t queries = tokens * a.group, lanes = AT_LEVEL(tile_lanes(queries));
+      const int64_t queries = tokens * a.group, lanes = AT_LEVEL(task_lanes(queries, pieces));
       for (int64_t tile = (queries - 1) / lanes; tile >= 0; tile--) tasks.push_back({row, tile * lanes, lanes});
     }
   }

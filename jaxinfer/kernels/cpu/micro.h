@@ -71,6 +71,21 @@ INLINE float sum(Float v) {
   return v[0];
 }
 
+template <int STEP, int... LANE>
+INLINE void swap_blocks(Float& a, Float& b, std::integer_sequence<int, LANE...>) {
+  const Float low{(LANE & STEP ? b[LANE & ~STEP] : a[LANE])...};
+  b = Float{(LANE & STEP ? b[LANE] : a[LANE | STEP])...};
+  a = low;
+}
+
+// rows[i][j] becomes rows[j][i]: the halves of all, then the halves of those, and so on.
+template <int STEP = LANES / 2>
+INLINE void transpose(Float (&rows)[LANES]) {
+  for (int i = 0; i < LANES; i++)
+    if (!(i & STEP)) swap_blocks<STEP>(rows[i], rows[i + STEP], std::make_integer_sequence<int, LANES>());
+  if constexpr (STEP > 1) transpose<STEP / 2>(rows);
+}
+
 // ---- gemv: a few tokens, float32 activations, exact products.
 
 // Rows of weights that meet so many tokens at once: registers have no room for more of four, and one token waits for
@@ -240,6 +255,21 @@ struct Singles {  // float32
   }
 };
 
+#if LEVEL == 1
+struct Words {  // int8 as int16, two of which are multiplied and summed at once, in int32
+  using Total = Int;
+  static constexpr int64_t each = 2;
+  static INLINE Int add(Int total, Int x, uint32_t w) {
+    return total + (Int)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi32(w));
+  }
+  static void fill(uint32_t* to, const int8_t* from, int64_t count) {
+    if (count % 2) to[count / 2] = 0;
+    int16_t* words = (int16_t*)to;
+    for (int64_t k = 0; k < count; k++) words[k] = from[k];
+  }
+};
+#endif
+
 #if LEVEL == 2
 struct Pairs {  // bfloat16, summed in float32
   using Total = Float;
@@ -282,33 +312,49 @@ struct Quads {  // int8, summed in int32; activations have 128 added, as the ins
 template <class Units, class X>
 void pack(const X* x, int64_t tokens, int64_t depth, uint32_t* panel) {
   const int64_t some = std::min<int64_t>(tokens, LANES);
-  uint32_t staged[LANES][LANES] = {};
+  alignas(64) uint32_t staged[LANES][LANES] = {};
   for (int64_t k = 0; k < depth; k += LANES * Units::each) {
     const int64_t count = std::min(depth - k, LANES * Units::each), units = (count + Units::each - 1) / Units::each;
     for (int64_t t = 0; t < some; t++) Units::fill(staged[t], x + t * depth + k, count);
+    Float rows[LANES];
+    for (int t = 0; t < LANES; t++) rows[t] = load_as<Float>(staged[t]);
+    transpose(rows);
     for (int64_t u = 0; u < units; u++)
-      for (int t = 0; t < LANES; t++) panel[u * LANES + t] = staged[t][u] ^ (Units::each == 4 ? 0x80808080u : 0);
+      store(panel + u * LANES, (Int)rows[u] ^ (Units::each == 4 ? (int32_t)0x80808080 : 0));
     panel += units * LANES;
   }
 }
 
-// Compiled by itself, or the compiler runs out of registers. next: where the weights are that come after these, of which
-// this fetches `bytes` for each unit: not in float32, where no register is left for it.
+// Compiled by itself, or the compiler runs out of registers. more: what outputs have beside. next: where the weights are
+// that come after these, of which this fetches `bytes` for each unit.
 template <class Units, int ROWS, int PANELS, class Out>
 APART void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, int64_t stride, int64_t begin,
-                     int64_t end, const int32_t* minus, Out* out, int64_t columns, int64_t tokens, bool add,
+                     int64_t end, const Out* more, Out* out, int64_t columns, int64_t tokens, bool add,
                      const char* next, int64_t bytes) {
-  typename Units::Total total[PANELS][ROWS] = {};
+  typename Units::Total total[PANELS][ROWS];
+  for (auto& panel : total)
+    for (auto& row : panel) row = typename Units::Total{};
   for (int64_t u = begin; u < end; u++) {
-    if constexpr (Units::each > 1) __builtin_prefetch(next + u * bytes);
+    __builtin_prefetch(next + u * bytes);
     for (int r = 0; r < ROWS; r++)
       for (int p = 0; p < PANELS; p++)
         total[p][r] = Units::add(total[p][r], load_as<Int>(panels + p * panel + u * LANES), w[r * stride + u]);
   }
+  typedef Out Outs __attribute__((vector_size(4 * LANES)));
   for (int p = 0; p < PANELS; p++)
-    for (int t = 0; t < std::min<int64_t>(tokens - p * LANES, LANES); t++) {
-      Out* to = out + (p * LANES + t) * columns;
-      for (int r = 0; r < ROWS; r++) to[r] = (add ? to[r] : 0) + (Out)total[p][r][t] - (Out)minus[r];
+    for (int n = 0; n < ROWS; n += LANES) {
+      Float lanes[LANES];
+      for (int r = 0; r < LANES; r++) lanes[r] = n + r < ROWS ? (Float)total[p][n + r] : Float{};
+      transpose(lanes);
+      Outs results[LANES];
+      for (int t = 0; t < LANES; t++)
+        results[t] = __builtin_convertvector((typename Units::Total)lanes[t], Outs) + load_as<Outs>(more + n);
+      const int some = std::min(ROWS - n, LANES);
+      for (int64_t t = 0; t < std::min<int64_t>(tokens - p * LANES, LANES); t++) {
+        Out* to = out + (p * LANES + t) * columns + n;
+        for (int r = 0; add && r < some; r++) results[t][r] += to[r];
+        std::memcpy(to, &results[t], some * sizeof(Out));
+      }
     }
 }
 
@@ -329,18 +375,18 @@ void gemm(const uint32_t* panels, int64_t depth, const Part<Weight, Out>& part, 
         dequantize(part, n + r, depth, row);
         Units::fill(scratch + r * units, row, depth);
       }
-    } else if (as_they_are && depth % Units::each == 0) {
+    } else if (as_they_are && depth % Units::each == 0 && part.tokens < COPIED) {
       weights = (const uint32_t*)(w + n * depth);
     } else {
       for (int64_t r = 0; r < rows; r++) Units::fill(scratch + r * units, w + (n + r) * depth, depth);
     }
-    int32_t minus[rows] = {};
+    Out more[WIDE_ROWS + LANES] = {};
     if constexpr (Units::each == 4)
-      for (int64_t r = 0; r < rows; r++) minus[r] = 128 * total_of(w + (n + r) * depth, depth);
+      for (int64_t r = 0; r < rows; r++) more[r] = -128 * total_of(w + (n + r) * depth, depth);
     for (int64_t begin = 0; begin == 0 || begin < units; begin += step) {
       const int64_t end = std::min(begin + step, units);
       auto some = [&](int64_t p, auto count) {
-        wide_tile<Units, rows, count>(panels + p * LANES * units, units * LANES, weights, units, begin, end, minus,
+        wide_tile<Units, rows, count>(panels + p * LANES * units, units * LANES, weights, units, begin, end, more,
                                       part.out + p * LANES * part.columns + n, part.columns, part.tokens - p * LANES,
                                       begin > 0, (const char*)w + (n + (p == 0 ? rows : 0)) * row, rows * row / units);
       };
@@ -352,9 +398,16 @@ void gemm(const uint32_t* panels, int64_t depth, const Part<Weight, Out>& part, 
 
 // Panels are packed once for all parts of the same tokens.
 template <class Units, class X, class Weight, class Out>
-void wide_products(Threads& threads, const X* x, int64_t depth, const Parts<Weight, Out>& parts) {
+void wide_products(Threads& threads, const X* x, int64_t depth, const Parts<Weight, Out>& whole) {
   const int64_t units = (depth + Units::each - 1) / Units::each, size = LANES * units;
-  std::map<int64_t, int64_t> first_panel;                 // of those that begin with a token
+  const int64_t most = std::max<int64_t>(CACHED / (8 * size), 4) * 2 * LANES;  // tokens
+  Parts<Weight, Out> parts;
+  for (auto part : whole)
+    for (int64_t left = part.tokens; left > 0; left -= most, part.token += most, part.out += most * part.columns) {
+      part.tokens = std::min(left, most);
+      parts.push_back(part);
+    }
+  std::map<int64_t, int64_t> first_panel;           // of those that begin with a token
   std::vector<std::pair<int64_t, int64_t>> panels;  // the first token of each, and how many are left from there
   for (const auto& part : parts)
     if (first_panel.emplace(part.token, panels.size()).second)
@@ -396,7 +449,9 @@ void products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const
               [[maybe_unused]] bool rounds) {
   Parts<Weight, Out> thin, wide, packed;
   auto way = [&](const Part<Weight, Out>& part) {
-#if LEVEL == 2
+#if LEVEL == 1
+    if (std::is_same_v<X, int8_t> && part.tokens >= 4) return &packed;
+#elif LEVEL == 2
     if constexpr (std::is_same_v<X, int8_t>) {
       if (part.tokens >= 4) return &packed;
     } else if constexpr (!std::is_same_v<Weight, float>) {
@@ -408,7 +463,10 @@ void products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const
   for (const auto& part : parts) way(part)->push_back(part);
   if (!thin.empty()) thin_products(threads, x, tokens, depth, thin);
   if (!wide.empty()) wide_products<Singles>(threads, x, depth, wide);
-#if LEVEL == 2
+#if LEVEL == 1
+  if constexpr (std::is_same_v<X, int8_t>)
+    if (!packed.empty()) wide_products<Words>(threads, x, depth, packed);
+#elif LEVEL == 2
   using Units = std::conditional_t<std::is_same_v<X, int8_t>, Quads, Pairs>;
   if constexpr (!std::is_same_v<Weight, float>)
     if (!packed.empty()) wide_products<Units>(threads, x, depth, packed);

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import os
 import threading
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Any, Self, Unpack
 
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.generation import RequestGroup
-from jaxinfer.engine.load import load_engine
-from jaxinfer.engine.outputs import RequestOutput
+from jaxinfer.engine.load import load_opened
+from jaxinfer.engine.loading import open_model
+from jaxinfer.engine.outputs import (
+    ClassificationRequestOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoringRequestOutput,
+)
+from jaxinfer.engine.pooling.load import load_pooling
 from jaxinfer.engine.prompts import Prompt, encode_prompt
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.thread import EngineThread, Submission
-from jaxinfer.errors import EngineClosed, QueueFullError, RequestError
+from jaxinfer.errors import EngineClosed, QueueFullError, RequestError, UnsupportedError
+from jaxinfer.models.tasks import CLASSIFY, GENERATE
+from jaxinfer.pooling import CAN, ClassifyText, PoolingMethods, given
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.tasks.params import PoolingParams
+from jaxinfer.tasks.pooling import Text
+from jaxinfer.tasks.stream import Ask, Stream
 
 
 class AsyncEngine:
@@ -29,23 +42,44 @@ class AsyncEngine:
 
         async for output in engine.generate("...", SamplingParams(max_tokens=64)):
             print(output.outputs[0].text)  # all the text so far
+
+    Of a model that keeps no cache `embed`, `classify` and `score` are awaited, any number of them at once.
     """
 
     def __init__(self, model: str | os.PathLike[str], *, max_queued: int = 1024, **options: Unpack[EngineConfig]):
         if not isinstance(max_queued, int) or isinstance(max_queued, bool) or max_queued < 1:
             raise ValueError(f"max_queued is {max_queued!r}: it must be an integer of at least 1")
-        loaded = load_engine(model, **options)
-        self.max_queued = max_queued
+        opened = open_model(model, **options)
+        self.max_queued, self.task, self._methods = max_queued, opened.task, PoolingMethods()
+        self._methods.task, self._methods.folder = opened.task, opened.folder
+        self._stream: Stream | None = None
+        self._thread: EngineThread | None = None
+        if opened.task != GENERATE:
+            pooling = load_pooling(opened)
+            self._methods.take(pooling)
+            self.tokenizer, self._pooling = pooling.tokenizer, pooling.engine
+            self._stream = Stream(pooling.engine, max_queued)
+            return
+        loaded = load_opened(opened)
         self.tokenizer = loaded.engine.tokenizer
-        self.engine_thread = EngineThread(loaded.engine, "AsyncEngine")
+        self._thread = EngineThread(loaded.engine, "AsyncEngine")
         self._default_sampling_params = loaded.default_sampling_params
         self._ids = itertools.count()
         self._open: dict[str, RequestGroup] = {}  # all requests that have not ended
         self._lock = threading.Lock()  # of _open
 
     @property
+    def engine_thread(self) -> EngineThread:
+        """Where requests are submitted. Raises UnsupportedError where the model makes no text."""
+        if self._thread is None:
+            raise UnsupportedError(f"{self._methods.folder}: {CAN[self.task]}")
+        return self._thread
+
+    @property
     def stats(self) -> EngineStats:
         """Requests, pages, tokens and seconds, as they are now and since loading."""
+        if self._stream is not None:
+            return dataclasses.replace(self._pooling.stats)
         return self.engine_thread.engine.stats
 
     async def generate(
@@ -62,13 +96,14 @@ class AsyncEngine:
         or an id that is in use, and QueueFullError. An error of the device ends all requests with it; the next one
         finds the engine in order.
         """
+        thread = self.engine_thread
         params = sampling_params or self._default_sampling_params()
         if not isinstance(params, SamplingParams):
             kind = type(params).__name__
             raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
-        self.engine_thread.check_open()
+        thread.check_open()
         text, ids, salt = encode_prompt(prompt, self.tokenizer)
-        group = self.engine_thread.engine.new_group(ids, params, text, priority, salt)
+        group = thread.engine.new_group(ids, params, text, priority, salt)
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput | BaseException] = asyncio.Queue()
@@ -83,7 +118,7 @@ class AsyncEngine:
 
         self._remember(name, group)
         try:
-            self.engine_thread.submit([Submission(group, listener, streams=True)])
+            thread.submit([Submission(group, listener, streams=True)])
             while True:
                 output = await outputs.get()
                 if isinstance(output, BaseException):
@@ -93,7 +128,62 @@ class AsyncEngine:
                     return
         finally:
             self._forget(name, group)
-            self.engine_thread.abort(group)
+            thread.abort(group)
+
+    async def embed(
+        self,
+        text: Text,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        pooling_params: PoolingParams | None = None,
+    ) -> EmbeddingRequestOutput:
+        """The vector of a text, as `LLM.embed` has it. Raises what that raises, and QueueFullError. Cancelled, a text
+        is left out that has not been read."""
+        params = given(pooling_params, truncate_prompt_tokens, dimensions=dimensions, use_activation=normalize)
+        ask = self._methods.embedding(params, truncate, prompt_name, prompt)
+        output: EmbeddingRequestOutput = await self._answer(text, ask)
+        return output
+
+    async def classify(
+        self,
+        text: ClassifyText,
+        *,
+        use_activation: bool | None = None,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        pooling_params: PoolingParams | None = None,
+    ) -> ClassificationRequestOutput:
+        """The classes of a text or pair, as `LLM.classify` has them. Raises as `embed` does."""
+        params = given(pooling_params, truncate_prompt_tokens, use_activation=use_activation)
+        output: ClassificationRequestOutput = await self._answer(text, self._methods.classifying(params, truncate))
+        return output
+
+    async def score(
+        self,
+        query: Text,
+        document: Text,
+        *,
+        truncate: bool = False,
+        truncate_prompt_tokens: int | None = None,
+        pooling_params: PoolingParams | None = None,
+        chat_template: str | None = None,
+    ) -> ScoringRequestOutput:
+        """How well a document answers a query, as `LLM.score` has it. Raises as `embed` does."""
+        ask = self._methods.scoring(given(pooling_params, truncate_prompt_tokens), truncate, chat_template)
+        if self.task == CLASSIFY:
+            output: ScoringRequestOutput = await self._answer((query, document), ask)
+            return output
+        vectors = await asyncio.gather(self._answer(query, ask), self._answer(document, ask))
+        return self._methods.similar(*vectors)
+
+    async def _answer(self, text: Any, ask: Ask) -> Any:
+        assert self._stream is not None
+        return await asyncio.wrap_future(self._stream.submit(text, ask))
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is; who waits for its outputs gets a last one, with finish_reason "abort". An id
@@ -104,7 +194,7 @@ class AsyncEngine:
 
     def close(self) -> None:
         """Aborts what runs, ends the thread and frees the memory."""
-        self.engine_thread.close()
+        (self._stream or self.engine_thread).close()
 
     async def __aenter__(self) -> Self:
         return self
