@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -59,6 +60,7 @@ class AsyncEngine:
             self._methods.take(pooling)
             self.tokenizer, self._pooling = pooling.tokenizer, pooling.engine
             self._stream = Stream(pooling.engine, max_queued)
+            weakref.finalize(self, self._stream.stop).atexit = False
             return
         loaded = load_opened(opened)
         self.tokenizer = loaded.engine.tokenizer

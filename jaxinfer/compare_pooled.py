@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxinfer.llm import LLM
 from jaxinfer.models.tasks import EMBED
+from jaxinfer.tasks.embed import normalized
 
 RUNS = 3
 Floats = np.ndarray[Any, Any]
@@ -75,7 +76,7 @@ def pooled_price(
         same = float(np.mean(np.argmax(ours, axis=1) == np.argmax(theirs, axis=1)))
         moved = float(change.max()), float(change.mean())
         return ClassPrice(scheme, len(ours), same, *moved, nbytes, rate, answers), ours
-    cosines = np.sum(_unit(ours) * _unit(theirs), axis=1)
+    cosines = np.sum(normalized(ours.astype(np.float64)) * normalized(theirs.astype(np.float64)), axis=1)
     angles = float(cosines.min()), float(cosines.mean())
     return VectorPrice(scheme, len(ours), *angles, *agreement(ours, theirs), nbytes, rate, answers), ours
 
@@ -88,7 +89,7 @@ def agreement(ours: Floats, theirs: Floats) -> tuple[float, float]:
     others = ~np.eye(len(ours), dtype=bool)
     orders = []
     for vectors in (ours, theirs):
-        unit = _unit(vectors)
+        unit = normalized(vectors.astype(np.float64))
         similarities = (unit @ unit.T)[others].reshape(len(unit), -1)
         orders.append(np.argsort(np.argsort(similarities, axis=1), axis=1).astype(np.float64))
     first, second = orders
@@ -109,8 +110,3 @@ def _numbers(llm: LLM, texts: Sequence[str]) -> tuple[Floats, float]:
             rows = [output.outputs.probs for output in llm.classify(texts, truncate=True, use_tqdm=False)]
         times.append(time.perf_counter() - start)
     return np.stack(rows), len(texts) / float(np.median(times[1:]))
-
-
-def _unit(vectors: Floats) -> Floats:
-    vectors = vectors.astype(np.float64)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -22,7 +22,7 @@ from jaxinfer.engine.pooling.load import LoadedPooling
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.models.tasks import CLASSIFY, EMBED, GENERATE
 from jaxinfer.tasks.classify import ClassifyTask
-from jaxinfer.tasks.embed import EmbedTask
+from jaxinfer.tasks.embed import EmbedTask, finished
 from jaxinfer.tasks.pairs import NO_SCORE, PairTask, paired, ranked
 from jaxinfer.tasks.params import PoolingParams
 from jaxinfer.tasks.pooling import Pair, PoolingTask, TextOptions, progress
@@ -261,10 +261,7 @@ class PoolingMethods:
             task, options = (
                 (embed, vectors)
                 if kind == "embed"
-                else (
-                    self._tokens,
-                    TokenOptions(partial(embed.finished, options=vectors)),
-                )
+                else (self._tokens, TokenOptions(partial(finished, options=vectors)))
             )
             return lambda texts, how, on_error: task.run(texts, how, options, on_error)
         classify, asked = self._classification, self._classification.loaded.pooling

@@ -1,16 +1,18 @@
 """`LLM.score`, `rerank`, `similarity`, `reward`, `encode`: against logits and hidden states that transformers made."""
 
+import asyncio
 import json
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxinfer
-from jaxinfer import LLM, PoolingParams, RequestError, UnsupportedError
-from jaxinfer.errors import CheckpointError, ContextLengthError
+from jaxinfer import LLM, AsyncEngine, PoolingParams, RequestError, UnsupportedError
+from jaxinfer.errors import CheckpointError, ContextLengthError, EngineClosed, QueueFullError
 from jaxinfer.tasks.template import TEMPLATES, PairTemplate
 from jaxinfer.text.tokenizer import load_tokenizer
 from tests.refusals import line
@@ -324,11 +326,6 @@ def test_tokens_over_devices(qwen3):
 
 
 async def _many(folder):
-    import asyncio
-
-    from jaxinfer import AsyncEngine, QueueFullError
-    from jaxinfer.errors import EngineClosed
-
     engine = AsyncEngine(folder, max_num_batched_tokens=256, max_queued=8)
     outputs = await asyncio.gather(*(engine.embed(text) for text in TEXTS[:8]))
     vectors = np.stack([output.outputs.embedding for output in outputs])
@@ -363,9 +360,46 @@ async def _many(folder):
     return vectors, calls, score, again, after
 
 
-def test_an_async_engine(folders):  # noqa: F811
-    import asyncio
+async def _at_once(folder, monkeypatch):
+    """The device fails while another text is being read, and the engine is closed while one is."""
+    from jaxinfer.tasks.embed import EmbedTask
 
+    row, begun = EmbedTask.row, threading.Event()
+
+    def slowly(task, index, text, options):
+        if text == "slow":
+            begun.set()
+            time.sleep(0.3)
+        return row(task, index, text, options)
+
+    monkeypatch.setattr(EmbedTask, "row", slowly)
+    async with AsyncEngine(folder, max_num_batched_tokens=256) as engine:
+        launch, failures = engine._pooling._launch, [MemoryError("no room")]
+
+        def fails(*call):
+            begun.wait()
+            if failures:
+                raise failures.pop()
+            return launch(*call)
+
+        engine._pooling._launch = fails
+        asked = [asyncio.ensure_future(engine.embed(text)) for text in ("a", "slow", "b")]
+        ends = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
+        assert isinstance(ends[0], MemoryError)
+        assert all(isinstance(end, MemoryError | jaxinfer.EmbeddingRequestOutput) for end in ends)
+        begun.clear()
+        failures.append(MemoryError("no room"))
+        asked = [asyncio.ensure_future(engine.embed(text)) for text in ("a", "slow")]
+        await asyncio.to_thread(begun.wait)
+    ends = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
+    assert all(isinstance(end, EngineClosed | MemoryError) for end in ends)
+
+
+def test_none_is_forgotten(folders, monkeypatch):  # noqa: F811
+    asyncio.run(_at_once(folders["bert"], monkeypatch))
+
+
+def test_an_async_engine(folders):  # noqa: F811
     vectors, calls, score, again, after = asyncio.run(_many(folders["bert"]))
     wanted = expected(folders["bert"], "bert")
     np.testing.assert_allclose(vectors, wanted[:8], atol=TOLERANCE)

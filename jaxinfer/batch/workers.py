@@ -16,7 +16,7 @@ from jaxinfer.engine.scoring import encode_pair, encode_text
 from jaxinfer.llm import LLM
 from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 from jaxinfer.tasks.classify import ClassifyTask
-from jaxinfer.tasks.embed import WHOLE, EmbedTask, VectorOptions
+from jaxinfer.tasks.embed import WHOLE, EmbedTask, VectorOptions, finished
 from jaxinfer.tasks.pairs import PairTask, ranked
 from jaxinfer.tasks.params import PoolingParams
 from jaxinfer.tasks.score import Pair
@@ -151,7 +151,7 @@ class Embedding(OfTexts):
     def result(self, row: Row, outputs: list[Any]) -> Result:
         assert row.ask is not None
         wanted = self._wanted(row.ask)
-        vectors = [self.embed.finished(output.outputs.embedding[None], wanted)[0] for output in outputs]
+        vectors = [finished(output.outputs.embedding[None], wanted)[0] for output in outputs]
         return self.results.embedded(row, vectors, _tokens(outputs))
 
     def _wanted(self, ask: Ask) -> VectorOptions:

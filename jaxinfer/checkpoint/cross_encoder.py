@@ -98,11 +98,9 @@ def _spoken(root: Path) -> dict[str, Any]:
     """What is said for all modules together."""
     fields, found = said(root, "CrossEncoder")
     spoken = {name: found[name] for name in ("prompts", "default_prompt")}
-    return (
-        spoken
-        if fields.data.get("activation_fn") is None
-        else {**spoken, "activation": _named(fields, "activation_fn")}
-    )
+    if fields.data.get("activation_fn") is not None:
+        spoken["activation"] = _named(fields, "activation_fn")
+    return spoken
 
 
 def _tokens(fields: ConfigReader) -> dict[str, Any]:

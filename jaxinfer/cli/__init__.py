@@ -53,11 +53,7 @@ GUESSES = {
     "benchmark": "did you mean jaxinfer bench throughput, or bench latency?",
     "version": "did you mean jaxinfer --version?",
 }
-SAME = {
-    "api": "serve",
-    "server": "serve",
-    "start": "serve",
-}
+SAME = {"api": "serve", "server": "serve", "start": "serve"}
 SAME |= {"pull": "download", "fetch": "download", "ls": "list", "show": "list"}
 SAME |= {"embeddings": "encode", "similarity": "encode"}
 SAME |= {"prompt": "run", "ask": "run", "completion": "complete", "evaluate": "eval", "perf": "benchmark"}

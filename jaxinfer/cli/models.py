@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 
 from jaxinfer.cli.options import JSON
-from jaxinfer.models.registry import ENCODERS, REGISTRY
+from jaxinfer.models.registry import ENCODERS, REGISTRY, TABLES
 
 
 def models(as_json: JSON = False) -> None:
-    """List the architectures that load: those that make text, and encoders, which make vectors and classes.
+    """List the architectures that load: those that make text, and encoders and tables, which make vectors.
 
-    The others make these, too, where a checkpoint is for it: ForSequenceClassification of any of them, and folders of
-    sentence-transformers.
+    The first make vectors, too, where a checkpoint is for it (folders of sentence-transformers), and all but tables
+    classes (ForSequenceClassification).
     """
-    kinds = {"text": REGISTRY, "vectors": ENCODERS}
+    kinds = {"text": REGISTRY, "vectors": ENCODERS | TABLES}
     rows = [(e.model_type, name, makes, e.known_as) for makes, known in kinds.items() for name, e in known.items()]
     if as_json:
         names = ("model_type", "hf_class", "makes", "known_as")

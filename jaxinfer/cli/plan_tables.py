@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from jaxinfer.plan.sweep import Candidate
@@ -15,15 +16,7 @@ SHOWN = 20  # of a sweep
 
 def print_plan(figures: dict[str, Any]) -> None:
     """The figures of a plan as tables."""
-    from rich.console import Console
-
-    console = Console()
-    if not figures["compiled"]:
-        console.print(f"{figures['topology']}: from shapes alone, as no compiler is at hand for it")
-    console.print(_memory(figures))
-    if figures["programs"]:
-        console.print(_programs(figures))
-        console.print(_collectives(figures))
+    console = _print_programs(figures)
     console.print(_speed(figures))
     if figures["experts_over"]:
         console.print(_busiest(figures))
@@ -31,22 +24,13 @@ def print_plan(figures: dict[str, Any]) -> None:
 
 def print_pooled(figures: dict[str, Any]) -> None:
     """The same of a model that makes vectors or classes."""
-    from rich.console import Console
-
-    console = Console()
-    if not figures["compiled"]:
-        console.print(f"{figures['topology']}: from shapes alone, as no compiler is at hand for it")
-    console.print(_memory(figures))
-    if figures["programs"]:
-        console.print(_programs(figures))
-        console.print(_collectives(figures))
     title = f"calls of {figures['max_num_batched_tokens']:,} tokens at best; GFLOP and GB of each device"
     table = _table(title, "tokens a text", "GFLOP", "GB", "ms", "texts/s", "a chip", "binds")
     for step in figures["texts"]:
         work = f"{step['flops'] / 1e9:,.0f}", f"{step['bytes_moved'] / 1e9:.2f}", f"{1000 * step['seconds']:.3f}"
         rates = f"{step['texts_per_second']:,.0f}", f"{step['texts_per_second_per_chip']:,.0f}"
         table.add_row(f"{step['tokens']:,}", *work, *rates, step["binds"])
-    console.print(table)
+    _print_programs(figures).print(table)
 
 
 def print_pooled_sweep(candidates: list[dict[str, Any]], refused: int) -> None:
@@ -63,6 +47,20 @@ def print_pooled_sweep(candidates: list[dict[str, Any]], refused: int) -> None:
         table.add_row(entry["topology"], entry["mesh"], *rates, entry["binds"])
     Console().print(table)
     Console().print(f"of {len(candidates) + refused} meshes {refused} do not fit")
+
+
+def _print_programs(figures: dict[str, Any]) -> Console:
+    """What there is to say of any model; what is speed comes after it."""
+    from rich.console import Console
+
+    console = Console()
+    if not figures["compiled"]:
+        console.print(f"{figures['topology']}: from shapes alone, as no compiler is at hand for it")
+    console.print(_memory(figures))
+    if figures["programs"]:
+        console.print(_programs(figures))
+        console.print(_collectives(figures))
+    return console
 
 
 def _table(title: str, first: str, *columns: str) -> Table:

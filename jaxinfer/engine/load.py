@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ from jaxinfer.engine.loading import (
     all_devices,
     check_architecture,
     choose_placement,
-    open_model,
     read_tokenizer,
 )
 from jaxinfer.engine.programs import (
@@ -105,17 +103,10 @@ class Loaded:
         )
 
 
-def load_engine(model: str | os.PathLike[str], **options: Any) -> Loaded:
-    """Loads a folder in Hugging Face's format, or a hub id. Options: see EngineConfig.
-
-    Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is wrong, where, what to do.
-    """
-    return load_opened(open_model(model, **options))
-
-
 @reported
 def load_opened(opened: Opened) -> Loaded:
-    """A model that generates. Raises what `load_engine` raises, and UnsupportedError for others."""
+    """A model that generates. Raises ValueError, FileNotFoundError and other OSErrors, each with one line: what is
+    wrong, where, what to do; and UnsupportedError for other models."""
     if opened.task != GENERATE:
         raise UnsupportedError(f"{opened.folder}: it is there to {opened.task} texts, which jaxinfer.LLM does")
     start, folder, settings, options, config = opened.start, opened.folder, opened.settings, opened.given, opened.config
@@ -214,7 +205,7 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     """The programs of an engine with these options on this machine's devices, or those of all hosts together.
     config: a config.json's content.
 
-    Raises what load_engine raises.
+    Raises what load_opened raises.
     """
     settings = check_options(options)
     devices = all_devices()

@@ -115,10 +115,3 @@ class Normalize:
 
 def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return kinds.dot(x, kinds.Dense(matrix, (None, None)), "float32")
-
-
-def shortened(x: jax.Array, dimensions: int, normalize: bool) -> jax.Array:
-    """Vectors `[R, D]` cut to their first dimensions, as Matryoshka models (Kusupati et al., arXiv:2205.13147) are
-    trained for; normalize: to length 1, which has to come after the cut."""
-    x = x[:, :dimensions]
-    return Normalize()(x, {}) if normalize else x

@@ -9,12 +9,13 @@ from typing import Any, Unpack
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.engine.load import limits, sized_programs
+from jaxinfer.engine.loading import choose_placement
 from jaxinfer.engine.programs import Programs, cache_layout, placed_decode_state, placed_hidden, placed_params, reach
 from jaxinfer.engine.sizing import RESERVE, Sizes, default_length, device_bytes, longest, page_size
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.slices import GIB, Device, Slice
 from jaxinfer.quantization.schemes import Quantization
-from jaxinfer.sharding import FSDP, GATHERED, TENSOR, axis_size, describe, make_mesh, tensor_sizes
+from jaxinfer.sharding import FSDP, GATHERED, TENSOR, axis_size, describe, tensor_sizes
 
 
 class DoesNotFit(ValueError):
@@ -112,14 +113,7 @@ def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) ->
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
     options, settings = in_our_words(options), check_options(options)
     shape = model.config
-    sizes_of = (
-        shape.split_heads,
-        shape.num_kv_heads,
-        shape.hidden_size,
-        len(target.devices),
-        shape.experts_per_token > 0,
-    )
-    placement = make_mesh(settings["mesh"], target.devices, *sizes_of) or target.devices[0]
+    placement = choose_placement(shape, target.devices, settings["mesh"])
     rows, tokens = limits(settings, placement)
     weights = device_bytes(placed_params(model, placement))
     slots = device_bytes(placed_decode_state(model, placement, rows))

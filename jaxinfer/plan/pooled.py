@@ -18,7 +18,7 @@ from typing import Any
 from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
 from jaxinfer.engine.config import EngineConfig, check_options
-from jaxinfer.engine.loading import Opened, open_model
+from jaxinfer.engine.loading import Opened, choose_placement, open_model
 from jaxinfer.engine.pooling.load import pooling_programs, task_config, vectors_of
 from jaxinfer.engine.pooling.programs import Pooler, PoolingPrograms, PoolTexts
 from jaxinfer.engine.sizing import device_bytes
@@ -31,7 +31,7 @@ from jaxinfer.plan.roofline import Bound
 from jaxinfer.plan.slices import GIB, Slice
 from jaxinfer.plan.sweep import meshes
 from jaxinfer.plan.targets import find_target
-from jaxinfer.sharding import FSDP, TENSOR, axis_size, describe, make_mesh
+from jaxinfer.sharding import FSDP, TENSOR, axis_size, describe
 
 LENGTHS = (16, 64, 256, 1024, 4096)  # of texts, where nobody says which
 
@@ -99,8 +99,7 @@ def fit_pooled(opened: Opened, target: Slice, model: AbstractModel | None = None
     settings = opened.settings
     model = model_for(opened, target) if model is None else model
     shape = model.config
-    sizes_of = shape.num_heads, shape.num_kv_heads, shape.hidden_size, len(target.devices), shape.experts_per_token > 0
-    placement = make_mesh(settings["mesh"], target.devices, *sizes_of) or target.devices[0]
+    placement = choose_placement(shape, target.devices, settings["mesh"])
     try:
         sentence, pooler, *_ = vectors_of(opened, shape)
     except CheckpointError:  # nothing says how, and the mean costs what others do

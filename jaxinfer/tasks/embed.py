@@ -48,13 +48,8 @@ class EmbedTask(PoolingTask[EmbeddingRequestOutput]):
         cut = self.loaded.sentence.dimensions if dimensions is None else dimensions
         return VectorOptions(cut, self.loaded.normalizes if normalize is None else normalize)
 
-    def finished(self, vectors: np.ndarray, options: VectorOptions) -> np.ndarray:
-        """Vectors f32[N, D], cut and normalized."""
-        vectors = vectors[:, : options.dimensions]
-        return normalized(vectors) if options.normalize else vectors
-
     def outputs(self, rows: list[Row], values: np.ndarray, options: VectorOptions) -> Iterator[EmbeddingRequestOutput]:
-        for row, vector in zip(rows, self.finished(values, options), strict=True):
+        for row, vector in zip(rows, finished(values, options), strict=True):
             outputs = EmbeddingOutput(np.ascontiguousarray(vector))
             error = None if np.isfinite(vector).all() else not_finite("vector")
             yield EmbeddingRequestOutput(row.place, row.ids, row.place, error, outputs=outputs)
@@ -62,6 +57,13 @@ class EmbedTask(PoolingTask[EmbeddingRequestOutput]):
     def failure(self, index: int, error: str) -> EmbeddingRequestOutput:
         nothing = EmbeddingOutput(np.zeros(0, np.float32))
         return EmbeddingRequestOutput(-1, [], index, error, outputs=nothing)
+
+
+def finished(vectors: np.ndarray, options: VectorOptions) -> np.ndarray:
+    """Vectors f32[N, D], cut to their first dimensions, as Matryoshka models (Kusupati et al., arXiv:2205.13147) are
+    trained for, and normalized, which has to come after the cut."""
+    vectors = vectors[:, : options.dimensions]
+    return normalized(vectors) if options.normalize else vectors
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:

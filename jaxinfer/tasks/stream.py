@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import queue
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -42,20 +45,20 @@ class Asked:
 
 
 class Stream:
-    """Of an engine, in a thread that is always there. Tasks are of texts, not of tokens.
+    """Of an engine, in a thread that is there until it is stopped. Tasks are of texts, not of tokens.
 
     max_queued: most texts that may wait to be read.
     """
 
     def __init__(self, engine: PoolingEngine, max_queued: int):
         self._engine, self._max_queued = engine, max_queued
-        self._queue: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
-        self._running: dict[int, Asked] = {}  # by their places
+        self._queue: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()  # None: something has changed
         self._turn = 0  # of readers, one after each error of the device
         self._lock = threading.Lock()  # of what follows: nothing is queued after the end
         self.closed = False
         self._thread = threading.Thread(target=self._run, name="jaxinfer-stream", daemon=True)
         self._thread.start()
+        _streams.add(self)
 
     def submit(self, text: Any, ask: Ask) -> Future[Any]:
         """Its output comes, or ValueError for what can't be served, or what went wrong. Cancelling it in time saves the
@@ -70,41 +73,51 @@ class Stream:
             self._queue.put(asked)
         return asked.future
 
-    def close(self) -> None:
-        """What has no output yet ends with EngineClosed, and the memory is freed."""
+    def stop(self) -> None:
+        """What has no output yet ends with EngineClosed, some time later."""
         with self._lock:
             self.closed = True
         self._queue.put(None)
+
+    def close(self) -> None:
+        """The same now, and the memory is freed."""
+        self.stop()
         self._engine.close()
         self._thread.join()
-        while not self._queue.empty():
-            if (asked := self._queue.get()) is not None:
-                asked.future.set_exception(EngineClosed(CLOSED))
 
     def _run(self) -> None:
         while not self.closed:
-            self._turn += 1
-            error: BaseException | None = EngineClosed(CLOSED)
+            running: dict[int, Asked] = {}  # by their places
+            reader = Reader(self._read(self._turn), functools.partial(self._row, running), self._engine.portion)
+            error: BaseException | None = None
             try:
-                reader = Reader(self._read(self._turn), self._row, self._engine.portion)
                 for rows, values in self._engine.run(reader):
                     for i, row in enumerate(rows):
-                        self._answer(row, values[i : i + 1])
+                        self._answer(running.pop(row.place), row, values[i : i + 1])
             except BaseException as caught:
-                error = EngineClosed(CLOSED) if self.closed else caught
-            running, self._running = self._running, {}
+                error = caught
+            self._turn += 1
+            self._queue.put(None)
+            reader.join()  # or what it has in its hands would be lost
             for asked in running.values():
-                asked.future.set_exception(error)
+                asked.future.set_exception(EngineClosed(CLOSED) if self.closed or error is None else error)
+        while not self._queue.empty():
+            left = self._queue.get()
+            if left is not None and left.future.set_running_or_notify_cancel():
+                left.future.set_exception(EngineClosed(CLOSED))
 
     def _read(self, turn: int) -> Iterator[Asked]:
         """What comes, until the end. A reader that is not the last one any more gives back what it got."""
-        while (asked := self._queue.get()) is not None:
-            if self._turn != turn:
-                self._queue.put(asked)
+        while True:
+            asked = self._queue.get()
+            if self.closed or self._turn != turn:
+                if asked is not None:
+                    self._queue.put(asked)
                 return
-            yield asked
+            if asked is not None:
+                yield asked
 
-    def _row(self, index: int, asked: Asked) -> Row | None:
+    def _row(self, running: dict[int, Asked], index: int, asked: Asked) -> Row | None:
         if not asked.future.set_running_or_notify_cancel():
             return None
         try:
@@ -112,14 +125,22 @@ class Stream:
         except ValueError as error:
             asked.future.set_exception(error)
             return None
-        self._running[index] = asked
+        running[index] = asked
         return row
 
-    def _answer(self, row: Row, values: Any) -> None:
-        asked = self._running.pop(row.place)
+    def _answer(self, asked: Asked, row: Row, values: Any) -> None:
         try:
             (output,) = asked.ask.task.outputs([row], values, asked.ask.options)
         except Exception as error:
             asked.future.set_exception(error)
         else:
             asked.future.set_result(dataclasses.replace(output, index=0))
+
+
+_streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+
+@atexit.register  # a thread that is in JAX while that is taken down would crash
+def _close_all() -> None:
+    for stream in list(_streams):
+        stream.close()

@@ -8,7 +8,8 @@ from safetensors.numpy import save_file
 
 from jaxinfer import CheckpointError
 from jaxinfer.checkpoint.sentence import SentenceModel, read_sentence_model, read_steps
-from jaxinfer.layers.vectors import TORCH_ACTIVATIONS, Dense, Normalize, VectorNorm, shortened
+from jaxinfer.layers.vectors import TORCH_ACTIVATIONS, Dense, Normalize, VectorNorm
+from jaxinfer.tasks.embed import VectorOptions, finished
 from tests.refusals import line
 
 OLD, NEW = "sentence_transformers.models", "sentence_transformers.base.modules"
@@ -130,9 +131,9 @@ def test_residuals(width):
 
 def test_vectors_are_normed_after_they_are_cut():
     x = RNG.standard_normal((3, 6)).astype(np.float32)
-    cut = np.asarray(shortened(x, 2, True))
+    cut = np.asarray(finished(x, VectorOptions(2, True)))
     np.testing.assert_allclose(np.linalg.norm(cut, axis=1), 1, rtol=1e-6)
-    np.testing.assert_array_equal(shortened(x, 2, False), x[:, :2])
+    np.testing.assert_array_equal(finished(x, VectorOptions(2, False)), x[:, :2])
 
 
 UNKNOWN = ["Router", "Asym", "WeightedLayerPooling", "CNN", "LSTM", "BoW", "WordWeights", "CLIPModel", "SpladePooling"]

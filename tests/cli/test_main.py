@@ -11,7 +11,7 @@ from rich.text import Text
 
 import jaxinfer
 from jaxinfer.cli import COMMANDS, app
-from jaxinfer.models.registry import encoder_types, model_types
+from jaxinfer.models.registry import STATIC, encoder_types, model_types
 
 
 def test_help_imports_nothing_heavy():
@@ -113,7 +113,7 @@ def test_models(cli):
     code, out, err = cli("models", "--json")
     assert (code, err) == (0, "")
     rows = json.loads(out)
-    for makes, types in (("text", model_types()), ("vectors", encoder_types())):
+    for makes, types in (("text", model_types()), ("vectors", [*encoder_types(), STATIC])):
         assert list(dict.fromkeys(row["model_type"] for row in rows if row["makes"] == makes)) == types
     assert {row["model_type"]: row["hf_class"] for row in json.loads(out)}["llama"] == "LlamaForCausalLM"
     table = cli("models")

@@ -9,8 +9,6 @@ import argparse
 import collections
 import functools
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,8 @@ from jaxinfer.models.registry import ENCODERS
 from jaxinfer.models.tasks import CLASSIFY, with_task
 from tests.devices import CHEAP
 from tests.models.field_values import TOKENS, Case, draw
-from tests.models.random_fields import TOLERANCE, Illegal, Result, refused_field
+from tests.models.random_fields import Illegal, Result, compared
+from tests.models.references import randomize
 
 TABLE = Path(__file__).with_suffix(".json")
 
@@ -62,10 +61,7 @@ def theirs(case: Case, fields: dict[str, Any], folder: Path) -> tuple[list[int],
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(case.index)
             model = transformers.AutoModelForSequenceClassification.from_config(config).eval().float()
-            matrices, vectors = case.pick("scale", ((0.3, 0.2), (0.1, 0.1)))
-            for weight in model.parameters():
-                noise = torch.randn_like(weight)
-                weight.copy_(noise * matrices if weight.ndim > 1 else weight + noise * vectors)
+            randomize(model, *case.pick("scale", ((0.3, 0.2), (0.1, 0.1))))
             tokens = torch.randint(0, config.vocab_size, (1, TOKENS))
             given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
             hidden, logits = model.base_model(**given).last_hidden_state[0].numpy(), model(**given).logits[0].numpy()
@@ -96,31 +92,14 @@ def ours(folder: Path, tokens: list[int]) -> np.ndarray:
 
 def run(family: str, index: int) -> Result:
     """One case. What is refused is taken out, until the rest can be compared."""
-    case, result = Case(family, index), Result()
+    case = Case(family, index)
     fields = drawn(case)
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix="fields-"))
-        try:
-            tokens, expected = theirs(case, fields, folder)
-            found = ours(folder, tokens)
-        except Illegal as error:
-            result.discarded = str(error)
-            return result
-        except ValueError as error:
-            named = refused_field(error, fields)
-            if named is None or named[0] not in fields:
-                result.problem = f"{error} with {fields}"
-                return result
-            outside, name = named
-            value = fields.pop(outside)
-            result.refused[name] = repr(value.get(name) if isinstance(value, dict) and name != outside else value)
-            continue
-        finally:
-            shutil.rmtree(folder)
-        result.error = float(np.abs(found - expected).max() / np.abs(expected).max())
-        if not result.error <= TOLERANCE:
-            result.problem = f"values are apart by {result.error:.2g} with {fields}"
-        return result
+
+    def values(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        tokens, expected = theirs(case, fields, folder)
+        return ours(folder, tokens), expected
+
+    return compared(fields, values)
 
 
 def summary(results: list[Result]) -> dict[str, Any]:

@@ -12,8 +12,10 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ from jaxinfer.models.model import AbstractModel
 from tests.devices import CHEAP
 from tests.models.families import speaker, variants
 from tests.models.field_values import FIXED, TOKENS, Case, draw, families, own_fields, text_class
+from tests.models.references import randomize
 
 TOLERANCE = 1e-4  # of the largest logit
 TABLE = Path(__file__).with_suffix(".json")
@@ -72,6 +75,7 @@ class Result:
     refused: fields, and the values that they had.
     honoured: the fields that were compared, likewise.
     problem: what is a bug, or nothing.
+    compared: there was something to compare.
     error: how far logits are apart, in shares of the largest.
     """
 
@@ -79,6 +83,7 @@ class Result:
     refused: dict[str, str] = field(default_factory=dict)
     honoured: dict[str, str] = field(default_factory=dict)
     problem: str = ""
+    compared: bool = False
     error: float = 0.0
 
 
@@ -109,13 +114,7 @@ def theirs(case: Case, fields: dict[str, Any], folder: Path) -> tuple[list[int],
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(case.index)
             model = auto.from_config(config).eval().float()
-            matrices, vectors = case.pick("scale", ((0.3, 0.2), (0.1, 0.1)))
-            for weight in model.parameters():
-                noise = torch.randn_like(weight)
-                weight.copy_(noise * matrices if weight.ndim > 1 else weight + noise * vectors)
-            for name, buffer in model.named_buffers():
-                if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):
-                    buffer.copy_(buffer + torch.randn_like(buffer) * vectors)
+            randomize(model, *case.pick("scale", ((0.3, 0.2), (0.1, 0.1))))
             tokens = torch.randint(0, text.vocab_size, (1, TOKENS))
             logits = speaker(model)(tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[0].numpy()
         if not np.isfinite(logits).all() or not np.abs(logits).max() > 0:
@@ -152,24 +151,43 @@ def refused_field(error: ValueError, fields: dict[str, Any]) -> tuple[str, str] 
 
 def run(family: str, index: int) -> Result:
     """One case. What is refused is taken out, until the rest can be compared."""
-    case, result = Case(family, index), Result()
+    case = Case(family, index)
     fields = draw(case, text_class(family))
-    while True:
+
+    def values(folder: Path) -> tuple[np.ndarray, np.ndarray]:
         whole = fields if families()[family][1] is None else wrapped_fields(family, case, fields)
+        tokens, expected = theirs(case, whole, folder)
+        return ours(folder, tokens), expected
+
+    result = compared(fields, values, {"head_dim": "from hidden_size"})
+    if result.compared:
+        result.honoured = {f.name: repr(fields.get(f.name, f.default)) for f in own_fields(text_class(family))}
+    return result
+
+
+def compared(
+    fields: dict[str, Any],
+    values: Callable[[Path], tuple[np.ndarray, np.ndarray]],
+    derived: Mapping[str, str] = MappingProxyType({}),
+) -> Result:
+    """What comes of a case. values: ours and theirs, of a model in this folder that has the fields, out of which those
+    are taken that are refused; it raises Illegal, and ValueError for such. derived: fields that follow from others, and
+    may be refused where they are not given."""
+    result = Result()
+    while True:
         folder = Path(tempfile.mkdtemp(prefix="fields-"))
         try:
-            tokens, expected = theirs(case, whole, folder)
-            found = ours(folder, tokens)
+            found, expected = values(folder)
         except Illegal as error:
             result.discarded = str(error)
             return result
         except ValueError as error:
             named = refused_field(error, fields)
-            if named == ("head_dim", "head_dim") and "head_dim" not in fields:  # it follows from others
-                result.refused["head_dim"] = "from hidden_size"
+            if named is not None and named[0] == named[1] in derived and named[0] not in fields:
+                result.refused[named[0]] = derived[named[0]]
                 return result
             if named is None or named[0] not in fields:
-                result.problem = f"{error} with {whole}"
+                result.problem = f"{error} with {fields}"
                 return result
             outside, name = named
             value = fields.pop(outside)
@@ -177,10 +195,10 @@ def run(family: str, index: int) -> Result:
             continue
         finally:
             shutil.rmtree(folder)
+        result.compared = True
         result.error = float(np.abs(found - expected).max() / np.abs(expected).max())
         if not result.error <= TOLERANCE:
-            result.problem = f"logits are apart by {result.error:.2g} with {whole}"
-        result.honoured = {f.name: repr(fields.get(f.name, f.default)) for f in own_fields(text_class(family))}
+            result.problem = f"values are apart by {result.error:.2g} with {fields}"
         return result
 
 

@@ -40,6 +40,14 @@ def random_model(variant: Variant, matrices: float, vectors: float) -> Any:
     text.eos_token_id, text.pad_token_id = None, variant.fields.get("text_config", variant.fields).get("pad_token_id")
     config._attn_implementation = text._attn_implementation = "eager"
     model = getattr(transformers, variant.auto).from_config(config).eval().float()
+    randomize(model, matrices, vectors)
+    return model
+
+
+def randomize(model: Any, matrices: float, vectors: float) -> None:
+    """Every parameter, and the buffers that matter: by these standard deviations, around what vectors are."""
+    import torch
+
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn_like(weight)
@@ -47,7 +55,6 @@ def random_model(variant: Variant, matrices: float, vectors: float) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):
                 buffer.copy_(buffer + torch.randn_like(buffer) * vectors)
-    return model
 
 
 def save(model: Any, variant: Variant, folder: Path, **arrays: np.ndarray) -> None:

@@ -121,8 +121,8 @@ class PoolingEngine(ReadyPrograms):
             places = list(spans(packed))
         with self._turn:
             self.check_open()
-            smaller = [key for key in self.programs.table if key[0] == kind and key[1] <= self.budget]
-            (executable,) = self._ready([program.key], smaller)
+            others = [] if program.key in self._executables else self.programs.keys_up_to(kind, self.budget)
+            (executable,) = self._ready([program.key], others)
             values, _ = program.run(executable, self.params, self.programs.state, inputs)
             self.stats.calls += 1
         assert isinstance(values, jax.Array)

@@ -94,9 +94,13 @@ class PoolingPrograms(ModelPrograms):
 
     def keys(self) -> list[Key]:
         """Of those that are usual."""
-        kind, most = (PoolTokens if self.of_tokens else PoolTexts).kind, max(self.budget, self.max_model_len)
+        most = max(self.budget, self.max_model_len)
         largest = Buckets.fit(self.sizes, min(most, self.sizes[-1]))
-        return [key for key in self.table if key[0] == kind and key[1] <= largest]
+        return self.keys_up_to((PoolTokens if self.of_tokens else PoolTexts).kind, largest)
+
+    def keys_up_to(self, kind: str, size: int) -> list[Key]:
+        """Of programs of a kind, for calls of up to so many tokens."""
+        return [key for key in self.table if key[0] == kind and key[1] <= size]
 
     @property
     def facts(self) -> dict[str, Any]:

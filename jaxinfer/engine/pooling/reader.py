@@ -27,17 +27,24 @@ class Reader:
         self._error: BaseException | None = None
         self._reading, self._left = True, False
         self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begins to read."""
         context = contextvars.copy_context()
-        threading.Thread(target=context.run, args=(self._read,), name="jaxinfer-reader", daemon=True).start()
+        self._thread = threading.Thread(target=context.run, args=(self._read,), name="jaxinfer-reader", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Nobody wants the rest."""
         with self._changed:
             self._left = True
             self._changed.notify_all()
+
+    def join(self) -> None:
+        """Waits until nothing is read any more."""
+        if self._thread is not None:
+            self._thread.join()
 
     def take(self, wait: bool) -> list[Row] | None:
         """The next portion: all that was read, where nothing else is to do; None at the end, and [] if it is not there
