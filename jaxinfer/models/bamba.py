@@ -36,11 +36,10 @@ class BambaForCausalLM(DecoderForCausalLM):
 def parse(fields: ConfigReader) -> DecoderConfig:
     """Layers in `attn_layer_indices` attend. `attention_bias` covers all four projections."""
     bias = fields.boolean("attention_bias", False)
-    absent = {"max_position_embeddings": 262144}
     # Whatever the file says outside of its settings of positions, transformers takes half.
     given = {name: value for name, value in fields.data.items() if name != "partial_rotary_factor"}
     base = decoder_config(
-        ConfigReader({**absent, **given}, fields.where),
+        ConfigReader(given, fields.where).with_defaults(max_position_embeddings=262144),
         default_kv_heads=8,
         default_partial=0.5,
         norm_eps=("rms_norm_eps", 1e-5),

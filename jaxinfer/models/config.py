@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.classifier_config import ClassifierConfig
@@ -20,6 +20,7 @@ _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values
 MAX_LAYERS = 1000  # each takes time to build, even without its weights
 _LARGEST_NUMBER = 1e15  # nor any other number; float32 must hold what is computed from it, and from what is above 0
 _SMALLEST_NUMBER = 1e-15
+C = TypeVar("C", bound="ModelConfig")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class ModelConfig:
     def output_size(self) -> int:
         """The width of what heads get."""
         return self.hidden_size
+
+    def extended(self, kind: type[C], **more: Any) -> C:
+        """The same in a class with more fields, which `more` has, and any that become others."""
+        own = {known.name: getattr(self, known.name) for known in dataclasses.fields(self)}
+        return kind(**(own | more))
 
     def for_length(self, max_model_len: int | None) -> Self:
         """The configuration for sequences of up to so many tokens, where that changes what is computed: see

@@ -124,7 +124,7 @@ def parse(fields: ConfigReader) -> FalconH1Config:
     """`attention_bias` covers all four projections; `key_multiplier` is a factor of attention's scores."""
     bias = fields.boolean("attention_bias", False)
     base = decoder_config(
-        ConfigReader({"max_position_embeddings": 8192, **fields.data}, fields.where),
+        fields.with_defaults(max_position_embeddings=8192),
         default_kv_heads=8,
         norm_eps=("rms_norm_eps", 1e-5),
         qkv_bias=bias,
@@ -150,16 +150,13 @@ def parse(fields: ConfigReader) -> FalconH1Config:
     )
     layers = base.num_layers
     scales = (fields.number(f"attention_{which}_multiplier", 1.0) for which in ("in", "out"))
-    values = {name: getattr(base, name) for name in DecoderConfig.__dataclass_fields__}
-    values |= {
-        "num_layers": 2 * layers,
-        "ropes": base.ropes * 2,
-        "windows": base.windows * 2,
-        "mixers": (mixer, None) * layers,
-        "scale": base.scale * fields.number("key_multiplier", 1.0),
-    }
-    return FalconH1Config(
-        **values,
+    return base.extended(
+        FalconH1Config,
+        num_layers=2 * layers,
+        ropes=base.ropes * 2,
+        windows=base.windows * 2,
+        mixers=(mixer, None) * layers,
+        scale=base.scale * fields.number("key_multiplier", 1.0),
         attention_scales=cast(Any, tuple(scales)),
         mamba_scale=fields.number("ssm_out_multiplier", 1.0),
         mlp_scales=cast(Any, numbers("mlp_multipliers", 2)),

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import LayerCache
 from jaxinfer.layers.attention import Angles
-from jaxinfer.models.config import FULL, LINEAR, ConfigReader, ModelConfig, layer_types_of
+from jaxinfer.models.config import LINEAR, ConfigReader, ModelConfig, layer_types_of
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, DecoderLayer
 from jaxinfer.models.granite import GraniteLayer
 from jaxinfer.models.granite import parse as parse_granite
@@ -25,10 +25,8 @@ from jaxinfer.models.hybrid import MixerLayer, smoothing_pairs
 from jaxinfer.models.moe import MoeConfig, SparseLayer
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Part, Source, Tensor
-from jaxinfer.models.state_space import MAMBA2, mamba2_config, mamba2_part
+from jaxinfer.models.state_space import MAMBA2, OLDER, mamba2_config, mamba2_part
 from jaxinfer.models.weights import ParamMapping
-
-LEGACY = {"mamba": LINEAR, "attention": FULL}
 
 
 class GraniteMambaLayer(MixerLayer):
@@ -75,7 +73,7 @@ def parse(fields: ConfigReader) -> DecoderConfig:
     fields.refuse("mlp_bias", False)
     types = next((t for t in map(fields.data.get, ("layer_types", "layers_block_type")) if t is not None), None)
     if isinstance(types, list):
-        types = [LEGACY.get(t, t) if isinstance(t, str) else t for t in types]
+        types = [OLDER.get(t, t) if isinstance(t, str) else t for t in types]
     fields = ConfigReader({**fields.data, "layer_types": types}, fields.where)
     if fields.integer("num_local_experts", 8, minimum=0):
         base: DecoderConfig = parse_sparse(fields, shared_experts=True, default_shared=1024)

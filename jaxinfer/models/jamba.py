@@ -3,7 +3,6 @@ positions; every other layer has experts."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from jaxinfer.layers.mamba import MambaConfig
@@ -11,7 +10,7 @@ from jaxinfer.layers.router import Routing
 from jaxinfer.models.config import ConfigReader, ModelConfig
 from jaxinfer.models.decoder import decoder_config
 from jaxinfer.models.hybrid import MixerLayer, SparseMixerLayer, smoothing_pairs, sparse_hybrid
-from jaxinfer.models.mamba import MAMBA, mamba_part
+from jaxinfer.models.mamba import MAMBA, mamba_part, rank_of
 from jaxinfer.models.moe import MoeConfig, MoeForCausalLM, experts_apart, moe_config, routing_of
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Source
@@ -55,15 +54,12 @@ def parse(fields: ConfigReader) -> MoeConfig:
             raise fields.error(f"{which}_layer_offset", f"it must be less than {which}_layer_period, {period}")
         return tuple(i % period == offset for i in range(base.num_layers))
 
-    base = decoder_config(
-        ConfigReader({"max_position_embeddings": 262144, **fields.data}, fields.where), default_kv_heads=8
-    )
+    base = decoder_config(fields.with_defaults(max_position_embeddings=262144), default_kv_heads=8)
     inner = fields.integer("mamba_expand", 2) * base.hidden_size
-    rank = fields.data.get("mamba_dt_rank")
     mixer = MambaConfig(
         inner=inner,
         state_size=fields.integer("mamba_d_state", 16),
-        rank=math.ceil(base.hidden_size / 16) if rank in (None, "auto") else fields.integer("mamba_dt_rank"),
+        rank=rank_of(fields, "mamba_dt_rank"),
         width=fields.integer("mamba_d_conv", 4, minimum=2),
         activation=base.activation,
         conv_bias=fields.boolean("mamba_conv_bias", True),

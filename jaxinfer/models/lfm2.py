@@ -46,11 +46,10 @@ def convolution_config(fields: ConfigReader, types: tuple[str, ...], **more: Any
     convolution = ShortConvolutionConfig(
         fields.integer("conv_L_cache", 3, minimum=2), fields.boolean("conv_bias", False)
     )
-    absent = {"max_position_embeddings": 128000, "rope_theta": 1000000.0}
     tied = {"tie_word_embeddings": fields.data["tie_embedding"]} if "tie_embedding" in fields.data else {}
-    fields = ConfigReader({**absent, **fields.data, **tied, "hidden_act": "silu"}, fields.where)
+    fields = ConfigReader({**fields.data, **tied, "hidden_act": "silu"}, fields.where)
     return decoder_config(
-        fields,
+        fields.with_defaults(max_position_embeddings=128000, rope_theta=1e6),
         default_kv_heads=8,
         default_tied=True,
         norm_eps=("norm_eps", 1e-5),

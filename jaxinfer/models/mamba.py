@@ -30,25 +30,26 @@ class Mamba1ForCausalLM(MambaForCausalLM):
     layer = Mamba1Layer
 
 
-def mixer_config(fields: ConfigReader, inner: int, **more: Any) -> MixerConfig:
-    """Of Mamba's own fields. more: see there."""
-    rank, hidden = fields.data.get("time_step_rank"), fields.integer("hidden_size")
-    return MixerConfig(
+def rank_of(fields: ConfigReader, name: str) -> int:
+    """Of time steps: a sixteenth of the model's width where nothing is said."""
+    auto = fields.data.get(name) in (None, "auto")
+    return math.ceil(fields.integer("hidden_size") / 16) if auto else fields.integer(name)
+
+
+def parse(fields: ConfigReader, **more: Any) -> MambaConfig:
+    """It is `expand` times as wide inside. more: of its mixers, see there."""
+    inner = fields.integer("expand", 2) * fields.integer("hidden_size")
+    mixer = MixerConfig(
         inner=inner,
         state_size=fields.integer("state_size", 16),
-        rank=math.ceil(hidden / 16) if rank in (None, "auto") else fields.integer("time_step_rank"),
+        rank=rank_of(fields, "time_step_rank"),
         width=fields.integer("conv_kernel", 4, minimum=2),
         activation=fields.choice("hidden_act", "silu", tuple(ACTIVATIONS)),
         conv_bias=fields.boolean("use_conv_bias", True),
         bias=fields.boolean("use_bias", False),
         **more,
     )
-
-
-def parse(fields: ConfigReader, **more: Any) -> MambaConfig:
-    """It is `expand` times as wide inside. more: of its mixers, see there."""
-    inner = fields.integer("expand", 2) * fields.integer("hidden_size", 768)
-    return mamba_config(fields, inner, mixer_config(fields, inner, **more), tied=True)
+    return mamba_config(fields, inner, mixer, tied=True)
 
 
 def mamba_part(name: str, inner: int, mixer: str) -> Source | None:

@@ -97,7 +97,7 @@ def mamba_config(fields: ConfigReader, heads: int, mixer: MixerConfig, tied: boo
 def parse(fields: ConfigReader) -> MambaConfig:
     """`num_heads` heads of `head_dim` are together `expand` times as wide as the model."""
     heads, size = fields.integer("num_heads", 128), fields.integer("head_dim", 64)
-    inner = fields.integer("expand", 2) * fields.integer("hidden_size", 4096)
+    inner = fields.integer("expand", 2) * fields.integer("hidden_size")
     if heads * size != inner:
         raise fields.error("num_heads", f"its product with head_dim, {size}, must be expand * hidden_size, {inner}")
     bias = fields.boolean("use_bias", False)

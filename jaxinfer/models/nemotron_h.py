@@ -3,8 +3,7 @@ without positions, an MLP, or experts, perhaps in a space of fewer features; MLP
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import jax
@@ -29,17 +28,22 @@ from jaxinfer.models.decoder import (
     self_attention,
     wide_rms_norm,
 )
+from jaxinfer.models.mamba2 import NAMES
 from jaxinfer.models.moe import STACKED, apart, grouped_routing
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import OneOf, Source, Tensor
-from jaxinfer.models.state_space import CONTEXT, MAMBA2, groups_of, mamba2_part
+from jaxinfer.models.state_space import CONTEXT, MAMBA2, OLDER, groups_of, mamba2_part
 from jaxinfer.models.weights import ParamMapping, spelled
 from jaxinfer.weights import Axes
 
 MOE, DENSE = "moe", "mlp"  # in layers_block_type
+SPELLINGS = {  # older ones
+    "n_groups": "mamba_n_groups",
+    "conv_kernel": "mamba_d_conv",
+    "time_step_min": "mamba_dt_min",
+    "use_conv_bias": "mamba_conv_bias",
+}
 PATTERN = {"M": LINEAR, "*": FULL, "-": DENSE, "E": MOE}
-LEGACY = {"mamba": LINEAR, "attention": FULL}
-NAMES = {"model.embed_tokens.": "backbone.embeddings.", "model.norm.": "backbone.norm_f.", "model.": "backbone."}
 
 
 @dataclass(frozen=True)
@@ -182,7 +186,7 @@ def kinds_of(fields: ConfigReader) -> tuple[str, ...]:
         kinds = [PATTERN.get(letter, letter) for letter in pattern] if isinstance(pattern, str) else pattern
     if not isinstance(kinds, list) or not 1 <= len(kinds) <= MAX_LAYERS:
         raise fields.error(name, f"it must have a kind for each layer, of {MAX_LAYERS} at most")
-    kinds = [LEGACY.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
+    kinds = [OLDER.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
     if unknown := sorted({str(kind) for kind in kinds} - BLOCKS.keys()):
         raise fields.error(name, f"{', '.join(unknown)} is not supported, only {', '.join(BLOCKS)}")
     return tuple(kinds)
@@ -191,9 +195,7 @@ def kinds_of(fields: ConfigReader) -> tuple[str, ...]:
 def parse(fields: ConfigReader) -> NemotronHConfig:
     """Time steps are at least `time_step_min`, as transformers has it, whatever `time_step_limit` says."""
     kinds = kinds_of(fields)
-    legacy = {"n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv", "time_step_min": "mamba_dt_min"}
-    legacy |= {"use_conv_bias": "mamba_conv_bias"}
-    data = dict(fields.data) | {ours: fields.data[old] for ours, old in legacy.items() if old in fields.data}
+    data = dict(fields.data) | {name: fields.data[old] for name, old in SPELLINGS.items() if old in fields.data}
     absent = {"max_position_embeddings": CONTEXT, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504}
     fields = ConfigReader({**absent, **data, "num_hidden_layers": len(kinds)}, fields.where)
     base = decoder_config(
@@ -219,20 +221,21 @@ def parse(fields: ConfigReader) -> NemotronHConfig:
         out_bias=bias,
         limits=(fields.number("time_step_min", 0.001, above=False), float("inf")),
     )
-    values = {known.name: getattr(base, known.name) for known in dataclasses.fields(base)}
-    values |= {"mixers": tuple(mixer if kind == LINEAR else None for kind in kinds), "kinds": kinds}
-    config = NemotronHConfig(**values)
-    if MOE not in kinds:
-        return config
+    mixers = tuple(mixer if kind == LINEAR else None for kind in kinds)
+    experts = experts_of(fields) if MOE in kinds else {}
+    return base.extended(NemotronHConfig, mixers=mixers, kinds=kinds, **experts)
+
+
+def experts_of(fields: ConfigReader) -> dict[str, Any]:
+    """What NemotronHConfig says of experts."""
     routing = grouped_routing(fields.with_defaults(n_routed_experts=8, num_experts_per_tok=2, norm_topk_prob=True))
-    return replace(
-        config,
-        experts_per_token=routing.top_k,
-        routing=routing,
-        expert_size=fields.integer("moe_intermediate_size", 7688),
-        shared_size=fields.integer("moe_shared_expert_intermediate_size", 7688),
-        latent_size=None if fields.data.get("moe_latent_size") is None else fields.integer("moe_latent_size"),
-    )
+    return {
+        "experts_per_token": routing.top_k,
+        "routing": routing,
+        "expert_size": fields.integer("moe_intermediate_size", 7688),
+        "shared_size": fields.integer("moe_shared_expert_intermediate_size", 7688),
+        "latent_size": None if fields.data.get("moe_latent_size") is None else fields.integer("moe_latent_size"),
+    }
 
 
 def weights(config: ModelConfig) -> ParamMapping:

@@ -7,11 +7,12 @@ import re
 from typing import Any, cast
 
 from jaxinfer.layers.mamba2 import Mamba2Config
-from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.config import FULL, LINEAR, ConfigReader, ModelConfig
 from jaxinfer.models.decoder import DecoderConfig
 from jaxinfer.models.sources import Part, Source, Tensor
 
 CONTEXT = 2**20  # tokens of the longest sequences, where a model has no limit of its own
+OLDER = {"mamba": LINEAR, "attention": FULL}  # kinds of layers, as transformers 4 has them
 INFINITE = {"__float__": "Infinity"}  # as transformers 5 writes it
 MAMBA2 = "z_proj", "x_proj", "bc_proj", "dt_proj"
 _PROJECTION = re.compile(r"(.*)\.mixer\.(z|x|bc|dt)_proj\.(weight|bias)")

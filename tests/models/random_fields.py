@@ -29,7 +29,8 @@ from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.models.model import AbstractModel
 from tests.devices import CHEAP
 from tests.models.families import speaker, variants
-from tests.models.field_values import FIXED, TOKENS, Case, draw, families, own_fields, text_class
+from tests.models.field_draws import draw, families, own_fields, text_class
+from tests.models.field_values import FIXED, TOKENS, Case
 from tests.models.references import randomize
 
 TOLERANCE = 1e-4  # of the largest logit

@@ -9,7 +9,8 @@ import pytest
 from jaxinfer.models.registry import model_types, parse_config
 from tests.checkpoints import BASE, GPT2, VARIANTS, rope
 from tests.models.families import variants
-from tests.models.field_values import FIXED, INERT, own_fields, text_class
+from tests.models.field_draws import own_fields, text_class
+from tests.models.field_values import FIXED, INERT
 from tests.refusals import HUGE, refusal
 
 COUNTS = [-1, 0, 1.5, True, math.nan, math.inf, "8", [8], 2**40, HUGE]
