@@ -154,9 +154,12 @@ class Engine:
             self.scheduler.add(first)
             for member in group.members:
                 self._generations[member.request.id] = member
-            if others:
+            if others and self.scheduler.prefix_caching:
                 # The others find the prompt's pages in the prefix cache once the first one has computed them.
                 self._followers[first.id] = others
+            else:
+                for other in others:
+                    self.scheduler.add(other)
 
     def add(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None, priority: int = 0

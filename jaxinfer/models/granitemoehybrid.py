@@ -3,9 +3,8 @@ multipliers; experts beside an MLP that all tokens take, or that MLP alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import jax
 from flax import nnx
@@ -21,7 +20,7 @@ from jaxinfer.models.granite import parse as parse_granite
 from jaxinfer.models.granitemoe import GraniteMoeLayer
 from jaxinfer.models.granitemoe import parse as parse_sparse
 from jaxinfer.models.granitemoe import weights as sparse_weights
-from jaxinfer.models.hybrid import MixerLayer, smoothing_pairs
+from jaxinfer.models.hybrid import MixerLayer, hybrid, smoothing_pairs
 from jaxinfer.models.moe import MoeConfig, SparseLayer
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Part, Source, Tensor
@@ -53,12 +52,12 @@ class SparseGraniteMambaLayer(GraniteMambaLayer):
     make_mlp, feed_forward = SparseLayer.make_mlp, SparseLayer.feed_forward
 
 
-def layer(config: DecoderConfig, index: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> DecoderLayer:
+DENSE, SPARSE = hybrid(GraniteMambaLayer, GraniteLayer), hybrid(SparseGraniteMambaLayer, GraniteMoeLayer)
+
+
+def layer(config: DecoderConfig, index: int, **options: Any) -> DecoderLayer:
     """One of the four kinds."""
-    kinds: tuple[Callable[..., DecoderLayer], ...] = GraniteLayer, GraniteMambaLayer
-    if isinstance(config, MoeConfig):
-        kinds = GraniteMoeLayer, SparseGraniteMambaLayer
-    return kinds[config.mixers[index] is not None](config, index, dtype=dtype, rngs=rngs)
+    return (SPARSE if isinstance(config, MoeConfig) else DENSE)(config, index, **options)
 
 
 class GraniteMoeHybridForCausalLM(DecoderForCausalLM):
@@ -94,9 +93,11 @@ def weights(config: ModelConfig) -> ParamMapping:
         if (part := mamba2_part(name, config, "mamba")) is not None:
             return part
         name = name.replace(".mixer.", ".mamba.")
+        if sparse is not None:
+            return sparse.source(name)
         layer, _, which = name.partition("mlp.")
-        if sparse is not None or not which:
-            return sparse.source(name) if sparse else Tensor(name)
+        if not which:
+            return Tensor(name)
         if which.startswith("down_proj"):
             return Tensor(f"{layer}shared_mlp.output_linear.weight")
         start = 0 if which.startswith("gate_proj") else width

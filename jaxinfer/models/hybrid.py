@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import jax
@@ -16,6 +17,9 @@ from jaxinfer.layers.recurrence import MixerConfig
 from jaxinfer.models.causal import SmoothingPairs
 from jaxinfer.models.decoder import DecoderConfig, DecoderLayer
 from jaxinfer.models.moe import MoeConfig, SparseLayer
+from jaxinfer.models.sources import Part, Source, Tensor
+
+_PROJECTION = re.compile(r"(.*)\.mixer\.(\w+)_proj\.(weight|bias)")
 
 
 class MixerLayer(DecoderLayer):
@@ -40,6 +44,16 @@ class SparseMixerLayer(MixerLayer):
     """The same with experts."""
 
     make_mlp, feed_forward = SparseLayer.make_mlp, SparseLayer.feed_forward
+
+
+def part_of(name: str, mixer: str, sizes: Mapping[str, int]) -> Source | None:
+    """A mixer's projection that is one of several in a tensor `in_proj`, in this order; None of other weights. mixer:
+    what the module is in checkpoints; sizes: rows of each."""
+    match = _PROJECTION.fullmatch(name)
+    if match is None or match[2] not in sizes:
+        return None
+    before = list(sizes.values())[: list(sizes).index(match[2])]
+    return Part(Tensor(f"{match[1]}.{mixer}.in_proj.{match[3]}"), sum(before), sum(sizes.values()))
 
 
 def smoothing_pairs(*projections: str) -> SmoothingPairs:

@@ -83,10 +83,9 @@ def parse(fields: ConfigReader) -> MoeConfig:
 def weights(config: ModelConfig) -> ParamMapping:
     """Experts are one by one."""
     mapping = experts_apart(NAMES)(config)
-    inner = next((m.inner for m in config.mixers if m is not None), 0)  # type: ignore[attr-defined]
 
     def source(name: str) -> Source:
-        return mamba_part(name, inner, "mamba") or mapping.source(name)
+        return mamba_part(name, config, "mamba") or mapping.source(name)
 
     return ParamMapping(source, ignored=mapping.ignored)
 

@@ -3,15 +3,14 @@ queries and keys."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from jaxinfer.layers.short_convolution import ShortConvolutionConfig
 from jaxinfer.models.config import ConfigReader, ModelConfig, layer_types_of
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, decoder_config, num_layers
-from jaxinfer.models.hybrid import MixerLayer, hybrid, smoothing_pairs
+from jaxinfer.models.hybrid import MixerLayer, hybrid, part_of, smoothing_pairs
 from jaxinfer.models.registry import Architecture
-from jaxinfer.models.sources import Part, Source, Tensor
+from jaxinfer.models.sources import Source, Tensor
 from jaxinfer.models.weights import ParamMapping, spelled
 
 CONV = "conv"  # in layer_types
@@ -78,21 +77,18 @@ def parse(fields: ConfigReader) -> DecoderConfig:
     return convolution_config(ConfigReader({**fields.data, "intermediate_size": width}, fields.where), types)
 
 
-def part_of(name: str, hidden: int) -> Source | None:
-    """A short convolution's projection, of which there are three in one tensor; None of others."""
-    if (match := PROJECTION.fullmatch(name)) is None:
-        return None
-    return Part(Tensor(f"{match[1]}.conv.in_proj.{match[3]}"), "bcx".index(match[2]) * hidden, 3 * hidden)
+def convolution_part(name: str, config: ModelConfig) -> Source | None:
+    """See `part_of`."""
+    return part_of(name, "conv", dict.fromkeys("bcx", config.hidden_size))
 
 
 def weights(config: ModelConfig) -> ParamMapping:
     """Under names of its own."""
 
     def source(name: str) -> Source:
-        return part_of(name, config.hidden_size) or Tensor(spelled(name, NAMES))
+        return convolution_part(name, config) or Tensor(spelled(name, NAMES))
 
     return ParamMapping(source, ignored=IGNORED)
 
 
-PROJECTION = re.compile(r"(.*)\.mixer\.([bcx])_proj\.(weight|bias)")
 ARCHITECTURE = Architecture(parse, Lfm2ForCausalLM, weights)

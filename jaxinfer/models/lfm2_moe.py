@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxinfer.models.config import ConfigReader, ModelConfig, layer_types_of
 from jaxinfer.models.decoder import num_layers
 from jaxinfer.models.hybrid import SparseMixerLayer, sparse_hybrid
-from jaxinfer.models.lfm2 import CONV, NAMES, ConvolutionLayer, convolution_config, part_of
+from jaxinfer.models.lfm2 import CONV, NAMES, ConvolutionLayer, convolution_config, convolution_part
 from jaxinfer.models.moe import MoeConfig, MoeForCausalLM, experts_apart, moe_config, routing_of
 from jaxinfer.models.registry import Architecture
 from jaxinfer.models.sources import Source
@@ -60,7 +60,7 @@ def weights(config: ModelConfig) -> ParamMapping:
     mapping = experts_apart(NAMES | EXPERTS | MATRICES)(config)
 
     def source(name: str) -> Source:
-        return part_of(name, config.hidden_size) or mapping.source(name)
+        return convolution_part(name, config) or mapping.source(name)
 
     return ParamMapping(source, ignored=mapping.ignored)
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
-from typing import Any
+from typing import Any, cast
 
 from jaxinfer.layers.mamba import MambaConfig as MixerConfig
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.decoder import DecoderConfig
+from jaxinfer.models.hybrid import part_of
 from jaxinfer.models.mamba2 import NAMES, MambaConfig, MambaForCausalLM, MambaLayer, mamba_config
 from jaxinfer.models.registry import Architecture
-from jaxinfer.models.sources import Part, Source, Tensor
+from jaxinfer.models.sources import Source, Tensor
 from jaxinfer.models.weights import ParamMapping, spelled
 
 MAMBA = "in_proj", "z_proj"
-_PROJECTION = re.compile(r"(.*)\.mixer\.(in|z)_proj\.(weight|bias)")
 
 
 class Mamba1Layer(MambaLayer):
@@ -52,12 +52,10 @@ def parse(fields: ConfigReader, **more: Any) -> MambaConfig:
     return mamba_config(fields, inner, mixer, tied=True)
 
 
-def mamba_part(name: str, inner: int, mixer: str) -> Source | None:
-    """A projection of Mamba's, both of which are in one tensor; None of other weights. mixer: what the module's name is
-    in checkpoints."""
-    if (match := _PROJECTION.fullmatch(name)) is None:
-        return None
-    return Part(Tensor(f"{match[1]}.{mixer}.in_proj.{match[3]}"), inner if match[2] == "z" else 0, 2 * inner)
+def mamba_part(name: str, config: ModelConfig, mixer: str) -> Source | None:
+    """See `part_of`."""
+    own = next((m for m in cast(DecoderConfig, config).mixers if isinstance(m, MixerConfig)), None)
+    return None if own is None else part_of(name, mixer, {"in": own.inner, "z": own.inner})
 
 
 def weights(config: ModelConfig) -> ParamMapping:
@@ -65,7 +63,7 @@ def weights(config: ModelConfig) -> ParamMapping:
 
     def source(name: str) -> Source:
         own = spelled(name, NAMES)
-        return mamba_part(own, config.num_heads, "mixer") or Tensor(own)
+        return mamba_part(own, config, "mixer") or Tensor(own)
 
     return ParamMapping(source, "backbone.", embedding="backbone.embeddings.weight")
 

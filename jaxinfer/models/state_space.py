@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any, cast
 
 from jaxinfer.layers.mamba2 import Mamba2Config
 from jaxinfer.models.config import FULL, LINEAR, ConfigReader, ModelConfig
 from jaxinfer.models.decoder import DecoderConfig
-from jaxinfer.models.sources import Part, Source, Tensor
+from jaxinfer.models.hybrid import part_of
+from jaxinfer.models.sources import Source
 
 CONTEXT = 2**20  # tokens of the longest sequences, where a model has no limit of its own
 OLDER = {"mamba": LINEAR, "attention": FULL}  # kinds of layers, as transformers 4 has them
 INFINITE = {"__float__": "Infinity"}  # as transformers 5 writes it
 MAMBA2 = "z_proj", "x_proj", "bc_proj", "dt_proj"
-_PROJECTION = re.compile(r"(.*)\.mixer\.(z|x|bc|dt)_proj\.(weight|bias)")
 
 
 def time_step_limits(fields: ConfigReader) -> tuple[float, float]:
@@ -65,11 +64,9 @@ def groups_of(fields: ConfigReader, name: str, default: int, heads: int) -> int:
 
 
 def mamba2_part(name: str, config: ModelConfig, mixer: str) -> Source | None:
-    """A projection of Mamba-2, all of which are in one tensor; None of other weights. mixer: what the module's name is
-    in checkpoints."""
-    if (match := _PROJECTION.fullmatch(name)) is None:
+    """See `part_of`."""
+    own = next((m for m in cast(DecoderConfig, config).mixers if isinstance(m, Mamba2Config)), None)
+    if own is None:
         return None
-    own = next(m for m in cast(DecoderConfig, config).mixers if isinstance(m, Mamba2Config))
     inner, shared = own.heads * own.head_dim, 2 * own.groups * own.state_size
-    starts = {"z": 0, "x": inner, "bc": 2 * inner, "dt": 2 * inner + shared}
-    return Part(Tensor(f"{match[1]}.{mixer}.in_proj.{match[3]}"), starts[match[2]], starts["dt"] + own.heads)
+    return part_of(name, mixer, {"z": inner, "x": inner, "bc": shared, "dt": own.heads})
