@@ -80,7 +80,8 @@ def parse(fields: ConfigReader) -> DecoderConfig:
         base = replace(parse_granite(fields), intermediate_size=fields.integer("shared_intermediate_size", 1024))
     types = layer_types_of(fields, base.num_layers, lambda _: False, LINEAR)
     mixer = mamba2_config(fields, base.activation)
-    ropes = base.ropes if fields.data.get("position_embedding_type") == "rope" else (None,) * base.num_layers
+    turns = fields.choice("position_embedding_type", "nope", ("nope", "rope")) == "rope"
+    ropes = base.ropes if turns else (None,) * base.num_layers
     return replace(base, mixers=tuple(mixer if kind == LINEAR else None for kind in types), ropes=ropes)
 
 

@@ -68,7 +68,7 @@ def parse(fields: ConfigReader) -> MoeConfig:
         norm_weights=True,
     )
     attend, sparse = every("attn", 8, 4), every("expert", 2, 1)
-    alone = fields.data.get("num_experts") == 1
+    alone = fields.integer("num_experts", 16) == 1
     routing = Routing(1, 1) if alone else routing_of(fields, ("num_experts", 16), 2)
     base = replace(base, mixers=tuple(None if a else mixer for a in attend), ropes=(None,) * base.num_layers)
     return moe_config(

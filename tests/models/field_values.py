@@ -49,7 +49,16 @@ INERT = {
     **dict.fromkeys(("boi_token_index", "eoi_token_index", "image_token_index"), OF_IMAGES),
     **dict.fromkeys(("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_index", "audio_token_id"), OF_IMAGES),
 }
-# The same, but with one value: others need a tower that fits.
+# Of single families: fields of their class that their model in transformers doesn't read.
+UNREAD: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), ("time_step_min",)),
+    "mamba2": ("time_step_min", "time_step_rank"),
+    "nemotron_h": (
+        *("attention_bias", "mamba_proj_bias", "sliding_window"),
+        *("expand", "n_shared_experts", "time_step_limit"),
+    ),
+}
+# As INERT, but with one value: others need a tower that fits.
 FIXED = dict.fromkeys(
     (
         "vision_config",

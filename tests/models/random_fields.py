@@ -43,6 +43,7 @@ REASONS = {
     **dict.fromkeys(("norm_eps", "mixer_rms_eps"), EPSILON),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), ACTIVATION),
     **dict.fromkeys(("mlp_hidden_act", "mamba_hidden_act"), ACTIVATION),
+    **dict.fromkeys(("mamba_n_groups", "n_groups"), "transformers repeats them for heads that they don't divide, too"),
     "rope_type": "proportional is Gemma 4's",
     "partial_rotary_factor": "beside proportional",
     "truncate": "of one layer type, which transformers doesn't read",
