@@ -126,8 +126,13 @@ def test_a_thousand_tokens_do_not_drift(folder):
     np.testing.assert_allclose(ours, expected[np.arange(len(tokens)), tokens], atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", [ALONE, BESIDE], ids=["alone", "beside attention"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(ALONE, id="alone", marks=pytest.mark.long),
+        pytest.param(BESIDE, id="beside attention", marks=pytest.mark.slow),
+    ],
+)
 def test_on_a_mesh(config, tmp_path):
     """What is for all heads is on each device: here one group, and B and C of Mamba."""
     folder = write_checkpoint(tmp_path / "model", config, random_tensors(config))

@@ -112,8 +112,9 @@ def test_layers_with_windows_share_arrays_with_those_that_see_everything():
         assert figures["temporaries"] < figures["cache"] / 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e-8", pytest.param("v6e-8", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "topology", [pytest.param("v5e-8", marks=pytest.mark.slow), pytest.param("v6e-8", marks=pytest.mark.long)]
+)
 def test_states_beside_pages(topology):
     """Attention and a gated delta net of Qwen3.6-35B-A3B's widths: pages and states are aliased and nowhere copied,
     each chip has its heads of both, and there are no more reductions than in other models."""

@@ -158,12 +158,15 @@ LAYOUTS = {
     },
 }
 GATES = ("gate", "shared_expert_gate")
-slow = partial(pytest.param, marks=pytest.mark.slow)
+slow, long = (partial(pytest.param, marks=mark) for mark in (pytest.mark.slow, pytest.mark.long))
 every = pytest.mark.parametrize("layout", [slow(name) if name in (TURNED, *STATES) else name for name in LAYOUTS])
 # Those whose matrices lie as linears of others do; of TURNS there is a format of its own, see test_gpt_oss.
 linears = pytest.mark.parametrize(
     "layout", [slow(name) if name in STATES else name for name in LAYOUTS if name not in (TURNS, TURNED, PACKED)]
 )
+# Where engines are made, or models calibrated, which takes seconds.
+SELDOM = [long(name) if name in STATES[1:] else slow(name) for name in LAYOUTS]
+seldom = pytest.mark.parametrize("layout", SELDOM)
 PROMPT = np.random.default_rng(3).integers(0, 256, 40).tolist()
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "max_model_len": 64, "dtype": "float32"}
 
@@ -326,8 +329,7 @@ def test_planned(layout):
     assert held.weights < device_bytes(model.abstract) < 4 * held.weights
 
 
-@pytest.mark.slow
-@linears
+@pytest.mark.parametrize("layout", [of for of in SELDOM if of.values[0] not in (TURNS, TURNED, PACKED)])
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_calibrated(folders, plain, layout, method, tmp_path):
     """On what it was made with it is nearer to the model than rounding."""
@@ -345,8 +347,7 @@ def test_calibrated(folders, plain, layout, method, tmp_path):
     assert 0 < off[0] < off[1]
 
 
-@pytest.mark.slow
-@every
+@seldom
 @pytest.mark.parametrize("mesh", ["tensor=4", "fsdp=2,tensor=2"])
 def test_scored_on_a_mesh(folders, plain, layout, mesh):
     _, params, run = plain(layout)
@@ -356,8 +357,7 @@ def test_scored_on_a_mesh(folders, plain, layout, mesh):
     np.testing.assert_allclose(scored.logprobs, expected, atol=2e-4)
 
 
-@pytest.mark.slow
-@every
+@seldom
 def test_beams(folders, plain, layout):
     """Those of whole forwards."""
     _, params, run = plain(layout)
@@ -374,8 +374,7 @@ def test_beams(folders, plain, layout):
     assert [sequence.token_ids for sequence in found.sequences] == [tokens for tokens, _ in beams]
 
 
-@pytest.mark.slow
-@every
+@seldom
 def test_compiled_ahead(folders, layout, tmp_path):
     config = json.loads((folders(layout) / "config.json").read_text())
     ship(*local_programs(config, OPTIONS | {"max_num_seqs": 1}), str(tmp_path / "programs"), lambda: None)
