@@ -11,7 +11,6 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jaxinfer.models.model import AbstractModel
-from jaxinfer.models.moe import STACKED
 
 # 0.35B parameters: 24 layers, untied head.
 LLAMA_350M = {
@@ -52,11 +51,33 @@ QWEN3_MOE_1B = {
     "torch_dtype": "float32",
 }
 
+# 0.34B parameters: Qwen3.5's layers, three gated delta nets for one that attends.
+QWEN3_5_350M = {
+    "model_type": "qwen3_5_text",
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
 # Of encoders what isn't BERT-base's: MiniLM-L6's.
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 
 # Of each a folder's name, and its configuration.
-MODELS = {"llama": ("jaxinfer-llama-350m", LLAMA_350M), "qwen3-moe": ("jaxinfer-qwen3-moe-1b", QWEN3_MOE_1B)}
+MODELS = {
+    "llama": ("jaxinfer-llama-350m", LLAMA_350M),
+    "qwen3-moe": ("jaxinfer-qwen3-moe-1b", QWEN3_MOE_1B),
+    "qwen3.5": ("jaxinfer-qwen3.5-350m", QWEN3_5_350M),
+}
 
 
 def write_model(folder: Path, config: dict[str, object] = LLAMA_350M, seed: int = 0) -> Path:
@@ -68,14 +89,11 @@ def write_model(folder: Path, config: dict[str, object] = LLAMA_350M, seed: int 
     building.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     tensors: dict[str, np.ndarray] = {}
-    for name, shape in AbstractModel.from_config(config, "float32").abstract.items():
-        value = np.ones(shape.shape, np.float32)
-        if value.ndim > 1:
-            value = rng.standard_normal(shape.shape, np.float32) * np.float32(0.02)
-        if stacked := STACKED.fullmatch(name):
-            tensors |= {f"{stacked[1]}.{i}.{stacked[2]}.weight": expert for i, expert in enumerate(value)}
-        else:
-            tensors[name] = value
+    for spec in AbstractModel.from_config(config, "float32").params.values():
+        for name, shape in spec.source.tensors(spec.shape).items():
+            if name not in tensors:
+                noise = rng.standard_normal(shape, np.float32) * np.float32(0.02) if len(shape) > 1 else None
+                tensors[name] = np.ones(shape, np.float32) if noise is None else noise
     save_file(tensors, building / "model.safetensors", metadata={"format": "pt"})
     (building / "config.json").write_text(json.dumps(config))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

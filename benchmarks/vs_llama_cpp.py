@@ -98,7 +98,7 @@ def start(system: str, folder: Path, llama_python: str, threads: int) -> Peer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="llama")
+    parser.add_argument("--model", choices=SYSTEMS, default="llama")
     parser.add_argument("--systems", nargs="+", help='like "jaxinfer int8", "llama.cpp q8_0"; all of the model\'s')
     parser.add_argument("--folder", type=Path, help="of the model, which is made if it is not there")
     parser.add_argument("--llama-python", default=sys.executable)

@@ -2,9 +2,9 @@
 
     python benchmarks/vs_transformers.py [--model MODEL] [--folder DIR] [--json FILE]
 
-Builds a model with random weights, a 0.35B Llama or a 1B Qwen3-MoE, starts each system in a process of its own and asks
-them in turn. Prompt 128, 64 new tokens, medians of interleaved runs. Decode is (time of 64 new tokens) - (time of 1),
-so prefill is not in it.
+Builds a model with random weights, a 0.35B Llama, a 1B Qwen3-MoE or a 0.34B Qwen3.5, starts each system in a process
+of its own and asks them in turn. Prompt 128, 64 new tokens, medians of interleaved runs. Decode is (time of 64 new
+tokens) - (time of 1), so prefill is not in it.
 """
 
 from __future__ import annotations

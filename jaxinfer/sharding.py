@@ -75,7 +75,7 @@ def parse_mesh(spec: str) -> dict[str, int]:
 def tensor_problem(tensor: int, num_heads: int, num_kv_heads: int) -> str | None:
     """Why heads can't be split in so many parts, or None."""
     if num_heads % tensor:
-        return f"tensor={tensor} does not divide the model's {num_heads} attention heads"
+        return f"tensor={tensor} does not divide the model's {num_heads} heads"
     if num_kv_heads % tensor and tensor % num_kv_heads:
         return f"tensor={tensor} neither divides the model's {num_kv_heads} key/value heads nor is a multiple of them"
     return None

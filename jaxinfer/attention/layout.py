@@ -150,6 +150,11 @@ class CacheLayout:
         return layer
 
     @property
+    def paged(self) -> bool:
+        """Whether all groups have pages, and none has slots."""
+        return all(group.pool is not None for group in self.groups)
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """Of what the first group keeps."""
         return self.of_group(self.groups[0]).dtype

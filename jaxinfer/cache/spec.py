@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxinfer.cache.pages import KV_DTYPES, LayerCache
-from jaxinfer.sharding import ROWS
+from jaxinfer.sharding import ROWS, TENSOR
 
 
 class KVCacheSpec(ABC):
@@ -25,8 +25,6 @@ class KVCacheSpec(ABC):
     sinks: its heads have one, see `attend`; backends ask.
     owner: it is nothing of the layer's own: it reads what the layer of this number, before it, has written in the same
         step; None: it is.
-    partition_spec: how a mesh splits the arrays, one for all or a tree of them; pages and slots come first, and are
-        split over ROWS.
     """
 
     paged: ClassVar[bool] = True
@@ -34,7 +32,12 @@ class KVCacheSpec(ABC):
     chunk: int | None = None
     sinks: bool = False
     owner: int | None = None
-    partition_spec: PartitionSpec | tuple[PartitionSpec, ...] = PartitionSpec(ROWS)
+
+    @property
+    def partition_spec(self) -> PartitionSpec | tuple[PartitionSpec, ...]:
+        """How a mesh splits the arrays, one for all or a tree of them; pages and slots come first, and are split over
+        ROWS."""
+        return PartitionSpec(ROWS)
 
     @property
     def heads(self) -> tuple[int, int, int] | None:
@@ -156,11 +159,18 @@ class RecurrentSpec(KVCacheSpec):
     paged: False: it has slots.
     shapes: of the state's arrays.
     dtypes: of each; None: that of activations.
+    splits: of each, which of its axes `tensor` splits; None: no axis, and no array where nothing is said.
     """
 
     paged: ClassVar[bool] = False
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str | None, ...] | None = None
+    splits: tuple[int | None, ...] | None = None
+
+    @property
+    def partition_spec(self) -> tuple[PartitionSpec, ...]:
+        axes = self.splits or (None,) * len(self.shapes)
+        return tuple(PartitionSpec(ROWS, *((None,) * axis + (TENSOR,) if axis is not None else ())) for axis in axes)
 
     def init_cache(self, dtype: np.dtype[Any], count: int, page_size: int) -> LayerCache:
         dtypes = self.dtypes or (None,) * len(self.shapes)

@@ -75,8 +75,10 @@ def _table(title: str, first: str, *columns: str) -> Table:
 def _memory(figures: dict[str, Any]) -> Table:
     of = "of each chip" if figures["devices_per_chip"] == 1 else "of each device, half of a chip"
     table = _table(f"{figures['topology']}, {figures['mesh']}, {figures['precision']}", of, "GiB")
+    states = figures.get("bytes_per_sequence", 0)
     names = {
-        "cache": f"KV cache, {figures.get('cache_tokens', 0):,} tokens of context",
+        "cache": f"KV cache, {figures.get('cache_tokens', 0):,} tokens of context"
+        + (f", {states / MIB:.1f} MiB a sequence beside" if states else ""),
         "hidden_states": "hidden states",
         "padding": "padding by the compiler",
         "total": "all",

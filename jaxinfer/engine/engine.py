@@ -81,6 +81,7 @@ class Engine:
             waiting=self.scheduler.waiting_count + sum(map(len, list(self._followers.values()))),
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
+            prefix_caching=self.scheduler.prefix_caching,
         )
 
     @property
@@ -157,9 +158,12 @@ class Engine:
             self.scheduler.add(first)
             for member in group.members:
                 self._generations[member.request.id] = member
-            if others:
+            if others and self.scheduler.prefix_caching:
                 # The others find the prompt's pages in the prefix cache once the first one has computed them.
                 self._followers[first.id] = others
+            else:
+                for other in others:
+                    self.scheduler.add(other)
 
     def add(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, prompt: str | None = None, priority: int = 0

@@ -142,7 +142,12 @@ def load_opened(opened: Opened) -> Loaded:
         dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
         abstract = abstract_model(config, dtype, placement, settings, declarations)
         # Refuses what can't be, before the weights are read.
-        cache_layout(abstract, placement, settings["attention"], settings["kv_cache_dtype"])
+        layout = cache_layout(abstract, placement, settings["attention"], settings["kv_cache_dtype"])
+        if options.get("enable_prefix_caching") and not layout.paged:
+            raise ValueError(
+                "enable_prefix_caching is True: layers of this model keep a state of a sequence, which is there only "
+                "at its end: what prompts share is computed for each; leave it out"
+            )
         if group is not None:
             agree(group, settings, config, dtype, checkpoint, placement, compiled)
         done = 0
@@ -244,7 +249,7 @@ def make_scheduler(programs: Programs, prefix_caching: bool = True) -> DataParal
 
     def scheduler() -> Scheduler:
         sizes = programs.page_counts, programs.page_size, programs.reach
-        cache = KVCacheManager(paged, *sizes, prefix_caching, whole=len(paged) == len(groups))
+        cache = KVCacheManager(paged, *sizes, prefix_caching, whole=programs.layout.paged)
         return Scheduler(cache, programs.max_rows, programs.max_tokens)
 
     return DataParallelScheduler([scheduler() for _ in range(programs.shards)])

@@ -168,5 +168,5 @@ def choose_placement(shape: ModelConfig, devices: Sequence[jax.Device], mesh: st
     """What holds the model: a mesh, or the first device."""
     alone = devices[0].process_index == devices[-1].process_index
     wanted = 1 if devices[0].platform == "cpu" and alone else len(devices)
-    sizes = shape.num_heads, shape.num_kv_heads, shape.hidden_size
+    sizes = shape.split_heads, shape.num_kv_heads, shape.hidden_size
     return make_mesh(mesh, devices, *sizes, wanted, shape.experts_per_token > 0) or devices[0]

@@ -41,6 +41,10 @@ class DataParallelScheduler:
         return sum(shard.cache.pages_used for shard in self.shards)
 
     @property
+    def prefix_caching(self) -> bool:
+        return self.shards[0].cache.prefix_caching
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to run."""
         return not self._waiting and all(shard.idle for shard in self.shards)

@@ -11,6 +11,7 @@ class EngineStats:
 
     running, waiting: requests now.
     pages_used, pages_total: of the cache, now.
+    prefix_caching: whether prompts that begin alike share pages.
     calls: of the device.
     prefill_tokens, prefill_seconds: of calls with chunks of prompts, without compilation; their decoding rows count,
         too.
@@ -26,6 +27,7 @@ class EngineStats:
     waiting: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    prefix_caching: bool = True
     calls: int = 0
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0

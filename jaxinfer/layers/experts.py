@@ -24,7 +24,7 @@ from jaxinfer.sharding import GATHERED, TENSOR, on_tensor
 from jaxinfer.weights import Weight, grouped_dots
 from jaxinfer.weights.products import on_each_already
 
-Gated = Callable[[jax.Array, jax.Array], jax.Array]
+Gated = Callable[..., jax.Array]  # of a gate and what it opens for; or of that alone, where there are no gates
 Weights = tuple[Weight, ...]
 Biases = tuple[jax.Array, ...]
 
@@ -43,13 +43,21 @@ class StackedLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Gated MLPs, see GatedMLP."""
+    """MLPs, gated or not, see GatedMLP."""
 
     def __init__(
-        self, features: int, hidden: int, *, routing: Routing, gating: Gated, bias: bool = False, **options: Any
+        self,
+        features: int,
+        hidden: int,
+        *,
+        routing: Routing,
+        gating: Gated,
+        bias: bool = False,
+        gated: bool = True,
+        **options: Any,
     ):
         options |= {"bias": bias}
-        self.gate_proj = StackedLinear(routing.experts, features, hidden, **options)
+        self.gate_proj = StackedLinear(routing.experts, features, hidden, **options) if gated else None
         self.up_proj = StackedLinear(routing.experts, features, hidden, **options)
         self.down_proj = StackedLinear(routing.experts, hidden, features, **options)
         self.gating, self.of_inputs = gating, routing.of_inputs
@@ -60,7 +68,7 @@ class Experts(nnx.Module):
         """Of each token `x [T, D]` the sum of its experts i32[T, k], each times its share f32[T, k], or of the token
         times it, in float32; zeros where a token is not live, bool[T]. beside: parts that are summed together with
         them, see `dot_parts`."""
-        linears = self.gate_proj, self.up_proj, self.down_proj
+        linears = self._linears
         weights = tuple(linear.weight.get_value() for linear in linears)
         biases = tuple(linear.bias.get_value() for linear in linears if linear.bias is not None)
         experts = jnp.where(live[:, None], experts, -1)
@@ -86,24 +94,29 @@ class Experts(nnx.Module):
         chosen = jnp.stack([experts, lax.bitcast_convert_type(shares, experts.dtype)])  # to be gathered as one
         return on_tensor(part, (whole, whole, own, own, own), whole)(x, chosen, weights, biases, beside)
 
+    @property
+    def _linears(self) -> tuple[StackedLinear, ...]:
+        gates = () if self.gate_proj is None else (self.gate_proj,)
+        return *gates, self.up_proj, self.down_proj
+
     def _own(self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Weights, biases: Biases) -> jax.Array:
         """The part of the experts that are here, the first of which is number 0."""
-        gate, up, down = weights
-        count, top_k = gate.shape[0], experts.shape[1]
+        *raising, down = weights
+        count, top_k = down.shape[0], experts.shape[1]
         owner = jnp.where((experts >= 0) & (experts < count), experts, count).reshape(-1)
         order = jnp.argsort(owner)  # stable: what a token gets does not depend on chance
         sizes = jnp.bincount(owner, length=count + 1)[:count].astype(jnp.int32)
         rows, factors = x[order // top_k], shares.reshape(-1)[order][:, None]
         if self.of_inputs:
             rows = rows * factors.astype(x.dtype)
-        self.gate_proj.observe(rows, sizes)
-        self.up_proj.observe(rows, sizes)
-        gated, raised = grouped_dots(rows, sizes, [gate, up])
+        for linear in self._linears[:-1]:
+            linear.observe(rows, sizes)
+        raised = grouped_dots(rows, sizes, raising)
         if biases:
             own = owner[order]
-            of_gate, of_up, of_down = (bias.at[own].get(mode="fill", fill_value=0) for bias in biases)
-            gated, raised = gated + of_gate, raised + of_up
-        hidden = self.gating(gated, raised)
+            *of_raised, of_down = (bias.at[own].get(mode="fill", fill_value=0) for bias in biases)
+            raised = [out + bias for out, bias in zip(raised, of_raised, strict=True)]
+        hidden = self.gating(*raised)
         self.down_proj.observe(hidden, sizes)
         (outs,) = grouped_dots(hidden, sizes, [down], "float32")
         outs = outs + of_down.astype(jnp.float32) if biases else outs

@@ -15,6 +15,7 @@ class RMSNorm(nnx.Module):
     wide: weights are multiplied before the result is rounded to the activations' dtype, not after.
     offset: is added to the weights, which are multiplied wide then: Gemma's checkpoints have what is more than 1.
     scale: whether it has weights.
+    groups: into how many parts the axis is cut, each of which is normed by itself.
     """
 
     def __init__(
@@ -27,13 +28,16 @@ class RMSNorm(nnx.Module):
         wide: bool = False,
         offset: float = 0.0,
         scale: bool = True,
+        groups: int = 1,
     ):
         self.weight = nnx.Param(jnp.ones(features, dtype), axes=axes) if scale else None
-        self.eps, self.wide, self.offset = eps, wide or offset != 0, offset
+        self.eps, self.wide, self.offset, self.groups = eps, wide or offset != 0, offset, groups
 
     def __call__(self, x: jax.Array) -> jax.Array:
         values = x.astype(jnp.float32)
+        values = values if self.groups == 1 else values.reshape(*x.shape[:-1], self.groups, -1)
         values = values * lax.rsqrt(jnp.mean(values * values, axis=-1, keepdims=True) + self.eps)
+        values = values.reshape(x.shape)
         if self.weight is None:
             return values.astype(x.dtype)
         weight = self.weight.get_value()

@@ -29,7 +29,7 @@ class Routing:
         share of the larger one; None: shares are scores.
     groups, groups_kept: experts are in groups of equal size, and only those of the best groups may be chosen.
     group_best: a group is as good as the sum of so many of its best experts.
-    normalized: shares are divided by their sum, or by least_sum where that is more.
+    normalized: shares are divided by their sum and what is added to it, or by least_sum where that is more.
     scale: what shares are multiplied with.
     of_inputs: shares are factors of what experts take, not of what they make.
     """
@@ -46,6 +46,7 @@ class Routing:
     group_best: int = 1
     normalized: bool = False
     least_sum: float = 1e-20
+    added_to_sum: float = 0.0
     scale: float = 1.0
     of_inputs: bool = False
 
@@ -66,7 +67,8 @@ def route(logits: jax.Array, routing: Routing, bias: jax.Array | None = None) ->
         _, experts = lax.top_k(_of_best_groups(choice, routing), routing.top_k)
         shares = jnp.take_along_axis(scores, experts, axis=1)
     if routing.normalized:
-        shares = shares / jnp.maximum(jnp.sum(shares, axis=1, keepdims=True), jnp.float32(routing.least_sum))
+        total = jnp.sum(shares, axis=1, keepdims=True) + jnp.float32(routing.added_to_sum)
+        shares = shares / jnp.maximum(total, jnp.float32(routing.least_sum))
     return experts, shares if routing.scale == 1 else shares * jnp.float32(routing.scale)
 
 

@@ -7,18 +7,20 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from jaxinfer.errors import CheckpointError
 from jaxinfer.layers.classifier_config import ClassifierConfig
 from jaxinfer.layers.rotary import Rope
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # in layer_types
+LINEAR = "linear_attention"
 PER_LAYER = "per_layer_config"  # other fields for single layers
 _LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
 MAX_LAYERS = 1000  # each takes time to build, even without its weights
 _LARGEST_NUMBER = 1e15  # nor any other number; float32 must hold what is computed from it, and from what is above 0
 _SMALLEST_NUMBER = 1e-15
+C = TypeVar("C", bound="ModelConfig")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ModelConfig:
     max_context: the most positions that it is defined for.
     tie_word_embeddings: the output head is the embedding table.
     experts_per_token: where weights are of experts, how many of them a token takes.
+    state_heads: where layers keep states, heads of those, or what those of several kinds can be divided by; 0: none do.
     causal: tokens see only what comes before them.
     classifier: the head that gives a text's classes, where it is wanted.
     """
@@ -46,13 +49,24 @@ class ModelConfig:
     max_context: int
     tie_word_embeddings: bool
     experts_per_token: int = field(default=0, kw_only=True)
+    state_heads: int = field(default=0, kw_only=True)
     causal: bool = field(default=True, kw_only=True)
     classifier: ClassifierConfig | None = field(default=None, kw_only=True)
+
+    @property
+    def split_heads(self) -> int:
+        """What a mesh's `tensor` axis must divide."""
+        return math.gcd(self.num_heads, self.state_heads)
 
     @property
     def output_size(self) -> int:
         """The width of what heads get."""
         return self.hidden_size
+
+    def extended(self, kind: type[C], **more: Any) -> C:
+        """The same in a class with more fields, which `more` has, and any that become others."""
+        own = {known.name: getattr(self, known.name) for known in dataclasses.fields(self)}
+        return kind(**(own | more))
 
     def for_length(self, max_model_len: int | None) -> Self:
         """The configuration for sequences of up to so many tokens, where that changes what is computed: see

@@ -6,6 +6,7 @@ Module attributes carry Hugging Face's names, so the path of a weight is its nam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from jaxinfer.layers.attention import Angles, Norm, SelfAttention
 from jaxinfer.layers.linear import Embedding, Linear, head_logits
 from jaxinfer.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 from jaxinfer.layers.norm import LayerNorm, RMSNorm
+from jaxinfer.layers.recurrence import MixerConfig
 from jaxinfer.layers.rotary import Rope
 from jaxinfer.layers.stack import RunLayer, Stream
 from jaxinfer.layers.temperature import Temperature
@@ -47,10 +49,12 @@ class DecoderConfig(ModelConfig):
     chunks: of each layer, into how many tokens each a sequence is cut, of which a query sees its own; None, and nothing
         where no layer has any: it is not.
     temperatures: of each layer, how queries grow with their position; None, and nothing likewise: they do not.
+    mixers: of each layer, what it has in place of attention; None, and nothing where no layer has any: it attends.
     scale: of attention scores.
     soft_cap: attention scores stay below it, by a tanh; None: they may be anything.
     qkv_bias, out_bias, mlp_bias, head_bias: which projections have one.
     qk_norm: queries and keys are normed.
+    attention_gate: what attention makes is gated, see SelfAttention.
     sinks: heads have one, see SelfAttention.
     qkv_clip: queries, keys and values are cut off there.
     parallel: attention and MLP both take a layer's input, and are added to it together.
@@ -67,6 +71,7 @@ class DecoderConfig(ModelConfig):
     scale: float
     chunks: tuple[int | None, ...] = ()
     temperatures: tuple[Temperature | None, ...] = ()
+    mixers: tuple[MixerConfig | None, ...] = ()
     norm_offset: float = 0.0
     soft_cap: float | None = None
     qkv_bias: bool = False
@@ -74,6 +79,7 @@ class DecoderConfig(ModelConfig):
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    attention_gate: bool = False
     sinks: bool = False
     qkv_clip: float | None = None
     parallel: bool = False
@@ -81,6 +87,10 @@ class DecoderConfig(ModelConfig):
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_soft_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        heads = (mixer.heads_of(self.hidden_size) for mixer in self.mixers if mixer is not None)
+        object.__setattr__(self, "state_heads", math.gcd(*heads))
 
     def for_length(self, max_model_len: int | None) -> Self:
         """With longrope's long factors, where it is more than the original context, as vLLM does it."""
@@ -186,6 +196,7 @@ def self_attention(
         clip=config.qkv_clip,
         norm_after_rope=norm_after_rope,
         sinks=config.sinks,
+        gated=config.attention_gate,
         temperature=config.temperatures[layer] if config.temperatures else None,
         dtype=dtype,
         rngs=rngs,

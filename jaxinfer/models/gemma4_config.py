@@ -95,14 +95,11 @@ def parse(fields: ConfigReader) -> Gemma4Config:
         embedding_scale=fields.integer("hidden_size") ** 0.5,
         logit_soft_cap=cap(fields, "final_logit_softcapping", None),
     )
-    own = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    most = {
-        "num_kv_heads": max(kv_heads for kv_heads, _ in heads.values()),
-        "head_dim": max(head_dim for _, head_dim in heads.values()),
-        "experts_per_token": routing.top_k if routing else 0,
-    }
-    return Gemma4Config(
-        **(own | most),
+    return base.extended(
+        Gemma4Config,
+        num_kv_heads=max(kv_heads for kv_heads, _ in heads.values()),
+        head_dim=max(head_dim for _, head_dim in heads.values()),
+        experts_per_token=routing.top_k if routing else 0,
         heads=tuple(heads[kind] for kind in types),
         owners=owners,
         key_is_value=tuple(key_is_value and kind == FULL for kind in types),

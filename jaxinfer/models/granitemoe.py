@@ -22,11 +22,12 @@ class GraniteMoeForCausalLM(MoeForCausalLM):
     layer = GraniteMoeLayer
 
 
-def parse(fields: ConfigReader, shared_experts: bool = False) -> MoeConfig:
-    """As Granite, and all layers have experts. shared_experts: and an MLP that all tokens take, if it has a width."""
+def parse(fields: ConfigReader, shared_experts: bool = False, default_shared: int = 0) -> MoeConfig:
+    """As Granite, and all layers have experts. shared_experts: and an MLP that all tokens take, if it has a width.
+    default_shared: its width where nothing is said."""
     fields.refuse("mlp_bias", False)
     base = parse_granite(fields)
-    shared = fields.integer("shared_intermediate_size", 0, minimum=0) if shared_experts else 0
+    shared = fields.integer("shared_intermediate_size", default_shared, minimum=0) if shared_experts else 0
     return moe_config(
         base,
         routing=routing_of(fields, ("num_local_experts", 8), 2, among_chosen=True),

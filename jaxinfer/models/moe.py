@@ -52,8 +52,7 @@ class MoeConfig(DecoderConfig):
 
 def moe_config(base: DecoderConfig, **more: Any) -> MoeConfig:
     """Of a decoder, with experts: see MoeConfig."""
-    fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    return MoeConfig(**(fields | {"experts_per_token": more["routing"].top_k} | more))
+    return base.extended(MoeConfig, **{"experts_per_token": more["routing"].top_k} | more)
 
 
 def routing_of(fields: ConfigReader, experts: tuple[str, int], top_k: int, **more: Any) -> Routing:

@@ -71,6 +71,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 # What lies beside the text model. Names without "model." are those of transformers 4, and of what it and 5 write.
 VISUAL = (r"(model\.)?visual\..+",)
+MTP = r"(model\.)?mtp\..+"  # layers that predict more than the next token
 LLAVA = (r"(model\.)?(vision_tower|multi_modal_projector)\..+",)
 
 GEMMA3 = Wrapped(
@@ -104,6 +105,10 @@ QWEN3_VL_MOE = Wrapped(
     VISUAL,
     tied_inside=False,
     name="Qwen3-VL",
+)
+QWEN3_5 = Wrapped(dict.fromkeys(("qwen3_5_text", "qwen3_5"), "jaxinfer.models.qwen3_5"), (*VISUAL, MTP), name="Qwen3.5")
+QWEN3_5_MOE = Wrapped(
+    dict.fromkeys(("qwen3_5_moe_text", "qwen3_5_moe"), "jaxinfer.models.qwen3_5_moe"), (*VISUAL, MTP), name="Qwen3.5"
 )
 LLAMA4 = Wrapped(
     {"llama4_text": "jaxinfer.models.llama4"}, (r"(model\.)?(vision_model|multi_modal_projector)\..+",), name="Llama 4"

@@ -59,6 +59,8 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
         "max_model_len": fit.sizes.max_model_len,
         "bytes": {n: b for n, b in sizes.items() if plan.programs or n not in UNKNOWN},
         "cache_tokens": fit.cache_tokens,
+        "bytes_per_token": fit.programs.layout.bytes_per_token,
+        "bytes_per_sequence": fit.programs.layout.slot_bytes,
         "programs": [program.figures() for program in plan.programs],
         "context": context,
         "rows_of_context": fit.rows_of(context),

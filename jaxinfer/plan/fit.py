@@ -149,7 +149,7 @@ def _remedies(model: AbstractModel, target: Slice, tensor: int, room: int, optio
     """What would fit: more chips, half the bytes, shorter sequences."""
     remedies = []
     shape, dtype = model.config, model.dtype
-    for n in tensor_sizes(shape.num_heads, shape.num_kv_heads, 256):
+    for n in tensor_sizes(shape.split_heads, shape.num_kv_heads, 256):
         if n > tensor:
             try:
                 fit(model, target.with_devices(n), **options | {"mesh": f"tensor={n}"})

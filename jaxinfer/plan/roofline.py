@@ -109,7 +109,7 @@ def bound(
     for group in layout.groups:
         layer, count = layout.of_group(group), layout.readers(group)
         if group.pool is None:
-            keys += rows * count * layer.nbytes(1)
+            keys += 2 * rows * count * layer.nbytes(1)  # states are read and written
             continue
         kv_heads, head_dim = layer.kept_heads
         heads = kv_heads * (layer.case.queries if layer.case else 0)

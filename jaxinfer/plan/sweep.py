@@ -50,7 +50,7 @@ def places() -> list[str]:
 def meshes(model: AbstractModel, target: Slice) -> Iterator[str]:
     """The specs that use all devices of a slice: `tensor`, and what is left over another axis."""
     devices = len(target.devices)
-    for tensor in tensor_sizes(model.config.num_heads, model.config.num_kv_heads, devices):
+    for tensor in tensor_sizes(model.config.split_heads, model.config.num_kv_heads, devices):
         rest = devices // tensor
         if rest == 1 and devices == tensor:
             yield f"tensor={tensor}"

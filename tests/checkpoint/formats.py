@@ -275,7 +275,7 @@ def quantized(tensors: dict[str, np.ndarray], case: Case) -> tuple[dict[str, np.
     left: dict[str, np.ndarray] = {}
     method = case.config.get("quant_method")  # MLX has none
     plain = ["embed", "lm_head", "wte", "wpe", "mlp.gate.", "shared_expert_gate"] if method else []
-    plain += ["norm", *(["k_proj"] if method in ("awq", "compressed-tensors") else [])]
+    plain += ["norm", "conv1d", "conv.conv", *(["k_proj"] if method in ("awq", "compressed-tensors") else [])]
     gpt2 = any("c_attn" in name for name in tensors)  # whose matrices are [in, out]
     for name, tensor in tensors.items():
         whole = method or tensor.shape[-1] % case.config["group_size"] == 0

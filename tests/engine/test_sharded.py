@@ -226,7 +226,7 @@ def test_each_part_is_read_once(wide, split):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ("tensor=3", r"tensor=3 does not divide the model's 8 attention heads; tensor may be 1, 2, 4, 8$"),
+        ("tensor=3", r"tensor=3 does not divide the model's 8 heads; tensor may be 1, 2, 4, 8$"),
         ("tensor=16", r"it needs 16 devices and there are 8; with them tensor may be 1, 2, 4, 8$"),
         ("tensor=0", "it must look like tensor=4 or data=2,tensor=4"),
         ("tensor", "it must look like tensor=4 or data=2,tensor=4"),

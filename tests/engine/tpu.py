@@ -67,6 +67,7 @@ for case in json.loads(sys.argv[1]):
             "blocks": sorted(set(asked)), "scattered": re.findall(r"bf16\\[1025,[\\d,]*\\]\\S* scatter\\(", text),
             "fused": len(set(re.findall(r"%(RPA[\\w.-]*) = [^\\n]*tpu_custom_call", text))),
             "copied": re.findall(r"= (?:bf16|f8e4m3fn)\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
+            "states_copied": re.findall(rf"= f32\\[{rows + 1},[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
             "attention": programs.layout.names,
         } | collectives))
 """

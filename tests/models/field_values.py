@@ -7,9 +7,7 @@ Which combinations are legal is for transformers to say: see random_fields.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
-import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,10 +37,28 @@ INERT = {
     **dict.fromkeys(("summary_type", "summary_use_proj", "summary_activation"), "of another head"),
     **dict.fromkeys(("summary_proj_to_labels", "summary_first_dropout"), "of another head"),
     **dict.fromkeys(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), OF_IMAGES),
+    **dict.fromkeys(("time_step_max", "time_step_scale", "time_step_init_scheme", "time_step_floor"), OF_TRAINING),
+    **dict.fromkeys(("rescale_prenorm_residual", "z_loss_coefficient"), OF_TRAINING),
+    "residual_in_fp32": "float32 is that",
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), "of how it is computed"),
+    **dict.fromkeys(("use_mambapy", "use_associative_scan", "use_mamba_kernels"), "of how it is computed"),
+    "mamba_ssm_cache_dtype": "states are float32",
+    "moe_shared_expert_overlap": "of how it is computed",
+    "num_logits_to_keep": OF_GENERATION,
+    **dict.fromkeys(("num_nextn_predict_layers", "mtp_layers_block_type"), "layers that predict more tokens"),
     **dict.fromkeys(("boi_token_index", "eoi_token_index", "image_token_index"), OF_IMAGES),
     **dict.fromkeys(("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_index", "audio_token_id"), OF_IMAGES),
 }
-# The same, but with one value: others need a tower that fits.
+# Of single families: fields of their class that their model in transformers doesn't read.
+UNREAD: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), ("time_step_min",)),
+    "mamba2": ("time_step_min", "time_step_rank"),
+    "nemotron_h": (
+        *("attention_bias", "mamba_proj_bias", "sliding_window"),
+        *("expand", "n_shared_experts", "time_step_limit"),
+    ),
+}
+# As INERT, but with one value: others need a tower that fits.
 FIXED = dict.fromkeys(
     (
         "vision_config",
@@ -131,6 +147,34 @@ def _no_rope_layers(case: Case, fields: dict[str, Any]) -> Any:
     return ABSENT
 
 
+def _kinds(*kinds: str, given: bool = False) -> Callable[[Case, dict[str, Any]], Any]:
+    """Any of these for each layer. given: something is always said."""
+
+    def values(case: Case, fields: dict[str, Any]) -> Any:
+        if not given and case.pick("layer_types", (0, 0, 1)):
+            return ABSENT
+        return case.rng("layer_types").choices(kinds, k=fields.get("num_hidden_layers", 3))
+
+    return values
+
+
+def _some_layers(case: Case, fields: dict[str, Any]) -> Any:
+    layers = fields["num_hidden_layers"]
+    return case.pick("some layers", (ABSENT, [0], [layers - 1], list(range(layers))))
+
+
+def _mamba_heads(case: Case, fields: dict[str, Any]) -> Any:
+    """As many as the other sizes leave."""
+    inner = fields.get("mamba_d_ssm") or fields.get("mamba_expand", fields.get("expand", 1)) * fields["hidden_size"]
+    size = fields.get("mamba_d_head", fields.get("head_dim"))
+    return inner // size if isinstance(size, int) else case.pick("mamba heads", (2, 4))
+
+
+def _period(which: str) -> Callable[[Case, dict[str, Any]], Any]:
+    return lambda case, fields: fields[f"{which}_layer_offset"] + case.pick(which, (1, 2))
+
+
+LINEAR = "linear_attention"
 Values = Sequence[Any] | Callable[[Case, dict[str, Any]], Any]
 # Of encoders alone.
 ENCODER_VALUES: dict[str, Values] = {
@@ -159,7 +203,7 @@ ENCODER_VALUES: dict[str, Values] = {
 # By name, for all families; None is one more where the class says so. Functions take what was drawn before.
 VALUES: dict[str, Values] = {
     "n_embd": (24, 48, 36),
-    "hidden_size": lambda case, fields: case.pick("hidden_size", _hidden_sizes(fields["num_attention_heads"])),
+    "hidden_size": lambda case, fields: case.pick("hidden_size", _hidden_sizes(fields.get("num_attention_heads", 2))),
     **dict.fromkeys(("num_attention_heads", "n_head"), (4, 2, 6, 3, 1)),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), (2, 3, 1)),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "intermediate_size_mlp"), (40, 16, 8, 57)),
@@ -217,6 +261,44 @@ VALUES: dict[str, Values] = {
     "vocab_size_per_layer_input": lambda case, fields: fields["vocab_size"] + case.pick("vocab_per_layer", (0, 3)),
     "top_k_experts": (1, 2, 3, 4),
     "word_embed_proj_dim": (ABSENT, 16, 33),
+    **dict.fromkeys(("linear_conv_kernel_dim", "conv_L_cache", "conv_kernel", "mamba_d_conv"), (4, 2, 3)),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_head_dim"), (8, 4, 12)),
+    "linear_num_key_heads": (2, 1),
+    "linear_num_value_heads": (2, 4),
+    **dict.fromkeys(("norm_eps", "mixer_rms_eps"), EPSILONS),
+    "block_multiple_of": (8, 1, 7),
+    "block_ffn_dim_multiplier": FACTORS,
+    **dict.fromkeys(("full_attn_idxs", "attn_layer_indices"), _some_layers),
+    "num_dense_layers": (0, 1, 2),
+    **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size"), (6, 1, 5)),
+    **dict.fromkeys(("expand", "mamba_expand"), (2, 1, 3)),
+    **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), (ABSENT, "auto", 1, 5)),
+    **dict.fromkeys(("num_heads", "mamba_n_heads"), _mamba_heads),
+    "mamba_num_heads": (4, 8),
+    "mamba_d_head": ("auto", 4, 8),
+    "mamba_d_ssm": (48, 96, None),
+    **dict.fromkeys(("n_groups", "mamba_n_groups"), (1, 2)),
+    "time_step_limit": (ABSENT, [0.3, 0.9], [0.0, 2.0]),
+    **dict.fromkeys(("time_step_min", "time_step_max", "time_step_scale", "time_step_floor"), (ABSENT, 0.2, 0.5)),
+    "time_step_init_scheme": (ABSENT, "constant"),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), (16, 4, 256)),
+    **dict.fromkeys(("expert_layer_offset", "attn_layer_offset"), (0, 1)),
+    "expert_layer_period": _period("expert"),
+    "attn_layer_period": _period("attn"),
+    "num_logits_to_keep": (1, 3),
+    "z_loss_coefficient": RATES,
+    **{f"{name}_multiplier": FACTORS for name in ("lm_head", "key", "attention_out", "attention_in")},
+    **{f"ssm_{name}_multiplier": FACTORS for name in ("in", "out")},
+    "mlp_multipliers": (ABSENT, [0.6, 0.8], [1.2, 1.7]),
+    "ssm_multipliers": (ABSENT, [0.5, 1.3, 0.8, 0.7, 1.4]),
+    "position_embedding_type": (ABSENT, "rope"),
+    "layers_block_type": _kinds(LINEAR, FULL, "moe", "mlp", given=True),
+    **dict.fromkeys(("mlp_hidden_act", "mamba_hidden_act"), (ABSENT, *ACTIVATIONS)),
+    "mamba_ssm_cache_dtype": (ABSENT, "float32"),
+    "moe_shared_expert_intermediate_size": (24, 40),
+    "moe_latent_size": (ABSENT, 12, 20),
+    "num_nextn_predict_layers": (ABSENT, 0),
+    "mtp_layers_block_type": (ABSENT, [FULL, "moe"]),
     **{name: RATES for name in INERT if "drop" in name or name in ("initializer_range", "init_std")},
     **{name: IDS for name in INERT if name.endswith(("_token_id", "_token_index"))},
     "eos_token_id": (*IDS, [3, 5]),
@@ -226,8 +308,10 @@ VALUES: dict[str, Values] = {
     "summary_type": (ABSENT, "first", "mean"),
     "summary_activation": (ABSENT, "tanh"),
 }
-# Whatever the classes say, models compute with them.
+DELTA_NETS = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+MAMBA2 = ("bamba", "falcon_h1", "granitemoehybrid")
 GEMMA4 = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
+# Whatever the classes say, models compute with them.
 NOT_NULL = {
     **dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size", "pad_token_id"), GEMMA4),
     "head_dim": ("glm", "hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"),
@@ -237,15 +321,28 @@ NOT_NULL = {
     "max_window_layers": ("qwen2_vl", "qwen2_5_vl"),
     "image_token_index": ("gemma3",),
     **dict.fromkeys(
-        ("num_experts_per_tok", "n_routed_experts", "n_shared_experts"), ("dots1", "granitemoe", "granitemoeshared")
+        ("num_experts_per_tok", "n_routed_experts", "n_shared_experts"),
+        ("dots1", "granitemoe", "granitemoeshared", "granitemoehybrid"),
     ),
     **dict.fromkeys(("n_group", "first_k_dense_replace"), ("dots1",)),
-    "num_local_experts": ("granitemoe", "granitemoeshared"),
-    **dict.fromkeys(("embedding_multiplier", "logits_scaling"), ("granitemoe", "granitemoeshared")),
-    **dict.fromkeys(("residual_multiplier", "attention_multiplier"), ("granitemoe", "granitemoeshared")),
+    "num_local_experts": ("granitemoe", "granitemoeshared", "granitemoehybrid"),
+    **dict.fromkeys(("embedding_multiplier", "logits_scaling"), ("granitemoe", "granitemoeshared", "granitemoehybrid")),
+    **dict.fromkeys(
+        ("residual_multiplier", "attention_multiplier"), ("granitemoe", "granitemoeshared", "granitemoehybrid")
+    ),
     **dict.fromkeys(("moe_num_experts", "moe_k", "moe_num_shared_experts"), ("ernie4_5_moe",)),
     **dict.fromkeys(("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"), ("ernie4_5_moe",)),
     "moe_norm_min": ("ernie4_5_moe",),
+    **dict.fromkeys(
+        (
+            *("mamba_d_state", "mamba_d_conv", "mamba_expand", "mamba_n_heads", "mamba_d_head", "mamba_n_groups"),
+            *("mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias", "time_step_limit", "num_key_value_heads"),
+            *("num_logits_to_keep", "z_loss_coefficient", "mamba_norm_before_gate", "mamba_rms_norm"),
+            *("projectors_bias", "lm_head_multiplier", "key_multiplier", "attention_out_multiplier"),
+            *("attention_in_multiplier", "ssm_in_multiplier", "ssm_out_multiplier", "mamba_d_ssm"),
+        ),
+        MAMBA2,
+    ),
 }
 BOOL = (ABSENT, True, False)
 # Of single families: which other values a field may have, and which fields there are besides those of the class.
@@ -256,6 +353,15 @@ OWN_VALUES: dict[tuple[str, str], Values] = {
     **{(family, "head_dim"): (8, 12, 16, 4) for family in GEMMA4},
     **{(family, "final_logit_softcapping"): (ABSENT, 3.0, 20.0) for family in GEMMA4},
     **{(family, "moe_intermediate_size"): (16, 8, 24) for family in GEMMA4},  # what its grouped products can do
+    **{(family, "layer_types"): _kinds(LINEAR, FULL) for family in (*DELTA_NETS, "granitemoehybrid")},
+    **{(family, "head_dim"): (8, 16, 24) for family in DELTA_NETS},
+    ("lfm2", "layer_types"): _kinds("conv", FULL),
+    ("lfm2_moe", "layer_types"): _kinds("conv", FULL, given=True),
+    ("mamba2", "head_dim"): (4, 8, 2),
+    ("jamba", "num_experts"): (4, 1, 5),
+    ("granitemoehybrid", "num_local_experts"): (4, 0, 5),
+    ("granitemoehybrid", "shared_intermediate_size"): (24, 40),
+    ("nemotron_h", "num_key_value_heads"): (1,),
     # Of tokens that are placeholders the embedding is another's.
     **{(family, f"{kind}_token_id"): (ABSENT, 200) for family in GEMMA4 for kind in ("image", "video", "audio")},
 }
@@ -266,128 +372,3 @@ OWN_VALUES |= {
     ),
 }
 BESIDES = dict.fromkeys(GEMMA4, ("global_head_dim", "num_global_key_value_heads"))
-
-
-def options(family: str, field: dataclasses.Field[Any]) -> Values:
-    """What it may be. Raises KeyError of one that nobody knows."""
-    kinds = typing.get_args(field.type) or (field.type,)
-    values = OWN_VALUES.get((family, field.name)) or VALUES.get(field.name, BOOL if bool in kinds else None)
-    if values is None:
-        raise KeyError(f"{field.name}: {field.type}: say in VALUES what it may be")
-    null = type(None) in kinds and family not in NOT_NULL.get(field.name, ())
-    return (*values, None) if null and not callable(values) else values
-
-
-def own_fields(config: type) -> list[dataclasses.Field[Any]]:
-    """Those of a class that not all classes have."""
-    import transformers
-
-    common = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
-    return [field for field in dataclasses.fields(config) if field.name not in common]
-
-
-# What others depend on, and what depends on others.
-FIRST, LAST = ("num_attention_heads", "num_hidden_layers", "sliding_window", "use_sliding_window"), "rope_parameters"
-
-
-def draw(case: Case, config: type) -> dict[str, Any]:
-    """Values of the fields of a class."""
-    drawn: dict[str, Any] = {}
-    fields = {field.name: field for field in own_fields(config)}
-    for name in sorted(fields.keys() - {LAST, "text_config", *FIXED}, key=lambda name: (name not in FIRST, name)):
-        values = options(case.family, fields[name])
-        drawn[name] = values(case, drawn) if callable(values) else case.pick(name, values)
-        null = callable(values) and type(None) in typing.get_args(fields[name].type)
-        if null and case.pick(f"{name} is null", (1, 0, 0, 0)) and drawn.get("sliding_window", ABSENT) is not None:
-            drawn[name] = None
-    drawn |= {name: case.pick(name, VALUES[name]) for name in BESIDES.get(case.family, ())}  # type: ignore[arg-type]
-    given = {name: value for name, value in drawn.items() if value is not ABSENT}
-    if LAST in fields and (case.pick(LAST, (True, True, True, True, False)) or case.family in SECTIONS):
-        given[LAST] = _ropes(case, config, given)
-    return given
-
-
-SECTIONS = ("qwen2_vl", "qwen2_5_vl")  # their rotary embeddings have sections, and there is no default for small heads
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
-OWN_KINDS = {"phi3": ("default", "longrope", "su", "yarn"), "phimoe": ("default", "longrope")}
-
-
-def _ropes(case: Case, config: Any, fields: dict[str, Any]) -> dict[str, Any]:
-    """Rotary embeddings; transformers says in what form: by layer types, or one."""
-    try:
-        known = config(**fields)
-    except Exception:  # it will be discarded
-        return {}
-    default = known.rope_parameters
-    if case.family in GEMMA4:
-        sizes = {kind: known.per_layer_config[kind].head_dim for kind in known.layer_types}
-        return {kind: _rope(case, f" {kind}", sizes[kind], default[kind]) for kind in sizes}
-    head_dim = getattr(known, "head_dim", None) or fields["hidden_size"] // fields["num_attention_heads"]
-    if SLIDING in default:
-        return {kind: _rope(case, f" {kind}", head_dim, default[kind]) for kind in (SLIDING, FULL)}
-    return _rope(case, "", head_dim, default)
-
-
-def _rope(case: Case, suffix: str, head_dim: int, default: dict[str, Any]) -> dict[str, Any]:
-    def pick(name: str, *values: Any) -> Any:
-        return case.pick(name + suffix, values)
-
-    kind = said = pick("rope_type", *OWN_KINDS.get(case.family, KINDS))
-    if case.family in OWN_KINDS and kind != "default":
-        kind = "longrope"
-    gemma4 = case.family in GEMMA4  # it has no default of theta, and no other kind that leaves a part of a head
-    thetas = (100.0, 10000.0, 5e5) if gemma4 else (ABSENT, 100.0, 10000.0, 5e5)
-    rope: dict[str, Any] = {"rope_type": said, "rope_theta": pick("rope_theta", *thetas)}
-    if kind == "proportional" or ("partial_rotary_factor" in default and not gemma4):
-        rope["partial_rotary_factor"] = pick("partial_rotary_factor", ABSENT, 0.5, 1.0, 0.75)
-    if kind not in ("default", "longrope"):
-        rope["factor"] = pick("factor", 1.0, 4.0, 2)
-    if kind in ("yarn", "llama3", "longrope"):
-        rope["original_max_position_embeddings"] = pick("original", 32, 64)
-    if kind == "yarn":
-        rope["attention_factor"] = pick("attention_factor", ABSENT, 0.7)
-        rope["beta_fast"], rope["beta_slow"] = pick("beta_fast", ABSENT, 16, 4.0), pick("beta_slow", ABSENT, 2)
-        rope["mscale"], rope["mscale_all_dim"] = pick("mscale", ABSENT, 0.7, 0.0), pick("mscale_all_dim", ABSENT, 0.4)
-        rope["truncate"] = pick("truncate", ABSENT, False, True)
-    if kind == "llama3":
-        rope["low_freq_factor"], rope["high_freq_factor"] = pick("low", 1.0, 0.5), pick("high", 4.0, 2)
-    if kind == "longrope":
-        share = rope.get("partial_rotary_factor", ABSENT)
-        share = default.get("partial_rotary_factor", 1.0) if share is ABSENT else share
-        dim = int(head_dim * share)
-        for name in ("short_factor", "long_factor"):
-            rng = case.rng(name + suffix)
-            rope[name] = [round(rng.uniform(1, 3), 2) for _ in range(dim // 2)]
-        rope["attention_factor"], rope["factor"] = pick("attention_factor", ABSENT, 1.3), pick("factor", ABSENT, 4.0)
-    if kind == "longrope" and case.family == "phimoe":
-        rope["short_mscale"], rope["long_mscale"] = pick("short_mscale", 1.0, 1.3), pick("long_mscale", 0.8, 1.2)
-    if "llama_4_scaling_beta" in default:
-        rope["llama_4_scaling_beta"] = pick("beta", 0.1, 0.0, 2.0)
-        if kind != "longrope":  # whose factors go by the context that was asked for, see ModelConfig.for_length
-            rope["original_max_position_embeddings"] = pick("original", 4, 32)
-    if case.family in SECTIONS:
-        half = head_dim // 2
-        rope["mrope_section"] = [half - 2 * (half // 3), half // 3, half // 3]
-    return {name: value for name, value in rope.items() if value is not ABSENT}
-
-
-@functools.cache
-def families() -> dict[str, tuple[type, type | None]]:
-    """By model_type, the class, and that of the text model inside."""
-    from transformers import CONFIG_MAPPING
-
-    from jaxinfer.models.registry import model_types
-
-    found = {}
-    for family in model_types():
-        config = CONFIG_MAPPING[family]
-        inside = config.sub_configs_defaults.get("text_config")
-        text = None if inside is None else CONFIG_MAPPING[inside.model_type or f"{family}_text"]
-        found[family] = (config, text)
-    return found
-
-
-def text_class(family: str) -> type:
-    """The class that says what the text model is."""
-    outer, inside = families()[family]
-    return inside or outer

@@ -23,7 +23,8 @@ from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.registry import ENCODERS
 from jaxinfer.models.tasks import CLASSIFY, with_task
 from tests.devices import CHEAP
-from tests.models.field_values import TOKENS, Case, draw
+from tests.models.field_draws import draw
+from tests.models.field_values import TOKENS, Case
 from tests.models.random_fields import Illegal, Result, compared
 from tests.models.references import randomize
 

@@ -29,7 +29,8 @@ from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.models.model import AbstractModel
 from tests.devices import CHEAP
 from tests.models.families import speaker, variants
-from tests.models.field_values import FIXED, TOKENS, Case, draw, families, own_fields, text_class
+from tests.models.field_draws import draw, families, own_fields, text_class
+from tests.models.field_values import FIXED, TOKENS, Case
 from tests.models.references import randomize
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -39,7 +40,10 @@ EPSILON = "0: a hidden state of zeros, as padding may have, would be no number"
 ACTIVATION = "prelu and xielu have parameters of their own"
 REASONS = {
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), EPSILON),
+    **dict.fromkeys(("norm_eps", "mixer_rms_eps"), EPSILON),
     **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), ACTIVATION),
+    **dict.fromkeys(("mlp_hidden_act", "mamba_hidden_act"), ACTIVATION),
+    **dict.fromkeys(("mamba_n_groups", "n_groups"), "transformers repeats them for heads that they don't divide, too"),
     "rope_type": "proportional is Gemma 4's",
     "partial_rotary_factor": "beside proportional",
     "truncate": "of one layer type, which transformers doesn't read",

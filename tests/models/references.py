@@ -53,7 +53,7 @@ def randomize(model: Any, matrices: float, vectors: float) -> None:
             noise = torch.randn_like(weight)
             weight.copy_(noise * matrices if weight.ndim > 1 else weight + noise * vectors)
         for name, buffer in model.named_buffers():
-            if name.endswith(("e_score_correction_bias", "layer_scalar")):
+            if name.endswith(("e_score_correction_bias", "expert_bias", "layer_scalar")):
                 buffer.copy_(buffer + torch.randn_like(buffer) * vectors)
 
 

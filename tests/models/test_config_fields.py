@@ -9,7 +9,8 @@ import pytest
 from jaxinfer.models.registry import model_types, parse_config
 from tests.checkpoints import BASE, GPT2, VARIANTS, rope
 from tests.models.families import variants
-from tests.models.field_values import FIXED, INERT, own_fields, text_class
+from tests.models.field_draws import own_fields, text_class
+from tests.models.field_values import FIXED, INERT, UNREAD
 from tests.refusals import HUGE, refusal
 
 COUNTS = [-1, 0, 1.5, True, math.nan, math.inf, "8", [8], 2**40, HUGE]
@@ -120,7 +121,16 @@ BAD_VALUES = {
 }
 
 # None, none, the last, and one for all.
-LEGAL = (("mlp_only_layers", []), ("moe_layers", []), ("moe_layer_end_index", -1), ("moe_topk", 2))
+LEGAL = (
+    *((name, []) for name in ("mlp_only_layers", "moe_layers", "full_attn_idxs", "attn_layer_indices")),
+    *(("moe_layer_end_index", -1), ("moe_topk", 2)),
+)
+# Without which others fields are read.
+WITHOUT = {
+    "max_window_layers": {"layer_types": ...},
+    "sliding_window_pattern": {"layer_types": ...},
+    "mamba_expand": {"mamba_d_ssm": None},
+}
 
 
 def kind_of(field):
@@ -148,9 +158,9 @@ def test_fields_of_all_families(family):
     with pytest.raises(ValueError, match="per_layer_config is "):
         parse(per_layer_config={"0": {"hidden_act": "relu"}})
     for field in own:
-        if field.name in (*INERT, *FIXED):
+        if field.name in (*INERT, *FIXED, *UNREAD.get(family, ())):
             continue
-        others = {"layer_types": ...} if field.name in ("max_window_layers", "sliding_window_pattern") else {}
+        others = WITHOUT.get(field.name, {})
         for value in BAD_VALUES[kind_of(field)]:
             if (field.name, value) in LEGAL:
                 continue

@@ -8,7 +8,8 @@ from jaxinfer import CheckpointError
 from jaxinfer.models.registry import ENCODERS, encoder_types, parse_config
 from jaxinfer.models.tasks import CLASSIFY, EMBED, with_task
 from tests.models.families import encoders
-from tests.models.field_values import INERT, own_fields
+from tests.models.field_draws import own_fields
+from tests.models.field_values import INERT
 from tests.models.test_config_fields import BAD_VALUES, kind_of
 from tests.refusals import line
 

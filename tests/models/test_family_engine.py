@@ -14,7 +14,7 @@ from tests.models.test_families import PROMPT, TOKENS, reference
 NAMES = [
     *("gemma2-window", "gemma3_text", "gemma4_text", "gemma4_text-small-shared-tied-hub", "gemma4_text-pattern"),
     *("gpt_oss", "hunyuan_v1_moe-layers-bias", "llama4-older", "llama4_text-dense", "mixtral"),
-    *("phimoe-window-bias-tied", "qwen2_moe-dense-window"),
+    *("phimoe-window-bias-tied", "qwen2_moe-dense-window", "qwen3_next"),
 ]
 PROMPTS = (PROMPT, 45)  # tokens: the other one takes two steps
 

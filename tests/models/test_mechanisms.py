@@ -43,6 +43,11 @@ MISTRAL = BASE | {"model_type": "mistral", "sliding_window": None, "head_dim": 1
 TURNS = "experts in one tensor, gates and ups by turns, with biases"
 TURNED = "experts in one tensor, the other way round"
 PACKED = "experts of shares of inputs, in one tensor"
+DELTA_NETS = "delta nets, of which each head of keys has its rows of one tensor, and gated attention"
+MAMBA = "Mamba-2, whose projections are in one tensor, beside attention"
+CONVOLUTIONS = "short convolutions beside attention"
+STATES = DELTA_NETS, MAMBA, CONVOLUTIONS
+BOTH = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 LAYOUTS = {
     "fused qkv, and gates": BASE | {"model_type": "phi3"},
     "fused gates": BASE | GLM,
@@ -116,6 +121,35 @@ LAYOUTS = {
         "hidden_size_per_layer_input": 64,
         "vocab_size_per_layer_input": 300,
     },
+    DELTA_NETS: BASE
+    | BOTH
+    | {
+        "model_type": "qwen3_next",
+        "mlp_only_layers": [0, 1],
+        "head_dim": 16,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    MAMBA: BASE
+    | BOTH
+    | {
+        "model_type": "granitemoehybrid",
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+        "mamba_n_heads": 8,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 16,
+        "residual_multiplier": 0.5,
+    },
+    CONVOLUTIONS: BASE
+    | {
+        "model_type": "lfm2",
+        "num_hidden_layers": 2,
+        "layer_types": ["conv", "full_attention"],
+        "block_auto_adjust_ff_dim": False,
+    },
     "wrapped": {
         "model_type": "mistral3",
         "architectures": ["Mistral3ForConditionalGeneration"],
@@ -124,10 +158,15 @@ LAYOUTS = {
     },
 }
 GATES = ("gate", "shared_expert_gate")
-slow = partial(pytest.param, marks=pytest.mark.slow)
-every = pytest.mark.parametrize("layout", [slow(name) if name == TURNED else name for name in LAYOUTS])
+slow, long = (partial(pytest.param, marks=mark) for mark in (pytest.mark.slow, pytest.mark.long))
+every = pytest.mark.parametrize("layout", [slow(name) if name in (TURNED, *STATES) else name for name in LAYOUTS])
 # Those whose matrices lie as linears of others do; of TURNS there is a format of its own, see test_gpt_oss.
-linears = pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in (TURNS, TURNED, PACKED)])
+linears = pytest.mark.parametrize(
+    "layout", [slow(name) if name in STATES else name for name in LAYOUTS if name not in (TURNS, TURNED, PACKED)]
+)
+# Where engines are made, or models calibrated, which takes seconds.
+SELDOM = [long(name) if name in STATES[1:] else slow(name) for name in LAYOUTS]
+seldom = pytest.mark.parametrize("layout", SELDOM)
 PROMPT = np.random.default_rng(3).integers(0, 256, 40).tolist()
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "max_model_len": 64, "dtype": "float32"}
 
@@ -290,8 +329,7 @@ def test_planned(layout):
     assert held.weights < device_bytes(model.abstract) < 4 * held.weights
 
 
-@pytest.mark.slow
-@linears
+@pytest.mark.parametrize("layout", [of for of in SELDOM if of.values[0] not in (TURNS, TURNED, PACKED)])
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_calibrated(folders, plain, layout, method, tmp_path):
     """On what it was made with it is nearer to the model than rounding."""
@@ -309,8 +347,7 @@ def test_calibrated(folders, plain, layout, method, tmp_path):
     assert 0 < off[0] < off[1]
 
 
-@pytest.mark.slow
-@every
+@seldom
 @pytest.mark.parametrize("mesh", ["tensor=4", "fsdp=2,tensor=2"])
 def test_scored_on_a_mesh(folders, plain, layout, mesh):
     _, params, run = plain(layout)
@@ -320,8 +357,7 @@ def test_scored_on_a_mesh(folders, plain, layout, mesh):
     np.testing.assert_allclose(scored.logprobs, expected, atol=2e-4)
 
 
-@pytest.mark.slow
-@every
+@seldom
 def test_beams(folders, plain, layout):
     """Those of whole forwards."""
     _, params, run = plain(layout)
@@ -338,8 +374,7 @@ def test_beams(folders, plain, layout):
     assert [sequence.token_ids for sequence in found.sequences] == [tokens for tokens, _ in beams]
 
 
-@pytest.mark.slow
-@every
+@seldom
 def test_compiled_ahead(folders, layout, tmp_path):
     config = json.loads((folders(layout) / "config.json").read_text())
     ship(*local_programs(config, OPTIONS | {"max_num_seqs": 1}), str(tmp_path / "programs"), lambda: None)

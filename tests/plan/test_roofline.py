@@ -66,6 +66,15 @@ def test_padding_of_the_cache_is_read_and_multiplied():
     assert padded.flops - plain.flops == 2 * 2 * 2 * (8 * 128 - 6 * 8) * 3 * 50
 
 
+def test_states_are_read_and_written():
+    """One layer has a short convolution of width 3, and keeps two inputs in float32."""
+    types = {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_auto_adjust_ff_dim": False}
+    decoding, longer = (bound(CONFIG | {"model_type": "lfm2"} | types, "bfloat16", 1, 3, size, 3) for size in (0, 50))
+    weights = 4 * 32 * 32 + 3 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 2 * 8 + 2 * (3 * 64 * 32 + 2 * 32) + 32 + HEAD
+    assert decoding.moved == 2 * weights + 3 * 2 * (2 * 32 * 4)
+    assert longer.moved - decoding.moved == 3 * 50 * 2 * 2 * 8 * 2
+
+
 def test_of_a_window_no_more_is_read_than_it_sees():
     config = CONFIG | {"model_type": "mistral", "sliding_window": 20}
     estimate = bound(config, "bfloat16", 1, tokens=3, context=50, rows=3)
