@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental import serialize_executable
 
 from jaxinfer import __version__
@@ -27,6 +28,7 @@ from jaxinfer.attention.fused import tokamax_version
 from jaxinfer.engine.programs import Key, ModelPrograms
 from jaxinfer.kernels.cpu import kernels
 
+LAPACK = b"lapack_"  # what its functions' names begin with
 SETTINGS = ("enable_x64", "default_matmul_precision", "default_prng_impl", "threefry_partitionable")
 # What of a CPU matters to a compiler; the rest of Linux's list changes with the kernel and the hypervisor.
 FEATURES = re.compile(r"s?sse|avx|amx|fma|f16c|bmi|v?aes|v?pclmul|sha|gfni|popcnt|abm|movbe|adx|asimd|sve|fp(hp)?$")
@@ -75,12 +77,23 @@ def serialize(programs: ModelPrograms, key: Key, compiled: Any) -> bytes:
 def deserialize(programs: ModelPrograms, key: Key, content: bytes) -> jax.stages.Compiled:
     """It again, ready to be called. Runs pickle: of trusted bytes alone. Raises ValueError."""
     devices = programs.devices
+    if LAPACK in content and devices[0].platform == "cpu":
+        _find_lapack()
     try:
         return serialize_executable.deserialize_and_load(
             content, *_trees(programs, key), backend=devices[0].client, execution_devices=devices
         )
     except Exception as error:  # of pickle, of what it calls, and of the runtime
         raise ValueError(f"JAX can't read it ({type(error).__name__}: {error})") from None
+
+
+@functools.cache
+def _find_lapack() -> None:
+    """JAX looks LAPACK's functions up when it first lowers a program that calls one, and a program that is read would
+    jump to nowhere."""
+    shape = jax.ShapeDtypeStruct((2, 2), "float32")
+    solve = jax.jit(functools.partial(lax.linalg.triangular_solve, left_side=True))
+    solve.trace(shape, shape).lower(lowering_platforms=("cpu",))
 
 
 def _trees(programs: ModelPrograms, key: Key) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ from jaxinfer.private_folder import DIGEST, PrivateFolder
 from tests import kept as kept_programs
 from tests.devices import simulated
 from tests.engine.test_compiled import SCRIPT
+from tests.models.test_families import reference
 
 OPTIONS = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 64, "page_size": 8}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -94,6 +95,15 @@ def test_the_second_start_compiles_nothing(model, tmp_path):
     other, _ = start(model, tmp_path, quantization="int8")
     assert other["compilations"] == first["compilations"]
     assert len(list((tmp_path / "executables").iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_what_calls_lapack(checkpoints, tmp_path):
+    """JAX finds its functions when a program is lowered: without that, one that is read crashed."""
+    folder = reference(checkpoints.root, "qwen3_next", "small").folder
+    (first, _), (second, _) = (start(folder, tmp_path, max_num_batched_tokens=64) for _ in range(2))
+    assert any(serialized.LAPACK in file.read_bytes() for file in (tmp_path / "executables").rglob("*.xla"))
+    assert (second["compilations"], second["tokens"]) == (0, first["tokens"])
 
 
 def test_an_engine_finds_them_and_goes_on_without(model, alone, tmp_path, monkeypatch, caplog):
