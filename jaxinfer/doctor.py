@@ -17,8 +17,10 @@ from jaxinfer.attention import LayerLayout, reasons
 from jaxinfer.cache import FullAttentionSpec
 from jaxinfer.compile_cache import cache_folder
 from jaxinfer.engine.load import local_programs
+from jaxinfer.engine.loading import Opened
+from jaxinfer.engine.pooling.load import local_pooling_programs
 from jaxinfer.engine.serialized import cpu_features
-from jaxinfer.kernels.cpu import LEVELS, kernels
+from jaxinfer.kernels.cpu import ATTEND_ROWS, LEVELS, kernels
 from jaxinfer.sharding import local_devices
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -77,6 +79,17 @@ def examine_model(config: Mapping[str, Any], options: Mapping[str, Any]) -> dict
         "the model's precision": programs.model.precision,
         "the model's attention": programs.layout.in_words,
         "the model's context": f"{sizes.max_model_len} tokens, and a cache of {programs.cache_tokens}",
+    }
+
+
+def examine_pooling(opened: Opened) -> dict[str, str | list[str]]:
+    """The same of one that makes vectors or classes. Raises ValueError."""
+    programs = local_pooling_programs(opened)
+    kernel = ATTEND_ROWS in programs[programs.keys()[0]].lower().as_text()
+    return {
+        "the model's precision": programs.model.precision,
+        "the model's attention": "a CPU kernel" if kernel else "plain XLA",
+        "the model's context": f"texts of {programs.max_model_len} tokens, {programs.budget} on each device at a time",
     }
 
 

@@ -14,7 +14,7 @@ def doctor(as_json: JSON = False, *, load: ModelOptions, verbosity: Verbosity) -
     With --model FOLDER or --config FILE also what that model would have here, with the options that are given: which
     attention, and why, how many bits, how much context. Exit code 2 where JAX has no device to run on.
     """
-    from jaxinfer.doctor import examine, examine_model
+    from jaxinfer.doctor import examine, examine_model, examine_pooling
 
     verbosity.apply()
     config = None
@@ -27,7 +27,11 @@ def doctor(as_json: JSON = False, *, load: ModelOptions, verbosity: Verbosity) -
     facts = examine()
     here = isinstance(facts["devices"], list)
     if here and config is not None:
-        facts |= examine_model(config, options)
+        from jaxinfer.models.tasks import GENERATE, wanted_task
+        from jaxinfer.plan.pooled import opened_for
+
+        generates = wanted_task(config) == GENERATE
+        facts |= examine_model(config, options) if generates else examine_pooling(opened_for(model, config, options))
     _print(facts, as_json)
     if not here:
         raise ValueError(str(facts["devices"]))

@@ -157,14 +157,22 @@ def run(
     *,
     head: str = "",
     column: str | None = None,
+    precision: str = "float32",
     **params: Any,
 ) -> None:
     """Prints or writes what a task makes of rows; ends the command with 1 if some have errors.
 
     line: of what is new of a row, for people. head: the line above them. column: of the numbers that a *.npy has; None:
-    there is none. params: see `batch.row.POOLING`. Raises ValueError and OSError.
+    there is none. precision: of these, see `tasks.similarity.quantized`. params: see `batch.row.POOLING`. Raises
+    ValueError and OSError.
     """
     suffix, as_json, output = numbers.suffix(column), numbers.as_json, numbers.output
+    from jaxinfer.tasks.similarity import PRECISIONS
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision is {precision!r:.100}: it must be one of {', '.join(PRECISIONS)}")
+    if precision != PRECISIONS[0] and suffix != ".npy":
+        raise ValueError(f"--precision {precision} is for arrays: give --output F.npy, too")
     from jaxinfer.batch.results import Results
     from jaxinfer.batch.row import check_pooling
 
@@ -197,8 +205,9 @@ def run(
             elif suffix is None:
                 print(line(worker, row, new), flush=True)
     if output is not None:
+        content = _content(suffix, done, worker.results, f"{prefix}{column}", precision)
         with open(output, "wb") as file:
-            file.write(_content(suffix, done, worker.results, f"{prefix}{column}"))
+            file.write(content)
         if not verbosity.quiet:
             typer.echo(f"jaxinfer: {output}: {len(done)} rows{f', {errors} with errors' * bool(errors)}", err=True)
     if errors:
@@ -223,8 +232,8 @@ def _in_order(worker: Worker, rows: Iterable[Row]) -> Iterator[tuple[Row, Result
     yield from ((row, result) for row, result in read if result is not None)
 
 
-def _content(suffix: str | None, done: list[dict[str, Any]], results: Results, column: str) -> bytes:
-    """Of a file. Rows with an error have no numbers: in an array they are NaN."""
+def _content(suffix: str | None, done: list[dict[str, Any]], results: Results, column: str, precision: str) -> bytes:
+    """Of a file. Rows with an error have no numbers: in an array of float32 they are NaN, in others 0."""
     from jaxinfer.batch.parquet import encode
     from jaxinfer.batch.tables import column_kinds, fitting
     from jaxinfer.batch.values import to_json
@@ -236,7 +245,13 @@ def _content(suffix: str | None, done: list[dict[str, Any]], results: Results, c
         return encode(fitting(done, kinds, results.others), kinds)
     import numpy as np
 
-    file, nothing = io.BytesIO(), np.full(results.size, np.nan, np.float32)
-    arrays = [nothing if columns[column] is None else columns[column] for columns in done]
-    np.save(file, np.stack(arrays) if arrays else np.zeros((0, results.size), np.float32))
+    from jaxinfer.tasks.similarity import quantized
+
+    made = np.array([columns[column] is not None for columns in done], bool)
+    vectors = [columns[column] for columns in done if columns[column] is not None]
+    numbers = quantized(np.stack(vectors) if vectors else np.zeros((0, results.size), np.float32), precision)
+    nothing = np.nan if numbers.dtype == np.float32 else 0
+    array = np.full((len(done), numbers.shape[1]), nothing, numbers.dtype)
+    array[made] = numbers
+    np.save(file := io.BytesIO(), array)
     return file.getvalue()

@@ -6,6 +6,7 @@ import jax
 
 from jaxinfer import doctor
 from jaxinfer.attention import BACKENDS
+from jaxinfer.demo import ENCODER_DIR
 from jaxinfer.kernels.cpu import kernels
 
 
@@ -66,6 +67,28 @@ def test_a_model(cli, monkeypatch, model, tmp_path):
     report = json.loads(cli("doctor", "--json", "-m", tmp_path).out)
     assert report["the model's attention"] == ("a CPU kernel" if kernels().level else f"plain XLA: {kernels().why}")
     assert "no/such" in cli("doctor", "-m", "no/such").error()
+
+
+def test_models_that_embed_or_classify(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXINFER_CACHE_DIR", "off")
+    report = json.loads(cli("doctor", "--json", "-m", ENCODER_DIR, "--dtype", "float32", "--max-model-len", 64).out)
+    assert report["the model's precision"] == "float32"
+    assert report["the model's attention"] == ("a CPU kernel" if kernels().level else "plain XLA")
+    assert report["the model's context"] == "texts of 64 tokens, 1024 on each device at a time"
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    what = {"architectures": ["DebertaV2ForSequenceClassification"], "model_type": "deberta-v2"}
+    near = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 4}
+    (tmp_path / "config.json").write_text(
+        json.dumps(what | sizes | near | {"vocab_size": 9, "max_position_embeddings": 32})
+    )
+    report = json.loads(cli("doctor", "--json", "-m", tmp_path).out)
+    assert report["the model's attention"] == "plain XLA"  # which the kernel does not have
 
 
 def test_huge_pages(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxinfer import LLM
+from jaxinfer.tasks.similarity import quantized
 from tests.models.references import found_or_made
 from tests.test_classify import make as make_classifier
 from tests.test_embed import make as make_embedder
@@ -71,6 +72,22 @@ def test_vectors_in_files(cli, bert, vectors, tmp_path):
         np.testing.assert_array_equal(np.float32([rows[0]["new_embedding"], rows[2]["new_embedding"]]), vectors)
         assert (rows[0]["tokens"], rows[0]["new_tokens"]) == (5, 15)
         assert "empty" in rows[1]["new_error"]
+
+
+def test_precision(cli, bert, vectors, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(ROWS)
+    command = ["embed", tmp_path / "rows.jsonl", "-m", bert, "--prompt-name", "query", "--dimensions", 8]
+    for precision, dtype in (("int8", np.int8), ("ubinary", np.uint8)):
+        cli(*command, "-o", tmp_path / f"{precision}.npy", "--precision", precision)
+        array = np.load(tmp_path / f"{precision}.npy")
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array[[0, 2]], quantized(vectors, precision))
+        assert not array[1].any()
+    assert "is for arrays" in cli("embed", "a", "-m", bert, "--precision", "int8").error()
+    alone = ["embed", "a", "-m", bert, "-o", tmp_path / "a.npy", "--precision"]
+    assert "'int4': it must be one of float32, int8" in cli(*alone, "int4").error()
+    assert "give more than one text" in cli(*alone, "int8").error()
+    assert not (tmp_path / "a.npy").exists()
 
 
 def test_classes(cli, single):

@@ -34,7 +34,7 @@ def work(i):
     )
 
 
-@pytest.mark.parametrize(("threads", "each"), [(16, 10), pytest.param(16, 200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("threads", "each"), [(16, 10), pytest.param(16, 60, marks=pytest.mark.slow)])
 def test_threads_get_what_one_gets(llm, threads, each):
     """Lists, streams, iterations, scores; every seventh leaves its stream at once."""
     count = threads * each

@@ -90,7 +90,7 @@ def left(llm) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [500, 5000])
+@pytest.mark.parametrize("count", [2000])
 def test_a_soak_with_aborts(llm, count):
     rng = np.random.default_rng(count)
     engine = llm.engine

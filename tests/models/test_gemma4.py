@@ -231,8 +231,13 @@ def test_preempted(folder):
         assert llm.stats.pages_used == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["tensor=8", "tensor=4", "data=2,tensor=2", "fsdp=2,tensor=4"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("tensor=8", "fsdp=2,tensor=4")),
+        *(pytest.param(mesh, marks=pytest.mark.long) for mesh in ("tensor=4", "data=2,tensor=2")),
+    ],
+)
 def test_over_a_mesh(folder, mesh):
     """Where there are fewer heads than devices they are kept on each, and only there."""
     with LLM(folder, mesh=mesh, **OPTIONS) as llm:
