@@ -294,10 +294,10 @@ VALUES: dict[str, Values] = {
     "position_embedding_type": (ABSENT, "rope"),
     "layers_block_type": _kinds(LINEAR, FULL, "moe", "mlp", given=True),
     **dict.fromkeys(("mlp_hidden_act", "mamba_hidden_act"), (ABSENT, *ACTIVATIONS)),
-    "mamba_ssm_cache_dtype": (ABSENT, "float32"),
+    "mamba_ssm_cache_dtype": (ABSENT, "bfloat16"),
     "moe_shared_expert_intermediate_size": (24, 40),
     "moe_latent_size": (ABSENT, 12, 20),
-    "num_nextn_predict_layers": (ABSENT, 0),
+    "num_nextn_predict_layers": (ABSENT, 1),
     "mtp_layers_block_type": (ABSENT, [FULL, "moe"]),
     **{name: RATES for name in INERT if "drop" in name or name in ("initializer_range", "init_std")},
     **{name: IDS for name in INERT if name.endswith(("_token_id", "_token_index"))},
@@ -355,13 +355,14 @@ OWN_VALUES: dict[tuple[str, str], Values] = {
     **{(family, "moe_intermediate_size"): (16, 8, 24) for family in GEMMA4},  # what its grouped products can do
     **{(family, "layer_types"): _kinds(LINEAR, FULL) for family in (*DELTA_NETS, "granitemoehybrid")},
     **{(family, "head_dim"): (8, 16, 24) for family in DELTA_NETS},
+    # Keys get length one, also those of which laplace cancels all digits but a few.
+    **{(family, "hidden_act"): tuple(act for act in ACTIVATIONS if act != "laplace") for family in DELTA_NETS},
     ("lfm2", "layer_types"): _kinds("conv", FULL),
     ("lfm2_moe", "layer_types"): _kinds("conv", FULL, given=True),
     ("mamba2", "head_dim"): (4, 8, 2),
     ("jamba", "num_experts"): (4, 1, 5),
     ("granitemoehybrid", "num_local_experts"): (4, 0, 5),
     ("granitemoehybrid", "shared_intermediate_size"): (24, 40),
-    ("nemotron_h", "num_key_value_heads"): (1,),
     # Of tokens that are placeholders the embedding is another's.
     **{(family, f"{kind}_token_id"): (ABSENT, 200) for family in GEMMA4 for kind in ("image", "video", "audio")},
 }
