@@ -98,23 +98,6 @@ async def pooling(service: Service, request: Request, body: Json) -> Response:
     return await service.prepared(answer)
 
 
-async def _asked(service: Service, body: Json, read: Callable[[Json], Asked], *tasks: str) -> tuple[Asked, str]:
-    """What is asked for, and the name of the model. Raises what `Service.model` and `read` raise."""
-    model = service.model(body.get("model"), *tasks)
-
-    def checked() -> Asked:
-        asked = read(body)
-        if len(asked.texts) > MOST_TEXTS:
-            raise RequestError(f"{len(asked.texts)} texts are given: at most {MOST_TEXTS} are taken at once", "input")
-        for text in asked.texts:
-            for part in text if isinstance(text, tuple) else (text,):
-                if isinstance(part, str):
-                    service.check_length(part)
-        return asked
-
-    return await service.prepared(checked), model
-
-
 async def tei_embed(service: Service, request: Request, body: Json) -> Response:
     """The vectors of texts, as text-embeddings-inference gives them."""
     asked, _ = await _asked(service, body, tei.embed_request, EMBED)
@@ -144,6 +127,23 @@ async def tei_info(service: Service, request: Request) -> Response:
             "version": __version__,
         }
     )
+
+
+async def _asked(service: Service, body: Json, read: Callable[[Json], Asked], *tasks: str) -> tuple[Asked, str]:
+    """What is asked for, and the name of the model. Raises what `Service.model` and `read` raise."""
+    model = service.model(body.get("model"), *tasks)
+
+    def checked() -> Asked:
+        asked = read(body)
+        if len(asked.texts) > MOST_TEXTS:
+            raise RequestError(f"{len(asked.texts)} texts are given: at most {MOST_TEXTS} are taken at once", "input")
+        for text in asked.texts:
+            for part in text if isinstance(text, tuple) else (text,):
+                if isinstance(part, str):
+                    service.check_length(part)
+        return asked
+
+    return await service.prepared(checked), model
 
 
 async def _vectors(service: Service, request: Request, asked: EmbeddingRequest) -> list[Any]:
