@@ -57,7 +57,7 @@ class ChatRequest(Options):
     """messages: as chat templates take them. tools: JSON schemas, if there are any that may be called. must_call: names
     of those of which one must be; none: nothing must. template: further arguments of `Tokenizer.chat_prompt`. parallel:
     whether there may be several calls. include_reasoning: whether the answer shows it. add_special_tokens: around what
-    the template writes."""
+    the template writes. repeated: what the answer repeats of the request."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -66,6 +66,7 @@ class ChatRequest(Options):
     parallel: bool = True
     include_reasoning: bool = True
     add_special_tokens: bool = False
+    repeated: dict[str, Any] = field(default_factory=dict)
 
 
 def completion_request(body: Any, defaults: SamplingParams) -> CompletionRequest:

@@ -20,8 +20,8 @@ LABELS = ("model", "user", "store", "service_tier", "safety_identifier", "prompt
 STORED = "nothing is stored here: give the whole conversation as input"
 
 
-def response_request(body: Any, defaults: SamplingParams) -> tuple[ChatRequest, Json]:
-    """What is asked for, and what the answer repeats of it. Raises RequestError."""
+def response_request(body: Any, defaults: SamplingParams) -> ChatRequest:
+    """What is asked for. Raises RequestError."""
     fields = Fields(body)
     given, instructions = fields.take("input"), fields.text("instructions")
     messages = [] if instructions is None else [{"role": "system", "content": instructions}]
@@ -69,17 +69,7 @@ def response_request(body: Any, defaults: SamplingParams) -> tuple[ChatRequest, 
     params = defaults.with_changes(**changes, max_tokens=most)
     fields.skip(LABELS)
     fields.end()
-    asked = ChatRequest(
-        messages=conversation(messages),
-        tools=tools if choice != "none" and tools else None,
-        must_call=must,
-        parallel=parallel,
-        template=template,
-        stream=stream,
-        params=params,
-        cache_salt=salt,
-    )
-    echo = {
+    repeated = {
         "instructions": instructions,
         "text": {"format": form},
         "max_output_tokens": most,
@@ -94,7 +84,17 @@ def response_request(body: Any, defaults: SamplingParams) -> tuple[ChatRequest, 
         "presence_penalty": params.presence_penalty,
         "frequency_penalty": params.frequency_penalty,
     }
-    return asked, echo
+    return ChatRequest(
+        messages=conversation(messages),
+        tools=tools if choice != "none" and tools else None,
+        must_call=must,
+        parallel=parallel,
+        template=template,
+        stream=stream,
+        params=params,
+        cache_salt=salt,
+        repeated=repeated,
+    )
 
 
 def _form(given: Any) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _messages(given: Any) -> list[dict[str, Any]]:
 class ResponseWriter(BlockWriter):
     """An answer in the form of a response."""
 
-    def __init__(self, name: str, model: str, echo: Json):
+    def __init__(self, name: str, model: str, repeated: Json):
         super().__init__()
         self._name = name
         self._number = -1
@@ -185,7 +185,7 @@ class ResponseWriter(BlockWriter):
             "top_logprobs": 0,
             "truncation": "disabled",
             "usage": None,
-            **echo,
+            **repeated,
         }
 
     def start(self, counts: Counts) -> bytes:

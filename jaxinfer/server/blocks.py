@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,29 +25,35 @@ from jaxinfer.server.service import Service
 
 async def messages(service: Service, request: Request, body: Json) -> Response:
     """Answers a conversation, in Anthropic's form."""
-    model = service.model(body.get("model"), GENERATE)
-    asked = messages_request(body, chat_defaults(service))
-    return await _answer(service, request, asked, MessageWriter(request.state.name, model))
+    model, name, defaults = service.model(body.get("model"), GENERATE), request.state.name, chat_defaults(service)
+    read = partial(messages_request, body, defaults)
+    return await _answer(service, request, read, lambda _: MessageWriter(name, model))
 
 
 async def count_tokens(service: Service, request: Request, body: Json) -> Response:
     """How many tokens a conversation has."""
     service.model(body.get("model"), GENERATE)
-    asked = messages_request(body, chat_defaults(service), counting=True)
-    prepared = await service.prepared(lambda: service.formats.prepare(asked))
+    defaults = chat_defaults(service)
+    prepared = await service.prepared(lambda: service.formats.prepare(messages_request(body, defaults, counting=True)))
     return json_answer({"input_tokens": len(prepared.ids)})
 
 
 async def responses(service: Service, request: Request, body: Json) -> Response:
     """Answers what may be a conversation."""
-    model = service.model(body.get("model"), GENERATE)
-    asked, echo = response_request(body, chat_defaults(service))
-    return await _answer(service, request, asked, ResponseWriter(request.state.name, model, echo))
+    model, name, defaults = service.model(body.get("model"), GENERATE), request.state.name, chat_defaults(service)
+    read = partial(response_request, body, defaults)
+    return await _answer(service, request, read, lambda asked: ResponseWriter(name, model, asked.repeated))
 
 
-async def _answer(service: Service, request: Request, asked: ChatRequest, writer: BlockWriter) -> Response:
+async def _answer(
+    service: Service,
+    request: Request,
+    read: Callable[[], ChatRequest],
+    make_writer: Callable[[ChatRequest], BlockWriter],
+) -> Response:
     with ExitStack() as stack:
-        run = await begun_chat(service, request, asked, stack)
+        asked, run = await begun_chat(service, request, read, stack)
+        writer = make_writer(asked)
         if asked.stream:
             frames = _frames(service, run, writer, stack.pop_all())
             await anext(frames)

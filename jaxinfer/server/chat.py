@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
 
 from starlette.requests import Request
@@ -23,9 +23,9 @@ from jaxinfer.server.service import Service
 async def chat_completions(service: Service, request: Request, body: Json) -> Response:
     """Answers a conversation."""
     model = service.model(body.get("model"), GENERATE)
-    asked = chat_request(body, chat_defaults(service), service.config.trust_request_chat_template)
+    defaults, own_template = chat_defaults(service), service.config.trust_request_chat_template
     with ExitStack() as stack:
-        run = await begun_chat(service, request, asked, stack)
+        asked, run = await begun_chat(service, request, lambda: chat_request(body, defaults, own_template), stack)
         envelope = Envelope(f"chatcmpl-{request.state.name}", int(time.time()), model)
         if not asked.stream:
             return await while_connected(request.receive, _whole(run, asked, envelope))
@@ -39,12 +39,18 @@ def chat_defaults(service: Service) -> SamplingParams:
     return service.engine.default_sampling_params().with_changes(max_tokens=None)
 
 
-async def begun_chat(service: Service, request: Request, asked: ChatRequest, stack: ExitStack) -> Chat:
-    """The chat on its way, until the stack is closed."""
+async def begun_chat(
+    service: Service, request: Request, read: Callable[[], ChatRequest], stack: ExitStack
+) -> tuple[ChatRequest, Chat]:
+    """The chat on its way, until the stack is closed. read: what is asked for, which takes its time, too."""
     key, name = request.state.key, request.state.name
     others = stack.enter_context(service.admitted(key))
-    work = service.prepared(lambda: begin_chat(service, asked, key, others, name))
-    return await while_connected(request.receive, work)
+
+    def begin() -> tuple[ChatRequest, Chat]:
+        asked = read()
+        return asked, begin_chat(service, asked, key, others, name)
+
+    return await while_connected(request.receive, service.prepared(begin))
 
 
 async def _whole(run: Chat, asked: ChatRequest, envelope: Envelope) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -34,8 +35,8 @@ class Prepared:
 class ChatFormats:
     """What a checkpoint's chat templates show of how its model writes calls and reasoning; or what was said instead."""
 
-    def __init__(self, tokenizer: Tokenizer, tools: str, reasoning: str):
-        self._tokenizer, self._tools, self._reasoning = tokenizer, tools, reasoning
+    def __init__(self, tokenizer: Tokenizer, encode: Callable[[str, bool], list[int]], tools: str, reasoning: str):
+        self._tokenizer, self._encode, self._tools, self._reasoning = tokenizer, encode, tools, reasoning
         self._format = lru_cache(64)(self._made)  # requests may bring templates
 
     def prepare(self, request: ChatRequest) -> Prepared:
@@ -62,7 +63,7 @@ class ChatFormats:
             )
         messages = request.messages if "developer" in source else [_as_system(message) for message in request.messages]
         prompt = self._tokenizer.chat_prompt(messages, request.tools, **request.template)
-        ids = self._tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
+        ids = self._encode(prompt, request.add_special_tokens)
         if special and params.skip_special_tokens and params.detokenize:
             params = replace(params, skip_special_tokens=False)
         known, opened = None if request.tools is None else schemas(request.tools), opened_by(form, prompt)

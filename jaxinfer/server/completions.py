@@ -24,14 +24,15 @@ async def completions(service: Service, request: Request, body: Json) -> Respons
     """Continues prompts."""
     model = service.model(body.get("model"), GENERATE)
     defaults = service.engine.default_sampling_params().with_changes(max_tokens=COMPLETION_TOKENS)
-    asked = completion_request(body, defaults)
     key, name = request.state.key, request.state.name
     with ExitStack() as stack:
         others = stack.enter_context(service.admitted(key))
-        run = await while_connected(
-            request.receive,
-            service.prepared(lambda: begin_completion(service, asked, key, others, name)),
-        )
+
+        def begin() -> tuple[CompletionRequest, Generation]:
+            asked = completion_request(body, defaults)
+            return asked, begin_completion(service, asked, key, others, name)
+
+        asked, run = await while_connected(request.receive, service.prepared(begin))
         envelope = Envelope(f"cmpl-{name}", int(time.time()), model)
         if not asked.stream:
             return await while_connected(request.receive, _whole(service, run, asked, envelope))

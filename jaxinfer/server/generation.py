@@ -154,11 +154,10 @@ def begin_completion(
 ) -> Generation:
     """Encodes the prompts; takes its time. Raises RequestError."""
     _check(service, request, len(request.prompts))
-    tokenizer = service.llm.tokenizer
     groups, texts = [], []
     for prompt in request.prompts:
         text = prompt if isinstance(prompt, str) else None
-        ids = tokenizer.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
+        ids = service.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
         groups.append(_group(service, request, ids, key, others))
         texts.append(text)
     return Generation(service, groups, texts, name)

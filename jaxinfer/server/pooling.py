@@ -40,7 +40,7 @@ Asked = TypeVar("Asked", bound=PoolingRequest)
 
 async def embeddings(service: Service, request: Request, body: Json) -> Response:
     """The vectors of texts."""
-    asked, model = _asked(service, body, embedding_request, EMBED)
+    asked, model = await _asked(service, body, embedding_request, EMBED)
     outputs = await _vectors(service, request, asked)
 
     def answer() -> Response:
@@ -52,7 +52,7 @@ async def embeddings(service: Service, request: Request, body: Json) -> Response
 
 async def classify(service: Service, request: Request, body: Json) -> Response:
     """The classes of texts."""
-    asked, model = _asked(service, body, classify_request, CLASSIFY)
+    asked, model = await _asked(service, body, classify_request, CLASSIFY)
     outputs = await _classes(service, request, asked)
     data = [classified(i, output.outputs) for i, output in enumerate(outputs)]
     return _list_answer(request, "classify", model, data, outputs)
@@ -60,7 +60,7 @@ async def classify(service: Service, request: Request, body: Json) -> Response:
 
 async def score(service: Service, request: Request, body: Json) -> Response:
     """How well documents answer queries."""
-    asked, model = _asked(service, body, score_request, EMBED, CLASSIFY)
+    asked, model = await _asked(service, body, score_request, EMBED, CLASSIFY)
     outputs = await _scores(service, request, asked)
     data = [{"index": i, "object": "score", "score": output.outputs.score} for i, output in enumerate(outputs)]
     return _list_answer(request, "score", model, data, outputs)
@@ -69,10 +69,10 @@ async def score(service: Service, request: Request, body: Json) -> Response:
 async def rerank(service: Service, request: Request, body: Json) -> Response:
     """The documents that answer a query best."""
     if "texts" in body:
-        asked, _ = _asked(service, body, tei.rank_request, EMBED, CLASSIFY)
+        asked, _ = await _asked(service, body, tei.rank_request, EMBED, CLASSIFY)
         outputs = await _scores(service, request, asked)
         return json_answer(tei.ranking(asked, [output.outputs.score for output in outputs]))
-    asked, model = _asked(service, body, ranking_request, EMBED, CLASSIFY)
+    asked, model = await _asked(service, body, ranking_request, EMBED, CLASSIFY)
     outputs = await _scores(service, request, asked)
     scores = [output.outputs.score for output in outputs]
     return json_answer(ranking_body(asked, scores, request.state.name, model, _tokens(outputs)))
@@ -80,7 +80,7 @@ async def rerank(service: Service, request: Request, body: Json) -> Response:
 
 async def pooling(service: Service, request: Request, body: Json) -> Response:
     """What the model makes of texts, or of each of their tokens."""
-    asked, model = _asked(service, body, encoding_request, EMBED, CLASSIFY)
+    asked, model = await _asked(service, body, encoding_request, EMBED, CLASSIFY)
     llm = service.llm
     outputs = await _done(
         service,
@@ -98,24 +98,16 @@ async def pooling(service: Service, request: Request, body: Json) -> Response:
     return await service.prepared(answer)
 
 
-def _asked(service: Service, body: Json, read: Callable[[Json], Asked], *tasks: str) -> tuple[Asked, str]:
-    """What is asked for, and the name of the model. Raises what `Service.model` and `read` raise."""
-    model, asked = service.model(body.get("model"), *tasks), read(body)
-    if len(asked.texts) > MOST_TEXTS:
-        raise RequestError(f"{len(asked.texts)} texts are given: at most {MOST_TEXTS} are taken at once", "input")
-    return asked, model
-
-
 async def tei_embed(service: Service, request: Request, body: Json) -> Response:
     """The vectors of texts, as text-embeddings-inference gives them."""
-    asked, _ = _asked(service, body, tei.embed_request, EMBED)
+    asked, _ = await _asked(service, body, tei.embed_request, EMBED)
     outputs = await _vectors(service, request, asked)
     return await service.prepared(lambda: json_answer([output.outputs.embedding.tolist() for output in outputs]))
 
 
 async def tei_predict(service: Service, request: Request, body: Json) -> Response:
     """The classes of texts, likewise."""
-    asked, _ = _asked(service, body, tei.predict_request, CLASSIFY)
+    asked, _ = await _asked(service, body, tei.predict_request, CLASSIFY)
     outputs = await _classes(service, request, asked)
     answers = [tei.predictions(output, service.engine.pooling.labels) for output in outputs]
     return json_answer(answers[0] if asked.alone else answers)
@@ -135,6 +127,23 @@ async def tei_info(service: Service, request: Request) -> Response:
             "version": __version__,
         }
     )
+
+
+async def _asked(service: Service, body: Json, read: Callable[[Json], Asked], *tasks: str) -> tuple[Asked, str]:
+    """What is asked for, and the name of the model. Raises what `Service.model` and `read` raise."""
+    model = service.model(body.get("model"), *tasks)
+
+    def checked() -> Asked:
+        asked = read(body)
+        if len(asked.texts) > MOST_TEXTS:
+            raise RequestError(f"{len(asked.texts)} texts are given: at most {MOST_TEXTS} are taken at once", "input")
+        for text in asked.texts:
+            for part in text if isinstance(text, tuple) else (text,):
+                if isinstance(part, str):
+                    service.check_length(part)
+        return asked
+
+    return await service.prepared(checked), model
 
 
 async def _vectors(service: Service, request: Request, asked: EmbeddingRequest) -> list[Any]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 from jaxinfer.async_engine import AsyncEngine
-from jaxinfer.errors import EngineClosed, QueueFullError, RequestError, UnsupportedError
+from jaxinfer.errors import ContextLengthError, EngineClosed, QueueFullError, RequestError, UnsupportedError
 from jaxinfer.llm import LLM
 from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.errors import ServerError
@@ -22,6 +22,7 @@ from jaxinfer.server.config import ServerConfig
 from jaxinfer.server.metrics import Metrics
 
 THREADS = 4  # for templates, tokens and models without a cache; more callers wait
+LONG = 2**20  # characters, which take seconds to encode
 Result = TypeVar("Result")
 
 
@@ -41,7 +42,7 @@ class Service:
         thread, default = (llm.engine_thread, llm.get_default_sampling_params) if self.generates else (None, None)
         self.engine = AsyncEngine.over(llm, thread, default, max_queued=config.max_queued)
         if self.generates:
-            self.formats = ChatFormats(llm.tokenizer, config.tool_call_parser, config.reasoning_parser)
+            self.formats = ChatFormats(llm.tokenizer, self.encode, config.tool_call_parser, config.reasoning_parser)
 
     @property
     def generates(self) -> bool:
@@ -71,6 +72,20 @@ class Service:
     async def prepared(self, work: Callable[[], Result]) -> Result:
         """Done in another thread: the event loop has others to serve."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """The ids of a text; takes its time. Raises RequestError."""
+        self.check_length(text)
+        return self.llm.tokenizer.encode(text, add_special_tokens)
+
+    def check_length(self, text: str) -> None:
+        """Raises ContextLengthError for a text that would take long to encode, only to have more tokens than it may."""
+        if len(text) > LONG and len(text) > self.max_model_len * self.llm.tokenizer.longest_text:
+            raise ContextLengthError(
+                f"the text has {len(text)} characters: more than {self.max_model_len} tokens (max_model_len) can have; "
+                "shorten it",
+                "prompt",
+            )
 
     @contextmanager
     def admitted(self, key: int | None) -> Iterator[int]:

@@ -22,11 +22,9 @@ async def tokenize(service: Service, request: Request, body: Json) -> Response:
     fields = Fields(body)
     strings = fields.flag("return_token_strs")
     if "messages" in fields:
-        asked = chat_request(
-            {name: value for name, value in body.items() if name != "return_token_strs"}, SamplingParams()
-        )
         service.model(body.get("model"), GENERATE)
-        ids = await service.prepared(lambda: service.formats.prepare(asked).ids)
+        asked = {name: value for name, value in body.items() if name != "return_token_strs"}
+        ids = await service.prepared(lambda: service.formats.prepare(chat_request(asked, SamplingParams())).ids)
     else:
         text, special = fields.text("prompt"), fields.flag("add_special_tokens", True)
         fields.skip(("model",))
@@ -34,7 +32,7 @@ async def tokenize(service: Service, request: Request, body: Json) -> Response:
         if text is None:
             raise RequestError("prompt must be text: give that, or messages", "prompt")
         prompt = text
-        ids = await service.prepared(lambda: tokenizer.encode(prompt, special))
+        ids = await service.prepared(lambda: service.encode(prompt, special))
     limit = service.max_model_len
     shown = [tokenizer.token_text(token) for token in ids] if strings else None
     return json_answer({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": shown})

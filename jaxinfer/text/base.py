@@ -163,6 +163,11 @@ class Tokenizer(ABC):
         return text
 
     @cached_property
+    def longest_text(self) -> int:
+        """Characters of the longest token's text."""
+        return max((len(self.token_text(token_id)) for token_id in self.known_ids), default=0)
+
+    @cached_property
     def anchor(self) -> tuple[int, str] | None:
         """An id and its text, after which tokens read as they do anywhere inside a text. None if there isn't one."""
         for token_id in sorted(self.known_ids):

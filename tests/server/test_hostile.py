@@ -195,6 +195,18 @@ def test_tokens(client, served_llm):
     assert client.post("/detokenize", json={"tokens": ["a"]}).status_code == 400
 
 
+def test_a_text_that_can_not_fit_is_not_encoded(client, served_llm, monkeypatch):
+    monkeypatch.setattr(served_llm.tokenizer, "encode", lambda *_, **__: pytest.fail("it was"))
+    text = "a" * (2**20 + 1)
+    for path, body in (
+        (COMPLETIONS, {"prompt": text}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("/tokenize", {"prompt": text}),
+    ):
+        error = client.post(path, json=body).json()["error"]
+        assert (error["code"], "characters" in error["message"]) == ("context_length_exceeded", True)
+
+
 def test_metrics_have_vllms_names(client):
     client.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 3, "ignore_eos": True})
     text = client.get("/metrics").text
