@@ -17,7 +17,6 @@ from jaxinfer.errors import RequestError
 from jaxinfer.openai.answers import Json
 from jaxinfer.openai.fields import Fields, kind, prompts
 from jaxinfer.openai.requests import LABELS
-from jaxinfer.tasks.pairs import paired, ranked
 from jaxinfer.tasks.params import PoolingParams
 
 # What vLLM has called the two sides of a score.
@@ -91,6 +90,8 @@ def score_request(body: Any) -> PoolingRequest:
     fields = Fields(body)
     first, second = next((names for names in SIDES if names[0] in fields), SIDES[0])
     queries, documents = (texts_of(name, fields.take(name)) for name in (first, second))
+    from jaxinfer.tasks.pairs import paired  # JAX comes with it
+
     return PoolingRequest(**_given(fields, paired(queries, documents), "use_activation"))
 
 
@@ -159,6 +160,8 @@ def list_body(kind: str, name: str, created: int, model: str, data: list[Json], 
 
 def ranking_body(asked: RankingRequest, scores: list[float], name: str, model: str, tokens: int) -> Json:
     """The best documents, the best first."""
+    from jaxinfer.tasks.pairs import ranked  # JAX comes with it
+
     results = [_ranked(entry, asked.shown) for entry in ranked(asked.documents, scores, asked.top_n)]
     return {"id": f"rerank-{name}", "model": model, "usage": {"total_tokens": tokens}, "results": results}
 

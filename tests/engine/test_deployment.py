@@ -38,7 +38,10 @@ PARAMETERS = {
     # 20.91 and 116.83 billion in their paper (arXiv:2508.10925); their files count bytes of mxfp4.
     "openai/gpt-oss-20b": 20_914_757_184,
     "openai/gpt-oss-120b": 116_829_156_672,
-    "google/gemma-4-26B-A4B-it": 25_233_141_790,  # 25.2 billion, by name; this is of what is written here
+    # Of what is written here; their pages say 25.2, 35 and 32 billion.
+    "google/gemma-4-26B-A4B-it": 25_233_141_790,
+    "Qwen/Qwen3.6-35B-A3B": 34_660_610_688,
+    "ibm-granite/granite-4.0-h-small": 32_207_337_984,
 }
 
 
