@@ -97,7 +97,7 @@ LOADING = Words(
             "show_hidden_metrics_for_version otlp_traces_endpoint collect_detailed_traces kv_cache_metrics "
             "kv_cache_metrics_sample cudagraph_metrics enable_layerwise_nvtx_tracing enable_mfu_metrics "
             "enable_logging_iteration_details enable_mm_processor_stats profiler_config": SERVER,
-            "served_model_name": "there is no server that would give the model a name",
+            "served_model_name": "jaxinfer serve has --served-model-name",
             "use_tqdm_on_load": "on_progress is told what loading waits for",
             "limit_mm_per_prompt enable_mm_embeds interleave_mm_strings media_io_kwargs mm_processor_kwargs "
             "mm_processor_cache_gb mm_processor_cache_type mm_shm_cache_max_object_size_mb mm_encoder_only "
