@@ -32,6 +32,7 @@ from jaxinfer.errors import EngineClosed, QueueFullError, RequestError, Unsuppor
 from jaxinfer.models.tasks import CLASSIFY, GENERATE
 from jaxinfer.pooling import CAN, ClassifyText, PoolingMethods, given
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.tasks.pairs import paired
 from jaxinfer.tasks.params import PoolingParams
 from jaxinfer.tasks.pooling import Text
 from jaxinfer.tasks.stream import Ask, Stream
@@ -253,15 +254,17 @@ class AsyncEngine:
     ) -> ScoringRequestOutput:
         """How well a document answers a query, as `LLM.score` has it. Raises as `embed` does."""
         ask = self.pooling.scoring(given(pooling_params, truncate_prompt_tokens), truncate, chat_template)
-        (output,) = await self.scores([(query, document)], ask)
+        (output,) = await self.scores([query], [document], ask)
         return output
 
-    async def scores(self, pairs: Sequence[tuple[Any, Any]], ask: Ask) -> list[ScoringRequestOutput]:
-        """Of queries and documents; ask: what `pooling.scoring` gives. Otherwise as `answers`."""
+    async def scores(self, queries: list[Any], documents: list[Any], ask: Ask) -> list[ScoringRequestOutput]:
+        """Of each query with its document, or of one query with all; ask: what `pooling.scoring` gives. Otherwise as
+        `answers`."""
         if self.task == CLASSIFY:
-            return await self.answers(pairs, ask)
-        vectors = await self.answers([text for pair in pairs for text in pair], ask)
-        return [self.pooling.similar(a, b, i) for i, (a, b) in enumerate(zip(vectors[::2], vectors[1::2], strict=True))]
+            return await self.answers(paired(queries, documents), ask)
+        vectors = await self.answers([*queries, *documents], ask)
+        pairs = paired(vectors[: len(queries)], vectors[len(queries) :])
+        return [self.pooling.similar(a, b, i) for i, (a, b) in enumerate(pairs)]
 
     async def answers(self, texts: Sequence[Any], ask: Ask) -> list[Any]:
         """The outputs of texts, in order; ask: what a method of `pooling`, such as `embedding`, gives. They are one

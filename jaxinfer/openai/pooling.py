@@ -51,9 +51,16 @@ class EncodingRequest(PoolingRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankingRequest(PoolingRequest):
-    """texts: the query with each document. documents: as they were given. top_n: how many are wanted; None: all.
-    shown: whether the answer has the documents, too."""
+class ScoringRequest(PoolingRequest):
+    """queries: how many of the texts are; documents come after them: one for each, or any number for one."""
+
+    queries: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingRequest(ScoringRequest):
+    """documents: as they were given. top_n: how many are wanted; None: all. shown: whether the answer has the
+    documents, too."""
 
     documents: list[Any]
     top_n: int | None
@@ -85,14 +92,15 @@ def encoding_request(body: Any) -> EncodingRequest:
     return EncodingRequest(**_given(fields, _texts(fields), *names), base64=encoded, task=task)
 
 
-def score_request(body: Any) -> PoolingRequest:
-    """Of scores. texts are pairs: of one query with each document, or of each query with its own."""
+def score_request(body: Any) -> ScoringRequest:
+    """Of scores."""
     fields = Fields(body)
     first, second = next((names for names in SIDES if names[0] in fields), SIDES[0])
     queries, documents = (texts_of(name, fields.take(name)) for name in (first, second))
     from jaxinfer.tasks.pairs import paired  # JAX comes with it
 
-    return PoolingRequest(**_given(fields, paired(queries, documents), "use_activation"))
+    paired(queries, documents)  # or it is refused
+    return ScoringRequest(**_given(fields, [*queries, *documents], "use_activation"), queries=len(queries))
 
 
 def ranking_request(body: Any) -> RankingRequest:
@@ -105,9 +113,8 @@ def ranking_request(body: Any) -> RankingRequest:
         raise RequestError(f"documents must be a list of texts, and is {kind(documents)}", "documents")
     texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in documents]
     top, shown = fields.integer("top_n", 1, 2**31 - 1), fields.flag("return_documents", True)
-    pairs = [(query, text) for text in texts_of("documents", texts)]
-    given = _given(fields, pairs, "use_activation")
-    return RankingRequest(**given, documents=documents, top_n=top, shown=shown)
+    given = _given(fields, [query, *texts_of("documents", texts)], "use_activation")
+    return RankingRequest(**given, queries=1, documents=documents, top_n=top, shown=shown)
 
 
 def _given(fields: Fields, texts: list[Any], *names: str) -> dict[str, Any]:

@@ -53,8 +53,16 @@ def rank_request(body: Any) -> RankingRequest:
     if not query:
         raise RequestError("query must be text, and is empty", "query")
     shown, params = fields.flag("return_text"), _activation(fields)
-    pairs, truncate = [(query, document) for document in documents], _end(fields)
-    return RankingRequest(texts=pairs, params=params, truncate=truncate, documents=documents, top_n=None, shown=shown)
+    texts, truncate = [query, *documents], _end(fields)
+    return RankingRequest(
+        texts=texts,
+        queries=1,
+        params=params,
+        truncate=truncate,
+        documents=documents,
+        top_n=None,
+        shown=shown,
+    )
 
 
 def _activation(fields: Fields) -> PoolingParams:

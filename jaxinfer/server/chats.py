@@ -13,7 +13,7 @@ from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.structured import StructuredOutputsParams
 from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.calls import calls_schema, schemas
-from jaxinfer.text.formats import enforced, message_format, opened_by, reasoning_of, shows_special, tools_of
+from jaxinfer.text.formats import HARMONY, enforced, message_format, opened_by, reasoning_of, shows_special, tools_of
 from jaxinfer.text.scanner import Format, Scanner
 
 AUTO = "auto"
@@ -67,10 +67,7 @@ class ChatFormats:
         if special and params.skip_special_tokens and params.detokenize:
             params = replace(params, skip_special_tokens=False)
         known, opened = None if request.tools is None else schemas(request.tools), opened_by(form, prompt)
-        if params.structured_outputs is not None and opened is not None:
-            asked = StructuredOutputsParams.of(params.structured_outputs)
-            after = asked.after or form.section(opened).closes[0]  # the model may think before
-            params = replace(params, structured_outputs=replace(asked, after=after))
+        params = _after_reasoning(params, form, prompt)
         most = None if request.parallel else 1
         scanners = [Scanner(form, known, opened, most) for _ in range(params.n)]
         return Prepared(ids, params, scanners)
@@ -86,6 +83,20 @@ class ChatFormats:
         special = [self._tokenizer.decode_raw([i]) for i in sorted(self._tokenizer.special_ids)]
         form = message_format(tools, reasoning)
         return (message_format(tools, reasoning, special), True) if shows_special(form, special) else (form, False)
+
+
+def _after_reasoning(params: SamplingParams, form: Format, prompt: str) -> SamplingParams:
+    """What an answer must look like begins after the reasoning, unless the prompt has closed that."""
+    sections = [section for section in form.sections if section.kind == "reasoning"]
+    closed = any(prompt.rstrip().endswith(section.closes) for section in sections)
+    if params.structured_outputs is None or not sections or closed:
+        return params
+    if sections[0] in HARMONY:
+        raise UnsupportedError(
+            "the model writes channels, in which no form of an answer can be enforced; leave it out", "response_format"
+        )
+    asked = StructuredOutputsParams.of(params.structured_outputs)
+    return replace(params, structured_outputs=replace(asked, after=asked.after or sections[0].closes[0]))
 
 
 def _as_system(message: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxinfer.openai.errors import ServerError
 from jaxinfer.openai.pooling import (
     EmbeddingRequest,
     PoolingRequest,
+    ScoringRequest,
     classified,
     classify_request,
     embedding_request,
@@ -158,10 +159,11 @@ async def _classes(service: Service, request: Request, asked: PoolingRequest) ->
     return await _done(service, request, lambda: engine.answers(asked.texts, ask))
 
 
-async def _scores(service: Service, request: Request, asked: PoolingRequest) -> list[Any]:
+async def _scores(service: Service, request: Request, asked: ScoringRequest) -> list[Any]:
     engine = service.engine
     ask = engine.pooling.scoring(asked.params, asked.truncate, None)
-    return await _done(service, request, lambda: engine.scores(asked.texts, ask))
+    queries, documents = asked.texts[: asked.queries], asked.texts[asked.queries :]
+    return await _done(service, request, lambda: engine.scores(queries, documents, ask))
 
 
 async def _done(service: Service, request: Request, work: Callable[[], Awaitable[list[Any]]]) -> list[Any]:

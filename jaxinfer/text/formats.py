@@ -9,7 +9,17 @@ from collections.abc import Collection
 from jaxinfer.text import calls
 from jaxinfer.text.scanner import Format, Section
 
-__all__ = ["REASONING", "TOOLS", "enforced", "message_format", "opened_by", "reasoning_of", "shows_special", "tools_of"]
+__all__ = [
+    "HARMONY",
+    "REASONING",
+    "TOOLS",
+    "enforced",
+    "message_format",
+    "opened_by",
+    "reasoning_of",
+    "shows_special",
+    "tools_of",
+]
 
 _CALLS, _END_OF_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 

@@ -22,7 +22,7 @@ TOOLS = [
     for name, schema in (("weather", CITY), ("time", TIME))
 ]
 ASKED = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120, "temperature": 1.5, "seed": 3}
-PLAIN = TEMPLATE.replace("<think>", "")
+PLAIN = TEMPLATE.replace("<think>", "<think></think>")  # the reasoning is over
 
 
 @pytest.fixture(autouse=True)
@@ -91,11 +91,15 @@ def test_forms(server, client):
         good("weather", answer.json()["content"][0]["text"])
 
 
-def test_after_reasoning_that_the_prompt_has_opened(server, served_llm, monkeypatch):
+def test_after_the_reasoning(server, served_llm, monkeypatch):
     """A random model does not stop to think: what it writes before is free."""
-    monkeypatch.setitem(served_llm.tokenizer.chat_templates.templates, "default", TEMPLATE)
+    templates = served_llm.tokenizer.chat_templates.templates
+    monkeypatch.setitem(templates, "default", TEMPLATE)
     schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as ai:
         message = ai.chat.completions.create(**ASKED, response_format=schema).choices[0].message
         assert message.content in (None, "")
         assert message.reasoning
+        monkeypatch.setitem(templates, "default", TEMPLATE.replace("<think>", "<|channel|>"))
+        with pytest.raises(openai.BadRequestError, match="writes channels"):
+            ai.chat.completions.create(**ASKED, response_format=schema)
