@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -41,12 +42,14 @@ def in_fewer_words(schema: Any) -> Any:
     Formats that JSON Schema doesn't define, OpenAPI's "password" and pydantic's "path", say nothing. `propertyNames`
     that are of an enum or a pattern are properties of these names, and no others.
     """
+    # A pointer begins at the next `$id` above it: where inner parts have one, nothing is looked up.
+    whole = schema if json.dumps(schema).count('"$id":') == ("$id" in schema) else None
 
     def say(part: Part) -> Part:
         if isinstance(part.get("format"), str) and part["format"] not in FORMATS:
             part = _without(part, "format")
         if "propertyNames" in part and part.keys().isdisjoint({"properties", "patternProperties"}):
-            names = _names(part["propertyNames"], schema)
+            names = _names(part["propertyNames"], whole)
             if names is not None:
                 keyword, said = names
                 values = part.get("additionalProperties", True)
