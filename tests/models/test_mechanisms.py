@@ -46,7 +46,6 @@ PACKED = "experts of shares of inputs, in one tensor"
 DELTA_NETS = "delta nets, of which each head of keys has its rows of one tensor, and gated attention"
 MAMBA = "Mamba-2, whose projections are in one tensor, beside attention"
 CONVOLUTIONS = "short convolutions beside attention"
-STATES = DELTA_NETS, MAMBA, CONVOLUTIONS
 BOTH = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 LAYOUTS = {
     "fused qkv, and gates": BASE | {"model_type": "phi3"},
@@ -159,13 +158,14 @@ LAYOUTS = {
 }
 GATES = ("gate", "shared_expert_gate")
 slow, long = (partial(pytest.param, marks=mark) for mark in (pytest.mark.slow, pytest.mark.long))
-every = pytest.mark.parametrize("layout", [slow(name) if name in (TURNED, *STATES) else name for name in LAYOUTS])
+RARE = {name: slow(name) for name in (TURNED, DELTA_NETS, MAMBA)} | {CONVOLUTIONS: long(CONVOLUTIONS)}
+every = pytest.mark.parametrize("layout", [RARE.get(name, name) for name in LAYOUTS])
 # Those whose matrices lie as linears of others do; of TURNS there is a format of its own, see test_gpt_oss.
 linears = pytest.mark.parametrize(
-    "layout", [slow(name) if name in STATES else name for name in LAYOUTS if name not in (TURNS, TURNED, PACKED)]
+    "layout", [RARE.get(name, name) for name in LAYOUTS if name not in (TURNS, TURNED, PACKED)]
 )
 # Where engines are made, or models calibrated, which takes seconds.
-SELDOM = [long(name) if name in STATES[1:] else slow(name) for name in LAYOUTS]
+SELDOM = [long(name) if name in (MAMBA, CONVOLUTIONS) else slow(name) for name in LAYOUTS]
 seldom = pytest.mark.parametrize("layout", SELDOM)
 PROMPT = np.random.default_rng(3).integers(0, 256, 40).tolist()
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8, "max_model_len": 64, "dtype": "float32"}
