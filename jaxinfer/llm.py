@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, NoReturn, Self, Unpack
 
 from jaxinfer.aliases import Words, takes
 from jaxinfer.aliases.loading import LORA
@@ -133,6 +133,9 @@ class LLM(PoolingMethods):
     def __repr__(self) -> str:
         closed = self.engine_thread.closed if self._pooling is None else self._pooling.closed
         return f"<LLM {self.folder}: {'closed' if closed else self.description}>"
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("an LLM can't be pickled or copied, as its weights are on a device: load it where it is to run")
 
     def get_tokenizer(self) -> Tokenizer:
         """`tokenizer`, as vLLM has it."""

@@ -19,6 +19,7 @@ from jaxinfer.engine.outputs import (
     ScoringRequestOutput,
 )
 from jaxinfer.engine.pooling.load import LoadedPooling
+from jaxinfer.engine.prompts import BYTES
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.models.tasks import CLASSIFY, EMBED, GENERATE
 from jaxinfer.tasks.classify import ClassifyTask
@@ -173,6 +174,8 @@ class PoolingMethods:
         `score`, as are the other arguments."""
         ranked([], [], top_n)  # what is wrong is said before anything runs
         params = given(pooling_params, truncate_prompt_tokens)
+        if not isinstance(documents, Iterable) or isinstance(documents, BYTES):
+            raise RequestError.at("documents", f"a list of texts is needed, not {type(documents).__name__}")
         listed = [documents] if isinstance(documents, str | Mapping) else list(documents)
         outputs = self._scored([query], listed, truncate, params, chat_template, use_tqdm, "raise") if listed else []
         return ranked(listed, [_fine(output).outputs.score for output in outputs], top_n)

@@ -95,9 +95,9 @@ def test_what_is_refused(folders, tmp_path):
         )
         cut = llm.classify([("b" * 99, "c" * 63)], truncate=True, use_tqdm=False)[0]
         assert len(cut.prompt_token_ids) == 160
-        assert "a text, or a pair of two, must be strings" in line(
-            lambda: llm.classify([("a", "b", "c")]), RequestError
-        )
+        for wrong in (("a", "b", "c"), ["a", "b"], ("a", None)):
+            problem = line(lambda wrong=wrong: llm.classify([wrong]), RequestError)
+            assert f"a pair is a tuple of two texts, strings or token ids, and not {wrong}" in problem
     copy = tmp_path / "copy"
     shutil.copytree(folders["single"], copy)
     config = json.loads((copy / "config.json").read_text())

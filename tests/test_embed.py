@@ -299,7 +299,7 @@ def test_an_iterable_that_fails(bert):
         ({"dimensions": True}, "dimensions: True is not from 1"),
         ({"normalize": "yes"}, "normalize: 'yes' is neither true nor false"),
         ({"truncate": "yes"}, "truncate: 'yes' is neither true nor false"),
-        ({"truncate_prompt_tokens": 161}, "161 is neither -1 nor up to 160"),
+        ({"truncate_prompt_tokens": 161}, "161 is neither -1 nor from 1 to 160"),
         ({"on_error": "skip"}, "on_error is 'skip'"),
     ],
 )

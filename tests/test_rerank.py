@@ -208,6 +208,7 @@ def test_cross_encoders(class_folders, tmp_path):  # noqa: F811
         assert "2 for 3 queries" in line(lambda: llm.score(["a"] * 3, ["b"] * 2, **QUIET), RequestError)
         assert "give score(queries, documents)" in line(lambda: llm.score("a", **QUIET), RequestError)
         assert "top_n: 0" in line(lambda: llm.rerank("a", ["b"], top_n=0), RequestError)
+        assert "a list of texts is needed, not bytes" in line(lambda: llm.rerank("a", b"b"), RequestError)
         assert "dimensions: score has no use for it" in line(
             lambda: llm.score("a", "b", pooling_params=PoolingParams(dimensions=2)), RequestError
         )

@@ -1,7 +1,9 @@
 """`SentenceTransformer` and `CrossEncoder`: what their namesakes do, and these themselves where they are installed."""
 
+import copy
 import json
 import logging
+import pickle
 import shutil
 import subprocess
 import sys
@@ -42,14 +44,19 @@ def test_vectors(folders, model):  # noqa: F811
         assert model.encode("a").shape == (7,)
         assert model.get_sentence_embedding_dimension() == 7
     assert (model.get_embedding_dimension(), model.truncate_dim) == (128, None)
+    np.testing.assert_array_equal(model.encode(TEXTS, truncate_dim=np.int64(5)), vectors[:, :5])
     assert model.encode([]).shape == (0,)
     states = model.encode(TEXTS, output_value="token_embeddings")
     np.testing.assert_allclose(states[3], np.load(folders["bert"] / "reference.npz")["arr_3"], atol=1e-4)
     assert model.encode("a", output_value="token_embeddings").shape == (2, 128)
     for precision in PRECISIONS:
         np.testing.assert_array_equal(model.encode(TEXTS, precision=precision), quantized(vectors, precision))
+    np.testing.assert_array_equal(model.encode(TEXTS, precision=None), vectors)  # as evaluators have it
     np.testing.assert_allclose(model.similarity(vectors[:2], vectors), wanted[:2] @ wanted.T, atol=TOLERANCE)
     assert model.similarity_pairwise(vectors, vectors) == pytest.approx(1, abs=1e-6)
+    assert "128 dimensions and of 1 can't" in line(lambda: model.similarity(vectors, vectors[:, :1]), RequestError)
+    assert "3 vectors and 2" in line(lambda: model.similarity_pairwise(vectors[:3], vectors[:2]), RequestError)
+    assert "not 'a'" in line(lambda: model.similarity("a", vectors), RequestError)
 
 
 def test_prompts_and_lengths(model):
@@ -71,8 +78,7 @@ def test_prompts_and_lengths(model):
     [
         ({"prompt_name": "document"}, "prompt_name: 'document' is no prompt: there are query"),
         ({"batch_size": 0}, "batch_size: 0 must be an integer of at least 1"),
-        ({"convert_to_tensor": True}, "convert_to_tensor: what comes back is NumPy's"),
-        ({"convert_to_numpy": False}, "convert_to_numpy: what comes back is NumPy's"),
+        ({"prompt": 5}, "prompt: 5 is no text"),
         ({"precision": "int4"}, "precision: 'int4' is none of float32, int8"),
         ({"precision": "int8"}, "precision: int8 is between"),
         ({"output_value": None}, "output_value: None: it is sentence_embedding"),
@@ -96,6 +102,8 @@ def test_pairs(class_folders):  # noqa: F811
         order = np.argsort(-scores)
         ranks = model.rank(QUERY, DOCUMENTS, top_k=2, return_documents=True)
         assert ranks == [{"corpus_id": i, "score": float(scores[i]), "text": DOCUMENTS[i]} for i in order[:2]]
+        assert model.rank(QUERY, iter(DOCUMENTS), 2, True, convert_to_tensor=True, apply_softmax=False) == ranks
+        assert "a list of texts is needed, not str" in line(lambda: model.rank("a", "bc"), RequestError)
         assert model.predict([], batch_size=5).shape == (0,)
         assert (model.num_labels, model.max_length) == (1, 160)
         assert "NumPy's arrays" in line(lambda: model.predict([("a", "b")], activation_fn="Softmax"), UnsupportedError)
@@ -105,7 +113,101 @@ def test_pairs(class_folders):  # noqa: F811
         np.testing.assert_allclose(model.predict(pairs, apply_softmax=True).sum(axis=1), 1, rtol=1e-5)
         np.testing.assert_array_equal(model.predict(pairs, activation_fn=np.abs), np.abs(model.predict(pairs)))
         assert "3 classes" in line(lambda: model.rank("a", ["b"]), UnsupportedError)
+        np.testing.assert_array_equal(model.predict(pair for pair in np.array(pairs)), model.predict(pairs))
+        for wrong in ("ab", ["ab", "cd", "ef"], {"a": "b"}, None, ["ab"]):  # letters are no texts
+            assert "a pair of texts" in line(lambda wrong=wrong: model.predict(wrong), RequestError)
     assert "num_labels is 2" in line(lambda: CrossEncoder(class_folders["single"], 2))
+
+
+@pytest.mark.parametrize("make", [iter, tuple, np.array, lambda texts: dict.fromkeys(texts).keys()])
+def test_any_iterable_of_texts(model, make):
+    np.testing.assert_array_equal(model.encode(make(TEXTS[:3])), model.encode(TEXTS[:3]))
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"a", np.array("a"), np.array([["a"]]), {"text": "a"}, {"a": 1}])
+def test_what_is_no_list(model, wrong):
+    assert line(lambda: model.encode(wrong), RequestError)
+
+
+def test_asked_in_other_ways(model, tmp_path):
+    """As LangChain, LlamaIndex, mteb and evaluators of sentence-transformers do."""
+    query = model.encode_query("a")
+    np.testing.assert_array_equal(model.encode_query(inputs=["a"], prompt_name=None, prompt=None)[0], query)
+    np.testing.assert_array_equal(model.encode_query(["a"], None, "query: ", np.int64(8))[0], query)
+    with pytest.raises(TypeError, match="sentences"):
+        model.encode_query("a", sentences="b")
+    metrics = {"cosine_ndcg@10": 0.5}
+
+    def evaluator(evaluated, output_path):
+        evaluated.model_card_data.set_evaluation_metrics(evaluator, metrics, -1, 3)
+        return metrics
+
+    assert model.evaluate(evaluator, output_path=str(tmp_path)) == metrics
+    card = model.model_card_data
+    assert card.evaluations == [(evaluator, metrics, -1, 3)]
+    assert (card.base_model, card.base_model_revision, card.model_name) == (str(model.llm.folder), None, None)
+    for copied in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="can't be pickled or copied"):
+            copied(model)
+    assert model.to("cpu").eval() is model
+    assert "the model is on cpu" in line(lambda: model.to("cuda"), UnsupportedError)
+
+
+def test_tensors(model, class_folders, monkeypatch):  # noqa: F811
+    """Of those who have imported torch."""
+    torch = pytest.importorskip("torch")
+    vectors = model.encode(TEXTS[:3])
+    tensor = model.encode(TEXTS[:3], convert_to_tensor=True)
+    assert isinstance(tensor, torch.Tensor)
+    np.testing.assert_array_equal(tensor.numpy(), vectors)
+    np.testing.assert_array_equal(model.encode(TEXTS[0], convert_to_tensor=True).numpy(), vectors[0])
+    several = model.encode(TEXTS[:3], convert_to_numpy=False)
+    assert isinstance(several, list)
+    np.testing.assert_array_equal(torch.stack(several).numpy(), vectors)
+    assert model.encode([], convert_to_tensor=True).shape == (0,)
+    states = model.encode(TEXTS[:3], output_value="token_embeddings", convert_to_numpy=False)
+    assert [type(state) for state in states] == [torch.Tensor] * 3
+    for a, b in ((tensor, tensor), (several, several), (vectors, tensor), (tensor[0], tensor)):
+        found = model.similarity(a, b)
+        np.testing.assert_allclose(found.numpy(), model.similarity(vectors, vectors)[: len(found)], atol=1e-6)
+    assert isinstance(model.similarity_pairwise(tensor, tensor), torch.Tensor)
+    assert isinstance(model.similarity(vectors, vectors), np.ndarray)
+    with CrossEncoder(class_folders["one"], max_num_batched_tokens=256) as scorer:
+        pairs = [(QUERY, document) for document in DOCUMENTS]
+        found = scorer.predict(pairs, convert_to_tensor=True)
+        np.testing.assert_array_equal(found.numpy(), scorer.predict(pairs))
+    monkeypatch.delitem(sys.modules, "torch")
+    for option in ({"convert_to_tensor": True}, {"convert_to_numpy": False}):
+        assert "has not imported" in line(lambda option=option: model.encode("a", **option), UnsupportedError)
+
+
+@pytest.mark.slow
+def test_evaluators_of_the_library(folders, class_folders, tmp_path):  # noqa: F811
+    """They find of these models what they find of their own."""
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.cross_encoder.evaluation import CrossEncoderRerankingEvaluator
+    from sentence_transformers.sentence_transformer import evaluation
+
+    queries, documents = {str(i): TEXTS[i] for i in range(4)}, {str(i): text for i, text in enumerate(MORE)}
+    answers = {str(i): {str(i + 1), str(i + 3)} for i in range(4)}
+    samples = [{"query": TEXTS[i], "positive": MORE[i : i + 2], "negative": MORE[i + 2 : i + 5]} for i in range(3)]
+    quiet = {"write_csv": False}
+    evaluators = [
+        evaluation.InformationRetrievalEvaluator(queries, documents, answers, **quiet),
+        evaluation.RerankingEvaluator(samples, **quiet),
+        evaluation.TripletEvaluator(MORE[:3], MORE[1:4], MORE[3:6], **quiet),
+        evaluation.EmbeddingSimilarityEvaluator(MORE[:4], MORE[2:6], [0.1, 0.9, 0.3, 0.5], **quiet),
+        evaluation.TranslationEvaluator(MORE[:4], MORE[1:5], **quiet),
+    ]
+    folder = theirs(folders["bert"], tmp_path / "vectors", None)
+    other = library.SentenceTransformer(str(folder), device="cpu")
+    with SentenceTransformer(folder, max_num_batched_tokens=256) as model:
+        for evaluator in evaluators:
+            assert evaluator(model) == pytest.approx(evaluator(other), abs=1e-4)
+    one = with_padding(shutil.copytree(class_folders["one"], tmp_path / "one"))
+    evaluator = CrossEncoderRerankingEvaluator(samples, **quiet)
+    with CrossEncoder(one, **SMALL) as model:
+        assert evaluator(model) == pytest.approx(evaluator(library.CrossEncoder(str(one), device="cpu")), abs=1e-4)
 
 
 def test_other_models(folders, class_folders):  # noqa: F811

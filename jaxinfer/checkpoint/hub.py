@@ -21,13 +21,18 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(
-    model: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None, weights: bool = True
+    model: str | os.PathLike[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    weights: bool = True,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Path:
     """The local folder of `model`: a folder's path, a hub id ("owner/name", "name"), which is downloaded, or
     the URL of a converted checkpoint (gs://bucket/name), of which all but the weights is.
 
     `revision` (branch, tag or commit) and `token` (None: as stored by the hub's login) belong to hub ids. Downloads go
-    through huggingface_hub's cache; without network, or with HF_HUB_OFFLINE=1, what is cached is used.
+    through huggingface_hub's cache, or into the folder `cache` as one; without network, or with HF_HUB_OFFLINE=1, what
+    is cached is used.
     Without `weights` only what is beside them is downloaded: the tokenizer, above all.
     An existing folder comes first; paths (/, ./, ../, ~, a Path, or a first part that is a folder) are never hub ids.
 
@@ -55,10 +60,12 @@ def resolve(
     owner = name.split("/")[0]
     if owner != name and os.path.isdir(owner):
         raise FileNotFoundError(f"{name}: no such folder (and not taken for a hub id, as the folder {owner} exists)")
-    return _download(name, revision, token, weights)
+    return _download(name, revision, token, weights, cache)
 
 
-def _download(name: str, revision: str | None, token: str | bool | None, weights: bool) -> Path:
+def _download(
+    name: str, revision: str | None, token: str | bool | None, weights: bool, cache: str | os.PathLike[str] | None
+) -> Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
     at = f"{name} (revision {revision})" if revision else name
@@ -69,6 +76,7 @@ def _download(name: str, revision: str | None, token: str | bool | None, weights
                 name,
                 revision=revision,
                 token=token,
+                cache_dir=cache,
                 allow_patterns=list(allow),
                 ignore_patterns=list(ignore),
                 **options,

@@ -154,6 +154,17 @@ def unused(path: str) -> str:
     return os.path.join(os.path.dirname(path), f"{_stem(path)}.{secrets.token_hex(4)}.tmp")
 
 
+@contextlib.contextmanager
+def whole(path: str) -> Iterator[str]:
+    """The name of a file to write, which is at `path` as a whole when the block ends well, and else is not there."""
+    temporary = unused(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
 def put(path: str, content: bytes) -> None:
     """Writes a file of a folder or URL that is being written."""
     fs, inside = file_system(path)

@@ -72,7 +72,10 @@ class NumberOptions:
             raise ValueError("--json prints what --output writes: give only one of them")
         from jaxinfer.places import check_new, local
 
-        check_new(local(self.output, "--output"), f"--output {self.output}")
+        path = local(self.output, "--output")
+        if not os.path.isdir(os.path.dirname(path)):
+            raise ValueError(f"--output {self.output}: there is no folder {os.path.dirname(path)}")
+        check_new(path, f"--output {self.output}")
         if suffix == ".parquet":
             from jaxinfer.batch.parquet import parquet_modules
 
@@ -205,8 +208,11 @@ def run(
             elif suffix is None:
                 print(line(worker, row, new), flush=True)
     if output is not None:
+        from jaxinfer.checkpoint.output import whole
+        from jaxinfer.places import local
+
         content = _content(suffix, done, worker.results, f"{prefix}{column}", precision)
-        with open(output, "wb") as file:
+        with whole(local(output, "--output")) as temporary, open(temporary, "wb") as file:
             file.write(content)
         if not verbosity.quiet:
             typer.echo(f"jaxinfer: {output}: {len(done)} rows{f', {errors} with errors' * bool(errors)}", err=True)

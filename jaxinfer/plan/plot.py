@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.checkpoint.output import unused
+from jaxinfer.checkpoint.output import unused, whole
 from jaxinfer.places import check_new, local
 
 BOUNDS = {"compute": "arithmetic", "memory": "memory", "links": "links between chips"}
@@ -33,13 +33,8 @@ def draw(content: Callable[[Any], None], path: str) -> None:
 
     picture = Figure(figsize=(8, 5), layout="constrained")
     content(picture.subplots())
-    path = local(path, "--plot")
-    temporary = unused(path)
-    try:
+    with whole(local(path, "--plot")) as temporary:
         picture.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def plot(figures: dict[str, Any], path: str) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from jaxinfer.aliases import takes
+from jaxinfer.aliases import ANY, names, takes
 from jaxinfer.checkpoint.cross_encoder import DEFAULT_ACTIVATION, scores_by_logits
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.hub import resolve
@@ -18,10 +18,17 @@ from jaxinfer.layers.vectors import TORCH_ACTIVATIONS
 from jaxinfer.llm import LLM
 from jaxinfer.models.registry import task_of
 from jaxinfer.models.tasks import GENERATE
-from jaxinfer.sentence.face import ASKING, Face, options_of
+from jaxinfer.sentence.face import ASKING, Face, ModelCard, form, listed, options_of
 from jaxinfer.tasks.classify import ClassifyTask, activated, softmax
 from jaxinfer.tasks.pooling import PoolingTask, TextOptions
 from jaxinfer.tasks.template import PairTemplate
+
+PAIRS = "a pair of texts or a list of them"
+# Of `rank`, what it had before version 6 of the library, where it has no effect either.
+BEFORE = names({"convert_to_numpy convert_to_tensor": "scores are floats", "apply_softmax": "a score is of one class"})
+RANKING = dataclasses.replace(
+    ASKING, instead={**ASKING.instead, **BEFORE}, fine={**ASKING.fine, **dict.fromkeys(BEFORE, (ANY,))}
+)
 
 
 class CrossEncoder(Face):
@@ -46,6 +53,7 @@ class CrossEncoder(Face):
         default_prompt_name: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
+        cache_folder: str | None = None,
         model_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ):
@@ -53,12 +61,13 @@ class CrossEncoder(Face):
         activation_fn = ours.pop("activation_fn", activation_fn)
         max_length = ours.pop("max_length", max_length)
         options = {"convert": "classify", "revision": revision, "token": token} | ours
-        folder = resolve(model_name_or_path, revision, token)
+        folder = resolve(model_name_or_path, revision, token, cache=cache_folder)
         by_logits = scores_by_logits(folder) is not None
         makes_text = not by_logits and task_of(read_config(folder)) == GENERATE and "hf_overrides" not in options
         if makes_text:
             options["hf_overrides"] = {"classifier_from_token": ["no", "yes"], "method": "from_2_way_softmax"}
-        super().__init__(LLM(folder, **options), device, prompts, default_prompt_name)
+        card = ModelCard(os.fspath(model_name_or_path), revision)
+        super().__init__(LLM(folder, **options), card, device, prompts, default_prompt_name)
         if num_labels not in (None, self.num_labels):
             raise ValueError(f"num_labels is {num_labels!r}: {folder} has {self.num_labels}")
         self._task = ClassifyTask(self.loaded)
@@ -90,7 +99,7 @@ class CrossEncoder(Face):
     @takes(ASKING)
     def predict(
         self,
-        sentences: Sequence[Any],
+        sentences: Iterable[Any],
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
@@ -98,15 +107,18 @@ class CrossEncoder(Face):
         activation_fn: Any = None,
         apply_softmax: bool | None = False,
         convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
         device: str | None = None,
     ) -> Any:
         """Scores f32[N] of pairs, of a model of one class, or f32[N, C]; of a single pair one row of it. apply_softmax:
-        of several classes, after the activation. batch_size: as for `SentenceTransformer.encode`."""
-        self._check(batch_size, convert_to_numpy, device)
-        single = len(sentences) == 2 and all(isinstance(part, str) for part in sentences)
-        pairs = [tuple(pair) for pair in ([sentences] if single else sentences)]
+        of several classes, after the activation. sentences: any iterable of pairs. The rest: as for
+        `SentenceTransformer.encode`."""
+        self._check(batch_size, device)
+        pairs, given = listed(sentences, PAIRS, most=2), form(convert_to_numpy, convert_to_tensor)
+        single = len(pairs) == 2 and all(isinstance(part, str) for part in pairs)
+        pairs = [tuple(listed(pair, "a pair of texts")) for pair in ([pairs] if single else pairs)]
         if not pairs:
-            return np.array([])
+            return given(np.array([]))
         activation = self.activation_fn if activation_fn is None else _activation(activation_fn)
         found = self._outputs(self._task, pairs, self._prompt(prompt, prompt_name), False, show_progress_bar)
         scores = activation(np.stack([output.probs for output in found]))
@@ -114,13 +126,14 @@ class CrossEncoder(Face):
             scores = scores[:, 0]
         elif apply_softmax:
             scores = softmax(scores)
+        scores = given(scores)
         return scores[0] if single else scores
 
-    @takes(ASKING)
+    @takes(RANKING)
     def rank(
         self,
         query: str,
-        documents: Sequence[str],
+        documents: Iterable[str],
         top_k: int | None = None,
         return_documents: bool = False,
         prompt_name: str | None = None,
@@ -133,8 +146,9 @@ class CrossEncoder(Face):
         """Documents by their scores, the best first: `corpus_id`, `score`, and with return_documents `text`."""
         if self.num_labels != 1:
             raise UnsupportedError(f"rank: the model has {self.num_labels} classes, and a score is of one: use predict")
+        texts = listed(documents, "a list of texts", "documents")
         scores = self.predict(
-            [(query, document) for document in documents],
+            [(query, text) for text in texts],
             prompt_name=prompt_name,
             prompt=prompt,
             batch_size=batch_size,
@@ -143,8 +157,8 @@ class CrossEncoder(Face):
             device=device,
         ).tolist()
         order = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
-        text = (lambda i: {"text": documents[i]}) if return_documents else (lambda _: {})
-        return [{"corpus_id": i, "score": scores[i], **text(i)} for i in order]
+        shown = (lambda i: {"text": texts[i]}) if return_documents else (lambda _: {})
+        return [{"corpus_id": i, "score": scores[i], **shown(i)} for i in order]
 
 
 def _activation(given: Any) -> Callable[[np.ndarray], np.ndarray]:

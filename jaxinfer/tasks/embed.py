@@ -10,6 +10,7 @@ import numpy as np
 from jaxinfer.engine.outputs import EmbeddingOutput, EmbeddingRequestOutput
 from jaxinfer.engine.pooling.packing import Row
 from jaxinfer.errors import RequestError
+from jaxinfer.sampling.ids import is_id
 from jaxinfer.tasks.pooling import PoolingTask
 
 
@@ -39,7 +40,7 @@ class EmbedTask(PoolingTask[EmbeddingRequestOutput]):
         if normalize not in (None, True, False):
             raise RequestError.at("normalize", f"{normalize!r:.100} is neither true nor false")
         if dimensions is not None:
-            if not isinstance(dimensions, int) or isinstance(dimensions, bool) or not 1 <= dimensions <= size:
+            if not is_id(dimensions) or not 1 <= dimensions <= size:
                 raise RequestError.at("dimensions", f"{dimensions!r:.100} is not from 1 to {size}, which vectors have")
             if isinstance(trained, list) and dimensions not in trained and dimensions != size:
                 raise RequestError.at(

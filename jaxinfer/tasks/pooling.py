@@ -17,7 +17,7 @@ from jaxinfer.engine.pooling.packing import Row
 from jaxinfer.engine.pooling.reader import Reader
 from jaxinfer.engine.prompts import BYTES
 from jaxinfer.errors import ContextLengthError, RequestError, placed
-from jaxinfer.sampling.ids import are_ids, token_ids
+from jaxinfer.sampling.ids import are_ids, is_id, token_ids
 from jaxinfer.tasks.template import PairTemplate
 from jaxinfer.text.encoding import Truncation
 
@@ -110,8 +110,8 @@ class PoolingTask(ABC, Generic[PoolingOut]):
         """truncate_prompt_tokens: -1 is as many as a text may have. chat_template: of pairs. Raises RequestError."""
         most = self.loaded.max_model_len
         wanted = truncate_prompt_tokens
-        if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or not -1 <= wanted <= most):
-            raise RequestError.at("truncate_prompt_tokens", f"{wanted!r:.100} is neither -1 nor up to {most}")
+        if wanted is not None and (not is_id(wanted) or wanted == 0 or not -1 <= wanted <= most):
+            raise RequestError.at("truncate_prompt_tokens", f"{wanted!r:.100} is neither -1 nor from 1 to {most}")
         if not isinstance(truncate, bool):
             raise RequestError.at("truncate", f"{truncate!r:.100} is neither true nor false")
         template = self._template if chat_template is None else PairTemplate(self.tokenizer, chat_template)
@@ -188,6 +188,8 @@ class PoolingTask(ABC, Generic[PoolingOut]):
 
     def _ids(self, text: Any) -> list[int]:
         what = "a text, or a pair of two, must be strings or" if self.pairs else "a text must be a string or"
+        if self.pairs and isinstance(text, tuple | list) and any(isinstance(part, str) for part in text):
+            raise RequestError(f"a pair is a tuple of two texts, strings or token ids, and not {text!r:.80}", "prompt")
         if isinstance(text, BYTES):
             raise RequestError(f"{what} a list of token ids, not {type(text).__name__}: decode it", "prompt")
         ids, vocab = token_ids(text, what), self.engine.model.config.vocab_size

@@ -20,7 +20,10 @@ PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 
 def vectors_of(x: Any, rows: bool = True) -> np.ndarray:
     """f32[N, D] of what may be lists; rows: of a single one, too. Raises RequestError."""
-    array = np.asarray(x, np.float32)
+    try:
+        array = np.asarray(x, np.float32)
+    except (TypeError, ValueError):
+        raise RequestError(f"vectors are numbers, all as many, and not {x!r:.80}", "embeddings") from None
     if array.ndim == 1 and rows:
         array = array[None]
     if array.ndim not in (1, 2) or (rows and array.ndim != 2):
@@ -31,6 +34,7 @@ def vectors_of(x: Any, rows: bool = True) -> np.ndarray:
 def similarity(name: str, a: Any, b: Any) -> np.ndarray:
     """f32[A, B] of vectors [A, D] and [B, D]: cosine, dot, euclidean or manhattan; distances are negative."""
     a, b = vectors_of(a), vectors_of(b)
+    _check_widths(a, b)
     if name in DISTANCES:
         return np.stack([-DISTANCES[name](row - b) for row in a]) if len(a) else np.zeros((0, len(b)), np.float32)
     product: np.ndarray = normalized(a) @ normalized(b).T if name == "cosine" else a @ b.T
@@ -40,11 +44,21 @@ def similarity(name: str, a: Any, b: Any) -> np.ndarray:
 def pairwise_similarity(name: str, a: Any, b: Any) -> np.ndarray:
     """f32[N] of vectors [N, D] and [N, D]."""
     a, b = vectors_of(a, rows=False), vectors_of(b, rows=False)
+    _check_widths(a, b)
+    if a.ndim == b.ndim == 2 and len(a) != len(b) and 1 not in (len(a), len(b)):
+        raise RequestError(f"{len(a)} vectors and {len(b)} are no pairs: give as many of each", "embeddings")
     if name in DISTANCES:
         return -DISTANCES[name](a - b)
     a, b = (normalized(a), normalized(b)) if name == "cosine" else (a, b)
     products: np.ndarray = np.sum(a * b, axis=-1)
     return products
+
+
+def _check_widths(a: np.ndarray, b: np.ndarray) -> None:
+    """Raises RequestError."""
+    if a.shape[-1] != b.shape[-1]:
+        wrong = f"vectors of {a.shape[-1]} dimensions and of {b.shape[-1]} can't be compared: cut none of them, or all"
+        raise RequestError(wrong, "embeddings")
 
 
 def quantized(vectors: np.ndarray, precision: str) -> np.ndarray:

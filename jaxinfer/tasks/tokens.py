@@ -39,7 +39,7 @@ class TokenTask(PoolingTask[TokensOutput]):
             if options.tag is not None:
                 numbers = numbers[np.asarray(row.ids) == options.tag]
             data = options.finish(numbers)
-            data = np.ascontiguousarray(data if options.columns is None else data[:, options.columns])
+            data = np.array(data if options.columns is None else data[:, options.columns], order="C")  # of its own
             error = None if np.isfinite(data).all() else not_finite("output")
             yield TokensOutput(row.place, row.ids, row.place, error, outputs=PoolingOutput(data))
 

@@ -218,6 +218,9 @@ def test_offline(cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert hub.resolve("me/tiny") == main
     assert hub.resolve("me/tiny", revision="branch") == branch
     assert hub.resolve("me/tiny", revision="f" * 40) == branch
+    elsewhere = fill(cache.with_name("elsewhere"), "me/third")
+    assert hub.resolve("me/third", cache=cache.with_name("elsewhere")) == elsewhere
+    refused(ConnectionError, "not in the hub's cache", "me/third")
     assert caplog.text == ""
     refused(ConnectionError, "not in the hub's cache, and offline mode is on; unset HF_HUB_OFFLINE", "me/other")
 

@@ -119,6 +119,8 @@ def test_ranking(cli, bert, tmp_path):
 def test_mistakes(cli, bert, single, tmp_path):
     assert "nothing.jsonl" in cli("embed", "nothing.jsonl", "-m", bert).error()
     assert "its name must end in .npy, .jsonl, .parquet" in cli("embed", "a", "-o", "a.txt", "-m", bert).error()
+    nowhere = tmp_path / "nowhere"  # said before anything runs
+    assert f"there is no folder {nowhere}" in cli("embed", "a", "-o", nowhere / "a.npy", "-m", bert).error()
     assert "give only one of them" in cli("embed", "a", "-o", tmp_path / "a.npy", "--json", "-m", bert).error()
     assert "'passage' is no prompt" in cli("embed", "a", "--prompt-name", "passage", "-m", bert).error()
     assert "gives texts classes" in cli("embed", "a", "-m", single).error()
