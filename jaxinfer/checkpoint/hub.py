@@ -25,7 +25,7 @@ def resolve(
     revision: str | None = None,
     token: str | bool | None = None,
     weights: bool = True,
-    cache: str | os.PathLike[str] | None = None,
+    cache: str | Path | None = None,
 ) -> Path:
     """The local folder of `model`: a folder's path, a hub id ("owner/name", "name"), which is downloaded, or
     the URL of a converted checkpoint (gs://bucket/name), of which all but the weights is.
@@ -64,7 +64,7 @@ def resolve(
 
 
 def _download(
-    name: str, revision: str | None, token: str | bool | None, weights: bool, cache: str | os.PathLike[str] | None
+    name: str, revision: str | None, token: str | bool | None, weights: bool, cache: str | Path | None
 ) -> Path:
     from huggingface_hub import HfApi, errors, snapshot_download
 
