@@ -73,6 +73,26 @@ def test_prompts_and_lengths(model):
     model.max_seq_length = 160
 
 
+@pytest.mark.parametrize(("said", "length"), [(7, 7), (10**30, 160), (1e30, 160), (None, 160)])
+def test_the_tokenizer_says_how_long_texts_are(folders, tmp_path, said, length):  # noqa: F811
+    """As newer versions of the library write it."""
+    folder = shutil.copytree(folders["bert"], tmp_path / "bert")
+    limited(folder, said)
+    with SentenceTransformer(folder) as model:
+        assert model.max_seq_length == length
+    limited(folder, "7")
+    assert "model_max_length is '7': it must be an integer" in line(lambda: SentenceTransformer(folder))
+
+
+def limited(folder, length):
+    """With a tokenizer that says so; the model itself says nothing."""
+    for name, content in (("sentence_bert_config.json", {}), ("tokenizer_config.json", {"model_max_length": length})):
+        file = folder / name
+        there = json.loads(file.read_text()) if file.exists() else {}
+        there.pop("max_seq_length", None)
+        file.write_text(json.dumps(there | content))
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
@@ -267,6 +287,8 @@ def test_against_sentence_transformers(folders, tmp_path):  # noqa: F811
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
     for i, pooling in enumerate([None, *POOLINGS, ["mean", "cls", "lasttoken"]]):
         folder = theirs(folders["bert"], tmp_path / str(i), pooling)
+        if i % 2:
+            limited(folder, 20)
         other = library.SentenceTransformer(str(folder), device="cpu")
         with SentenceTransformer(folder, max_num_batched_tokens=256) as model:
             for options in ({}, {"prompt_name": "query"}, {"truncate_dim": 16, "normalize_embeddings": True}):

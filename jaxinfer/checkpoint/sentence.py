@@ -260,6 +260,14 @@ def lengths(folder: Path, task: str = "feature-extraction") -> Json:
     return found
 
 
+def read_max_length(folder: Path) -> int | None:
+    """How long a text may be by tokenizer_config.json, where newer sentence-transformers say it; None: nothing is said.
+    Where transformers knows no limit it writes 10**30. Raises CheckpointError."""
+    fields = _fields(folder, "tokenizer_config.json")
+    said = fields.data.get("model_max_length")
+    return None if said is None else fields.integer("model_max_length", maximum=10**31)
+
+
 def said(root: Path, model_type: str = "SentenceTransformer") -> tuple[ConfigReader, Json]:
     """What is said for all modules together, as it is and checked. Raises CheckpointError."""
     fields = _fields(root, SAID)

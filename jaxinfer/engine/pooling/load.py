@@ -18,7 +18,7 @@ from jaxinfer import distributed
 from jaxinfer.checkpoint.cross_encoder import CrossEncoderModel
 from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.open import Weights, load_weights, open_weights
-from jaxinfer.checkpoint.sentence import SentenceModel, read_steps
+from jaxinfer.checkpoint.sentence import SentenceModel, read_max_length, read_steps
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.checkpoint.static import read_table
 from jaxinfer.compile_cache import enable_compile_cache, executables_folder
@@ -270,9 +270,11 @@ def _sentence(opened: Opened, shape: ModelConfig) -> SentenceModel:
 
 
 def text_length(opened: Opened, sentence: SentenceModel | None, shape: ModelConfig) -> int:
-    """How many tokens a text may have. Raises ValueError."""
+    """How many tokens a text may have: as many as is said beside the model, or else of its tokenizer. Raises
+    ValueError."""
     spoken = sentence or opened.pairs
     wanted, said = opened.settings["max_model_len"], None if spoken is None else spoken.max_seq_length
+    said = read_max_length(opened.folder) if said is None else said
     if wanted is not None and wanted > shape.max_context:
         raise ValueError(
             f"max_model_len is {wanted}: {opened.folder / 'config.json'} defines the model for at most "
