@@ -2,9 +2,9 @@
 
     python benchmarks/grammars.py --peer-python P [--runs N] [--json FILE]
 
-P is a Python with numpy, tokenizers and outlines-core. CPU time, in which nothing is kept from one run to the next;
-each system in a process of its own, asked in turn; medians, and of masks the slowest in a hundred, too. The tokenizer
-is that of structured_output.py.
+P is a Python with numpy, tokenizers and outlines-core. CPU time, in which nothing is kept from one run to the next.
+Each system is in a process of its own, asked in turn; medians, and of masks the slowest in a hundred, too. The
+tokenizer is that of structured_output.py.
 """
 
 from __future__ import annotations
