@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from jaxinfer.checkpoint.adapter import Adapter
 from jaxinfer.checkpoint.contents import beside
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.hf import HfWriter, config_of
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.load import FLOATS
+from jaxinfer.checkpoint.merged import MergedCheckpoint
 from jaxinfer.checkpoint.open import Weights, dtypes_of, load_weights, open_weights
 from jaxinfer.checkpoint.orbax import MANIFEST, WEIGHTS, Converted, converted_config, manifest, save
 from jaxinfer.checkpoint.output import Format, check_destination, put, put_beside, written
@@ -70,9 +72,13 @@ def convert(
     mesh: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     show_progress: bool = True,
 ) -> Conversion:
     """Writes a checkpoint in another form: quantized, in another dtype, as `LLM` and all commands take it.
+
+    adapter: the folder or hub id of a low-rank adapter in PEFT's format, which is merged into it; what is written is
+    the sum in the base's dtypes, quantized after that. Its tokenizer counts, where it has one.
 
     output: a folder or gs:// URL that is not there yet; it is there as a whole or not at all. format: "orbax", which is
     restored straight into shards, on any mesh; "hf", safetensors as on the hub, in compressed-tensors' format if
@@ -87,7 +93,15 @@ def convert(
     check_destination(output, format)
     folder = resolve(model, settings["revision"], settings["token"])
     config = read_config(folder)
-    with open_weights(folder) as weights:
+    with contextlib.ExitStack() as stack:
+        weights, folders = open_weights(folder), [folder]
+        stack.enter_context(weights)
+        if adapter is not None:
+            if isinstance(weights, Converted):
+                raise ValueError(f"{folder}: was written by convert: merge into the checkpoint that it was made from")
+            own = stack.enter_context(Adapter(resolve(adapter, None, settings["token"])))
+            weights = stack.enter_context(MergedCheckpoint(folder, own, config))
+            config, folders = weights.content, [folder, own.folder]
         config = as_stored(config, weights)
         if isinstance(weights, Converted):
             weights.check(settings["quantization"])
@@ -96,7 +110,7 @@ def convert(
             config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": str(kept)}
         abstract = AbstractModel.from_config(config, kept, settings["quantization"])
         placement = placement_for(abstract, settings["mesh"])
-        with writing(output, format, abstract, config, folder) as add:
+        with writing(output, format, abstract, config, *folders) as add:
             times = [time.perf_counter()]
             with bar("Read", abstract.nbytes, show_progress) as read:
                 params = load_weights(abstract, weights, placement, read)
@@ -118,11 +132,13 @@ def convert(
 
 @contextlib.contextmanager
 def writing(
-    output: str, format: Format, model: AbstractModel, config: Mapping[str, Any], folder: Path
+    output: str, format: Format, model: AbstractModel, config: Mapping[str, Any], *folders: Path
 ) -> Iterator[Callable[[Params], None]]:
     """What takes a model's parameters, a few at a time or all at once, and writes them. config: config.json's content.
-    folder: where all else is that belongs to the checkpoint. Raises ValueError for what the format can't have."""
-    beside(folder)  # what can't be copied shows now
+    folders: where all else is that belongs to the checkpoint, of what is in several the last counts. Raises ValueError
+    for what the format can't have."""
+    for folder in folders:
+        beside(folder)  # what can't be copied shows now
     if format == "hf":
         if model.weights.beside:
             log.warning("%s: the text model alone is written, without what sees or hears", output)
@@ -130,14 +146,16 @@ def writing(
             with HfWriter(model, path) as writer:
                 yield writer.add
             put(f"{path}/config.json", json.dumps(config_of(model, config), indent=2).encode())
-            put_beside(folder, path)
+            for folder in folders:
+                put_beside(folder, path)
         return
     params: Params = {}
     with written(output) as path:
         yield params.update
         save(params, f"{path}/{WEIGHTS}")
         put(f"{path}/config.json", json.dumps(converted_config(model, config), indent=2).encode())
-        put_beside(folder, path)
+        for folder in folders:
+            put_beside(folder, path)
         put(f"{path}/{MANIFEST}", manifest(params, f"{path}/{WEIGHTS}"))  # last, as it says that all is there
         params.clear()
 

@@ -15,7 +15,7 @@ PIECES = ("tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "spm.mod
 SMALL = ("*.json", "*.jinja", *PIECES, "merges.txt", "vocab.txt")
 ALLOW = (*SMALL, "*.safetensors")
 # Where a repository has no safetensors: what transformers would take.
-PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin")
+PICKLED = ("pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin")
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 PICKLED_OTHER = ("training_args.bin", "optimizer*", "scheduler*", "rng_state*", "scaler*")
 IGNORE = ("consolidated*.safetensors",)
@@ -23,7 +23,14 @@ IGNORE = ("consolidated*.safetensors",)
 TEMPLATES = ("chat_templates/*.jinja", "additional_chat_templates/*.jinja")
 # What goes along with weights: the tokenizer, how to generate, and what must not be separated from them.
 BESIDE = (*SMALL, "LICENSE*", "NOTICE*")
-NOT_BESIDE = ("config.json", "*.index.json", "quantize_config.json", "quant_config.json", "jaxinfer.json")
+NOT_BESIDE = (
+    "config.json",
+    "adapter_config.json",
+    "*.index.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "jaxinfer.json",
+)
 
 
 def belonging(names: Iterable[str], allow: Iterable[str] = ALLOW, ignore: Iterable[str] = IGNORE) -> list[str]:

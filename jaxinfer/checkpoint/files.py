@@ -83,6 +83,8 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = check_folder(folder) / "config.json"
     if not os.path.lexists(path):
+        if os.path.lexists(path.with_name("adapter_config.json")):
+            raise CheckpointError(f"{folder}: has only an adapter: jaxinfer merge BASE {folder} DST writes the model")
         raise FileNotFoundError(f"{path}: no such file; give the folder of a checkpoint in Hugging Face's format")
     config = lifted(read_json(path), *QUANTIZATION_FIELDS)
     model_type = config.get("model_type")

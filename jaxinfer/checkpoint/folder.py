@@ -164,7 +164,9 @@ def _find(folder: Path) -> tuple[Kind, list[str], dict[str, str] | None]:
             return kind, _one_set(folder, kind, files), None
     adapter = next((kind.adapter for kind in (SAFETENSORS, PICKLED) if kind.adapter in names), None)
     if adapter is not None:
-        raise ValueError(f"{folder}: has only an adapter ({adapter}); load its base model and apply the adapter to it")
+        raise ValueError(
+            f"{folder}: has only an adapter ({adapter}): jaxinfer merge BASE {folder} DST writes the model"
+        )
     raise _no_weights(folder, names)
 
 

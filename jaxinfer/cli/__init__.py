@@ -33,6 +33,7 @@ COMMANDS = (
     "compile",
     "compare",
     "convert",
+    "merge",
     "quantize",
     "lm-eval",
     "models",

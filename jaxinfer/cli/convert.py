@@ -60,10 +60,11 @@ def convert(
     if as_json:
         print(json.dumps(dataclasses.asdict(done)))
     else:
-        _print(done)
+        show(done)
 
 
-def _print(done: Conversion) -> None:
+def show(done: Conversion) -> None:
+    """For people."""
     print(f"{done.output}: {done.bytes:,} bytes of weights in {done.precision}")
     doing = "loading and quantizing" if "," in done.precision else "loading"
     ratio = done.restore_ratio
