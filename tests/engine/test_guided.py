@@ -138,7 +138,7 @@ def test_forced_tokens_are_the_same(llm, mixed, alone, monkeypatch):
 @pytest.mark.slow
 def test_preempted_ones_go_on(checkpoints, mixed, alone):
     with LLM(
-        checkpoints("llama").folder, kv_cache_memory=24 * 8 * 2 * 2 * 2 * 8 * 4, max_model_len=184, **OPTIONS
+        checkpoints("llama").folder, kv_cache_memory=15 * 8 * 2 * 2 * 2 * 8 * 4, max_model_len=112, **OPTIONS
     ) as llm:
         assert tokens(llm.generate(*mixed, use_tqdm=False)) == tokens(alone)
         assert llm.stats.preemptions > 0
