@@ -86,10 +86,6 @@ class Adapter:
         """A tensor, or a part of it, as float32."""
         return self._file.read(self.info(name), index).astype(np.float32)
 
-    def raw(self, name: str, index: tuple[slice, ...] | None = None) -> Array:
-        """The same as it is stored."""
-        return self._file.read(self.info(name), index)
-
     def changes_nothing(self) -> bool:
         """Whether all it has are factors whose product is 0: what PEFT makes before it is trained."""
         return not self.saved and not any(

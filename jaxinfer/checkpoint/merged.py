@@ -4,6 +4,7 @@ for as one."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -80,6 +81,8 @@ class MergedCheckpoint(Checkpoint):
             )
         super().__init__(folder)
         self._adapter, self._stored = adapter, dict(self.tensors)
+        # Those of all experts are asked for by each of them in turn, and the others by each part of a tensor.
+        self._factor = functools.lru_cache(4)(adapter.read)
         architecture, shape = parse_config(config)
         self._names, self._model_type = architecture.weights(shape), str(config.get("model_type"))
         self._own = {self._names.own(name): name for name in self.tensors}
@@ -127,7 +130,7 @@ class MergedCheckpoint(Checkpoint):
         change = low.change
         assert change.a is not None
         assert change.b is not None
-        a, b = self._adapter.read(change.a), self._adapter.read(change.b)
+        a, b = self._factor(change.a), self._factor(change.b)
         *first, rows, columns = (*parts[:-2], *parts[-2:][::-1]) if low.turned else parts
         rows_of = slice(low.first, low.first + low.rows)
         if low.experts:

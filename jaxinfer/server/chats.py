@@ -68,7 +68,6 @@ class ChatFormats:
             params = replace(params, skip_special_tokens=False)
         known, opened = None if request.tools is None else schemas(request.tools), opened_by(form, prompt)
         params = _after_reasoning(params, form, prompt)
-        most = None if request.parallel else 1
         scanners = [Scanner(form, known, opened, most) for _ in range(params.n)]
         return Prepared(ids, params, scanners)
 
