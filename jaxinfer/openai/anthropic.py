@@ -70,7 +70,6 @@ def _form(fields: Fields) -> dict[str, Any]:
     config = fields.inner("output_config")
     asked = [fields.inner("output_format"), None if config is None else config.inner("format")]
     if config is not None:
-        config.skip(("effort",))
         config.end()
     for form in asked:
         if form is not None:

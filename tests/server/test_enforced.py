@@ -89,6 +89,8 @@ def test_forms(server, client):
         )
         assert answer.status_code == 200, answer.text
         good("weather", answer.json()["content"][0]["text"])
+    answer = client.post("/v1/messages", json=body | {"output_config": {"effort": "low"}})
+    assert (answer.status_code, "effort" in answer.text) == (400, True)
 
 
 def test_after_the_reasoning(server, served_llm, monkeypatch):
