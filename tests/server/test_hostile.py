@@ -3,12 +3,14 @@
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import httpx2 as httpx
 import pytest
 
 from jaxinfer.server import answers
+from jaxinfer.text import renderer
 from tests.settled import settled
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -182,6 +184,34 @@ def test_a_full_queue_says_429(serve, served_llm, slowly):
         assert refused.headers["retry-after"]
         assert refused.json()["error"]["type"] == "rate_limit_error"
     settled(served_llm)
+
+
+TEMPLATES = {
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "0.5 s of processor time",
+    "{{ 7 ** 30000000 }}": "0.5 s of processor time",
+    "{{ 'x' * 1500000000 }}": "MiB of memory",
+}
+
+
+def test_templates_that_take_too_much_keep_nobody_waiting(serve, served_llm, monkeypatch):
+    """In worker processes: what Python would hold its lock for keeps the event loop from nothing."""
+    monkeypatch.setattr(renderer, "SECONDS", 0.5)
+    server = serve(trust_request_chat_template=True)
+    chat = {"messages": USER, "max_tokens": 2}
+    with httpx.Client(base_url=server.url, timeout=60) as client, ThreadPoolExecutor(3) as pool:
+        plain = client.post(CHAT, json=chat).json()["usage"]  # its programs are there now
+        attacks = [pool.submit(client.post, CHAT, json=chat | {"chat_template": source}) for source in TEMPLATES]
+        served, longest = 0, 0.0
+        while not all(attack.done() for attack in attacks):
+            start = time.monotonic()
+            assert client.post(CHAT, json=chat).json()["usage"]["prompt_tokens"] == plain["prompt_tokens"]
+            served, longest = served + 1, max(longest, time.monotonic() - start)
+        for attack, limit in zip(attacks, TEMPLATES.values(), strict=True):
+            error = attack.result().json()["error"]
+            assert (attack.result().status_code, error["param"]) == (400, "chat_template")
+            assert limit in error["message"]
+    assert served > 1
+    assert longest < 10  # however busy the machine is
 
 
 def test_tokens(client, served_llm):
