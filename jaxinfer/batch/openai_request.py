@@ -12,7 +12,7 @@ from typing import Any
 from jaxinfer.batch.fields import FORMS, decoded, text
 from jaxinfer.batch.row import Ask, Task
 from jaxinfer.errors import UnsupportedError
-from jaxinfer.openai.fields import kind
+from jaxinfer.openai.fields import Fields, kind
 from jaxinfer.openai.pooling import embedding_request
 from jaxinfer.openai.requests import COMPLETION_TOKENS, chat_request, completion_request
 from jaxinfer.sampling.params import SamplingParams
@@ -78,16 +78,16 @@ def ask(line: Mapping[str, Any], task: Task, options: dict[str, Any]) -> Ask:
     if url == EMBEDDINGS:
         return _embeddings(body)
     if url == CHAT:
-        chat = chat_request(body, SamplingParams(**{"max_tokens": None} | options))
+        chat = chat_request(Fields(body), SamplingParams(**{"max_tokens": None} | options))
         return Ask(messages=chat.messages, params=chat.params)
-    completion = completion_request(body, SamplingParams(**{"max_tokens": COMPLETION_TOKENS} | options))
+    completion = completion_request(Fields(body), SamplingParams(**{"max_tokens": COMPLETION_TOKENS} | options))
     if len(completion.prompts) > 1:
         raise ValueError(f"prompt is a list of {len(completion.prompts)}: give one prompt a line")
     return Ask(prompt=completion.prompts[0], params=completion.params)
 
 
 def _embeddings(body: dict[str, Any]) -> Ask:
-    asked = embedding_request(body)
+    asked = embedding_request(Fields(body))
     for name in ("prompt_name", "prompt", "normalize", "use_activation"):
         if name in body:
             raise UnsupportedError(f"{name!r} is not supported: all lines of a job have the same; leave it out", name)

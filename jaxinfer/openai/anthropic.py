@@ -20,9 +20,8 @@ LABELS = ("model", "metadata", "service_tier", "inference_geo", "cache_control")
 THINKING = "chat_template_kwargs, such as {'enable_thinking': false}, say what the model's template knows"
 
 
-def messages_request(body: Any, defaults: SamplingParams, counting: bool = False) -> ChatRequest:
+def messages_request(fields: Fields, defaults: SamplingParams, counting: bool = False) -> ChatRequest:
     """What is asked for. counting: of a prompt's tokens alone. Raises RequestError."""
-    fields = Fields(body)
     given, system = fields.take("messages"), fields.take("system")
     if not isinstance(given, list) or not given:
         raise RequestError(f"messages must be a list of messages, and is {kind(given)}", "messages")

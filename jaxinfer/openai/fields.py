@@ -56,6 +56,14 @@ class Fields:
             return value
         raise self.error(name, f"must be an integer from {low} to {high}, and is {shown(value)}")
 
+    def prompts(self, name: str) -> list[str | list[int]]:
+        """One prompt or several, as text or token ids."""
+        return prompts(name, self.take(name))
+
+    def texts(self, name: str) -> list[str]:
+        """One text or several."""
+        return texts(name, self.take(name))
+
     def choice(self, name: str, choices: tuple[str, ...], default: str) -> str:
         value = self.take(name, default)
         if value not in choices:
@@ -136,6 +144,14 @@ def _prompt(where: str, value: Any, param: str) -> str | list[int]:
     if not value:
         raise RequestError(f"{where} is empty", param)
     return value
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """One text or several, as a list. Raises RequestError."""
+    several = [value] if isinstance(value, str) else value
+    if not isinstance(several, list) or not several or not all(isinstance(text, str) for text in several):
+        raise RequestError(f"{name} must be text, or a list of texts", name)
+    return several
 
 
 def is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxinfer.engine.outputs import ClassificationOutput, RerankResult
 from jaxinfer.errors import RequestError
 from jaxinfer.openai.answers import Json
-from jaxinfer.openai.fields import Fields, kind, prompts
+from jaxinfer.openai.fields import Fields, kind, texts
 from jaxinfer.openai.requests import LABELS
 from jaxinfer.tasks.params import PoolingParams
 
@@ -67,53 +67,48 @@ class RankingRequest(ScoringRequest):
     shown: bool
 
 
-def embedding_request(body: Any) -> EmbeddingRequest:
+def embedding_request(fields: Fields) -> EmbeddingRequest:
     """Of vectors. Raises RequestError, as the others do."""
-    fields = Fields(body)
     name, before = fields.text("prompt_name"), fields.text("prompt")
     encoded = _encoded(fields)
-    given = _given(fields, _texts(fields), "dimensions", "normalize", "use_activation")
+    given = _given(fields, fields.prompts("input"), "dimensions", "normalize", "use_activation")
     return EmbeddingRequest(**given, base64=encoded, prompt_name=name, prompt=before)
 
 
-def classify_request(body: Any) -> PoolingRequest:
+def classify_request(fields: Fields) -> PoolingRequest:
     """Of classes."""
-    fields = Fields(body)
-    return PoolingRequest(**_given(fields, _texts(fields), "use_activation"))
+    return PoolingRequest(**_given(fields, fields.prompts("input"), "use_activation"))
 
 
-def encoding_request(body: Any) -> EncodingRequest:
+def encoding_request(fields: Fields) -> EncodingRequest:
     """Of whatever the model makes."""
-    fields = Fields(body)
     task, encoded = fields.text("task"), _encoded(fields)
     if task not in (None, *TASKS):
         raise fields.error("task", f"must be one of {', '.join(TASKS)}, and is {task!r:.40}")
     names = ("dimensions", "normalize", "use_activation", "step_tag_id", "returned_token_ids")
-    return EncodingRequest(**_given(fields, _texts(fields), *names), base64=encoded, task=task)
+    return EncodingRequest(**_given(fields, fields.prompts("input"), *names), base64=encoded, task=task)
 
 
-def score_request(body: Any) -> ScoringRequest:
+def score_request(fields: Fields) -> ScoringRequest:
     """Of scores."""
-    fields = Fields(body)
     first, second = next((names for names in SIDES if names[0] in fields), SIDES[0])
-    queries, documents = (texts_of(name, fields.take(name)) for name in (first, second))
+    queries, documents = fields.texts(first), fields.texts(second)
     from jaxinfer.tasks.pairs import paired  # JAX comes with it
 
     paired(queries, documents)  # or it is refused
     return ScoringRequest(**_given(fields, [*queries, *documents], "use_activation"), queries=len(queries))
 
 
-def ranking_request(body: Any) -> RankingRequest:
+def ranking_request(fields: Fields) -> RankingRequest:
     """Of documents, the best first."""
-    fields = Fields(body)
     query, documents = fields.text("query"), fields.take("documents")
     if not query:
         raise RequestError("query must be text, and is empty", "query")
     if not isinstance(documents, list) or not documents:
         raise RequestError(f"documents must be a list of texts, and is {kind(documents)}", "documents")
-    texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in documents]
+    listed = [entry.get("text") if isinstance(entry, dict) else entry for entry in documents]
     top, shown = fields.integer("top_n", 1, 2**31 - 1), fields.flag("return_documents", True)
-    given = _given(fields, [query, *texts_of("documents", texts)], "use_activation")
+    given = _given(fields, [query, *texts("documents", listed)], "use_activation")
     return RankingRequest(**given, queries=1, documents=documents, top_n=top, shown=shown)
 
 
@@ -124,18 +119,6 @@ def _given(fields: Fields, texts: list[Any], *names: str) -> dict[str, Any]:
     fields.skip((*LABELS, "request_id"))
     fields.end()
     return {"texts": texts, "params": params}
-
-
-def _texts(fields: Fields) -> list[str | list[int]]:
-    return prompts("input", fields.take("input"))
-
-
-def texts_of(name: str, value: Any) -> list[str]:
-    """One text or several, as a list. Raises RequestError."""
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise RequestError(f"{name} must be text, or a list of texts", name)
-    return texts
 
 
 def _encoded(fields: Fields) -> bool:

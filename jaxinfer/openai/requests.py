@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxinfer.errors import RequestError, UnsupportedError
-from jaxinfer.openai.fields import Fields, kind, prompts, shown
+from jaxinfer.openai.fields import Fields, kind, shown
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.text.messages import normalize_messages
 
@@ -69,10 +69,9 @@ class ChatRequest(Options):
     repeated: dict[str, Any] = field(default_factory=dict)
 
 
-def completion_request(body: Any, defaults: SamplingParams) -> CompletionRequest:
+def completion_request(fields: Fields, defaults: SamplingParams) -> CompletionRequest:
     """Of a completion. defaults: of what is not given."""
-    fields = Fields(body)
-    listed = prompts("prompt", fields.take("prompt"))
+    listed = fields.prompts("prompt")
     fields.only("suffix", "")
     echo, special = fields.flag("echo"), fields.flag("add_special_tokens", True)
     best_of = fields.take("best_of")
@@ -85,9 +84,8 @@ def completion_request(body: Any, defaults: SamplingParams) -> CompletionRequest
     return CompletionRequest(prompts=listed, echo=echo, add_special_tokens=special, **options)
 
 
-def chat_request(body: Any, defaults: SamplingParams, own_template: bool = False) -> ChatRequest:
+def chat_request(fields: Fields, defaults: SamplingParams, own_template: bool = False) -> ChatRequest:
     """Of a chat. own_template: a request may have a chat template of its own, which is a program."""
-    fields = Fields(body)
     messages = conversation(fields.take("messages"))
     fields.only("modalities", ["text"])
     fields.only("audio")
@@ -243,12 +241,10 @@ def _template(fields: Fields, own: bool) -> dict[str, Any]:
 def _chat_params(fields: Fields) -> dict[str, Any]:
     """With the parameters that chat/completions spells in its own way."""
     most = fields.take("max_completion_tokens")
-    wanted, top = fields.take("logprobs", False), fields.take("top_logprobs")
+    wanted, top = fields.flag("logprobs"), fields.take("top_logprobs")
     given = fields.sampling()
     if most is not None and given.setdefault("max_tokens", most) != most:
         raise RequestError("max_tokens and max_completion_tokens differ: leave one out", "max_tokens")
-    if not isinstance(wanted, bool):
-        raise RequestError(f"logprobs is {shown(wanted)}: in a chat it must be true or false", "logprobs")
     if top is not None and not wanted:
         raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
     return given | {"logprobs": 0 if top is None else top} if wanted else given

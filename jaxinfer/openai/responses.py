@@ -20,9 +20,8 @@ LABELS = ("model", "user", "store", "service_tier", "safety_identifier", "prompt
 STORED = "nothing is stored here: give the whole conversation as input"
 
 
-def response_request(body: Any, defaults: SamplingParams) -> ChatRequest:
+def response_request(fields: Fields, defaults: SamplingParams) -> ChatRequest:
     """What is asked for. Raises RequestError."""
-    fields = Fields(body)
     given, instructions = fields.take("input"), fields.text("instructions")
     messages = [] if instructions is None else [{"role": "system", "content": instructions}]
     messages += _messages(given)

@@ -13,8 +13,8 @@ from jaxinfer.engine.outputs import ClassificationRequestOutput
 from jaxinfer.errors import RequestError
 from jaxinfer.models.tasks import CLASSIFY, EMBED
 from jaxinfer.openai.answers import Json
-from jaxinfer.openai.fields import Fields, prompts
-from jaxinfer.openai.pooling import EmbeddingRequest, PoolingRequest, RankingRequest, texts_of
+from jaxinfer.openai.fields import Fields, texts
+from jaxinfer.openai.pooling import EmbeddingRequest, PoolingRequest, RankingRequest
 from jaxinfer.tasks.pairs import ranked
 from jaxinfer.tasks.params import PoolingParams
 
@@ -26,36 +26,33 @@ class PredictionRequest(PoolingRequest):
     alone: bool
 
 
-def embed_request(body: Any) -> EmbeddingRequest:
+def embed_request(fields: Fields) -> EmbeddingRequest:
     """Of vectors, which are of length 1 unless the request wants them as they are. Raises RequestError, as the others
     do."""
-    fields = Fields(body)
-    texts, name = prompts("inputs", fields.take("inputs")), fields.text("prompt_name")
+    listed, name = fields.prompts("inputs"), fields.text("prompt_name")
     params = PoolingParams(dimensions=fields.take("dimensions"), use_activation=fields.flag("normalize", True))
     truncate = _end(fields)
-    return EmbeddingRequest(texts=texts, params=params, truncate=truncate, prompt_name=name, prompt=None)
+    return EmbeddingRequest(texts=listed, params=params, truncate=truncate, prompt_name=name, prompt=None)
 
 
-def predict_request(body: Any) -> PredictionRequest:
+def predict_request(fields: Fields) -> PredictionRequest:
     """Of classes. What is alone is text, or a list of one text or of two, which are a pair; several are a list of such
     lists."""
-    fields = Fields(body)
     inputs, params = fields.take("inputs"), _activation(fields)
     several = isinstance(inputs, list) and bool(inputs) and isinstance(inputs[0], list)
-    texts = [_text_or_pair(entry) for entry in (inputs if several else [inputs])]
-    return PredictionRequest(texts=texts, params=params, truncate=_end(fields), alone=not several)
+    pairs = [_text_or_pair(entry) for entry in (inputs if several else [inputs])]
+    return PredictionRequest(texts=pairs, params=params, truncate=_end(fields), alone=not several)
 
 
-def rank_request(body: Any) -> RankingRequest:
+def rank_request(fields: Fields) -> RankingRequest:
     """Of documents, the best first."""
-    fields = Fields(body)
-    query, documents = fields.text("query"), texts_of("texts", fields.take("texts"))
+    query, documents = fields.text("query"), fields.texts("texts")
     if not query:
         raise RequestError("query must be text, and is empty", "query")
     shown, params = fields.flag("return_text"), _activation(fields)
-    texts, truncate = [query, *documents], _end(fields)
+    truncate = _end(fields)
     return RankingRequest(
-        texts=texts,
+        texts=[query, *documents],
         queries=1,
         params=params,
         truncate=truncate,
@@ -79,10 +76,10 @@ def _end(fields: Fields) -> bool:
 
 
 def _text_or_pair(value: Any) -> str | tuple[str, str]:
-    texts = texts_of("inputs", value)
-    if len(texts) > 2:
-        raise RequestError(f"inputs: a text, or a pair of two, and not {len(texts)}", "inputs")
-    return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+    pair = texts("inputs", value)
+    if len(pair) > 2:
+        raise RequestError(f"inputs: a text, or a pair of two, and not {len(pair)}", "inputs")
+    return pair[0] if len(pair) == 1 else (pair[0], pair[1])
 
 
 def model_type(task: str, labels: Sequence[str]) -> Json:

@@ -11,12 +11,20 @@ from starlette.types import ASGIApp
 
 from jaxinfer.openai.answers import Json
 from jaxinfer.server import blocks, chat, completions, operations, pages, pooling, tokens
+from jaxinfer.server.answers import json_answer
 from jaxinfer.server.body import read_json
 from jaxinfer.server.guard import Guard
+from jaxinfer.server.openapi import document
 from jaxinfer.server.service import Service
 
 Reads = Callable[[Service, Request], Awaitable[Response]]
 Takes = Callable[[Service, Request, Json], Awaitable[Response]]
+
+
+async def openapi(service: Service, request: Request) -> Response:
+    """This document."""
+    return json_answer(await service.prepared(lambda: document(GET, POST, service.config.names)))
+
 
 GET: dict[str, Reads] = {
     "/": pages.index,
@@ -28,6 +36,7 @@ GET: dict[str, Reads] = {
     "/load": operations.load,
     "/metrics": operations.metrics,
     "/info": pooling.tei_info,
+    "/openapi.json": openapi,
     "/v1/models": operations.models,
     "/v1/models/{name:path}": operations.model,
 }

@@ -15,6 +15,7 @@ from jaxinfer.openai.answers import Json
 from jaxinfer.openai.anthropic import MessageWriter, messages_request
 from jaxinfer.openai.blocks import BlockWriter, Counts, Ending
 from jaxinfer.openai.errors import server_error
+from jaxinfer.openai.fields import Fields
 from jaxinfer.openai.requests import ChatRequest
 from jaxinfer.openai.responses import ResponseWriter, response_request
 from jaxinfer.server.answers import EventStream, json_answer, while_connected
@@ -26,33 +27,35 @@ from jaxinfer.server.service import Service
 async def messages(service: Service, request: Request, body: Json) -> Response:
     """Answers a conversation, in Anthropic's form."""
     model, name, defaults = service.model(body.get("model"), GENERATE), request.state.name, chat_defaults(service)
-    read = partial(messages_request, body, defaults)
-    return await _answer(service, request, read, lambda _: MessageWriter(name, model))
+    read = partial(messages_request, defaults=defaults)
+    return await _answer(service, request, body, read, lambda _: MessageWriter(name, model))
 
 
 async def count_tokens(service: Service, request: Request, body: Json) -> Response:
     """How many tokens a conversation has."""
     service.model(body.get("model"), GENERATE)
     defaults = chat_defaults(service)
-    prepared = await service.prepared(lambda: service.formats.prepare(messages_request(body, defaults, counting=True)))
+    read = partial(messages_request, defaults=defaults, counting=True)
+    prepared = await service.prepared(lambda: service.formats.prepare(read(Fields(body))))
     return json_answer({"input_tokens": len(prepared.ids)})
 
 
 async def responses(service: Service, request: Request, body: Json) -> Response:
     """Answers what may be a conversation."""
     model, name, defaults = service.model(body.get("model"), GENERATE), request.state.name, chat_defaults(service)
-    read = partial(response_request, body, defaults)
-    return await _answer(service, request, read, lambda asked: ResponseWriter(name, model, asked.repeated))
+    read = partial(response_request, defaults=defaults)
+    return await _answer(service, request, body, read, lambda asked: ResponseWriter(name, model, asked.repeated))
 
 
 async def _answer(
     service: Service,
     request: Request,
-    read: Callable[[], ChatRequest],
+    body: Json,
+    read: Callable[[Fields], ChatRequest],
     make_writer: Callable[[ChatRequest], BlockWriter],
 ) -> Response:
     with ExitStack() as stack:
-        asked, run = await begun_chat(service, request, read, stack)
+        asked, run = await begun_chat(service, request, body, read, stack)
         writer = make_writer(asked)
         if asked.stream:
             frames = _frames(service, run, writer, stack.pop_all())

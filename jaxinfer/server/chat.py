@@ -6,12 +6,14 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.answers import Chunks, Envelope, Json, call_json, chat_choice, chat_logprobs, finish_reason, usage
+from jaxinfer.openai.fields import Fields
 from jaxinfer.openai.requests import ChatRequest, chat_request
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.server.answers import EventStream, json_answer, while_connected
@@ -24,8 +26,9 @@ async def chat_completions(service: Service, request: Request, body: Json) -> Re
     """Answers a conversation."""
     model = service.model(body.get("model"), GENERATE)
     defaults, own_template = chat_defaults(service), service.config.trust_request_chat_template
+    read = partial(chat_request, defaults=defaults, own_template=own_template)
     with ExitStack() as stack:
-        asked, run = await begun_chat(service, request, lambda: chat_request(body, defaults, own_template), stack)
+        asked, run = await begun_chat(service, request, body, read, stack)
         envelope = Envelope(f"chatcmpl-{request.state.name}", int(time.time()), model)
         if not asked.stream:
             return await while_connected(request.receive, _whole(run, asked, envelope))
@@ -40,14 +43,14 @@ def chat_defaults(service: Service) -> SamplingParams:
 
 
 async def begun_chat(
-    service: Service, request: Request, read: Callable[[], ChatRequest], stack: ExitStack
+    service: Service, request: Request, body: Json, read: Callable[[Fields], ChatRequest], stack: ExitStack
 ) -> tuple[ChatRequest, Chat]:
     """The chat on its way, until the stack is closed. read: what is asked for, which takes its time, too."""
     key, name = request.state.key, request.state.name
     others = stack.enter_context(service.admitted(key))
 
     def begin() -> tuple[ChatRequest, Chat]:
-        asked = read()
+        asked = read(Fields(body))
         return asked, begin_chat(service, asked, key, others, name)
 
     return await while_connected(request.receive, service.prepared(begin))

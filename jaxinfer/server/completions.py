@@ -14,6 +14,7 @@ from jaxinfer.engine.outputs import CompletionOutput
 from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.answers import Chunks, Envelope, Json, event, prompt_logprobs, text_choice, usage
 from jaxinfer.openai.errors import error_body, server_error
+from jaxinfer.openai.fields import Fields
 from jaxinfer.openai.requests import COMPLETION_TOKENS, CompletionRequest, completion_request
 from jaxinfer.server.answers import EventStream, json_answer, while_connected
 from jaxinfer.server.generation import Generation, begin_completion
@@ -29,7 +30,7 @@ async def completions(service: Service, request: Request, body: Json) -> Respons
         others = stack.enter_context(service.admitted(key))
 
         def begin() -> tuple[CompletionRequest, Generation]:
-            asked = completion_request(body, defaults)
+            asked = completion_request(Fields(body), defaults)
             return asked, begin_completion(service, asked, key, others, name)
 
         asked, run = await while_connected(request.receive, service.prepared(begin))

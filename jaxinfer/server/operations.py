@@ -27,6 +27,7 @@ async def ready(service: Service, request: Request) -> Response:
 
 
 async def version(service: Service, request: Request) -> Response:
+    """Of jaxinfer."""
     return json_answer({"version": __version__})
 
 
@@ -36,15 +37,18 @@ async def load(service: Service, request: Request) -> Response:
 
 
 async def metrics(service: Service, request: Request) -> Response:
+    """Counts and times, as Prometheus reads them."""
     text = service.metrics.text(service.config.names[0], service.llm.stats)
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def models(service: Service, request: Request) -> Response:
+    """The names that requests may give."""
     return json_answer({"object": "list", "data": [_model(service, name) for name in service.config.names]})
 
 
 async def model(service: Service, request: Request) -> Response:
+    """One of them."""
     return json_answer(_model(service, service.model(request.path_params["name"])))
 
 

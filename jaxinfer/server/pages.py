@@ -20,11 +20,12 @@ POLICY = (
 
 
 async def index(service: Service, request: Request) -> Response:
+    """A page to chat with."""
     return _file("index.html")
 
 
 async def part(service: Service, request: Request) -> Response:
-    """One of them."""
+    """What it consists of."""
     name = request.path_params["name"]
     if name not in KINDS:
         raise ServerError(404, "there is nothing here")

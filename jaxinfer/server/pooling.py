@@ -17,6 +17,7 @@ from jaxinfer.models.tasks import CLASSIFY, EMBED
 from jaxinfer.openai import tei
 from jaxinfer.openai.answers import Json
 from jaxinfer.openai.errors import ServerError
+from jaxinfer.openai.fields import Fields
 from jaxinfer.openai.pooling import (
     EmbeddingRequest,
     PoolingRequest,
@@ -130,12 +131,12 @@ async def tei_info(service: Service, request: Request) -> Response:
     )
 
 
-async def _asked(service: Service, body: Json, read: Callable[[Json], Asked], *tasks: str) -> tuple[Asked, str]:
+async def _asked(service: Service, body: Json, read: Callable[[Fields], Asked], *tasks: str) -> tuple[Asked, str]:
     """What is asked for, and the name of the model. Raises what `Service.model` and `read` raise."""
     model = service.model(body.get("model"), *tasks)
 
     def checked() -> Asked:
-        asked = read(body)
+        asked = read(Fields(body))
         if len(asked.texts) > MOST_TEXTS:
             raise RequestError(f"{len(asked.texts)} texts are given: at most {MOST_TEXTS} are taken at once", "input")
         for text in asked.texts:
