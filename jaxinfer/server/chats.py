@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from jaxinfer.errors import RequestError, UnsupportedError
+from jaxinfer.errors import UnsupportedError
 from jaxinfer.openai.requests import ChatRequest
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.structured import StructuredOutputsParams
@@ -50,9 +50,8 @@ class ChatFormats:
         form, special = self._format(source)
         params, most = request.params, None if request.parallel and len(request.must_call) != 1 else 1
         if request.must_call:
-            if params.structured_outputs is not None:
-                raise RequestError("tool_choice and response_format ask for two forms of one answer", "tool_choice")
             assert request.tools is not None
+            # A form that is asked for beside it is one of text, which there will be none of.
             schema = calls_schema(request.tools, request.must_call, most)
             form, params = enforced(form), replace(params, structured_outputs={"json": schema})
         if request.tools is not None and not any(section.kind == "call" for section in form.sections):

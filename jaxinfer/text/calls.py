@@ -6,6 +6,7 @@ Each returns the calls, or None for what is none. Arguments stay as the model wr
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -71,6 +72,15 @@ def json_calls(body: str, _: Schemas) -> list[Call] | None:
     except (ValueError, RecursionError):
         return None
     return calls or None
+
+
+def begun_calls(body: str, _: Schemas) -> list[Call]:
+    """Those that are whole of a list of calls in JSON, which may break off."""
+    calls: list[Call] = []
+    with contextlib.suppress(ValueError, RecursionError):
+        for value in _values(body.lstrip().removeprefix("[")):
+            calls.append(_json_call(value))
+    return calls
 
 
 def _json_call(text: str) -> Call:

@@ -130,7 +130,7 @@ def message_format(tools: str | None, reasoning: str | None, special: Collection
 def enforced(form: Format) -> Format:
     """The same with calls as a grammar has them, whatever the model would write: a list in JSON."""
     others = [section for section in form.sections if section.kind != "call"]
-    return dataclasses.replace(form, sections=(_to_the_end("[", calls.json_calls, bare=True), *others))
+    return dataclasses.replace(form, sections=(_to_the_end("[", calls.begun_calls, bare=True), *others))
 
 
 def shows_special(form: Format, special: Collection[str]) -> bool:

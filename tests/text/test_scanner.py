@@ -8,7 +8,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.text.calls import Call, schemas
-from jaxinfer.text.formats import REASONING, TOOLS, message_format, opened_by, reasoning_of, shows_special, tools_of
+from jaxinfer.text.formats import (
+    REASONING,
+    TOOLS,
+    enforced,
+    message_format,
+    opened_by,
+    reasoning_of,
+    shows_special,
+    tools_of,
+)
 from jaxinfer.text.scanner import Message, Scanner
 
 TOOL_LIST = [
@@ -157,6 +166,16 @@ def test_a_call_that_breaks_off_is_none():
     text = 'a<tool_call>{"name": "weather", "arguments": {"city": "P'
     assert named(scanned("hermes", None, [text], whole=False)) == ("", "a", [])
     assert named(scanned("llama3_json", None, ['{"answer": 4'], whole=False)) == ("", '{"answer": 4', [])
+
+
+def test_a_list_of_calls_that_must_come_breaks_off_between_them():
+    text = f'[ {{"name": "weather", "arguments": {CITY}}} ,\n{{"name": "get-time.v2", "arguments": {{}} }} ]'
+    calls = [("weather", CITY), ("get-time.v2", "{}")]
+    for end in range(len(text) + 1):
+        scanner, message = Scanner(enforced(message_format("hermes", None)), KNOWN), Message()
+        message.add(scanner.push(text[:end]) + scanner.finish(end == len(text)))
+        there = text[:end].count("}}") + text[:end].count("} }")
+        assert named(message) == ("", "", calls[:there]), text[:end]
 
 
 def test_a_prompt_may_have_opened_the_reasoning():
