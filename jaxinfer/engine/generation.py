@@ -25,6 +25,7 @@ class SequenceOutput:
         self.index = index
         self.stop_reason: int | str | None = None
         self.error: str | None = None
+        self.unsound = False  # the model computes no numbers
         self.text = ""
         self.prompt_logprobs: list[Ranked | None] = [None]
         params = request.params
@@ -98,7 +99,7 @@ class SequenceOutput:
             if i == len(self.prompt_logprobs):
                 token = request.tokens[i]
                 if math.isnan(logprobs.sampled[t]):
-                    self.error = not_finite(i)
+                    self.error, self.unsound = not_finite(i), True
                 self.prompt_logprobs.append(self._ranked(token, request.params.prompt_logprobs, logprobs, t))
 
     def end(self, reason: FinishReason) -> None:
@@ -154,6 +155,7 @@ class SequenceOutput:
             return f"no token is left after {tokens}: {guide.error or f'structured_outputs: {others}'}"
         if token == NONE_LEFT and (self.request.params.has_masks or self._least):
             return f"no token is left after {tokens}: the sampling parameters exclude all of them"
+        self.unsound = True
         return not_finite(tokens)
 
     def _detokenize(self, token: int) -> str:
@@ -205,6 +207,7 @@ class RequestGroup:
     def _output(self, outputs: list[CompletionOutput], index: int, with_prompt: bool) -> RequestOutput:
         first = self.members[0]
         request = first.request
+        failed = next((member for member in self.members if member.error is not None), None)
         scored = with_prompt and request.params.prompt_logprobs is not None
         return RequestOutput(
             request_id=request.id,
@@ -214,6 +217,7 @@ class RequestGroup:
             finished=self.finished,
             metrics=first.metrics(),
             index=index,
-            error=next((member.error for member in self.members if member.error is not None), None),
+            error=None if failed is None else failed.error,
+            is_request_error=failed is not None and not failed.unsound,
             prompt_logprobs=list(first.prompt_logprobs) if scored else None,
         )

@@ -106,6 +106,7 @@ class RequestOutput:
     index: the prompt's place in what was given to `generate`.
     error: why the prompt was not served, where `on_error="return"` asked for that instead of an exception; or why it
         broke off, with the tokens so far: logits that are no numbers, or parameters that leave no token.
+    is_request_error: whether it broke off because its parameters leave no token.
     """
 
     request_id: int
@@ -117,6 +118,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     index: int = 0
     error: str | None = None
+    is_request_error: bool = False
 
     @property
     def num_cached_tokens(self) -> int:

@@ -17,6 +17,7 @@ from jaxinfer.text.calls import Call
 from jaxinfer.text.scanner import Kind
 
 LABELS = ("model", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+FUNCTION = ("name", "description", "parameters", "strict")
 STORED = "nothing is stored here: give the whole conversation as input"
 
 
@@ -44,11 +45,12 @@ def response_request(fields: Fields, defaults: SamplingParams) -> ChatRequest:
         template |= {} if effort is None else {"reasoning_effort": effort}
         reasoning.only("summary", "auto", remedy="reasoning comes as it is")
         reasoning.end()
-    text, form = fields.inner("text"), {"type": "text"}
+    text, given_form = fields.inner("text"), None
     if text is not None:
-        form = text.take("format", form)
+        given_form = text.inner("format")
         text.skip(("verbosity",))
         text.end()
+    form, shape = _form(given_form or Fields({}))
     for name in ("previous_response_id", "conversation", "prompt"):
         fields.only(name, remedy=STORED)
     fields.only("background", False)
@@ -64,8 +66,7 @@ def response_request(fields: Fields, defaults: SamplingParams) -> ChatRequest:
     changes = fields.sampling()
     for name in ("n", "logprobs", "max_tokens"):
         fields.refuse(name, changes)
-    changes |= _form(form)
-    params = defaults.with_changes(**changes, max_tokens=most)
+    params = defaults.with_changes(**changes | shape, max_tokens=most)
     fields.skip(LABELS)
     fields.end()
     repeated = {
@@ -78,7 +79,7 @@ def response_request(fields: Fields, defaults: SamplingParams) -> ChatRequest:
         "reasoning": {"effort": effort, "summary": None},
         "temperature": params.temperature,
         "tool_choice": choice,
-        "tools": listed,
+        "tools": [dict.fromkeys(FUNCTION) | tool for tool in listed],
         "top_p": params.top_p,
         "presence_penalty": params.presence_penalty,
         "frequency_penalty": params.frequency_penalty,
@@ -96,24 +97,23 @@ def response_request(fields: Fields, defaults: SamplingParams) -> ChatRequest:
     )
 
 
-def _form(given: Any) -> dict[str, Any]:
-    """The sampling parameter of an answer in JSON, if one is asked for: completions have the schema a level deeper."""
-    form = Fields(given, "text.format")
-    name = form.choice("type", ("text", "json_object", "json_schema"), "text")
-    if name == "json_schema":
-        schema = form.take("schema")
-        form.skip(("name", "description", "strict"))
-        form.end()
-        return {"structured_outputs": {"json": schema}}
-    form.end()
-    return {} if name == "text" else {"structured_outputs": {"json_object": True}}
+def _form(fields: Fields) -> tuple[Json, dict[str, Any]]:
+    """What the answer is to look like, whole, and the sampling parameter of it, if there is one: completions have the
+    schema a level deeper."""
+    kind = fields.choice("type", ("text", "json_object", "json_schema"), "text")
+    form: Json = {"type": kind}
+    if kind == "json_schema":
+        form |= {"name": fields.text("name", ""), "description": fields.text("description")}
+        form |= {"schema": fields.take("schema"), "strict": fields.flag("strict")}
+    fields.end()
+    params = {"json_schema": {"json": form.get("schema")}, "json_object": {"json_object": True}, "text": None}[kind]
+    return form, {} if params is None else {"structured_outputs": params}
 
 
 def _tools(listed: Any) -> list[dict[str, Any]]:
     if not isinstance(listed, list) or not all(isinstance(tool, dict) for tool in listed):
         raise RequestError("tools must be a list of objects", "tools")
-    inner = ("name", "description", "parameters", "strict")
-    functions = [{name: tool[name] for name in inner if tool.get(name) is not None} for tool in listed]
+    functions = [{name: tool[name] for name in FUNCTION if tool.get(name) is not None} for tool in listed]
     return check_tools(
         [{"type": tool.get("type"), "function": function} for tool, function in zip(listed, functions, strict=True)]
     )

@@ -50,7 +50,6 @@ CHECKED: dict[str, Json] = {
     "chat_template": {"type": "string"},
     "chat_template_kwargs": {"type": "object"},
     "documents": {"type": "array"},
-    "format": {"type": "object"},
     "input": TEXT_OR_OBJECTS,
     "inputs": of_hint(str | list[str] | list[list[str]]),
     "max_completion_tokens": {"type": "integer"},

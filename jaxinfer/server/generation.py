@@ -59,7 +59,7 @@ class Generation:
                         for output in arrived:
                             self._count(output)
                             if output.error is not None:
-                                raise ServerError(500, output.error)
+                                raise ServerError(400 if output.is_request_error else 500, output.error)
                             for choice in output.outputs:
                                 parts.setdefault(output.index * self.n + choice.index, []).append(choice)
                         yield [joined(index, choices) for index, choices in parts.items()]

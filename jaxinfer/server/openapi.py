@@ -82,7 +82,10 @@ BODIES: dict[str, Body] = {
     "/v1/chat/completions": (partial(chat_request, defaults=DEFAULTS, own_template=True), [SAID, SAID | STREAMED]),
     "/v1/responses": (
         partial(response_request, defaults=DEFAULTS),
-        [{"input": "What is 27 + 45?"}, {"input": "What is 27 + 45?", "reasoning": {}, "text": {}} | STREAMED],
+        [
+            {"input": "What is 27 + 45?"},
+            {"input": "What is 27 + 45?", "reasoning": {}, "text": {"format": FORM}} | STREAMED,
+        ],
     ),
     "/v1/messages": (
         partial(messages_request, defaults=DEFAULTS),

@@ -168,6 +168,15 @@ def test_who_leaves_takes_the_request_along(server, served_llm):
     assert served_llm.stats.aborted > aborted
 
 
+def test_parameters_that_leave_no_token_are_the_requests_fault(client, served_llm):
+    (token,) = served_llm.tokenizer.encode("a", False)
+    body = {"prompt": "b", "max_tokens": 9, "allowed_token_ids": [token], "no_repeat_ngram_size": 1}
+    answer = client.post(COMPLETIONS, json=body)
+    assert (answer.status_code, "exclude all of them" in answer.text) == (400, True)
+    last = client.post(COMPLETIONS, json=body | {"stream": True}).text.strip().rpartition("data: ")[2]
+    assert json.loads(last)["error"]["type"] == "invalid_request_error"
+
+
 def test_a_full_queue_says_429(serve, served_llm, slowly):
     server = serve(max_queued=1)
     body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}

@@ -9,7 +9,7 @@ from jaxinfer.server.app import GET, POST
 from jaxinfer.server.openapi import BODIES
 
 # Objects of which a request may have any fields; of the others they are listed.
-FREE = {"chat_template_kwargs", "format", "guided_decoding", "logit_bias", "metadata", "response_format", "schema"}
+FREE = {"chat_template_kwargs", "guided_decoding", "logit_bias", "metadata", "response_format", "schema"}
 GENERATES = [path for path in POST if "/v1/chat" in path or path.startswith(("/v1/comp", "/v1/res", "/v1/mes", "/tok"))]
 
 
