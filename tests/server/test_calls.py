@@ -1,10 +1,14 @@
 """Calls of tools and reasoning through the server: the model's text is given, all else is real."""
 
 import json
+import re
 
 import anthropic
+import httpx2 as httpx
 import openai
 import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from tests.server.conftest import OPTIONS  # noqa: F401
 
@@ -144,3 +148,34 @@ def test_responses(serve, says):
         assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
         with pytest.raises(openai.BadRequestError, match="nothing is stored"):
             ai.responses.create(**asked, previous_response_id="resp_1")
+
+
+# What Open Responses requires of a response, and of its tools: https://www.openresponses.org
+RESPONSE = """id object created_at completed_at status incomplete_details model previous_response_id instructions output
+    error tools tool_choice truncation parallel_tool_calls text top_p presence_penalty frequency_penalty top_logprobs
+    temperature reasoning usage max_output_tokens max_tool_calls store background service_tier metadata
+    safety_identifier prompt_cache_key"""
+TOOL = {"type", "name", "description", "parameters", "strict"}
+PART = "content_part.added( (?:output|reasoning)_text.delta)+ (?:output|reasoning)_text.done content_part.done"
+CALL = "function_call_arguments.delta function_call_arguments.done"
+ORDER = f"created in_progress( output_item.added (?:{PART}|{CALL}) output_item.done)* (completed|incomplete)"
+
+
+@pytest.mark.parametrize("most", [20, 140])
+def test_responses_are_whole_and_events_in_order(serve, says, most):
+    """By the types of OpenAI's client, which checks nothing of what comes, and by Open Responses' lists."""
+    says(SAID)
+    body = {"model": "tiny", "input": "hello", "tools": [{"type": "function", "name": "weather"}], "stop": [END]}
+    body |= {"max_output_tokens": most, "ignore_eos": True}
+    with httpx.Client(base_url=serve().url, timeout=60) as client:
+        whole = client.post("/v1/responses", json=body).json()
+        frames = client.post("/v1/responses", json=body | {"stream": True}).text.split("\n\n")
+    events = [json.loads(frame.partition("data: ")[2]) for frame in frames if frame]
+    assert re.fullmatch(ORDER, " ".join(event["type"].removeprefix("response.") for event in events))
+    for event in events:
+        TypeAdapter(ResponseStreamEvent).validate_python(event)
+    for response in (whole, *(event["response"] for event in events if "response" in event)):
+        Response.model_validate(response)
+        assert response.keys() >= set(RESPONSE.split())
+        assert all(tool.keys() == TOOL for tool in response["tools"])
+    assert [item["type"] for item in events[-1]["response"]["output"]] == [item["type"] for item in whole["output"]]

@@ -80,6 +80,7 @@ def test_forms(server, client):
         response = ai.responses.create(model="tiny", input="hello", text=form, max_output_tokens=120)
         good("weather", response.output_text)
         assert response.text.format.schema_ == CITY
+        assert response.text.format.model_fields_set >= {"name", "description", "strict"}  # as Open Responses has it
     body = {"model": "tiny", "messages": MESSAGES, "max_tokens": 120}
     for form in ({"output_format": schema}, {"output_config": {"format": schema}}):
         (kind,) = form
