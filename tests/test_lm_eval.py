@@ -107,7 +107,7 @@ def both(checkpoints):
         yield hf_model(folder, batch_size=1), JaxInferLM(llm)
 
 
-def evaluate(model, tasks, names=TASKS):
+def evaluate(model, tasks, names=TASKS, **options):
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -117,6 +117,7 @@ def evaluate(model, tasks, names=TASKS):
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
         bootstrap_iters=0,
         log_samples=True,
+        **options,
     )
     samples = {name: [s["filtered_resps"] for s in results["samples"][f"local_{name}"]] for name in names}
     metrics = {

@@ -33,3 +33,16 @@ def test_completions(server, served_llm, tasks):  # noqa: F811
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
     assert our_samples["said"] == their_samples["said"]
+
+
+def test_chat_completions(server, served_llm, tasks):  # noqa: F811
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    from jaxinfer.lm_eval import JaxInferLM
+
+    ours, our_samples = evaluate(JaxInferLM(served_llm), tasks, ["said"], apply_chat_template=True)
+    model = LocalChatCompletion(model="tiny", base_url=f"{server.url}/v1/chat/completions", num_concurrent=1)
+    theirs, their_samples = evaluate(model, tasks, ["said"], apply_chat_template=True)
+    assert ours == theirs
+    assert our_samples == their_samples
+    assert len({text for (text,) in our_samples["said"]}) > 1
