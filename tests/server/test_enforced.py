@@ -1,8 +1,10 @@
 """Answers in a form that is asked for, and calls that must come, of a random model."""
 
 import json
+from pathlib import Path
 
 import anthropic
+import jsonschema
 import openai
 import pytest
 
@@ -106,3 +108,27 @@ def test_after_the_reasoning(server, served_llm, monkeypatch):
         monkeypatch.setitem(templates, "default", TEMPLATE.replace("<think>", "<|channel|>"))
         with pytest.raises(openai.BadRequestError, match="writes channels"):
             ai.chat.completions.create(**ASKED, response_format=schema)
+
+
+AGENTS = [json.loads(line) for line in (Path(__file__).parent / "agents.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("sent", AGENTS, ids=lambda sent: sent["client"].split()[0])
+def test_what_agents_send(client, sent):
+    """Bodies as these clients sent them in turns with tools, and forms of answers."""
+    responses = sent["path"] == "/v1/responses"
+    body = sent["body"] | {"model": "tiny", "temperature": 1.5, "seed": 3}
+    answer = client.post(sent["path"], json=body | {"max_output_tokens" if responses else "max_completion_tokens": 90})
+    text = answer.text
+    assert answer.status_code == 200, text
+    if body.get("stream"):
+        *_, last = (json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {"))
+        assert "error" not in last
+        assert last["type"] in ("response.completed", "response.incomplete") if responses else last["object"]
+        return
+    choice = body.get("tool_choice", "auto")
+    if isinstance(choice, dict):
+        items = json.loads(text)["output"] if responses else json.loads(text)["choices"][0]["message"]["tool_calls"]
+        (call,) = items if responses else [item["function"] for item in items]
+        tool = body["tools"][0] if responses else body["tools"][0]["function"]
+        jsonschema.validate(json.loads(call["arguments"]), tool["parameters"])
