@@ -34,7 +34,9 @@ class StructuredOutputsParams:
     disable_additional_properties: objects of which the schema names properties have no others, where it does not say.
 
     after: what comes before is free, up to and with this text or special token: "</think>", for models that reason
-        first. vLLM has nothing like it.
+        first.
+    unless: a text that begins with one of these texts or special tokens is free: a call of a tool, in place of an
+        answer. vLLM has nothing like these two.
 
     Raises RequestError naming the field.
     """
@@ -49,6 +51,7 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool | None = False
     disable_additional_properties: bool | None = False
     after: str | None = None
+    unless: Iterable[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
@@ -65,7 +68,8 @@ class StructuredOutputsParams:
             self._check_text(name)
         for name in ("json", "structural_tag"):
             object.__setattr__(self, name, self._as_json(name))
-        self._check_choice()
+        for name in ("choice", "unless"):
+            self._check_texts(name)
         if self.json is None and self.json_object is None:
             for name in ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"):
                 if getattr(self, name):
@@ -137,12 +141,12 @@ class StructuredOutputsParams:
         self._check_length(name, text)
         return text
 
-    def _check_choice(self) -> None:
-        value = self.choice
+    def _check_texts(self, name: str) -> None:
+        value = getattr(self, name)
         if value is None:
             return
         texts = [] if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable) else list(value)
         if not texts or not all(isinstance(text, str) and text for text in texts):
-            raise self._error("choice", "it must be a list of texts, at least one, none of them empty")
-        self._check_length("choice", "".join(texts))
-        object.__setattr__(self, "choice", tuple(dict.fromkeys(texts)))
+            raise self._error(name, "it must be a list of texts, at least one, none of them empty")
+        self._check_length(name, "".join(texts))
+        object.__setattr__(self, name, tuple(dict.fromkeys(texts)))

@@ -54,12 +54,8 @@ class ChatFormats:
             # A form that is asked for beside it is one of text, which there will be none of.
             schema = calls_schema(request.tools, request.must_call, most)
             form, params = enforced(form), replace(params, structured_outputs={"json": schema})
-        if request.tools is not None and not any(section.kind == "call" for section in form.sections):
-            raise UnsupportedError(
-                "tools: the chat template does not show how the model writes calls; start the server with "
-                "--tool-call-parser",
-                "tools",
-            )
+        elif request.tools is not None:
+            params = _unless_called(params, form)
         messages = request.messages if "developer" in source else [_as_system(message) for message in request.messages]
         prompt = self._tokenizer.chat_prompt(messages, request.tools, **request.template)
         ids = self._encode(prompt, request.add_special_tokens)
@@ -81,6 +77,21 @@ class ChatFormats:
         special = [self._tokenizer.decode_raw([i]) for i in sorted(self._tokenizer.special_ids)]
         form = message_format(tools, reasoning)
         return (message_format(tools, reasoning, special), True) if shows_special(form, special) else (form, False)
+
+
+def _unless_called(params: SamplingParams, form: Format) -> SamplingParams:
+    """What an answer must look like, if one is asked for, leaves the model free to call in its own way instead."""
+    opens = [section.opens for section in form.sections if section.kind == "call" and not section.bare]
+    if not opens:
+        raise UnsupportedError(
+            "tools: the chat template does not show how the model writes calls; start the server with "
+            "--tool-call-parser",
+            "tools",
+        )
+    if params.structured_outputs is None:
+        return params
+    asked = StructuredOutputsParams.of(params.structured_outputs)
+    return replace(params, structured_outputs=replace(asked, unless=opens))
 
 
 def _after_reasoning(params: SamplingParams, form: Format, prompt: str) -> SamplingParams:

@@ -227,6 +227,30 @@ def test_after_a_text(llm, form, begin):
         assert completion.finish_reason == "length"
 
 
+@pytest.mark.parametrize("after", [None, "</t>"])
+def test_unless_a_text_begins_otherwise(llm, after):
+    params = SamplingParams(structured_outputs={"choice": ["yes", "no"], "unless": ["<call>"], "after": after})
+    begun = llm.engine.check([1], params)[2]
+    for text, fine, complete in (
+        ("yes", True, True),
+        ("<call>whatever < it is\n</call> and <call>", True, False),
+        ("<cal", True, False),
+        ("maybe", False, False),
+        ("<calm>", False, False),
+    ):
+        guide, ids = begun.anew(), llm.tokenizer.encode(f"free{after}\n{text}" if after else text)
+        assert (guide.matcher.try_consume_tokens(ids) == len(ids)) == fine
+        if fine:
+            assert guide.matcher.is_accepting() == (text != "<cal")
+            assert guide.matcher.is_stopped() == complete
+    bias = {llm.tokenizer.encode(character)[0]: 40.0 for character in "<call>"} if after is None else {}
+    completion = llm.generate([5], params.with_changes(max_tokens=30, logit_bias=bias, seed=3), use_tqdm=False)[
+        0
+    ].outputs[0]
+    assert completion.finish_reason in ("stop", "length")
+    assert after or completion.text.startswith(("yes", "no", "<call>"))
+
+
 def test_who_waits_for_a_grammar(llm, monkeypatch):
     """Who asks for it, and nobody else: the engine's thread goes on."""
     begun, over = threading.Event(), threading.Event()

@@ -70,11 +70,21 @@ def test_calls_that_must_come(server):
         assert ai.messages.create(**asked, tool_choice={"type": "any"}).content[0].type == "tool_use"
 
 
-def test_forms(server, client):
+def test_forms(server, client, served_llm):
     schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as ai:
         text = ai.chat.completions.create(**ASKED, response_format=schema).choices[0].message.content
         good("weather", text)
+        # With tools beside it, a call may come instead, in the model's own way, which is not made here.
+        (brace,), (angle,) = (served_llm.tokenizer.encode(text, False) for text in "{<")
+        for token, formed in ((brace, True), (angle, False)):
+            choice = ai.chat.completions.create(
+                **ASKED | {"logit_bias": {str(token): 100}}, response_format=schema, tools=TOOLS
+            ).choices[0]
+            if formed:
+                good("weather", choice.message.content)
+            else:
+                assert (choice.finish_reason, choice.message.content) == ("length", "")
         asked = {"model": "tiny", "prompt": "a", "max_tokens": 40}
         for body in ({"guided_choice": ["yes", "no"]}, {"structured_outputs": {"choice": ["yes", "no"]}}):
             assert ai.completions.create(**asked, extra_body=body).choices[0].text in ("yes", "no")

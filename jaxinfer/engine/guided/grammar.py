@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jaxinfer.errors import RequestError
@@ -21,12 +21,12 @@ REMEDIES = {  # of what llguidance says of a schema
 }
 
 
-def grammar_of(asked: StructuredOutputsParams, special: int | None = None) -> str:
-    """The grammar. special: the token that `after` is, if it is one. Raises RequestError for what can be seen without a
-    tokenizer."""
+def grammar_of(asked: StructuredOutputsParams, special: Mapping[str, int]) -> str:
+    """The grammar. special: tokens that `after` and `unless` may be, by how they are written. Raises RequestError for
+    what can be seen without a tokenizer."""
     try:
         grammar = _MAKERS[asked.kind](asked)
-        return grammar if asked.after is None else _begun_by(asked.after, special, grammar)
+        return grammar if asked.after is None and asked.unless is None else _within(grammar, asked, special)
     except RequestError:
         raise
     except RecursionError:
@@ -35,13 +35,24 @@ def grammar_of(asked: StructuredOutputsParams, special: int | None = None) -> st
         raise refusal(asked, str(error)) from None
 
 
-def _begun_by(after: str, special: int | None, grammar: str) -> str:
-    """Free text with this at its end, and then, after some whitespace perhaps, the grammar."""
+def _within(grammar: str, asked: StructuredOutputsParams, special: Mapping[str, int]) -> str:
+    """After free text that ends with `after`, and some whitespace perhaps, the grammar; or what begins with one of
+    `unless`, and is free."""
     answer = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
     answer[0]["name"] = "answer"
-    end = json.dumps(after, ensure_ascii=False) if special is None else f"<[{special}]>"
-    before = f"before{'[lazy]' if special is None else ''}: /(.|\\n)*/ {end}"
-    outer = f"start: before SPACE? @answer\n{before}\nSPACE: /[ \\t\\r\\n]{{1,4}}/\n"
+
+    def token(text: str) -> str:
+        return f"<[{special[text]}]>" if text in special else json.dumps(text, ensure_ascii=False)
+
+    start, rules = "@answer", [r"SPACE: /[ \t\r\n]{1,4}/"]
+    if asked.unless is not None:
+        start = "(@answer | free)"
+        rest = "/(.|\\n)+/" + (f" | <[{','.join(map(str, sorted(special.values())))}]>" if special else "")
+        rules.append(f"free: ({' | '.join(map(token, asked.unless))}) ({rest})*")
+    if asked.after is not None:
+        start = f"before SPACE? {start}"
+        rules.append(f"before{'' if asked.after in special else '[lazy]'}: /(.|\\n)*/ {token(asked.after)}")
+    outer = "\n".join([f"start: {start}", *rules, ""])
     return json.dumps({"grammars": [{"name": "outer", "lark_grammar": outer}, *answer]})
 
 

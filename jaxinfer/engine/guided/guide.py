@@ -172,7 +172,7 @@ class Guides:
                 return self._known[asked]
         from llguidance import LLMatcher, LLParserLimits
 
-        source, limits = grammar_of(asked, vocabulary.special(asked.after)), LLParserLimits(verbose_errors=False)
+        source, limits = grammar_of(asked, vocabulary.special), LLParserLimits(verbose_errors=False)
         grammar = Grammar(lambda: LLMatcher(self._theirs, source, log_level=0, limits=limits))
         matcher = grammar.matcher.deep_copy()
         if matcher.is_error():

@@ -35,9 +35,10 @@ class Vocabulary:
         self._ids = {token: i for i, token in enumerate(self.tokens) if token and i not in self.special_ids}
         self._longest = max(map(len, self._ids), default=0)
 
-    def special(self, text: str | None) -> int | None:
-        """The special token that is written so; None if there is none."""
-        return next((i for i in self.special_ids if text and self.tokens[i] == text.encode()), None)
+    @property
+    def special(self) -> dict[str, int]:
+        """The special tokens that may be in a text, by how they are written."""
+        return {self.tokens[i].decode(errors="replace"): i for i in self.special_ids - {*self.eos_token_ids, self.size}}
 
     @property
     def spells_all(self) -> bool:
