@@ -16,7 +16,7 @@ from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.hosts import HostOptions
 from jaxinfer.cli.options import ModelOptions, Verbosity, grouped
 
-WHERE, WHO, LIMITS, CHAT = "Where", "Who may ask", "Limits", "Chat"
+WHERE, WHO, LIMITS, CHAT, TRACES = "Where", "Who may ask", "Limits", "Chat", "Traces"
 KEY = "JAXINFER_API_KEY"
 
 
@@ -91,6 +91,10 @@ class ServerOptions:
         bool,
         typer.Option("--trust-request-chat-template", help="Requests may bring a chat template.", rich_help_panel=CHAT),
     ] = False
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Of a collector: OpenTelemetry's spans of requests.", rich_help_panel=TRACES),
+    ] = None
 
     def config(self, names: tuple[str, ...]) -> Any:
         """A ServerConfig. Raises ValueError and OSError."""

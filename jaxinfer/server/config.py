@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import ipaddress
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class ServerConfig:
     tool_call_parser, reasoning_parser: see `jaxinfer.text.formats`; "auto": as the chat template shows; or "none".
     trust_request_chat_template: requests may bring a chat template of their own.
     ssl_certfile, ssl_keyfile: of TLS.
+    otlp_traces_endpoint: the URL of a collector of OpenTelemetry's; see `jaxinfer.server.tracing`.
     """
 
     host: str = "127.0.0.1"
@@ -52,6 +54,7 @@ class ServerConfig:
     trust_request_chat_template: bool = False
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_queued", "max_sequences", "max_body_bytes", "max_messages", "max_connections"):
@@ -63,6 +66,8 @@ class ServerConfig:
         for name, known in (("tool_call_parser", TOOLS), ("reasoning_parser", REASONING)):
             if getattr(self, name) not in (AUTO, NONE, *known):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be one of auto, none, {', '.join(known)}")
+        if self.otlp_traces_endpoint is not None:
+            _check_endpoint(self.otlp_traces_endpoint)
         if not self.names or not all(self.names):
             raise ValueError("served_model_name is empty: give a name, or none for the model's own")
         if not 0 <= self.port < 2**16:
@@ -81,6 +86,16 @@ class ServerConfig:
     def digests(self) -> tuple[bytes, ...]:
         """Of the keys: all of one length, so that comparing takes one time."""
         return tuple(hashlib.sha256(key.encode()).digest() for key in self.api_keys)
+
+
+def _check_endpoint(url: str) -> None:
+    """Raises ValueError, too, where what spans are sent with is not there."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"otlp_traces_endpoint is {url!r}: it must be a URL, as http://localhost:4318/v1/traces")
+    try:
+        importlib.import_module("opentelemetry.exporter.otlp.proto.http")
+    except ImportError:
+        raise ValueError("otlp_traces_endpoint needs OpenTelemetry: pip install '.[otel]'") from None
 
 
 def is_loopback(host: str) -> bool:

@@ -15,6 +15,7 @@ from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.openai.errors import ServerError
 from jaxinfer.openai.requests import ChatRequest, CompletionRequest, Options
 from jaxinfer.server.service import Service
+from jaxinfer.server.tracing import generated
 from jaxinfer.text.scanner import Message, Piece, Scanner
 
 # Of lists in sampling parameters that cost time at each token.
@@ -82,6 +83,9 @@ class Generation:
         self._cached[i] = output.metrics.cached_tokens
         if output.finished:
             metrics.end(output, len(self.ids[i]), self._generated[i], self._reasons[i])
+            if (tracing := self._service.tracing) is not None:
+                params, model = self._groups[i].members[0].request.params, self._service.config.names[0]
+                tracing.add(generated(output, params, model, self.prompt_tokens, self.completion_tokens))
 
     async def whole(self) -> list[CompletionOutput]:
         """All continuations, when they have ended."""

@@ -10,6 +10,7 @@ import logging
 import re
 import secrets
 import time
+from contextlib import nullcontext
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -44,7 +45,15 @@ class Guard:
         given = request.headers.get("x-request-id", "")
         # It goes into the log and into a header.
         request_id = given if re.fullmatch(r"[\w.:\-]{1,128}", given, re.ASCII) else secrets.token_hex(16)
-        start, status, begun = time.perf_counter(), 0, False
+        tracing = self._service.tracing if request.method == "POST" else None
+        with nullcontext() if tracing is None else tracing.span(request.headers, request_id):
+            status = await self._handle(request, request_id, receive, send)
+            if tracing is not None:
+                tracing.answered(status)
+
+    async def _handle(self, request: Request, request_id: str, receive: Receive, send: Send) -> int:
+        """Its status."""
+        scope, start, status, begun = request.scope, time.perf_counter(), 0, False
 
         async def answer(message: Message) -> None:
             nonlocal status, begun
@@ -87,6 +96,7 @@ class Guard:
             # Paths are percent-encoded as they came, so that nobody writes lines of his own.
             path = scope.get("raw_path", b"").decode("ascii", "replace")[:200]
             log.info("id=%s client=%s %s %s %d %.1fms", request_id, client, request.method, path, status, milliseconds)
+        return status
 
     def _check_host(self, request: Request) -> None:
         """A page of another site that has made its name mean this machine says that name. Keys it does not know."""

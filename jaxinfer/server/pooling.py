@@ -178,6 +178,10 @@ async def _done(service: Service, request: Request, work: Callable[[], Awaitable
         if output.error is not None:
             raise ServerError(500, output.error)
         service.metrics.pooled(len(output.prompt_token_ids), time.perf_counter() - start)
+    if service.tracing is not None:
+        model, seconds = service.config.names[0], time.perf_counter() - start
+        service.tracing.add({"gen_ai.response.model": model, "gen_ai.latency.e2e": seconds})
+        service.tracing.add({"gen_ai.usage.prompt_tokens": _tokens(outputs)})
     return outputs
 
 

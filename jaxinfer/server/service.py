@@ -20,6 +20,7 @@ from jaxinfer.pooling import CAN
 from jaxinfer.server.chats import ChatFormats
 from jaxinfer.server.config import ServerConfig
 from jaxinfer.server.metrics import Metrics
+from jaxinfer.server.tracing import Tracing
 
 THREADS = 4  # for templates, tokens and models without a cache; more callers wait
 LONG = 2**20  # characters, which take seconds to encode
@@ -38,6 +39,7 @@ class Service:
         self.active = 0
         self.aborting = False
         self.by_key: Counter[int | None] = Counter()
+        self.tracing = None if config.otlp_traces_endpoint is None else Tracing(config.otlp_traces_endpoint)
         self._pool = ThreadPoolExecutor(THREADS, "jaxinfer-server")
         thread, default = (llm.engine_thread, llm.get_default_sampling_params) if self.generates else (None, None)
         self.engine = AsyncEngine.over(llm, thread, default, max_queued=config.max_queued)
@@ -139,3 +141,5 @@ class Service:
     def close(self) -> None:
         self.engine.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.tracing is not None:
+            self.tracing.close()

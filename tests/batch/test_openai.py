@@ -137,7 +137,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens and max_completion_tokens differ"),
     ({"max_tokens": [3]}, "max_tokens is [3]"),
     ({"max_tokens": 0}, "max_tokens is 0"),
-    ({"logprobs": 3}, "logprobs is 3: in a chat it must be true or false"),
+    ({"logprobs": 3}, "logprobs must be true or false, and is 3"),
     ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "logprobs is 21"),
     ({"logprobs": True, "top_logprobs": "a"}, "logprobs is 'a'"),
