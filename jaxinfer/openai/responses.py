@@ -9,7 +9,6 @@ from typing import Any
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.openai.answers import Json, event
 from jaxinfer.openai.blocks import BlockWriter, Counts, Ending
-from jaxinfer.openai.errors import error_kind
 from jaxinfer.openai.fields import Fields, kind, shown
 from jaxinfer.openai.requests import ChatRequest, check_tools, conversation, must_call, with_salt
 from jaxinfer.sampling.params import SamplingParams
@@ -238,7 +237,8 @@ class ResponseWriter(BlockWriter):
         return self._event(f"response.{self._response['status']}", response=self._response)
 
     def failed(self, message: str, status: int) -> bytes:
-        self._response |= {"status": "failed", "error": {"code": error_kind(status), "message": message}}
+        code = "server_error" if status >= 500 else "invalid_prompt"  # of what has begun
+        self._response |= {"status": "failed", "error": {"code": code, "message": message}}
         return self._event("response.failed", response=self._response)
 
     def body(self) -> Json:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import httpx2 as httpx
 import pytest
+from openai.types.responses import ResponseFailedEvent
 
 from jaxinfer.server import answers
 from jaxinfer.text import renderer
@@ -175,6 +176,10 @@ def test_parameters_that_leave_no_token_are_the_requests_fault(client, served_ll
     assert (answer.status_code, "exclude all of them" in answer.text) == (400, True)
     last = client.post(COMPLETIONS, json=body | {"stream": True}).text.strip().rpartition("data: ")[2]
     assert json.loads(last)["error"]["type"] == "invalid_request_error"
+    body = {"input": "b", "stream": True} | {name: body[name] for name in ("allowed_token_ids", "no_repeat_ngram_size")}
+    last = client.post("/v1/responses", json=body).text.strip().rpartition("data: ")[2]
+    failed = ResponseFailedEvent.model_validate_json(last).response
+    assert (failed.status, failed.error.code) == ("failed", "invalid_prompt")
 
 
 def test_a_full_queue_says_429(serve, served_llm, slowly):
