@@ -133,8 +133,8 @@ class AsyncEngine:
             kind = type(params).__name__
             raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
         self.engine_thread.check_open()
-        text, ids, salt = prompt if isinstance(prompt, Encoded) else encode_prompt(prompt, self.tokenizer)
-        return self.engine_thread.engine.new_group(ids, params, text, priority, salt)
+        text, ids, salt, adapter = prompt if isinstance(prompt, Encoded) else encode_prompt(prompt, self.tokenizer)
+        return self.engine_thread.engine.new_group(ids, params, text, priority, salt, adapter)
 
     async def generate(
         self,

@@ -12,6 +12,8 @@ from typing import Any, NoReturn, Self, Unpack
 from jaxinfer.aliases import Words, takes
 from jaxinfer.aliases.loading import LORA
 from jaxinfer.aliases.sampling import CALL, SAMPLING
+from jaxinfer.checkpoint.factors import AdapterInfo
+from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine
@@ -154,6 +156,7 @@ class LLM(PoolingMethods):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: Sequence[int] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         use_tqdm: bool = True,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
@@ -161,11 +164,12 @@ class LLM(PoolingMethods):
 
         A prompt is text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`. One SamplingParams for
         all, or one each; None takes `get_default_sampling_params()`. priority: one number each, lower runs earlier.
+        adapter: the name of one for all, or one each, None for the model itself; a prompt as a dict may have it, too.
         use_tqdm: a progress bar on stderr. A prompt that can't be served raises ValueError before anything runs, or
         with on_error="return" has its own output say why (`error`).
         """
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        asked = prompts_asked(prompts, params, priority)
+        asked = prompts_asked(prompts, params, priority, adapter)
         asked.sort(key=lambda entry: entry.priority)  # not all of them are given to the engine at once
         return self._generate.run_all(asked, on_error, use_tqdm)
 
@@ -304,6 +308,19 @@ class LLM(PoolingMethods):
         """The `beam_width` best continuations of each prompt, best first: see `jaxinfer.tasks.beam_search`."""
         encoded = [encode_prompt(prompt, self.tokenizer) for prompt in prompt_list(prompts)]
         return beam_search(self.engine_thread, encoded, beam_width, max_tokens, length_penalty, ignore_eos)
+
+    def load_adapter(self, name: str, adapter: str | os.PathLike[str]) -> None:
+        """Loads a low-rank adapter in PEFT's format, a folder or hub id, in place of another of this name; requests
+        that have that one go on with it. Raises ValueError and FileNotFoundError."""
+        self.engine.load_adapter(name, resolve(adapter))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; requests that have it go on. Raises RequestError where there is none of this name."""
+        self.engine.unload_adapter(name)
+
+    def list_adapters(self) -> dict[str, AdapterInfo]:
+        """Those that are loaded, by name."""
+        return {name: AdapterInfo.of(own) for name, own in self.engine.adapters.items()}
 
     def close(self) -> None:
         """Frees weights and cache. What was returned stays; what runs in other threads ends with an error, and nothing

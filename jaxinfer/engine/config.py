@@ -36,6 +36,15 @@ def check_pooler_config(value: object) -> None:
         )
 
 
+def check_adapters(value: object) -> None:
+    """Raises ValueError for what can't be `adapters`."""
+    fine = value is None or isinstance(value, Mapping)
+    for name, folder in value.items() if isinstance(value, Mapping) else ():
+        fine = fine and isinstance(name, str) and bool(name) and isinstance(folder, str | os.PathLike) and bool(folder)
+    if not fine:
+        raise ValueError(f"adapters is {value!r:.100}: it must be a dict of names and folders or hub ids")
+
+
 @dataclass(frozen=True)
 class Option:
     """What there is to know of one option besides its type.
@@ -202,6 +211,35 @@ class EngineConfig(TypedDict, total=False):
             help="What reads the cache; auto, as without it: a Pallas kernel on TPU, plain XLA elsewhere.",
             details="`xla`: plain XLA; `pallas`: a kernel that reads pages in place, on TPUs and on NVIDIA GPUs from "
             "A100 on, where nobody has run it yet; `auto` (default): `pallas` on TPU where it can be used, else `xla`",
+            shapes_programs=True,
+        ),
+    ]
+    adapters: Annotated[
+        Mapping[str, str | os.PathLike[str]] | None,
+        Option(
+            details='low-rank adapters in PEFT\'s format beside the weights, by name: `{"sql": "DIR or hub id"}`; see '
+            "[adapters](adapters.md)",
+            check=check_adapters,
+        ),
+    ]
+    max_adapters: Annotated[
+        int | None,
+        Option(
+            help="Most adapters that rows of one call may have.",
+            details="most adapters that the rows of one call may have; default: as many as `adapters` are, at most 8. "
+            "More can be loaded, and take turns",
+            metavar="N",
+            high=256,
+            shapes_programs=True,
+        ),
+    ]
+    max_lora_rank: Annotated[
+        int | None,
+        Option(
+            help="Largest rank of an adapter.",
+            details="largest rank of an adapter; default: that of `adapters`, or 16",
+            metavar="N",
+            high=1024,
             shapes_programs=True,
         ),
     ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from jaxinfer.checkpoint.factors import LoadedAdapter, read_adapter
 from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import RequestGroup, SequenceOutput
@@ -62,6 +64,7 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_model_len = max_model_len
         self.guides = Guides(tokenizer, self.vocab_size, self.eos_token_ids)
+        self.adapters: dict[str, LoadedAdapter] = {}  # by name
         self._stats = EngineStats()
         self._seed = seed
         self._next_id = 0
@@ -100,16 +103,17 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        adapter: str | None = None,
     ) -> RequestGroup:
-        """A request for `queue`. cache_salt: see Encoded. Raises RequestError for ids, a length or parameters that
-        can't be served.
+        """A request for `queue`. cache_salt, adapter: see Encoded. Raises RequestError for ids, a length or parameters
+        that can't be served.
 
         Any thread may call it: it reads what was loaded, and nothing that changes.
         """
         stop_ids, excluded, guide = self.check(prompt_token_ids, params)
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise RequestError(f"priority is {priority!r:.100}: it must be an integer", "priority")
-        length = len(prompt_token_ids)
+        length, beside = len(prompt_token_ids), self.adapter(adapter)
         # The first one's log-probabilities of the prompt are everyone's.
         later = dataclasses.replace(params, prompt_logprobs=None) if params.n > 1 else params
         first_id = self._new_ids(params.n)
@@ -126,6 +130,7 @@ class Engine:
                 limit=self._limit(length, params),
                 priority=priority,
                 cache_salt=cache_salt,
+                adapter=beside,
                 scored_from=1 if params.prompt_logprobs is not None and not index else None,
                 exclusions=excluded.anew() if excluded is not None else None,
                 guide=guide.anew() if guide is not None else None,
@@ -150,6 +155,35 @@ class Engine:
             target=target,
         )
         return Scoring(request, text)
+
+    def adapter(self, name: str | None) -> LoadedAdapter | None:
+        """The one of this name; None of no name. Raises RequestError."""
+        if name is None:
+            return None
+        found = self.adapters.get(name) if isinstance(name, str) else None
+        if found is None:
+            there = ", ".join(sorted(self.adapters)) or "none; LLM(adapters={NAME: FOLDER}) and load_adapter load them"
+            raise RequestError(f"adapter is {name!r:.100}: there are {there}", "adapter")
+        return found
+
+    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> LoadedAdapter:
+        """Reads one, in place of another of this name. Any thread may call it: it goes to the devices when the first
+        request with it runs. Raises ValueError and FileNotFoundError."""
+        programs = self.runner.programs
+        if not programs.max_adapters:
+            raise ValueError("there is no room for adapters beside the weights: load the model with max_adapters")
+        loaded = read_adapter(folder, self.runner.model, programs.max_lora_rank, self.runner.values)
+        before, self.adapters[name] = self.adapters.get(name), loaded
+        if before is not None:
+            self.scheduler.adapters.forget(before)
+        return loaded
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets one; requests that have it go on. Raises RequestError."""
+        unloaded = self.adapter(name)
+        assert unloaded is not None
+        self.adapters.pop(name, None)
+        self.scheduler.adapters.forget(unloaded)
 
     def queue(self, group: RequestGroup | Scoring) -> None:
         """Takes a new request."""
@@ -276,6 +310,8 @@ class Engine:
         # Preempting needs all tokens to be known.
         schedules = self.scheduler.schedule(self._max_steps(max_seconds), not self._in_flight)
         if any(schedule.requests for schedule in schedules):
+            for slot, adapter in self.scheduler.adapters.coming():
+                self.runner.load_adapter(slot, adapter)
             self._prepare_slots(schedules)
             self._in_flight.append(self._launch(schedules))
             if len(self._in_flight) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,18 +11,31 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfer.checkpoint.factors import LoadedAdapter
 from jaxinfer.distributed import blamed
 from jaxinfer.engine.batch_builder import BatchBuilder, Call, ScoredSpan
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.executables import ExecutableCache
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.programs import Key, PrepareCounts, PrepareMasks, Programs, Sampled, Score, State, Zeros
+from jaxinfer.engine.programs import (
+    Key,
+    LoadAdapter,
+    LoadScaledAdapter,
+    PrepareCounts,
+    PrepareMasks,
+    Programs,
+    Sampled,
+    Score,
+    State,
+    Zeros,
+)
 from jaxinfer.engine.ready import ReadyPrograms, trim_memory
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.logprobs import Logprobs
 from jaxinfer.sampling.slots import Masks, TokenCounts, mask_words
+from jaxinfer.weights import LowRank
 
 
 @dataclass
@@ -132,6 +146,27 @@ class Runner(ReadyPrograms):
         """Makes a sequence's slot ready for its masks or its penalties."""
         program = PrepareMasks if isinstance(values, Masks) else PrepareCounts
         self.call([(program.key, (np.int32(self.batches.slot(request)), values))])
+
+    def load_adapter(self, slot: int, adapter: LoadedAdapter) -> None:
+        """Puts an adapter into a slot on the devices."""
+
+        def padded(own: np.ndarray[Any, Any], shape: jax.Array) -> np.ndarray[Any, Any]:
+            return np.pad(own, [(0, size - there) for size, there in zip(shape.shape, own.shape, strict=True)])
+
+        def whole(name: str, one: LowRank) -> LowRank:
+            if name in adapter.factors:
+                return jax.tree.map(padded, adapter.factors[name], one)
+            nothing: LowRank = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), one)
+            return dataclasses.replace(nothing, gain=nothing.gain + (np.nan if adapter.scaled else 1))
+
+        program = LoadScaledAdapter if adapter.scaled else LoadAdapter
+        self.call(
+            [(program.key, (np.int32(slot), {name: whole(name, one) for name, one in self.programs.adapter.items()}))]
+        )
+
+    def values(self, name: str) -> np.ndarray[Any, Any]:
+        """Of one of the parameters."""
+        return np.asarray(self.params[name])
 
     def call(self, calls: Sequence[Call], then: Sequence[Key] = ()) -> list[Any]:
         """Calls programs one after the other, on all hosts: all of them or none. What each of them gives the host.

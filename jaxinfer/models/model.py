@@ -22,7 +22,7 @@ from jaxinfer.models.tasks import GENERATE, wanted_task
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.quantization.schemes import SCALE, Quantization, Scheme
 from jaxinfer.quantization.stored import asked_for, converted_quantization, stored_quantization
-from jaxinfer.weights import Axes
+from jaxinfer.weights import Adapted, AdapterRows, Axes, LowRank
 
 if TYPE_CHECKING:  # a start whose programs are there builds no module
     from jaxinfer.models.causal import CausalLM
@@ -133,11 +133,29 @@ class AbstractModel:
         """The schemes that there are, and the dtype of the rest."""
         return ", ".join([*sorted({scheme.name for scheme in self.quantized.values()}), str(self.weight_dtype)])
 
-    def bind(self, params: Mapping[str, Any]) -> CausalLM:
+    def bind(
+        self, params: Mapping[str, Any], adapters: Mapping[str, LowRank] | None = None, rows: AdapterRows | None = None
+    ) -> CausalLM:
         """The module on these parameters, which may be those alone that are used; cheap enough only for tracing, so
-        call it inside a jitted function. Of a model that makes no text (see `tasks`) it is a Body, and no more."""
-        rounds = self.weight_dtype == jnp.bfloat16
-        return _bind(self._module(), lambda name: self.params[name].bind(params, rounds))
+        call it inside a jitted function. Of a model that makes no text (see `tasks`) it is a Body, and no more.
+
+        adapters: what they do to weights, by name. rows: who has which, of the tokens that go through the layers."""
+        rounds, beside = self.weight_dtype == jnp.bfloat16, adapters or {}
+
+        def value(name: str) -> Any:
+            weight: Any = self.params[name].bind(params, rounds)
+            return Adapted(weight, beside[name], rows) if name in beside and rows is not None else weight
+
+        return _bind(self._module(), value)
+
+    @cached_property
+    def adaptable(self) -> dict[str, ParamSpec]:
+        """The weights that adapters may change: the layers' matrices."""
+        return {
+            name: spec
+            for name, spec in self.params.items()
+            if spec.is_embedding is False and len(spec.shape) == 2 and name not in self.declared_module.head
+        }
 
     @cached_property
     def head(self) -> frozenset[str]:

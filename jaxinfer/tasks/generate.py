@@ -24,12 +24,14 @@ class PromptAsked:
     prompt: as it was given, or encoded.
     params: its own.
     priority: lower runs earlier.
+    adapter: its name; None: none, or the prompt's own.
     """
 
     index: int
     prompt: Prompt | Encoded
     params: SamplingParams
     priority: int = 0
+    adapter: str | None = None
 
 
 class GenerateTask(Task[PromptAsked, RequestOutput]):
@@ -41,11 +43,12 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
     def checked(self, asked: PromptAsked) -> PromptAsked:
         encoded = self._encoded(asked)
         self.engine.check(encoded.ids, asked.params)
+        self.engine.adapter(encoded.adapter)
         return replace(asked, prompt=encoded)
 
     def request(self, asked: PromptAsked) -> RequestGroup:
-        text, ids, salt = self._encoded(asked)
-        return self.engine.new_group(ids, asked.params, text, asked.priority, salt)
+        text, ids, salt, adapter = self._encoded(asked)
+        return self.engine.new_group(ids, asked.params, text, asked.priority, salt, adapter)
 
     def failure(self, asked: PromptAsked, error: ValueError) -> RequestOutput:
         return error_output(asked.index, str(error))
@@ -86,22 +89,27 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
         if not isinstance(asked.params, SamplingParams):
             kind = type(asked.params).__name__
             raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
-        return encode_prompt(asked.prompt, self.tokenizer)
+        encoded = encode_prompt(asked.prompt, self.tokenizer)
+        return encoded if asked.adapter is None else encoded._replace(adapter=asked.adapter)
 
 
 def prompts_asked(
-    prompts: Any, params: SamplingParams | Sequence[SamplingParams], priority: Sequence[int] | None
+    prompts: Any,
+    params: SamplingParams | Sequence[SamplingParams],
+    priority: Sequence[int] | None,
+    adapter: str | Sequence[str | None] | None = None,
 ) -> list[PromptAsked]:
-    """One prompt or a list of them, with parameters for all or one each. Raises ValueError."""
+    """One prompt or a list of them, with parameters and an adapter for all or one each. Raises ValueError."""
     listed = prompt_list(prompts)
     each = params if isinstance(params, list | tuple) else [params] * len(listed)
-    for name, values in (("sampling_params", each), ("priority", priority)):
+    adapters = adapter if isinstance(adapter, list | tuple) else [adapter] * len(listed)
+    for name, values in (("sampling_params", each), ("priority", priority), ("adapter", adapters)):
         if values is not None and len(values) != len(listed):
             raise RequestError.at(name, f"{len(values)} for {len(listed)} prompts; give one for all, or one each")
     priorities = [0] * len(listed) if priority is None else priority
     if not all(isinstance(p, int) for p in priorities):
         raise RequestError(f"priority is {list(priorities)}: it must be integers", "priority")
-    return [PromptAsked(i, *fields) for i, fields in enumerate(zip(listed, each, priorities, strict=True))]
+    return [PromptAsked(i, *fields) for i, fields in enumerate(zip(listed, each, priorities, adapters, strict=True))]
 
 
 def prompts_as_they_come(

@@ -6,7 +6,9 @@ from jaxinfer.engine.programs.base import (
     Key,
     ModelPrograms,
     Program,
+    adapted_kind,
     cache_layout,
+    placed_adapters,
     placed_decode_state,
     placed_hidden,
     placed_params,
@@ -17,7 +19,7 @@ from jaxinfer.engine.programs.forward import Forward
 from jaxinfer.engine.programs.logits import Sampled
 from jaxinfer.engine.programs.sample import FullSample, GuidedSample, Sample, SampleRows
 from jaxinfer.engine.programs.score import Score, Scored
-from jaxinfer.engine.programs.slots import PrepareCounts, PrepareMasks, Zeros
+from jaxinfer.engine.programs.slots import LoadAdapter, LoadScaledAdapter, PrepareCounts, PrepareMasks, Zeros
 from jaxinfer.engine.programs.state import State
 from jaxinfer.engine.programs.table import Programs
 
@@ -32,6 +34,8 @@ __all__ = [
     "Function",
     "GuidedSample",
     "Key",
+    "LoadAdapter",
+    "LoadScaledAdapter",
     "ModelPrograms",
     "PrepareCounts",
     "PrepareMasks",
@@ -44,7 +48,9 @@ __all__ = [
     "Scored",
     "State",
     "Zeros",
+    "adapted_kind",
     "cache_layout",
+    "placed_adapters",
     "placed_decode_state",
     "placed_hidden",
     "placed_params",

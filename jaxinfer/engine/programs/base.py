@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import jax
 import numpy as np
@@ -20,9 +20,13 @@ from jaxinfer.attention import CacheLayout, LayerLayout, LayerMap, Table
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import AbstractModel, Params
+from jaxinfer.models.params import ParamSpec
 from jaxinfer.sampling.slots import DecodeState
-from jaxinfer.sharding import ROWS, axis_size, describe, devices_of, on_axes, replicated
-from jaxinfer.weights import Axes
+from jaxinfer.sharding import ROWS, TENSOR, axis_size, describe, devices_of, on_axes, padded, replicated
+from jaxinfer.weights import AdapterRows, Axes, LowRank
+
+if TYPE_CHECKING:
+    from jaxinfer.models.causal import CausalLM
 
 T = TypeVar("T")
 Key = tuple[str, int]  # of a program: what it does, and for how many tokens or rows
@@ -70,6 +74,33 @@ def placed_hidden(model: AbstractModel, placement: jax.Device | Mesh, max_tokens
     sharding = NamedSharding(mesh, PartitionSpec(ROWS)) if mesh is not None else SingleDeviceSharding(placement)
     shape = axis_size(mesh, ROWS) * max_tokens, model.config.hidden_size
     return cast(jax.Array, jax.ShapeDtypeStruct(shape, model.dtype, sharding=sharding))
+
+
+def one_adapter(model: AbstractModel, placement: jax.Device | Mesh, rank: int) -> dict[str, LowRank]:
+    """What one adapter does to each weight, abstractly, as that is padded there."""
+
+    def of(spec: ParamSpec) -> LowRank:
+        shape = spec.shape
+        if isinstance(placement, Mesh):
+            shape = padded(shape, spec.axes, placement, spec.multiples or (1, 1))
+        rows, columns = shape
+        factors = [jax.ShapeDtypeStruct((rank, size), model.weight_dtype) for size in (columns, rows)]
+        vector = jax.ShapeDtypeStruct((rows,), np.float32)
+        return LowRank(*factors, vector, vector)  # type: ignore[arg-type]
+
+    return {name: of(spec) for name, spec in model.adaptable.items()}
+
+
+def placed_adapters(model: AbstractModel, placement: jax.Device | Mesh, slots: int, rank: int) -> dict[str, LowRank]:
+    """Slots for so many adapters, by the names of the weights that they change: whole on each shard of rows."""
+
+    def place(one: jax.ShapeDtypeStruct, axes: Axes) -> jax.ShapeDtypeStruct:
+        on_mesh = isinstance(placement, Mesh)
+        sharding = NamedSharding(placement, on_axes(axes, TENSOR)) if on_mesh else SingleDeviceSharding(placement)
+        return jax.ShapeDtypeStruct((slots, *one.shape), one.dtype, sharding=sharding)
+
+    axes = {name: LowRank.axes(spec.axes) for name, spec in model.adaptable.items()}
+    return jax.tree.map(place, one_adapter(model, placement, rank), axes) if slots else {}
 
 
 @dataclass(frozen=True)
@@ -160,6 +191,7 @@ class EngineShapes(ModelPrograms):
     max_rows: sequences that run at once.
     max_steps: tokens a row that one decoding call may produce.
     attention, kv_cache_dtype: see EngineConfig.
+    max_adapters, max_lora_rank: that rows of a call have, and their rank; see EngineConfig.
     """
 
     buckets: Buckets
@@ -170,6 +202,8 @@ class EngineShapes(ModelPrograms):
     max_steps: int
     attention: str = "auto"
     kv_cache_dtype: str = "auto"
+    max_adapters: int = 0
+    max_lora_rank: int = 0
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -185,6 +219,8 @@ class EngineShapes(ModelPrograms):
             "page_size": self.page_size,
             "attention": self.attention,
             "kv_cache_dtype": self.kv_cache_dtype,
+            "max_adapters": self.max_adapters or None,
+            "max_lora_rank": self.max_lora_rank or None,
         }
 
     @cached_property
@@ -234,7 +270,18 @@ class EngineShapes(ModelPrograms):
         """All of it."""
         cache = self.layout.arrays(self.page_counts, self.page_size, self.max_rows)
         slots = placed_decode_state(self.model, self.placement, self.max_rows)
-        return State(cache, slots, placed_hidden(self.model, self.placement, self.max_tokens))
+        hidden = placed_hidden(self.model, self.placement, self.max_tokens)
+        return State(cache, slots, hidden, self.adapters or None)  # type: ignore[arg-type]
+
+    @cached_property
+    def adapter(self) -> dict[str, LowRank]:
+        """One of them, as the host gives it, by the names of weights."""
+        return one_adapter(self.model, self.placement, self.max_lora_rank)
+
+    @cached_property
+    def adapters(self) -> dict[str, LowRank]:
+        """Their slots, by the names of weights."""
+        return placed_adapters(self.model, self.placement, self.max_adapters, self.max_lora_rank)
 
     def tables(self, rows: int) -> tuple[Table | None, ...]:
         """The page tables of so many rows, abstractly."""
@@ -257,15 +304,19 @@ class Program(ABC, Generic[S]):
     size: tokens or rows (of each shard).
     key: both, its name in manifests and between hosts.
     changes, reads: the parts of the state that it takes.
+    adapted: some rows have adapters. The host then gives it, after all else, i32 of each row, which slot's it has; as
+        many as there are slots for none.
     """
 
     kind: ClassVar[str]
     changes: ClassVar[Collection[str]] = ()
     reads: ClassVar[Collection[str]] = ()
 
-    def __init__(self, shapes: S, size: int = 1):
-        self.shapes, self.size = shapes, size
-        self.key: Key = (self.kind, size)
+    def __init__(self, shapes: S, size: int = 1, adapted: bool = False):
+        self.shapes, self.size, self.adapted = shapes, size, adapted
+        self.key: Key = (adapted_kind(self.kind) if adapted else self.kind, size)
+        if adapted:
+            self.reads = (*self.reads, "adapters")  # type: ignore[misc]
 
     @property
     def weights(self) -> Collection[str]:
@@ -276,6 +327,14 @@ class Program(ABC, Generic[S]):
     @abstractmethod
     def inputs(self) -> tuple[object, ...]:
         """What the host gives it, abstractly."""
+
+    def bind(self, params: Params, read: State, slot: jax.Array | None) -> CausalLM:
+        """The module, with adapters where it is `adapted`. slot: of each token."""
+        shapes: Any = self.shapes
+        if slot is None:
+            return shapes.model.bind(params)  # type: ignore[no-any-return]
+        rows = AdapterRows.of(slot, shapes.max_adapters, shapes.devices[0].platform == "cpu")
+        return shapes.model.bind(params, read.adapters, rows)  # type: ignore[no-any-return]
 
     @property
     @abstractmethod
@@ -333,15 +392,26 @@ class Program(ABC, Generic[S]):
         if mesh is None:
             return function
         params = {name: on_axes(axes[name], ROWS) for name in self.weights}
-        state = PartitionSpec(ROWS)
+        if self.adapted:
+            input_specs = *input_specs, PartitionSpec(ROWS)
+
+        def split(parts: Collection[str]) -> State:
+            specs: Any = {part: PartitionSpec() if part == "adapters" else PartitionSpec(ROWS) for part in parts}
+            return State(**specs)
+
         return jax.shard_map(
             function,
             mesh=mesh,
             axis_names=set(ROWS),
-            in_specs=(params, state, state, *input_specs),
-            out_specs=(result, state),
+            in_specs=(params, split(self.changes), split(self.reads), *input_specs),
+            out_specs=(result, split(self.changes)),
             check_vma=False,
         )
+
+
+def adapted_kind(kind: str) -> str:
+    """Of a program's variant for rows with adapters."""
+    return f"adapted_{kind}"
 
 
 def structs(tree: T, sharding: Sharding) -> T:

@@ -1,15 +1,22 @@
-"""What makes slots and cache ready."""
+"""What makes slots, cache and adapters ready."""
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxinfer.engine.programs.base import EngineShapes, Function, Program
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.slots import Masks, TokenCounts, prepare_slot
+from jaxinfer.weights import LowRank
 
 
 class PrepareMasks(Program[EngineShapes]):
@@ -68,3 +75,52 @@ class Zeros(Program[EngineShapes]):
             return None, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.shapes.state)
 
         return zeros
+
+
+class LoadAdapter(Program[EngineShapes]):
+    """Puts an adapter into its slot."""
+
+    kind = "load adapter"
+    key = (kind, 1)
+    changes = ("adapters",)
+    weights = ()
+    result = None
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        return self.shapes.like((np.int32(0), dict(self.shapes.adapter)))
+
+    def function(self) -> Function:
+        def load(
+            params: Params, state: State, read: State, slot: jax.Array, adapter: Mapping[str, LowRank]
+        ) -> tuple[None, State]:
+            adapter = {name: self.scaled(params, name, own) for name, own in adapter.items()}
+            put = functools.partial(lax.dynamic_update_index_in_dim, index=slot, axis=0)
+            return None, State(adapters=jax.tree.map(put, state.adapters, adapter))
+
+        return load
+
+    def scaled(self, params: Params, name: str, own: LowRank) -> LowRank:
+        """With the factors that rows are multiplied with in `gain`."""
+        return own
+
+
+class LoadScaledAdapter(LoadAdapter):
+    """The same of one whose rows have lengths (DoRA): those are in `gain`, NaN where a weight has none, and become
+    factors. Lengths of rows are those of the weights as they are kept here, dequantized."""
+
+    kind = "load scaled adapter"
+    key = (kind, 1)
+
+    @property
+    def weights(self) -> Collection[str]:  # type: ignore[override]
+        model = self.shapes.model
+        return [name for name, (spec, _) in model.arrays.items() if spec.name in model.adaptable]
+
+    def scaled(self, params: Params, name: str, own: LowRank) -> LowRank:
+        weight: Any = self.shapes.model.params[name].bind(params, False)
+        rows = weight.take(jnp.arange(weight.shape[0]), jnp.float32)
+        a, b = own.a.astype(jnp.float32), own.b.astype(jnp.float32)
+        rows = rows + jnp.matmul(b.T, a, precision=lax.Precision.HIGHEST)
+        gain = jnp.where(jnp.isnan(own.gain), 1, own.gain / jnp.linalg.norm(rows, axis=1))
+        return dataclasses.replace(own, gain=gain)
