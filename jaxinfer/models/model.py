@@ -22,7 +22,7 @@ from jaxinfer.models.tasks import GENERATE, wanted_task
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.quantization.schemes import SCALE, Quantization, Scheme
 from jaxinfer.quantization.stored import asked_for, converted_quantization, stored_quantization
-from jaxinfer.weights import Adapted, AdapterRows, Axes, LowRank
+from jaxinfer.weights import Adapted, Axes, LowRank
 
 if TYPE_CHECKING:  # a start whose programs are there builds no module
     from jaxinfer.models.causal import CausalLM
@@ -134,17 +134,17 @@ class AbstractModel:
         return ", ".join([*sorted({scheme.name for scheme in self.quantized.values()}), str(self.weight_dtype)])
 
     def bind(
-        self, params: Mapping[str, Any], adapters: Mapping[str, LowRank] | None = None, rows: AdapterRows | None = None
+        self, params: Mapping[str, Any], adapters: Mapping[str, LowRank] | None = None, slot: jax.Array | None = None
     ) -> CausalLM:
         """The module on these parameters, which may be those alone that are used; cheap enough only for tracing, so
         call it inside a jitted function. Of a model that makes no text (see `tasks`) it is a Body, and no more.
 
-        adapters: what they do to weights, by name. rows: who has which, of the tokens that go through the layers."""
+        adapters: what they do to weights, by name. slot: i32[T], whose the tokens are that go through the layers."""
         rounds, beside = self.weight_dtype == jnp.bfloat16, adapters or {}
 
         def value(name: str) -> Any:
             weight: Any = self.params[name].bind(params, rounds)
-            return Adapted(weight, beside[name], rows) if name in beside and rows is not None else weight
+            return Adapted(weight, beside[name], slot) if name in beside and slot is not None else weight
 
         return _bind(self._module(), value)
 

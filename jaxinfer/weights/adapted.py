@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NoReturn, Self
 
 import jax
@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxinfer.kernels.cpu import low_rank
 from jaxinfer.sharding import TENSOR, axes_of, on_axes, on_tensor
 from jaxinfer.weights.products import by_xla, on_each_already
 from jaxinfer.weights.weight import Axes, SplitOver, Weight
@@ -48,40 +49,16 @@ class LowRank:
 
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclass(frozen=True)
-class AdapterRows:
-    """Which adapter each row of activations has.
-
-    slot: i32[T]; S for none.
-    used: i32[S], the slots that some row has, first.
-    count: i32[], how many those are.
-    one_by_one: products are made of those alone, one after the other, where reading is what takes time; else at once of
-        all, which makes wide products of narrow ones.
-    """
-
-    slot: jax.Array
-    used: jax.Array
-    count: jax.Array
-    one_by_one: bool = field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, slot: jax.Array, slots: int, one_by_one: bool) -> AdapterRows:
-        """slots: how many there are."""
-        there = jnp.zeros(slots, jnp.int32).at[slot].set(1, mode="drop")
-        used = jnp.argsort(1 - there).astype(jnp.int32)
-        return cls(slot, used, jnp.sum(there, dtype=jnp.int32), one_by_one)
-
-
-@functools.partial(jax.tree_util.register_dataclass)
-@dataclass(frozen=True)
 class Adapted(Weight):
     """A weight `[out, in]` with adapters.
 
-    base: the weight. beside: those. rows: who has which, of the activations that it is multiplied with.
+    base: the weight. beside: those.
+    slot: i32[T], whose each row of what it is multiplied with is; S for nobody's.
     """
 
     base: Weight
     beside: LowRank
-    rows: AdapterRows
+    slot: jax.Array
 
     @property
     def axes(self) -> Axes | None:  # type: ignore[override]
@@ -98,8 +75,7 @@ class Adapted(Weight):
     @property
     def array_axes(self) -> list[Axes]:
         beside = LowRank.axes(self.axes or (None, None))
-        rows: list[Axes] = [(None,), (None,), ()]
-        return [*self.base.array_axes, *vars(beside).values(), *rows]
+        return [*self.base.array_axes, *vars(beside).values(), (None,)]
 
     @classmethod
     def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: SplitOver) -> list[jax.Array]:
@@ -131,31 +107,22 @@ class Adapted(Weight):
 
 def _dots(x: jax.Array, weights: Sequence[Adapted], split_over: SplitOver) -> list[jax.Array]:
     """What one device makes of its parts."""
-    bases, rows = [weight.base for weight in weights], weights[0].rows
-    assert len(x) == len(rows.slot), "each row of activations has an adapter, or none"
+    bases, slot = [weight.base for weight in weights], weights[0].slot
+    assert len(x) == len(slot), "each row of activations has an adapter, or none"
     outs = type(bases[0]).dots(x, bases, split_over)
     share = 1.0 if split_over is None else 1.0 / lax.axis_size(split_over)  # of a shift, which is added once
-    if not rows.one_by_one:
-        return [_at_once(x, weight.beside, out, rows, share) for weight, out in zip(weights, outs, strict=True)]
 
-    def add(i: jax.Array, outs: list[jax.Array]) -> list[jax.Array]:
-        slot = rows.used[i]
-        mine = (rows.slot == slot)[:, None]
-        after = []
-        for weight, out in zip(weights, outs, strict=True):
-            own = jax.tree.map(lambda array, slot=slot: array[slot], weight.beside)
-            (low,) = by_xla(x, [own.a])
-            added = out + _expanded(low.astype(x.dtype), own.b)
-            after.append(jnp.where(mine, own.gain * added + own.shift * share, out))
-        return after
+    def at_once() -> list[jax.Array]:
+        return [_at_once(x, weight.beside, out, slot, share) for weight, out in zip(weights, outs, strict=True)]
 
-    return lax.fori_loop(0, rows.count, add, outs)
+    adapters = [tuple(vars(weight.beside).values()) for weight in weights]
+    return low_rank(x, slot, outs, adapters, share, at_once)
 
 
-def _at_once(x: jax.Array, beside: LowRank, out: jax.Array, rows: AdapterRows, share: float) -> jax.Array:
-    """With what all slots add: of each row its own is left."""
+def _at_once(x: jax.Array, beside: LowRank, out: jax.Array, slot: jax.Array, share: float) -> jax.Array:
+    """With what all slots add, of which each row keeps its own: wide products, whatever the mix."""
     slots, rank, _ = beside.a.shape
-    mine = (rows.slot[:, None] == jnp.arange(slots, dtype=jnp.int32)).astype(jnp.float32)
+    mine = (slot[:, None] == jnp.arange(slots, dtype=jnp.int32)).astype(jnp.float32)
     (low,) = by_xla(x, [beside.a.reshape(slots * rank, -1)])
     low = (low * jnp.repeat(mine, rank, axis=1)).astype(x.dtype)
     added = out + _expanded(low, beside.b.reshape(slots * rank, -1))

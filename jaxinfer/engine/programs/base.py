@@ -23,7 +23,7 @@ from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.models.params import ParamSpec
 from jaxinfer.sampling.slots import DecodeState
 from jaxinfer.sharding import ROWS, TENSOR, axis_size, describe, devices_of, on_axes, padded, replicated
-from jaxinfer.weights import AdapterRows, Axes, LowRank
+from jaxinfer.weights import Axes, LowRank
 
 if TYPE_CHECKING:
     from jaxinfer.models.causal import CausalLM
@@ -330,11 +330,7 @@ class Program(ABC, Generic[S]):
 
     def bind(self, params: Params, read: State, slot: jax.Array | None) -> CausalLM:
         """The module, with adapters where it is `adapted`. slot: of each token."""
-        shapes: Any = self.shapes
-        if slot is None:
-            return shapes.model.bind(params)  # type: ignore[no-any-return]
-        rows = AdapterRows.of(slot, shapes.max_adapters, shapes.devices[0].platform == "cpu")
-        return shapes.model.bind(params, read.adapters, rows)  # type: ignore[no-any-return]
+        return self.shapes.model.bind(params, read.adapters, slot)
 
     @property
     @abstractmethod
