@@ -6,10 +6,38 @@ first that were used longest ago.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from jaxinfer.checkpoint.factors import LoadedAdapter
 from jaxinfer.engine.request import Request
+from jaxinfer.errors import RequestError
+
+
+class AskedAdapter(NamedTuple):
+    """An adapter as somebody asks for it.
+
+    name: one that is loaded, or that it is to have then.
+    path: of a folder or a hub id, from which it comes; None: it must be loaded.
+    """
+
+    name: str
+    path: str | os.PathLike[str] | None = None
+
+    @classmethod
+    def of(cls, asked: Any) -> AskedAdapter:
+        """Of a name, or of what has the fields of vLLM's LoRARequest. Raises RequestError."""
+        if isinstance(asked, str):
+            return cls(asked)
+        name = getattr(asked, "lora_name", None)
+        paths = (getattr(asked, field, None) for field in ("lora_path", "path", "lora_local_path"))
+        path = next((path for path in paths if path), None)
+        if not isinstance(name, str) or not name or not isinstance(path, str | os.PathLike):
+            raise RequestError(f"adapter is {asked!r:.100}: it must be the name of one that is loaded", "adapter")
+        if getattr(asked, "load_inplace", False):
+            raise RequestError(f"load_inplace of {name!r}: LLM.load_adapter(name, folder) reads one again", "adapter")
+        return cls(name, path)
 
 
 class AdapterSlots:

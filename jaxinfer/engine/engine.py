@@ -7,11 +7,13 @@ import dataclasses
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxinfer.checkpoint.factors import LoadedAdapter, read_adapter
+from jaxinfer.checkpoint.factors import AdapterInfo, LoadedAdapter, read_adapter
+from jaxinfer.checkpoint.hub import resolve
+from jaxinfer.engine.adapters import AskedAdapter
 from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import RequestGroup, SequenceOutput
@@ -66,6 +68,7 @@ class Engine:
         self.guides = Guides(tokenizer, self.vocab_size, self.eos_token_ids)
         self.adapters: dict[str, LoadedAdapter] = {}  # by name
         self._stats = EngineStats()
+        self._adapter_tokens: Counter[str] = Counter()  # of requests that have ended
         self._seed = seed
         self._next_id = 0
         self._id_lock = threading.Lock()
@@ -78,6 +81,7 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """A snapshot."""
+        adapted = [g.request for g in list(self._generations.values()) if g.request.adapter is not None]
         return dataclasses.replace(
             self._stats,
             running=len(self.scheduler.running),
@@ -85,6 +89,11 @@ class Engine:
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
             prefix_caching=self.scheduler.prefix_caching,
+            max_adapters=self.scheduler.adapters.count,
+            adapter_loads=self.scheduler.adapters.loads,
+            running_adapters=Counter(request.adapter_name for request in adapted if request.slot >= 0),
+            waiting_adapters=Counter(request.adapter_name for request in adapted if request.slot < 0),
+            adapter_tokens=dict(self._adapter_tokens),
         )
 
     @property
@@ -103,7 +112,7 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-        adapter: str | None = None,
+        adapter: Any = None,
     ) -> RequestGroup:
         """A request for `queue`. cache_salt, adapter: see Encoded. Raises RequestError for ids, a length or parameters
         that can't be served.
@@ -113,7 +122,7 @@ class Engine:
         stop_ids, excluded, guide = self.check(prompt_token_ids, params)
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise RequestError(f"priority is {priority!r:.100}: it must be an integer", "priority")
-        length, beside = len(prompt_token_ids), self.adapter(adapter)
+        length, (adapter_name, beside) = len(prompt_token_ids), self.adapter(adapter)
         # The first one's log-probabilities of the prompt are everyone's.
         later = dataclasses.replace(params, prompt_logprobs=None) if params.n > 1 else params
         first_id = self._new_ids(params.n)
@@ -131,6 +140,7 @@ class Engine:
                 priority=priority,
                 cache_salt=cache_salt,
                 adapter=beside,
+                adapter_name=adapter_name,
                 scored_from=1 if params.prompt_logprobs is not None and not index else None,
                 exclusions=excluded.anew() if excluded is not None else None,
                 guide=guide.anew() if guide is not None else None,
@@ -138,11 +148,14 @@ class Engine:
             members.append(SequenceOutput(request, self.tokenizer, index))
         return RequestGroup(prompt, members)
 
-    def new_scoring(self, token_ids: Sequence[int], scored_from: int, text: str | None = None) -> Scoring:
+    def new_scoring(
+        self, token_ids: Sequence[int], scored_from: int, text: str | None = None, adapter: Any = None
+    ) -> Scoring:
         """A text for `queue`, whose tokens from `scored_from` on are scored. Raises RequestError for ids or a length
         that can't be served. Any thread may call it."""
         self.check_scoring(token_ids, scored_from)
         *tokens, target = token_ids
+        adapter_name, beside = self.adapter(adapter)
         request = Request(
             id=self._new_ids(1),
             prompt_length=len(tokens),
@@ -151,25 +164,38 @@ class Engine:
             seed=0,
             stop_ids=(),
             limit=len(tokens),
+            adapter=beside,
+            adapter_name=adapter_name,
             scored_from=scored_from,
             target=target,
         )
         return Scoring(request, text)
 
-    def adapter(self, name: str | None) -> LoadedAdapter | None:
-        """The one of this name; None of no name. Raises RequestError."""
-        if name is None:
-            return None
-        found = self.adapters.get(name) if isinstance(name, str) else None
+    def adapter(self, asked: Any) -> tuple[str, LoadedAdapter | None]:
+        """The name of what is asked for, and the adapter; of None neither. vLLM's LoRARequest is loaded where none of
+        its name and path is. Raises ValueError."""
+        if asked is None:
+            return "", None
+        name, path = AskedAdapter.of(asked)
+        found = self.adapters.get(name)
+        if path is not None:
+            try:
+                folder = resolve(path)
+                if found is None or found.folder != os.fspath(folder):
+                    found = self.load_adapter(name, folder)
+            except OSError as error:
+                raise RequestError(f"adapter {name!r:.100}: {error}", "adapter") from None
         if found is None:
             there = ", ".join(sorted(self.adapters)) or "none; LLM(adapters={NAME: FOLDER}) and load_adapter load them"
             raise RequestError(f"adapter is {name!r:.100}: there are {there}", "adapter")
-        return found
+        return name, found
 
     def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> LoadedAdapter:
         """Reads one, in place of another of this name. Any thread may call it: it goes to the devices when the first
         request with it runs. Raises ValueError and FileNotFoundError."""
         programs = self.runner.programs
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"an adapter's name is {name!r:.100}: it must be a text that is not empty")
         if not programs.max_adapters:
             raise ValueError("there is no room for adapters beside the weights: load the model with max_adapters")
         loaded = read_adapter(folder, self.runner.model, programs.max_lora_rank, self.runner.values)
@@ -180,10 +206,14 @@ class Engine:
 
     def unload_adapter(self, name: str) -> None:
         """Forgets one; requests that have it go on. Raises RequestError."""
-        unloaded = self.adapter(name)
+        _, unloaded = self.adapter(name)
         assert unloaded is not None
         self.adapters.pop(name, None)
         self.scheduler.adapters.forget(unloaded)
+
+    def list_adapters(self) -> dict[str, AdapterInfo]:
+        """Those that are loaded, by name."""
+        return {name: AdapterInfo.of(own) for name, own in dict(self.adapters).items()}
 
     def queue(self, group: RequestGroup | Scoring) -> None:
         """Takes a new request."""
@@ -432,6 +462,8 @@ class Engine:
         stats.preemptions += request.preemptions
         stats.queried_tokens += request.prompt_length
         stats.hit_tokens += request.hits
+        if request.adapter is not None:
+            self._adapter_tokens[request.adapter_name] += len(request.output_token_ids)
         self.scheduler.finish(request)
         # A first continuation that ends before its prompt was computed takes nobody with it.
         for follower in self._followers.pop(request.id, ()):
