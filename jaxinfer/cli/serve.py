@@ -14,7 +14,7 @@ import typer
 
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import ModelOptions, Verbosity, grouped
+from jaxinfer.cli.options import AdapterOptions, ModelOptions, Verbosity, grouped
 
 WHERE, WHO, LIMITS, CHAT = "Where", "Who may ask", "Limits", "Chat"
 KEY = "JAXINFER_API_KEY"
@@ -120,6 +120,7 @@ def serve(
     server: ServerOptions,
     batching: BatchingOptions,
     load: ModelOptions,
+    adapters: AdapterOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
@@ -136,7 +137,7 @@ def serve(
             import uvicorn  # noqa: F401
         except ImportError:
             raise ValueError("a server needs starlette, uvicorn and httptools: pip install '.[server]'") from None
-        options = {"runner": "auto", "warmup": not server.no_warmup}
+        options = {"runner": "auto", "warmup": not server.no_warmup, **adapters.loading}
         if hosts.join():
             batching.load(load, progress, **options)
         from contextlib import closing
