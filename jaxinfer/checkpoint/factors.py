@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxinfer.checkpoint.adapter import Adapter, Array
+from jaxinfer.checkpoint.adapter import Adapter, Array, Change
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.merged import OTHER_NAMES
 from jaxinfer.errors import CheckpointError
@@ -23,6 +23,10 @@ from jaxinfer.weights import LowRank
 
 # Of each module that changes some of a weight, and the inputs that it takes of it: which rows are which of its own.
 Parts = dict[tuple[str, tuple[int, ...]], list[tuple[slice, slice]]]
+
+
+TRANSFORMERS_NAMES = {theirs: ours for ours, theirs in OTHER_NAMES.items()}  # of modules, by those of checkpoints
+KINDS = ("a", "b", "magnitude", "bias", "rows")  # of a Change what are tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,32 +68,65 @@ class AdapterInfo(NamedTuple):
         return cls(loaded.folder, loaded.rank, loaded.nbytes, len(loaded.factors))
 
 
-def read_adapter(
-    folder: str | os.PathLike[str], model: AbstractModel, max_rank: int, bias_of: Callable[[str], Array]
-) -> LoadedAdapter:
-    """Reads PEFT's folder. bias_of: the values of a bias of the model. Raises FileNotFoundError, and CheckpointError
-    for an adapter of another model and for what can't be beside weights."""
+class Base(Protocol):
+    """What is asked of the weights of the model."""
+
+    def values(self, name: str) -> Array:
+        """A vector."""
+
+    def rows(self, name: str, ids: Sequence[int] | Array) -> Array:
+        """Rows of the table or of the head, as float32."""
+
+
+def read_adapter(folder: str | os.PathLike[str], model: AbstractModel, max_rank: int, base: Base) -> LoadedAdapter:
+    """Reads PEFT's folder. Raises FileNotFoundError, and CheckpointError for an adapter of another model and for what
+    can't be beside weights."""
     with Adapter(folder) as adapter:
-        factors = _Factors(adapter, model, bias_of).all()
-    rank = max((len(own.a) for own in factors.values()), default=0)
+        factors = _Factors(adapter, model, base).all()
+    rank = max((own.b.shape[0] for own in factors.values()), default=0)
     if rank > max_rank:
         raise CheckpointError(f"{folder}: is of rank {rank}, and max_lora_rank is {max_rank}: raise that")
     digest = hashlib.blake2b(digest_size=32)
     for name, own in sorted(factors.items()):
         digest.update(name.encode() + b"\0")
         for array in vars(own).values():
-            digest.update(np.ascontiguousarray(array).view(np.uint8))
+            digest.update(np.asarray(array).tobytes())
     scaled = any(not np.isnan(own.gain).all() for own in factors.values())
     if not scaled:
-        factors = {name: dataclasses.replace(own, gain=np.ones_like(own.gain)) for name, own in factors.items()}
+        ones = {name: np.ones_like(own.gain) for name, own in factors.items()}
+        factors = {name: dataclasses.replace(own, gain=ones[name]) for name, own in factors.items()}  # type: ignore[arg-type]
     return LoadedAdapter(os.fspath(folder), rank, factors, scaled, digest.digest())
+
+
+def changes_vocabulary(folder: str | os.PathLike[str], model: AbstractModel) -> bool:
+    """Whether one changes the table or the head. Raises what Adapter raises."""
+    with Adapter(folder) as adapter:
+        names = {model.weights.own(f"{module}.weight") for module in adapter.changes}
+    return bool(names & {model.weights.embedding, model.weights.head})
+
+
+class _Weight:
+    """What an adapter makes of one: factors of several sources one after the other. rows, columns: of its products."""
+
+    def __init__(self, columns: int, rows: int):
+        self.a, self.b = [np.zeros((0, columns), np.float32)], [np.zeros((0, rows), np.float32)]
+        self.gain, self.shift = np.full(rows, np.nan, np.float32), np.zeros(rows, np.float32)
+
+    def add(self, a: Array, b: Array) -> None:
+        """`[r, in]` and `[r, out]`, with the adapter's scale."""
+        self.a.append(a)
+        self.b.append(b)
+
+    def low_rank(self, dtype: Any, is_table: bool = False) -> LowRank:
+        a, b = np.concatenate(self.a).astype(dtype), np.concatenate(self.b).astype(dtype)
+        return LowRank(a.T if is_table else a, b, self.gain, self.shift)  # type: ignore[arg-type]
 
 
 class _Factors:
     """What is made of an adapter, and of which of its tensors nothing was."""
 
-    def __init__(self, adapter: Adapter, model: AbstractModel, bias_of: Callable[[str], Array]):
-        self._adapter, self._model, self._bias_of = adapter, model, bias_of
+    def __init__(self, adapter: Adapter, model: AbstractModel, base: Base):
+        self._adapter, self._model, self._base = adapter, model, base
         own = model.weights.own
         self._changes = {own(f"{module}.weight"): module for module in adapter.changes}
         self._saved = {own(name): name for name in adapter.saved}
@@ -97,18 +134,20 @@ class _Factors:
         self._shapes: list[str] = []
 
     def all(self) -> dict[str, LowRank]:
-        factors = {}
+        weights = {}
         for name, spec in self._model.adaptable.items():
-            if (own := self._of(name, spec)) is not None:
-                factors[name] = own
+            if name not in self._model.vocabulary and (own := self._of(name, spec)) is not None:
+                weights[name] = own
+        weights |= self._of_vocabulary()
         if self._shapes:
             raise CheckpointError(
                 f"{self._adapter.folder}: is not an adapter of this model: other shapes: {some(self._shapes)}"
             )
         self._check_left()
-        return factors
+        table, dtype = self._model.vocabulary[0], self._model.weight_dtype
+        return {name: own.low_rank(dtype, name == table) for name, own in weights.items()}
 
-    def _of(self, name: str, spec: ParamSpec) -> LowRank | None:
+    def _of(self, name: str, spec: ParamSpec) -> _Weight | None:
         parts: Parts = {}
         for source in (spec.source, *(source for source, _ in spec.elsewhere)):
             if parts := self._parts(spec, source):
@@ -117,29 +156,99 @@ class _Factors:
         shift = self._shift(name.removesuffix("weight") + "bias", rows)
         if not parts and shift is None:
             return None
-        dtype = self._model.weight_dtype
-        a, b = [np.zeros((0, columns), np.float32)], [np.zeros((0, rows), np.float32)]
-        gain = np.full(rows, np.nan, np.float32)
-        shift = np.zeros(rows, np.float32) if shift is None else shift
+        weight = _Weight(columns, rows)
+        weight.shift += 0 if shift is None else shift
         for (module, inputs), places in parts.items():
             change = self._adapter.changes[module]
             self._left.pop(module, None)
-            assert change.a is not None
-            assert change.b is not None
-            own_a, own_b = (
-                self._adapter.read(change.a)[:, slice(*inputs)],
-                self._adapter.read(change.b).T * change.scale,
-            )
-            placed = np.zeros((len(own_a), rows), np.float32)
+            a, b = self._factors(change)
+            placed = np.zeros((len(a), rows), np.float32)
             for ours, theirs in places:
-                placed[:, ours] = own_b[:, theirs]
+                placed[:, ours] = b[:, theirs]
                 if change.magnitude is not None:
-                    gain[ours] = self._adapter.read(change.magnitude).reshape(-1)[theirs]
+                    weight.gain[ours] = self._adapter.read(change.magnitude).reshape(-1)[theirs]
                 if change.bias is not None:
-                    shift[ours] += change.scale * self._adapter.read(change.bias)[theirs]
-            a.append(own_a)
-            b.append(placed)
-        return LowRank(np.concatenate(a).astype(dtype), np.concatenate(b).astype(dtype), gain, shift)  # type: ignore[arg-type]
+                    weight.shift[ours] += change.scale * self._adapter.read(change.bias)[theirs]
+            weight.add(a[:, slice(*inputs)], placed)
+        return weight
+
+    def _factors(self, change: Change) -> tuple[Array, Array]:
+        """`[r, in]` and `[r, out]`, with the scale."""
+        assert change.a is not None
+        assert change.b is not None
+        return self._adapter.read(change.a), self._adapter.read(change.b).T * change.scale
+
+    def _of_vocabulary(self) -> dict[str, _Weight]:
+        """Of the table and of the head. Rows that are replaced are factors, too: one of each picks a row, the other is
+        what it becomes, less what it is."""
+        names, weights = self._model.vocabulary, self._model.weights
+        (vocab, width), tied = self._model.params[names[0]].shape, names[1] not in self._model.params
+        table, head = _Weight(vocab, width), _Weight(width, vocab)
+        for tensor, own in ((weights.embedding, table), (weights.head, head)):
+            self._check_saved(tensor, names[0] if own is table or tied else names[1], (vocab, width))
+            module = self._changes.get(tensor)
+            if module is None:
+                continue
+            self._left.pop(module)
+            change = self._adapter.changes[module]
+            sizes = self._sizes(change)
+            wanted = {"a": vocab, "b": width, "magnitude": width} if own is table else {"a": width, "b": vocab}
+            wanted = {"magnitude": vocab, "bias": vocab, "rows": width} | wanted
+            if any(size != wanted[kind] for kind, size in sizes.items()) or max(change.tokens, default=0) >= vocab:
+                self._shapes.append(f"{module} {[vocab, width]} by {sizes}")
+                continue
+            if change.a is not None:
+                a, b = self._factors(change)
+                own.add(a, b)
+                if own is table and tied and self._adapter.config.ties and weights.head not in self._changes:
+                    head.add(b, a)
+                    if change.magnitude is not None:
+                        raise self._refused([module], "lengths of a table that is the head, too")
+            if change.magnitude is not None:
+                own.gain[:] = self._adapter.read(change.magnitude).reshape(-1)
+            if change.bias is not None:
+                own.shift += change.scale * self._adapter.read(change.bias)
+            if change.rows is not None:
+                picked = np.zeros((len(change.tokens), vocab), np.float32)
+                picked[np.arange(len(change.tokens)), list(change.tokens)] = 1
+                name = names[0] if own is table or tied else names[1]
+                others = self._adapter.read(change.rows) - self._base.rows(name, change.tokens)
+                if own is table:
+                    table.add(picked, others)
+                if own is head or (tied and weights.head not in self._changes):
+                    head.add(others, picked)
+        both = zip(names, (table, head), strict=True)
+        return {name: own for name, own in both if len(own.a) > 1 or own.shift.any()}
+
+    def _sizes(self, change: Change) -> dict[str, int]:
+        """Of what there is: of factors the side that is not the rank."""
+        info = self._adapter.info
+        shapes = {kind: info(name).shape for kind, name in vars(change).items() if kind in KINDS and name is not None}
+        return {
+            kind: int(shape[0] if kind == "b" else np.prod(shape) if kind in ("magnitude", "bias") else shape[1])
+            for kind, shape in shapes.items()
+        }
+
+    def _check_saved(self, tensor: str, name: str, shape: tuple[int, ...]) -> None:
+        """PEFT writes whole tables beside factors of them. One that is the model's own is nothing new."""
+        saved = self._saved.get(tensor)
+        if saved is None:
+            return
+        there = self._adapter.saved[saved]
+        size = self._adapter.info(there).shape
+        if size == shape:
+            step = max(1, 2**22 // shape[1])
+            for start in range(0, shape[0], step):
+                ids = np.arange(start, min(start + step, shape[0]))
+                ours = self._base.rows(name, ids)
+                theirs = self._adapter.read(there, (slice(start, start + len(ids)),))
+                if not np.array_equal(theirs.astype(self._model.weight_dtype).astype(np.float32), ours):
+                    break
+            else:
+                self._left.pop(saved)
+                return
+        gib = np.prod(size) * self._model.weight_dtype.itemsize / 2**30
+        raise self._refused([saved], f"tables of a model's vocabulary as a whole, {list(size)}, {gib:.2f} GiB a slot")
 
     def _parts(self, spec: ParamSpec, source: Source) -> Parts:
         """Where a weight is changed, if a checkpoint has it there."""
@@ -150,14 +259,14 @@ class _Factors:
             if module is None:
                 continue
             change, shape = self._adapter.changes[module], shapes[region.tensor]
-            turned = region.transposed
-            (rows, columns), index = region.stored[:: -1 if turned else 1], region.index
-            if change.a is None or change.b is None:
+            (rows, columns), index = region.stored[:: -1 if region.transposed else 1], region.index
+            if change.a is None:
                 continue
-            theirs = self._adapter.info(change.b).shape[0], self._adapter.info(change.a).shape[1]
-            sizes = [self._adapter.info(own).shape for own in (change.magnitude, change.bias) if own is not None]
-            if theirs != (shape[::-1] if turned else shape) or any(np.prod(size) != theirs[0] for size in sizes):
-                self._shapes.append(f"{module} {list(shape)} by {list(theirs)} {' '.join(map(str, sizes))}".rstrip())
+            sizes = self._sizes(change)
+            out, into = shape[::-1] if region.transposed else shape
+            wanted = {"a": into, "b": out, "magnitude": out, "bias": out}
+            if any(size != wanted.get(kind) for kind, size in sizes.items()):
+                self._shapes.append(f"{module} {[out, into]} by {sizes}")
                 continue
             assert isinstance(index[0], slice)
             assert index[1] == slice(0, spec.shape[1]), "a weight is of whole rows of others"
@@ -166,7 +275,7 @@ class _Factors:
 
     def _module(self, tensor: str) -> str | None:
         own = self._model.weights.own
-        names = (own(tensor), own(spelled(tensor, {theirs: ours for ours, theirs in OTHER_NAMES.items()})))
+        names = (own(tensor), own(spelled(tensor, TRANSFORMERS_NAMES)))
         return next((self._changes[name] for name in names if name in self._changes), None)
 
     def _shift(self, name: str, rows: int) -> Array | None:
@@ -180,7 +289,7 @@ class _Factors:
         if len(names) < len(shapes):
             return None
         for tensor, saved in names.items():
-            self._left.pop(saved)
+            self._left.pop(saved, None)
             if (shape := adapter.info(adapter.saved[saved]).shape) != shapes[tensor]:
                 self._shapes.append(f"{saved} {list(shapes[tensor])} by {list(shape)}")
                 return None
@@ -188,11 +297,12 @@ class _Factors:
         def read(tensor: str, index: tuple[slice, ...]) -> Array:
             return adapter.read(adapter.saved[names[tensor]], index)
 
-        return spec.source.read(whole(spec.shape), read) - self._bias_of(name)[:rows].astype(np.float32)
+        return spec.source.read(whole(spec.shape), read) - self._base.values(name)[:rows].astype(np.float32)
 
     def _check_left(self) -> None:
         own, specs = self._model.weights.own, self._model.params.values()
-        known = [own(tensor) for spec in specs for tensor in spec.source.tensors(spec.shape)]
+        known = {own(tensor) for spec in specs for tensor in spec.source.tensors(spec.shape)}
+        known |= {spelled(tensor, TRANSFORMERS_NAMES) for tensor in known}
 
         def is_there(name: str) -> bool:
             whole = own(name if name in self._adapter.saved else f"{name}.weight")
@@ -204,7 +314,10 @@ class _Factors:
                 f"{self._adapter.folder}: is not an adapter of this model, which has no {some(sorted(others))}"
             )
         if self._left:
-            raise CheckpointError(
-                f"{self._adapter.folder}: changes {some(sorted(self._left))}; beside weights there are adapters of the "
-                "layers' matrices alone: merge it, jaxinfer merge BASE ADAPTER DST"
-            )
+            raise self._refused(self._left, "norms, routers and others")
+
+    def _refused(self, names: Iterable[str], what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._adapter.folder}: changes {some(sorted(names))}; beside weights there are no {what}: merge it, "
+            "jaxinfer merge BASE ADAPTER DST"
+        )

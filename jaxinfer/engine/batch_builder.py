@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jaxinfer.engine.programs import (
     FullSample,
     GuidedSample,
     Key,
+    Program,
     Programs,
     Sample,
     SampleRows,
@@ -67,7 +68,7 @@ class BatchBuilder:
 
     def __init__(self, programs: Programs):
         self._buckets, self._max_rows, self._max_tokens = programs.buckets, programs.max_rows, programs.max_tokens
-        self._no_adapter = programs.max_adapters
+        self._no_adapter, self._adapted_vocabulary = programs.max_adapters, programs.adapted_vocabulary
         slots, widths = programs.shards * (self._max_rows + 1), programs.table_widths
         windows = [group.forgets for group in programs.layout.groups]
         self._tables = [
@@ -99,13 +100,15 @@ class BatchBuilder:
         spans: dict[int, ScoredSpan] = {}
         if any(request.scored_from is not None for schedule in schedules for request, _ in schedule.chunks):
             scored = [self._scored_arrays(shard, s, spans) for shard, s in enumerate(schedules)]
-            calls.append(((Score.kind, self._max_tokens), _joined(scored)))
+            beside = self._adapters_of_scored(schedules, spans) if adapted and self._adapted_vocabulary else ()
+            calls.append(((_kind(Score, bool(beside)), self._max_tokens), (*_joined(scored), *beside)))
         samples = not spans or any(any(schedule.samples) for schedule in schedules)
         if samples:  # perhaps nothing, but then there is something to be waited for
             size = Buckets.fit(self._buckets.sample, max(len(s.requests) for s in schedules))
             arrays = [self._sample_arrays(shard, s, size) for shard, s in enumerate(schedules)]
             sample = GuidedSample if held else Sample if plain else FullSample
-            calls.append(((sample.kind, size), _joined(arrays)))
+            beside = self._adapters(schedules, size) if adapted and self._adapted_vocabulary else ()
+            calls.append(((_kind(sample, bool(beside)), size), (*_joined(arrays), *beside)))
         # Where no prompt is left to be computed, all rows that have room decode next.
         going_on = max(sum(request.room > 0 for request in s.requests) for s in schedules)
         over = all(all(s.samples) and sum(s.counts) < self._max_tokens for s in schedules)
@@ -130,6 +133,17 @@ class BatchBuilder:
     def slot(self, request: Request) -> int:
         """A request's among those of all shards."""
         return request.shard * (self._max_rows + 1) + request.slot
+
+    def _adapters_of_scored(
+        self, schedules: Sequence[SchedulerOutput], spans: Mapping[int, ScoredSpan]
+    ) -> tuple[np.ndarray]:
+        """The adapter's slot of each scored token."""
+        slots = np.full(len(schedules) * self._max_tokens, self._no_adapter, np.int32)
+        for schedule in schedules:
+            for request, _ in schedule.chunks:
+                if request.id in spans and request.adapter_slot >= 0:
+                    slots[spans[request.id].at] = request.adapter_slot
+        return (slots,)
 
     def _forward_arrays(self, shard: int, schedule: SchedulerOutput, length: int) -> tuple[Any, ...]:
         """What one shard gives to a forward."""
@@ -249,7 +263,7 @@ class _SlotTable:
         return Table(self._pages[slots], self._first[slots] if self._windowed else None)
 
 
-def _kind(program: type[Decode | DecodeForward | Forward], adapted: bool) -> str:
+def _kind(program: type[Program[Any]], adapted: bool) -> str:
     return adapted_kind(program.kind) if adapted else program.kind
 
 

@@ -243,6 +243,14 @@ class EngineConfig(TypedDict, total=False):
             shapes_programs=True,
         ),
     ]
+    adapted_vocabulary: Annotated[
+        bool | None,
+        Option(
+            details="adapters may change the table that tokens are looked up in, and the head; default: whether one of "
+            "`adapters` does",
+            shapes_programs=True,
+        ),
+    ]
     compiled: Annotated[
         str | os.PathLike[str] | None,
         Option(

@@ -198,7 +198,12 @@ class Engine:
             raise ValueError(f"an adapter's name is {name!r:.100}: it must be a text that is not empty")
         if not programs.max_adapters:
             raise ValueError("there is no room for adapters beside the weights: load the model with max_adapters")
-        loaded = read_adapter(folder, self.runner.model, programs.max_lora_rank, self.runner.values)
+        loaded = read_adapter(folder, self.runner.model, programs.max_lora_rank, self.runner)
+        if others := loaded.factors.keys() - programs.adapter.keys():
+            raise ValueError(
+                f"{folder}: changes {', '.join(sorted(others))}: load the model with adapted_vocabulary=True, so that "
+                "there is room for it"
+            )
         before, self.adapters[name] = self.adapters.get(name), loaded
         if before is not None:
             self.scheduler.adapters.forget(before)

@@ -16,6 +16,7 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
+from jaxinfer.checkpoint.factors import changes_vocabulary
 from jaxinfer.checkpoint.files import eos_token_ids, read_generation_config
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
@@ -161,6 +162,8 @@ def load_opened(opened: Opened) -> Loaded:
             done += nbytes
             say(f"loading weights {done / abstract.nbytes:.0%}")
 
+        if settings["adapted_vocabulary"] is None:
+            settings["adapted_vocabulary"] = any(changes_vocabulary(folder, abstract) for folder in adapters.values())
         params = load_weights(abstract, checkpoint, placement, on_array)
 
     if compiled is not None and (problem := _misfit(compiled, abstract, placement, settings)):
@@ -299,6 +302,7 @@ def sized_programs(
         kv_cache_dtype=settings["kv_cache_dtype"],
         max_adapters=settings["max_adapters"] or 0,
         max_lora_rank=settings["max_lora_rank"] or 0,
+        adapted_vocabulary=bool(settings["adapted_vocabulary"]),
     )
     return programs, sizes
 
@@ -329,7 +333,8 @@ def _available_here(
         return settings["kv_cache_memory"]
     max_rows, max_tokens = limits(settings, placement)
     state = placed_decode_state(model, placement, max_rows), placed_hidden(model, placement, max_tokens)
-    slots = placed_adapters(model, placement, settings["max_adapters"] or 0, settings["max_lora_rank"] or 0)
+    limits_of = settings["max_adapters"] or 0, settings["max_lora_rank"] or 0, bool(settings["adapted_vocabulary"])
+    slots = placed_adapters(model, placement, *limits_of)
     rest = device_bytes((state, slots))
     stats = _memory_stats()
     if stats is None:

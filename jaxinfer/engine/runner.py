@@ -25,7 +25,6 @@ from jaxinfer.engine.programs import (
     PrepareMasks,
     Programs,
     Sampled,
-    Score,
     State,
     Zeros,
 )
@@ -115,9 +114,9 @@ class Runner(ReadyPrograms):
         built = self.batches.build(schedules)
         calls = built.calls[:-1] if built.held else built.calls
         then = [*([built.calls[-1][0]] if built.held else ()), *built.next]
-        results = {key[0]: result for (key, _), result in zip(calls, self.call(calls, then), strict=True)}
-        scored = results.pop(Score.kind, None)
-        sampled = next((result for result in results.values() if isinstance(result, Sampled)), None)
+        results = self.call(calls, then)
+        scored = next((result for result in results if isinstance(result, Logprobs)), None)
+        sampled = next((result for result in results if isinstance(result, Sampled)), None)
         rows = len(schedules) * max(len(schedule.requests) for schedule in schedules)
         held = built.calls[-1] if built.held else None
         return PendingStep(sampled, scored, _want_logprobs(schedules), built.spans, rows, held)
@@ -139,7 +138,7 @@ class Runner(ReadyPrograms):
         key, inputs = step.held
         rows: Any = inputs[0]
         rows.samples[list(but)] = 0
-        (step.sampled,) = self.call([(key, (*inputs, masks))])
+        (step.sampled,) = self.call([(key, (*inputs[:2], masks, *inputs[2:]))])  # adapters come after them
         step.held = None
 
     def prepare(self, request: Request, values: Masks | TokenCounts) -> None:
@@ -165,8 +164,13 @@ class Runner(ReadyPrograms):
         )
 
     def values(self, name: str) -> np.ndarray[Any, Any]:
-        """Of one of the parameters."""
+        """Of one of the parameters, a vector."""
         return np.asarray(self.params[name])
+
+    def rows(self, name: str, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Of one of them, a matrix, as float32."""
+        weight: Any = self.model.params[name].bind(self.params, False)
+        return np.asarray(weight.take(np.asarray(ids, np.int32), np.float32))
 
     def call(self, calls: Sequence[Call], then: Sequence[Key] = ()) -> list[Any]:
         """Calls programs one after the other, on all hosts: all of them or none. What each of them gives the host.

@@ -1,6 +1,6 @@
 """The kinds of weights, and the products that take any of them."""
 
-from jaxinfer.weights.adapted import Adapted, AdapterRows, LowRank
+from jaxinfer.weights.adapted import Adapted, LowRank
 from jaxinfer.weights.dense import Dense
 from jaxinfer.weights.products import dot_parts
 from jaxinfer.weights.quantized import QArray
@@ -8,7 +8,6 @@ from jaxinfer.weights.weight import Axes, Weight, dot, dots, grouped_dots, take
 
 __all__ = [
     "Adapted",
-    "AdapterRows",
     "Axes",
     "Dense",
     "LowRank",

@@ -23,7 +23,7 @@ from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.models.params import ParamSpec
 from jaxinfer.sampling.slots import DecodeState
 from jaxinfer.sharding import ROWS, TENSOR, axis_size, describe, devices_of, on_axes, padded, replicated
-from jaxinfer.weights import AdapterRows, Axes, LowRank
+from jaxinfer.weights import Axes, LowRank
 
 if TYPE_CHECKING:
     from jaxinfer.models.causal import CausalLM
@@ -76,22 +76,28 @@ def placed_hidden(model: AbstractModel, placement: jax.Device | Mesh, max_tokens
     return cast(jax.Array, jax.ShapeDtypeStruct(shape, model.dtype, sharding=sharding))
 
 
-def one_adapter(model: AbstractModel, placement: jax.Device | Mesh, rank: int) -> dict[str, LowRank]:
-    """What one adapter does to each weight, abstractly, as that is padded there."""
+def one_adapter(model: AbstractModel, placement: jax.Device | Mesh, rank: int, vocabulary: bool) -> dict[str, LowRank]:
+    """What one adapter does to each weight, abstractly, as that is padded there. vocabulary: to table and head, too."""
 
-    def of(spec: ParamSpec) -> LowRank:
+    def of(name: str, spec: ParamSpec) -> LowRank:
         shape = spec.shape
         if isinstance(placement, Mesh):
             shape = padded(shape, spec.axes, placement, spec.multiples or (1, 1))
         rows, columns = shape
-        factors = [jax.ShapeDtypeStruct((rank, size), model.weight_dtype) for size in (columns, rows)]
-        vector = jax.ShapeDtypeStruct((rows,), np.float32)
-        return LowRank(*factors, vector, vector)  # type: ignore[arg-type]
+        is_table = name == model.vocabulary[0]
+        sizes = ((rows, rank), (rank, columns)) if is_table else ((rank, columns), (rank, rows))
+        a, b = (jax.ShapeDtypeStruct(size, model.weight_dtype) for size in sizes)
+        vector = jax.ShapeDtypeStruct((columns if is_table else rows,), np.float32)
+        return LowRank(a, b, vector, vector)  # type: ignore[arg-type]
 
-    return {name: of(spec) for name, spec in model.adaptable.items()}
+    return {
+        name: of(name, spec) for name, spec in model.adaptable.items() if vocabulary or name not in model.vocabulary
+    }
 
 
-def placed_adapters(model: AbstractModel, placement: jax.Device | Mesh, slots: int, rank: int) -> dict[str, LowRank]:
+def placed_adapters(
+    model: AbstractModel, placement: jax.Device | Mesh, slots: int, rank: int, vocabulary: bool = False
+) -> dict[str, LowRank]:
     """Slots for so many adapters, by the names of the weights that they change: whole on each shard of rows."""
 
     def place(one: jax.ShapeDtypeStruct, axes: Axes) -> jax.ShapeDtypeStruct:
@@ -99,8 +105,9 @@ def placed_adapters(model: AbstractModel, placement: jax.Device | Mesh, slots: i
         sharding = NamedSharding(placement, on_axes(axes, TENSOR)) if on_mesh else SingleDeviceSharding(placement)
         return jax.ShapeDtypeStruct((slots, *one.shape), one.dtype, sharding=sharding)
 
-    axes = {name: LowRank.axes(spec.axes) for name, spec in model.adaptable.items()}
-    return jax.tree.map(place, one_adapter(model, placement, rank), axes) if slots else {}
+    ones = one_adapter(model, placement, rank, vocabulary)
+    axes = {name: LowRank.axes(None if name == model.vocabulary[0] else model.adaptable[name].axes) for name in ones}
+    return jax.tree.map(place, ones, axes) if slots else {}
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,8 @@ class EngineShapes(ModelPrograms):
     max_rows: sequences that run at once.
     max_steps: tokens a row that one decoding call may produce.
     attention, kv_cache_dtype: see EngineConfig.
-    max_adapters, max_lora_rank: that rows of a call have, and their rank; see EngineConfig.
+    max_adapters, max_lora_rank, adapted_vocabulary: that rows of a call have, and what these may change; see
+        EngineConfig.
     """
 
     buckets: Buckets
@@ -204,6 +212,7 @@ class EngineShapes(ModelPrograms):
     kv_cache_dtype: str = "auto"
     max_adapters: int = 0
     max_lora_rank: int = 0
+    adapted_vocabulary: bool = False
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -221,6 +230,7 @@ class EngineShapes(ModelPrograms):
             "kv_cache_dtype": self.kv_cache_dtype,
             "max_adapters": self.max_adapters or None,
             "max_lora_rank": self.max_lora_rank or None,
+            "adapted_vocabulary": self.adapted_vocabulary,
         }
 
     @cached_property
@@ -276,12 +286,13 @@ class EngineShapes(ModelPrograms):
     @cached_property
     def adapter(self) -> dict[str, LowRank]:
         """One of them, as the host gives it, by the names of weights."""
-        return one_adapter(self.model, self.placement, self.max_lora_rank)
+        return one_adapter(self.model, self.placement, self.max_lora_rank, self.adapted_vocabulary)
 
     @cached_property
     def adapters(self) -> dict[str, LowRank]:
         """Their slots, by the names of weights."""
-        return placed_adapters(self.model, self.placement, self.max_adapters, self.max_lora_rank)
+        sizes = self.max_adapters, self.max_lora_rank, self.adapted_vocabulary
+        return placed_adapters(self.model, self.placement, *sizes)
 
     def tables(self, rows: int) -> tuple[Table | None, ...]:
         """The page tables of so many rows, abstractly."""
@@ -330,11 +341,7 @@ class Program(ABC, Generic[S]):
 
     def bind(self, params: Params, read: State, slot: jax.Array | None) -> CausalLM:
         """The module, with adapters where it is `adapted`. slot: of each token."""
-        shapes: Any = self.shapes
-        if slot is None:
-            return shapes.model.bind(params)  # type: ignore[no-any-return]
-        rows = AdapterRows.of(slot, shapes.max_adapters, shapes.devices[0].platform == "cpu")
-        return shapes.model.bind(params, read.adapters, rows)  # type: ignore[no-any-return]
+        return self.shapes.model.bind(params, read.adapters, slot)
 
     @property
     @abstractmethod

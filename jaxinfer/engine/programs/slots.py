@@ -114,13 +114,15 @@ class LoadScaledAdapter(LoadAdapter):
 
     @property
     def weights(self) -> Collection[str]:  # type: ignore[override]
-        model = self.shapes.model
-        return [name for name, (spec, _) in model.arrays.items() if spec.name in model.adaptable]
+        model, changed = self.shapes.model, {self.shapes.model.adaptable[name].name for name in self.shapes.adapter}
+        return [name for name, (spec, _) in model.arrays.items() if spec.name in changed]
 
     def scaled(self, params: Params, name: str, own: LowRank) -> LowRank:
-        weight: Any = self.shapes.model.params[name].bind(params, False)
-        rows = weight.take(jnp.arange(weight.shape[0]), jnp.float32)
-        a, b = own.a.astype(jnp.float32), own.b.astype(jnp.float32)
-        rows = rows + jnp.matmul(b.T, a, precision=lax.Precision.HIGHEST)
-        gain = jnp.where(jnp.isnan(own.gain), 1, own.gain / jnp.linalg.norm(rows, axis=1))
+        model = self.shapes.model
+        weight: Any = model.adaptable[name].bind(params, False)
+        whole = weight.take(jnp.arange(weight.shape[0]), jnp.float32)
+        a, b, is_table = own.a.astype(jnp.float32), own.b.astype(jnp.float32), name == model.vocabulary[0]
+        low = (a, b) if is_table else (b.T, a)
+        whole = whole + jnp.matmul(*low, precision=lax.Precision.HIGHEST)
+        gain = jnp.where(jnp.isnan(own.gain), 1, own.gain / jnp.linalg.norm(whole, axis=0 if is_table else 1))
         return dataclasses.replace(own, gain=gain)

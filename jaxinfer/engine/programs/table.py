@@ -39,10 +39,20 @@ class Programs(EngineShapes):
                 *(Forward(self, tokens, adapted=True) for tokens in self.buckets.tokens),
                 *(FullDecode(self, rows, adapted=True) for rows in self.buckets.full_decode),
                 *(DecodeForward(self, rows, adapted=True) for rows in self.buckets.full_decode),
+                *(self._adapted_vocabulary if self.adapted_vocabulary else ()),
                 LoadAdapter(self),
                 LoadScaledAdapter(self),
             ]
         return {program.key: program for program in programs}
+
+    @property
+    def _adapted_vocabulary(self) -> list[Program[Any]]:
+        sizes = self.buckets.sample
+        kinds = Sample, FullSample, GuidedSample
+        return [
+            *(kind(self, rows, adapted=True) for kind in kinds for rows in sizes),
+            Score(self, self.max_tokens, adapted=True),
+        ]
 
     @property
     def largest(self) -> list[Key]:
