@@ -8,6 +8,7 @@ E2EL  end-to-end latency: from arrival to the last token
 
 from __future__ import annotations
 
+import itertools
 import queue
 import time
 from collections import deque
@@ -103,9 +104,8 @@ def random_work(
 
 def in_turns(work: Sequence[Work], adapters: Sequence[str]) -> list[Work]:
     """With these adapters, one after the other."""
-    return [
-        request._replace(adapter=adapters[i % len(adapters)] if adapters else None) for i, request in enumerate(work)
-    ]
+    names = itertools.cycle(adapters or [None])
+    return [request._replace(adapter=name) for request, name in zip(work, names, strict=False)]
 
 
 def poisson_arrivals(count: int, request_rate: float, seed: int | Sequence[int] = 0) -> list[float]:

@@ -83,7 +83,10 @@ def throughput(
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
-    """Tokens a second when all requests are there from the beginning. They take turns with adapters, if there are some."""
+    """Tokens a second when all requests are there from the beginning.
+
+    Adapters are taken in turns.
+    """
     with verbosity.apply(plain=True) as progress:
         hosts.join()
         llm = batching.load(load, progress, **adapters.loading)
@@ -132,6 +135,7 @@ def latency(
     """How long requests take: to the first token, per token after it, and to the end.
 
     Waiting for a place in the batch counts. ITL is the time between pieces of an output, which may be several tokens.
+    Adapters are taken in turns.
     """
     with verbosity.apply(plain=True) as progress:
         _check_rate(request_rate)
