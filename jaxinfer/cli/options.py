@@ -169,6 +169,11 @@ class PromptAdapterOptions(AdapterOptions):
     ] = None
 
     @property
+    def of_rows(self) -> str | None:
+        """That of rows which say nothing of it, where each row may name one. Raises ValueError."""
+        return None if self.use is None and len(self.folders) > 1 else self.used
+
+    @property
     def used(self) -> str | None:
         """The adapter of prompts. Raises ValueError where it is not clear which."""
         names = list(self.folders)
