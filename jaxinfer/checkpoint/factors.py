@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from jaxinfer.checkpoint.adapter import Adapter, Array, Change
 from jaxinfer.checkpoint.files import some
-from jaxinfer.checkpoint.merged import OTHER_NAMES
+from jaxinfer.checkpoint.merged import APART, OTHER_NAMES
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.models.params import ParamSpec
@@ -49,7 +50,7 @@ class LoadedAdapter:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for own in self.factors.values() for array in vars(own).values())
+        return sum(array.nbytes for own in self.factors.values() for array in own.arrays)
 
 
 class AdapterInfo(NamedTuple):
@@ -83,17 +84,17 @@ def read_adapter(folder: str | os.PathLike[str], model: AbstractModel, max_rank:
     can't be beside weights."""
     with Adapter(folder) as adapter:
         factors = _Factors(adapter, model, base).all()
-    rank = max((own.b.shape[0] for own in factors.values()), default=0)
+    rank = max((own.b.shape[-2] for own in factors.values()), default=0)
     if rank > max_rank:
         raise CheckpointError(f"{folder}: is of rank {rank}, and max_lora_rank is {max_rank}: raise that")
     digest = hashlib.blake2b(digest_size=32)
     for name, own in sorted(factors.items()):
         digest.update(name.encode() + b"\0")
-        for array in vars(own).values():
+        for array in own.arrays:
             digest.update(np.asarray(array).tobytes())
-    scaled = any(not np.isnan(own.gain).all() for own in factors.values())
+    scaled = any(own.gain is not None and not np.isnan(own.gain).all() for own in factors.values())
     if not scaled:
-        ones = {name: np.ones_like(own.gain) for name, own in factors.items()}
+        ones = {name: own.gain if own.gain is None else np.ones_like(own.gain) for name, own in factors.items()}
         factors = {name: dataclasses.replace(own, gain=ones[name]) for name, own in factors.items()}  # type: ignore[arg-type]
     return LoadedAdapter(os.fspath(folder), rank, factors, scaled, digest.digest())
 
@@ -103,6 +104,14 @@ def changes_vocabulary(folder: str | os.PathLike[str], model: AbstractModel) -> 
     with Adapter(folder) as adapter:
         names = {model.weights.own(f"{module}.weight") for module in adapter.changes}
     return bool(names & {model.weights.embedding, model.weights.head})
+
+
+def changes_experts(folder: str | os.PathLike[str], model: AbstractModel) -> bool:
+    """Whether one changes experts. Raises what Adapter raises."""
+    stacked = [spec for spec in model.adaptable.values() if len(spec.shape) > 2]
+    with Adapter(folder) as adapter:
+        factors = _Factors(adapter, model)
+        return any(factors.of_experts(spec) for spec in stacked)
 
 
 class _Weight:
@@ -125,18 +134,27 @@ class _Weight:
 class _Factors:
     """What is made of an adapter, and of which of its tensors nothing was."""
 
-    def __init__(self, adapter: Adapter, model: AbstractModel, base: Base):
-        self._adapter, self._model, self._base = adapter, model, base
+    def __init__(self, adapter: Adapter, model: AbstractModel, base: Base | None = None):
+        self._adapter, self._model, self._base_or_none = adapter, model, base
+        self._read = functools.lru_cache(4)(adapter.read)  # those of all experts are asked for by each part of them
         own = model.weights.own
         self._changes = {own(f"{module}.weight"): module for module in adapter.changes}
         self._saved = {own(name): name for name in adapter.saved}
         self._left = {**dict.fromkeys(adapter.changes), **dict.fromkeys(adapter.saved)}
         self._shapes: list[str] = []
 
+    @property
+    def _base(self) -> Base:
+        assert self._base_or_none is not None
+        return self._base_or_none
+
     def all(self) -> dict[str, LowRank]:
-        weights = {}
+        weights, stacked = {}, {}
         for name, spec in self._model.adaptable.items():
-            if name not in self._model.vocabulary and (own := self._of(name, spec)) is not None:
+            if len(spec.shape) > 2:
+                if places := self.of_experts(spec):
+                    stacked[name] = self._stacked(spec, places)
+            elif name not in self._model.vocabulary and (own := self._of(name, spec)) is not None:
                 weights[name] = own
         weights |= self._of_vocabulary()
         if self._shapes:
@@ -145,7 +163,7 @@ class _Factors:
             )
         self._check_left()
         table, dtype = self._model.vocabulary[0], self._model.weight_dtype
-        return {name: own.low_rank(dtype, name == table) for name, own in weights.items()}
+        return stacked | {name: own.low_rank(dtype, name == table) for name, own in weights.items()}
 
     def _of(self, name: str, spec: ParamSpec) -> _Weight | None:
         parts: Parts = {}
@@ -176,7 +194,60 @@ class _Factors:
         """`[r, in]` and `[r, out]`, with the scale."""
         assert change.a is not None
         assert change.b is not None
-        return self._adapter.read(change.a), self._adapter.read(change.b).T * change.scale
+        return self._read(change.a), self._read(change.b).T * change.scale
+
+    def of_experts(self, spec: ParamSpec) -> list[tuple[int, str, int | None, slice]]:
+        """Of experts that are changed: which one, by which module's factors, by which of these where they are of all
+        experts, and by which of their rows."""
+        experts, rows, _ = spec.shape
+        places: list[tuple[int, str, int | None, slice]] = []
+        for source in (spec.source, *(source for source, _ in spec.elsewhere)):
+            regions = list(source.regions(whole(spec.shape)))
+            for region in regions:
+                module = self._module(region.tensor) or self._module(f"{region.tensor}.weight")
+                if module is None:
+                    continue
+                *which, one, other = region.stored
+                first = region.index[0]
+                ours = [first] if isinstance(first, int) else range(experts)[first]
+                for i, expert in enumerate(ours):
+                    theirs = range(*which[0])[i] if which else None
+                    places.append((expert, module, theirs, slice(*(other if region.transposed else one))))
+            if places:
+                return places
+            # Each has its own, and in transformers all are one parameter, in which parts come one after another.
+            parent, _, part = regions[0].tensor.removesuffix(".weight").rpartition(".")
+            for fused, parts in ((fused, parts) for fused, spellings in APART.items() for parts in spellings):
+                module = self._module(f"{parent.rpartition('.')[0]}.{fused}.weight")
+                if part in parts and module is not None:
+                    start = parts.index(part) * rows
+                    return [(expert, module, expert, slice(start, start + rows)) for expert in range(experts)]
+        return []
+
+    def _stacked(self, spec: ParamSpec, places: list[tuple[int, str, int | None, slice]]) -> LowRank:
+        experts, rows, columns = spec.shape
+        dtype = self._model.weight_dtype
+        factors = []
+        for expert, module, which, out in places:
+            change = self._adapter.changes[module]
+            self._left.pop(module, None)
+            if change.magnitude is not None or change.bias is not None:
+                raise self._refused([module], "lengths and biases of experts")
+            a, b = self._factors(change)
+            count = 1 if which is None else experts
+            if a.shape[1] != columns or len(a) % count or b.shape[1] < out.stop or len(b) % count:
+                raise CheckpointError(
+                    f"{self._adapter.folder}: is not an adapter of this model: other shapes: {module} "
+                    f"{list(spec.shape)} by {[*b.shape[::-1]]} and {list(a.shape)}"
+                )
+            if which is not None:  # a has experts outside, b inside
+                a, b = a.reshape(experts, -1, columns)[which], b.reshape(-1, experts, b.shape[1])[:, which]
+            factors.append((expert, a, b[:, out]))
+        rank = max(len(a) for _, a, _ in factors)
+        both = np.zeros((experts, rank, columns), dtype), np.zeros((experts, rank, rows), dtype)
+        for expert, a, b in factors:
+            both[0][expert, : len(a)], both[1][expert, : len(b)] = a, b
+        return LowRank(*both)  # type: ignore[arg-type]
 
     def _of_vocabulary(self) -> dict[str, _Weight]:
         """Of the table and of the head. Rows that are replaced are factors, too: one of each picks a row, the other is

@@ -68,7 +68,8 @@ class BatchBuilder:
 
     def __init__(self, programs: Programs):
         self._buckets, self._max_rows, self._max_tokens = programs.buckets, programs.max_rows, programs.max_tokens
-        self._no_adapter, self._adapted_vocabulary = programs.max_adapters, programs.adapted_vocabulary
+        self._no_adapter = programs.adapter_limits.slots
+        self._adapted_vocabulary = programs.adapter_limits.vocabulary
         slots, widths = programs.shards * (self._max_rows + 1), programs.table_widths
         windows = [group.forgets for group in programs.layout.groups]
         self._tables = [

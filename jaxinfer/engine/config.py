@@ -251,6 +251,14 @@ class EngineConfig(TypedDict, total=False):
             shapes_programs=True,
         ),
     ]
+    adapted_experts: Annotated[
+        bool | None,
+        Option(
+            details="adapters may change experts, which takes a factor for each of them; default: whether one of "
+            "`adapters` does",
+            shapes_programs=True,
+        ),
+    ]
     compiled: Annotated[
         str | os.PathLike[str] | None,
         Option(

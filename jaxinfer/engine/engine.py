@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from jaxinfer.checkpoint.factors import AdapterInfo, LoadedAdapter, read_adapter
+from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.engine.adapters import AskedAdapter
 from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
@@ -196,13 +197,13 @@ class Engine:
         programs = self.runner.programs
         if not isinstance(name, str) or not name:
             raise ValueError(f"an adapter's name is {name!r:.100}: it must be a text that is not empty")
-        if not programs.max_adapters:
+        if not programs.adapter_limits.slots:
             raise ValueError("there is no room for adapters beside the weights: load the model with max_adapters")
-        loaded = read_adapter(folder, self.runner.model, programs.max_lora_rank, self.runner)
+        loaded = read_adapter(folder, self.runner.model, programs.adapter_limits.rank, self.runner)
         if others := loaded.factors.keys() - programs.adapter.keys():
+            option = "adapted_vocabulary" if others & set(self.runner.model.vocabulary) else "adapted_experts"
             raise ValueError(
-                f"{folder}: changes {', '.join(sorted(others))}: load the model with adapted_vocabulary=True, so that "
-                "there is room for it"
+                f"{folder}: changes {some(sorted(others))}: load the model with {option}=True, so that there is room"
             )
         before, self.adapters[name] = self.adapters.get(name), loaded
         if before is not None:

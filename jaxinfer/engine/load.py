@@ -16,7 +16,7 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
-from jaxinfer.checkpoint.factors import changes_vocabulary
+from jaxinfer.checkpoint.factors import changes_experts, changes_vocabulary
 from jaxinfer.checkpoint.files import eos_token_ids, read_generation_config
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
@@ -45,6 +45,7 @@ from jaxinfer.engine.loading import (
 )
 from jaxinfer.engine.programs import (
     MAX_STEPS,
+    AdapterLimits,
     Programs,
     cache_layout,
     placed_adapters,
@@ -162,8 +163,10 @@ def load_opened(opened: Opened) -> Loaded:
             done += nbytes
             say(f"loading weights {done / abstract.nbytes:.0%}")
 
-        if settings["adapted_vocabulary"] is None:
-            settings["adapted_vocabulary"] = any(changes_vocabulary(folder, abstract) for folder in adapters.values())
+        for option, does in (("adapted_vocabulary", changes_vocabulary), ("adapted_experts", changes_experts)):
+            if settings[option] is None and settings["max_adapters"] is not None:  # type: ignore[literal-required]
+                there = any(does(path, abstract) for path in adapters.values())
+                settings[option] = there  # type: ignore[literal-required]
         params = load_weights(abstract, checkpoint, placement, on_array)
 
     if compiled is not None and (problem := _misfit(compiled, abstract, placement, settings)):
@@ -256,7 +259,7 @@ def make_scheduler(programs: Programs, prefix_caching: bool = True) -> DataParal
     """For calls of these programs."""
     groups = programs.layout.groups
     paged = [group for group in groups if group.pool is not None]
-    adapters = AdapterSlots(programs.max_adapters)
+    adapters = AdapterSlots(programs.adapter_limits.slots)
 
     def scheduler() -> Scheduler:
         sizes = programs.page_counts, programs.page_size, programs.reach
@@ -300,9 +303,7 @@ def sized_programs(
         max_steps=MAX_STEPS,
         attention=settings["attention"],
         kv_cache_dtype=settings["kv_cache_dtype"],
-        max_adapters=settings["max_adapters"] or 0,
-        max_lora_rank=settings["max_lora_rank"] or 0,
-        adapted_vocabulary=bool(settings["adapted_vocabulary"]),
+        adapter_limits=AdapterLimits.of(settings),
     )
     return programs, sizes
 
@@ -333,8 +334,7 @@ def _available_here(
         return settings["kv_cache_memory"]
     max_rows, max_tokens = limits(settings, placement)
     state = placed_decode_state(model, placement, max_rows), placed_hidden(model, placement, max_tokens)
-    limits_of = settings["max_adapters"] or 0, settings["max_lora_rank"] or 0, bool(settings["adapted_vocabulary"])
-    slots = placed_adapters(model, placement, *limits_of)
+    slots = placed_adapters(model, placement, AdapterLimits.of(settings))
     rest = device_bytes((state, slots))
     stats = _memory_stats()
     if stats is None:

@@ -156,6 +156,8 @@ class Runner(ReadyPrograms):
             if name in adapter.factors:
                 return jax.tree.map(padded, adapter.factors[name], one)
             nothing: LowRank = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), one)
+            if nothing.gain is None:
+                return nothing
             return dataclasses.replace(nothing, gain=nothing.gain + (np.nan if adapter.scaled else 1))
 
         program = LoadScaledAdapter if adapter.scaled else LoadAdapter

@@ -157,12 +157,12 @@ class AbstractModel:
 
     @cached_property
     def adaptable(self) -> dict[str, ParamSpec]:
-        """The weights that adapters may change: the layers' matrices; and under their names in a checkpoint the table
-        and the head, which may be one weight."""
+        """The weights that adapters may change: the layers' matrices, experts', the table, and the head, which may be
+        that."""
         specs = {
             name: spec
             for name, spec in self.params.items()
-            if spec.is_embedding is False and len(spec.shape) == 2 and name not in self.declared_module.head
+            if spec.is_embedding is False and name not in self.declared_module.head
         }
         table, head = self.vocabulary
         return specs | {table: self.params[table], head: self.params.get(head, self.params[table])}

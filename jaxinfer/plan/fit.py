@@ -11,6 +11,7 @@ from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.engine.load import limits, sized_programs
 from jaxinfer.engine.loading import choose_placement, open_adapters
 from jaxinfer.engine.programs import (
+    AdapterLimits,
     Programs,
     cache_layout,
     placed_adapters,
@@ -128,8 +129,7 @@ def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) ->
     weights = device_bytes(placed_params(model, placement))
     slots = device_bytes(placed_decode_state(model, placement, rows))
     hidden = device_bytes(placed_hidden(model, placement, tokens))
-    room = settings["max_adapters"] or 0, settings["max_lora_rank"] or 0, bool(settings["adapted_vocabulary"])
-    adapters = device_bytes(placed_adapters(model, placement, *room))
+    adapters = device_bytes(placed_adapters(model, placement, AdapterLimits.of(settings)))
     held = weights + slots + hidden + adapters
     available = int(target.chip.memory * (settings["memory_utilization"] - RESERVE)) - held
     layout = cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"])

@@ -123,5 +123,5 @@ def prompts_as_they_come(
     """Prompts, and pairs of a prompt and its parameters."""
     for i, given in enumerate(prompts):
         own = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], SamplingParams)
-        prompt, params = given if own else (given, default)
-        yield PromptAsked(i, prompt, params, adapter=adapter)  # type: ignore[arg-type]
+        pair: Any = given if own else (given, default)
+        yield PromptAsked(i, *pair, adapter=adapter)

@@ -1,5 +1,6 @@
 """The programs of an engine: what runs on the devices. A file for each kind: the arrays that it takes, the function."""
 
+from jaxinfer.engine.programs.adapters import AdapterLimits, placed_adapters
 from jaxinfer.engine.programs.base import (
     MAX_STEPS,
     Function,
@@ -8,7 +9,6 @@ from jaxinfer.engine.programs.base import (
     Program,
     adapted_kind,
     cache_layout,
-    placed_adapters,
     placed_decode_state,
     placed_hidden,
     placed_params,
@@ -25,6 +25,7 @@ from jaxinfer.engine.programs.table import Programs
 
 __all__ = [
     "MAX_STEPS",
+    "AdapterLimits",
     "Decode",
     "DecodeForward",
     "DecodeRows",

@@ -18,11 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jaxinfer.attention import CacheLayout, LayerLayout, LayerMap, Table
 from jaxinfer.engine.buckets import Buckets
+from jaxinfer.engine.programs.adapters import NO_ADAPTERS, AdapterLimits, adapter_axes, one_adapter, placed_adapters
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import AbstractModel, Params
-from jaxinfer.models.params import ParamSpec
 from jaxinfer.sampling.slots import DecodeState
-from jaxinfer.sharding import ROWS, TENSOR, axis_size, describe, devices_of, on_axes, padded, replicated
+from jaxinfer.sharding import ROWS, axis_size, describe, devices_of, on_axes, replicated
 from jaxinfer.weights import Axes, LowRank
 
 if TYPE_CHECKING:
@@ -74,40 +74,6 @@ def placed_hidden(model: AbstractModel, placement: jax.Device | Mesh, max_tokens
     sharding = NamedSharding(mesh, PartitionSpec(ROWS)) if mesh is not None else SingleDeviceSharding(placement)
     shape = axis_size(mesh, ROWS) * max_tokens, model.config.hidden_size
     return cast(jax.Array, jax.ShapeDtypeStruct(shape, model.dtype, sharding=sharding))
-
-
-def one_adapter(model: AbstractModel, placement: jax.Device | Mesh, rank: int, vocabulary: bool) -> dict[str, LowRank]:
-    """What one adapter does to each weight, abstractly, as that is padded there. vocabulary: to table and head, too."""
-
-    def of(name: str, spec: ParamSpec) -> LowRank:
-        shape = spec.shape
-        if isinstance(placement, Mesh):
-            shape = padded(shape, spec.axes, placement, spec.multiples or (1, 1))
-        rows, columns = shape
-        is_table = name == model.vocabulary[0]
-        sizes = ((rows, rank), (rank, columns)) if is_table else ((rank, columns), (rank, rows))
-        a, b = (jax.ShapeDtypeStruct(size, model.weight_dtype) for size in sizes)
-        vector = jax.ShapeDtypeStruct((columns if is_table else rows,), np.float32)
-        return LowRank(a, b, vector, vector)  # type: ignore[arg-type]
-
-    return {
-        name: of(name, spec) for name, spec in model.adaptable.items() if vocabulary or name not in model.vocabulary
-    }
-
-
-def placed_adapters(
-    model: AbstractModel, placement: jax.Device | Mesh, slots: int, rank: int, vocabulary: bool = False
-) -> dict[str, LowRank]:
-    """Slots for so many adapters, by the names of the weights that they change: whole on each shard of rows."""
-
-    def place(one: jax.ShapeDtypeStruct, axes: Axes) -> jax.ShapeDtypeStruct:
-        on_mesh = isinstance(placement, Mesh)
-        sharding = NamedSharding(placement, on_axes(axes, TENSOR)) if on_mesh else SingleDeviceSharding(placement)
-        return jax.ShapeDtypeStruct((slots, *one.shape), one.dtype, sharding=sharding)
-
-    ones = one_adapter(model, placement, rank, vocabulary)
-    axes = {name: LowRank.axes(None if name == model.vocabulary[0] else model.adaptable[name].axes) for name in ones}
-    return jax.tree.map(place, ones, axes) if slots else {}
 
 
 @dataclass(frozen=True)
@@ -198,8 +164,7 @@ class EngineShapes(ModelPrograms):
     max_rows: sequences that run at once.
     max_steps: tokens a row that one decoding call may produce.
     attention, kv_cache_dtype: see EngineConfig.
-    max_adapters, max_lora_rank, adapted_vocabulary: that rows of a call have, and what these may change; see
-        EngineConfig.
+    adapter_limits: what adapters may be.
     """
 
     buckets: Buckets
@@ -210,9 +175,7 @@ class EngineShapes(ModelPrograms):
     max_steps: int
     attention: str = "auto"
     kv_cache_dtype: str = "auto"
-    max_adapters: int = 0
-    max_lora_rank: int = 0
-    adapted_vocabulary: bool = False
+    adapter_limits: AdapterLimits = NO_ADAPTERS
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -221,17 +184,18 @@ class EngineShapes(ModelPrograms):
 
     @property
     def options(self) -> dict[str, Any]:
-        return super().options | {
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": self.max_rows * self.shards,
-            "max_num_batched_tokens": self.max_tokens * self.shards,
-            "page_size": self.page_size,
-            "attention": self.attention,
-            "kv_cache_dtype": self.kv_cache_dtype,
-            "max_adapters": self.max_adapters or None,
-            "max_lora_rank": self.max_lora_rank or None,
-            "adapted_vocabulary": self.adapted_vocabulary,
-        }
+        return (
+            super().options
+            | {
+                "max_model_len": self.max_model_len,
+                "max_num_seqs": self.max_rows * self.shards,
+                "max_num_batched_tokens": self.max_tokens * self.shards,
+                "page_size": self.page_size,
+                "attention": self.attention,
+                "kv_cache_dtype": self.kv_cache_dtype,
+            }
+            | self.adapter_limits.options
+        )
 
     @cached_property
     def layout(self) -> CacheLayout:
@@ -286,13 +250,12 @@ class EngineShapes(ModelPrograms):
     @cached_property
     def adapter(self) -> dict[str, LowRank]:
         """One of them, as the host gives it, by the names of weights."""
-        return one_adapter(self.model, self.placement, self.max_lora_rank, self.adapted_vocabulary)
+        return one_adapter(self.model, self.placement, self.adapter_limits)
 
     @cached_property
     def adapters(self) -> dict[str, LowRank]:
         """Their slots, by the names of weights."""
-        sizes = self.max_adapters, self.max_lora_rank, self.adapted_vocabulary
-        return placed_adapters(self.model, self.placement, *sizes)
+        return placed_adapters(self.model, self.placement, self.adapter_limits)
 
     def tables(self, rows: int) -> tuple[Table | None, ...]:
         """The page tables of so many rows, abstractly."""
@@ -403,7 +366,13 @@ class Program(ABC, Generic[S]):
             input_specs = *input_specs, PartitionSpec(ROWS)
 
         def split(parts: Collection[str]) -> State:
-            specs: Any = {part: PartitionSpec() if part == "adapters" else PartitionSpec(ROWS) for part in parts}
+            specs: dict[str, Any] = dict.fromkeys(parts, PartitionSpec(ROWS))
+            if self.adapted and "adapters" in parts:
+                axes = {name: adapter_axes(self.shapes.model, name).arrays for name in self.shapes.state.adapters}
+                specs["adapters"] = {
+                    name: LowRank(*(on_axes(own, ROWS) for own in arrays))  # type: ignore[arg-type]
+                    for name, arrays in axes.items()
+                }
             return State(**specs)
 
         return jax.shard_map(

@@ -95,8 +95,14 @@ class LoadAdapter(Program[EngineShapes]):
             params: Params, state: State, read: State, slot: jax.Array, adapter: Mapping[str, LowRank]
         ) -> tuple[None, State]:
             adapter = {name: self.scaled(params, name, own) for name, own in adapter.items()}
-            put = functools.partial(lax.dynamic_update_index_in_dim, index=slot, axis=0)
-            return None, State(adapters=jax.tree.map(put, state.adapters, adapter))
+
+            def put(name: str) -> LowRank:
+                axis = len(self.shapes.model.adaptable[name].shape) - 2  # behind that of experts
+                put = functools.partial(lax.dynamic_update_index_in_dim, index=slot, axis=axis)
+                own: LowRank = jax.tree.map(put, state.adapters[name], adapter[name])
+                return own
+
+            return None, State(adapters={name: put(name) for name in state.adapters})
 
         return load
 
@@ -118,6 +124,8 @@ class LoadScaledAdapter(LoadAdapter):
         return [name for name, (spec, _) in model.arrays.items() if spec.name in changed]
 
     def scaled(self, params: Params, name: str, own: LowRank) -> LowRank:
+        if own.gain is None:
+            return own
         model = self.shapes.model
         weight: Any = model.adaptable[name].bind(params, False)
         whole = weight.take(jnp.arange(weight.shape[0]), jnp.float32)

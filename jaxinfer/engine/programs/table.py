@@ -33,13 +33,13 @@ class Programs(EngineShapes):
             PrepareCounts(self),
             Zeros(self),
         ]
-        if self.max_adapters:
+        if self.adapter_limits.slots:
             programs += [
                 *(Decode(self, rows, adapted=True) for rows in self.buckets.decode),
                 *(Forward(self, tokens, adapted=True) for tokens in self.buckets.tokens),
                 *(FullDecode(self, rows, adapted=True) for rows in self.buckets.full_decode),
                 *(DecodeForward(self, rows, adapted=True) for rows in self.buckets.full_decode),
-                *(self._adapted_vocabulary if self.adapted_vocabulary else ()),
+                *(self._adapted_vocabulary if self.adapter_limits.vocabulary else ()),
                 LoadAdapter(self),
                 LoadScaledAdapter(self),
             ]

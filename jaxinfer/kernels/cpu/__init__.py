@@ -243,7 +243,7 @@ def low_rank(
     """Products `outs`, each f32 `[T, N]`, of `x [T, K]`, with what adapters make of them: `gain * (out + x a b) + share
     * shift`, each row with those of its slot, i32[T]; as they are where it has none. Only slots with rows are read.
 
-    adapters: of each product a `[S, R, K]`, b `[S, R, N]`, gain and shift f32 `[S, N]`.
+    adapters: of each product a `[S, R, K]`, b `[S, R, N]`, and perhaps gain and shift, f32 `[S, N]`.
     """
     kinds = {array.dtype.name for own in adapters for array in own[:2]}
     fits = x.dtype == jnp.float32 and x.ndim == 2 and kinds in ({"bfloat16"}, {"float32"})
@@ -251,7 +251,7 @@ def low_rank(
         return reference()
     given = [array for out, own in zip(outs, adapters, strict=True) for array in (out, *own)]
     shapes = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outs]
-    aliases = {2 + 5 * i: i for i in range(len(outs))}
+    aliases = {2 + i * (1 + len(adapters[0])): i for i in range(len(outs))}
     call = jax.ffi.ffi_call(LOW_RANK, shapes, vmap_method="sequential", input_output_aliases=aliases)
 
     def by_kernel(*arrays: jax.Array) -> list[jax.Array]:

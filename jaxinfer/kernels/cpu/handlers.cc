@@ -186,7 +186,7 @@ struct Attention {
 template <class Weight>
 struct LowRank {  // of one weight: b [S, R, columns], z [T, R], and out [T, columns], which has the weight's own products
   const Weight *a, *b;
-  const float *gain, *shift;  // [S, columns]
+  const float *gain, *shift;  // [S, columns], or null
   float *z, *out;
   int64_t columns;
 };
@@ -457,22 +457,27 @@ ffi::Error low_ranks(ffi::ThreadPool pool, float share, Floats x, ffi::Buffer<ff
   const auto first = given.get<ffi::AnyBuffer>(1)->dimensions();
   const int64_t tokens = x.dimensions()[0], depth = x.dimensions()[1], slots = first[0], rank = first[1];
   const int32_t* of = slot.typed_data();
+  const size_t each = given.size() / outs.size();
   std::vector<float> kept(outs.size() * tokens * rank);
   std::vector<LowRank<Weight>> parts;
   int64_t columns = 0, used = 0;
   for (size_t i = 0; i < outs.size(); i++) {
-    const auto base = *given.get<ffi::AnyBuffer>(5 * i), a = *given.get<ffi::AnyBuffer>(5 * i + 1),
-               b = *given.get<ffi::AnyBuffer>(5 * i + 2), gain = *given.get<ffi::AnyBuffer>(5 * i + 3),
-               shift = *given.get<ffi::AnyBuffer>(5 * i + 4);
+    const auto base = *given.get<ffi::AnyBuffer>(each * i), a = *given.get<ffi::AnyBuffer>(each * i + 1),
+               b = *given.get<ffi::AnyBuffer>(each * i + 2);
     const int64_t own = base.dimensions().back();
-    if ((int64_t)base.element_count() != tokens * own || (int64_t)a.element_count() != slots * rank * depth ||
-        (int64_t)b.element_count() != slots * rank * own || (int64_t)gain.element_count() != slots * own ||
-        (int64_t)shift.element_count() != slots * own || a.element_type() != b.element_type())
-      return wrong("jaxinfer_low_rank: base must be [T, N], a [S, R, K], b [S, R, N], gain and shift [S, N]");
+    const float* vectors[2] = {nullptr, nullptr};
+    bool fits = (int64_t)base.element_count() == tokens * own && (int64_t)a.element_count() == slots * rank * depth &&
+                (int64_t)b.element_count() == slots * rank * own && a.element_type() == b.element_type();
+    for (size_t k = 3; k < each; k++) {
+      const auto vector = *given.get<ffi::AnyBuffer>(each * i + k);
+      fits &= (int64_t)vector.element_count() == slots * own;
+      vectors[k - 3] = (const float*)vector.untyped_data();
+    }
+    if (!fits) return wrong("jaxinfer_low_rank: base must be [T, N], a [S, R, K], b [S, R, N], gain and shift [S, N]");
     float* out = (float*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data();
     if (out != base.untyped_data()) std::memcpy(out, base.untyped_data(), base.size_bytes());
-    parts.push_back({(const Weight*)a.untyped_data(), (const Weight*)b.untyped_data(), (const float*)gain.untyped_data(),
-                     (const float*)shift.untyped_data(), kept.data() + i * tokens * rank, out, own});
+    parts.push_back({(const Weight*)a.untyped_data(), (const Weight*)b.untyped_data(), vectors[0], vectors[1],
+                     kept.data() + i * tokens * rank, out, own});
     columns += own;
   }
   // Neighbours that have the same adapter meet it together.
@@ -496,9 +501,10 @@ ffi::Error low_ranks(ffi::ThreadPool pool, float share, Floats x, ffi::Buffer<ff
 
 ffi::Error low_rank(ffi::ThreadPool pool, float share, Floats x, ffi::Buffer<ffi::S32> slot, Arguments given,
                     Results outs) {
-  if (outs.size() == 0 || given.size() != 5 * outs.size() || x.dimensions().size() != 2 ||
+  const size_t each = outs.size() ? given.size() / outs.size() : 0;
+  if ((each != 3 && each != 5) || given.size() != each * outs.size() || x.dimensions().size() != 2 ||
       (int64_t)slot.element_count() != x.dimensions()[0] || given.get<ffi::AnyBuffer>(1)->dimensions().size() != 3)
-    return wrong("jaxinfer_low_rank: x must be [T, K], slot [T], and of each weight there are five arrays");
+    return wrong("jaxinfer_low_rank: x must be [T, K], slot [T], and of each weight there are three arrays, or five");
   const auto kind = given.get<ffi::AnyBuffer>(1)->element_type();
   if (kind == ffi::DataType::BF16) return low_ranks<bf16>(pool, share, x, slot, given, outs);
   if (kind == ffi::DataType::F32) return low_ranks<float>(pool, share, x, slot, given, outs);

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from jaxinfer.batch import run
-from tests.adapters.made import write_adapter
+from tests.adapters import write_adapter
 from tests.refusals import line
 
 SHORT = {"max_tokens": 4, "temperature": 0}
@@ -67,7 +67,7 @@ def test_a_job_is_of_its_adapters(folders, llm, tmp_path, cli):
     assert adapted["generated_text"] != plain["generated_text"]
     assert cli(*command, "--adapter", f"x={tmp_path / 'adapter'}").code == 0
     shutil.rmtree(tmp_path / "adapter")
-    write_adapter(tmp_path / "adapter", 7)
+    write_adapter(tmp_path / "adapter", folders / "base", seed=7)
     assert "holds another job: adapters.x was" in cli(*command, "--adapter", f"x={tmp_path / 'adapter'}").error()
     assert "holds another job: adapter was" in cli(*command).error()
     assert (tmp_path / "out.jsonl").read_bytes() == before

@@ -9,7 +9,7 @@ import pytest
 from jaxinfer import SamplingParams
 from jaxinfer.server.config import ServerConfig
 from jaxinfer.server.run import Background
-from tests.adapters.made import write_adapter
+from tests.adapters import write_adapter
 from tests.refusals import line
 
 SHORT = {"max_tokens": 4, "temperature": 0}
@@ -61,7 +61,9 @@ def test_a_models_name_is_an_adapters(served):
     assert 'jaxinfer:adapter_generation_tokens_total{model_name="tiny",engine="0",adapter="a"} ' in text
 
 
-def test_loading_and_unloading(served, llm, tmp_path):
+def test_loading_and_unloading(served, llm, folders, tmp_path):
+    base = folders / "base"
+
     def load(name, path, **more):
         answer = served.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path, **more})
         return answer.status_code, answer.text if answer.status_code == 200 else answer.json()["error"]["message"]
@@ -79,13 +81,13 @@ def test_loading_and_unloading(served, llm, tmp_path):
     assert load("new", "team/new")[0] == 400
     assert "loaded already, as 'new'" in load("other", "team/new")[1]
     shutil.rmtree(tmp_path / "below" / "team" / "new")
-    write_adapter(tmp_path / "below" / "team" / "new", 11)
+    write_adapter(tmp_path / "below" / "team" / "new", base, seed=11)
     assert load("new", "team/new", load_inplace=True)[0] == 200
     assert text("new") != texts[0]
     assert [unload("new"), unload("new")] == [200, 404]
     assert text("new") == 404
-    write_adapter(tmp_path / "below" / "large", 3, rank=40)
-    write_adapter(tmp_path / "out", 3)
+    write_adapter(tmp_path / "below" / "large", base, rank=40)
+    write_adapter(tmp_path / "out", base)
     (tmp_path / "below" / "link").symlink_to(tmp_path / "out")
     shutil.copytree(tmp_path / "out", tmp_path / "below" / "part")
     (part := tmp_path / "below" / "part" / "adapter_model.safetensors").unlink()

@@ -7,7 +7,7 @@ import pytest
 
 import jaxinfer
 from jaxinfer import LLM, AsyncEngine, SamplingParams
-from tests.adapters.conftest import OPTIONS
+from tests.low_rank.conftest import OPTIONS
 from tests.refusals import line
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
