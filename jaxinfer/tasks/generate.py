@@ -124,4 +124,4 @@ def prompts_as_they_come(
     for i, given in enumerate(prompts):
         own = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], SamplingParams)
         pair: Any = given if own else (given, default)
-        yield PromptAsked(i, *pair, adapter=adapter)
+        yield PromptAsked(i, pair[0], pair[1], adapter=adapter)
