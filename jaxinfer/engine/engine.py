@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from jaxinfer.checkpoint.adapter import Adapter
 from jaxinfer.checkpoint.factors import AdapterInfo, LoadedAdapter, read_adapter
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.hub import resolve
@@ -200,6 +201,8 @@ class Engine:
         if not programs.adapter_limits.slots:
             raise ValueError("there is no room for adapters beside the weights: load the model with max_adapters")
         loaded = read_adapter(folder, self.runner.model, programs.adapter_limits.rank, self.runner)
+        with Adapter(folder) as adapter:
+            adapter.warn_if_idle()
         if others := loaded.factors.keys() - programs.adapter.keys():
             option = "adapted_vocabulary" if others & set(self.runner.model.vocabulary) else "adapted_experts"
             raise ValueError(

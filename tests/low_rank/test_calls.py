@@ -7,6 +7,7 @@ import pytest
 
 import jaxinfer
 from jaxinfer import LLM, AsyncEngine, SamplingParams
+from tests.adapters import write_adapter
 from tests.low_rank.conftest import OPTIONS
 from tests.refusals import line
 
@@ -135,3 +136,21 @@ def test_without_room(folders, tmp_path):
     with LLM(folders / "base", **OPTIONS) as llm:
         assert "load the model with max_adapters" in line(lambda: llm.load_adapter("a", folders / "a"))
     assert "max_lora_rank is 4, and there are no adapters" in line(lambda: LLM(folders / "base", max_lora_rank=4))
+
+
+def test_one_that_was_not_trained_is_said(llm, folders, tmp_path, caplog):
+    llm.load_adapter("idle", write_adapter(tmp_path / "idle", folders / "base", scale=0))
+    llm.unload_adapter("idle")
+    assert "changes nothing, all its lora_B are zeros" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_scores_with_one(llm, folders):
+    pytest.importorskip("lm_eval")
+    from jaxinfer.lm_eval import JaxInferLM
+
+    ids = llm.tokenizer.encode(TEXT)
+    ((logprob, _),) = JaxInferLM(llm, adapter="a")._loglikelihood_tokens([(None, ids[:3], ids[3:])], disable_tqdm=True)
+    assert logprob == pytest.approx(llm.score(ids[:3], ids[3:], adapter="a", use_tqdm=False)[0].logprob)
+    assert "adapter is 'x': there are a, b" in line(lambda: JaxInferLM(llm, adapter="x"))
+    assert "adapters is an option of loading" in line(lambda: JaxInferLM(llm, adapter=f"c={folders / 'c'}"))
