@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jaxinfer.checkpoint.adapter import Adapter
-from jaxinfer.checkpoint.factors import AdapterInfo, LoadedAdapter, read_adapter
-from jaxinfer.checkpoint.files import some
-from jaxinfer.checkpoint.hub import resolve
-from jaxinfer.engine.adapters import AskedAdapter
+from jaxinfer.engine.adapter_methods import AdapterMethods
 from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import RequestGroup, SequenceOutput
@@ -49,7 +44,7 @@ class Call(NamedTuple):
     compiled: float
 
 
-class Engine:
+class Engine(AdapterMethods):
     """Requests in, generations out. One thread at a time may use it (see EngineThread), but for what says otherwise."""
 
     def __init__(
@@ -68,7 +63,7 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_model_len = max_model_len
         self.guides = Guides(tokenizer, self.vocab_size, self.eos_token_ids)
-        self.adapters: dict[str, LoadedAdapter] = {}  # by name
+        self.adapters = {}
         self._stats = EngineStats()
         self._adapter_tokens: Counter[str] = Counter()  # of requests that have ended
         self._seed = seed
@@ -172,57 +167,6 @@ class Engine:
             target=target,
         )
         return Scoring(request, text)
-
-    def adapter(self, asked: Any) -> tuple[str, LoadedAdapter | None]:
-        """The name of what is asked for, and the adapter; of None neither. vLLM's LoRARequest is loaded where none of
-        its name and path is. Raises ValueError."""
-        if asked is None:
-            return "", None
-        name, path = AskedAdapter.of(asked)
-        found = self.adapters.get(name)
-        if path is not None:
-            try:
-                folder = resolve(path)
-                if found is None or found.folder != os.fspath(folder):
-                    found = self.load_adapter(name, folder)
-            except OSError as error:
-                raise RequestError(f"adapter {name!r:.100}: {error}", "adapter") from None
-        if found is None:
-            there = ", ".join(sorted(self.adapters)) or "none; LLM(adapters={NAME: FOLDER}) and load_adapter load them"
-            raise RequestError(f"adapter is {name!r:.100}: there are {there}", "adapter")
-        return name, found
-
-    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> LoadedAdapter:
-        """Reads one, in place of another of this name. Any thread may call it: it goes to the devices when the first
-        request with it runs. Raises ValueError and FileNotFoundError."""
-        programs = self.runner.programs
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"an adapter's name is {name!r:.100}: it must be a text that is not empty")
-        if not programs.adapter_limits.slots:
-            raise ValueError("there is no room for adapters beside the weights: load the model with max_adapters")
-        loaded = read_adapter(folder, self.runner.model, programs.adapter_limits.rank, self.runner)
-        with Adapter(folder) as adapter:
-            adapter.warn_if_idle()
-        if others := loaded.factors.keys() - programs.adapter.keys():
-            option = "adapted_vocabulary" if others & set(self.runner.model.vocabulary) else "adapted_experts"
-            raise ValueError(
-                f"{folder}: changes {some(sorted(others))}: load the model with {option}=True, so that there is room"
-            )
-        before, self.adapters[name] = self.adapters.get(name), loaded
-        if before is not None:
-            self.scheduler.adapters.forget(before)
-        return loaded
-
-    def unload_adapter(self, name: str) -> None:
-        """Forgets one; requests that have it go on. Raises RequestError."""
-        _, unloaded = self.adapter(name)
-        assert unloaded is not None
-        self.adapters.pop(name, None)
-        self.scheduler.adapters.forget(unloaded)
-
-    def list_adapters(self) -> dict[str, AdapterInfo]:
-        """Those that are loaded, by name."""
-        return {name: AdapterInfo.of(own) for name, own in dict(self.adapters).items()}
 
     def queue(self, group: RequestGroup | Scoring) -> None:
         """Takes a new request."""
