@@ -170,6 +170,8 @@ class KVCacheManager:
         """Brings the keys of a request up to date: one for each full page of its tokens, which may only have grown."""
         keys, tokens, size = request.keys, request.tokens, self.page_size
         salt = request.cache_salt.encode(errors="surrogatepass")
+        if request.adapter is not None:  # by its content: another one of the same name finds nothing of this one
+            salt = request.adapter.digest + salt
         start = self._digest(salt) if salt else b""
         for page in range(len(keys), len(tokens) // size):
             content = np.asarray(tokens[page * size : (page + 1) * size], np.int32).tobytes()

@@ -10,7 +10,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from jaxinfer.openai.answers import Json
-from jaxinfer.server import blocks, chat, completions, operations, pages, pooling, tokens
+from jaxinfer.server import adapters, blocks, chat, completions, operations, pages, pooling, tokens
 from jaxinfer.server.answers import json_answer
 from jaxinfer.server.body import read_json
 from jaxinfer.server.guard import Guard
@@ -23,7 +23,7 @@ Takes = Callable[[Service, Request, Json], Awaitable[Response]]
 
 async def openapi(service: Service, request: Request) -> Response:
     """This document."""
-    return json_answer(await service.prepared(lambda: document(GET, POST, service.config.names)))
+    return json_answer(await service.prepared(lambda: document(GET, POST, (*service.config.names, *service.adapters))))
 
 
 GET: dict[str, Reads] = {
@@ -56,6 +56,8 @@ POST: dict[str, Takes] = {
     "/pooling": pooling.pooling,
     "/embed": pooling.tei_embed,
     "/predict": pooling.tei_predict,
+    "/v1/load_lora_adapter": adapters.load_adapter,
+    "/v1/unload_lora_adapter": adapters.unload_adapter,
     "/tokenize": tokens.tokenize,
     "/detokenize": tokens.detokenize,
 }

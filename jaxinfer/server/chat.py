@@ -28,7 +28,7 @@ async def chat_completions(service: Service, request: Request, body: Json) -> Re
     defaults, own_template = chat_defaults(service), service.config.trust_request_chat_template
     read = partial(chat_request, defaults=defaults, own_template=own_template)
     with ExitStack() as stack:
-        asked, run = await begun_chat(service, request, body, read, stack)
+        asked, run = await begun_chat(service, request, model, body, read, stack)
         envelope = Envelope(f"chatcmpl-{request.state.name}", int(time.time()), model)
         if not asked.stream:
             return await while_connected(request.receive, _whole(run, asked, envelope))
@@ -43,15 +43,16 @@ def chat_defaults(service: Service) -> SamplingParams:
 
 
 async def begun_chat(
-    service: Service, request: Request, body: Json, read: Callable[[Fields], ChatRequest], stack: ExitStack
+    service: Service, request: Request, model: str, body: Json, read: Callable[[Fields], ChatRequest], stack: ExitStack
 ) -> tuple[ChatRequest, Chat]:
-    """The chat on its way, until the stack is closed. read: what is asked for, which takes its time, too."""
+    """The chat on its way, until the stack is closed. model: as `Service.model` has it. read: what is asked for, which
+    takes its time, too."""
     key, name = request.state.key, request.state.name
     others = stack.enter_context(service.admitted(key))
 
     def begin() -> tuple[ChatRequest, Chat]:
         asked = read(Fields(body))
-        return asked, begin_chat(service, asked, key, others, name)
+        return asked, begin_chat(service, asked, model, key, others, name)
 
     return await while_connected(request.receive, service.prepared(begin))
 

@@ -28,12 +28,13 @@ from jaxinfer.openai.responses import response_request
 from jaxinfer.openai.schema import body_schema
 from jaxinfer.openai.tokens import detokenize_request, tokenize_request
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.server.adapters import read_loading, read_unloading
 from jaxinfer.server.guard import PUBLIC
 
 STATUSES = {
     400: "something is wrong with the request; the error says what, and `param` where",
     401: "there is no API key, or it is none of the server's",
-    403: "`Host` is no name that the server goes by",
+    403: "`Host` is no name that the server goes by, or the server does not do this",
     404: "there is no such model, or file",
     408: "the body took too long to come",
     413: "the body is too large",
@@ -52,6 +53,8 @@ KINDS = {
     "/health": None,
     "/ready": None,
     "/ping": None,
+    "/v1/load_lora_adapter": "text/plain",
+    "/v1/unload_lora_adapter": "text/plain",
 }
 
 DEFAULTS = SamplingParams()
@@ -103,6 +106,8 @@ BODIES: dict[str, Body] = {
     "/embed": (tei.embed_request, [{"inputs": PAIR}]),
     "/predict": (tei.predict_request, [{"inputs": PAIR[0]}]),
     "/tokenize": (tokenize_request, [{"prompt": "The sky is"}, SAID, SAID | STREAMED]),
+    "/v1/load_lora_adapter": (read_loading, [{"lora_name": "brief", "lora_path": "brief-v2"}]),
+    "/v1/unload_lora_adapter": (read_unloading, [{"lora_name": "brief"}]),
     "/detokenize": (detokenize_request, [{"tokens": [1, 2]}]),
 }
 
@@ -110,7 +115,7 @@ BODIES: dict[str, Body] = {
 def document(
     get: Mapping[str, Callable[..., Any]], post: Mapping[str, Callable[..., Any]], names: Sequence[str]
 ) -> Json:
-    """get, post: what answers each path. names: of the model."""
+    """get, post: what answers each path. names: that requests may give as the model."""
     paths: dict[str, Json] = {}
     for path, handler in get.items():
         path = path.replace(":path}", "}")
@@ -121,8 +126,12 @@ def document(
     for path, handler in post.items():
         read, examples = BODIES[path]
         schema = body_schema(read, examples)
-        schema["properties"]["model"] = {"enum": [*names, None]}
-        kinds = ["application/json", *(["text/event-stream"] if "stream" in schema["properties"] else [])]
+        if "model" in schema["properties"]:
+            schema["properties"]["model"] = {"enum": [*names, None]}
+        kinds = [
+            KINDS.get(path) or "application/json",
+            *(["text/event-stream"] if "stream" in schema["properties"] else []),
+        ]
         answer = {"description": "the answer", "content": {kind: {} for kind in kinds}}
         body = {"required": True, "content": {"application/json": {"schema": schema, "example": examples[0]}}}
         paths[path] = {"post": _operation(path, handler, {"200": answer}, OF_BODIES) | {"requestBody": body}}
