@@ -16,7 +16,6 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
-from jaxinfer.checkpoint.factors import changes_experts, changes_vocabulary
 from jaxinfer.checkpoint.files import eos_token_ids, read_generation_config
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
@@ -42,6 +41,7 @@ from jaxinfer.engine.loading import (
     choose_placement,
     open_adapters,
     read_tokenizer,
+    settle_changes,
 )
 from jaxinfer.engine.programs import (
     MAX_STEPS,
@@ -163,10 +163,7 @@ def load_opened(opened: Opened) -> Loaded:
             done += nbytes
             say(f"loading weights {done / abstract.nbytes:.0%}")
 
-        for option, does in (("adapted_vocabulary", changes_vocabulary), ("adapted_experts", changes_experts)):
-            if settings[option] is None and settings["max_adapters"] is not None:  # type: ignore[literal-required]
-                there = any(does(path, abstract) for path in adapters.values())
-                settings[option] = there  # type: ignore[literal-required]
+        settle_changes(settings, adapters.values(), abstract)
         params = load_weights(abstract, checkpoint, placement, on_array)
 
     if compiled is not None and (problem := _misfit(compiled, abstract, placement, settings)):
@@ -223,12 +220,13 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     Raises what load_opened raises.
     """
     settings = check_options(options)
-    open_adapters(settings)
+    adapters = open_adapters(settings)
     devices = all_devices()
     check_cache_memory(settings["kv_cache_memory"], _memory())
     placement = choose_placement(parse_config(config)[1], devices, settings["mesh"])
     dtype = choose_dtype(settings["dtype"], config, None, placement)
     model = abstract_model(config, dtype, placement, settings)
+    settle_changes(settings, adapters.values(), model)
     weights = device_bytes(placed_params(model, placement))
     return sized_programs(model, placement, settings, _available(model, placement, settings, weights=weights))
 
