@@ -8,6 +8,7 @@ E2EL  end-to-end latency: from arrival to the last token
 
 from __future__ import annotations
 
+import itertools
 import queue
 import time
 from collections import deque
@@ -38,10 +39,12 @@ class Work(NamedTuple):
 
     prompt: its token ids.
     output_len: how many tokens it is continued by, whatever they are.
+    adapter: the name of one that is loaded.
     """
 
     prompt: list[int]
     output_len: int
+    adapter: str | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -97,6 +100,12 @@ def random_work(
         Work(prefix + rng.integers(0, vocab_size, input_len).tolist(), output_len)
         for input_len, output_len in zip(input_lens, output_lens, strict=True)
     ]
+
+
+def in_turns(work: Sequence[Work], adapters: Sequence[str]) -> list[Work]:
+    """With these adapters, one after the other."""
+    names = itertools.cycle(adapters or [None])
+    return [request._replace(adapter=name) for request, name in zip(work, names, strict=False)]
 
 
 def poisson_arrivals(count: int, request_rate: float, seed: int | Sequence[int] = 0) -> list[float]:
@@ -167,7 +176,7 @@ def programs_in_any_order(llm: LLM, work: Sequence[Work]) -> list[Key]:
 
 def generate(llm: LLM, work: Sequence[Work]) -> tuple[float, list[list[int]]]:
     """Seconds of one `LLM.generate` on all of it, and the sampled ids."""
-    prompts = [{"prompt_token_ids": request.prompt} for request in work]
+    prompts = [{"prompt_token_ids": request.prompt, "adapter": request.adapter} for request in work]
     start = time.perf_counter()
     outputs = llm.generate(prompts, [request.params for request in work], use_tqdm=False)
     return time.perf_counter() - start, [output.outputs[0].token_ids for output in outputs]
