@@ -132,5 +132,6 @@ class LoadScaledAdapter(LoadAdapter):
         a, b, is_table = own.a.astype(jnp.float32), own.b.astype(jnp.float32), name == model.vocabulary[0]
         low = (a, b) if is_table else (b.T, a)
         whole = whole + jnp.matmul(*low, precision=lax.Precision.HIGHEST)
-        gain = jnp.where(jnp.isnan(own.gain), 1, own.gain / jnp.linalg.norm(whole, axis=0 if is_table else 1))
+        lengths = jnp.linalg.norm(whole, axis=0 if is_table else 1)  # 0 of rows that a mesh has added
+        gain = jnp.where(jnp.isnan(own.gain) | (lengths == 0), 1, own.gain / lengths)
         return dataclasses.replace(own, gain=gain)
