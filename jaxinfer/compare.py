@@ -24,7 +24,7 @@ from jaxinfer.engine.config import DType
 from jaxinfer.engine.loading import Opened, open_model
 from jaxinfer.llm import LLM
 from jaxinfer.models.tasks import GENERATE
-from jaxinfer.quantization.schemes import parse_quantization
+from jaxinfer.quantization.schemes import Quantization, parse_quantization
 from jaxinfer.quantization.stored import QUANTIZATION_FIELDS
 
 DECODED = (16, 64)  # tokens of the prompt and of the output of which the speed is measured
@@ -81,6 +81,7 @@ def compare(
     texts: Iterable[str],
     *,
     adapter: str | os.PathLike[str] | None = None,
+    base_quantization: Quantization | None = None,
     max_length: int = 512,
     max_tokens: int = 4096,
     right: Callable[[LLM], float] | None = None,
@@ -93,21 +94,24 @@ def compare(
     schemes: of weights, by name or by patterns as on the command line, or of the cache as `kv-int8`, or dtypes, or
     folders of the model in another form (with a `/`). adapter: a low-rank one in PEFT's format. All is compared with
     the model as it is and the adapter beside its weights then: the two merged, which is written to disk meanwhile, and
-    for each scheme the adapter beside it, and merged before it; folders have it merged. on_error: told why a scheme is
-    not to be had, before the next one is tried; None: that is raised. right: the share of right answers of a model. Of
-    each text the first `max_length` tokens are taken, of all together `max_tokens`, and kept on disk for their number
-    times the vocabulary times 4 bytes. Of a model that makes no text they are whole, until they have `max_tokens`.
-    Raises ValueError if the texts have no two tokens, or if a folder has another model.
+    for each scheme the adapter beside it, and merged before it; folders have it merged. base_quantization: by which the
+    adapter's base was quantized when it was trained: all is compared with that, and it is merged onto what is left.
+    on_error: told why a scheme is not to be had, before the next one is tried; None: that is raised. right: the share
+    of right answers of a model. Of each text the first `max_length` tokens are taken, of all together `max_tokens`, and
+    kept on disk for their number times the vocabulary times 4 bytes. Of a model that makes no text they are whole,
+    until they have `max_tokens`. Raises ValueError if the texts have no two tokens, or if a folder has another model.
     """
     texts, opened = list(texts), open_model(model, **options)
     pooled = opened.task != GENERATE
     if pooled and adapter is not None:
         raise ValueError(f"{model}: makes no text, and adapters are compared of models that do")
+    if adapter is None and base_quantization is not None:
+        raise ValueError(f"base_quantization is {base_quantization!r}, and there is no adapter")
     with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory() as own:
         base: np.ndarray[Any, Any] | None = None
         rows = _rows(model, schemes, {"dtype": options.get("dtype", "float32")} if pooled else {})
         if adapter is not None:
-            rows = _rows_of_adapter(opened, schemes, adapter, f"{own}/merged")
+            rows = _rows_of_adapter(opened, schemes, adapter, base_quantization, f"{own}/merged")
         for scheme, adapted, folder, more in rows:
             price: Price | VectorPrice | ClassPrice
             try:
@@ -136,7 +140,7 @@ def compare(
 
 def named(scheme: str | None, adapter: Adapted | None) -> str:
     """What is compared, for people."""
-    how = {None: "", "beside": ", adapter beside", "merged": ", merged"}
+    how = {None: "", "beside": " + adapter", "merged": ", merged"}
     return f"{scheme or 'as it is'}{how[adapter]}"
 
 
@@ -147,20 +151,23 @@ def _rows(model: Any, schemes: Sequence[str], base: dict[str, Any]) -> Iterator[
         yield _Row(scheme, None, *((scheme, {}) if "/" in scheme else (model, _options(scheme))))
 
 
-def _rows_of_adapter(opened: Opened, schemes: Sequence[str], adapter: Any, merged: str) -> Iterator[_Row]:
-    """merged: where both are written in one; of a model that is quantized, as what its weights stand for."""
+def _rows_of_adapter(
+    opened: Opened, schemes: Sequence[str], adapter: Any, trained_on: Quantization | None, merged: str
+) -> Iterator[_Row]:
+    """merged: where both are written in one; of a base that is quantized, as what its weights stand for."""
     beside = {"adapters": {"adapter": adapter}}
-    yield _Row(None, "beside", opened.folder, beside)
-    quantized = any(opened.config.get(name) is not None for name in QUANTIZATION_FIELDS)
-    onto: Onto = "dequantized" if quantized else "original"
-    convert(opened.folder, merged, format="hf", adapter=adapter, onto=onto, show_progress=False)
+    stored = any(opened.config.get(name) is not None for name in QUANTIZATION_FIELDS)
+    onto: Onto = "dequantized" if stored or trained_on is not None else "original"
+    yield _Row(None, "beside", opened.folder, beside | ({} if trained_on is None else {"quantization": trained_on}))
+    options: Any = {"adapter": adapter, "onto": onto, "base_quantization": trained_on}
+    convert(opened.folder, merged, format="hf", show_progress=False, **options)
     yield _Row(None, "merged", merged, {})
     for scheme in schemes:
         if "/" in scheme:
             yield _Row(scheme, "merged", scheme, {})
             continue
         more = _options(scheme)
-        if not (quantized and "quantization" in more):
+        if not (stored and "quantization" in more):
             yield _Row(scheme, "beside", opened.folder, beside | more)
         yield _Row(scheme, "merged", merged, more)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from jaxinfer.cli.console import say_error
-from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
+from jaxinfer.cli.options import BASE_QUANTIZATION, JSON, ModelOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.compare import Price
@@ -43,6 +43,7 @@ def compare(
         str | None,
         typer.Option(metavar="DIR", help="A low-rank one, folder or hub id: beside the weights, and merged into them."),
     ] = None,
+    base_quantization: BASE_QUANTIZATION = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Compare at most so many tokens.")] = 4096,
     questions: Annotated[
         int, typer.Option(metavar="N", min=0, help="Of a packaged model: ask it so many held-out questions too.")
@@ -98,7 +99,10 @@ def compare(
             raise ValueError(f"{name} is {value!r}, which is of one scheme: here it is --schemes")
     if options.get("adapters"):
         raise ValueError(f"adapters is {options['adapters']!r}: one is compared here, --adapter DIR")
-    where = None if adapter is None else resolve(adapter)
+    adapted: dict[str, Any] = {
+        "adapter": None if adapter is None else resolve(adapter),
+        "base_quantization": None if base_quantization is None else parse_quantization(base_quantization),
+    }
     model = next((folder for folder in PACKAGED if folder == Path(model).resolve()), model)
     packaged = model in PACKAGED
     if data is not None:
@@ -130,11 +134,9 @@ def compare(
             progress.hide()
             say_error(f"{scheme}: {error}")
 
-        options["on_progress"] = progress
+        options |= {"on_progress": progress, "max_tokens": max_tokens, "right": right, "on_error": failed}
         try:
-            for price in prices(
-                model, names, texts, adapter=where, max_tokens=max_tokens, right=right, on_error=failed, **options
-            ):
+            for price in prices(model, names, texts, **adapted, **options):
                 results.append(price)
                 progress(f"compared {_named(price)}")
         finally:  # what is known is said, after Ctrl-C too

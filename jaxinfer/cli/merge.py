@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from jaxinfer.cli.convert import show
-from jaxinfer.cli.options import JSON, SOURCE, WRITTEN_DTYPE, Verbosity, engine_option, grouped
+from jaxinfer.cli.options import BASE_QUANTIZATION, JSON, SOURCE, WRITTEN_DTYPE, Verbosity, engine_option, grouped
 from jaxinfer.quantization.schemes import parse_quantization
 
 
@@ -23,10 +23,7 @@ def merge(
         Literal["original", "dequantized"],
         typer.Option(help="BASE's weights as they are; or what is left of them by quantization (QLoRA's base)."),
     ] = "original",
-    base_quantization: Annotated[
-        str | None,
-        typer.Option(metavar="SCHEME", help="Of dequantized weights, where BASE is in floats: nf4 or another scheme."),
-    ] = None,
+    base_quantization: BASE_QUANTIZATION = None,
     format: Annotated[
         Literal["hf", "orbax"], typer.Option(help="Safetensors as on the hub; or Orbax, restored straight into shards.")
     ] = "hf",
