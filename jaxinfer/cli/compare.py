@@ -134,9 +134,10 @@ def compare(
             progress.hide()
             say_error(f"{scheme}: {error}")
 
-        options |= {"on_progress": progress, "max_tokens": max_tokens, "right": right, "on_error": failed}
+        options["on_progress"] = progress
+        wanted = adapted | {"max_tokens": max_tokens, "right": right, "on_error": failed}
         try:
-            for price in prices(model, names, texts, **adapted, **options):
+            for price in prices(model, names, texts, **wanted, **options):
                 results.append(price)
                 progress(f"compared {_named(price)}")
         finally:  # what is known is said, after Ctrl-C too
