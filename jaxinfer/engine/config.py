@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, cast, get_args, get_origin, get_type_hints
 
-from jaxinfer.aliases.loading import LOADING, spelt
+from jaxinfer.aliases.loading import LOADING, spelt, without_lora
 from jaxinfer.quantization.schemes import SCHEMES, Quantization, check_quantization
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -416,7 +416,7 @@ NONE_IS_DEFAULT = which(none_is_default=True)
 
 def in_our_words(options: Mapping[str, Any]) -> EngineConfig:
     """Options that may have other programs' names and spellings. Raises one ValueError for all that are not known."""
-    settings = LOADING.translated(options, OPTIONS)
+    settings = LOADING.translated(without_lora(options), OPTIONS)
     settings = {name: spelt(name, value) for name, value in settings.items()}
     return cast(
         EngineConfig, {n: value for n, value in settings.items() if value is not None or n not in NONE_IS_DEFAULT}

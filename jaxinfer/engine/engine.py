@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxinfer.checkpoint.factors import LoadedAdapter, read_adapter
-from jaxinfer.checkpoint.files import some
+from jaxinfer.engine.adapter_methods import AdapterMethods
 from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import RequestGroup, SequenceOutput
@@ -46,7 +44,7 @@ class Call(NamedTuple):
     compiled: float
 
 
-class Engine:
+class Engine(AdapterMethods):
     """Requests in, generations out. One thread at a time may use it (see EngineThread), but for what says otherwise."""
 
     def __init__(
@@ -65,8 +63,9 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_model_len = max_model_len
         self.guides = Guides(tokenizer, self.vocab_size, self.eos_token_ids)
-        self.adapters: dict[str, LoadedAdapter] = {}  # by name
+        self.adapters = {}
         self._stats = EngineStats()
+        self._adapter_tokens: Counter[str] = Counter()  # of requests that have ended
         self._seed = seed
         self._next_id = 0
         self._id_lock = threading.Lock()
@@ -79,6 +78,7 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """A snapshot."""
+        adapted = [g.request for g in list(self._generations.values()) if g.request.adapter is not None]
         return dataclasses.replace(
             self._stats,
             running=len(self.scheduler.running),
@@ -86,6 +86,11 @@ class Engine:
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
             prefix_caching=self.scheduler.prefix_caching,
+            max_adapters=self.scheduler.adapters.count,
+            adapter_loads=self.scheduler.adapters.loads,
+            running_adapters=Counter(request.adapter_name for request in adapted if request.slot >= 0),
+            waiting_adapters=Counter(request.adapter_name for request in adapted if request.slot < 0),
+            adapter_tokens=dict(self._adapter_tokens),
         )
 
     @property
@@ -104,7 +109,7 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
-        adapter: str | None = None,
+        adapter: Any = None,
     ) -> RequestGroup:
         """A request for `queue`. cache_salt, adapter: see Encoded. Raises RequestError for ids, a length or parameters
         that can't be served.
@@ -114,7 +119,7 @@ class Engine:
         stop_ids, excluded, guide = self.check(prompt_token_ids, params)
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise RequestError(f"priority is {priority!r:.100}: it must be an integer", "priority")
-        length, beside = len(prompt_token_ids), self.adapter(adapter)
+        length, (adapter_name, beside) = len(prompt_token_ids), self.adapter(adapter)
         # The first one's log-probabilities of the prompt are everyone's.
         later = dataclasses.replace(params, prompt_logprobs=None) if params.n > 1 else params
         first_id = self._new_ids(params.n)
@@ -132,6 +137,7 @@ class Engine:
                 priority=priority,
                 cache_salt=cache_salt,
                 adapter=beside,
+                adapter_name=adapter_name,
                 scored_from=1 if params.prompt_logprobs is not None and not index else None,
                 exclusions=excluded.anew() if excluded is not None else None,
                 guide=guide.anew() if guide is not None else None,
@@ -139,11 +145,14 @@ class Engine:
             members.append(SequenceOutput(request, self.tokenizer, index))
         return RequestGroup(prompt, members)
 
-    def new_scoring(self, token_ids: Sequence[int], scored_from: int, text: str | None = None) -> Scoring:
+    def new_scoring(
+        self, token_ids: Sequence[int], scored_from: int, text: str | None = None, adapter: Any = None
+    ) -> Scoring:
         """A text for `queue`, whose tokens from `scored_from` on are scored. Raises RequestError for ids or a length
         that can't be served. Any thread may call it."""
         self.check_scoring(token_ids, scored_from)
         *tokens, target = token_ids
+        adapter_name, beside = self.adapter(adapter)
         request = Request(
             id=self._new_ids(1),
             prompt_length=len(tokens),
@@ -152,44 +161,12 @@ class Engine:
             seed=0,
             stop_ids=(),
             limit=len(tokens),
+            adapter=beside,
+            adapter_name=adapter_name,
             scored_from=scored_from,
             target=target,
         )
         return Scoring(request, text)
-
-    def adapter(self, name: str | None) -> LoadedAdapter | None:
-        """The one of this name; None of no name. Raises RequestError."""
-        if name is None:
-            return None
-        found = self.adapters.get(name) if isinstance(name, str) else None
-        if found is None:
-            there = ", ".join(sorted(self.adapters)) or "none; LLM(adapters={NAME: FOLDER}) and load_adapter load them"
-            raise RequestError(f"adapter is {name!r:.100}: there are {there}", "adapter")
-        return found
-
-    def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> LoadedAdapter:
-        """Reads one, in place of another of this name. Any thread may call it: it goes to the devices when the first
-        request with it runs. Raises ValueError and FileNotFoundError."""
-        programs = self.runner.programs
-        if not programs.adapter_limits.slots:
-            raise ValueError("there is no room for adapters beside the weights: load the model with max_adapters")
-        loaded = read_adapter(folder, self.runner.model, programs.adapter_limits.rank, self.runner)
-        if others := loaded.factors.keys() - programs.adapter.keys():
-            option = "adapted_vocabulary" if others & set(self.runner.model.vocabulary) else "adapted_experts"
-            raise ValueError(
-                f"{folder}: changes {some(sorted(others))}: load the model with {option}=True, so that there is room"
-            )
-        before, self.adapters[name] = self.adapters.get(name), loaded
-        if before is not None:
-            self.scheduler.adapters.forget(before)
-        return loaded
-
-    def unload_adapter(self, name: str) -> None:
-        """Forgets one; requests that have it go on. Raises RequestError."""
-        unloaded = self.adapter(name)
-        assert unloaded is not None
-        self.adapters.pop(name, None)
-        self.scheduler.adapters.forget(unloaded)
 
     def queue(self, group: RequestGroup | Scoring) -> None:
         """Takes a new request."""
@@ -438,6 +415,8 @@ class Engine:
         stats.preemptions += request.preemptions
         stats.queried_tokens += request.prompt_length
         stats.hit_tokens += request.hits
+        if request.adapter is not None:
+            self._adapter_tokens[request.adapter_name] += len(request.output_token_ids)
         self.scheduler.finish(request)
         # A first continuation that ends before its prompt was computed takes nobody with it.
         for follower in self._followers.pop(request.id, ()):

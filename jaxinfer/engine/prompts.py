@@ -23,13 +23,13 @@ class Encoded(NamedTuple):
     ids: the tokens.
     cache_salt: prompts share what they begin with only with those of the same salt, so that nobody learns from times
         what others asked; "" is everybody's.
-    adapter: the name of one that is loaded; None: the model itself.
+    adapter: the name of one that is loaded, or vLLM's LoRARequest; None: the model itself.
     """
 
     text: str | None
     ids: list[int]
     cache_salt: str = ""
-    adapter: str | None = None
+    adapter: Any = None
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Encoded:

@@ -2,6 +2,8 @@
 
 // Outputs [first, last) of some rows: out = gain * (out + z b) + share * shift, of each its own adapter's; gain and
 // shift may be null.
+constexpr int64_t FAR = 512;  // bytes: how far ahead of each row
+
 template <class Weight>
 void expand(const LowRank<Weight>& part, const int32_t* slot, int64_t rows, int64_t slots, int64_t rank, float share,
             int64_t first, int64_t last) {
@@ -16,8 +18,11 @@ void expand(const LowRank<Weight>& part, const int32_t* slot, int64_t rows, int6
       constexpr int COUNT = size / LANES;
       Float total[COUNT];
       for (int i = 0; i < COUNT; i++) total[i] = load(out + n + i * LANES);
-      for (int64_t r = 0; r < rank; r++)
+      for (int64_t r = 0; r < rank; r++) {
+        // Each row is a stream of its own, which is more than the hardware follows.
+        __builtin_prefetch((const char*)(b + r * part.columns + n) + FAR);
         for (int i = 0; i < COUNT; i++) total[i] += z[r] * load(b + r * part.columns + n + i * LANES);
+      }
       for (int i = 0; i < COUNT; i++) {
         const int64_t at = n + i * LANES;
         store(out + at, gain ? load(gain + at) * total[i] + share * load(shift + at) : total[i]);
