@@ -82,6 +82,8 @@ class Engine:
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
             prefix_caching=self.scheduler.prefix_caching,
+            snapshots_used=self.scheduler.snapshots_used,
+            snapshots_total=self.scheduler.snapshots_total,
         )
 
     @property
@@ -396,6 +398,7 @@ class Engine:
         stats.preemptions += request.preemptions
         stats.queried_tokens += request.prompt_length
         stats.hit_tokens += request.hits
+        stats.stateless_tokens += request.stateless
         self.scheduler.finish(request)
         # A first continuation that ends before its prompt was computed takes nobody with it.
         for follower in self._followers.pop(request.id, ()):

@@ -12,6 +12,7 @@ from jaxinfer.engine.programs.base import (
     placed_params,
     reach,
 )
+from jaxinfer.engine.programs.copy import Copy, Places
 from jaxinfer.engine.programs.decode import Decode, DecodeForward, DecodeRows, FullDecode
 from jaxinfer.engine.programs.forward import Forward
 from jaxinfer.engine.programs.logits import Sampled
@@ -23,6 +24,7 @@ from jaxinfer.engine.programs.table import Programs
 
 __all__ = [
     "MAX_STEPS",
+    "Copy",
     "Decode",
     "DecodeForward",
     "DecodeRows",
@@ -33,6 +35,7 @@ __all__ = [
     "GuidedSample",
     "Key",
     "ModelPrograms",
+    "Places",
     "PrepareCounts",
     "PrepareMasks",
     "Program",
