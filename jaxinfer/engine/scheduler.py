@@ -1,8 +1,9 @@
 """Who runs in the next device call: plain Python over integers, tested without a device.
 
 Continuous batching: rows join and leave at every call. Decoding rows go first, one token each; what is left of the
-token budget goes to prompts, in chunks, by priority, then first come, first served. When pages run out, the youngest
-request gives its pages back and is computed again later; its tokens so far are kept, so the output is the same.
+token budget goes to prompts, in chunks, by priority, then first come, first served. Chunks end where a state is to be
+kept. When pages run out, the youngest request gives its pages back and is computed again later; its tokens so far are
+kept, so the output is the same.
 
 `advance` counts what a call will have done before it has: what is scheduled will be run, in order. So the next call
 may be asked for before the tokens of the last one are known (`Request.length` counts them already), and `restart` takes

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxinfer.engine import kv_cache
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.snapshots import Snapshots
+from jaxinfer.engine.snapshots import RecentKeys, Snapshots
 from tests.engine.device import Device, Stops, make
 from tests.engine.operations import sequences
 from tests.engine.test_scheduler import KIND, PROMPTS, STOPS, drain, play
@@ -151,6 +151,13 @@ def test_the_least_recently_used_copy_goes():
     assert states.put(b"a", (3,)) == 5
     assert dict(states.after(b"a")) == {(): 4, (3,): 5}
     assert states.used == 2
+
+
+def test_keys_that_were_seen_lately():
+    recent = RecentKeys(2)
+    for key in (b"a", b"b", b"a", b"c"):
+        recent.add(key)
+    assert [key in recent for key in (b"a", b"b", b"c")] == [True, False, True]
 
 
 def test_no_room_for_copies():

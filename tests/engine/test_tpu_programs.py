@@ -117,8 +117,8 @@ def test_layers_with_windows_share_arrays_with_those_that_see_everything():
 )
 def test_states_beside_pages(topology):
     """Attention and a gated delta net of Qwen3.6-35B-A3B's widths: pages and states are aliased and nowhere copied,
-    each chip has its heads of both, and there are no more reductions than in other models. So it is where some are copied
-    for others: they go one by one."""
+    each chip has its heads of both, and there are no more reductions than in other models. So it is where some are
+    copied for others: they go one by one."""
     widths = {"hidden_size": 2048, "intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2}
     types = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
     config = {"model_type": "qwen3_5_text", "head_dim": 256, "vocab_size": 8192} | widths | types
