@@ -42,26 +42,37 @@ def generate(prompts: Any, model: str | os.PathLike[str] | None = None, *, schem
 def generate(prompts: str, model: str | os.PathLike[str] | None = None, **options: Any) -> str: ...
 @overload
 def generate(prompts: Sequence[str], model: str | os.PathLike[str] | None = None, **options: Any) -> list[str]: ...
-def generate(prompts: Any, model: str | os.PathLike[str] | None = None, *, schema: Any = None, **options: Any) -> Any:
+def generate(
+    prompts: Any,
+    model: str | os.PathLike[str] | None = None,
+    *,
+    schema: Any = None,
+    adapter: Any = None,
+    **options: Any,
+) -> Any:
     """The continuation of a prompt, or of each of a list of prompts, in input order.
 
     model: a folder or hub id; None is the small model that ships with the package. It stays loaded for the next call
     with the same model and options; another one takes its place, so there is one in memory at a time.
     schema: the text is JSON of this schema, without properties that it does not name, and what comes back is not the
     text but what it says: of a class with pydantic's methods an object of it, else a value as json.loads has it.
+    adapter: the name of one of `adapters`, which is an option: {"name": folder}; one for all, or a list of one each.
     options: those of SamplingParams (max_tokens, here 256 unless given, temperature, top_p, seed, stop, ...; what is
     not given is as the checkpoint's generation_config.json says) and of LLM (dtype, max_model_len, ...).
     Raises ValueError or OSError with one line: what is wrong, where, what to do.
     """
     with _prepared(model, options, schema) as (llm, params):
-        results = [_result(output, schema) for output in llm.generate(prompts, params, use_tqdm=False)]
+        outputs = llm.generate(prompts, params, adapter=adapter, use_tqdm=False)
+        results = [_result(output, schema) for output in outputs]
     return results[0] if is_single_prompt(prompts) else results
 
 
-def stream(prompt: Prompt, model: str | os.PathLike[str] | None = None, **options: Any) -> Iterator[str]:
-    """The continuation of a prompt in pieces as they come; options as for `generate`."""
+def stream(
+    prompt: Prompt, model: str | os.PathLike[str] | None = None, *, adapter: Any = None, **options: Any
+) -> Iterator[str]:
+    """The continuation of a prompt in pieces as they come; adapter and options as for `generate`."""
     with _prepared(model, options) as (llm, params):
-        return llm.stream(prompt, params)
+        return llm.stream(prompt, params, adapter=adapter)
 
 
 @overload
@@ -72,16 +83,24 @@ def chat(messages: Sequence[Message], model: str | os.PathLike[str] | None = Non
 def chat(
     messages: Sequence[Sequence[Message]], model: str | os.PathLike[str] | None = None, **options: Any
 ) -> list[str]: ...
-def chat(messages: Any, model: str | os.PathLike[str] | None = None, *, schema: Any = None, **options: Any) -> Any:
+def chat(
+    messages: Any,
+    model: str | os.PathLike[str] | None = None,
+    *,
+    schema: Any = None,
+    adapter: Any = None,
+    **options: Any,
+) -> Any:
     """The answer to a conversation, a list of `{"role": ..., "content": ...}`, or to each of a list of them, through
     the checkpoint's chat template.
 
-    Schema and options as for `generate`, and what `LLM.chat` takes for the template: `tools`, a list of functions or
-    JSON schemas, `chat_template`, `add_generation_prompt`, `chat_template_kwargs`.
+    Schema, adapter and options as for `generate`, and what `LLM.chat` takes for the template: `tools`, a list of
+    functions or JSON schemas, `chat_template`, `add_generation_prompt`, `chat_template_kwargs`.
     """
     template = {name: options.pop(name) for name in _TEMPLATE if name in options}
     with _prepared(model, options, schema) as (llm, params):
-        results = [_result(output, schema) for output in llm.chat(messages, params, use_tqdm=False, **template)]
+        outputs = llm.chat(messages, params, adapter=adapter, use_tqdm=False, **template)
+        results = [_result(output, schema) for output in outputs]
     return results[0] if is_single_conversation(messages) else results
 
 

@@ -13,6 +13,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from jaxinfer.aliases import takes
+from jaxinfer.aliases.sampling import CALL
+from jaxinfer.checkpoint.factors import AdapterInfo
+from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.generation import RequestGroup
 from jaxinfer.engine.load import load_opened
@@ -32,6 +36,7 @@ from jaxinfer.errors import EngineClosed, QueueFullError, RequestError, Unsuppor
 from jaxinfer.models.tasks import CLASSIFY, GENERATE
 from jaxinfer.pooling import CAN, ClassifyText, PoolingMethods, given
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.tasks.generate import adapted
 from jaxinfer.tasks.pairs import paired
 from jaxinfer.tasks.params import PoolingParams
 from jaxinfer.tasks.pooling import Text
@@ -124,18 +129,37 @@ class AsyncEngine:
         return self.engine_thread.engine.stats
 
     def new_group(
-        self, prompt: Prompt | Encoded, sampling_params: SamplingParams | None = None, priority: int = 0
+        self,
+        prompt: Prompt | Encoded,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+        adapter: Any = None,
     ) -> RequestGroup:
-        """A request for `deltas`. Any thread may call it: text becomes tokens here, which takes its time. Raises
-        RequestError."""
+        """A request for `deltas`. Any thread may call it: text becomes tokens here, which takes its time. adapter: of a
+        prompt that has none of its own. Raises RequestError."""
         params = sampling_params or self.default_sampling_params()
         if not isinstance(params, SamplingParams):
             kind = type(params).__name__
             raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
         self.engine_thread.check_open()
-        text, ids, salt = prompt if isinstance(prompt, Encoded) else encode_prompt(prompt, self.tokenizer)
-        return self.engine_thread.engine.new_group(ids, params, text, priority, salt)
+        encoded = prompt if isinstance(prompt, Encoded) else encode_prompt(prompt, self.tokenizer)
+        text, ids, salt, adapter = adapted(encoded, adapter)
+        return self.engine_thread.engine.new_group(ids, params, text, priority, salt, adapter)
 
+    async def load_adapter(self, name: str, adapter: str | os.PathLike[str]) -> None:
+        """As `LLM.load_adapter`; requests go on meanwhile."""
+        engine = self.engine_thread.engine
+        await asyncio.to_thread(lambda: engine.load_adapter(name, resolve(adapter)))
+
+    def unload_adapter(self, name: str) -> None:
+        """As `LLM.unload_adapter`."""
+        self.engine_thread.engine.unload_adapter(name)
+
+    def list_adapters(self) -> dict[str, AdapterInfo]:
+        """Those that are loaded, by name."""
+        return self.engine_thread.engine.list_adapters()
+
+    @takes(CALL)
     async def generate(
         self,
         prompt: Prompt,
@@ -143,17 +167,19 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        adapter: Any = None,
     ) -> AsyncIterator[RequestOutput]:
-        """The output so far, whenever there is more; the last one is finished.
+        """The output so far, whenever there is more; the last one is finished. adapter: as for `LLM.generate`.
 
         Leaving the loop early, or cancelling the task, aborts the request. Raises RequestError for what can't be served
         or an id that is in use, and QueueFullError. An error of the device ends all requests with it; the next one
         finds the engine in order.
         """
         guided = isinstance(sampling_params, SamplingParams) and sampling_params.structured_outputs is not None
-        asked = prompt, sampling_params, priority
-        # A grammar takes its time.
-        group = await asyncio.to_thread(self.new_group, *asked) if guided else self.new_group(*asked)
+        asked = prompt, sampling_params, priority, adapter
+        # A grammar takes its time, and so does an adapter that is loaded first.
+        slow = guided or not isinstance(adapter, str | None)
+        group = await asyncio.to_thread(self.new_group, *asked) if slow else self.new_group(*asked)
         async with contextlib.aclosing(self._outputs([group], RequestGroup.output, request_id)) as outputs:
             async for arrived in outputs:
                 for output in arrived:

@@ -8,6 +8,7 @@ E2EL  end-to-end latency: from arrival to the last token
 
 from __future__ import annotations
 
+import itertools
 import queue
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from jaxinfer.engine.batch_builder import BatchBuilder
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.load import make_scheduler
-from jaxinfer.engine.programs import Decode, Forward, FullDecode, FullSample, Key, Sample
+from jaxinfer.engine.programs import Decode, Forward, FullDecode, FullSample, Key, Sample, adapted_kind
 from jaxinfer.engine.runner import Result, Runner
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.engine.thread import AnyGroup, Submission
@@ -38,10 +39,12 @@ class Work(NamedTuple):
 
     prompt: its token ids.
     output_len: how many tokens it is continued by, whatever they are.
+    adapter: the name of one that is loaded.
     """
 
     prompt: list[int]
     output_len: int
+    adapter: str | None = None
 
     @property
     def params(self) -> SamplingParams:
@@ -99,6 +102,12 @@ def random_work(
     ]
 
 
+def in_turns(work: Sequence[Work], adapters: Sequence[str]) -> list[Work]:
+    """With these adapters, one after the other."""
+    names = itertools.cycle(adapters or [None])
+    return [request._replace(adapter=name) for request, name in zip(work, names, strict=False)]
+
+
 def poisson_arrivals(count: int, request_rate: float, seed: int | Sequence[int] = 0) -> list[float]:
     """Seconds at which requests come that come independently of each other, `request_rate` a second on average."""
     return np.random.default_rng(seed).exponential(1 / request_rate, count).cumsum().tolist()
@@ -122,6 +131,9 @@ class _Rehearsal:
         self.programs: dict[Key, None] = {}
         self._batches = BatchBuilder(runner.programs)
 
+    def load_adapter(self, slot: int, adapter: Any) -> None:
+        """Is done, too."""
+
     def launch(self, schedules: Sequence[SchedulerOutput]) -> Any:
         self.programs |= dict.fromkeys(key for key, _ in self._batches.build(schedules).calls)
         steps = max(schedule.steps for schedule in schedules)
@@ -144,8 +156,10 @@ def programs_together(llm: LLM, work: Sequence[Work]) -> list[Key]:
         max_model_len=there.max_model_len,
         seed=0,
     )
+    engine.adapters = there.adapters
     for request in work:
-        engine.queue(engine.new_group(request.prompt, replace(request.params, detokenize=False)))
+        params = replace(request.params, detokenize=False)
+        engine.queue(engine.new_group(request.prompt, params, adapter=request.adapter))
     while not engine.idle:
         engine.step()
     return list(rehearsal.programs)
@@ -162,12 +176,14 @@ def programs_in_any_order(llm: LLM, work: Sequence[Work]) -> list[Key]:
     if not all(request.params.is_plain for request in work):
         largest[FullDecode.kind] = Buckets.fit(buckets.full_decode, most)
         largest[FullSample.kind] = Buckets.fit(buckets.sample, most)
+    if any(request.adapter for request in work):
+        largest |= {adapted_kind(kind): size for kind, size in largest.items()}
     return [(kind, size) for kind, size in runner.programs.keys() if size <= largest.get(kind, 0)]  # noqa: SIM118
 
 
 def generate(llm: LLM, work: Sequence[Work]) -> tuple[float, list[list[int]]]:
     """Seconds of one `LLM.generate` on all of it, and the sampled ids."""
-    prompts = [{"prompt_token_ids": request.prompt} for request in work]
+    prompts = [{"prompt_token_ids": request.prompt, "adapter": request.adapter} for request in work]
     start = time.perf_counter()
     outputs = llm.generate(prompts, [request.params for request in work], use_tqdm=False)
     return time.perf_counter() - start, [output.outputs[0].token_ids for output in outputs]
@@ -210,7 +226,7 @@ def serve(llm: LLM, work: Sequence[Work], arrivals: Sequence[float]) -> list[Tra
             arrived = []
             while coming and coming[0][0].arrival <= time.perf_counter():
                 trace, request = coming.popleft()
-                groups.append(llm.engine.new_group(request.prompt, request.params))
+                groups.append(llm.engine.new_group(request.prompt, request.params, adapter=request.adapter))
                 arrived.append(Submission(groups[-1], partial(listener, trace), streams=True))
             llm.engine_thread.submit(arrived)
         for _ in groups:

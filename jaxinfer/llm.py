@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Any, NoReturn, Self, Unpack
 
 from jaxinfer.aliases import Words, takes
-from jaxinfer.aliases.loading import LORA
 from jaxinfer.aliases.sampling import CALL, SAMPLING
+from jaxinfer.checkpoint.factors import AdapterInfo
+from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.engine.engine import Engine
@@ -31,9 +32,10 @@ from jaxinfer.models.tasks import GENERATE
 from jaxinfer.pooling import NO_PARAMS, PoolingMethods, given
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.tasks.beam_search import BeamSearchOutput, beam_search
-from jaxinfer.tasks.generate import GenerateTask, prompts_as_they_come, prompts_asked
+from jaxinfer.tasks.generate import GenerateTask, adapted, prompts_as_they_come, prompts_asked
 from jaxinfer.tasks.params import PoolingParams
 from jaxinfer.tasks.score import Scorable, ScoreTask, Text, TextAsked, texts_asked
+from jaxinfer.tasks.task import for_each
 from jaxinfer.text.base import Tokenizer
 
 Message = Mapping[str, Any]
@@ -44,9 +46,9 @@ SCORED = Words(
     "argument",
     is_request=True,
     same={"queries": "texts", "documents": "continuations", "data_1": "texts", "data_2": "continuations"}
-    | {"text_1": "texts", "text_2": "continuations"},
-    instead={"lora_request": LORA},
+    | {"text_1": "texts", "text_2": "continuations", "lora_request": "adapter"},
 )
+Adapters = Any  # the name of one, or vLLM's LoRARequest; None: the model itself
 
 
 class LLM(PoolingMethods):
@@ -154,6 +156,7 @@ class LLM(PoolingMethods):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         priority: Sequence[int] | None = None,
+        adapter: Adapters | Sequence[Adapters] = None,
         use_tqdm: bool = True,
         on_error: OnError = "raise",
     ) -> list[RequestOutput]:
@@ -161,11 +164,12 @@ class LLM(PoolingMethods):
 
         A prompt is text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": ids}`. One SamplingParams for
         all, or one each; None takes `get_default_sampling_params()`. priority: one number each, lower runs earlier.
+        adapter: the name of one for all, or one each, None for the model itself; a prompt as a dict may have its own.
         use_tqdm: a progress bar on stderr. A prompt that can't be served raises ValueError before anything runs, or
         with on_error="return" has its own output say why (`error`).
         """
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        asked = prompts_asked(prompts, params, priority)
+        asked = prompts_asked(prompts, params, priority, adapter)
         asked.sort(key=lambda entry: entry.priority)  # not all of them are given to the engine at once
         return self._generate.run_all(asked, on_error, use_tqdm)
 
@@ -175,29 +179,32 @@ class LLM(PoolingMethods):
         sampling_params: SamplingParams | None = None,
         *,
         in_order: bool = False,
+        adapter: Adapters = None,
         on_error: OnError = "raise",
     ) -> Iterator[RequestOutput]:
         """Continues prompts as they come out of an iterable, and yields each output when it is done.
 
         Reads ahead no further than it needs to keep the device busy, so the memory does not depend on how many there
         are. `output.index` is the prompt's place in the input; in_order=True yields in that order. A pair of prompt and
-        SamplingParams has parameters of its own. on_error: as for `generate`, when the prompt is read; what was read
-        before is done first. An iterable that is no list is read in a thread of its own, so that one that is slow, or
-        waits for an answer, keeps nobody waiting.
+        SamplingParams has parameters of its own. adapter: of prompts that have none of their own. on_error: as for
+        `generate`, when the prompt is read; what was read before is done first. An iterable that is no list is read in
+        a thread of its own, so that one that is slow, or waits for an answer, keeps nobody waiting.
         """
         if isinstance(prompts, str | Mapping):
             raise RequestError("prompts is one prompt: generate_iter takes an iterable of them", "prompts")
         default = sampling_params or self.get_default_sampling_params()
 
-        asked = prompts_as_they_come(prompts, default)
+        asked = prompts_as_they_come(prompts, default, adapter)
         if isinstance(prompts, Sequence) and on_error == "raise":  # all are there: nothing runs before all are right
             return self._generate.run(self._generate.checked_all(list(asked)), on_error, in_order)
         return self._generate.run(asked, on_error, in_order)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, adapter: Adapters = None
+    ) -> Iterator[str]:
         """The text of one prompt in pieces, as it comes: whole characters, in all exactly `generate`'s text. Raises
         ValueError where that has an `error`."""
-        outputs = self.stream_output(prompt, sampling_params)
+        outputs = self.stream_output(prompt, sampling_params, adapter=adapter)
 
         def pieces() -> Iterator[str]:
             for piece, output in outputs:
@@ -209,10 +216,10 @@ class LLM(PoolingMethods):
         return pieces()
 
     def stream_output(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, adapter: Adapters = None
     ) -> Iterator[tuple[str, RequestOutput]]:
         """Pairs of new text and the output so far; the last one is finished."""
-        return self._generate.stream(prompt, sampling_params or self.get_default_sampling_params())
+        return self._generate.stream(prompt, sampling_params or self.get_default_sampling_params(), adapter)
 
     def chat_prompt(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **template_kwargs: Any
@@ -228,19 +235,24 @@ class LLM(PoolingMethods):
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Any] | None = None,
+        adapter: Adapters | Sequence[Adapters] = None,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **template_kwargs: Any,
     ) -> list[RequestOutput]:
-        """Answers one conversation, a list of `{"role": ..., "content": ...}`, or each of several.
+        """Answers one conversation, a list of `{"role": ..., "content": ...}`, or each of several; adapter: as for
+        `generate`.
 
         The template gets `tools`, what is in chat_template_kwargs, and all further arguments; of these
         `chat_template`, another one or the name of one of the checkpoint's, and `add_generation_prompt` are not for it.
         """
-        template_kwargs = {**(chat_template_kwargs or {}), **ARGUMENTS.translated(template_kwargs, None)}
+        given = template_kwargs if adapter is None else {**template_kwargs, "adapter": adapter}
+        given = ARGUMENTS.translated(given, None)
+        adapter = given.pop("adapter", None)  # also as lora_request
+        template_kwargs = {**(chat_template_kwargs or {}), **given}
         conversations: Any = [messages] if is_single_conversation(messages) else messages
         prompts = [self.chat_prompt(c, tools, **template_kwargs) for c in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, adapter=adapter, use_tqdm=use_tqdm)
 
     @takes(SCORED)
     def score(
@@ -252,6 +264,7 @@ class LLM(PoolingMethods):
         truncate_prompt_tokens: int | None = None,
         pooling_params: PoolingParams | None = None,
         chat_template: str | None = None,
+        adapter: Adapters | Sequence[Adapters] = None,
         use_tqdm: bool = True,
         on_error: OnError = "raise",
     ) -> list[Any]:
@@ -261,7 +274,7 @@ class LLM(PoolingMethods):
 
         A text, prompt or continuation is text or a list of token ids. What several prompts begin with is computed
         once. A text's first token is given, not scored, unless the tokenizer puts a BOS before it. Spaces at a prompt's
-        end count as the continuation's, as in lm-eval. use_tqdm, on_error: as for `generate`.
+        end count as the continuation's, as in lm-eval. adapter, use_tqdm, on_error: as for `generate`.
 
         A query and a document go together through a model with one class, whose score comes after the checkpoint's
         activation; by models that embed each has a vector, and the score is their similarity, cosine where the
@@ -270,27 +283,37 @@ class LLM(PoolingMethods):
         """
         params = given(pooling_params, truncate_prompt_tokens)
         if self.task != GENERATE:
+            if adapter is not None:
+                raise RequestError(f"adapter is {adapter!r:.80}: adapters are of models that make text", "adapter")
             return self._scored(texts, continuations, truncate, params, chat_template, use_tqdm, on_error)
         if truncate or params != NO_PARAMS or chat_template is not None:
             raise RequestError(
                 "truncate, pooling_params and chat_template are for models that score a query and a document; "
                 f"{self._unsupported()}"
             )
-        return self._score.run_all(texts_asked(texts, continuations), on_error, use_tqdm)
+        return self._score.run_all(texts_asked(texts, continuations, adapter), on_error, use_tqdm)
 
     def score_iter(
-        self, scorables: Iterable[Scorable], *, in_order: bool = False, on_error: OnError = "raise"
+        self,
+        scorables: Iterable[Scorable],
+        *,
+        in_order: bool = False,
+        adapter: Adapters = None,
+        on_error: OnError = "raise",
     ) -> Iterator[ScoreOutput]:
         """`score` of texts, and of (prompt, continuation) pairs, as they come out of an iterable, like
         `generate_iter`."""
         if isinstance(scorables, str | tuple):
             raise RequestError("scorables is one text or pair: score_iter takes an iterable of them", "scorables")
-        return self._score.run((TextAsked(i, scorable) for i, scorable in enumerate(scorables)), on_error, in_order)
+        asked = (TextAsked(i, scorable, adapter) for i, scorable in enumerate(scorables))
+        return self._score.run(asked, on_error, in_order)
 
-    def loglikelihood_rolling(self, texts: Text | Sequence[Text], *, use_tqdm: bool = True) -> list[ScoreOutput]:
+    def loglikelihood_rolling(
+        self, texts: Text | Sequence[Text], *, adapter: Adapters | Sequence[Adapters] = None, use_tqdm: bool = True
+    ) -> list[ScoreOutput]:
         """How likely each text is, however long: its first token is scored after BOS (or EOS), and what is longer than
         max_model_len is cut in windows, as lm-eval does. Raises ValueError for an empty text."""
-        return self._score.rolling(texts, use_tqdm)
+        return self._score.rolling(texts, use_tqdm, adapter)
 
     def beam_search(
         self,
@@ -300,10 +323,29 @@ class LLM(PoolingMethods):
         max_tokens: int,
         length_penalty: float = 1.0,
         ignore_eos: bool = False,
+        adapter: Adapters | Sequence[Adapters] = None,
     ) -> list[BeamSearchOutput]:
-        """The `beam_width` best continuations of each prompt, best first: see `jaxinfer.tasks.beam_search`."""
-        encoded = [encode_prompt(prompt, self.tokenizer) for prompt in prompt_list(prompts)]
+        """The `beam_width` best continuations of each prompt, best first: see `jaxinfer.tasks.beam_search`. adapter: as
+        for `generate`."""
+        listed = prompt_list(prompts)
+        encoded = [
+            adapted(encode_prompt(prompt, self.tokenizer), own)
+            for prompt, own in zip(listed, for_each("adapter", adapter, listed), strict=True)
+        ]
         return beam_search(self.engine_thread, encoded, beam_width, max_tokens, length_penalty, ignore_eos)
+
+    def load_adapter(self, name: str, adapter: str | os.PathLike[str]) -> None:
+        """Loads a low-rank adapter in PEFT's format, a folder or hub id, in place of another of this name; requests
+        that have that one go on with it. Raises ValueError and FileNotFoundError."""
+        self.engine.load_adapter(name, resolve(adapter))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; requests that have it go on. Raises RequestError where there is none of this name."""
+        self.engine.unload_adapter(name)
+
+    def list_adapters(self) -> dict[str, AdapterInfo]:
+        """Those that are loaded, by name."""
+        return self.engine.list_adapters()
 
     def close(self) -> None:
         """Frees weights and cache. What was returned stays; what runs in other threads ends with an error, and nothing

@@ -2,6 +2,7 @@
 
     jaxinfer lm-eval --model_args pretrained=FOLDER --tasks hellaswag --num_fewshot 5
     jaxinfer lm-eval --model_args config=configs/llama-3.1-8b_v6e-1.yaml --tasks hellaswag
+    jaxinfer lm-eval --model_args pretrained=FOLDER --adapter sql=DIR --tasks hellaswag
     lm_eval.simple_evaluate(model=JaxInferLM("FOLDER"), tasks=["hellaswag"])
 
 What is scored given which tokens, what is greedy and what is sampled, and where a text is cut, is as in its `hf`
@@ -48,6 +49,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
     batch_size: lm-eval always gives one; rows join and leave the batch as they come, so 1 (its default) and "auto"
         change nothing, and another number is max_num_seqs.
     device: JAX's, if any.
+    adapter: that all prompts have: NAME=FOLDER, or the name of one of the model's `adapters`.
 
     Raises ValueError for options that LLM does not have.
     """
@@ -61,6 +63,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        adapter: str | None = None,
         **options: Any,
     ):
         super().__init__()
@@ -70,6 +73,9 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
         rows = max_batch_size or (None if str(batch_size or 1) in ("1", "auto") else int(str(batch_size)))
         if rows is not None:
             options["max_num_seqs"] = rows
+        self.adapter, _, folder = (adapter or "").partition("=")
+        if folder:
+            options["adapters"] = {self.adapter: folder}
         if isinstance(pretrained, LLM):
             if config is not None or options:
                 what = "config" if config is not None else next(iter(options))
@@ -81,6 +87,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
             self.llm = LLM(pretrained, **options)
         else:
             raise ValueError("model_args: give pretrained=FOLDER or config=FILE")
+        self.llm.engine.adapter(self.adapter or None)  # what is wrong with it is said now
         self.max_gen_toks = max_gen_toks
         self._template: str | None = None  # the name of the chat template, if it was chosen
 
@@ -148,7 +155,10 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         pairs = [(context[-(self.max_length + 1 - len(scored)) :], scored) for _, context, scored in requests]
         outputs = self.llm.score(
-            [context for context, _ in pairs], [scored for _, scored in pairs], use_tqdm=not disable_tqdm
+            [context for context, _ in pairs],
+            [scored for _, scored in pairs],
+            adapter=self.adapter or None,
+            use_tqdm=not disable_tqdm,
         )
         _check(outputs)
         answers = [(output.logprob, output.is_greedy) for output in outputs]
@@ -180,7 +190,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
             prompts.append(ids or [self.prefix_token_id])
             params.append(asked)
             stops.append(stop)
-        outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
+        outputs = self.llm.generate(prompts, params, adapter=self.adapter or None, use_tqdm=not disable_tqdm)
         _check(outputs)
         # As lm-eval's `hf` does, not as what continues the context: a space at the start is not part of the answer.
         texts = [

@@ -162,6 +162,7 @@ OURS = {
     "block_size": (32, {"page_size": 32}),
     "hf_token": ("x", {"token": "x"}),
     "torch_dtype": ("torch.float16", {"dtype": "float16"}),
+    "enable_lora": (True, {"max_adapters": 1}),
 }
 
 
@@ -172,9 +173,11 @@ class Strange:
 @pytest.mark.parametrize("options", [VLLM_LOADING, TRANSFORMERS_LOADING], ids=["vllm", "transformers"])
 def test_every_option_of_loading_as_it_is_by_default(options):
     """Each alone, and all of them: no complaint, and our own defaults but for one device, which vLLM means."""
+    axes = ("tensor_parallel_size", "data_parallel_size")
     for name, value in options.items():
         settings = check_options({name: value})
-        expected = {"mesh": settings["mesh"]} if name in ("tensor_parallel_size", "data_parallel_size") else {}
+        ours = "mesh" if name in axes else name
+        expected = {ours: settings[ours]} if name in (*axes, "max_lora_rank") else {}
         assert settings == check_options({}) | expected, name
     assert check_options(options)["mesh"] in (None, "tensor=1,data=1")
 
@@ -291,6 +294,23 @@ def test_all_that_is_wrong_is_in_one_line():
     assert "mesh is 'tensor=0'" in line(lambda: LLM(jaxinfer.demo.MODEL_DIR, tensor_parallel_size=0))
 
 
+def test_adapters_in_vllms_words():
+    def given(**options):
+        options = in_our_words(options)
+        return options.get("max_adapters"), options.get("max_lora_rank"), options.get("adapters")
+
+    assert given(enable_lora=True, max_loras=4, max_lora_rank=64, max_cpu_loras=8, lora_dtype="auto") == (4, 64, None)
+    assert given(enable_lora=True, adapters={"x": "y"}) == (None, None, {"x": "y"})
+    assert given(enable_lora=False, max_loras=4, max_lora_rank=64) == (None, None, None)
+    for options, fact in {
+        (("max_loras", 4),): "option max_loras: it is 4, without enable_lora=True",
+        (("max_loras", 4), ("enable_lora", True), ("max_adapters", 4)): "it is max_adapters, which is given too",
+        (("enable_lora", False), ("max_adapters", 4)): "enable_lora: it is False, and max_adapters is given",
+        (("adapter_path", "x"),): "here it is adapters={NAME: FOLDER}",
+    }.items():
+        assert fact in line(lambda options=options: in_our_words(dict(options)))
+
+
 def test_dtypes_however_they_are_spelt():
     class Torch:
         def __init__(self, name):
@@ -376,10 +396,10 @@ def test_calls(checkpoints):
         waiting = llm.stats
         for call in (llm.generate, llm.chat):
             prompt = messages if call == llm.chat else "x"
-            text = line(lambda call=call, prompt=prompt: call(prompt, max_tokens=5, temp=0, lora_request="x"))
-            assert (
-                "argument max_tokens: it belongs in SamplingParams; temp: it belongs in SamplingParams; lora_re" in text
-            )
+            text = line(lambda call=call, prompt=prompt: call(prompt, max_tokens=5, temp=0))
+            assert text.startswith("argument max_tokens: it belongs in SamplingParams; temp: it belongs in SamplingP")
+            text = line(lambda call=call, prompt=prompt: call(prompt, params, lora_request="x"))
+            assert text == "adapter is 'x': there are none; LLM(adapters={NAME: FOLDER}) and load_adapter load them"
         assert "'prompt' is not supported: did you mean prompts?" in line(lambda: llm.generate("x", prompt="y"))
         assert llm.stats.running == waiting.running
     assert repr(llm) == f"<LLM {checkpoints('llama').folder}: closed>"

@@ -12,11 +12,29 @@ def _axis(axis: str) -> Callable[[Any, Options], dict[str, Any]]:
     return lambda count, _: {"mesh": f"{axis}={count}"}
 
 
+def _enable_lora(value: Any, options: Options) -> dict[str, Any]:
+    if not isinstance(value, bool):
+        raise ValueError(f"it is {value!r:.60}, and must be true or false; here it is max_adapters")
+    said = [name for name in ("adapters", "max_adapters", "max_loras") if options.get(name) is not None]
+    if not value and said[:1] not in ([], ["max_loras"]):
+        raise ValueError(f"it is False, and {said[0]} is given: leave one of them out")
+    return {"max_adapters": 1} if value and not said else {}
+
+
+def _max_loras(value: Any, options: Options) -> dict[str, Any]:
+    if options.get("enable_lora") or options.get("adapters"):
+        return {"max_adapters": value}
+    if options.get("enable_lora") is None and (value != 1 or isinstance(value, bool)):
+        raise ValueError(f"it is {value!r:.60}, without enable_lora=True: give that too; here it is max_adapters")
+    return {}
+
+
 MESH = "mesh splits it: data, fsdp, tensor"
 CODE = "no code of a checkpoint is ever run: leave it out"
 XLA = "not needed here: XLA compiles every program; warmup=True does it while loading"
 TEXT = "models of text run here, and no others"
-LORA = "adapters are not applied here: jaxinfer merge BASE ADAPTER DST writes the model with one"
+ADAPTERS = "here it is adapters={NAME: FOLDER}, in PEFT's format, and generate(..., adapter=NAME)"
+PROMPT_ADAPTER = "there are no adapters of prompts, only low-rank ones: adapters={NAME: FOLDER}"
 SPECULATIVE = "there is no speculative decoding"
 GRAMMAR = "SamplingParams(structured_outputs=...) has grammars, which llguidance follows"
 REASONING = "text is not split into reasoning and answer"
@@ -39,7 +57,12 @@ LOADING = Words(
         "use_auth_token": "token",
         "torch_dtype": "dtype",
     },
-    made={"tensor_parallel_size": _axis("tensor"), "data_parallel_size": _axis("data")},
+    made={
+        "tensor_parallel_size": _axis("tensor"),
+        "data_parallel_size": _axis("data"),
+        "enable_lora": _enable_lora,
+        "max_loras": _max_loras,
+    },
     instead=names(
         {
             "tensor_parallel_size": "here it is mesh, as tensor=4",
@@ -105,10 +128,18 @@ LOADING = Words(
             "mm_encoder_tp_mode mm_encoder_attn_backend io_processor_plugin skip_mm_profiling video_pruning_rate "
             "disable_mm_preprocessor_cache disable_chunked_mm_input allowed_local_media_path allowed_media_domains "
             "enable_prompt_embeds": TEXT,
-            "enable_lora enable_lora_bias max_loras max_lora_rank default_mm_loras fully_sharded_loras max_cpu_loras "
-            "lora_dtype lora_extra_vocab_size long_lora_scaling_factors enable_prompt_adapter max_prompt_adapters "
-            "max_prompt_adapter_token qlora_adapter_name_or_path enable_tower_connector_lora specialize_active_lora "
-            "lora_target_modules adapter_path": LORA,
+            "enable_lora max_loras": "here it is max_adapters",
+            "lora_modules lora_local_path qlora_adapter_name_or_path adapter_path peft": ADAPTERS,
+            "max_cpu_loras": "those that are loaded stay in the host's memory until unload_adapter",
+            "enable_lora_bias": "biases are part of an adapter",
+            "lora_dtype": "adapters are in the dtype of weights",
+            "fully_sharded_loras": "factors are split as their weights are: leave it out",
+            "specialize_active_lora": "not needed here: calls whose rows have no adapter are programs of their own",
+            "lora_target_modules": "an adapter's own target_modules say what it changes",
+            "lora_extra_vocab_size long_lora_scaling_factors": "an adapter has no tokens and no length of its own: "
+            "jaxinfer merge BASE ADAPTER DST writes the model with one that has",
+            "enable_prompt_adapter max_prompt_adapters max_prompt_adapter_token": PROMPT_ADAPTER,
+            "default_mm_loras enable_tower_connector_lora": TEXT,
             "speculative_config speculative_model speculative_model_quantization num_speculative_tokens "
             "speculative_draft_tensor_parallel_size speculative_disable_mqa_scorer speculative_max_model_len "
             "speculative_disable_by_batch_size ngram_prompt_lookup_max ngram_prompt_lookup_min "
@@ -190,8 +221,8 @@ LOADING = Words(
         "mm_processor_cache_type": ("lru",),
         "mm_shm_cache_max_object_size_mb": (128,),
         "mm_encoder_tp_mode": ("weights",),
-        "max_loras": (1,),
-        "max_lora_rank": (16,),
+        "max_cpu_loras": (ANY,),
+        "enable_lora_bias": (ANY,),
         "lora_extra_vocab_size": (256,),
         "max_prompt_adapters": (1,),
         "spec_decoding_acceptance_method": ("rejection_sampler",),
@@ -217,6 +248,12 @@ VALUES: Mapping[str, Mapping[Any, str]] = {
 
 
 POOLER_FIELDS = {"seq_pooling_type": "pooling_type", "tok_pooling_type": "pooling_type"}
+
+
+def without_lora(options: Options) -> Options:
+    """Where enable_lora is False, as in vLLM, nothing else is said of adapters' sizes."""
+    sizes = ("max_loras", "max_lora_rank") if options.get("enable_lora") is False else ()
+    return {name: value for name, value in options.items() if name not in sizes}
 
 
 def spelt(name: str, value: Any) -> Any:

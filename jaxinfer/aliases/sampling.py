@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxinfer.aliases import ANY, Options, Words, names
-from jaxinfer.aliases.loading import GRAMMAR, LORA, SPECULATIVE, TEXT, XLA
+from jaxinfer.aliases.loading import GRAMMAR, PROMPT_ADAPTER, SPECULATIVE, TEXT, XLA
 
 
 def _do_sample(value: Any, options: Options) -> dict[str, Any]:
@@ -121,7 +121,7 @@ SAMPLING = Words(
             "skip_reading_prefix_cache": "LLM(enable_prefix_caching=False) does it for all requests",
             "thinking_token_budget": "max_tokens counts all tokens",
             "routed_experts_prompt_start trace_decode_token_ids": "there is nothing like it here",
-            "lora_request": LORA,
+            "lora_request": "generate(..., adapter=NAME) has it, and LLM.generate takes a lora_request, too",
             "assistant_model prompt_lookup_num_tokens num_assistant_tokens num_assistant_tokens_schedule is_assistant "
             "assistant_confidence_threshold max_matching_ngram_size assistant_early_exit assistant_lookbehind "
             "target_lookbehind assistant_ensemble_weight speculation_type use_mtp draft_model "
@@ -169,10 +169,11 @@ SAMPLING = Words(
 CALL = Words(
     "argument",
     is_request=True,
+    same={"lora_request": "adapter"},
     instead=names(
         {
             "prompt_token_ids": 'a prompt may be {"prompt_token_ids": ids}',
-            "lora_request prompt_adapter_request": LORA,
+            "prompt_adapter_request": PROMPT_ADAPTER,
             "tokenization_kwargs": "give token ids for another way to split text",
             "guided_options_request": GRAMMAR,
             "mm_processor_kwargs multi_modal_data": TEXT,

@@ -29,6 +29,7 @@ from jaxinfer.batch.sources import find_sources, need
 from jaxinfer.batch.summary import Summary
 from jaxinfer.batch.writer import Writer
 from jaxinfer.checkpoint.hub import resolve
+from jaxinfer.engine.config import check_adapters
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.structured import StructuredOutputsParams
 from jaxinfer.text.tokenizer import has_tokenizer
@@ -47,6 +48,7 @@ def run(
     sampling_params: SamplingParams | Mapping[str, Any] | None = None,
     pooling_params: Mapping[str, Any] | None = None,
     prompt_template: str | None = None,
+    adapter: str | None = None,
     truncate: bool = False,
     token_ids: bool = False,
     output_prefix: str = "",
@@ -71,6 +73,7 @@ def run(
     max_tokens; OpenAI's lines have OpenAI's defaults).
     pooling_params: of embed, classify and rerank, arguments of LLM's methods of these names (see `row.POOLING`).
     prompt_template: makes prompts of columns, "Translate: {text}".
+    adapter: the name of one of the model's `adapters`, for rows that say nothing of it; None: the model itself.
     option seed: rows that sample and have no seed of their own get one that is made of it and their number.
     truncate: of prompts that are too long, keep BOS and the last tokens, so that max_tokens (at most half of the
     context) fit; of texts to embed, to classify and to rank, the first ones.
@@ -111,6 +114,9 @@ def run(
         results = Results(task, wanted, token_ids, out.format, folder.name, output_prefix, logits=logits)
         schema = common_schema(sources) if out.format == "parquet" else None
         shard_of = parse_shard(shard, {} if group is not None else os.environ)
+        adapters = _adapters(model, options)
+        if adapter is not None and (adapter not in adapters or task in POOLING):
+            raise ValueError(f"adapter is {adapter!r:.80}: there are {', '.join(sorted(adapters)) or 'none'}")
         job = {
             "inputs": [{"name": s.name, "size": s.size, "fingerprint": s.fingerprint()} for s in sources],
             "model": _fingerprint(model, folder, options),
@@ -118,6 +124,8 @@ def run(
             "sampling_params": dict(changes or {}),
             "pooling_params": pooling,
             "prompt_template": prompt_template,
+            "adapters": {name: model_fingerprint(path) for name, path in adapters.items()},
+            "adapter": adapter,
             "seed": seed,
             "truncate": truncate,
             "token_ids": token_ids,
@@ -167,7 +175,7 @@ def run(
             manifest = begin_anew(out, shard_of[1], job | worker.facts)
         if stop():
             return Summary.of(out, manifest)
-        parser = Parser(task, worker.defaults, changes, prompt_template)
+        parser = Parser(task, worker.defaults, changes, prompt_template, adapters, adapter, folder.name)
         writer = Writer(out, manifest, max_errors, others=results.others, schema=schema)
         progress.begin(writer, count_rows(sources) if show_progress and manifest.shards == 1 else None)
         before, rows, tokens, start = model.stats, writer.rows, writer.tokens, time.perf_counter()
@@ -228,6 +236,14 @@ def _fingerprint(model: str | os.PathLike[str] | LLM, folder: Path, options: Eng
     if has_tokenizer(folder) and not _gives_text(model, folder, options):
         digest += " without its tokenizer"
     return digest if other in (None, folder) else f"{digest} {model_fingerprint(other, weights=False)}"
+
+
+def _adapters(model: str | os.PathLike[str] | LLM, options: EngineConfig) -> dict[str, Path]:
+    """Folders of low-rank adapters, by name."""
+    if not isinstance(model, str | os.PathLike):
+        return {name: Path(own.folder) for name, own in model.list_adapters().items()} if model.loaded is None else {}
+    check_adapters(given := options.get("adapters"))
+    return {name: resolve(folder, token=options.get("token")) for name, folder in (given or {}).items()}
 
 
 def _folder(model: str | os.PathLike[str] | LLM, options: EngineConfig) -> Path:

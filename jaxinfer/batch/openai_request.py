@@ -6,7 +6,7 @@ What an answer in a line has no place for is refused by name, unless it asks for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxinfer.batch.fields import FORMS, decoded, text
@@ -57,8 +57,11 @@ def custom_id(line: Mapping[str, Any]) -> str:
     return value
 
 
-def ask(line: Mapping[str, Any], task: Task, options: dict[str, Any]) -> Ask:
-    """What a line asks for; `options` go before OpenAI's defaults. Raises ValueError."""
+def ask(
+    line: Mapping[str, Any], task: Task, options: dict[str, Any], adapter_of: Callable[[object], str | None]
+) -> Ask:
+    """What a line asks for; `options` go before OpenAI's defaults. adapter_of: that is meant by a model's name. Raises
+    ValueError."""
     if task not in URLS:
         raise ValueError(f"an OpenAI batch line is for the tasks {', '.join(URLS)}, and this is {task}")
     if line.get("method") != "POST":
@@ -77,13 +80,14 @@ def ask(line: Mapping[str, Any], task: Task, options: dict[str, Any]) -> Ask:
             raise ValueError(f"{name!r:.80} is not supported; leave it out")
     if url == EMBEDDINGS:
         return _embeddings(body)
+    adapter = adapter_of(body.get("model"))
     if url == CHAT:
         chat = chat_request(body, SamplingParams(**{"max_tokens": None} | options))
-        return Ask(messages=chat.messages, params=chat.params)
+        return Ask(messages=chat.messages, params=chat.params, adapter=adapter)
     completion = completion_request(body, SamplingParams(**{"max_tokens": COMPLETION_TOKENS} | options))
     if len(completion.prompts) > 1:
         raise ValueError(f"prompt is a list of {len(completion.prompts)}: give one prompt a line")
-    return Ask(prompt=completion.prompts[0], params=completion.params)
+    return Ask(prompt=completion.prompts[0], params=completion.params, adapter=adapter)
 
 
 def _embeddings(body: dict[str, Any]) -> Ask:

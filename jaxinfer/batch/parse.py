@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 from jaxinfer.batch import openai_request as request
@@ -33,12 +34,16 @@ class Parser:
         rerank     `query`, and `documents`, a list of texts
 
     Sampling parameters of its own are under `params` or `sampling_params`, by the names of SamplingParams; null is not
-    given. A column that only happens to be called like a parameter (`seed`, `n`) is none. Where a file can't have lists
-    and objects, they may be there as JSON in text. OpenAI batch lines (`jaxinfer.batch.openai_request`) may be among
-    the rows of generate and chat, where each one's url decides which it is, and of embed.
+    given. `adapter` is the name of one beside the weights, for rows that make or score text; null is none. With a
+    prompt template it is a column like any other where there are no adapters. A column that only happens to be called
+    like a parameter (`seed`, `n`) is none. Where a file can't have lists and objects, they may be there as JSON in
+    text. OpenAI batch lines (`jaxinfer.batch.openai_request`) may be among the rows of generate and chat, where each
+    one's url decides which it is, and of embed; their model may be an adapter.
 
     defaults: the parameters of rows, before `options`.
     options: those that the job's user asked for. For OpenAI lines they change OpenAI's defaults instead.
+    adapters: the names of those there are. adapter: of rows that say nothing of it, and of OpenAI lines whose model is
+        none of them, and not `model` either, which is the name of the model itself.
 
     Raises ValueError for a template or an option that is no good.
     """
@@ -49,6 +54,9 @@ class Parser:
         defaults: SamplingParams,
         options: Mapping[str, Any] | None = None,
         prompt_template: str | None = None,
+        adapters: Collection[str] = (),
+        adapter: str | None = None,
+        model: str = "",
     ):
         if task not in get_args(Task):
             raise ValueError(f"task is {task!r}: it must be one of {', '.join(get_args(Task))}")
@@ -56,7 +64,7 @@ class Parser:
             raise ValueError(f"{next(iter(options))}: nothing is sampled by the task {task}; leave it out")
         if task == "rerank" and prompt_template is not None:
             raise ValueError("a prompt template makes one text, and rerank needs a query and documents; leave it out")
-        self.task = task
+        self.task, self._adapters, self._adapter, self._model = task, adapters, adapter, model
         self._options = dict(options or {})
         self._params = defaults.with_changes(**self._options)
         self._template = None if prompt_template is None else PromptTemplate(prompt_template)
@@ -79,7 +87,7 @@ class Parser:
                 custom_id = request.custom_id(line)
             if problems:
                 raise ValueError(problems[0])
-            ask = request.ask(line, self.task, self._options) if batch_line else self._ask(columns)
+            ask = request.ask(line, self.task, self._options, self._of_model) if batch_line else self._ask(columns)
             return Row(record.index, record.where, columns, ask, None, batch_line, custom_id, record.origin)
         except (ValueError, OverflowError) as error:  # integers in JSON have no limit
             problem = printable(f"{record.where}: {one_line(error)}")
@@ -104,7 +112,7 @@ class Parser:
             return _rerank(row)
         form, prompt = self._prompt(row)
         if self.task == "score":
-            return _score(row, form, prompt, self._template is not None)
+            return replace(_score(row, form, prompt, self._template is not None), adapter=self._named(row))
         second = row.get("text_pair") if self.task == "classify" and self._template is None else None
         if not prompt and not second:
             raise ValueError(f"{form} is empty")
@@ -115,11 +123,27 @@ class Parser:
         if self.task == "generate":
             if form == "messages":
                 raise ValueError("messages are for the task chat, and this is generate")
-            return Ask(prompt=prompt, params=params)
+            return Ask(prompt=prompt, params=params, adapter=self._named(row))
         if form == "prompt_token_ids":
             raise ValueError("prompt_token_ids have no chat template: they are for the task generate, and this is chat")
         messages = prompt if form == "messages" else [{"role": "user", "content": prompt}]
-        return Ask(messages=messages, tools=tools(row), params=params)
+        return Ask(messages=messages, tools=tools(row), params=params, adapter=self._named(row))
+
+    def _named(self, row: dict[str, Any]) -> str | None:
+        """The adapter that a row has."""
+        if "adapter" not in row or (self._template is not None and not self._adapters):
+            return self._adapter
+        name = row["adapter"]
+        if name in (None, "") or text("adapter", name) in self._adapters:
+            return name or None
+        there = ", ".join(sorted(self._adapters)) or "none; they are loaded with the model"
+        raise ValueError(f"adapter is {name!r:.80}: there are {there}")
+
+    def _of_model(self, model: object) -> str | None:
+        """The adapter of an OpenAI line."""
+        if isinstance(model, str) and model in self._adapters:
+            return model
+        return None if model == self._model else self._adapter
 
     def _prompt(self, row: dict[str, Any]) -> tuple[str, Any]:
         """The form of the row's prompt, and the prompt."""

@@ -59,6 +59,7 @@ class Predictor:
         sampling_params: SamplingParams | Mapping[str, Any] | None = None,
         pooling_params: Mapping[str, Any] | None = None,
         prompt_template: str | None = None,
+        adapter: str | None = None,
         truncate: bool = False,
         token_ids: bool = False,
         id_column: str | None = None,
@@ -86,7 +87,10 @@ class Predictor:
             llm.tokenizer.require("text that is generated", "ask for token_ids")
         self.worker = WORKERS[task](llm, results, seed=seed, truncate=truncate, params=pooling)
         self.results = self.worker.results
-        self.parser = Parser(task, self.worker.defaults, changes, prompt_template)
+        names = [] if task in POOLING else list(llm.list_adapters())
+        if adapter is not None and adapter not in names:
+            raise ValueError(f"adapter is {adapter!r:.80}: there are {', '.join(names) or 'none'}")
+        self.parser = Parser(task, self.worker.defaults, changes, prompt_template, names, adapter, llm.folder.name)
         self.id_column = id_column
 
     def __call__(self, batch: Any) -> Any:

@@ -160,7 +160,8 @@ class Results:
         prompt = len(output.prompt_token_ids)
         generated = sum(len(completion.token_ids) for completion in output.outputs)
         if row.openai:
-            return Result(response_line(row, output, model=self.model), None, prompt, generated)
+            model = (row.ask.adapter if row.ask is not None else None) or self.model
+            return Result(response_line(row, output, model=model), None, prompt, generated)
         first = output.outputs[0]
         results: dict[str, Any] = {
             "generated_text": [completion.text for completion in output.outputs],

@@ -47,6 +47,7 @@ class Ask:
     texts: to embed, to classify (pairs are tuples) or to rank, text or token ids.
     query: what they are ranked for.
     dimensions, base64: of an OpenAI line's vectors.
+    adapter: the name of the one beside the weights that it has, if any.
     """
 
     prompt: str | list[int] | None = None
@@ -58,6 +59,7 @@ class Ask:
     query: str | None = None
     dimensions: int | None = None
     base64: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)

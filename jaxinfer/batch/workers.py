@@ -55,7 +55,7 @@ class Scoring(OfTokens):
         ids = self.fitting([*prompt, *scored], self.llm.sizes.max_model_len + 1)
         count = min(len(scored), len(ids) - 1)
         whole = isinstance(text, str) and count == len(scored)
-        return Work(row, ids, len(ids), [Pair(text if whole else None, ids[:-count], ids[-count:])])
+        return Work(row, ids, len(ids), [Pair(text if whole else None, ids[:-count], ids[-count:], ask.adapter)])
 
     def outputs(self, items: Iterable[Any]) -> Iterator[Any]:
         return self.llm.score_iter(items, on_error="return")
@@ -81,7 +81,7 @@ class Generation(OfTokens):
             digest = hashlib.blake2b(f"{self.seed}:{key}".encode(), digest_size=8).digest()
             params = dataclasses.replace(params, seed=int.from_bytes(digest) >> 2)
         length = min(len(ids) + (params.max_tokens or context), context)
-        return Work(row, ids, length, [(Encoded(None, ids), params)])
+        return Work(row, ids, length, [(Encoded(None, ids, adapter=ask.adapter), params)])
 
     def outputs(self, items: Iterable[Any]) -> Iterator[Any]:
         return self.llm.generate_iter(items, on_error="return")

@@ -6,6 +6,7 @@ and shapes.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import defaultdict
@@ -19,6 +20,8 @@ from jaxinfer.checkpoint.files import check_folder, some
 from jaxinfer.checkpoint.folder import PICKLED, SAFETENSORS
 from jaxinfer.checkpoint.tensors import TensorInfo
 from jaxinfer.errors import CheckpointError
+
+log = logging.getLogger("jaxinfer")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -92,6 +95,11 @@ class Adapter:
             change.b is None or change.magnitude or change.rows or change.bias or self.read(change.b).any()
             for change in self.changes.values()
         )
+
+    def warn_if_idle(self) -> None:
+        """Says in the log that it changes nothing, if that is so."""
+        if self.changes_nothing():
+            log.warning("%s: changes nothing, all its lora_B are zeros: was it trained?", self.folder)
 
     def close(self) -> None:
         self._file.close()

@@ -67,6 +67,11 @@ class AdapterConfig:
     def rank_of(self, module: str) -> int:
         return _by_pattern(self.rank_pattern, module, self.rank)
 
+    @property
+    def largest_rank(self) -> int:
+        """That a module's factors may have."""
+        return max((self.rank, *self.rank_pattern.values()))
+
     def scale_of(self, module: str) -> float:
         """What the product of the factors is multiplied with."""
         rank, alpha = self.rank_of(module), _by_pattern(self.alpha_pattern, module, self.alpha)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -23,8 +22,6 @@ from jaxinfer.models.registry import parse_config
 from jaxinfer.models.weights import spelled
 from jaxinfer.models.wrapped import TEXT
 from jaxinfer.quantization.stored import stored_quantization
-
-log = logging.getLogger("jaxinfer")
 
 # Where matrices are [in, out], by the number of axes: where both are as many, shapes don't say so. They are those of
 # transformers' Conv1D, and of its experts that are called transposed.
@@ -94,8 +91,7 @@ class MergedCheckpoint(Checkpoint):
             raise
         self.content = self._settled(config)
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
-        if adapter.changes_nothing():
-            log.warning("%s: changes nothing, all its lora_B are zeros: was it trained?", adapter.folder)
+        adapter.warn_if_idle()
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Array:
         place = self._places.get(name)

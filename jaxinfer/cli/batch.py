@@ -19,7 +19,7 @@ from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import say_error
 from jaxinfer.cli.guided import GuidedOptions
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import ModelOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.options import ModelOptions, PromptAdapterOptions, SamplingOptions, Verbosity, grouped
 from jaxinfer.cli.rerank import TOP_N
 from jaxinfer.cli.texts import VectorOptions, named
 
@@ -133,6 +133,7 @@ def batch(
     stopping: StoppingOptions,
     batching: BatchingOptions,
     load: ModelOptions,
+    adapters: PromptAdapterOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
     guided: GuidedOptions,
@@ -143,7 +144,8 @@ def batch(
 
     Rows: {"prompt"}, {"messages"}, {"text"}, {"prompt", "continuation"}, {"text", "text_pair"} or {"query",
     "documents"}, those that are continued with "params" if they have their own, or OpenAI batch lines; in .jsonl, .csv,
-    .txt (also .gz, .zst) and .parquet. A JSON summary is printed at the end. Exit codes: 0 all is well, 1 rows have
+    .txt (also .gz, .zst) and .parquet. Rows that make or score text may name theirs of several --adapter in a column
+    "adapter". A JSON summary is printed at the end. Exit codes: 0 all is well, 1 rows have
     errors (see --max-errors), 2 nothing could be done, 143 stopped by SIGTERM.
     """
     from jaxinfer.places import check_kept
@@ -160,7 +162,7 @@ def batch(
         raise ValueError("--output is missing: a folder, or a file *.jsonl, *.csv or *.parquet")
     check_kept(output.output, "output")
     changes = sampling.changes | guided.changes
-    model, options = named(load, task).loading(**batching.options, seed=changes.pop("seed", None))
+    model, options = named(load, task).loading(**batching.options, **adapters.loading, seed=changes.pop("seed", None))
     if logprobs is not None:
         changes["logprobs"] = logprobs
     if task not in ("generate", "chat") and changes:
@@ -180,6 +182,7 @@ def batch(
                 sampling_params=changes,
                 pooling_params=pooling,
                 prompt_template=prompt_template,
+                adapter=adapters.of_rows,
                 truncate=truncate,
                 token_ids=output.token_ids,
                 output_prefix=output.output_prefix,

@@ -13,7 +13,7 @@ import typer
 
 from jaxinfer.cli.console import Progress
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import JSON, EngineOptions, ModelOptions, Verbosity, grouped
+from jaxinfer.cli.options import JSON, AdapterOptions, EngineOptions, ModelOptions, Verbosity, grouped
 from jaxinfer.engine.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -79,20 +79,25 @@ def throughput(
     *,
     batching: BatchingOptions,
     load: ModelOptions,
+    adapters: AdapterOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
-    """Tokens a second when all requests are there from the beginning."""
+    """Tokens a second when all requests are there from the beginning.
+
+    Adapters are taken in turns.
+    """
     with verbosity.apply(plain=True) as progress:
         hosts.join()
-        llm = batching.load(load, progress)
+        llm = batching.load(load, progress, **adapters.loading)
         from jaxinfer import benchmark
 
         benchmark.check_lengths(llm, input_len, output_len)
 
         def work(i: int) -> list[Work]:
             lengths = [input_len] * num_prompts, [output_len] * num_prompts
-            return benchmark.random_work(llm.model.config.vocab_size, *lengths, [seed, i])
+            random = benchmark.random_work(llm.model.config.vocab_size, *lengths, [seed, i])
+            return benchmark.in_turns(random, list(adapters.folders))
 
         def run(i: int) -> dict[str, float]:
             progress(f"generating {num_prompts * output_len} tokens")
@@ -123,17 +128,19 @@ def latency(
     *,
     batching: BatchingOptions,
     load: ModelOptions,
+    adapters: AdapterOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
     """How long requests take: to the first token, per token after it, and to the end.
 
     Waiting for a place in the batch counts. ITL is the time between pieces of an output, which may be several tokens.
+    Adapters are taken in turns.
     """
     with verbosity.apply(plain=True) as progress:
         _check_rate(request_rate)
         hosts.join()
-        llm = batching.load(load, progress)
+        llm = batching.load(load, progress, **adapters.loading)
         from jaxinfer import benchmark
 
         benchmark.check_lengths(llm, input_len, output_len)
@@ -143,6 +150,7 @@ def latency(
             # Other prompts each time: the prefix cache would know them.
             lengths = [input_len] * num_prompts, [output_len] * num_prompts
             work = benchmark.random_work(llm.model.config.vocab_size, *lengths, [seed, i])
+            work = benchmark.in_turns(work, list(adapters.folders))
             arrivals = [0.0] * num_prompts
             if request_rate is not None:
                 arrivals = benchmark.poisson_arrivals(num_prompts, request_rate, [seed, i])

@@ -14,7 +14,14 @@ import typer
 
 from jaxinfer.cli.console import Progress, print_pieces, say_error, title
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import CHAT_TEMPLATE, ModelOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.options import (
+    CHAT_TEMPLATE,
+    ModelOptions,
+    PromptAdapterOptions,
+    SamplingOptions,
+    Verbosity,
+    grouped,
+)
 from jaxinfer.cli.options import chat_template as read_chat_template
 
 if TYPE_CHECKING:
@@ -37,6 +44,7 @@ def chat(
     ] = None,
     chat_template: CHAT_TEMPLATE = None,
     load: ModelOptions,
+    adapters: PromptAdapterOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
     verbosity: Verbosity,
@@ -49,11 +57,13 @@ def chat(
     """
     with verbosity.apply() as progress:
         sampling.params()
+        adapter = adapters.used
         hosts.join()
-        llm = load.load(progress)
+        llm = load.load(progress, **adapters.loading)
+        llm.engine.adapter(adapter)
         params = sampling.params(llm.get_default_sampling_params())
         template = None if chat_template is None else read_chat_template(chat_template, llm)
-        conversation = Conversation(llm, params, system, template)
+        conversation = Conversation(llm, params, system, template, adapter)
         progress.hide()
         in_terminal = sys.stdin.isatty()
         if in_terminal and not verbosity.quiet:
@@ -90,8 +100,15 @@ def _command(message: str) -> str | None:
 class Conversation:
     """What has been said. Raises ValueError where the checkpoint's chat template can't express it."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, system: str | None, template: str | None = None) -> None:
-        self._llm = llm
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        system: str | None,
+        template: str | None = None,
+        adapter: str | None = None,
+    ) -> None:
+        self._llm, self._adapter = llm, adapter
         self._template = {} if template is None else {"chat_template": template}
         self._params = params
         self._beginning = [] if system is None else [{"role": "system", "content": system}]
@@ -118,7 +135,8 @@ class Conversation:
                     raise ValueError(output.error)
 
         try:
-            stream: Any = self._llm.stream_output(self._llm.chat_prompt(messages, **self._template), self._params)
+            prompt = self._llm.chat_prompt(messages, **self._template)
+            stream: Any = self._llm.stream_output(prompt, self._params, adapter=self._adapter)
         except ValueError as error:
             raise ValueError(f"{error}; or forget the conversation with /reset") from None
         with closing(stream), suppress(KeyboardInterrupt):

@@ -14,7 +14,7 @@ import typer
 from jaxinfer import distributed
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
+from jaxinfer.cli.options import JSON, AdapterOptions, ModelOptions, Verbosity, grouped
 from jaxinfer.cli.plan import architecture, named
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def compile(
     as_json: JSON = False,
     batching: BatchingOptions,
     load: ModelOptions,
+    adapters: AdapterOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
@@ -61,7 +62,7 @@ def compile(
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # there may be a TPU, and somebody at work on it
     if topology is not None and hosts != HostOptions():
         raise ValueError(f"topology is {topology!r}: that is compiled for by one process, without --coordinator")
-    model, options = load.loading(**batching.options)
+    model, options = load.loading(**batching.options, **adapters.loading)
     with verbosity.apply() as progress:
         progress("starting JAX")
         config = architecture(model, deployment)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,15 @@ from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import Progress, print_pieces, say_error, title
 from jaxinfer.cli.guided import GuidedOptions
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import CHAT_TEMPLATE, JSON, ModelOptions, SamplingOptions, Verbosity, grouped
+from jaxinfer.cli.options import (
+    CHAT_TEMPLATE,
+    JSON,
+    ModelOptions,
+    PromptAdapterOptions,
+    SamplingOptions,
+    Verbosity,
+    grouped,
+)
 from jaxinfer.cli.options import chat_template as read_chat_template
 
 if TYPE_CHECKING:
@@ -54,6 +62,7 @@ def generate(
     ] = None,
     batching: BatchingOptions,
     load: ModelOptions,
+    adapters: PromptAdapterOptions,
     hosts: HostOptions,
     sampling: SamplingOptions,
     guided: GuidedOptions,
@@ -70,8 +79,9 @@ def generate(
         raise ValueError("--logprobs are part of what --json prints: give that too")
     asked: dict[str, Any] = {"n": n, "logprobs": logprobs, **guided.changes}
     with verbosity.apply() as progress:
+        adapter = adapters.used
         if hosts.join():
-            batching.load(load, progress)
+            batching.load(load, progress, **adapters.loading)
         texts = _texts(prompts or [], file)
         sampling.params(**asked)
         if profile is not None:
@@ -79,15 +89,17 @@ def generate(
 
             profile = local(profile, "--profile")
             Path(profile).mkdir(parents=True, exist_ok=True)
-        llm = batching.load(load, progress)
+        llm = batching.load(load, progress, **adapters.loading)
+        llm.engine.adapter(adapter)
         params = sampling.params(llm.get_default_sampling_params(), **asked)
         template = {} if chat_template is None else {"chat_template": read_chat_template(chat_template, llm)}
         inputs: list[Prompt] = [_as_message(llm, text, template) for text in texts] if chat else list(texts)
         with _trace(profile):
             if as_json or len(texts) > 1 or n > 1:
-                _print_outputs(llm, texts, inputs, params, as_json, progress)
+                outputs = llm.generate_iter(inputs, params, in_order=True, adapter=adapter)
+                _print_outputs(llm, texts, outputs, params, as_json, progress)
             else:
-                print_pieces(llm.stream(inputs[0], params), progress)
+                print_pieces(llm.stream(inputs[0], params, adapter=adapter), progress)
 
 
 def _texts(arguments: list[str], file: str | None) -> list[str]:
@@ -139,10 +151,15 @@ def _trace(folder: str | None) -> contextlib.AbstractContextManager[Any]:
 
 
 def _print_outputs(
-    llm: LLM, texts: list[str], prompts: list[Prompt], params: SamplingParams, as_json: bool, progress: Progress
+    llm: LLM,
+    texts: list[str],
+    outputs: Iterator[RequestOutput],
+    params: SamplingParams,
+    as_json: bool,
+    progress: Progress,
 ) -> None:
     errors = 0
-    for i, output in enumerate(llm.generate_iter(prompts, params, in_order=True)):
+    for i, output in enumerate(outputs):
         progress.hide()
         if output.error is not None:
             errors += 1

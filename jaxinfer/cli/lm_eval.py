@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from typing import Any
@@ -18,6 +19,7 @@ def lm_eval(context: typer.Context) -> None:
 
     All arguments are lm-eval's own: jaxinfer lm-eval --model_args pretrained=FOLDER --tasks T --num_fewshot 5.
     model_args takes every option of jaxinfer.LLM, and config=FILE, a deployment's file.
+    --adapter NAME=DIR evaluates the model with a low-rank adapter in PEFT's format beside its weights.
     --coordinator, --num-processes and --process-id are as of `jaxinfer generate`.
     It comes with the extra "lm-eval".
     """
@@ -30,7 +32,7 @@ def lm_eval(context: typer.Context) -> None:
     runs = arguments[0] == "run" or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help"))
     if runs:
         _check_output(arguments)
-        arguments = _joined(arguments)
+        arguments = _with_adapter(_joined(arguments))
     import jaxinfer.lm_eval  # noqa: F401  this registers the model
 
     if runs and not any(argument.split("=")[0] in ("--model", "-M") for argument in arguments):
@@ -54,6 +56,18 @@ def _check_output(arguments: list[str]) -> None:
         if path.endswith(".json"):  # its name gets a date
             path = os.path.dirname(path)
         check_new(os.path.join(path, ".new") if os.path.lexists(path) else path, f"--output_path {output_path}")
+
+
+def _with_adapter(arguments: list[str]) -> list[str]:
+    """With --adapter among the model's arguments. Raises ValueError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--adapter", action="append")
+    namespace, rest = parser.parse_known_args(arguments)
+    if not namespace.adapter:
+        return rest
+    if len(namespace.adapter) > 1:
+        raise ValueError(f"--adapter is given {len(namespace.adapter)} times: one is evaluated at a time")
+    return [*rest, "--model_args", json.dumps({"adapter": namespace.adapter[0]})]
 
 
 def _joined(arguments: list[str]) -> list[str]:

@@ -23,7 +23,7 @@ from jaxinfer.sampling.params import DEFAULT_MAX_TOKENS, SamplingParams
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
 
-MODEL, SAMPLING = "Model", "Sampling (what is not given is as the checkpoint says)"
+MODEL, ADAPTERS, SAMPLING = "Model", "Adapters", "Sampling (what is not given is as the checkpoint says)"
 
 
 def engine_option(name: str, panel: str | None = None) -> Any:
@@ -118,6 +118,70 @@ class ModelOptions:
         from jaxinfer.llm import LLM
 
         return LLM(folder, **options | {"on_progress": progress})
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Low-rank adapters beside the weights."""
+
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="One in PEFT's format, a folder or hub id, and how it is called; may be repeated.",
+            rich_help_panel=ADAPTERS,
+        ),
+    ] = None
+    options: Annotated[EngineConfig, EngineOptions(ADAPTERS, "max_adapters", "max_lora_rank")] = dataclasses.field(
+        default_factory=EngineConfig
+    )
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """By name. Raises ValueError."""
+        folders: dict[str, str] = {}
+        for given in self.adapter or ():
+            name, _, folder = given.partition("=")
+            if not name or not folder:
+                raise ValueError(f"--adapter is {given!r}: it must be NAME=DIR, such as sql=adapters/sql")
+            if name in folders:
+                raise ValueError(f"--adapter: there are two called {name}: give them two names")
+            folders[name] = folder
+        return folders
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Options of LLM. Raises ValueError."""
+        return {**self.options, **({"adapters": self.folders} if self.adapter else {})}
+
+
+@dataclass(frozen=True)
+class PromptAdapterOptions(AdapterOptions):
+    """The same, and which one prompts have."""
+
+    use: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The adapter that prompts have; without it, the only --adapter.",
+            rich_help_panel=ADAPTERS,
+        ),
+    ] = None
+
+    @property
+    def of_rows(self) -> str | None:
+        """That of rows which say nothing of it, where each row may name one. Raises ValueError."""
+        return None if self.use is None and len(self.folders) > 1 else self.used
+
+    @property
+    def used(self) -> str | None:
+        """The adapter of prompts. Raises ValueError where it is not clear which."""
+        names = list(self.folders)
+        if self.use is None and len(names) > 1:
+            raise ValueError(f"--adapter: there are {', '.join(names)}; --use NAME says which one prompts have")
+        if self.use is not None and names and self.use not in names:
+            raise ValueError(f"--use is {self.use!r}, and --adapter names {', '.join(names)}")
+        return self.use or next(iter(names), None)
 
 
 CHAT_TEMPLATE = Annotated[

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jaxinfer.cli.bench import BatchingOptions
-from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
+from jaxinfer.cli.options import JSON, AdapterOptions, ModelOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.cli.console import Progress
@@ -49,6 +49,7 @@ def plan(
     as_json: JSON = False,
     batching: BatchingOptions,
     load: ModelOptions,
+    adapters: AdapterOptions,
     verbosity: Verbosity,
 ) -> None:
     """Say whether a model fits a TPU slice, and how fast it can be at best. No TPU and no weights are needed.
@@ -62,7 +63,7 @@ def plan(
     if "compiled" in load.options:
         raise ValueError("--compiled is for commands that run a model: a plan compiles anew")
     load, deployment = named(what, load)
-    model, options = load.loading(**batching.options)
+    model, options = load.loading(**batching.options, **adapters.loading)
     if sweep and "mesh" in load.options:
         raise ValueError("--sweep tries all meshes: leave --mesh out")
     if plot is not None:

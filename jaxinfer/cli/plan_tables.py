@@ -80,6 +80,7 @@ def _memory(figures: dict[str, Any]) -> Table:
         "cache": f"KV cache, {figures.get('cache_tokens', 0):,} tokens of context"
         + (f", {states / MIB:.1f} MiB a sequence beside" if states else ""),
         "hidden_states": "hidden states",
+        "adapters": f"{figures.get('max_adapters')} adapters of rank {figures.get('max_lora_rank')}",
         "padding": "padding by the compiler",
         "total": "all",
         "memory": "there is",

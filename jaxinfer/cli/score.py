@@ -14,7 +14,7 @@ import typer
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.console import title
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
+from jaxinfer.cli.options import JSON, ModelOptions, PromptAdapterOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.batch.row import Row
@@ -37,6 +37,7 @@ def score(
     as_json: JSON = False,
     batching: BatchingOptions,
     load: ModelOptions,
+    adapters: PromptAdapterOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
@@ -51,14 +52,16 @@ def score(
     from jaxinfer.cli.console import say_error
     from jaxinfer.sampling.params import SamplingParams
 
+    adapter = adapters.used
     if hosts.join():
         with verbosity.apply() as progress:
-            batching.load(load, progress)
+            batching.load(load, progress, **adapters.loading)
     sources = find_sources([file])
     parser = Parser("score", SamplingParams())
-    with verbosity.apply() as progress, batching.load(load, progress) as llm:
+    with verbosity.apply() as progress, batching.load(load, progress, **adapters.loading) as llm:
+        llm.engine.adapter(adapter)
         rows = map(parser.parse, records(sources))
-        outputs = _rolling(llm, rows) if rolling else _scored(llm, rows)
+        outputs = _rolling(llm, rows, adapter) if rolling else _scored(llm, rows, adapter)
         if not as_json:
             progress.hide()
             print("log-likelihood   tokens  perplexity  text")
@@ -81,7 +84,7 @@ def score(
         raise typer.Exit(1)
 
 
-def _scored(llm: LLM, rows: Iterator[Row]) -> Iterator[tuple[Row, ScoreOutput | str]]:
+def _scored(llm: LLM, rows: Iterator[Row], adapter: str | None) -> Iterator[tuple[Row, ScoreOutput | str]]:
     """Each row with its output, or why there is none, in order."""
     read: deque[Row] = deque()
 
@@ -92,7 +95,7 @@ def _scored(llm: LLM, rows: Iterator[Row]) -> Iterator[tuple[Row, ScoreOutput | 
                 ask = row.ask
                 yield ask.prompt if ask.continuation is None else (ask.prompt, ask.continuation)
 
-    for output in llm.score_iter(scorables(), in_order=True, on_error="return"):
+    for output in llm.score_iter(scorables(), in_order=True, adapter=adapter, on_error="return"):
         while read[0].error is not None:
             row = read.popleft()
             yield row, str(row.error)
@@ -101,13 +104,13 @@ def _scored(llm: LLM, rows: Iterator[Row]) -> Iterator[tuple[Row, ScoreOutput | 
     yield from ((row, str(row.error)) for row in read)
 
 
-def _rolling(llm: LLM, rows: Iterator[Row]) -> Iterator[tuple[Row, ScoreOutput | str]]:
+def _rolling(llm: LLM, rows: Iterator[Row], adapter: str | None) -> Iterator[tuple[Row, ScoreOutput | str]]:
     while some := list(islice(rows, AT_ONCE)):
         for row in some:
             if row.ask is not None and row.ask.continuation is not None:
                 raise ValueError(f"{row.where}: --rolling scores whole texts, and this row has a continuation")
         texts = [row.ask.prompt for row in some if row.ask is not None and row.ask.prompt]
-        outputs = iter(llm.loglikelihood_rolling(texts, use_tqdm=False)) if texts else iter(())
+        outputs = iter(llm.loglikelihood_rolling(texts, adapter=adapter, use_tqdm=False)) if texts else iter(())
         for row in some:
             if row.ask is None:
                 yield row, str(row.error)

@@ -14,7 +14,7 @@ import typer
 
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.hosts import HostOptions
-from jaxinfer.cli.options import ModelOptions, Verbosity, grouped
+from jaxinfer.cli.options import ADAPTERS, AdapterOptions, ModelOptions, Verbosity, grouped
 
 WHERE, WHO, LIMITS, CHAT = "Where", "Who may ask", "Limits", "Chat"
 KEY = "JAXINFER_API_KEY"
@@ -77,6 +77,12 @@ class ServerOptions:
         bool,
         typer.Option("--no-warmup", help="Programs are compiled when they are first needed.", rich_help_panel=LIMITS),
     ] = False
+    adapter_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Requests may load adapters in folders below, and unload any.", rich_help_panel=ADAPTERS
+        ),
+    ] = None
     tool_call_parser: Annotated[
         str,
         typer.Option(
@@ -120,6 +126,7 @@ def serve(
     server: ServerOptions,
     batching: BatchingOptions,
     load: ModelOptions,
+    adapters: AdapterOptions,
     hosts: HostOptions,
     verbosity: Verbosity,
 ) -> None:
@@ -136,7 +143,7 @@ def serve(
             import uvicorn  # noqa: F401
         except ImportError:
             raise ValueError("a server needs starlette, uvicorn and httptools: pip install '.[server]'") from None
-        options = {"runner": "auto", "warmup": not server.no_warmup}
+        options = {"runner": "auto", "warmup": not server.no_warmup, **adapters.loading}
         if hosts.join():
             batching.load(load, progress, **options)
         from contextlib import closing
@@ -145,6 +152,8 @@ def serve(
 
         name, _ = load.loading()
         config = server.config(names_of(name, server.served_model_name or ()))
+        if config.adapter_dir is not None and load.config is None and not adapters.loading:
+            raise ValueError("--adapter-dir is given, and there is no room for adapters: give --max-adapters, too")
         with closing(open_socket(config)) as bound:
             llm = batching.load(load, progress, **options)
             progress.hide()

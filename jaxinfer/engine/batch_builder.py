@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +22,13 @@ from jaxinfer.engine.programs import (
     GuidedSample,
     Key,
     Places,
+    Program,
     Programs,
     Sample,
     SampleRows,
     Score,
     Scored,
+    adapted_kind,
 )
 from jaxinfer.engine.request import Held, Request
 from jaxinfer.engine.scheduler import SchedulerOutput
@@ -69,6 +71,8 @@ class BatchBuilder:
 
     def __init__(self, programs: Programs):
         self._buckets, self._max_rows, self._max_tokens = programs.buckets, programs.max_rows, programs.max_tokens
+        self._no_adapter = programs.adapter_limits.slots
+        self._adapted_vocabulary = programs.adapter_limits.vocabulary
         slots, widths = programs.shards * (self._max_rows + 1), programs.table_widths
         windows = [group.forgets for group in programs.layout.groups]
         self._tables = [
@@ -99,42 +103,69 @@ class BatchBuilder:
     def _build(self, schedules: Sequence[SchedulerOutput]) -> Built:
         plain = all(request.params.is_plain for schedule in schedules for request in schedule.requests)
         held = any(request.constrained for schedule in schedules for request in schedule.requests)
+        adapted = any(request.adapter_slot >= 0 for schedule in schedules for request in schedule.requests)
         if any(schedule.chunks for schedule in schedules):
             length = Buckets.fit(self._buckets.tokens, max(sum(s.counts) for s in schedules))
             arrays = [self._forward_arrays(shard, s, length) for shard, s in enumerate(schedules)]
-            calls: list[Call] = [((Forward.kind, length), _joined(arrays))]
+            beside = self._adapters(schedules, self._max_rows) if adapted else ()
+            calls: list[Call] = [((_kind(Forward, adapted), length), (*_joined(arrays), *beside))]
         elif held:
-            key = self._decode_key(max(len(s.decode) for s in schedules), DecodeForward)
+            key = self._decode_key(max(len(s.decode) for s in schedules), DecodeForward, adapted)
             arrays = [(self._decode_rows(shard, s, key[1]),) for shard, s in enumerate(schedules)]
-            calls = [(key, _joined(arrays))]
+            calls = [(key, (*_joined(arrays), *(self._adapters(schedules, key[1]) if adapted else ())))]
         else:
-            key = self._decode_key(max(len(s.decode) for s in schedules), Decode if plain else FullDecode)
+            key = self._decode_key(max(len(s.decode) for s in schedules), Decode if plain else FullDecode, adapted)
             arrays = [self._decode_arrays(shard, s, key[1]) for shard, s in enumerate(schedules)]
-            return Built([(key, (*_joined(arrays), np.int32(max(s.steps for s in schedules))))], {})
+            steps = np.int32(max(s.steps for s in schedules))
+            beside = self._adapters(schedules, key[1]) if adapted else ()
+            return Built([(key, (*_joined(arrays), steps, *beside))], {})
         spans: dict[int, ScoredSpan] = {}
         if any(request.scored_from is not None for schedule in schedules for request, _ in schedule.chunks):
             scored = [self._scored_arrays(shard, s, spans) for shard, s in enumerate(schedules)]
-            calls.append(((Score.kind, self._max_tokens), _joined(scored)))
+            beside = self._adapters_of_scored(schedules, spans) if adapted and self._adapted_vocabulary else ()
+            calls.append(((_kind(Score, bool(beside)), self._max_tokens), (*_joined(scored), *beside)))
         samples = not spans or any(any(schedule.samples) for schedule in schedules)
         if samples:  # perhaps nothing, but then there is something to be waited for
             size = Buckets.fit(self._buckets.sample, max(len(s.requests) for s in schedules))
             arrays = [self._sample_arrays(shard, s, size) for shard, s in enumerate(schedules)]
             sample = GuidedSample if held else Sample if plain else FullSample
-            calls.append(((sample.kind, size), _joined(arrays)))
+            beside = self._adapters(schedules, size) if adapted and self._adapted_vocabulary else ()
+            calls.append(((_kind(sample, bool(beside)), size), (*_joined(arrays), *beside)))
         # Where no prompt is left to be computed, all rows that have room decode next.
         going_on = max(sum(request.room > 0 for request in s.requests) for s in schedules)
         over = all(all(s.samples) and sum(s.counts) < self._max_tokens for s in schedules)
         decode = DecodeForward if held else Decode if plain else FullDecode
-        return Built(calls, spans, [self._decode_key(going_on, decode)] if over and going_on else [], held and samples)
+        coming = [self._decode_key(going_on, decode, adapted)] if over and going_on else []
+        return Built(calls, spans, coming, held and samples)
 
-    def _decode_key(self, rows: int, program: type[Decode | DecodeForward]) -> Key:
+    def _decode_key(self, rows: int, program: type[Decode | DecodeForward], adapted: bool) -> Key:
         """Of the program that decodes so many rows of each shard."""
         sizes = self._buckets.decode if program is Decode else self._buckets.full_decode
-        return program.kind, Buckets.fit(sizes, rows)
+        return _kind(program, adapted), Buckets.fit(sizes, rows)
+
+    def _adapters(self, schedules: Sequence[SchedulerOutput], size: int) -> tuple[np.ndarray]:
+        """The adapter's slot of each row."""
+        slots = np.full((len(schedules), size), self._no_adapter, np.int32)
+        for shard, schedule in enumerate(schedules):
+            for row, request in enumerate(schedule.requests):
+                if request.adapter_slot >= 0:
+                    slots[shard, row] = request.adapter_slot
+        return (slots.reshape(-1),)
 
     def slot(self, request: Request) -> int:
         """A request's among those of all shards."""
         return request.shard * (self._max_rows + 1) + request.slot
+
+    def _adapters_of_scored(
+        self, schedules: Sequence[SchedulerOutput], spans: Mapping[int, ScoredSpan]
+    ) -> tuple[np.ndarray]:
+        """The adapter's slot of each scored token."""
+        slots = np.full(len(schedules) * self._max_tokens, self._no_adapter, np.int32)
+        for schedule in schedules:
+            for request, _ in schedule.chunks:
+                if request.id in spans and request.adapter_slot >= 0:
+                    slots[spans[request.id].at] = request.adapter_slot
+        return (slots,)
 
     def _forward_arrays(self, shard: int, schedule: SchedulerOutput, length: int) -> tuple[Any, ...]:
         """What one shard gives to a forward."""
@@ -252,6 +283,10 @@ class _SlotTable:
 
     def of(self, slots: np.ndarray) -> Table:
         return Table(self._pages[slots], self._first[slots] if self._windowed else None)
+
+
+def _kind(program: type[Program[Any]], adapted: bool) -> str:
+    return adapted_kind(program.kind) if adapted else program.kind
 
 
 def _joined(shards: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, TypedDict, Union, cast, get_args, get_origin, get_type_hints
 
-from jaxinfer.aliases.loading import LOADING, spelt
+from jaxinfer.aliases.loading import LOADING, spelt, without_lora
 from jaxinfer.quantization.schemes import SCHEMES, Quantization, check_quantization
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -34,6 +34,15 @@ def check_pooler_config(value: object) -> None:
             f"pooler_config is {value!r:.100}: it must be a dict with pooling_type, one of {', '.join(known)}, and "
             f"perhaps {', '.join(POOLER_FIELDS[1:])}"
         )
+
+
+def check_adapters(value: object) -> None:
+    """Raises ValueError for what can't be `adapters`."""
+    fine = value is None or isinstance(value, Mapping)
+    for name, folder in value.items() if isinstance(value, Mapping) else ():
+        fine = fine and isinstance(name, str) and bool(name) and isinstance(folder, str | os.PathLike) and bool(folder)
+    if not fine:
+        raise ValueError(f"adapters is {value!r:.100}: it must be a dict of names and folders or hub ids")
 
 
 @dataclass(frozen=True)
@@ -205,6 +214,51 @@ class EngineConfig(TypedDict, total=False):
             shapes_programs=True,
         ),
     ]
+    adapters: Annotated[
+        Mapping[str, str | os.PathLike[str]] | None,
+        Option(
+            details='low-rank adapters in PEFT\'s format beside the weights, by name: `{"sql": "DIR or hub id"}`; see '
+            "[adapters](adapters.md)",
+            check=check_adapters,
+        ),
+    ]
+    max_adapters: Annotated[
+        int | None,
+        Option(
+            help="Most adapters that rows of one call may have.",
+            details="most adapters that the rows of one call may have; default: as many as `adapters` are, at most 8. "
+            "More can be loaded, and take turns",
+            metavar="N",
+            high=256,
+            shapes_programs=True,
+        ),
+    ]
+    max_lora_rank: Annotated[
+        int | None,
+        Option(
+            help="Largest rank of an adapter.",
+            details="largest rank of an adapter; default: that of `adapters`, or 16",
+            metavar="N",
+            high=1024,
+            shapes_programs=True,
+        ),
+    ]
+    adapted_vocabulary: Annotated[
+        bool | None,
+        Option(
+            details="adapters may change the table that tokens are looked up in, and the head; default: whether one of "
+            "`adapters` does",
+            shapes_programs=True,
+        ),
+    ]
+    adapted_experts: Annotated[
+        bool | None,
+        Option(
+            details="adapters may change experts, which takes a factor for each of them; default: whether one of "
+            "`adapters` does",
+            shapes_programs=True,
+        ),
+    ]
     compiled: Annotated[
         str | os.PathLike[str] | None,
         Option(
@@ -362,7 +416,7 @@ NONE_IS_DEFAULT = which(none_is_default=True)
 
 def in_our_words(options: Mapping[str, Any]) -> EngineConfig:
     """Options that may have other programs' names and spellings. Raises one ValueError for all that are not known."""
-    settings = LOADING.translated(options, OPTIONS)
+    settings = LOADING.translated(without_lora(options), OPTIONS)
     settings = {name: spelt(name, value) for name, value in settings.items()}
     return cast(
         EngineConfig, {n: value for n, value in settings.items() if value is not None or n not in NONE_IS_DEFAULT}

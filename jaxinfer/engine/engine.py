@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from jaxinfer.engine.adapter_methods import AdapterMethods
 from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import RequestGroup, SequenceOutput
@@ -43,7 +44,7 @@ class Call(NamedTuple):
     compiled: float
 
 
-class Engine:
+class Engine(AdapterMethods):
     """Requests in, generations out. One thread at a time may use it (see EngineThread), but for what says otherwise."""
 
     def __init__(
@@ -62,7 +63,9 @@ class Engine:
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_model_len = max_model_len
         self.guides = Guides(tokenizer, self.vocab_size, self.eos_token_ids)
+        self.adapters = {}
         self._stats = EngineStats()
+        self._adapter_tokens: Counter[str] = Counter()  # of requests that have ended
         self._seed = seed
         self._next_id = 0
         self._id_lock = threading.Lock()
@@ -75,6 +78,7 @@ class Engine:
     @property
     def stats(self) -> EngineStats:
         """A snapshot."""
+        adapted = [g.request for g in list(self._generations.values()) if g.request.adapter is not None]
         return dataclasses.replace(
             self._stats,
             running=len(self.scheduler.running),
@@ -84,6 +88,11 @@ class Engine:
             prefix_caching=self.scheduler.prefix_caching,
             snapshots_used=self.scheduler.snapshots_used,
             snapshots_total=self.scheduler.snapshots_total,
+            max_adapters=self.scheduler.adapters.count,
+            adapter_loads=self.scheduler.adapters.loads,
+            running_adapters=Counter(request.adapter_name for request in adapted if request.slot >= 0),
+            waiting_adapters=Counter(request.adapter_name for request in adapted if request.slot < 0),
+            adapter_tokens=dict(self._adapter_tokens),
         )
 
     @property
@@ -102,16 +111,17 @@ class Engine:
         prompt: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        adapter: Any = None,
     ) -> RequestGroup:
-        """A request for `queue`. cache_salt: see Encoded. Raises RequestError for ids, a length or parameters that
-        can't be served.
+        """A request for `queue`. cache_salt, adapter: see Encoded. Raises RequestError for ids, a length or parameters
+        that can't be served.
 
         Any thread may call it: it reads what was loaded, and nothing that changes.
         """
         stop_ids, excluded, guide = self.check(prompt_token_ids, params)
         if not isinstance(priority, int) or isinstance(priority, bool):
             raise RequestError(f"priority is {priority!r:.100}: it must be an integer", "priority")
-        length = len(prompt_token_ids)
+        length, (adapter_name, beside) = len(prompt_token_ids), self.adapter(adapter)
         # The first one's log-probabilities of the prompt are everyone's.
         later = dataclasses.replace(params, prompt_logprobs=None) if params.n > 1 else params
         first_id = self._new_ids(params.n)
@@ -128,6 +138,8 @@ class Engine:
                 limit=self._limit(length, params),
                 priority=priority,
                 cache_salt=cache_salt,
+                adapter=beside,
+                adapter_name=adapter_name,
                 scored_from=1 if params.prompt_logprobs is not None and not index else None,
                 exclusions=excluded.anew() if excluded is not None else None,
                 guide=guide.anew() if guide is not None else None,
@@ -135,11 +147,14 @@ class Engine:
             members.append(SequenceOutput(request, self.tokenizer, index))
         return RequestGroup(prompt, members)
 
-    def new_scoring(self, token_ids: Sequence[int], scored_from: int, text: str | None = None) -> Scoring:
+    def new_scoring(
+        self, token_ids: Sequence[int], scored_from: int, text: str | None = None, adapter: Any = None
+    ) -> Scoring:
         """A text for `queue`, whose tokens from `scored_from` on are scored. Raises RequestError for ids or a length
         that can't be served. Any thread may call it."""
         self.check_scoring(token_ids, scored_from)
         *tokens, target = token_ids
+        adapter_name, beside = self.adapter(adapter)
         request = Request(
             id=self._new_ids(1),
             prompt_length=len(tokens),
@@ -148,6 +163,8 @@ class Engine:
             seed=0,
             stop_ids=(),
             limit=len(tokens),
+            adapter=beside,
+            adapter_name=adapter_name,
             scored_from=scored_from,
             target=target,
         )
@@ -278,6 +295,8 @@ class Engine:
         # Preempting needs all tokens to be known.
         schedules = self.scheduler.schedule(self._max_steps(max_seconds), not self._in_flight)
         if any(schedule.requests for schedule in schedules):
+            for slot, adapter in self.scheduler.adapters.coming():
+                self.runner.load_adapter(slot, adapter)
             self._prepare_slots(schedules)
             self._in_flight.append(self._launch(schedules))
             if len(self._in_flight) == 1:
@@ -399,6 +418,8 @@ class Engine:
         stats.queried_tokens += request.prompt_length
         stats.hit_tokens += request.hits
         stats.stateless_tokens += request.stateless
+        if request.adapter is not None:
+            self._adapter_tokens[request.adapter_name] += len(request.output_token_ids)
         self.scheduler.finish(request)
         # A first continuation that ends before its prompt was computed takes nobody with it.
         for follower in self._followers.pop(request.id, ()):

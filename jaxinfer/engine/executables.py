@@ -110,6 +110,7 @@ def _digest(programs: ModelPrograms) -> str:
         "dtypes": [str(model.dtype), str(model.weight_dtype)],
         "quantized": {name: str(scheme) for name, scheme in model.quantized.items()},
         **programs.facts,
+        "options": {name: str(value) for name, value in programs.options.items()},  # of adapters' slots, too
         "mesh": None if programs.mesh is None else dict(programs.mesh.shape),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -300,6 +300,8 @@ class KVCacheManager:
         if pages:
             return request.keys[pages - 1]
         salt = request.cache_salt.encode(errors="surrogatepass")
+        if request.adapter is not None:  # by its content: another one of the same name finds nothing of this one
+            salt = request.adapter.digest + salt
         return self._digest(salt) if salt else b""
 
     def _extend_keys(self, request: Request) -> None:

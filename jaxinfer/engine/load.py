@@ -16,12 +16,14 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
+from jaxinfer.checkpoint.factors import changes_experts, changes_vocabulary
 from jaxinfer.checkpoint.files import eos_token_ids, read_generation_config
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
 from jaxinfer.checkpoint.settle import as_stored
 from jaxinfer.compile_cache import enable_compile_cache, executables_folder
 from jaxinfer.distributed import reported
+from jaxinfer.engine.adapters import AdapterSlots
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.compiled import Folder, open_folder
 from jaxinfer.engine.config import EngineConfig, check_options
@@ -38,12 +40,15 @@ from jaxinfer.engine.loading import (
     all_devices,
     check_architecture,
     choose_placement,
+    open_adapters,
     read_tokenizer,
 )
 from jaxinfer.engine.programs import (
     MAX_STEPS,
+    AdapterLimits,
     Programs,
     cache_layout,
+    placed_adapters,
     placed_decode_state,
     placed_hidden,
     placed_params,
@@ -120,6 +125,7 @@ def load_opened(opened: Opened) -> Loaded:
     check_cache_memory(settings["kv_cache_memory"], _memory())
     # The cheap files first: what is wrong with them shows before gigabytes are read.
     generation_config = read_generation_config(folder)
+    adapters = open_adapters(settings)
     declarations = Declarations() if cache is None or group is not None else open_declarations(cache)
     shape = declarations.config(config).config
     check_stored(config)
@@ -152,6 +158,10 @@ def load_opened(opened: Opened) -> Loaded:
             done += nbytes
             say(f"loading weights {done / abstract.nbytes:.0%}")
 
+        for option, does in (("adapted_vocabulary", changes_vocabulary), ("adapted_experts", changes_experts)):
+            if settings[option] is None and settings["max_adapters"] is not None:  # type: ignore[literal-required]
+                there = any(does(path, abstract) for path in adapters.values())
+                settings[option] = there  # type: ignore[literal-required]
         params = load_weights(abstract, checkpoint, placement, on_array)
 
     if compiled is not None and (problem := _misfit(compiled, abstract, placement, settings)):
@@ -193,6 +203,8 @@ def load_opened(opened: Opened) -> Loaded:
         max_model_len=sizes.max_model_len,
         seed=settings["seed"],
     )
+    for name, path in adapters.items():
+        engine.load_adapter(name, path)
     if settings["warmup"]:
         runner.warm_up()
         with contextlib.suppress(UnsupportedError):
@@ -211,6 +223,7 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     Raises what load_opened raises.
     """
     settings = check_options(options)
+    open_adapters(settings)
     devices = all_devices()
     check_cache_memory(settings["kv_cache_memory"], _memory())
     placement = choose_placement(parse_config(config)[1], devices, settings["mesh"])
@@ -246,12 +259,13 @@ def make_scheduler(programs: Programs, prefix_caching: bool = True) -> DataParal
     """For calls of these programs."""
     layout, rows = programs.layout, programs.max_rows
     paged = [group for group in layout.groups if group.pool is not None]
+    adapters = AdapterSlots(programs.adapter_limits.slots)
     snapshots = None if layout.paged else range(rows, rows + programs.snapshots)
 
     def scheduler() -> Scheduler:
         sizes = programs.page_counts, programs.page_size, programs.reach
         cache = KVCacheManager(paged, *sizes, prefix_caching, snapshots)
-        return Scheduler(cache, programs.max_rows, programs.max_tokens)
+        return Scheduler(cache, programs.max_rows, programs.max_tokens, adapters)
 
     return DataParallelScheduler([scheduler() for _ in range(programs.shards)])
 
@@ -292,6 +306,7 @@ def sized_programs(
         attention=settings["attention"],
         kv_cache_dtype=settings["kv_cache_dtype"],
         snapshots=sizes.snapshots,
+        adapter_limits=AdapterLimits.of(settings),
     )
     return programs, sizes
 
@@ -321,7 +336,9 @@ def _available_here(
     if settings["kv_cache_memory"] is not None:
         return settings["kv_cache_memory"]
     max_rows, max_tokens = limits(settings, placement)
-    rest = device_bytes((placed_decode_state(model, placement, max_rows), placed_hidden(model, placement, max_tokens)))
+    state = placed_decode_state(model, placement, max_rows), placed_hidden(model, placement, max_tokens)
+    slots = placed_adapters(model, placement, AdapterLimits.of(settings))
+    rest = device_bytes((state, slots))
     stats = _memory_stats()
     if stats is None:
         return max(0, int(_memory() * CPU_SHARE) - rest)

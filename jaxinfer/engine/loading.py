@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
+from jaxinfer.checkpoint.adapter_config import read_adapter_config
 from jaxinfer.checkpoint.cross_encoder import CrossEncoderModel, read_cross_encoder, scores_by_logits
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.hub import resolve
@@ -35,6 +36,8 @@ from jaxinfer.text.base import NoTokenizer, Tokenizer
 from jaxinfer.text.tokenizer import LOOKED_FOR, has_tokenizer, load_tokenizer
 
 log = logging.getLogger("jaxinfer")
+MOST_ADAPTERS = 8  # in slots, where nothing is said
+RANK = 16  # of adapters, where nothing is known
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,22 @@ def read_tokenizer(folder: Path, settings: EngineConfig) -> Tokenizer:
         return load_tokenizer(folder)
     log.warning("%s has no tokenizer (%s): it takes and gives token ids only", folder, LOOKED_FOR)
     return NoTokenizer(folder, f"{folder} has none")
+
+
+def open_adapters(settings: EngineConfig) -> dict[str, Path]:
+    """The folders of adapters, by name; how many rows of a call may have, and their rank, are settled by them where
+    nothing is said. Raises ValueError and FileNotFoundError."""
+    folders = {name: resolve(folder, token=settings["token"]) for name, folder in (settings["adapters"] or {}).items()}
+    ranks = [read_adapter_config(folder).largest_rank for folder in folders.values()]
+    if settings["max_adapters"] is None and folders:
+        settings["max_adapters"] = min(len(folders), MOST_ADAPTERS)
+    if settings["max_adapters"] is not None and settings["max_lora_rank"] is None:
+        settings["max_lora_rank"] = -(-max(ranks, default=RANK) // 8) * 8
+    if settings["max_adapters"] is None and settings["max_lora_rank"] is not None:
+        raise ValueError(
+            f"max_lora_rank is {settings['max_lora_rank']}, and there are no adapters: give adapters or max_adapters"
+        )
+    return folders
 
 
 def check_architecture(wanted: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:

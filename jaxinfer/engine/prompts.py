@@ -23,37 +23,40 @@ class Encoded(NamedTuple):
     ids: the tokens.
     cache_salt: prompts share what they begin with only with those of the same salt, so that nobody learns from times
         what others asked; "" is everybody's.
+    adapter: the name of one that is loaded, or vLLM's LoRARequest; None: the model itself.
     """
 
     text: str | None
     ids: list[int]
     cache_salt: str = ""
+    adapter: Any = None
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Encoded:
     """A prompt: text, ids, {"prompt": text} or {"prompt_token_ids": ids}, of which the latter two may have a
-    cache_salt. Raises RequestError."""
-    salt = ""
+    cache_salt and the name of an adapter. Raises RequestError."""
+    salt, adapter = "", None
     if isinstance(prompt, Mapping):
         if "multi_modal_data" in prompt:
             why = why_only_text(tokenizer.folder)
             raise UnsupportedError(f"a prompt has multi_modal_data; only text is supported: {why}", "prompt")
-        if set(prompt) - {"cache_salt"} not in ({"prompt"}, {"prompt_token_ids"}):
+        if set(prompt) - {"cache_salt", "adapter"} not in ({"prompt"}, {"prompt_token_ids"}):
             raise RequestError(
                 f"a prompt as a dict has either prompt or prompt_token_ids, not {list(prompt)}", "prompt"
             )
         salt = "" if prompt.get("cache_salt") is None else prompt["cache_salt"]
         if not isinstance(salt, str) or prompt.get("cache_salt") == "":
             raise RequestError(f"cache_salt is {salt!r:.100}: it must be a text that is not empty", "cache_salt")
+        adapter = prompt.get("adapter")
         prompt = prompt["prompt" if "prompt" in prompt else "prompt_token_ids"]
     if isinstance(prompt, str):
         if not prompt:
             raise RequestError("the prompt is empty: give some text", "prompt")
-        return Encoded(prompt, tokenizer.encode(prompt), salt)
+        return Encoded(prompt, tokenizer.encode(prompt), salt, adapter)
     if isinstance(prompt, BYTES):
         kind = type(prompt).__name__
         raise RequestError(f"a prompt must be a string or a list of token ids, not {kind}: decode it", "prompt")
-    return Encoded(None, token_ids(prompt, "a prompt must be a string or"), salt)
+    return Encoded(None, token_ids(prompt, "a prompt must be a string or"), salt, adapter)
 
 
 def is_single_prompt(prompts: Any) -> bool:

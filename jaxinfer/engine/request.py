@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxinfer.checkpoint.factors import LoadedAdapter
 from jaxinfer.engine.exclusions import Exclusions
 from jaxinfer.engine.guided.guide import Guide
 from jaxinfer.sampling.params import SamplingParams
@@ -39,6 +40,8 @@ class Request:
     limit: most tokens that it may reach.
     priority: lower runs earlier.
     cache_salt: pages are shared by those of one salt.
+    adapter: its own, or none; pages are shared by those of one. adapter_name: as it was asked for. adapter_slot: where
+        it is on the devices; -1: nowhere.
     scored_from: the first of the given tokens whose log-probability is wanted, if any is.
     target: the token after the last one, where only log-probabilities are wanted; such a request samples nothing.
     exclusions: tokens that may not come; None if there are none.
@@ -69,6 +72,9 @@ class Request:
     limit: int
     priority: int = 0
     cache_salt: str = ""
+    adapter: LoadedAdapter | None = None
+    adapter_name: str = ""
+    adapter_slot: int = -1
     scored_from: int | None = None
     target: int | None = None
     exclusions: Exclusions | None = None

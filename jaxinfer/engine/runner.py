@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,18 +11,30 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfer.checkpoint.factors import LoadedAdapter
 from jaxinfer.distributed import blamed
 from jaxinfer.engine.batch_builder import BatchBuilder, Call, ScoredSpan
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.executables import ExecutableCache
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.programs import Key, PrepareCounts, PrepareMasks, Programs, Sampled, Score, State, Zeros
+from jaxinfer.engine.programs import (
+    Key,
+    LoadAdapter,
+    LoadScaledAdapter,
+    PrepareCounts,
+    PrepareMasks,
+    Programs,
+    Sampled,
+    State,
+    Zeros,
+)
 from jaxinfer.engine.ready import ReadyPrograms, trim_memory
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.logprobs import Logprobs
 from jaxinfer.sampling.slots import Masks, TokenCounts, mask_words
+from jaxinfer.weights import LowRank
 
 
 @dataclass
@@ -101,9 +114,9 @@ class Runner(ReadyPrograms):
         built = self.batches.build(schedules)
         calls = built.calls[:-1] if built.held else built.calls
         then = [*([built.calls[-1][0]] if built.held else ()), *built.next]
-        results = {key[0]: result for (key, _), result in zip(calls, self.call(calls, then), strict=True)}
-        scored = results.pop(Score.kind, None)
-        sampled = next((result for result in results.values() if isinstance(result, Sampled)), None)
+        results = self.call(calls, then)
+        scored = next((result for result in results if isinstance(result, Logprobs)), None)
+        sampled = next((result for result in results if isinstance(result, Sampled)), None)
         rows = len(schedules) * max(len(schedule.requests) for schedule in schedules)
         held = built.calls[-1] if built.held else None
         return PendingStep(sampled, scored, _want_logprobs(schedules), built.spans, rows, held)
@@ -125,13 +138,41 @@ class Runner(ReadyPrograms):
         key, inputs = step.held
         rows: Any = inputs[0]
         rows.samples[list(but)] = 0
-        (step.sampled,) = self.call([(key, (*inputs, masks))])
+        (step.sampled,) = self.call([(key, (*inputs[:2], masks, *inputs[2:]))])  # adapters come after them
         step.held = None
 
     def prepare(self, request: Request, values: Masks | TokenCounts) -> None:
         """Makes a sequence's slot ready for its masks or its penalties."""
         program = PrepareMasks if isinstance(values, Masks) else PrepareCounts
         self.call([(program.key, (np.int32(self.batches.slot(request)), values))])
+
+    def load_adapter(self, slot: int, adapter: LoadedAdapter) -> None:
+        """Puts an adapter into a slot on the devices."""
+
+        def padded(own: np.ndarray[Any, Any], shape: jax.Array) -> np.ndarray[Any, Any]:
+            return np.pad(own, [(0, size - there) for size, there in zip(shape.shape, own.shape, strict=True)])
+
+        def whole(name: str, one: LowRank) -> LowRank:
+            if name in adapter.factors:
+                return jax.tree.map(padded, adapter.factors[name], one)
+            nothing: LowRank = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype), one)
+            if nothing.gain is None:
+                return nothing
+            return dataclasses.replace(nothing, gain=nothing.gain + (np.nan if adapter.scaled else 1))
+
+        program = LoadScaledAdapter if adapter.scaled else LoadAdapter
+        self.call(
+            [(program.key, (np.int32(slot), {name: whole(name, one) for name, one in self.programs.adapter.items()}))]
+        )
+
+    def values(self, name: str) -> np.ndarray[Any, Any]:
+        """Of one of the parameters, a vector."""
+        return np.asarray(self.params[name])
+
+    def rows(self, name: str, ids: Sequence[int] | np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Of one of them, a matrix, as float32."""
+        weight: Any = self.model.params[name].bind(self.params, False)
+        return np.asarray(weight.take(np.asarray(ids, np.int32), np.float32))
 
     def call(self, calls: Sequence[Call], then: Sequence[Key] = ()) -> list[Any]:
         """Calls programs one after the other, on all hosts: all of them or none. What each of them gives the host.

@@ -16,6 +16,7 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from jaxinfer.engine.adapters import AdapterSlots
 from jaxinfer.engine.kv_cache import Copies, KVCacheManager
 from jaxinfer.engine.request import Request
 
@@ -57,10 +58,11 @@ class SchedulerOutput:
 class Scheduler:
     """Holds waiting and running requests. `max_tokens` is the token budget of a call, `max_rows` its rows."""
 
-    def __init__(self, cache: KVCacheManager, max_rows: int, max_tokens: int):
+    def __init__(self, cache: KVCacheManager, max_rows: int, max_tokens: int, adapters: AdapterSlots | None = None):
         if max_tokens < max_rows:
             raise ValueError(f"max_num_batched_tokens is {max_tokens}: it must be at least max_num_seqs, {max_rows}")
         self.cache = cache
+        self.adapters = adapters or AdapterSlots(0)
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.running: list[Request] = []  # oldest first
@@ -114,12 +116,20 @@ class Scheduler:
         for request in self.running:
             if not request.decoding and budget > 0:
                 budget -= self._chunk(schedule, request, budget)
+        aside: list[tuple[int, int, Request]] = []  # those whose adapters no slot is free for
         while self._waiting and budget > 0 and len(self.running) < self.max_rows:
             request = self._waiting[0][-1]
+            # Nobody with an adapter comes before them: slots become free in the end.
+            if request.adapter is not None and (aside or not self.adapters.hold(request)):
+                aside.append(heapq.heappop(self._waiting))
+                continue
             if not self._admit(request):
+                self.adapters.release(request)
                 break
             heapq.heappop(self._waiting)
             budget -= self._chunk(schedule, request, budget)
+        for entry in aside:
+            heapq.heappush(self._waiting, entry)
 
     def publish(self, request: Request, computed: int) -> None:
         """Lets others find the full pages among the first `computed` tokens of a running request."""
@@ -154,11 +164,12 @@ class Scheduler:
         Their tokens so far are kept, so their outputs are the same.
         """
         self.cache.reset()
+        self.adapters.reset()
         self.running, self._waiting = [], []
         self._free_slots = list(range(self.max_rows - 1, -1, -1))
         for request in requests:
             request.pages, request.capacity, request.cuts = [], 0, []
-            request.slot = -1
+            request.slot = request.adapter_slot = -1
             self.queue(request)
 
     def _admit(self, request: Request) -> bool:
@@ -217,6 +228,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         self.cache.release(request)
+        self.adapters.release(request)
         self._free_slots.append(request.slot)
         request.slot = -1
 

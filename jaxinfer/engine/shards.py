@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Sequence
 
+from jaxinfer.engine.adapters import AdapterSlots
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import Scheduler, SchedulerOutput
 
@@ -19,6 +20,11 @@ class DataParallelScheduler:
     def __init__(self, shards: Sequence[Scheduler]):
         self.shards = tuple(shards)
         self._waiting: list[tuple[int, int, Request]] = []  # not dealt out yet; with one shard, nobody
+
+    @property
+    def adapters(self) -> AdapterSlots:
+        """Those of all shards."""
+        return self.shards[0].adapters
 
     @property
     def running(self) -> list[Request]:
@@ -103,7 +109,7 @@ class DataParallelScheduler:
             shard.restart([])
         for request in requests:
             request.pages, request.capacity, request.cuts = [], 0, []
-            request.slot = -1
+            request.slot = request.adapter_slot = -1
             self._queue(request)
 
     def _queue(self, request: Request) -> None:

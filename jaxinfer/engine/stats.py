@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -23,6 +24,10 @@ class EngineStats:
     snapshots_used, snapshots_total: such states that are kept now, and at most.
     preemptions: of requests that have ended.
     finished, aborted: requests that have ended so.
+    max_adapters: that rows of one call may have; 0 where there are none. adapter_loads: how often one was put on the
+        devices.
+    running_adapters, waiting_adapters: requests now that have one, by its name.
+    adapter_tokens: that were sampled with one, by its name, for requests that have ended.
     """
 
     running: int = 0
@@ -44,6 +49,11 @@ class EngineStats:
     preemptions: int = 0
     finished: int = 0
     aborted: int = 0
+    max_adapters: int = 0
+    adapter_loads: int = 0
+    running_adapters: Mapping[str, int] = field(default_factory=dict)
+    waiting_adapters: Mapping[str, int] = field(default_factory=dict)
+    adapter_tokens: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def prefill_tokens_per_second(self) -> float:

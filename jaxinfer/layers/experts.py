@@ -7,6 +7,7 @@ from. No token is ever dropped, padding goes to no expert.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from jaxinfer.layers.linear import Linear, parameter
 from jaxinfer.layers.mlp import GatedMLP, Gating
 from jaxinfer.layers.router import Router, Routing
 from jaxinfer.sharding import GATHERED, TENSOR, on_tensor
-from jaxinfer.weights import Weight, grouped_dots
+from jaxinfer.weights import Adapted, Weight, grouped_dots
 from jaxinfer.weights.products import on_each_already
 
 Gated = Callable[..., jax.Array]  # of a gate and what it opens for; or of that alone, where there are no gates
@@ -70,10 +71,11 @@ class Experts(nnx.Module):
         them, see `dot_parts`."""
         linears = self._linears
         weights = tuple(linear.weight.get_value() for linear in linears)
+        slot = next((weight.slot for weight in weights if isinstance(weight, Adapted)), None)
         biases = tuple(linear.bias.get_value() for linear in linears if linear.bias is not None)
         experts = jnp.where(live[:, None], experts, -1)
         if on_each_already():
-            out = self._own(x, experts, shares, weights, biases)
+            out = self._own(x, experts, shares, weights, biases, slot)
             return out if beside is None else out + beside[0]
 
         def part(
@@ -84,14 +86,19 @@ class Experts(nnx.Module):
                 x = lax.all_gather(x, GATHERED, tiled=True)
                 chosen = lax.all_gather(chosen, GATHERED, axis=1, tiled=True)
             experts, shares = chosen[0], lax.bitcast_convert_type(chosen[1], jnp.float32)
+            slot = chosen[2, :, 0] if len(chosen) > 2 else None
             first = lax.axis_index((*GATHERED, *TENSOR)) * weights[0].shape[0]
-            out = self._own(x, experts - first, shares, weights, biases)
+            out = self._own(x, experts - first, shares, weights, biases, slot)
             if shared:
                 out = lax.psum_scatter(out.astype(x.dtype), GATHERED, tiled=True).astype(jnp.float32)
             return lax.psum(out if beside is None else out + beside[0], TENSOR)
 
         whole, own = PartitionSpec(), PartitionSpec(TENSOR)
-        chosen = jnp.stack([experts, lax.bitcast_convert_type(shares, experts.dtype)])  # to be gathered as one
+        parts = [experts, lax.bitcast_convert_type(shares, experts.dtype)]
+        if slot is not None:
+            parts.append(jnp.broadcast_to(slot.astype(experts.dtype)[:, None], experts.shape))
+            weights = tuple(with_rows(weight, None) for weight in weights)
+        chosen = jnp.stack(parts)  # to be gathered as one
         return on_tensor(part, (whole, whole, own, own, own), whole)(x, chosen, weights, biases, beside)
 
     @property
@@ -99,13 +106,24 @@ class Experts(nnx.Module):
         gates = () if self.gate_proj is None else (self.gate_proj,)
         return *gates, self.up_proj, self.down_proj
 
-    def _own(self, x: jax.Array, experts: jax.Array, shares: jax.Array, weights: Weights, biases: Biases) -> jax.Array:
-        """The part of the experts that are here, the first of which is number 0."""
-        *raising, down = weights
-        count, top_k = down.shape[0], experts.shape[1]
+    def _own(
+        self,
+        x: jax.Array,
+        experts: jax.Array,
+        shares: jax.Array,
+        weights: Weights,
+        biases: Biases,
+        slot: jax.Array | None,
+    ) -> jax.Array:
+        """The part of the experts that are here, the first of which is number 0. slot: of each token its adapter's,
+        where there are such."""
+        count, top_k = weights[0].shape[0], experts.shape[1]
         owner = jnp.where((experts >= 0) & (experts < count), experts, count).reshape(-1)
         order = jnp.argsort(owner)  # stable: what a token gets does not depend on chance
         sizes = jnp.bincount(owner, length=count + 1)[:count].astype(jnp.int32)
+        if slot is not None:
+            weights = tuple(with_rows(weight, slot[order // top_k]) for weight in weights)
+        *raising, down = weights
         rows, factors = x[order // top_k], shares.reshape(-1)[order][:, None]
         if self.of_inputs:
             rows = rows * factors.astype(x.dtype)
@@ -123,6 +141,11 @@ class Experts(nnx.Module):
         outs = outs if self.of_inputs else outs * factors
         place = jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
         return jnp.sum(outs[place].reshape(len(x), top_k, -1), axis=1)
+
+
+def with_rows(weight: Weight, slot: jax.Array | None) -> Weight:
+    """A weight with adapters for rows of these slots; None: for none yet."""
+    return dataclasses.replace(weight, slot=slot) if isinstance(weight, Adapted) else weight  # type: ignore[arg-type]
 
 
 class SparseMLP(nnx.Module):

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxinfer.sharding import FSDP, TENSOR, axis_size, on_tensor
-from jaxinfer.weights import Axes, Dense, Weight, dot, dot_parts, dots, take
+from jaxinfer.weights import Adapted, Axes, Dense, Weight, dot, dot_parts, dots, take
 
 
 def parameter(
@@ -62,10 +62,13 @@ class Embedding(nnx.Module):
     def __call__(self, ids: jax.Array, mesh: Mesh | None = None) -> jax.Array:
         """Where `fsdp` splits the table, each device looks its columns up for all, and they are exchanged: that is far
         less than the table."""
-        split = axis_size(mesh, (FSDP,)) > 1
-        ids = lax.all_gather(ids, FSDP, tiled=True) if split else ids
-        embeddings = take(self.weight.get_value(), ids, self.dtype)
-        return lax.all_to_all(embeddings, FSDP, 0, 1, tiled=True) if split else embeddings
+        weight = self.weight.get_value()
+        if axis_size(mesh, (FSDP,)) == 1:
+            return take(weight, ids, self.dtype)
+        table = weight.base if isinstance(weight, Adapted) else weight
+        embeddings = take(table, lax.all_gather(ids, FSDP, tiled=True), self.dtype)
+        embeddings = lax.all_to_all(embeddings, FSDP, 0, 1, tiled=True)
+        return weight.adapted_rows(ids, embeddings) if isinstance(weight, Adapted) else embeddings
 
 
 def head_logits(x: jax.Array, head: Linear | Embedding, mesh: Mesh | None) -> jax.Array:
@@ -78,6 +81,8 @@ def head_logits(x: jax.Array, head: Linear | Embedding, mesh: Mesh | None) -> ja
 
 
 def _without_bias(x: jax.Array, weight: Weight, mesh: Mesh | None) -> jax.Array:
+    if isinstance(weight, Adapted):
+        return weight.adapted_products(x, _without_bias(x, weight.base, mesh))
     if axis_size(mesh, (FSDP,)) == 1:
         return dot(x, weight, "float32")
     columns = lax.all_to_all(x, FSDP, 1, 0, tiled=True)

@@ -22,7 +22,7 @@ from jaxinfer.models.tasks import GENERATE, wanted_task
 from jaxinfer.models.weights import ParamMapping
 from jaxinfer.quantization.schemes import SCALE, Quantization, Scheme
 from jaxinfer.quantization.stored import asked_for, converted_quantization, stored_quantization
-from jaxinfer.weights import Axes
+from jaxinfer.weights import Adapted, Axes, LowRank
 
 if TYPE_CHECKING:  # a start whose programs are there builds no module
     from jaxinfer.models.causal import CausalLM
@@ -133,11 +133,49 @@ class AbstractModel:
         """The schemes that there are, and the dtype of the rest."""
         return ", ".join([*sorted({scheme.name for scheme in self.quantized.values()}), str(self.weight_dtype)])
 
-    def bind(self, params: Mapping[str, Any]) -> CausalLM:
+    def bind(
+        self, params: Mapping[str, Any], adapters: Mapping[str, LowRank] | None = None, slot: jax.Array | None = None
+    ) -> CausalLM:
         """The module on these parameters, which may be those alone that are used; cheap enough only for tracing, so
-        call it inside a jitted function. Of a model that makes no text (see `tasks`) it is a Body, and no more."""
-        rounds = self.weight_dtype == jnp.bfloat16
-        return _bind(self._module(), lambda name: self.params[name].bind(params, rounds))
+        call it inside a jitted function. Of a model that makes no text (see `tasks`) it is a Body, and no more.
+
+        adapters: what they do to weights, by name. slot: i32[T], whose the tokens are that go through the layers."""
+        rounds, beside = self.weight_dtype == jnp.bfloat16, adapters or {}
+        table, head = self.vocabulary
+
+        def value(name: str) -> Any:
+            weight: Any = self.params[name].bind(params, rounds)
+            if slot is None or weight is None:
+                return weight
+            if name == table:  # which is the head, too, where there is no other
+                products = None if head in self.params else beside.get(head)
+                rows = beside.get(table)
+                return Adapted(weight, slot, products, rows) if products or rows else weight
+            return Adapted(weight, slot, beside[name]) if name in beside else weight
+
+        return _bind(self._module(), value)
+
+    @cached_property
+    def adaptable(self) -> dict[str, ParamSpec]:
+        """The weights that adapters may change: the layers' matrices, experts', the table, and the head, which may be
+        that."""
+        specs = {
+            name: spec
+            for name, spec in self.params.items()
+            if spec.is_embedding is False and name not in self.declared_module.head
+        }
+        table, head = self.vocabulary
+        return specs | {table: self.params[table], head: self.params.get(head, self.params[table])}
+
+    @cached_property
+    def vocabulary(self) -> tuple[str, str]:
+        """The names of the table and of the head; of a head that is the table, its name in a checkpoint."""
+
+        def own(tensor: str) -> str:
+            specs = self.params.items()
+            return next((name for name, spec in specs if tensor in spec.source.tensors(spec.shape)), tensor)
+
+        return own(self.weights.embedding), own(self.weights.head)
 
     @cached_property
     def head(self) -> frozenset[str]:

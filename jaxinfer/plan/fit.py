@@ -9,8 +9,17 @@ from typing import Any, Unpack
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.engine.load import limits, sized_programs
-from jaxinfer.engine.loading import choose_placement
-from jaxinfer.engine.programs import Programs, cache_layout, placed_decode_state, placed_hidden, placed_params, reach
+from jaxinfer.engine.loading import choose_placement, open_adapters
+from jaxinfer.engine.programs import (
+    AdapterLimits,
+    Programs,
+    cache_layout,
+    placed_adapters,
+    placed_decode_state,
+    placed_hidden,
+    placed_params,
+    reach,
+)
 from jaxinfer.engine.sizing import RESERVE, Sizes, default_length, device_bytes, longest, page_size
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.slices import GIB, Device, Slice
@@ -30,7 +39,7 @@ class Fit:
     programs: an engine's there.
     sizes: of the cache.
     weights: their bytes.
-    slots, hidden: bytes of the sequences' decode state, and of hidden states.
+    slots, hidden: bytes of the sequences' decode state, and of hidden states. adapters: bytes of room for them.
     """
 
     target: Slice
@@ -39,6 +48,7 @@ class Fit:
     weights: int
     slots: int
     hidden: int
+    adapters: int
 
     @property
     def model(self) -> AbstractModel:
@@ -92,7 +102,7 @@ class Fit:
     @property
     def held(self) -> int:
         """What is there all the time."""
-        return self.weights + self.slots + self.hidden + self.sizes.bytes
+        return self.weights + self.slots + self.hidden + self.adapters + self.sizes.bytes
 
 
 def model_of(
@@ -112,13 +122,15 @@ def model_of(
 def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) -> Fit:
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
     options, settings = in_our_words(options), check_options(options)
+    open_adapters(settings)
     shape = model.config
     placement = choose_placement(shape, target.devices, settings["mesh"])
     rows, tokens = limits(settings, placement)
     weights = device_bytes(placed_params(model, placement))
     slots = device_bytes(placed_decode_state(model, placement, rows))
     hidden = device_bytes(placed_hidden(model, placement, tokens))
-    held = weights + slots + hidden
+    adapters = device_bytes(placed_adapters(model, placement, AdapterLimits.of(settings)))
+    held = weights + slots + hidden + adapters
     available = int(target.chip.memory * (settings["memory_utilization"] - RESERVE)) - held
     layout = cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"])
     length = settings["max_model_len"] or default_length(layout, placement, rows, shape.max_context)
@@ -136,13 +148,13 @@ def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) ->
         if (settings["max_model_len"] or 0) > shape.max_context:
             raise
         length = settings["max_model_len"] or size
-        needed, room = held + layout.least(length, *cache), longest(layout, *cache, length, available)
+        needed, most = held + layout.least(length, *cache), longest(layout, *cache, length, available)
         raise DoesNotFit(
             f"{target.name}: needs {needed / GIB:.2f} GiB of a chip's {target.chip.memory / GIB:.2f}, of which "
             f"{(available + held) / GIB:.2f} are for weights and cache: "
-            + (_remedies(model, target, axis_size(placement, TENSOR), room, options) or str(error))
+            + (_remedies(model, target, axis_size(placement, TENSOR), most, options) or str(error))
         ) from None
-    return Fit(target, programs, sizes, weights, slots, hidden)
+    return Fit(target, programs, sizes, weights, slots, hidden, adapters)
 
 
 def _remedies(model: AbstractModel, target: Slice, tensor: int, room: int, options: EngineConfig) -> str:

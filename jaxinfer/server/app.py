@@ -10,7 +10,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from jaxinfer.openai.answers import Json
-from jaxinfer.server import blocks, chat, completions, operations, pages, pooling, tokens
+from jaxinfer.server import adapters, blocks, chat, completions, operations, pages, pooling, tokens
 from jaxinfer.server.body import read_json
 from jaxinfer.server.guard import Guard
 from jaxinfer.server.service import Service
@@ -47,6 +47,8 @@ POST: dict[str, Takes] = {
     "/pooling": pooling.pooling,
     "/embed": pooling.tei_embed,
     "/predict": pooling.tei_predict,
+    "/v1/load_lora_adapter": adapters.load_adapter,
+    "/v1/unload_lora_adapter": adapters.unload_adapter,
     "/tokenize": tokens.tokenize,
     "/detokenize": tokens.detokenize,
 }

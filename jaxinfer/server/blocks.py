@@ -27,7 +27,7 @@ async def messages(service: Service, request: Request, body: Json) -> Response:
     """Answers a conversation, in Anthropic's form."""
     model, name, defaults = service.model(body.get("model"), GENERATE), request.state.name, chat_defaults(service)
     read = partial(messages_request, body, defaults)
-    return await _answer(service, request, read, lambda _: MessageWriter(name, model))
+    return await _answer(service, request, model, read, lambda _: MessageWriter(name, model))
 
 
 async def count_tokens(service: Service, request: Request, body: Json) -> Response:
@@ -42,17 +42,18 @@ async def responses(service: Service, request: Request, body: Json) -> Response:
     """Answers what may be a conversation."""
     model, name, defaults = service.model(body.get("model"), GENERATE), request.state.name, chat_defaults(service)
     read = partial(response_request, body, defaults)
-    return await _answer(service, request, read, lambda asked: ResponseWriter(name, model, asked.repeated))
+    return await _answer(service, request, model, read, lambda asked: ResponseWriter(name, model, asked.repeated))
 
 
 async def _answer(
     service: Service,
     request: Request,
+    model: str,
     read: Callable[[], ChatRequest],
     make_writer: Callable[[ChatRequest], BlockWriter],
 ) -> Response:
     with ExitStack() as stack:
-        asked, run = await begun_chat(service, request, read, stack)
+        asked, run = await begun_chat(service, request, model, read, stack)
         writer = make_writer(asked)
         if asked.stream:
             frames = _frames(service, run, writer, stack.pop_all())

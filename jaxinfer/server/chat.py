@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,7 +26,8 @@ async def chat_completions(service: Service, request: Request, body: Json) -> Re
     model = service.model(body.get("model"), GENERATE)
     defaults, own_template = chat_defaults(service), service.config.trust_request_chat_template
     with ExitStack() as stack:
-        asked, run = await begun_chat(service, request, lambda: chat_request(body, defaults, own_template), stack)
+        read = partial(chat_request, body, defaults, own_template)
+        asked, run = await begun_chat(service, request, model, read, stack)
         envelope = Envelope(f"chatcmpl-{request.state.name}", int(time.time()), model)
         if not asked.stream:
             return await while_connected(request.receive, _whole(run, asked, envelope))
@@ -40,15 +42,16 @@ def chat_defaults(service: Service) -> SamplingParams:
 
 
 async def begun_chat(
-    service: Service, request: Request, read: Callable[[], ChatRequest], stack: ExitStack
+    service: Service, request: Request, model: str, read: Callable[[], ChatRequest], stack: ExitStack
 ) -> tuple[ChatRequest, Chat]:
-    """The chat on its way, until the stack is closed. read: what is asked for, which takes its time, too."""
+    """The chat on its way, until the stack is closed. model: as `Service.model` has it. read: what is asked for, which
+    takes its time, too."""
     key, name = request.state.key, request.state.name
     others = stack.enter_context(service.admitted(key))
 
     def begin() -> tuple[ChatRequest, Chat]:
         asked = read()
-        return asked, begin_chat(service, asked, key, others, name)
+        return asked, begin_chat(service, asked, model, key, others, name)
 
     return await while_connected(request.receive, service.prepared(begin))
 

@@ -30,7 +30,7 @@ async def completions(service: Service, request: Request, body: Json) -> Respons
 
         def begin() -> tuple[CompletionRequest, Generation]:
             asked = completion_request(body, defaults)
-            return asked, begin_completion(service, asked, key, others, name)
+            return asked, begin_completion(service, asked, model, key, others, name)
 
         asked, run = await while_connected(request.receive, service.prepared(begin))
         envelope = Envelope(f"cmpl-{name}", int(time.time()), model)

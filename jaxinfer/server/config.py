@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import os
 from dataclasses import dataclass
 
 from jaxinfer.text.formats import REASONING, TOOLS
@@ -29,6 +30,7 @@ class ServerConfig:
     drain_seconds: after SIGTERM requests that run have so long.
     tool_call_parser, reasoning_parser: see `jaxinfer.text.formats`; "auto": as the chat template shows; or "none".
     trust_request_chat_template: requests may bring a chat template of their own.
+    adapter_dir: a folder; requests may load the adapters in folders below it, and unload any. None: they may not.
     ssl_certfile, ssl_keyfile: of TLS.
     """
 
@@ -50,6 +52,7 @@ class ServerConfig:
     tool_call_parser: str = AUTO
     reasoning_parser: str = AUTO
     trust_request_chat_template: bool = False
+    adapter_dir: str | None = None
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
 
@@ -74,6 +77,8 @@ class ServerConfig:
                 f"host is {self.host!r}, which others can reach, and there is no API key: give --api-key-file, or "
                 "JAXINFER_API_KEY, or --no-api-key for a server that is open to all who reach it"
             )
+        if self.adapter_dir is not None and not os.path.isdir(self.adapter_dir):
+            raise ValueError(f"adapter_dir is {self.adapter_dir!r}: there is no such folder")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("ssl_certfile and ssl_keyfile go together: give both")
 

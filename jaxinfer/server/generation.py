@@ -150,28 +150,28 @@ class Chat(Generation):
 
 
 def begin_completion(
-    service: Service, request: CompletionRequest, key: int | None, others: int, name: str
+    service: Service, request: CompletionRequest, model: str, key: int | None, others: int, name: str
 ) -> Generation:
-    """Encodes the prompts; takes its time. Raises RequestError."""
+    """Encodes the prompts; takes its time. model: as `Service.model` has it. Raises RequestError."""
     _check(service, request, len(request.prompts))
     groups, texts = [], []
     for prompt in request.prompts:
         text = prompt if isinstance(prompt, str) else None
         ids = service.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
-        groups.append(_group(service, request, ids, key, others))
+        groups.append(_group(service, request, model, ids, key, others))
         texts.append(text)
     return Generation(service, groups, texts, name)
 
 
-def begin_chat(service: Service, request: ChatRequest, key: int | None, others: int, name: str) -> Chat:
-    """Renders and encodes the conversation; takes its time. Raises RequestError."""
+def begin_chat(service: Service, request: ChatRequest, model: str, key: int | None, others: int, name: str) -> Chat:
+    """Renders and encodes the conversation; takes its time. model: as `Service.model` has it. Raises RequestError."""
     _check(service, request, 1)
     if len(request.messages) > service.config.max_messages:
         raise RequestError(
             f"{len(request.messages)} messages are given: at most {service.config.max_messages} are taken", "messages"
         )
     prepared = service.formats.prepare(request)
-    group = _group(service, replace(request, params=prepared.params), prepared.ids, key, others)
+    group = _group(service, replace(request, params=prepared.params), model, prepared.ids, key, others)
     return Chat(service, group, prepared.scanners, name)
 
 
@@ -188,7 +188,9 @@ def _check(service: Service, request: Options, prompts: int) -> None:
             )
 
 
-def _group(service: Service, request: Options, ids: list[int], key: int | None, others: int) -> RequestGroup:
+def _group(
+    service: Service, request: Options, model: str, ids: list[int], key: int | None, others: int
+) -> RequestGroup:
     limit, most = service.llm.engine.max_model_len, request.params.max_tokens
     keep = request.truncate_prompt_tokens
     if keep is not None:
@@ -202,4 +204,4 @@ def _group(service: Service, request: Options, ids: list[int], key: int | None, 
         )
     salt = service.salt(key, request.cache_salt)
     priority = service.priority(request.priority, others)
-    return service.engine.new_group(Encoded(None, ids, salt), request.params, priority)
+    return service.engine.new_group(Encoded(None, ids, salt, service.adapter(model)), request.params, priority)

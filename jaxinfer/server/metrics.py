@@ -6,6 +6,7 @@ Format: https://prometheus.io/docs/instrumenting/exposition_formats/
 from __future__ import annotations
 
 import bisect
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -90,8 +91,7 @@ class Metrics:
 
     def text(self, model: str, stats: EngineStats) -> str:
         """All of it."""
-        escaped = model.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-        labels = f'model_name="{escaped}",engine="0"'
+        labels = f'model_name="{_escaped(model)}",engine="0"'
         lines: list[str] = []
 
         def single(kind: str, name: str, value: float) -> None:
@@ -108,6 +108,15 @@ class Metrics:
         lines.append("# TYPE vllm:request_success_total counter")
         for reason in ("stop", "length", "abort", "error"):
             lines.append(f'vllm:request_success_total{{{labels},finished_reason="{reason}"}} {self.ended[reason]}')
+        if stats.max_adapters:
+            running, waiting = (_escaped(",".join(by)) for by in (stats.running_adapters, stats.waiting_adapters))
+            adapters = f'running_lora_adapters="{running}",waiting_lora_adapters="{waiting}"'
+            which = f'{labels},{adapters},max_lora="{stats.max_adapters}"'
+            lines += ["# TYPE vllm:lora_requests_info gauge", f"vllm:lora_requests_info{{{which}}} {time.time()}"]
+            lines.append("# TYPE jaxinfer:adapter_generation_tokens_total counter")
+            for name, tokens in stats.adapter_tokens.items():
+                adapter = f'adapter="{_escaped(name)}"'
+                lines.append(f"jaxinfer:adapter_generation_tokens_total{{{labels},{adapter}}} {tokens}")
         for name, histogram in (
             ("time_to_first_token_seconds", self.first),
             ("inter_token_latency_seconds", self.between),
@@ -120,3 +129,7 @@ class Metrics:
         for (handler, method, status), count in self.http.items():
             lines.append(f'http_requests_total{{handler="{handler}",method="{method}",status="{status}"}} {count}')
         return "\n".join(lines) + "\n"
+
+
+def _escaped(label: str) -> str:
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

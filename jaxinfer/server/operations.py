@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -41,7 +43,8 @@ async def metrics(service: Service, request: Request) -> Response:
 
 
 async def models(service: Service, request: Request) -> Response:
-    return json_answer({"object": "list", "data": [_model(service, name) for name in service.config.names]})
+    names = (*service.config.names, *service.adapters)
+    return json_answer({"object": "list", "data": [_model(service, name) for name in names]})
 
 
 async def model(service: Service, request: Request) -> Response:
@@ -49,5 +52,8 @@ async def model(service: Service, request: Request) -> Response:
 
 
 def _model(service: Service, name: str) -> Json:
+    """root: where it is from, as far as that is anybody's business. parent: of an adapter, the model."""
+    own, base = service.adapters.get(name), service.config.names[0]
     body = {"id": name, "object": "model", "created": service.created, "owned_by": "jaxinfer"}
+    body |= {"root": name if own is None else Path(own.folder).name, "parent": None if own is None else base}
     return body | {"max_model_len": service.max_model_len}

@@ -180,7 +180,11 @@ class Background:
         self.llm, self._owns = llm, owns
         self._socket = open_socket(config) if bound is None else bound
         self.url = url_of(config, self._socket)
-        self._service = Service(llm, config)
+        try:
+            self._service = Service(llm, config)
+        except BaseException:
+            self._socket.close()
+            raise
         self._server = Server(self._service)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._socket]}, name="jaxinfer-server", daemon=True
@@ -215,6 +219,7 @@ def serve(
     api_key: str | Sequence[str] = (),
     max_queued: int = 1024,
     drain_seconds: float = 30.0,
+    adapter_dir: str | None = None,
     **options: Unpack[EngineConfig],
 ) -> Background:
     """A server of a model in the background, at `.url` until `.close()`.
@@ -231,6 +236,7 @@ def serve(
         api_keys=(api_key,) if isinstance(api_key, str) else tuple(api_key),
         max_queued=max_queued,
         drain_seconds=drain_seconds,
+        adapter_dir=adapter_dir,
     )
     if isinstance(source, LLM):
         if options:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 from jaxinfer.async_engine import AsyncEngine
+from jaxinfer.checkpoint.factors import LoadedAdapter
 from jaxinfer.errors import ContextLengthError, EngineClosed, QueueFullError, RequestError, UnsupportedError
 from jaxinfer.llm import LLM
 from jaxinfer.models.tasks import GENERATE
@@ -31,6 +32,11 @@ class Service:
 
     def __init__(self, llm: LLM, config: ServerConfig):
         self.llm, self.config = llm, config
+        if config.adapter_dir is not None and not (self.generates and llm.stats.max_adapters):
+            raise ValueError("adapter_dir is given, and there is no room for adapters: load with max_adapters")
+        if clash := next((name for name in config.names if name in self.adapters), None):
+            raise ValueError(f"{clash!r} is the name of an adapter and of the model itself: give one another name")
+        self.changing = asyncio.Lock()  # of adapters, by requests
         self.metrics = Metrics()
         self.created = int(time.time())
         self.state: Literal["ready", "draining", "failed"] = "ready"
@@ -59,11 +65,21 @@ class Service:
         """Whether the model is gone."""
         return self.llm.engine_thread.closed if self.llm.loaded is None else self.llm.loaded.engine.closed
 
+    @property
+    def adapters(self) -> dict[str, LoadedAdapter]:
+        """Those that are loaded, by name."""
+        return dict(self.llm.engine.adapters) if self.generates else {}
+
+    def adapter(self, model: str) -> str | None:
+        """The one that a model's name means, if it does."""
+        return model if model not in self.config.names and model in self.adapters else None
+
     def model(self, name: object, *tasks: str) -> str:
-        """The name of the model that a request asks for. Raises ServerError for another one, and UnsupportedError where
-        the model does none of these tasks."""
-        if name is not None and name not in self.config.names:
-            there = ", ".join(self.config.names)
+        """The name of the model, or adapter, that a request asks for. Raises ServerError for another one, and
+        UnsupportedError where the model does none of these tasks."""
+        names = (*self.config.names, *self.adapters)
+        if name is not None and name not in names:
+            there = ", ".join(names)
             raise ServerError(404, f"no model {name!r:.80}: here there is {there}", "model", "model_not_found")
         if tasks and self.llm.task not in tasks:
             raise UnsupportedError(f"this model can't do that: {CAN[self.llm.task]}", "model")

@@ -148,7 +148,8 @@ def beam_search(
 
 
 def _continued(engine: Engine, prompt: Encoded, beam: Beam, params: SamplingParams) -> RequestGroup:
-    return engine.new_group(prompt.ids + beam.token_ids, params, cache_salt=prompt.cache_salt)
+    ids = prompt.ids + beam.token_ids
+    return engine.new_group(ids, params, cache_salt=prompt.cache_salt, adapter=prompt.adapter)
 
 
 def _next_tokens(thread: EngineThread, searches: Sequence[Search], params: SamplingParams) -> list[list[Beam]]:

@@ -13,7 +13,7 @@ from jaxinfer.engine.prompts import Encoded, Prompt, encode_prompt, prompt_list
 from jaxinfer.engine.thread import Submission
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.tasks.task import Task
+from jaxinfer.tasks.task import Task, for_each
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class PromptAsked:
     prompt: as it was given, or encoded.
     params: its own.
     priority: lower runs earlier.
+    adapter: see Encoded; a prompt's own comes before it.
     """
 
     index: int
     prompt: Prompt | Encoded
     params: SamplingParams
     priority: int = 0
+    adapter: Any = None
 
 
 class GenerateTask(Task[PromptAsked, RequestOutput]):
@@ -41,18 +43,21 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
     def checked(self, asked: PromptAsked) -> PromptAsked:
         encoded = self._encoded(asked)
         self.engine.check(encoded.ids, asked.params)
+        self.engine.adapter(encoded.adapter)
         return replace(asked, prompt=encoded)
 
     def request(self, asked: PromptAsked) -> RequestGroup:
-        text, ids, salt = self._encoded(asked)
-        return self.engine.new_group(ids, asked.params, text, asked.priority, salt)
+        text, ids, salt, adapter = self._encoded(asked)
+        return self.engine.new_group(ids, asked.params, text, asked.priority, salt, adapter)
 
     def failure(self, asked: PromptAsked, error: ValueError) -> RequestOutput:
         return error_output(asked.index, str(error))
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[tuple[str, RequestOutput]]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams, adapter: Any = None
+    ) -> Iterator[tuple[str, RequestOutput]]:
         """Pairs of new text and the output so far; the last one is finished. Raises ValueError at once."""
-        group = self.request(PromptAsked(0, prompt, params))
+        group = self.request(PromptAsked(0, prompt, params, adapter=adapter))
         if len(group.members) != 1:
             raise UnsupportedError(
                 f"sampling parameter n is {params.n}: a stream has one continuation; use generate", "n"
@@ -82,32 +87,41 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
 
     def _encoded(self, asked: PromptAsked) -> Encoded:
         if isinstance(asked.prompt, Encoded):
-            return asked.prompt
+            return adapted(asked.prompt, asked.adapter)
         if not isinstance(asked.params, SamplingParams):
             kind = type(asked.params).__name__
             raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
-        return encode_prompt(asked.prompt, self.tokenizer)
+        return adapted(encode_prompt(asked.prompt, self.tokenizer), asked.adapter)
+
+
+def adapted(prompt: Encoded, adapter: Any) -> Encoded:
+    """With this adapter, unless it has its own."""
+    return prompt if adapter is None or prompt.adapter is not None else prompt._replace(adapter=adapter)
 
 
 def prompts_asked(
-    prompts: Any, params: SamplingParams | Sequence[SamplingParams], priority: Sequence[int] | None
+    prompts: Any,
+    params: SamplingParams | Sequence[SamplingParams],
+    priority: Sequence[int] | None,
+    adapter: Any = None,
 ) -> list[PromptAsked]:
-    """One prompt or a list of them, with parameters for all or one each. Raises ValueError."""
+    """One prompt or a list of them, with parameters and an adapter for all or one each. Raises ValueError."""
     listed = prompt_list(prompts)
-    each = params if isinstance(params, list | tuple) else [params] * len(listed)
-    for name, values in (("sampling_params", each), ("priority", priority)):
-        if values is not None and len(values) != len(listed):
-            raise RequestError.at(name, f"{len(values)} for {len(listed)} prompts; give one for all, or one each")
+    each = for_each("sampling_params", params, listed)
+    adapters = for_each("adapter", adapter, listed)
+    if priority is not None and len(priority) != len(listed):
+        raise RequestError.at("priority", f"{len(priority)} for {len(listed)} prompts; give one each")
     priorities = [0] * len(listed) if priority is None else priority
     if not all(isinstance(p, int) for p in priorities):
         raise RequestError(f"priority is {list(priorities)}: it must be integers", "priority")
-    return [PromptAsked(i, *fields) for i, fields in enumerate(zip(listed, each, priorities, strict=True))]
+    return [PromptAsked(i, *fields) for i, fields in enumerate(zip(listed, each, priorities, adapters, strict=True))]
 
 
 def prompts_as_they_come(
-    prompts: Iterable[Prompt | tuple[Prompt, SamplingParams]], default: SamplingParams
+    prompts: Iterable[Prompt | tuple[Prompt, SamplingParams]], default: SamplingParams, adapter: Any = None
 ) -> Iterator[PromptAsked]:
     """Prompts, and pairs of a prompt and its parameters."""
-    for i, prompt in enumerate(prompts):
-        own = isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[1], SamplingParams)
-        yield PromptAsked(i, *prompt) if own else PromptAsked(i, prompt, default)  # type: ignore[arg-type]
+    for i, given in enumerate(prompts):
+        own = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], SamplingParams)
+        pair: Any = given if own else (given, default)
+        yield PromptAsked(i, pair[0], pair[1], adapter=adapter)

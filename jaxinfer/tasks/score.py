@@ -19,7 +19,7 @@ from jaxinfer.engine.scoring import (
 )
 from jaxinfer.errors import RequestError, placed
 from jaxinfer.sampling.ids import are_ids
-from jaxinfer.tasks.task import Task
+from jaxinfer.tasks.task import Task, for_each
 
 Text = str | Sequence[int]
 Scorable = Text | tuple[Text, Text]  # a text, or a prompt and its continuation
@@ -31,11 +31,13 @@ class Pair(NamedTuple):
     text: what is scored; None where ids were given.
     context: ids that are given.
     scored: ids that are scored.
+    adapter: see Encoded.
     """
 
     text: str | None
     context: list[int]
     scored: list[int]
+    adapter: Any = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class TextAsked:
 
     index: its place in the input.
     scorable: as it was given, or encoded.
+    adapter: see Encoded; what is encoded has its own.
     """
 
     index: int
     scorable: Scorable | Pair
+    adapter: Any = None
 
 
 class ScoreTask(Task[TextAsked, ScoreOutput]):
@@ -59,22 +63,24 @@ class ScoreTask(Task[TextAsked, ScoreOutput]):
     def checked(self, asked: TextAsked) -> TextAsked:
         pair = self._pair(asked)
         self.engine.check_scoring([*pair.context, *pair.scored], len(pair.context))
+        self.engine.adapter(pair.adapter)
         return replace(asked, scorable=pair)
 
     def request(self, asked: TextAsked) -> Scoring:
-        text, context, scored = self._pair(asked)
-        return self.engine.new_scoring([*context, *scored], len(context), text)
+        text, context, scored, adapter = self._pair(asked)
+        return self.engine.new_scoring([*context, *scored], len(context), text, adapter)
 
     def failure(self, asked: TextAsked, error: ValueError) -> ScoreOutput:
         return score_error(asked.index, str(error))
 
-    def rolling(self, texts: Any, shown: bool) -> list[ScoreOutput]:
+    def rolling(self, texts: Any, shown: bool, adapter: Any = None) -> list[ScoreOutput]:
         """Texts of any length, in windows of the longest context, as lm-eval cuts them; each token is scored once, the
         first one after BOS (or EOS). Raises ValueError for an empty text."""
         asked: list[TextAsked] = []
         windows: list[range] = []
         listed: list[Any] = prompt_list(texts)
         first = prefix_token_id(self.tokenizer)
+        adapters = for_each("adapter", adapter, listed)
         for i, text in enumerate(listed):
             try:
                 ids = text_ids(text, self.tokenizer, add_special_tokens=False)
@@ -84,7 +90,7 @@ class ScoreTask(Task[TextAsked, ScoreOutput]):
                 raise RequestError(f"text {i} is empty: there is nothing to score", "text")
             start = len(asked)
             pairs = rolling_windows(ids, first, self.engine.max_model_len)
-            asked += [TextAsked(start + n, pair) for n, pair in enumerate(pairs)]
+            asked += [TextAsked(start + n, pair, adapters[i]) for n, pair in enumerate(pairs)]
             windows.append(range(start, len(asked)))
         parts = self.run_all(asked, "raise", shown)
         return [
@@ -102,11 +108,12 @@ class ScoreTask(Task[TextAsked, ScoreOutput]):
         else:
             scored = cast(Text, scorable)
             ids = encode_text(scored, self.tokenizer)
-        return Pair(scored if isinstance(scored, str) else None, *ids)
+        return Pair(scored if isinstance(scored, str) else None, *ids, asked.adapter)
 
 
-def texts_asked(texts: Any, continuations: Any = None) -> list[TextAsked]:
-    """Texts, or with continuations, each of them after its prompt, or all after one. Raises ValueError."""
+def texts_asked(texts: Any, continuations: Any = None, adapter: Any = None) -> list[TextAsked]:
+    """Texts, or with continuations, each of them after its prompt, or all after one; with an adapter for all or one
+    each. Raises ValueError."""
     scorables: list[Any] = prompt_list(texts)
     if continuations is not None:
         following: list[Any] = prompt_list(continuations)
@@ -115,4 +122,5 @@ def texts_asked(texts: Any, continuations: Any = None) -> list[TextAsked]:
         if len(scorables) != len(following):
             raise RequestError.at("continuations", f"{len(following)} for {len(scorables)} prompts; give one each")
         scorables = list(zip(scorables, following, strict=True))
-    return [TextAsked(i, scorable) for i, scorable in enumerate(scorables)]
+    adapters = for_each("adapter", adapter, scorables)
+    return [TextAsked(i, *fields) for i, fields in enumerate(zip(scorables, adapters, strict=True))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Generic, NoReturn, Protocol, TypeVar
 
 from jaxinfer.engine.feed import Feed, OnError
@@ -84,6 +84,15 @@ class Task(ABC, Generic[A, Out]):
 
     def _refused(self, asked: A, error: ValueError) -> NoReturn:
         raise placed(f"{self.noun} {asked.index}", error) from None
+
+
+def for_each(name: str, value: Any, asked: Sequence[Any]) -> list[Any]:
+    """One value for all that is asked for, or a list of one each, as a list. Raises RequestError."""
+    if not isinstance(value, list | tuple):
+        return [value] * len(asked)
+    if len(value) != len(asked):
+        raise RequestError.at(name, f"{len(value)} for {len(asked)} prompts; give one for all, or one each")
+    return list(value)
 
 
 def progress(outputs: Iterator[Out], total: int, shown: bool, done: str) -> Iterator[Out]:

@@ -41,7 +41,8 @@ if what == "async":
     sys.exit(0)
 with LLM(folder, **json.loads(options)) as llm:
     while True:
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        adapters = [*llm.list_adapters(), None] * len(prompts)
+        outputs = llm.generate(prompts, params, adapter=adapters[: len(prompts)], use_tqdm=False)
         print(json.dumps([output.outputs[0].token_ids for output in outputs]), flush=True)
         if what not in ("forever", "interrupted"):
             break

@@ -61,7 +61,7 @@ def test_what_is_known_of_options():
     assert {name for name in OPTIONS if name not in SHAPING} == {
         *("kv_cache_memory", "memory_utilization", "enable_prefix_caching", "warmup", "compiled", "revision", "token"),
         *("tokenizer", "skip_tokenizer_init", "architecture", "seed", "on_progress"),
-        *("runner", "convert", "pooler_config", "hf_overrides"),
+        *("runner", "convert", "pooler_config", "hf_overrides", "adapters"),
     }
 
 
@@ -86,6 +86,8 @@ def test_what_is_known_of_options():
         ("mesh", ["tensor=4", None], [4], "a string such as tensor=4"),
         ("tokenizer", ["x", Path("x"), None], [4], "a folder or a hub id"),
         ("token", ["x", True, None], [4], "a string, true or false"),
+        ("adapters", [{"a": "x", "b": Path("x")}, None], [{"a": 5}, {"": "x"}, ["x"]], "a dict of names and folders"),
+        ("max_adapters", [1, 256, None], [0, 257, True], "an integer from 1 to 256"),
         ("architecture", [{}, None], ["llama", [1]], "fields of a config.json"),
         ("on_progress", [print, None], ["print"], "a function of a string"),
     ],

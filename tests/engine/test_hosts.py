@@ -11,6 +11,7 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.convert import convert
+from tests.adapters import write_adapter
 from tests.devices import simulated
 from tests.distributed.test_rendezvous import free_port
 from tests.engine.test_sharded import OPTIONS, wide  # noqa: F401  (a fixture)
@@ -101,6 +102,20 @@ def test_the_same_tokens_and_half_of_the_weights(wide):  # noqa: F811
         assert code == 0, err
         for counts in (read, also_read):
             assert 0.45 < counts["read"] / counts["of"] < 0.55, (read, also_read)  # what is padding is not read
+
+
+@pytest.mark.slow
+def test_adapters(wide, tmp_path):  # noqa: F811
+    """The other host is sent what is put into slots, and reads no adapter."""
+    own = {name: write_adapter(tmp_path / name, wide, seed=i, dora=not i) for i, name in enumerate("xy")}
+    with LLM(wide, adapters=own, **OPTIONS) as llm:
+        outputs = llm.generate(PROMPTS, PARAMS, adapter=["x", "y", None], use_tqdm=False)
+        tokens = [output.outputs[0].token_ids for output in outputs]
+    adapters = {name: str(folder) for name, folder in own.items()}
+    with Hosts.of(wide, "once", *[SPLIT | {"adapters": adapters}] * 2) as hosts:
+        code, results, err = hosts.end(0)
+        assert (code, results[1]) == (0, tokens), err
+        assert hosts.end(1)[0] == 0
 
 
 @pytest.mark.slow

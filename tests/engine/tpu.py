@@ -13,7 +13,7 @@ import jax, numpy as np
 import jaxinfer.attention.tpu as attention
 import jaxinfer.attention.fused as fused
 from jaxinfer.engine.buckets import Buckets
-from jaxinfer.engine.programs import Programs
+from jaxinfer.engine.programs import AdapterLimits, Programs
 from jaxinfer.models.model import AbstractModel
 from jaxinfer.plan.targets import find_target
 from jaxinfer.sharding import make_mesh
@@ -48,22 +48,23 @@ for case in json.loads(sys.argv[1]):
         Buckets.make(rows, 1024), num_pages=1025, page_size=case.get("page_size", 64), max_model_len=4096,
         max_rows=rows, max_steps=32, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
         snapshots=case.get("snapshots", 0),
+        adapter_limits=AdapterLimits(*case.get("adapters", ())),
     )
     for kind in case["kinds"]:
-        key = kind, case["tokens"] if kind == "forward" else rows
+        key = kind, case["tokens"] if kind.endswith("forward") else rows
         asked.clear()
         compiled = programs[key].lower().compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
         collectives = {kind: re.findall(rf"= \\w+\\[([\\d,]*)\\]\\S* {kind}(?:-start)?\\(", text)
                        for kind in ("all-reduce", "all-gather")}
         params, changed, read, *_ = programs[key].arguments
-        if key[0] == "forward":  # which does without what the head alone has
+        if key[0].endswith("forward"):  # which does without what the head alone has
             params = {name: params[name] for name in params if name not in programs.model.head}
         print(json.dumps({
             "key": key, "held": size((params, changed, read)), "changed": size(changed),
             "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
             "aliased": memory.alias_size_in_bytes, "weights": size(programs.params),
-            "cache": size(programs.state.cache),
+            "cache": size(programs.state.cache), "adapters": size(programs.adapters),
             "kernels": len(re.findall("custom_call_target=.tpu_custom_call", text)),
             "blocks": sorted(set(asked)), "scattered": re.findall(r"bf16\\[1025,[\\d,]*\\]\\S* scatter\\(", text),
             "fused": len(set(re.findall(r"%(RPA[\\w.-]*) = [^\\n]*tpu_custom_call", text))),

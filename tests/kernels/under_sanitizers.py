@@ -11,6 +11,7 @@ import numpy as np
 from jaxinfer.kernels import cpu
 from tests.kernels.test_cpu import PAIRS, SIZES, random
 
+KINDS = ("float32", "bfloat16")
 library = ctypes.CDLL(sys.argv[1])
 jax.ffi.register_ffi_target("sanitized", jax.ffi.pycapsule(library.jaxinfer_dot), platform="cpu")
 for activations, weights in PAIRS:
@@ -47,6 +48,15 @@ for sizes, level, rounds in itertools.product(
     for table, scales in ((0, random((3, 13, 6), "float32")), (16, powers)):
         options = {"rounds": rounds, "table": random(table, "float32")}
         jax.block_until_ready(call(random((rows, 192), "float32"), counts, w, scales, **options))
+jax.ffi.register_ffi_target("low_rank", jax.ffi.pycapsule(library.jaxinfer_low_rank), platform="cpu")
+for tokens, kind, level, more in itertools.product((1, 9, 20), KINDS, range(len(cpu.LEVELS)), (False, True)):
+    library.jaxinfer_level(level)
+    slot, given = np.arange(-1, tokens - 1, dtype=np.int32) % 6 - 1, []
+    for columns in (13, 70):
+        given += [random((tokens, columns), "float32"), random((3, 5, 67), kind), random((3, 5, columns), kind)]
+        given += [random((3, columns), "float32")] * 2 if more else []
+    call = jax.ffi.ffi_call("low_rank", [jax.ShapeDtypeStruct((tokens, n), np.float32) for n in (13, 70)])
+    jax.block_until_ready(call(random((tokens, 67), "float32"), slot, *given, share=np.float32(0.5)))
 jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attention), platform="cpu")
 for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
     library.jaxinfer_level(level)

@@ -4,13 +4,15 @@ import json
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.calibrate import calibrate, fold
+from jaxinfer.checkpoint.factors import read_adapter
 from jaxinfer.checkpoint.hf import HfWriter
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.convert import convert
@@ -18,6 +20,7 @@ from jaxinfer.engine.load import local_programs
 from jaxinfer.engine.sizing import device_bytes
 from jaxinfer.layerwise import Layers
 from jaxinfer.models.model import AbstractModel
+from jaxinfer.models.sources import whole
 from jaxinfer.plan.fit import fit, model_of
 from jaxinfer.plan.ship import ship
 from jaxinfer.plan.targets import find_target
@@ -293,6 +296,61 @@ def test_written_quantized(folders, layout, scheme, tmp_path):
     """The format of compressed-tensors, there and back."""
     convert(folders(layout), tmp_path / "hf", format="hf", quantization=scheme, show_progress=False)
     same(loaded(tmp_path / "hf")[1], loaded(folders(layout), quantization=scheme)[1])
+
+
+class Weights:
+    """As much of an engine as who reads an adapter asks."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def values(self, name):
+        return np.asarray(self.params[name])
+
+    def rows(self, name, ids):
+        return self.values(name)[ids]
+
+
+@pytest.mark.slow
+@every
+def test_adapters_beside_weights_are_merged_ones(folders, plain, layout, tmp_path):
+    """Of every matrix, whatever else is in its tensor, of the table and the head."""
+    model, params, run = plain(layout)
+    random, tensors = np.random.default_rng(1), {}
+    for name, spec in model.adaptable.items():
+        turned = {region.tensor: region.transposed for region in spec.source.regions(whole(spec.shape))}
+        for tensor, shape in spec.source.tensors(spec.shape).items():
+            module, size = tensor.removesuffix(".weight"), shape[::-1] if turned[tensor] else shape
+            ends = ("lora_A.weight", "lora_B.weight")
+            if name == model.vocabulary[0]:
+                ends, size = ("lora_embedding_A", "lora_embedding_B"), size[::-1]
+            if len(size) == 2 and (name in params or name == model.vocabulary[0]):
+                for end, own in zip(ends, ((3, size[1]), (size[0], 3)), strict=True):
+                    tensors[f"base_model.model.{module}.{end}"] = random.normal(0, 0.1, own).astype(np.float32)
+    (adapter := tmp_path / "adapter").mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 3, "lora_alpha": 5, "target_modules": "all-linear"}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    read = read_adapter(adapter, model, 64, Weights(params))
+    stacked = {name for name in read.factors if len(model.adaptable[name].shape) > 2}
+    beside = {
+        name: jax.tree.map(lambda array, axis=int(name in stacked): jnp.expand_dims(array, axis), own)
+        for name, own in read.factors.items()
+    }
+    slot = jnp.where(jnp.arange(len(PROMPT)) % 5 == 4, 1, 0)  # one slot; some tokens have none
+
+    @jax.jit
+    def adapted(params, batch, slot):
+        return model.bind(params, beside, slot)(batch, None)[0]
+
+    ours = np.asarray(adapted(params, batch_of(PROMPT), jnp.zeros(len(PROMPT), jnp.int32)))
+    convert(folders(layout), tmp_path / "merged", adapter=adapter, show_progress=False)
+    theirs = logits(*loaded(tmp_path / "merged"), PROMPT)
+    size = np.abs(theirs).max()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * size)
+    assert np.abs(ours - run(params)).max() > 1e-2 * size
+    assert np.abs(np.asarray(adapted(params, batch_of(PROMPT), slot)) - ours).max() > 1e-3 * size
+    np.testing.assert_allclose(adapted(params, batch_of(PROMPT), jnp.ones_like(slot)), run(params), atol=1e-5 * size)
 
 
 def test_not_written_quantized(folders, tmp_path):

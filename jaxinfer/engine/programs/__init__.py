@@ -1,11 +1,13 @@
 """The programs of an engine: what runs on the devices. A file for each kind: the arrays that it takes, the function."""
 
+from jaxinfer.engine.programs.adapters import AdapterLimits, placed_adapters
 from jaxinfer.engine.programs.base import (
     MAX_STEPS,
     Function,
     Key,
     ModelPrograms,
     Program,
+    adapted_kind,
     cache_layout,
     placed_decode_state,
     placed_hidden,
@@ -18,12 +20,13 @@ from jaxinfer.engine.programs.forward import Forward
 from jaxinfer.engine.programs.logits import Sampled
 from jaxinfer.engine.programs.sample import FullSample, GuidedSample, Sample, SampleRows
 from jaxinfer.engine.programs.score import Score, Scored
-from jaxinfer.engine.programs.slots import PrepareCounts, PrepareMasks, Zeros
+from jaxinfer.engine.programs.slots import LoadAdapter, LoadScaledAdapter, PrepareCounts, PrepareMasks, Zeros
 from jaxinfer.engine.programs.state import State
 from jaxinfer.engine.programs.table import Programs
 
 __all__ = [
     "MAX_STEPS",
+    "AdapterLimits",
     "Copy",
     "Decode",
     "DecodeForward",
@@ -34,6 +37,8 @@ __all__ = [
     "Function",
     "GuidedSample",
     "Key",
+    "LoadAdapter",
+    "LoadScaledAdapter",
     "ModelPrograms",
     "Places",
     "PrepareCounts",
@@ -47,7 +52,9 @@ __all__ = [
     "Scored",
     "State",
     "Zeros",
+    "adapted_kind",
     "cache_layout",
+    "placed_adapters",
     "placed_decode_state",
     "placed_hidden",
     "placed_params",

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import jax
 import numpy as np
@@ -18,11 +18,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from jaxinfer.attention import CacheLayout, LayerLayout, LayerMap, Table
 from jaxinfer.engine.buckets import Buckets
+from jaxinfer.engine.programs.adapters import NO_ADAPTERS, AdapterLimits, adapter_axes, one_adapter, placed_adapters
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.sampling.slots import DecodeState
 from jaxinfer.sharding import ROWS, axis_size, describe, devices_of, on_axes, replicated
-from jaxinfer.weights import Axes
+from jaxinfer.weights import Axes, LowRank
+
+if TYPE_CHECKING:
+    from jaxinfer.models.causal import CausalLM
 
 T = TypeVar("T")
 Key = tuple[str, int]  # of a program: what it does, and for how many tokens or rows
@@ -161,6 +165,7 @@ class EngineShapes(ModelPrograms):
     max_steps: tokens a row that one decoding call may produce.
     attention, kv_cache_dtype: see EngineConfig.
     snapshots: states that are kept beside those of sequences that run.
+    adapter_limits: what adapters may be.
     """
 
     buckets: Buckets
@@ -172,6 +177,7 @@ class EngineShapes(ModelPrograms):
     attention: str = "auto"
     kv_cache_dtype: str = "auto"
     snapshots: int = 0
+    adapter_limits: AdapterLimits = NO_ADAPTERS
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -180,14 +186,18 @@ class EngineShapes(ModelPrograms):
 
     @property
     def options(self) -> dict[str, Any]:
-        return super().options | {
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": self.max_rows * self.shards,
-            "max_num_batched_tokens": self.max_tokens * self.shards,
-            "page_size": self.page_size,
-            "attention": self.attention,
-            "kv_cache_dtype": self.kv_cache_dtype,
-        }
+        return (
+            super().options
+            | {
+                "max_model_len": self.max_model_len,
+                "max_num_seqs": self.max_rows * self.shards,
+                "max_num_batched_tokens": self.max_tokens * self.shards,
+                "page_size": self.page_size,
+                "attention": self.attention,
+                "kv_cache_dtype": self.kv_cache_dtype,
+            }
+            | self.adapter_limits.options
+        )
 
     @cached_property
     def layout(self) -> CacheLayout:
@@ -236,7 +246,18 @@ class EngineShapes(ModelPrograms):
         """All of it."""
         cache = self.layout.arrays(self.page_counts, self.page_size, self.max_rows + self.snapshots)
         slots = placed_decode_state(self.model, self.placement, self.max_rows)
-        return State(cache, slots, placed_hidden(self.model, self.placement, self.max_tokens))
+        hidden = placed_hidden(self.model, self.placement, self.max_tokens)
+        return State(cache, slots, hidden, self.adapters or None)  # type: ignore[arg-type]
+
+    @cached_property
+    def adapter(self) -> dict[str, LowRank]:
+        """One of them, as the host gives it, by the names of weights."""
+        return one_adapter(self.model, self.placement, self.adapter_limits)
+
+    @cached_property
+    def adapters(self) -> dict[str, LowRank]:
+        """Their slots, by the names of weights."""
+        return placed_adapters(self.model, self.placement, self.adapter_limits)
 
     def tables(self, rows: int) -> tuple[Table | None, ...]:
         """The page tables of so many rows, abstractly."""
@@ -259,15 +280,19 @@ class Program(ABC, Generic[S]):
     size: tokens or rows (of each shard).
     key: both, its name in manifests and between hosts.
     changes, reads: the parts of the state that it takes.
+    adapted: some rows have adapters. The host then gives it, after all else, i32 of each row, which slot's it has; as
+        many as there are slots for none.
     """
 
     kind: ClassVar[str]
     changes: ClassVar[Collection[str]] = ()
     reads: ClassVar[Collection[str]] = ()
 
-    def __init__(self, shapes: S, size: int = 1):
-        self.shapes, self.size = shapes, size
-        self.key: Key = (self.kind, size)
+    def __init__(self, shapes: S, size: int = 1, adapted: bool = False):
+        self.shapes, self.size, self.adapted = shapes, size, adapted
+        self.key: Key = (adapted_kind(self.kind) if adapted else self.kind, size)
+        if adapted:
+            self.reads = (*self.reads, "adapters")  # type: ignore[misc]
 
     @property
     def weights(self) -> Collection[str]:
@@ -278,6 +303,10 @@ class Program(ABC, Generic[S]):
     @abstractmethod
     def inputs(self) -> tuple[object, ...]:
         """What the host gives it, abstractly."""
+
+    def bind(self, params: Params, read: State, slot: jax.Array | None) -> CausalLM:
+        """The module, with adapters where it is `adapted`. slot: of each token."""
+        return self.shapes.model.bind(params, read.adapters, slot)
 
     @property
     @abstractmethod
@@ -335,15 +364,32 @@ class Program(ABC, Generic[S]):
         if mesh is None:
             return function
         params = {name: on_axes(axes[name], ROWS) for name in self.weights}
-        state = PartitionSpec(ROWS)
+        if self.adapted:
+            input_specs = *input_specs, PartitionSpec(ROWS)
+
+        def split(parts: Collection[str]) -> State:
+            specs: dict[str, Any] = dict.fromkeys(parts, PartitionSpec(ROWS))
+            if self.adapted and "adapters" in parts:
+                axes = {name: adapter_axes(self.shapes.model, name).arrays for name in self.shapes.state.adapters}
+                specs["adapters"] = {
+                    name: LowRank(*(on_axes(own, ROWS) for own in arrays))  # type: ignore[arg-type]
+                    for name, arrays in axes.items()
+                }
+            return State(**specs)
+
         return jax.shard_map(
             function,
             mesh=mesh,
             axis_names=set(ROWS),
-            in_specs=(params, state, state, *input_specs),
-            out_specs=(result, state),
+            in_specs=(params, split(self.changes), split(self.reads), *input_specs),
+            out_specs=(result, split(self.changes)),
             check_vma=False,
         )
+
+
+def adapted_kind(kind: str) -> str:
+    """Of a program's variant for rows with adapters."""
+    return f"adapted_{kind}"
 
 
 def structs(tree: T, sharding: Sharding) -> T:

@@ -84,7 +84,8 @@ class Decode(Program[EngineShapes]):
     def inputs(self) -> tuple[object, ...]:
         shapes = self.shapes
         row, tables = shapes.ints(self.size), shapes.tables(self.size)
-        return DecodeRows(row, row, row, tables), sampling_arrays(shapes, self.size), shapes.like(np.int32(0))
+        inputs = DecodeRows(row, row, row, tables), sampling_arrays(shapes, self.size), shapes.like(np.int32(0))
+        return (*inputs, row) if self.adapted else inputs
 
     @property
     def result(self) -> Sampled:
@@ -95,9 +96,15 @@ class Decode(Program[EngineShapes]):
         sampler = sampler_of(model, mesh, self.full)
 
         def decode(
-            params: Params, state: State, read: State, rows: DecodeRows, sampling: SamplingArrays, steps: jax.Array
+            params: Params,
+            state: State,
+            read: State,
+            rows: DecodeRows,
+            sampling: SamplingArrays,
+            steps: jax.Array,
+            adapters: jax.Array | None = None,
         ) -> tuple[Sampled, State]:
-            module = model.bind(params)
+            module = self.bind(params, read, adapters)
             logits = logits_of(module, model, mesh)
             slot = jnp.asarray(rows.slot)
             size = slot.shape[0]
@@ -155,19 +162,20 @@ class DecodeForward(Program[EngineShapes]):
     def inputs(self) -> tuple[object, ...]:
         shapes = self.shapes
         row, tables = shapes.ints(self.size), shapes.tables(self.size)
-        return (DecodeRows(row, row, row, tables),)
+        rows = DecodeRows(row, row, row, tables)
+        return (rows, row) if self.adapted else (rows,)
 
     @property
     def result(self) -> None:
         return None
 
     def function(self) -> Function:
-        model = self.shapes.model
-
-        def forward(params: Params, state: State, read: State, rows: DecodeRows) -> tuple[None, State]:
+        def forward(
+            params: Params, state: State, read: State, rows: DecodeRows, adapters: jax.Array | None = None
+        ) -> tuple[None, State]:
             active = (jnp.asarray(rows.samples) > 0) & read.slots.alive[jnp.asarray(rows.slot)]
             batch = decode_batch(self.shapes, rows, jnp.asarray(rows.positions), active, read.slots)
-            hidden, cache = model.bind(params).hidden(batch, state.cache)
+            hidden, cache = self.bind(params, read, adapters).hidden(batch, state.cache)
             assert cache is not None
             return None, State(cache, hidden=lax.dynamic_update_slice_in_dim(state.hidden, hidden, 0, 0))
 

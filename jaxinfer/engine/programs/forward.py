@@ -33,17 +33,20 @@ class Forward(Program[EngineShapes]):
     def inputs(self) -> tuple[object, ...]:
         ints, rows = self.shapes.ints, self.shapes.max_rows
         token, row, tables = ints(self.size), ints(rows), self.shapes.tables(rows)
-        return (ForwardBatch(token, token, token, ints(rows + 1), row, tables, ints(3), slots=row),)
+        batch = ForwardBatch(token, token, token, ints(rows + 1), row, tables, ints(3), slots=row)
+        return (batch, row) if self.adapted else (batch,)
 
     @property
     def result(self) -> None:
         return None
 
     def function(self) -> Function:
-        model, mesh, kind = self.shapes.model, self.shapes.mesh, self.shapes.devices[0].device_kind
+        mesh, kind = self.shapes.mesh, self.shapes.devices[0].device_kind
         layers = self.shapes.layer_map
 
-        def forward(params: Params, state: State, read: State, batch: ForwardBatch) -> tuple[None, State]:
+        def forward(
+            params: Params, state: State, read: State, batch: ForwardBatch, adapters: jax.Array | None = None
+        ) -> tuple[None, State]:
             slots = state.slots
             slot = jnp.asarray(batch.slots)
             decoding = jnp.arange(batch.tokens.shape[0], dtype=jnp.int32) < batch.distribution[0]
@@ -53,7 +56,8 @@ class Forward(Program[EngineShapes]):
             kv_lens = jnp.where(decodes & ~slots.alive[slot], 0, batch.kv_lens)
             static: Any = {"mesh": mesh, "device_kind": kind, "layers": layers}
             batch = dataclasses.replace(batch, tokens=tokens, kv_lens=kv_lens, **static)
-            hidden, cache = model.bind(params).hidden(batch, state.cache)
+            of_tokens = None if adapters is None else adapters[batch.segment_ids]
+            hidden, cache = self.bind(params, read, of_tokens).hidden(batch, state.cache)
             assert cache is not None
             slots = _begin(slots, jnp.where(decodes, slots.alive.shape[0], slot))
             return None, State(cache, slots, lax.dynamic_update_slice_in_dim(state.hidden, hidden, 0, 0))

@@ -63,7 +63,13 @@ class Sample(Program[EngineShapes]):
     @property
     def inputs(self) -> tuple[object, ...]:
         row = self.shapes.ints(self.size)
-        return SampleRows(row, row, row, row), sampling_arrays(self.shapes, self.size)
+        inputs = SampleRows(row, row, row, row), sampling_arrays(self.shapes, self.size)
+        return (*inputs, *self.masks, row) if self.adapted else (*inputs, *self.masks)
+
+    @property
+    def masks(self) -> tuple[object, ...]:
+        """What else there is of tokens that may come."""
+        return ()
 
     @property
     def result(self) -> Sampled:
@@ -74,9 +80,10 @@ class Sample(Program[EngineShapes]):
         sampler = sampler_of(model, mesh, self.full)
 
         def sample(
-            params: Params, state: State, read: State, rows: SampleRows, sampling: SamplingArrays, *masks: jax.Array
+            params: Params, state: State, read: State, rows: SampleRows, sampling: SamplingArrays, *more: jax.Array
         ) -> tuple[Sampled, State]:
-            logits = logits_of(model.bind(params), model, mesh)
+            (*masks, adapters) = more if self.adapted else (*more, None)
+            logits = logits_of(self.bind(params, read, adapters), model, mesh)
             slots, hidden = state.slots, read.hidden
             slot, length = jnp.asarray(rows.slot), jnp.asarray(rows.length)
             # A row may have stopped in a call whose tokens the host has not seen yet.
@@ -90,7 +97,7 @@ class Sample(Program[EngineShapes]):
             slots = take(slots, slot, tokens, count > 0, sampling, length, sampler.full)
             return Sampled(tokens[None], count, jax.tree.map(lambda x: x[None], info)), State(slots=slots)
 
-        return self.over_rows(sample, (PartitionSpec(ROWS),) * len(self.inputs), SAMPLED)
+        return self.over_rows(sample, (PartitionSpec(ROWS),) * (2 + len(self.masks)), SAMPLED)
 
 
 class FullSample(Sample):
@@ -107,7 +114,8 @@ class GuidedSample(FullSample):
     kind = "guided_sample"
 
     @property
-    def inputs(self) -> tuple[object, ...]:
+    def masks(self) -> tuple[object, ...]:
         shapes = self.shapes
-        masks = np.zeros((shapes.shards * self.size, mask_words(shapes.model.config.vocab_size)), np.uint32)
-        return *super().inputs, shapes.like(masks)
+        return (
+            shapes.like(np.zeros((shapes.shards * self.size, mask_words(shapes.model.config.vocab_size)), np.uint32)),
+        )

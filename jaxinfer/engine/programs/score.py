@@ -52,7 +52,8 @@ class Score(Program[EngineShapes]):
     def inputs(self) -> tuple[object, ...]:
         token = self.shapes.ints(self.size)
         likeliest = self.shapes.like(np.zeros(self.shapes.shards, bool))
-        return (Scored(token, token, self.shapes.ints(1), likeliest),)
+        scored = Scored(token, token, self.shapes.ints(1), likeliest)
+        return (scored, token) if self.adapted else (scored,)
 
     @property
     def result(self) -> Logprobs:
@@ -62,15 +63,19 @@ class Score(Program[EngineShapes]):
         model, mesh, vocab = self.shapes.model, self.shapes.mesh, self.shapes.model.config.vocab_size
         block = min(max(BLOCK // axis_size(mesh, (FSDP,)), 1), self.size)  # `head_logits` has those of all shards
 
-        def score(params: Params, _: State, read: State, scored: Scored) -> tuple[Logprobs, State]:
+        def score(
+            params: Params, _: State, read: State, scored: Scored, adapters: jax.Array | None = None
+        ) -> tuple[Logprobs, State]:
             """A block at a time, as many as are wanted: there are never more logits than those of a block."""
-            logits, hidden = logits_of(model.bind(params), model, mesh), read.hidden
+            hidden = read.hidden
 
-            def some(after: jax.Array, tokens: jax.Array) -> Logprobs:
+            def some(after: jax.Array, tokens: jax.Array, *own: jax.Array) -> Logprobs:
+                logits = logits_of(self.bind(params, read, own[0] if own else None), model, mesh)
                 return token_logprobs(logits(hidden[after]), tokens, jnp.asarray(scored.likeliest)[0])
 
             blocks = most((jnp.asarray(scored.count)[0] + (block - 1)) // block, mesh)
-            wanted = jnp.asarray(scored.after), jnp.asarray(scored.tokens)
+            wanted: tuple[jax.Array, ...] = jnp.asarray(scored.after), jnp.asarray(scored.tokens)
+            wanted = wanted if adapters is None else (*wanted, adapters)
             result: Logprobs = in_blocks(some, wanted, no_logprobs(self.size, vocab), block, blocks)
             return result, State()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import jax
 
 from jaxinfer.cache import Cache
 from jaxinfer.sampling.slots import DecodeState
+from jaxinfer.weights import LowRank
 
 
 @jax.tree_util.register_dataclass
@@ -19,11 +20,13 @@ class State:
     cache: pages and slots of all layers.
     slots: what there is of each sequence that runs.
     hidden: `[T, D]`, the hidden states of the last forward.
+    adapters: what those in slots do to weights, by name; the same on all shards of rows.
     """
 
     cache: Cache = None  # type: ignore[assignment]
     slots: DecodeState = None  # type: ignore[assignment]
     hidden: jax.Array = None  # type: ignore[assignment]
+    adapters: Mapping[str, LowRank] = None  # type: ignore[assignment]
 
     def only(self, parts: Collection[str]) -> State:
         """These parts of it, by name."""

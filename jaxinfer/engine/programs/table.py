@@ -12,7 +12,7 @@ from jaxinfer.engine.programs.decode import Decode, DecodeForward, FullDecode
 from jaxinfer.engine.programs.forward import Forward
 from jaxinfer.engine.programs.sample import FullSample, GuidedSample, Sample
 from jaxinfer.engine.programs.score import Score
-from jaxinfer.engine.programs.slots import PrepareCounts, PrepareMasks, Zeros
+from jaxinfer.engine.programs.slots import LoadAdapter, LoadScaledAdapter, PrepareCounts, PrepareMasks, Zeros
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,26 @@ class Programs(EngineShapes):
             Zeros(self),
             *([Copy(self, self.max_rows)] if self.snapshots else []),
         ]
+        if self.adapter_limits.slots:
+            programs += [
+                *(Decode(self, rows, adapted=True) for rows in self.buckets.decode),
+                *(Forward(self, tokens, adapted=True) for tokens in self.buckets.tokens),
+                *(FullDecode(self, rows, adapted=True) for rows in self.buckets.full_decode),
+                *(DecodeForward(self, rows, adapted=True) for rows in self.buckets.full_decode),
+                *(self._adapted_vocabulary if self.adapter_limits.vocabulary else ()),
+                LoadAdapter(self),
+                LoadScaledAdapter(self),
+            ]
         return {program.key: program for program in programs}
+
+    @property
+    def _adapted_vocabulary(self) -> list[Program[Any]]:
+        sizes = self.buckets.sample
+        kinds = Sample, FullSample, GuidedSample
+        return [
+            *(kind(self, rows, adapted=True) for kind in kinds for rows in sizes),
+            Score(self, self.max_tokens, adapted=True),
+        ]
 
     @property
     def largest(self) -> list[Key]:

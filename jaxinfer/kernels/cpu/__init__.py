@@ -25,8 +25,9 @@ from jax.sharding import AxisType
 
 LEVELS = ("portable", "avx2", "avx512")
 VARIABLE = "JAXINFER_CPU_KERNELS"
-DOT, INT4, GROUPED, GROUPED_INT4, TAKE, ATTEND, ATTEND_ROWS = TARGETS = (
+DOT, INT4, GROUPED, GROUPED_INT4, LOW_RANK, TAKE, ATTEND, ATTEND_ROWS = TARGETS = (
     *("jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_grouped_dot", "jaxinfer_grouped_dot_int4"),
+    "jaxinfer_low_rank",
     *("jaxinfer_take", "jaxinfer_attention", "jaxinfer_attention_rows"),
 )
 MOST_QUERIES = 128  # of a token that have one key
@@ -229,6 +230,34 @@ def _grouped(
 
     flat = [array for weight in weights for array in weight]
     return list(lax.platform_dependent(x, sizes, applied, *flat, cpu=call, default=lambda *_: reference()))
+
+
+def low_rank(
+    x: jax.Array,
+    slot: jax.Array,
+    outs: Sequence[jax.Array],
+    adapters: Sequence[Weights],
+    share: float,
+    reference: Callable[[], list[jax.Array]],
+) -> list[jax.Array]:
+    """Products `outs`, each f32 `[T, N]`, of `x [T, K]`, with what adapters make of them: `gain * (out + x a b) + share
+    * shift`, each row with those of its slot, i32[T]; as they are where it has none. Only slots with rows are read.
+
+    adapters: of each product a `[S, R, K]`, b `[S, R, N]`, and perhaps gain and shift, f32 `[S, N]`.
+    """
+    kinds = {array.dtype.name for own in adapters for array in own[:2]}
+    fits = x.dtype == jnp.float32 and x.ndim == 2 and kinds in ({"bfloat16"}, {"float32"})
+    if not fits or kernels().level is None or not alone():
+        return reference()
+    given = [array for out, own in zip(outs, adapters, strict=True) for array in (out, *own)]
+    shapes = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outs]
+    aliases = {2 + i * (1 + len(adapters[0])): i for i in range(len(outs))}
+    call = jax.ffi.ffi_call(LOW_RANK, shapes, vmap_method="sequential", input_output_aliases=aliases)
+
+    def by_kernel(*arrays: jax.Array) -> list[jax.Array]:
+        return list(call(*arrays, share=np.float32(share)))
+
+    return list(lax.platform_dependent(x, slot, *given, cpu=by_kernel, default=lambda *_: reference()))
 
 
 def take(table: jax.Array, ids: jax.Array, reference: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:

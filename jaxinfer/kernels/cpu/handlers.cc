@@ -183,6 +183,14 @@ struct Attention {
   }
 };
 
+template <class Weight>
+struct LowRank {  // of one weight: b [S, R, columns], z [T, R], and out [T, columns], which has the weight's own products
+  const Weight *a, *b;
+  const float *gain, *shift;  // [S, columns], or null
+  float *z, *out;
+  int64_t columns;
+};
+
 constexpr int64_t MOST_QUERIES = 128;  // of a token that have one key
 
 namespace portable {
@@ -190,6 +198,7 @@ namespace portable {
 #define LANES 4
 #include "micro.h"
 #include "attention.h"
+#include "low_rank.h"
 #undef LEVEL
 #undef LANES
 }  // namespace portable
@@ -202,6 +211,7 @@ namespace avx2 {
 #define LANES 8
 #include "micro.h"
 #include "attention.h"
+#include "low_rank.h"
 #undef LEVEL
 #undef LANES
 }  // namespace avx2
@@ -214,6 +224,7 @@ namespace avx512 {
 #define LANES 16
 #include "micro.h"
 #include "attention.h"
+#include "low_rank.h"
 #undef LEVEL
 #undef LANES
 }  // namespace avx512
@@ -440,6 +451,66 @@ void attend(Threads& threads, const Attention& a, const void* keys, const void* 
 
 using Floats = ffi::Buffer<ffi::F32>;
 
+template <class Weight>
+ffi::Error low_ranks(ffi::ThreadPool pool, float share, Floats x, ffi::Buffer<ffi::S32> slot, Arguments given,
+                     Results outs) {
+  const auto first = given.get<ffi::AnyBuffer>(1)->dimensions();
+  const int64_t tokens = x.dimensions()[0], depth = x.dimensions()[1], slots = first[0], rank = first[1];
+  const int32_t* of = slot.typed_data();
+  const size_t each = given.size() / outs.size();
+  std::vector<float> kept(outs.size() * tokens * rank);
+  std::vector<LowRank<Weight>> parts;
+  int64_t columns = 0, used = 0;
+  for (size_t i = 0; i < outs.size(); i++) {
+    const auto base = *given.get<ffi::AnyBuffer>(each * i), a = *given.get<ffi::AnyBuffer>(each * i + 1),
+               b = *given.get<ffi::AnyBuffer>(each * i + 2);
+    const int64_t own = base.dimensions().back();
+    const float* vectors[2] = {nullptr, nullptr};
+    bool fits = (int64_t)base.element_count() == tokens * own && (int64_t)a.element_count() == slots * rank * depth &&
+                (int64_t)b.element_count() == slots * rank * own && a.element_type() == b.element_type();
+    for (size_t k = 3; k < each; k++) {
+      const auto vector = *given.get<ffi::AnyBuffer>(each * i + k);
+      fits &= (int64_t)vector.element_count() == slots * own;
+      vectors[k - 3] = (const float*)vector.untyped_data();
+    }
+    if (!fits) return wrong("jaxinfer_low_rank: base must be [T, N], a [S, R, K], b [S, R, N], gain and shift [S, N]");
+    float* out = (float*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data();
+    if (out != base.untyped_data()) std::memcpy(out, base.untyped_data(), base.size_bytes());
+    parts.push_back({(const Weight*)a.untyped_data(), (const Weight*)b.untyped_data(), vectors[0], vectors[1],
+                     kept.data() + i * tokens * rank, out, own});
+    columns += own;
+  }
+  // Neighbours that have the same adapter meet it together.
+  Parts<Weight, float> shrink;
+  for (int64_t t = 0, end; t < tokens; t = end) {
+    for (end = t + 1; end < tokens && of[end] == of[t];) end++;
+    if (of[t] < 0 || of[t] >= slots) continue;
+    used += end - t;
+    for (const auto& part : parts)
+      shrink.push_back({part.a + of[t] * rank * depth, part.z + t * rank, rank, nullptr, nullptr, nullptr, nullptr, 0, t,
+                        end - t});
+  }
+  Threads threads(pool);
+  if (used * rank * (depth * (int64_t)parts.size() + columns) < SMALL) threads.count = 1;
+  AT_LEVEL(products<float, Weight, float>)(threads, x.typed_data(), tokens, depth, shrink, false);
+  in_pieces(threads, parts, 2, 64, [&](const LowRank<Weight>& part, int64_t from, int64_t to) {
+    AT_LEVEL(expand<Weight>)(part, of, tokens, slots, rank, share, from, to);
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error low_rank(ffi::ThreadPool pool, float share, Floats x, ffi::Buffer<ffi::S32> slot, Arguments given,
+                    Results outs) {
+  const size_t each = outs.size() ? given.size() / outs.size() : 0;
+  if ((each != 3 && each != 5) || given.size() != each * outs.size() || x.dimensions().size() != 2 ||
+      (int64_t)slot.element_count() != x.dimensions()[0] || given.get<ffi::AnyBuffer>(1)->dimensions().size() != 3)
+    return wrong("jaxinfer_low_rank: x must be [T, K], slot [T], and of each weight there are three arrays, or five");
+  const auto kind = given.get<ffi::AnyBuffer>(1)->element_type();
+  if (kind == ffi::DataType::BF16) return low_ranks<bf16>(pool, share, x, slot, given, outs);
+  if (kind == ffi::DataType::F32) return low_ranks<float>(pool, share, x, slot, given, outs);
+  return wrong("jaxinfer_low_rank: adapters must be float32 or bfloat16");
+}
+
 const float* if_any(const Floats& x) { return x.element_count() ? x.typed_data() : nullptr; }
 
 ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t window, Floats q, Floats sinks,
@@ -564,6 +635,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_take, take,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_low_rank, low_rank,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("share")
+                                  .Arg<Floats>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
 
 auto attention_binding() {
   return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("scale").Attr<float>("soft_cap").Attr<int64_t>("window");
