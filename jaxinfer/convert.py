@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from jaxinfer.checkpoint.adapter import Adapter
 from jaxinfer.checkpoint.contents import beside
+from jaxinfer.checkpoint.dequantized import DequantizedCheckpoint
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.hf import HfWriter, config_of
 from jaxinfer.checkpoint.hub import resolve
@@ -33,6 +34,8 @@ from jaxinfer.engine.load import placement_for
 from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.quantization.schemes import Quantization
 from jaxinfer.sharding import describe
+
+Onto = Literal["original", "dequantized"]
 
 log = logging.getLogger("jaxinfer")
 
@@ -49,6 +52,7 @@ class Conversion:
     write_seconds: of writing.
     restore_seconds: of restoring what was written.
     restore_ratio: restoring over loading.
+    merged_onto: to which weights an adapter was added, "original" or "nf4, dequantized"; "" without one.
     """
 
     output: str
@@ -60,6 +64,7 @@ class Conversion:
     write_seconds: float
     restore_seconds: float
     restore_ratio: float
+    merged_onto: str = ""
 
 
 def convert(
@@ -73,12 +78,15 @@ def convert(
     revision: str | None = None,
     token: str | bool | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    onto: Onto = "original",
+    base_quantization: Quantization | None = None,
     show_progress: bool = True,
 ) -> Conversion:
     """Writes a checkpoint in another form: quantized, in another dtype, as `LLM` and all commands take it.
 
     adapter: the folder or hub id of a low-rank adapter in PEFT's format, which is merged into it; what is written is
-    the sum in the base's dtypes, quantized after that. Its tokenizer counts, where it has one.
+    the sum in the base's dtypes, quantized after that. Its tokenizer counts, where it has one. onto: "dequantized" adds
+    it to what the quantized checkpoint's weights stand for, or what those in floats would by base_quantization.
 
     output: a folder or gs:// URL that is not there yet; it is there as a whole or not at all. format: "orbax", which is
     restored straight into shards, on any mesh; "hf", safetensors as on the hub, in compressed-tensors' format if
@@ -91,16 +99,23 @@ def convert(
     )
     output = os.fspath(output)
     check_destination(output, format)
+    if base_quantization is not None and onto != "dequantized":
+        raise ValueError(f"base_quantization is {base_quantization!r}, and onto is {onto!r}: it must be 'dequantized'")
     folder = resolve(model, settings["revision"], settings["token"])
     config = read_config(folder)
     with contextlib.ExitStack() as stack:
-        weights, folders = open_weights(folder), [folder]
+        weights, folders, merged_onto = open_weights(folder), [folder], ""
         stack.enter_context(weights)
         if adapter is not None:
             if isinstance(weights, Converted):
                 raise ValueError(f"{folder}: was written by convert: merge into the checkpoint that it was made from")
             own = stack.enter_context(Adapter(resolve(adapter, None, settings["token"])))
-            weights = stack.enter_context(MergedCheckpoint(folder, own, config))
+            merged_onto = onto
+            if onto == "dequantized":
+                config = as_stored(config, weights)
+                weights = DequantizedCheckpoint(weights, config, stored_dtype(config, weights), base_quantization)
+                config, merged_onto = weights.content, f"{weights.method}, dequantized"
+            weights = MergedCheckpoint(weights, own, config)
             config, folders = weights.content, [folder, own.folder]
         config = as_stored(config, weights)
         if isinstance(weights, Converted):
@@ -127,7 +142,7 @@ def convert(
         again = AbstractModel.from_config(read_config(new), kept)
         jax.block_until_ready(load_weights(again, weights, placement))
     back = time.perf_counter() - start
-    return Conversion(output, format, abstract.precision, where, size, load, write, back, back / load)
+    return Conversion(output, format, abstract.precision, where, size, load, write, back, back / load, merged_onto)
 
 
 @contextlib.contextmanager

@@ -1,17 +1,24 @@
 """What `jaxinfer compare` says, against another way to the same numbers."""
 
+import contextlib
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxinfer import LLM
 from jaxinfer.compare import compare
 from jaxinfer.convert import convert
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.demo.questions import held_out_questions
+from jaxinfer.quantization.quantize import dequantize, quantize
+from jaxinfer.quantization.schemes import SCHEMES
+from tests.adapters import write_adapter
+from tests.plain import CONFIG, random_tensors, write_checkpoint
 
 OPTIONS = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 96, "page_size": 8}
 TEXTS = ["The river runs under the bridge.", "", "A lamp, a stone and seven green papers.", "x"]
@@ -95,6 +102,79 @@ def test_what_16_bits_and_a_quantized_cache_cost():
     cache = [base.cache_bytes_per_token, *(price.cache_bytes_per_token for price in others)]
     assert cache == [2560, 1280, cache[2], 720, 720]
     assert cache[2] in (1280, 2560)  # by a kernel: activations are in float32 then
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """The folders of a base whose weights fit groups of 64, and of an adapter."""
+    config = CONFIG | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    there = tmp_path_factory.mktemp("adapted")
+    folder = write_checkpoint(there / "base", config, random_tensors(config))
+    return folder, write_adapter(there / "adapter", folder, scale=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_an_adapter_beside_the_weights_and_merged(adapted, tmp_path):
+    """Beside nf4 it does what it does merged onto what nf4 stands for; merged and then in nf4 it does not."""
+    folder, adapter = adapted
+    options = {"adapter": adapter, "onto": "dequantized", "base_quantization": "nf4", "format": "hf"}
+    onto = convert(folder, tmp_path / "onto", show_progress=False, **options).output
+    prices = list(compare(folder, ["nf4", onto, f"{folder}/"], TEXTS, adapter=adapter, **OPTIONS))
+    base, merged, beside, rounded, written, without = (price.kl_mean for price in prices)
+    assert (base, prices[1].top1) == (0, 1)
+    assert abs(merged) < 1e-6
+    assert beside == pytest.approx(written, rel=0.01)
+    assert beside > 1e-4
+    assert abs(rounded / beside - 1) > 0.05
+    assert without > 10 * beside
+    assert prices[0].weight_bytes > prices[1].weight_bytes
+
+
+def test_what_is_compared_with_an_adapter(adapted, cli, monkeypatch, tmp_path):
+    """As it is, then by each scheme, beside the weights and merged; of a quantized base, onto what is left of it."""
+    from jaxinfer import compare as module
+
+    (folder, adapter), loaded = adapted, []
+
+    class Loaded(contextlib.nullcontext):
+        model = SimpleNamespace(config=SimpleNamespace(vocab_size=3))
+
+        def __init__(self, model, **options):
+            super().__init__(self)
+            kept = load_file(f"{model}/model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+            loaded.append((options.get("quantization"), "adapters" in options, kept))
+            if options.get("quantization") == "int8":
+                raise ValueError("it has no room")
+
+    def price(llm, scheme, sequences, base, right, adapter):
+        return module.Price(scheme, 7, 0.0, 0.0, 1.0, 2.0, 100, 8, 5.0, None, adapter)
+
+    monkeypatch.setattr(module, "LLM", Loaded)
+    monkeypatch.setattr(module, "_sequences", lambda *_: [[1, 2]])
+    monkeypatch.setattr(module, "_price", price)
+    data = tmp_path / "texts.txt"
+    data.write_text(TEXTS[0])
+    asked = ("compare", folder, "--data", data, "--adapter", adapter, "--schemes")
+    code, out, err = cli(*asked, f"nf4,int8,{folder}", "--json")
+    report = json.loads(out)
+    rows = [(None, "beside"), (None, "merged"), ("nf4", "beside"), ("nf4", "merged"), (str(folder), "merged")]
+    assert [(price["scheme"], price["adapter"]) for price in report["prices"]] == rows
+    assert report["errors"] == dict.fromkeys(("int8 + adapter", "int8, merged"), "it has no room")
+    assert (code, "error: int8, merged: it has no room" in err) == (1, True)
+    plain = loaded[0][2]
+    same = [(scheme, beside, np.array_equal(kept, plain)) for scheme, beside, kept in loaded]
+    tried = [("nf4", True, True), ("nf4", False, False), ("int8", True, True), ("int8", False, False)]
+    assert same == [(None, True, True), (None, False, False), *tried, (None, False, True)]
+    added = loaded[1][2] - plain
+    loaded.clear()
+    table = cli(*asked, "nf4", "--base-quantization", "nf4").out.split("\n")
+    assert {"as it", "nf4 +", "nf4,"} <= {line[2:7].strip() for line in table}
+    assert [one[:2] for one in loaded] == [("nf4", True), (None, False), ("nf4", True), ("nf4", False)]
+    scheme = SCHEMES["nf4"]
+    np.testing.assert_allclose(loaded[1][2], dequantize(*quantize(plain, scheme), scheme) + added, atol=1e-5)
+    problem = cli("compare", folder, "--data", data, "--schemes", "nf4", "--base-quantization", "nf4").error()
+    assert "base_quantization is 'nf4', and there is no adapter" in problem
 
 
 @pytest.mark.slow

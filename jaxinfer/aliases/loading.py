@@ -106,8 +106,9 @@ LOADING = Words(
             "calculate_kv_scales": "keys and values have a scale for each token and head where there are any",
             "kv_cache_dtype_skip_layers": "kv_cache_dtype is of all layers",
             "prefix_caching_hash_algo": "pages are known by a keyed hash",
-            "kv_sharing_fast_prefill mamba_cache_dtype mamba_ssm_cache_dtype mamba_block_size mamba_cache_mode": "no "
-            "supported model needs it",
+            "kv_sharing_fast_prefill": "no supported model needs it",
+            "mamba_cache_dtype mamba_ssm_cache_dtype": "states are float32",
+            "mamba_block_size mamba_cache_mode": "enable_prefix_caching copies states where they are looked for",
             "enable_chunked_prefill": "long prompts always go in chunks, of up to max_num_batched_tokens",
             "max_num_partial_prefills max_long_partial_prefills long_prefill_token_threshold num_scheduler_steps "
             "multi_step_stream_outputs num_lookahead_slots scheduler_delay_factor scheduler_cls": TUNING,
@@ -201,7 +202,7 @@ LOADING = Words(
         "offload_prefetch_step": (1,),
         "kv_offloading_backend": ("native",),
         "prefix_caching_hash_algo": ("sha256", "builtin"),
-        "mamba_cache_mode": ("none",),
+        "mamba_cache_mode": ("none", "align", "all"),
         "enable_chunked_prefill": (True,),
         "max_num_partial_prefills": (1,),
         "max_long_partial_prefills": (1,),

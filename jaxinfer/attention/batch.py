@@ -66,7 +66,8 @@ class ForwardBatch:
     kv_lens: i32[R], tokens of row r in the cache after this step has written its own; 0: the row is unused.
     tables: of each cache group its pages; None of those that have slots.
     distribution: i32[3], cumulative counts: decode rows, decode + prefill rows, all rows.
-    slots: i32[R], each row's own, where there are groups that have them; the last is nobody's.
+    slots: i32[R], each row's own, where there are groups that have them; of an unused row any. The last of the arrays'
+        is nobody's, and the only one that such rows may write to: see `write_state`.
     token_types: i32[T], which part of a pair of texts each token is of, for models that tell them apart; None: the
         first.
     decode_only: static: every row has exactly one token (T == R), so nothing is compiled for prefill.

@@ -116,8 +116,8 @@ class CacheLayout:
     shared: layers that keep nothing of their own, and of each, which one's cache it reads.
 
     Sizes that methods take: page_size, tokens a page; reach, the most tokens of a sequence that a call writes; rows,
-    sequences that run at once on a shard of rows; num_pages of the first pool, page 0 among them, from which those of
-    others follow (`counts`).
+    sequences that run at once on a shard of rows, and others whose states are kept; num_pages of the first pool, page 0
+    among them, from which those of others follow (`counts`).
     """
 
     layers: tuple[LayerLayout | None, ...]

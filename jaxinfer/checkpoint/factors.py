@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ from jaxinfer.weights import LowRank
 # Of each module that changes some of a weight, and the inputs that it takes of it: which rows are which of its own.
 Parts = dict[tuple[str, tuple[int, ...]], list[tuple[slice, slice]]]
 
-
-log = logging.getLogger("jaxinfer")
 
 TRANSFORMERS_NAMES = {theirs: ours for ours, theirs in OTHER_NAMES.items()}  # of modules, by those of checkpoints
 KINDS = ("a", "b", "magnitude", "bias", "rows")  # of a Change what are tensors
@@ -87,8 +84,7 @@ def read_adapter(folder: str | os.PathLike[str], model: AbstractModel, max_rank:
     can't be beside weights."""
     with Adapter(folder) as adapter:
         factors = _Factors(adapter, model, base).all()
-        if adapter.changes_nothing():
-            log.warning("%s: changes nothing, all its lora_B are zeros: was it trained?", adapter.folder)
+        adapter.warn_if_idle()
     rank = max((own.b.shape[-2] for own in factors.values()), default=0)
     if rank > max_rank:
         raise CheckpointError(f"{folder}: is of rank {rank}, and max_lora_rank is {max_rank}: raise that")

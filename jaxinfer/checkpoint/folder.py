@@ -91,10 +91,13 @@ class Checkpoint:
         info = self.tensors.get(name)
         if info is None:
             raise ValueError(f"{self.folder}: has no tensor {name!r}")
-        array = self._files[info.file].read(info, index)
+        array = self._read(info, index)
         with self._lock:
             self.bytes_read += array.nbytes
         return array
+
+    def _read(self, info: TensorInfo, index: tuple[slice, ...] | None) -> np.ndarray[Any, np.dtype[Any]]:
+        return self._files[info.file].read(info, index)
 
     def close(self) -> None:
         self._closer.close()
@@ -149,6 +152,22 @@ class Checkpoint:
             ]
             if names
         ]
+
+
+class DerivedCheckpoint(Checkpoint):
+    """One whose tensors are made of another's when they are read.
+
+    base: the other; who has opened it closes it.
+    """
+
+    def __init__(self, base: Checkpoint) -> None:
+        self.base, self.folder, self.nbytes = base, base.folder, base.nbytes
+        self.tensors = dict(base.tensors)
+        self.bytes_read = 0
+        self._lock, self._closer = threading.Lock(), ExitStack()
+
+    def _read(self, info: TensorInfo, index: tuple[slice, ...] | None) -> np.ndarray[Any, np.dtype[Any]]:
+        return self.base.read(info.name, index)
 
 
 def _find(folder: Path) -> tuple[Kind, list[str], dict[str, str] | None]:

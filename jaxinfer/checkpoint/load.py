@@ -23,7 +23,7 @@ from jaxinfer.models.model import AbstractModel, Params
 from jaxinfer.models.params import ParamSpec, in_short
 from jaxinfer.models.sources import Index, Region, Shape, Source, shape_of, slices, whole
 from jaxinfer.models.weights import ParamMapping
-from jaxinfer.quantization.quantize import quantize
+from jaxinfer.quantization.quantize import dequantize, quantize
 from jaxinfer.quantization.schemes import SCALE, Scheme
 from jaxinfer.quantization.stored import Format
 from jaxinfer.sharding import parts
@@ -67,6 +67,30 @@ def load_params(
             if on_array is not None:
                 on_array(spec.arrays[suffix].nbytes)
     return params
+
+
+class FloatWeights:
+    """A model's weights one at a time, on the host: those that the checkpoint has quantized, or that the model is to
+    have so, as what they then stand for, in its dtype. Raises what load_params raises."""
+
+    def __init__(self, model: AbstractModel, checkpoint: Checkpoint):
+        specs = [_spelled(spec, model.weights, checkpoint) for spec in model.params.values()]
+        self._specs = {spec.name: spec for spec in specs}
+        self._tensors = _Tensors(checkpoint, _locate(model, specs, checkpoint))
+
+    def tensors(self, name: str) -> list[str]:
+        """The checkpoint's that a weight is made of."""
+        located = self._tensors.located
+        return [located[tensor] for tensor in _wanted([self._specs[name]]) if tensor in located]
+
+    def read(self, name: str) -> Host:
+        """One of them."""
+        spec, tensors = self._specs[name], self._tensors
+        if spec.stored is not None:
+            spec = replace(spec, scheme=None)
+        part_of, scheme = _part_of(spec, tensors), spec.scheme
+        arrays = {suffix: part_of(suffix, whole(array.shape)) for suffix, array in spec.arrays.items()}
+        return arrays[""] if scheme is None else dequantize(arrays[""], arrays[SCALE], scheme).astype(spec.dtype)
 
 
 class _Tensors:

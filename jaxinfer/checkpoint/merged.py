@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from jaxinfer.checkpoint.adapter import Adapter, Change
 from jaxinfer.checkpoint.files import some
-from jaxinfer.checkpoint.folder import Checkpoint
+from jaxinfer.checkpoint.folder import Checkpoint, DerivedCheckpoint
 from jaxinfer.checkpoint.tensors import Array, Shape, TensorInfo
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.registry import parse_config
@@ -63,41 +62,37 @@ class _Place:
     rows: Change | None = None
 
 
-class MergedCheckpoint(Checkpoint):
+class MergedCheckpoint(DerivedCheckpoint):
     """All tensors of a base with an adapter's changes, in the base's dtypes; sums are of float32.
 
     content: the base's config.json, as it is then.
 
-    Raises what Checkpoint raises, and CheckpointError for an adapter of another base.
+    Raises CheckpointError for an adapter of another base, and for a base that is quantized.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], adapter: Adapter, config: Mapping[str, Any]) -> None:
+    def __init__(self, base: Checkpoint, adapter: Adapter, config: Mapping[str, Any]) -> None:
         if (stored := stored_quantization(config)) is not None:
             raise CheckpointError(
-                f"{folder}: is quantized ({stored.method}): merge into the model that it was made from, and quantize it"
+                f"{base.folder}: is quantized ({stored.method}): merge into the model that it was made from, or, if "
+                "the adapter was trained on it, --onto dequantized"
             )
-        super().__init__(folder)
-        self._adapter, self._stored = adapter, dict(self.tensors)
+        super().__init__(base)
+        self._adapter, self._stored = adapter, base.tensors
         # Those of all experts are asked for by each of them in turn, and the others by each part of a tensor.
         self._factor = functools.lru_cache(4)(adapter.read)
         architecture, shape = parse_config(config)
         self._names, self._model_type = architecture.weights(shape), str(config.get("model_type"))
         self._own = {self._names.own(name): name for name in self.tensors}
         self._places: dict[str, _Place] = {}
-        try:
-            self._place(shape.tie_word_embeddings)
-        except BaseException:
-            self.close()
-            raise
+        self._place(shape.tie_word_embeddings)
         self.content = self._settled(config)
         self.nbytes = sum(info.nbytes for info in self.tensors.values())
         adapter.warn_if_idle()
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Array:
-        place = self._places.get(name)
+    def _read(self, info: TensorInfo, index: tuple[slice, ...] | None) -> Array:
+        place = self._places.get(info.name)
         if place is None:
-            return super().read(name, index)
-        info = self.tensors[name]
+            return super()._read(info, index)
         parts = tuple(index or ()) + (slice(None),) * (len(info.shape) - len(index or ()))
         value = self._before(place, parts)
         if place.low is not None:
@@ -110,16 +105,13 @@ class MergedCheckpoint(Checkpoint):
             if there:
                 to, of = map(list, zip(*there, strict=True))
                 value[to] = self._adapter.read(place.rows.rows)[of][:, parts[1]]
-        with self._lock:
-            self.bytes_read += value.size * info.dtype.itemsize
         return np.ascontiguousarray(value.astype(info.dtype))
 
     def _before(self, place: _Place, parts: tuple[slice, ...]) -> Array:
         if place.saved is not None:
             return self._adapter.read(place.saved, parts)
         assert place.base is not None
-        info = self._stored[place.base]
-        return self._files[info.file].read(info, parts).astype(np.float32)
+        return self.base.read(place.base, parts).astype(np.float32)
 
     def _lowered(self, place: _Place, low: _Low, value: Array, parts: tuple[slice, ...]) -> Array:
         """With what is added, and rows at their lengths."""

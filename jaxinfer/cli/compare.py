@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from jaxinfer.cli.console import say_error
-from jaxinfer.cli.options import JSON, ModelOptions, Verbosity, grouped
+from jaxinfer.cli.options import BASE_QUANTIZATION, JSON, ModelOptions, Verbosity, grouped
 
 if TYPE_CHECKING:
     from jaxinfer.compare import Price
@@ -39,6 +39,11 @@ def compare(
             "patterns too: 'int4;*.mlp.*=int4,*=int8'.",
         ),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A low-rank one, folder or hub id: beside the weights, and merged into them."),
+    ] = None,
+    base_quantization: BASE_QUANTIZATION = None,
     max_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Compare at most so many tokens.")] = 4096,
     questions: Annotated[
         int, typer.Option(metavar="N", min=0, help="Of a packaged model: ask it so many held-out questions too.")
@@ -56,6 +61,9 @@ def compare(
     next token's distribution from the unquantized model's, in nats. Models that make vectors or classes are compared
     with themselves in float32. Without --data, the packaged models are compared on their own held-out questions. A
     scheme that this model can't have is said, and the others are compared; exit code 1.
+
+    With --adapter all is compared with the model and the adapter beside its weights: what merging costs, in floats and
+    where the sum is quantized, and what quantized weights with the adapter beside them do. Folders have it merged.
     """
     from jaxinfer.batch.parse import Parser
     from jaxinfer.batch.readers import records
@@ -73,8 +81,9 @@ def compare(
         load = dataclasses.replace(load, model=base)
     known = [*SCHEMES, *(f"kv-{name}" for name in get_args(KVCacheDType) if name != "auto")]
     known += ["bfloat16", "float16"]
+    every = known if adapter is None else list(SCHEMES)
     separator = ";" if schemes is not None and {";", "="} & set(schemes) else ","
-    names = known if schemes is None else [name.strip() for name in schemes.split(separator)]
+    names = every if schemes is None else [name.strip() for name in schemes.split(separator)]
     for name in names:
         if "/" in name:
             resolve(name)
@@ -88,6 +97,12 @@ def compare(
     for name in ("quantization", "kv_cache_dtype", "compiled"):
         if (value := options.get(name)) is not None:
             raise ValueError(f"{name} is {value!r}, which is of one scheme: here it is --schemes")
+    if options.get("adapters"):
+        raise ValueError(f"adapters is {options['adapters']!r}: one is compared here, --adapter DIR")
+    adapted: dict[str, Any] = {
+        "adapter": None if adapter is None else resolve(adapter),
+        "base_quantization": None if base_quantization is None else parse_quantization(base_quantization),
+    }
     model = next((folder for folder in PACKAGED if folder == Path(model).resolve()), model)
     packaged = model in PACKAGED
     if data is not None:
@@ -120,10 +135,11 @@ def compare(
             say_error(f"{scheme}: {error}")
 
         options["on_progress"] = progress
+        wanted = adapted | {"max_tokens": max_tokens, "right": right, "on_error": failed}
         try:
-            for price in prices(model, names, texts, max_tokens=max_tokens, right=right, on_error=failed, **options):
+            for price in prices(model, names, texts, **wanted, **options):
                 results.append(price)
-                progress(f"compared {price.scheme or 'the model as it is'}")
+                progress(f"compared {_named(price)}")
         finally:  # what is known is said, after Ctrl-C too
             progress.hide()
             if as_json and results:
@@ -168,6 +184,12 @@ COLUMNS = {
 }
 
 
+def _named(price: AnyPrice) -> str:
+    from jaxinfer.compare import named
+
+    return named(price.scheme and price.scheme.rstrip("/").rsplit("/", 1)[-1], getattr(price, "adapter", None))
+
+
 def _print(prices: list[AnyPrice]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -178,10 +200,9 @@ def _print(prices: list[AnyPrice]) -> None:
     table = Table("", *(COLUMNS[name][0] for name in names), title=f"on {of[0][unit]} {unit}")
     for column in table.columns[1:]:
         column.justify = "right"
-    for price in of:
-        values = price | {"weight_bytes": price["weight_bytes"] / MB}
-        scheme = (price["scheme"] or "as it is").rstrip("/").rsplit("/", 1)[-1]
-        table.add_row(scheme, *(COLUMNS[name][1].format(values[name]) for name in names))
+    for price, fields in zip(prices, of, strict=True):
+        values = fields | {"weight_bytes": fields["weight_bytes"] / MB}
+        table.add_row(_named(price), *(COLUMNS[name][1].format(values[name]) for name in names))
     Console().print(table)
 
 
@@ -192,7 +213,7 @@ def _draw(prices: list[AnyPrice], axes: Any) -> None:
         value = getattr(price, name)
         loss = max(1 - value if name == "cosine_min" else value, 1e-9)
         axes.scatter(price.weight_bytes / MB, loss)
-        axes.annotate(price.scheme, (price.weight_bytes / MB, loss))
+        axes.annotate(_named(price), (price.weight_bytes / MB, loss))
     axes.axvline(prices[0].weight_bytes / MB, color="grey", ls=":", label="as it is")
     axes.set(yscale="log", xlabel="weights, MB", ylabel=losses[name])
     axes.grid(alpha=0.3)

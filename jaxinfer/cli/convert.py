@@ -65,7 +65,10 @@ def convert(
 
 def show(done: Conversion) -> None:
     """For people."""
-    print(f"{done.output}: {done.bytes:,} bytes of weights in {done.precision}")
+    merged = f", an adapter merged onto base weights: {done.merged_onto}" if done.merged_onto else ""
+    if merged and "," in done.precision:
+        merged += ", and the sum rounded to the nearest"
+    print(f"{done.output}: {done.bytes:,} bytes of weights in {done.precision}{merged}")
     doing = "loading and quantizing" if "," in done.precision else "loading"
     ratio = done.restore_ratio
     compared = f"{1 / ratio:.1f} times as fast as" if ratio <= 1 else f"{ratio:.1f} times as long as"

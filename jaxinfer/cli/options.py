@@ -39,6 +39,14 @@ SOURCE = Annotated[str, typer.Argument(metavar="SRC", help="Folder or Hugging Fa
 REVISION = Annotated[str | None, engine_option("revision")]
 WRITTEN_DTYPE = Annotated[DType, typer.Option(help="Of what is not quantized; auto: what the checkpoint has.")]
 
+BASE_QUANTIZATION = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCHEME",
+        help="By which the adapter's base was quantized when it was trained (QLoRA: nf4), if it is in floats here.",
+    ),
+]
+
 
 class EngineOptions:
     """Marks a field of a group that holds these options of EngineConfig, as far as they are given."""

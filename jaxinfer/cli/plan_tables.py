@@ -87,6 +87,9 @@ def _memory(figures: dict[str, Any]) -> Table:
     }
     for name, count in figures["bytes"].items():
         table.add_row(names.get(name, name), f"{count / GIB:.3f}")
+        if name == "cache" and states:
+            kept = figures["snapshots"]
+            table.add_row(f"  of it {kept} states to go on from", f"{kept * states / GIB:.3f}")
     return table
 
 

@@ -26,11 +26,16 @@ MAX_ANSWER_TOKENS = 48
 
 
 def ask(llm: Any, questions: Sequence[Question], use_tqdm: bool = True) -> list[bool]:
-    """Whether each greedy answer of `llm`, a `jaxinfer.LLM`, is exactly the right one."""
+    """Whether each greedy answer of `llm`, a `jaxinfer.LLM`, is exactly the right one. One with an adapter is
+    asked with that."""
     from jaxinfer import SamplingParams
 
     prompts = [question.text for question in questions]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS), use_tqdm=use_tqdm)
+    params, adapter = (
+        SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS),
+        next(iter(llm.list_adapters()), None),
+    )
+    outputs = llm.generate(prompts, params, adapter=adapter, use_tqdm=use_tqdm)
     answers = [output.outputs[0].text.strip() for output in outputs]
     return [answer == question.answer for answer, question in zip(answers, questions, strict=True)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from jaxinfer.checkpoint.adapter import Adapter
 from jaxinfer.checkpoint.factors import AdapterInfo, LoadedAdapter, read_adapter
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.hub import resolve
@@ -77,8 +76,6 @@ class AdapterMethods:
         if not programs.adapter_limits.slots:
             raise ValueError("there is no room for adapters beside the weights: load the model with max_adapters")
         loaded = read_adapter(folder, self.runner.model, programs.adapter_limits.rank, self.runner)
-        with Adapter(folder) as adapter:
-            adapter.warn_if_idle()
         if others := loaded.factors.keys() - programs.adapter.keys():
             option = "adapted_vocabulary" if others & set(self.runner.model.vocabulary) else "adapted_experts"
             raise ValueError(

@@ -10,7 +10,9 @@ import numpy as np
 
 from jaxinfer.attention import ForwardBatch, Table
 from jaxinfer.engine.buckets import Buckets
+from jaxinfer.engine.kv_cache import Copies
 from jaxinfer.engine.programs import (
+    Copy,
     Decode,
     DecodeForward,
     DecodeRows,
@@ -19,6 +21,7 @@ from jaxinfer.engine.programs import (
     FullSample,
     GuidedSample,
     Key,
+    Places,
     Program,
     Programs,
     Sample,
@@ -80,6 +83,24 @@ class BatchBuilder:
 
     def build(self, schedules: Sequence[SchedulerOutput]) -> Built:
         """What is called for these schedules, one for each shard of rows."""
+        built = self._build(schedules)
+        return built._replace(calls=self._copy_calls(schedules) + built.calls)
+
+    def _copy_calls(self, schedules: Sequence[SchedulerOutput]) -> list[Call]:
+        """What is copied before all else."""
+        most, size = max(len(pairs) for s in schedules for pairs in [(), *s.copies]), self._max_rows
+        parts = [slice(start, start + size) for start in range(0, most, size)]
+        kinds = max(len(s.copies) for s in schedules)
+        nothing: Copies = [[]] * kinds
+        return [
+            (
+                (Copy.kind, size),
+                _joined([(tuple(Places.of(pairs[part], size) for pairs in s.copies or nothing),) for s in schedules]),
+            )
+            for part in parts
+        ]
+
+    def _build(self, schedules: Sequence[SchedulerOutput]) -> Built:
         plain = all(request.params.is_plain for schedule in schedules for request in schedule.requests)
         held = any(request.constrained for schedule in schedules for request in schedule.requests)
         adapted = any(request.adapter_slot >= 0 for schedule in schedules for request in schedule.requests)

@@ -25,7 +25,7 @@ from jaxinfer.engine.serialized import (
     environment,
     signature,
 )
-from jaxinfer.engine.sizing import Sizes
+from jaxinfer.engine.sizing import Sizes, most_snapshots
 from jaxinfer.models.config import ModelConfig, describe_config
 from jaxinfer.models.registry import parse_config
 from jaxinfer.places import locate
@@ -78,8 +78,10 @@ class Manifest:
             raise ValueError(f"{MANIFEST} is not one of this version of jaxinfer")
         try:
             manifest = Manifest(**data)
-            sizes = () if manifest.pooler else dataclasses.astuple(Sizes(**manifest.sizes))
-            whole = all(type(n) is int and 0 < n < 2**63 for n in sizes) and isinstance(manifest.pooler, str)
+            sizes = {} if manifest.pooler else dataclasses.asdict(Sizes(**manifest.sizes))
+            least = {"snapshots": 0}
+            whole = all(type(n) is int and least.get(name, 1) <= n < 2**63 for name, n in sizes.items())
+            whole &= isinstance(manifest.pooler, str)
             whole &= isinstance(manifest.environment["devices"], list) and bool(manifest.environment["devices"])
             for entry in manifest.programs.values():
                 whole &= {name: type(value) for name, value in entry.items()} == ENTRY and entry["bytes"] >= 0
@@ -229,6 +231,7 @@ def _contradictions(manifest: Manifest, model: ModelConfig) -> list[str]:
         and sizes.max_model_len == options["max_model_len"]
         and sizes.max_model_len <= model.max_context
         and sizes.num_pages <= longest * model.num_layers * options["max_num_seqs"] + 1
+        and sizes.snapshots <= most_snapshots(options["max_num_seqs"])
     )
     return [] if fits else [f"{MANIFEST} contradicts itself: its sizes are not those of its options"]
 

@@ -178,7 +178,7 @@ class EngineConfig(TypedDict, total=False):
         bool,
         Option(
             True,
-            details="prompts with the same beginning share its pages and its work (on, but for models with states); "
+            details="prompts with the same beginning share its pages and its work (on); "
             'those with a `cache_salt`, `{"prompt": …, "cache_salt": …}`, only with the same one',
             none_is_default=True,
         ),

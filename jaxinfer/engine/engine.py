@@ -86,6 +86,8 @@ class Engine(AdapterMethods):
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
             prefix_caching=self.scheduler.prefix_caching,
+            snapshots_used=self.scheduler.snapshots_used,
+            snapshots_total=self.scheduler.snapshots_total,
             max_adapters=self.scheduler.adapters.count,
             adapter_loads=self.scheduler.adapters.loads,
             running_adapters=Counter(request.adapter_name for request in adapted if request.slot >= 0),
@@ -415,6 +417,7 @@ class Engine(AdapterMethods):
         stats.preemptions += request.preemptions
         stats.queried_tokens += request.prompt_length
         stats.hit_tokens += request.hits
+        stats.stateless_tokens += request.stateless
         if request.adapter is not None:
             self._adapter_tokens[request.adapter_name] += len(request.output_token_ids)
         self.scheduler.finish(request)

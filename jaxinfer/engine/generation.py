@@ -69,6 +69,7 @@ class SequenceOutput:
                 if params.include_stop_str_in_output:
                     text.append(self._stops.push(self._detokenize(token)))
                 request.finish_reason = "stop"
+                request.length = len(request.tokens)  # the device has stopped here, too, whatever it was asked for
                 break
             text.append(self._stops.push(self._detokenize(token), may_end))
             if request.guide is not None:

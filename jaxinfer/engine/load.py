@@ -16,7 +16,6 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxinfer import distributed
-from jaxinfer.checkpoint.factors import changes_experts, changes_vocabulary
 from jaxinfer.checkpoint.files import eos_token_ids, read_generation_config
 from jaxinfer.checkpoint.open import load_weights, open_weights
 from jaxinfer.checkpoint.orbax import Converted
@@ -42,6 +41,7 @@ from jaxinfer.engine.loading import (
     choose_placement,
     open_adapters,
     read_tokenizer,
+    settle_changes,
 )
 from jaxinfer.engine.programs import (
     MAX_STEPS,
@@ -148,12 +148,7 @@ def load_opened(opened: Opened) -> Loaded:
         dtype = choose_dtype(settings["dtype"], config, checkpoint, placement)
         abstract = abstract_model(config, dtype, placement, settings, declarations)
         # Refuses what can't be, before the weights are read.
-        layout = cache_layout(abstract, placement, settings["attention"], settings["kv_cache_dtype"])
-        if options.get("enable_prefix_caching") and not layout.paged:
-            raise ValueError(
-                "enable_prefix_caching is True: layers of this model keep a state of a sequence, which is there only "
-                "at its end: what prompts share is computed for each; leave it out"
-            )
+        cache_layout(abstract, placement, settings["attention"], settings["kv_cache_dtype"])
         if group is not None:
             agree(group, settings, config, dtype, checkpoint, placement, compiled)
         done = 0
@@ -163,10 +158,7 @@ def load_opened(opened: Opened) -> Loaded:
             done += nbytes
             say(f"loading weights {done / abstract.nbytes:.0%}")
 
-        for option, does in (("adapted_vocabulary", changes_vocabulary), ("adapted_experts", changes_experts)):
-            if settings[option] is None and settings["max_adapters"] is not None:  # type: ignore[literal-required]
-                there = any(does(path, abstract) for path in adapters.values())
-                settings[option] = there  # type: ignore[literal-required]
+        settle_changes(settings, adapters.values(), abstract)
         params = load_weights(abstract, checkpoint, placement, on_array)
 
     if compiled is not None and (problem := _misfit(compiled, abstract, placement, settings)):
@@ -181,6 +173,11 @@ def load_opened(opened: Opened) -> Loaded:
             shape.max_context,
         )
     programs, sizes = sized_programs(abstract, placement, settings, _available(abstract, placement, settings), compiled)
+    if options.get("enable_prefix_caching") and not programs.layout.paged and not sizes.snapshots:
+        raise ValueError(
+            "enable_prefix_caching is True: layers of this model keep a state of a sequence, and a KV cache of "
+            f"{sizes.bytes:,} bytes has no room for copies: raise kv_cache_memory, or leave it out"
+        )
     if settings["max_model_len"] is None and sizes.max_model_len < shape.max_context:
         log.warning(
             "max_model_len is %d of the model's %d tokens: more does not fit in the KV cache",
@@ -223,12 +220,13 @@ def local_programs(config: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     Raises what load_opened raises.
     """
     settings = check_options(options)
-    open_adapters(settings)
+    adapters = open_adapters(settings)
     devices = all_devices()
     check_cache_memory(settings["kv_cache_memory"], _memory())
     placement = choose_placement(parse_config(config)[1], devices, settings["mesh"])
     dtype = choose_dtype(settings["dtype"], config, None, placement)
     model = abstract_model(config, dtype, placement, settings)
+    settle_changes(settings, adapters.values(), model)
     weights = device_bytes(placed_params(model, placement))
     return sized_programs(model, placement, settings, _available(model, placement, settings, weights=weights))
 
@@ -246,7 +244,7 @@ def _misfit(compiled: Folder, model: AbstractModel, placement: jax.Device | Mesh
     layout = cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"])
     rows, tokens = limits(settings, placement)
     pages = sizes.num_pages, sizes.page_size, reach(tokens), sizes.max_model_len
-    if (size := layout.nbytes(*pages, rows)) != sizes.bytes:
+    if (size := layout.nbytes(*pages, rows + sizes.snapshots)) != sizes.bytes:
         return f"their KV cache is said to have {sizes.bytes:,} bytes, and has {size:,}"
     if layout.least(sizes.max_model_len, *pages[1:3], rows) > size:
         return f"their KV cache of {size:,} bytes is too small for a sequence of {sizes.max_model_len} tokens"
@@ -257,13 +255,14 @@ def _misfit(compiled: Folder, model: AbstractModel, placement: jax.Device | Mesh
 
 def make_scheduler(programs: Programs, prefix_caching: bool = True) -> DataParallelScheduler:
     """For calls of these programs."""
-    groups = programs.layout.groups
-    paged = [group for group in groups if group.pool is not None]
+    layout, rows = programs.layout, programs.max_rows
+    paged = [group for group in layout.groups if group.pool is not None]
     adapters = AdapterSlots(programs.adapter_limits.slots)
+    snapshots = None if layout.paged else range(rows, rows + programs.snapshots)
 
     def scheduler() -> Scheduler:
         sizes = programs.page_counts, programs.page_size, programs.reach
-        cache = KVCacheManager(paged, *sizes, prefix_caching, whole=programs.layout.paged)
+        cache = KVCacheManager(paged, *sizes, prefix_caching, snapshots)
         return Scheduler(cache, programs.max_rows, programs.max_tokens, adapters)
 
     return DataParallelScheduler([scheduler() for _ in range(programs.shards)])
@@ -291,6 +290,7 @@ def sized_programs(
             max_model_len=settings["max_model_len"],
             max_context=model.config.max_context,
             available=available,
+            prefix_caching=settings["enable_prefix_caching"],
         )
     programs = Programs(
         model,
@@ -303,6 +303,7 @@ def sized_programs(
         max_steps=MAX_STEPS,
         attention=settings["attention"],
         kv_cache_dtype=settings["kv_cache_dtype"],
+        snapshots=sizes.snapshots,
         adapter_limits=AdapterLimits.of(settings),
     )
     return programs, sizes

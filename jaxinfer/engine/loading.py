@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxinfer import distributed
 from jaxinfer.checkpoint.adapter_config import read_adapter_config
 from jaxinfer.checkpoint.cross_encoder import CrossEncoderModel, read_cross_encoder, scores_by_logits
+from jaxinfer.checkpoint.factors import changes_experts, changes_vocabulary
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.sentence import MODULES, SentenceModel, read_model2vec, read_sentence_model
@@ -140,6 +141,14 @@ def open_adapters(settings: EngineConfig) -> dict[str, Path]:
             f"max_lora_rank is {settings['max_lora_rank']}, and there are no adapters: give adapters or max_adapters"
         )
     return folders
+
+
+def settle_changes(settings: EngineConfig, adapters: Collection[Path], model: AbstractModel) -> None:
+    """Whether adapters may change the vocabulary, and experts, where nothing is said: if one of them does. Raises
+    ValueError and FileNotFoundError."""
+    for option, does in (("adapted_vocabulary", changes_vocabulary), ("adapted_experts", changes_experts)):
+        if settings[option] is None and settings["max_adapters"] is not None:  # type: ignore[literal-required]
+            settings[option] = any(does(folder, model) for folder in adapters)  # type: ignore[literal-required]
 
 
 def check_architecture(wanted: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:

@@ -56,7 +56,9 @@ class Request:
     capacity: tokens that they have room for without asking; 0 where that is not so simple.
     keys: of its full pages.
     published: how many of its pages others can find.
+    cuts: where its prompt's chunks are to end, as the state there is to be kept: of how many tokens each.
     hits: tokens that the prefix cache had.
+    stateless: how many more there were pages of, but no state to go on from.
     finish_reason: None while it waits or runs.
     preemptions: how often it gave its pages back.
     """
@@ -87,7 +89,9 @@ class Request:
     capacity: int = 0
     keys: list[bytes] = field(default_factory=list)
     published: int = 0
+    cuts: list[int] = field(default_factory=list)
     hits: int = 0
+    stateless: int = 0
     finish_reason: FinishReason | None = None
     preemptions: int = 0
 

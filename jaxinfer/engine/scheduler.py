@@ -1,8 +1,9 @@
 """Who runs in the next device call: plain Python over integers, tested without a device.
 
 Continuous batching: rows join and leave at every call. Decoding rows go first, one token each; what is left of the
-token budget goes to prompts, in chunks, by priority, then first come, first served. When pages run out, the youngest
-request gives its pages back and is computed again later; its tokens so far are kept, so the output is the same.
+token budget goes to prompts, in chunks, by priority, then first come, first served. Chunks end where a state is to be
+kept. When pages run out, the youngest request gives its pages back and is computed again later; its tokens so far are
+kept, so the output is the same.
 
 `advance` counts what a call will have done before it has: what is scheduled will be run, in order. So the next call
 may be asked for before the tokens of the last one are known (`Request.length` counts them already), and `restart` takes
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxinfer.engine.adapters import AdapterSlots
-from jaxinfer.engine.kv_cache import KVCacheManager
+from jaxinfer.engine.kv_cache import Copies, KVCacheManager
 from jaxinfer.engine.request import Request
 
 
@@ -30,6 +31,7 @@ class SchedulerOutput:
     steps: most tokens of a decoding row.
     start: tokens of each row in the cache before the call, in the order of `requests`.
     samples: tokens that each row samples, unless it stops earlier; 0 for an inner chunk of a prompt.
+    copies: of pages and states, that are made before the call.
     out_of_pages: some are missing and `may_preempt` was not given: nothing is to be run before it is, or the oldest
         would wait for the youngest.
     """
@@ -39,6 +41,7 @@ class SchedulerOutput:
     steps: int = 1
     start: list[int] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
+    copies: Copies = field(default_factory=list)
     out_of_pages: bool = False
 
     @property
@@ -133,8 +136,11 @@ class Scheduler:
         self.cache.publish(request, computed)
 
     def finish(self, request: Request) -> None:
-        """Removes a request, running or waiting, and takes its pages back."""
+        """Removes a request, running or waiting, and takes its pages back. What it has computed others can go on from,
+        if that is known: not where calls on their way go beyond it."""
         if request.slot >= 0:
+            if request.decoding and request.target is None and request.length == len(request.tokens):
+                self.cache.keep(request, request.length - 1)
             self.running.remove(request)
             self._leave(request)
         else:
@@ -162,7 +168,7 @@ class Scheduler:
         self.running, self._waiting = [], []
         self._free_slots = list(range(self.max_rows - 1, -1, -1))
         for request in requests:
-            request.pages, request.capacity = [], 0
+            request.pages, request.capacity, request.cuts = [], 0, []
             request.slot = request.adapter_slot = -1
             self.queue(request)
 
@@ -170,16 +176,16 @@ class Scheduler:
         """Gives a waiting request a slot and pages for all of its tokens, or nothing: a half-placed prompt would hold
         pages that others need to finish."""
         # Who was preempted leaves a page for each row that runs, or it would be preempted again at once, and again.
-        if not self.cache.allocate(request, spare=len(self.running) if request.preemptions else 0):
+        spare = len(self.running) if request.preemptions else 0
+        if not self.cache.allocate(request, spare, self._free_slots[-1]):
             return False
-        if not request.preemptions:
-            request.hits = request.computed
         request.slot = self._free_slots.pop()
         self.running.append(request)
         return True
 
     def _chunk(self, schedule: SchedulerOutput, request: Request, budget: int) -> int:
-        count = min(budget, request.length - request.computed, self.cache.room(request.computed))
+        end = request.cuts[0] if request.cuts else request.length
+        count = min(budget, end - request.computed, self.cache.room(request.computed))
         if count > 0:
             schedule.chunks.append((request, count))
             # Even those admitted to the same call find it: a layer writes all rows' keys before any row looks.
@@ -190,6 +196,8 @@ class Scheduler:
         """Counts what the call will have done."""
         schedule.steps = steps
         rows = schedule.requests
+        if rows:  # what they leave is copied before the call after this one
+            schedule.copies = self.cache.take_copies()
         schedule.start = [request.computed for request in rows]
         counts = schedule.counts
         for i, request in enumerate(rows):
@@ -198,6 +206,7 @@ class Scheduler:
                 request.computed += samples
             else:
                 request.computed += counts[i]
+                self.cache.reach_cut(request)
                 request.decoding = request.computed == request.length
                 samples = int(request.decoding and request.room > 0)
             request.length += samples

@@ -47,6 +47,14 @@ class DataParallelScheduler:
         return sum(shard.cache.pages_used for shard in self.shards)
 
     @property
+    def snapshots_total(self) -> int:
+        return sum(len(shard.cache.states.slots) for shard in self.shards if shard.cache.states)
+
+    @property
+    def snapshots_used(self) -> int:
+        return sum(shard.cache.states.used for shard in self.shards if shard.cache.states)
+
+    @property
     def prefix_caching(self) -> bool:
         return self.shards[0].cache.prefix_caching
 
@@ -100,7 +108,7 @@ class DataParallelScheduler:
         for shard in self.shards:
             shard.restart([])
         for request in requests:
-            request.pages, request.capacity = [], 0
+            request.pages, request.capacity, request.cuts = [], 0, []
             request.slot = request.adapter_slot = -1
             self._queue(request)
 

@@ -16,6 +16,7 @@ from jaxinfer.sharding import devices_of
 
 CPU_SHARE = 0.1  # of the machine's memory goes to the cache on CPU, at most
 PAGE_TABLE, TPU_PAGE_TABLE = 2**24, 2**18  # bytes, at most
+SNAPSHOT_SHARE = 0.25  # of the cache, beyond what the longest sequence needs, goes to states for others at most
 RESERVE = 0.05  # of an accelerator's memory stays free of weights and cache, for what steps compute
 
 
@@ -27,12 +28,14 @@ class Sizes:
     num_pages: the reserved page 0 among them; the first pool's of several.
     page_size: tokens a page.
     bytes: on each device.
+    snapshots: states that are kept for sequences that begin alike, beside those of sequences that run.
     """
 
     max_model_len: int
     num_pages: int
     page_size: int
     bytes: int
+    snapshots: int = 0
 
 
 def page_size(
@@ -82,6 +85,7 @@ def choose_sizes(
     max_num_seqs: int,
     max_model_len: int | None,
     max_context: int,
+    prefix_caching: bool = True,
     **more: int,
 ) -> Sizes:
     """See `size_cache`, with pages that suit: where nobody says how long sequences are, those that there is room for.
@@ -94,12 +98,19 @@ def choose_sizes(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             max_context=max_context if max_model_len else length,
+            prefix_caching=prefix_caching,
             **more,
         )
 
     length = max_model_len or default_length(layout, placement, max_num_seqs, max_context)
     sizes = sized(length)
     return sized(sizes.max_model_len) if sizes.max_model_len < length else sizes
+
+
+def most_snapshots(max_num_seqs: int) -> int:
+    """States that are kept for others: those at the end of a prompt and of its answer for each row, and for some more
+    where there are few rows."""
+    return max(64, 2 * max_num_seqs)
 
 
 def size_cache(
@@ -111,9 +122,10 @@ def size_cache(
     max_model_len: int | None,
     max_context: int,
     available: int,
+    prefix_caching: bool = True,
 ) -> Sizes:
     """The cache that fits in `available` bytes, at most what `max_num_seqs` sequences of full length need. reach: as in
-    CacheLayout.
+    CacheLayout. prefix_caching: there is room for snapshots.
 
     `max_model_len=None` takes the model's `max_context`, or as much of it as one sequence has room for.
     Raises ValueError with the numbers and the remedy when what is asked for does not fit.
@@ -133,13 +145,17 @@ def size_cache(
                 f"{available:,}: {lower}raise kv_cache_memory or take a device with more memory"
             )
         length = fitting
+    beyond = available - layout.least(length, page_size, reach, max_num_seqs)
+    snapshots = 0
+    if layout.slot_bytes and prefix_caching:
+        snapshots = min(int(beyond * SNAPSHOT_SHARE) // layout.slot_bytes, most_snapshots(max_num_seqs))
 
     def nbytes(pages: int) -> int:
-        return layout.nbytes(pages + 1, page_size, reach, length, max_num_seqs)
+        return layout.nbytes(pages + 1, page_size, reach, length, max_num_seqs + snapshots)
 
     needed = layout.needed(length, page_size, reach)[:1]
     pages = _most(lambda n: nbytes(n) <= available, sum(needed) * max_num_seqs)
-    return Sizes(length, pages + 1, page_size, nbytes(pages))
+    return Sizes(length, pages + 1, page_size, nbytes(pages), snapshots)
 
 
 def longest(layout: CacheLayout, page_size: int, reach: int, rows: int, most: int, available: int) -> int:

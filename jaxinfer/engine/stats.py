@@ -20,6 +20,8 @@ class EngineStats:
     step_seconds: of one decoding step, lately.
     queried_tokens: of prompts of requests that have ended.
     hit_tokens: how many of those were in the prefix cache.
+    stateless_tokens: how many more of them were, but without a state to go on from, which some models need.
+    snapshots_used, snapshots_total: such states that are kept now, and at most.
     preemptions: of requests that have ended.
     finished, aborted: requests that have ended so.
     max_adapters: that rows of one call may have; 0 where there are none. adapter_loads: how often one was put on the
@@ -41,6 +43,9 @@ class EngineStats:
     step_seconds: float = 0.0
     queried_tokens: int = 0
     hit_tokens: int = 0
+    stateless_tokens: int = 0
+    snapshots_used: int = 0
+    snapshots_total: int = 0
     preemptions: int = 0
     finished: int = 0
     aborted: int = 0

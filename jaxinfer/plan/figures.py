@@ -64,6 +64,7 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
         "cache_tokens": fit.cache_tokens,
         "bytes_per_token": fit.programs.layout.bytes_per_token,
         "bytes_per_sequence": fit.programs.layout.slot_bytes,
+        "snapshots": fit.sizes.snapshots,
         "programs": [program.figures() for program in plan.programs],
         "context": context,
         "rows_of_context": fit.rows_of(context),

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from jaxinfer.engine.config import EngineConfig, check_options, in_our_words
 from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.engine.load import limits, sized_programs
-from jaxinfer.engine.loading import choose_placement, open_adapters
+from jaxinfer.engine.loading import choose_placement, open_adapters, settle_changes
 from jaxinfer.engine.programs import (
     AdapterLimits,
     Programs,
@@ -122,24 +122,25 @@ def model_of(
 def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) -> Fit:
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
     options, settings = in_our_words(options), check_options(options)
-    open_adapters(settings)
+    adapters = open_adapters(settings)
+    settle_changes(settings, adapters.values(), model)
     shape = model.config
     placement = choose_placement(shape, target.devices, settings["mesh"])
     rows, tokens = limits(settings, placement)
     weights = device_bytes(placed_params(model, placement))
     slots = device_bytes(placed_decode_state(model, placement, rows))
     hidden = device_bytes(placed_hidden(model, placement, tokens))
-    adapters = device_bytes(placed_adapters(model, placement, AdapterLimits.of(settings)))
-    held = weights + slots + hidden + adapters
+    beside = device_bytes(placed_adapters(model, placement, AdapterLimits.of(settings)))
+    held = weights + slots + hidden + beside
     available = int(target.chip.memory * (settings["memory_utilization"] - RESERVE)) - held
     layout = cache_layout(model, placement, settings["attention"], settings["kv_cache_dtype"])
     length = settings["max_model_len"] or default_length(layout, placement, rows, shape.max_context)
     size = page_size(settings["page_size"], placement, rows, length, layout.chunk)
     cache = size, reach(tokens), rows
-    wanted, beside = settings["kv_cache_memory"], max(target.chip.memory - held, 0)
-    if wanted is not None and wanted > beside:
+    wanted, most = settings["kv_cache_memory"], max(target.chip.memory - held, 0)
+    if wanted is not None and wanted > most:
         raise DoesNotFit(
-            f"{target.name}: kv_cache_memory is {wanted:,}, and beside weights a chip has {beside:,} bytes: lower it, "
+            f"{target.name}: kv_cache_memory is {wanted:,}, and beside weights a chip has {most:,} bytes: lower it, "
             "or leave it out"
         )
     try:
@@ -154,7 +155,7 @@ def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) ->
             f"{(available + held) / GIB:.2f} are for weights and cache: "
             + (_remedies(model, target, axis_size(placement, TENSOR), most, options) or str(error))
         ) from None
-    return Fit(target, programs, sizes, weights, slots, hidden, adapters)
+    return Fit(target, programs, sizes, weights, slots, hidden, beside)
 
 
 def _remedies(model: AbstractModel, target: Slice, tensor: int, room: int, options: EngineConfig) -> str:

@@ -1,4 +1,4 @@
-"""Weights to values and scales, on the host."""
+"""Weights to values and scales, and back, on the host."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ def quantize(weight: Host, scheme: Scheme) -> tuple[Host, Host]:
     for index in np.ndindex(weight.shape[:-2]):
         _quantize(weight[index], scheme, values[index], scales[index])
     return values, scales
+
+
+def dequantize(values: Host, scales: Host, scheme: Scheme) -> Host:
+    """The weight f32 `[..., out, in]` that they stand for."""
+    if scheme.packed == 2:
+        values = unpack(values)
+        values = values if scheme.table else (values ^ 8).astype(np.int8) - np.int8(8)
+    rows, columns = values.shape[-2:]
+    weight = np.asarray(TABLES[scheme.table], np.float32)[values] if scheme.table else values.astype(np.float32)
+    scales = np.repeat(scales.astype(np.float32), scheme.rows, axis=-2)[..., :rows, :]
+    weight *= np.repeat(scales, scheme.columns or columns, axis=-1)[..., :columns]
+    return weight
 
 
 def _quantize(weight: Host, scheme: Scheme, values: Host, scales: Host) -> None:

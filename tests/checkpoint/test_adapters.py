@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.checkpoint.adapter import Adapter
+from jaxinfer.checkpoint.folder import Checkpoint
 from jaxinfer.checkpoint.merged import MergedCheckpoint
 
 torch = pytest.importorskip("torch")
@@ -118,8 +119,8 @@ def made(folder, base, options):
 @contextlib.contextmanager
 def merged(folder):
     config = json.loads((folder / "base" / "config.json").read_text())
-    with Adapter(folder / "adapter") as adapter, MergedCheckpoint(folder / "base", adapter, config) as checkpoint:
-        yield checkpoint
+    with Adapter(folder / "adapter") as adapter, Checkpoint(folder / "base") as base:
+        yield MergedCheckpoint(base, adapter, config)
 
 
 def edited(folder, **fields):

@@ -54,11 +54,19 @@ def make(
     max_tokens: int = 8,
     prefix_caching: bool = True,
     windows: Sequence[int | None] = (None,),
+    snapshots: int | None = None,
 ) -> Scheduler:
-    """With a cache group for each window, all in one pool."""
+    """With a cache group for each window, all in one pool, and states with so many copies, if any."""
     groups = [CacheGroup((i,), (0,), 0, window) for i, window in enumerate(windows)]
     return Scheduler(
-        KVCacheManager(groups, [num_pages], page_size, reach(max_tokens, MAX_STEPS), prefix_caching),
+        KVCacheManager(
+            groups,
+            [num_pages],
+            page_size,
+            reach(max_tokens, MAX_STEPS),
+            prefix_caching,
+            None if snapshots is None else range(max_rows, max_rows + snapshots),
+        ),
         max_rows,
         max_tokens,
     )
@@ -101,6 +109,7 @@ class Device:
         self.scheduler = scheduler
         # (page, offset) -> the group, and a hash of the sequence up to there
         self.cache: dict[tuple[int, int], tuple[int, int]] = {}
+        self.states: dict[int, tuple[int, int]] = {}  # by slot: how many tokens it has seen, and a hash of them
         self.truth: dict[int, list[int]] = {}  # each request's tokens as the device knows them
         self.hashes: dict[int, list[int]] = {}
         self.logits: dict[int, set[int]] = {}  # positions of prompts whose logits there were
@@ -147,6 +156,7 @@ class Device:
         """What a broken-off step leaves: anything. Then the cache is new."""
         self.in_flight.clear()
         self.cache.clear()
+        self.states.clear()
         self.alive.clear()
         self.scheduler.restart(self.live)
         for each in self.live:
@@ -178,6 +188,7 @@ class Device:
             assert self.truth[each.id] == each.tokens
             self.reset(each)
         self.check(schedule, max_steps, exact, preempted, admitted, before)
+        self.copy(schedule)
         sampled = []
         for i in range(len(schedule.requests)):
             self.following = {r for r in schedule.requests[i + 1 :] if r in admitted}
@@ -185,6 +196,18 @@ class Device:
         if schedule.requests:
             self.in_flight.append(Call(schedule, sampled))
         return schedule
+
+    def copy(self, schedule: SchedulerOutput) -> None:
+        """What comes before the call."""
+        for pairs in schedule.copies[:-1]:
+            self.seen["copied pages"] += len(pairs)
+            for source, target in pairs:
+                for offset in range(self.scheduler.cache.page_size):
+                    if (source, offset) in self.cache:
+                        self.cache[target, offset] = self.cache[source, offset]
+        for source, target in schedule.copies[-1] if schedule.copies else ():
+            self.seen["kept states" if target >= self.scheduler.max_rows else "states gone on from"] += 1
+            self.states[target] = self.states[source]
 
     def take(self) -> None:
         """Takes the oldest call's tokens in, as the engine does."""
@@ -208,6 +231,8 @@ class Device:
                 if ended:
                     break
             assert each.slot >= 0
+            if len(each.tokens) == stops.device:
+                each.length = len(each.tokens)
             self.scheduler.publish(each, len(each.tokens) - 1)
             if ended:
                 self.end(each)
@@ -252,6 +277,9 @@ class Device:
         hashes = self.hashes[each.id]
         for position in range(len(hashes), end):
             hashes.append(hash((hashes[-1] if hashes else 0, self.truth[each.id][position])))
+        if cache.snapshots is not None:
+            assert start == 0 or self.states[each.slot] == (start, hashes[start - 1]), "goes on from somebody else's"
+            self.states[each.slot] = end, hashes[end - 1]
         widths = most_pages(self.scheduler, NEVER)
         for i, (group, held) in enumerate(zip(cache.groups, each.pages, strict=True)):
             first = 0 if group.window is None else max(0, start - group.window + 1)
@@ -265,6 +293,7 @@ class Device:
             for position in range(start, end):
                 page = page_of(position)
                 assert page != 0
+                assert len(pages._key_of.get(page, ())) < 3, "somebody may go on from the middle of it"
                 if pages._references[page] > 1:  # only by those that join in this call and come after this row
                     others = {r for r in self.scheduler.running if page in pages_of(r) and r is not each}
                     assert others <= self.following, "a page that others hold too is written to"
@@ -323,4 +352,8 @@ class Device:
             assert len(set(pages_of(r))) == len(pages_of(r))
             for group, most in zip(r.pages, most_pages(scheduler, r.limit), strict=False):
                 assert len(group.pages) <= most
-            assert r.slot >= 0 or not (r.pages or r.computed or r.decoding)
+            assert r.slot >= 0 or not (r.pages or r.computed or r.decoding or r.cuts)
+        cache = scheduler.cache
+        for known, r in cache._coming.items():
+            assert r in scheduler.running
+            assert known in [cache._key(r, cut // cache.page_size) for cut in r.cuts]

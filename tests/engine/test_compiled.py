@@ -176,6 +176,12 @@ def test_sizes_that_can_not_be(model, folder, path):
         assert "page_size is" in (reason := refused(model, folder)) or "manifest.json " in reason
 
 
+def test_how_many_snapshots_can_not_be(model, folder):
+    for value in HOSTILE[1:]:  # none is right, as the model has no states
+        change(folder, "sizes.snapshots", value)
+        assert "manifest.json " in refused(model, folder)
+
+
 def test_options_and_devices_that_can_not_be(model, folder):
     whole = (folder / "manifest.json").read_bytes()
     for value in HOSTILE:

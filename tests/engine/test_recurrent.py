@@ -88,8 +88,7 @@ def test_beside_each_other(llm):
     for tokens, cut in zip(whole, generated(llm, PROMPTS, stops), strict=True):
         assert cut == tokens[: len(cut)]
         assert len(cut) < 16
-    assert llm.stats.hit_tokens == 0
-    assert not llm.stats.prefix_caching
+    assert llm.stats.hit_tokens > 0
 
 
 @pytest.mark.slow
@@ -146,8 +145,3 @@ def test_on_a_mesh(config, tmp_path):
     for one, split in zip(found[0], found[2], strict=True):
         np.testing.assert_allclose(split.logprobs, one.logprobs, atol=1e-4)
     assert found[1] == found[3]
-
-
-def test_prefixes_are_not_shared(folder):
-    with pytest.raises(ValueError, match=r"enable_prefix_caching is True: layers of this model keep a state .*leave"):
-        LLM(folder, enable_prefix_caching=True, **OPTIONS)

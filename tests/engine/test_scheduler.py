@@ -196,7 +196,7 @@ def test_who_wants_all_logits_computes_everything(kind, start):
 def cached(device: Device, prompt: list[int]) -> int:
     """How many tokens of it the prefix cache has."""
     cache, asked = device.scheduler.cache, request(99, [*prompt, 0], 1)
-    assert cache.allocate(asked, 0)
+    assert cache.allocate(asked, 0, 0)
     cache.release(asked)
     return asked.computed
 

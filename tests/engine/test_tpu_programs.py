@@ -117,19 +117,22 @@ def test_layers_with_windows_share_arrays_with_those_that_see_everything():
 )
 def test_states_beside_pages(topology):
     """Attention and a gated delta net of Qwen3.6-35B-A3B's widths: pages and states are aliased and nowhere copied,
-    each chip has its heads of both, and there are no more reductions than in other models."""
+    each chip has its heads of both, and there are no more reductions than in other models. So it is where some are
+    copied for others: they go one by one."""
     widths = {"hidden_size": 2048, "intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 2}
     types = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
     config = {"model_type": "qwen3_5_text", "head_dim": 256, "vocab_size": 8192} | widths | types
-    case = {"topology": topology, "mesh": "tensor=8", "rows": 64, "tokens": 1024, "kinds": ["full_decode", "forward"]}
-    pages, states = 1025 * 64 * 2 * 256 * 2, 65 * (4 * 128 * 128 + 3 * 2 * (128 + 128 + 2 * 128)) * 4
-    for figures in compiled(case | {"config": config}):
+    case = {"topology": topology, "mesh": "tensor=8", "rows": 64, "tokens": 1024, "snapshots": 64}
+    kinds = ["full_decode", "forward", "copy"]
+    pages, states = 1025 * 64 * 2 * 256 * 2, 129 * (4 * 128 * 128 + 3 * 2 * (128 + 128 + 2 * 128)) * 4
+    for figures in compiled(case | {"config": config, "kinds": kinds}):
         assert figures["cache"] == pages + states
         assert figures["aliased"] >= figures["changed"]
         assert not figures["copied"] + figures["states_copied"]
-        _, size = figures["key"]
-        assert sum(count == size * 2048 for count in elements(figures["all-reduce"])) == 2 * 2 + 1
-        assert figures["temporaries"] < 20 * MIB
+        kind, size = figures["key"]
+        reductions = sum(count == size * 2048 for count in elements(figures["all-reduce"]))
+        assert reductions == (2 * 2 + 1 if kind != "copy" else 0)
+        assert figures["temporaries"] < (20 if kind != "copy" else 2) * MIB
 
 
 @pytest.mark.slow

@@ -41,12 +41,13 @@ for case in json.loads(sys.argv[1]):
     devices = find_target(case["topology"]).devices
     config = LLAMA_8B | case["config"]
     heads = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
-    rows = case["rows"]
+    rows, slots = case["rows"], case["rows"] + 1 + case.get("snapshots", 0)
     programs = Programs(
         AbstractModel.from_config(config, "bfloat16", case.get("quantization")),
         make_mesh(case["mesh"], devices, *heads) or devices[0],
         Buckets.make(rows, 1024), num_pages=1025, page_size=case.get("page_size", 64), max_model_len=4096,
         max_rows=rows, max_steps=32, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
+        snapshots=case.get("snapshots", 0),
         adapter_limits=AdapterLimits(*case.get("adapters", ())),
     )
     for kind in case["kinds"]:
@@ -68,7 +69,7 @@ for case in json.loads(sys.argv[1]):
             "blocks": sorted(set(asked)), "scattered": re.findall(r"bf16\\[1025,[\\d,]*\\]\\S* scatter\\(", text),
             "fused": len(set(re.findall(r"%(RPA[\\w.-]*) = [^\\n]*tpu_custom_call", text))),
             "copied": re.findall(r"= (?:bf16|f8e4m3fn)\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
-            "states_copied": re.findall(rf"= f32\\[{rows + 1},[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
+            "states_copied": re.findall(rf"= f32\\[{slots},[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
             "attention": programs.layout.names,
         } | collectives))
 """

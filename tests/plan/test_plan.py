@@ -175,14 +175,16 @@ def test_gpus_are_planned_from_shapes(cli, model):
 
 
 def test_states_of_sequences(cli, model):
-    """As many bytes whatever the length, for eight of them and nobody."""
+    """As many bytes whatever the length, for eight of them and nobody, and 64 that others may go on from."""
     config = {"model_type": "mamba", "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 1024}
     (model / "config.json").write_text(json.dumps(config))
     figures = json.loads(cli("plan", model, "--topology", "l4", "--max-num-seqs", "8", "--json").out)
     each = 2 * 128 * (1024 + 3) * 4
     assert (figures["bytes_per_sequence"], figures["bytes_per_token"]) == (each, 0)
-    assert figures["bytes"]["cache"] == 9 * each
-    assert "tokens of context, 1.0 MiB a sequence beside" in cli("plan", model, "--topology", "l4").out
+    assert (figures["snapshots"], figures["bytes"]["cache"]) == (64, (9 + 64) * each)
+    shown = cli("plan", model, "--topology", "l4", "--max-num-seqs", "8").out
+    assert "tokens of context, 1.0 MiB a sequence beside" in shown
+    assert "  of it 64 states to go on from" in shown
 
 
 def test_a_gpu_without_bfloat16(cli, model):

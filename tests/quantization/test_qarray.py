@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.quantization import quantize as quantizing
-from jaxinfer.quantization.quantize import quantize
+from jaxinfer.quantization.quantize import dequantize, quantize
 from jaxinfer.quantization.schemes import SCHEMES, TABLES, check_quantization, scheme_of
 from jaxinfer.weights import Dense, QArray, dot, dots, quantized, take
 
@@ -55,6 +55,7 @@ def test_the_nearest_values(name, dtype, monkeypatch):
     groups = dict.fromkeys(("int4", "int4-g128", "nf4", "mxfp4"), (24, 3)) | {"fp8-block": (3, 2)}
     kinds = jnp.dtype(scheme.values), jnp.dtype(scheme.scales), groups.get(name, (24, 1))
     assert (values.dtype, scales.dtype, scales.shape) == kinds
+    np.testing.assert_allclose(dequantize(values, scales, scheme), real(values, scales, scheme), rtol=1e-6)
     error = np.abs(real(values, scales, scheme) - matrix.astype(np.float64))
     steps = real(np.full(matrix.shape, 1), scales, dataclasses.replace(scheme, packed=1))
     if scheme.table:

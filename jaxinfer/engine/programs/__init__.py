@@ -14,6 +14,7 @@ from jaxinfer.engine.programs.base import (
     placed_params,
     reach,
 )
+from jaxinfer.engine.programs.copy import Copy, Places
 from jaxinfer.engine.programs.decode import Decode, DecodeForward, DecodeRows, FullDecode
 from jaxinfer.engine.programs.forward import Forward
 from jaxinfer.engine.programs.logits import Sampled
@@ -26,6 +27,7 @@ from jaxinfer.engine.programs.table import Programs
 __all__ = [
     "MAX_STEPS",
     "AdapterLimits",
+    "Copy",
     "Decode",
     "DecodeForward",
     "DecodeRows",
@@ -38,6 +40,7 @@ __all__ = [
     "LoadAdapter",
     "LoadScaledAdapter",
     "ModelPrograms",
+    "Places",
     "PrepareCounts",
     "PrepareMasks",
     "Program",

@@ -164,6 +164,7 @@ class EngineShapes(ModelPrograms):
     max_rows: sequences that run at once.
     max_steps: tokens a row that one decoding call may produce.
     attention, kv_cache_dtype: see EngineConfig.
+    snapshots: states that are kept beside those of sequences that run.
     adapter_limits: what adapters may be.
     """
 
@@ -175,11 +176,12 @@ class EngineShapes(ModelPrograms):
     max_steps: int
     attention: str = "auto"
     kv_cache_dtype: str = "auto"
+    snapshots: int = 0
     adapter_limits: AdapterLimits = NO_ADAPTERS
 
     @property
     def facts(self) -> dict[str, Any]:
-        sizes = self.page_counts, self.page_size, self.max_model_len, self.max_rows, self.max_steps
+        sizes = self.page_counts, self.page_size, self.max_model_len, self.max_rows, self.max_steps, self.snapshots
         return {"attention": self.layout.names, "sizes": [str(self.buckets), *sizes]}
 
     @property
@@ -242,7 +244,7 @@ class EngineShapes(ModelPrograms):
     @cached_property
     def state(self) -> State:
         """All of it."""
-        cache = self.layout.arrays(self.page_counts, self.page_size, self.max_rows)
+        cache = self.layout.arrays(self.page_counts, self.page_size, self.max_rows + self.snapshots)
         slots = placed_decode_state(self.model, self.placement, self.max_rows)
         hidden = placed_hidden(self.model, self.placement, self.max_tokens)
         return State(cache, slots, hidden, self.adapters or None)  # type: ignore[arg-type]

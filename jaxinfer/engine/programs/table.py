@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from jaxinfer.engine.programs.base import EngineShapes, Key, Program
+from jaxinfer.engine.programs.copy import Copy
 from jaxinfer.engine.programs.decode import Decode, DecodeForward, FullDecode
 from jaxinfer.engine.programs.forward import Forward
 from jaxinfer.engine.programs.sample import FullSample, GuidedSample, Sample
@@ -32,6 +33,7 @@ class Programs(EngineShapes):
             PrepareMasks(self),
             PrepareCounts(self),
             Zeros(self),
+            *([Copy(self, self.max_rows)] if self.snapshots else []),
         ]
         if self.adapter_limits.slots:
             programs += [
