@@ -29,7 +29,7 @@ from jaxinfer.engine.outputs import (
     ScoringRequestOutput,
 )
 from jaxinfer.engine.pooling.load import load_pooling
-from jaxinfer.engine.prompts import Encoded, Prompt, encode_prompt
+from jaxinfer.engine.prompts import Encoded, Prompt
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.thread import EngineThread, Submission
 from jaxinfer.errors import EngineClosed, QueueFullError, RequestError, UnsupportedError, placed
@@ -142,8 +142,7 @@ class AsyncEngine:
             kind = type(params).__name__
             raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
         self.engine_thread.check_open()
-        encoded = prompt if isinstance(prompt, Encoded) else encode_prompt(prompt, self.tokenizer)
-        text, ids, salt, adapter = adapted(encoded, adapter)
+        text, ids, salt, adapter = adapted(prompt, self.tokenizer, adapter)
         return self.engine_thread.engine.new_group(ids, params, text, priority, salt, adapter)
 
     async def load_adapter(self, name: str, adapter: str | os.PathLike[str]) -> None:

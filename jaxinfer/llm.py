@@ -22,7 +22,7 @@ from jaxinfer.engine.loading import open_model
 from jaxinfer.engine.outputs import RequestOutput, ScoreOutput
 from jaxinfer.engine.pooling.engine import PoolingEngine
 from jaxinfer.engine.pooling.load import LoadedPooling, load_pooling
-from jaxinfer.engine.prompts import Prompt, encode_prompt, is_single_conversation, prompt_list
+from jaxinfer.engine.prompts import Prompt, is_single_conversation, prompt_list
 from jaxinfer.engine.sizing import Sizes
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.thread import EngineThread
@@ -329,7 +329,7 @@ class LLM(PoolingMethods):
         for `generate`."""
         listed = prompt_list(prompts)
         encoded = [
-            adapted(encode_prompt(prompt, self.tokenizer), own)
+            adapted(prompt, self.tokenizer, own)
             for prompt, own in zip(listed, for_each("adapter", adapter, listed), strict=True)
         ]
         return beam_search(self.engine_thread, encoded, beam_width, max_tokens, length_penalty, ignore_eos)

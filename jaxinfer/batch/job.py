@@ -115,6 +115,7 @@ def run(
         schema = common_schema(sources) if out.format == "parquet" else None
         shard_of = parse_shard(shard, {} if group is not None else os.environ)
         adapters = _adapters(model, options)
+        names = {folder.name, *([os.fspath(model)] if isinstance(model, str | os.PathLike) else ())}
         if adapter is not None and (adapter not in adapters or task in POOLING):
             raise ValueError(f"adapter is {adapter!r:.80}: there are {', '.join(sorted(adapters)) or 'none'}")
         job = {
@@ -175,7 +176,7 @@ def run(
             manifest = begin_anew(out, shard_of[1], job | worker.facts)
         if stop():
             return Summary.of(out, manifest)
-        parser = Parser(task, worker.defaults, changes, prompt_template, adapters, adapter, folder.name)
+        parser = Parser(task, worker.defaults, changes, prompt_template, adapters, adapter, names)
         writer = Writer(out, manifest, max_errors, others=results.others, schema=schema)
         progress.begin(writer, count_rows(sources) if show_progress and manifest.shards == 1 else None)
         before, rows, tokens, start = model.stats, writer.rows, writer.tokens, time.perf_counter()

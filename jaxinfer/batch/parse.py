@@ -42,8 +42,8 @@ class Parser:
 
     defaults: the parameters of rows, before `options`.
     options: those that the job's user asked for. For OpenAI lines they change OpenAI's defaults instead.
-    adapters: the names of those there are. adapter: of rows that say nothing of it, and of OpenAI lines whose model is
-        none of them, and not `model` either, which is the name of the model itself.
+    adapters: the names of those there are. adapter: of rows that say nothing of it.
+    model: the names of the model itself; where there are adapters OpenAI lines name it or one of them.
 
     Raises ValueError for a template or an option that is no good.
     """
@@ -56,7 +56,7 @@ class Parser:
         prompt_template: str | None = None,
         adapters: Collection[str] = (),
         adapter: str | None = None,
-        model: str = "",
+        model: Collection[str] = (),
     ):
         if task not in get_args(Task):
             raise ValueError(f"task is {task!r}: it must be one of {', '.join(get_args(Task))}")
@@ -141,9 +141,14 @@ class Parser:
 
     def _of_model(self, model: object) -> str | None:
         """The adapter of an OpenAI line."""
+        if not self._adapters or model is None:
+            return self._adapter
         if isinstance(model, str) and model in self._adapters:
             return model
-        return None if model == self._model else self._adapter
+        if model in self._model:
+            return None
+        there = ", ".join(sorted((*self._adapters, *self._model)))
+        raise ValueError(f"body: model is {model!r:.80}: there are {there}")
 
     def _prompt(self, row: dict[str, Any]) -> tuple[str, Any]:
         """The form of the row's prompt, and the prompt."""

@@ -90,7 +90,8 @@ class Predictor:
         names = [] if task in POOLING else list(llm.list_adapters())
         if adapter is not None and adapter not in names:
             raise ValueError(f"adapter is {adapter!r:.80}: there are {', '.join(names) or 'none'}")
-        self.parser = Parser(task, self.worker.defaults, changes, prompt_template, names, adapter, llm.folder.name)
+        own = {llm.folder.name, os.fspath(model)}
+        self.parser = Parser(task, self.worker.defaults, changes, prompt_template, names, adapter, own)
         self.id_column = id_column
 
     def __call__(self, batch: Any) -> Any:

@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from jaxinfer.checkpoint.files import read_json
+from jaxinfer.errors import CheckpointError
 from jaxinfer.models.config import ConfigReader
 
 CONFIG = "adapter_config.json"
+SECONDS = 1.0  # for a pattern and a name
 DONE = {
     *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "lora_bias", "use_dora"),
@@ -70,7 +74,7 @@ class AdapterConfig:
     @property
     def largest_rank(self) -> int:
         """That a module's factors may have."""
-        return max((self.rank, *self.rank_pattern.values()))
+        return max((self.rank, *self.rank_pattern.values(), *map(len, self.tokens.values())))
 
     def scale_of(self, module: str) -> float:
         """What the product of the factors is multiplied with."""
@@ -79,7 +83,7 @@ class AdapterConfig:
 
     def is_target(self, module: str) -> bool:
         """Whether factors of a module count, by its name."""
-        if _matches(self.excluded, module) or any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved):
+        if _matches(self.excluded, module) or any(_match(rf"(^|.*\.){name}($|\..*)", module) for name in self.saved):
             return False
         if self.targets is None or self.targets == "all-linear":
             return True
@@ -88,7 +92,7 @@ class AdapterConfig:
         if isinstance(self.targets, str) or module in self.targets or not self.layers:
             return True
         patterns = [rf"(?:^|.*?\.){name}" for name in self.layer_names] or [r".*?\.[^.]*"]
-        found = next(filter(None, (re.match(rf"{pattern}\.(\d+)\.", module) for pattern in patterns)), None)
+        found = next(filter(None, (_match(rf"{pattern}\.(\d+)\.", module) for pattern in patterns)), None)
         return found is not None and int(found[1]) in self.layers
 
     def parameters_of(self, module: str) -> list[str]:
@@ -117,6 +121,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     for name in data:
         if name not in DONE | OF_TRAINING:
             raise fields.error(name, "this is not done here; apply the adapter with peft, and merge it there")
+    for name in ("r", "lora_alpha"):
+        if dict(said).get(name, 0) is None:
+            raise fields.error(name, "it must be a number")
+    for name in ("use_dora", "lora_bias", "fan_in_fan_out"):  # that tensors say
+        fields.boolean(name, False)
     rank = fields.integer("r", 8)
     return AdapterConfig(
         where=str(path),
@@ -138,13 +147,21 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The first that fits decides."""
-    return next((value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", module)), default)
+    return next((value for name, value in patterns.items() if _match(rf"(.*\.)?({name})$", module)), default)
 
 
 def _matches(names: tuple[str, ...] | str, module: str) -> bool:
     if isinstance(names, str):
-        return bool(names) and re.fullmatch(names, module) is not None
+        return bool(names) and _match(rf"(?:{names})\Z", module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _match(pattern: str, module: str) -> Any:
+    """What Python's own would find. That nothing stops, and keeps all other threads waiting. Raises CheckpointError."""
+    try:
+        return regex.match(pattern, module, timeout=SECONDS, concurrent=True)
+    except TimeoutError:
+        raise CheckpointError(f"{CONFIG}: {pattern!r:.200} takes for ever to match names of modules") from None
 
 
 def _names(fields: ConfigReader, name: str) -> tuple[str, ...] | str:
@@ -189,10 +206,11 @@ def _tokens(fields: ConfigReader) -> dict[str, tuple[int, ...]]:
 
 
 def _pattern(fields: ConfigReader, name: str, text: str) -> str:
-    """Raises CheckpointError for what is no pattern, and for one that may take for ever: those of names are short."""
+    """Raises CheckpointError for what is no pattern, and for one that is sure to take for ever."""
     try:
         re.compile(text)
-    except (re.error, RecursionError, OverflowError):
+        regex.compile(text)
+    except (re.error, regex.error, RecursionError, OverflowError):
         raise fields.error(name, "it must be a regular expression") from None
     if len(text) > 4096 or re.search(r"[+*}]\)[+*{]", text):
         raise fields.error(name, "a regular expression of names must not repeat what repeats")

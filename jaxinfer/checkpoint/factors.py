@@ -137,7 +137,7 @@ class _Factors:
 
     def __init__(self, adapter: Adapter, model: AbstractModel, base: Base | None = None):
         self._adapter, self._model, self._base_or_none = adapter, model, base
-        self._read = functools.lru_cache(4)(adapter.read)  # those of all experts are asked for by each part of them
+        self._read = functools.lru_cache(4)(self._finite)  # those of all experts are asked for by each part of them
         own = model.weights.own
         self._changes = {own(f"{module}.weight"): module for module in adapter.changes}
         self._saved = {own(name): name for name in adapter.saved}
@@ -185,11 +185,17 @@ class _Factors:
             for ours, theirs in places:
                 placed[:, ours] = b[:, theirs]
                 if change.magnitude is not None:
-                    weight.gain[ours] = self._adapter.read(change.magnitude).reshape(-1)[theirs]
+                    weight.gain[ours] = self._read(change.magnitude).reshape(-1)[theirs]
                 if change.bias is not None:
-                    weight.shift[ours] += change.scale * self._adapter.read(change.bias)[theirs]
+                    weight.shift[ours] += change.scale * self._read(change.bias)[theirs]
             weight.add(a[:, slice(*inputs)], placed)
         return weight
+
+    def _finite(self, name: str) -> Array:
+        values = self._adapter.read(name)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self._adapter.folder}: {name} has numbers that are not finite: it is damaged")
+        return values
 
     def _factors(self, change: Change) -> tuple[Array, Array]:
         """`[r, in]` and `[r, out]`, with the scale."""
@@ -277,14 +283,14 @@ class _Factors:
                     if change.magnitude is not None:
                         raise self._refused([module], "lengths of a table that is the head, too")
             if change.magnitude is not None:
-                own.gain[:] = self._adapter.read(change.magnitude).reshape(-1)
+                own.gain[:] = self._read(change.magnitude).reshape(-1)
             if change.bias is not None:
-                own.shift += change.scale * self._adapter.read(change.bias)
+                own.shift += change.scale * self._read(change.bias)
             if change.rows is not None:
                 picked = np.zeros((len(change.tokens), vocab), np.float32)
                 picked[np.arange(len(change.tokens)), list(change.tokens)] = 1
                 name = names[0] if own is table or tied else names[1]
-                others = self._adapter.read(change.rows) - self._base.rows(name, change.tokens)
+                others = self._read(change.rows) - self._base.rows(name, change.tokens)
                 if own is table:
                     table.add(picked, others)
                 if own is head or (tied and weights.head not in self._changes):
@@ -367,7 +373,7 @@ class _Factors:
                 return None
 
         def read(tensor: str, index: tuple[slice, ...]) -> Array:
-            return adapter.read(adapter.saved[names[tensor]], index)
+            return self._read(adapter.saved[names[tensor]])[index]
 
         return spec.source.read(whole(spec.shape), read) - self._base.values(name)[:rows].astype(np.float32)
 

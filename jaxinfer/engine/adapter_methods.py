@@ -12,6 +12,8 @@ from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.shards import DataParallelScheduler
 from jaxinfer.errors import RequestError
 
+MOST_NAME = 200  # characters
+
 
 class AskedAdapter(NamedTuple):
     """An adapter as somebody asks for it.
@@ -42,11 +44,13 @@ class AdapterMethods:
     """Those of Engine that are about them. Any thread may call them.
 
     adapters: by name.
+    adapter_tokens: that were sampled with each, for requests that have ended.
     """
 
     runner: Runner
     scheduler: DataParallelScheduler
     adapters: dict[str, LoadedAdapter]
+    adapter_tokens: dict[str, int]
 
     def adapter(self, asked: Any) -> tuple[str, LoadedAdapter | None]:
         """The name of what is asked for, and the adapter; of None neither. vLLM's LoRARequest is loaded where none of
@@ -63,7 +67,7 @@ class AdapterMethods:
             except OSError as error:
                 raise RequestError(f"adapter {name!r:.100}: {error}", "adapter") from None
         if found is None:
-            there = ", ".join(sorted(self.adapters)) or "none; LLM(adapters={NAME: FOLDER}) and load_adapter load them"
+            there = some(sorted(self.adapters)) or "none; LLM(adapters={NAME: FOLDER}) and load_adapter load them"
             raise RequestError(f"adapter is {name!r:.100}: there are {there}", "adapter")
         return name, found
 
@@ -71,8 +75,10 @@ class AdapterMethods:
         """Reads one, in place of another of this name. Any thread may call it: it goes to the devices when the first
         request with it runs. Raises ValueError and FileNotFoundError."""
         programs = self.runner.programs
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"an adapter's name is {name!r:.100}: it must be a text that is not empty")
+        if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME or not name.isprintable():
+            raise ValueError(
+                f"an adapter's name is {name!r:.100}: it must be a text of up to {MOST_NAME} printable characters"
+            )
         if not programs.adapter_limits.slots:
             raise ValueError("there is no room for adapters beside the weights: load the model with max_adapters")
         loaded = read_adapter(folder, self.runner.model, programs.adapter_limits.rank, self.runner)
@@ -91,6 +97,7 @@ class AdapterMethods:
         _, unloaded = self.adapter(name)
         assert unloaded is not None
         self.adapters.pop(name, None)
+        self.adapter_tokens.pop(name, None)
         self.scheduler.adapters.forget(unloaded)
 
     def list_adapters(self) -> dict[str, AdapterInfo]:

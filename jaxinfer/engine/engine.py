@@ -65,7 +65,7 @@ class Engine(AdapterMethods):
         self.guides = Guides(tokenizer, self.vocab_size, self.eos_token_ids)
         self.adapters = {}
         self._stats = EngineStats()
-        self._adapter_tokens: Counter[str] = Counter()  # of requests that have ended
+        self.adapter_tokens = {}
         self._seed = seed
         self._next_id = 0
         self._id_lock = threading.Lock()
@@ -92,7 +92,7 @@ class Engine(AdapterMethods):
             adapter_loads=self.scheduler.adapters.loads,
             running_adapters=Counter(request.adapter_name for request in adapted if request.slot >= 0),
             waiting_adapters=Counter(request.adapter_name for request in adapted if request.slot < 0),
-            adapter_tokens=dict(self._adapter_tokens),
+            adapter_tokens=dict(self.adapter_tokens),
         )
 
     @property
@@ -418,8 +418,8 @@ class Engine(AdapterMethods):
         stats.queried_tokens += request.prompt_length
         stats.hit_tokens += request.hits
         stats.stateless_tokens += request.stateless
-        if request.adapter is not None:
-            self._adapter_tokens[request.adapter_name] += len(request.output_token_ids)
+        if (name := request.adapter_name) in self.adapters:
+            self.adapter_tokens[name] = self.adapter_tokens.get(name, 0) + len(request.output_token_ids)
         self.scheduler.finish(request)
         # A first continuation that ends before its prompt was computed takes nobody with it.
         for follower in self._followers.pop(request.id, ()):

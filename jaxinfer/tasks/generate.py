@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxinfer.engine.thread import Submission
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.tasks.task import Task, for_each
+from jaxinfer.text.base import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
         encoded = self._encoded(asked)
         self.engine.check(encoded.ids, asked.params)
         self.engine.adapter(encoded.adapter)
-        return replace(asked, prompt=encoded)
+        return replace(asked, prompt=encoded, adapter=None)  # which is in it
 
     def request(self, asked: PromptAsked) -> RequestGroup:
         text, ids, salt, adapter = self._encoded(asked)
@@ -87,16 +88,19 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
 
     def _encoded(self, asked: PromptAsked) -> Encoded:
         if isinstance(asked.prompt, Encoded):
-            return adapted(asked.prompt, asked.adapter)
+            return adapted(asked.prompt, self.tokenizer, asked.adapter)
         if not isinstance(asked.params, SamplingParams):
             kind = type(asked.params).__name__
             raise RequestError(f"sampling_params is a {kind}: it must be SamplingParams", "sampling_params")
-        return adapted(encode_prompt(asked.prompt, self.tokenizer), asked.adapter)
+        return adapted(asked.prompt, self.tokenizer, asked.adapter)
 
 
-def adapted(prompt: Encoded, adapter: Any) -> Encoded:
-    """With this adapter, unless it has its own."""
-    return prompt if adapter is None or prompt.adapter is not None else prompt._replace(adapter=adapter)
+def adapted(prompt: Prompt | Encoded, tokenizer: Tokenizer, adapter: Any) -> Encoded:
+    """A prompt as tokens, with this adapter, unless it says itself which it has, or that it has none. Raises
+    RequestError."""
+    encoded = prompt if isinstance(prompt, Encoded) else encode_prompt(prompt, tokenizer)
+    said = encoded.adapter is not None or (isinstance(prompt, Mapping) and "adapter" in prompt)
+    return encoded if said or adapter is None else encoded._replace(adapter=adapter)
 
 
 def prompts_asked(

@@ -149,6 +149,12 @@ def test_loaded_unloaded_and_replaced(checkpoints, folders, alone, tmp_path):
             llm.load_adapter("big", big)
         with pytest.raises(ValueError, match=r"changes lm_head.weight: load the model with adapted_vocabulary=True"):
             llm.load_adapter("head", write_adapter(tmp_path / "head", base, targets=("lm_head",)))
+        for name in ("", "a\0", "x" * 201):
+            with pytest.raises(ValueError, match="an adapter's name is"):
+                llm.load_adapter(name, folders["a"])
+        damaged = write_adapter(tmp_path / "damaged", base, scale=np.inf)
+        with pytest.raises(ValueError, match=r"damaged: .*lora_A.weight has numbers that are not finite"):
+            llm.load_adapter("damaged", damaged)
         config = tmp_path / "wider"
         config.mkdir()
         fields = json.loads((base / "config.json").read_text())

@@ -28,10 +28,10 @@ def test_rows_name_their_adapters(llm, tmp_path):
         return {"custom_id": model, "method": "POST", "url": "/v1/completions", "body": body}
 
     rows = [{"prompt": TEXT, "adapter": name} for name in ("a", None, "b", "x", 5)] + [{"prompt": TEXT}]
-    rows += [batch_line(model) for model in ("b", llm.folder.name, "gpt")]
+    rows += [batch_line(model) for model in ("b", llm.folder.name, "gpt")]  # which nobody is
     source, options = write(tmp_path / "rows.jsonl", rows), {"model": llm, "sampling_params": SHORT}
     summary = run(source, tmp_path / "out.jsonl", adapter="a", **options)
-    assert (summary.rows, summary.errors) == (9, 2)
+    assert (summary.rows, summary.errors) == (9, 3)
     *own, one, two, three = done(tmp_path / "out.jsonl")
     texts = {
         name: llm.generate(TEXT, llm.get_default_sampling_params().with_changes(**SHORT), adapter=name, use_tqdm=False)
@@ -41,9 +41,10 @@ def test_rows_name_their_adapters(llm, tmp_path):
     assert [row["generated_text"] for row in own] == [texts["a"], texts[None], texts["b"], None, None, texts["a"]]
     assert own[3]["error"].endswith("rows.jsonl:4: adapter is 'x': there are a, b")
     assert "adapter must be text, and is a number" in own[4]["error"]
-    bodies = [entry["response"]["body"] for entry in (one, two, three)]
-    assert [body["choices"][0]["text"] for body in bodies] == [texts["b"], texts[None], texts["a"]]
-    assert [body["model"] for body in bodies] == ["b", llm.folder.name, "a"]
+    bodies = [entry["response"]["body"] for entry in (one, two)]
+    assert [body["choices"][0]["text"] for body in bodies] == [texts["b"], texts[None]]
+    assert [body["model"] for body in bodies] == ["b", llm.folder.name]
+    assert f"model is 'gpt': there are a, b, {llm.folder.name}" in json.dumps(three)
     assert "adapter is 'x': there are a, b" in line(lambda: run(source, tmp_path / "other", adapter="x", **options))
 
 

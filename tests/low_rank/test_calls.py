@@ -43,6 +43,8 @@ def test_all_ways_to_generate(llm, alone):
     ]
     for outputs in ways:
         assert [output.outputs[0].token_ids for output in outputs] == expected
+    none = llm.generate({"prompt": TEXT, "adapter": None}, GREEDY, adapter="a", use_tqdm=False)[0]
+    assert none.outputs[0].token_ids == alone[None].token_ids
     own = {"prompt": TEXT, "adapter": "b"}  # comes before what is said of all
     for output in (
         llm.generate(own, GREEDY, adapter="a", use_tqdm=False)[0],
