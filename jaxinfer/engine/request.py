@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jaxinfer.checkpoint.factors import LoadedAdapter
 from jaxinfer.engine.exclusions import Exclusions
 from jaxinfer.engine.guided.guide import Guide
 from jaxinfer.sampling.params import SamplingParams
+
+if TYPE_CHECKING:  # who shows outputs imports no JAX
+    from jaxinfer.checkpoint.factors import LoadedAdapter
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

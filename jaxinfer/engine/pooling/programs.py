@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.engine.buckets import Buckets, powers
 from jaxinfer.engine.programs import Function, Key, ModelPrograms, Program, State
+from jaxinfer.engine.programs.adapters import NO_ADAPTERS
 from jaxinfer.layers.pooling import pool
 from jaxinfer.layers.vectors import Step
 from jaxinfer.models.config import ModelConfig
@@ -110,7 +111,7 @@ class PoolingPrograms(ModelPrograms):
     def options(self) -> dict[str, Any]:
         nothing = {"max_num_seqs": None, "page_size": None, "attention": "auto", "kv_cache_dtype": "auto"}
         tokens = {"max_model_len": self.max_model_len, "max_num_batched_tokens": self.budget * self.shards}
-        return super().options | tokens | nothing
+        return super().options | tokens | nothing | NO_ADAPTERS.options
 
     @cached_property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
