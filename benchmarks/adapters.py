@@ -1,6 +1,6 @@
 """What adapters cost while decoding: rows of one, rows of eight, and rows of none where others have some.
 
-    python benchmarks/adapters.py [--dtype bfloat16] [--quantization int8] [--rank 16] [--tokens N] [--runs N] [--peft]
+    python benchmarks/adapters.py [--dtype D] [--quantization S] [--rank N] [--tokens N] [--runs N] [--peft] [--json F]
 
 0.35B random weights and random adapters on all linears of their layers. In each run one case after the other; ratios
 are medians over the runs. The bound is what reading alone would allow: the bytes of the base over those and of the
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers import cpu_name
 from random_model import LLAMA_350M, write_model
 from rich.console import Console
 from rich.table import Table
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peft", action="store_true")
+    parser.add_argument("--json", type=Path, help="a file for all runs' figures")
     arguments = parser.parse_args()
     folder = Path(tempfile.gettempdir())
     base = write_model(folder / "jaxinfer-llama-350m", LLAMA_350M)
@@ -129,8 +130,14 @@ def main() -> None:
         bound = f"{size / (size + read):.3f}" if name in cases else ""
         table.add_row(name, f"{statistics.median(values):.1f}", ratio, busy, bound)
     console = Console()
-    console.print(f"{platform.processor() or platform.machine()}, {options}, rank {arguments.rank}")
+    console.print(f"{cpu_name()}, {options}, rank {arguments.rank}")
     console.print(table)
+    if arguments.json is not None:
+        about = {"cpu": cpu_name(), **options, "rank": arguments.rank, "tokens": arguments.tokens}
+        about["bytes"] = {"base": size, "adapter": each}
+        arguments.json.write_text(
+            json.dumps(about | {"tokens_per_second": rates, "per_cpu_second": shares}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
