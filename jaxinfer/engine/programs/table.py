@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jaxinfer.engine.programs.base import EngineShapes, Key, Program
+from jaxinfer.engine.programs.base import EngineShapes, Key, Program, adapted_kind
 from jaxinfer.engine.programs.copy import Copy
 from jaxinfer.engine.programs.decode import Decode, DecodeForward, FullDecode
 from jaxinfer.engine.programs.forward import Forward
@@ -60,4 +60,6 @@ class Programs(EngineShapes):
     def largest(self) -> list[Key]:
         """Of those that need most memory."""
         tokens, rows = self.max_tokens, self.max_rows
-        return [(FullDecode.kind, rows), (Forward.kind, tokens), (FullSample.kind, rows), (Score.kind, tokens)]
+        keys = [(FullDecode.kind, rows), (Forward.kind, tokens), (FullSample.kind, rows), (Score.kind, tokens)]
+        with_adapters = [(adapted_kind(kind), size) for kind, size in keys]
+        return [own if own in self.table else key for own, key in zip(with_adapters, keys, strict=True)]
