@@ -64,7 +64,7 @@ def check(llm, prompts=PROMPTS, params=GREEDY):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pages", "state"])
 def test_with_prefix_hits_and_preemption(folders, name):
-    """There is room for less than two sequences. Pages are found again; a state is there only at a sequence's end."""
+    """There is room for less than two sequences. Pages are found again, and states."""
     with LLM(folders[name], kv_cache_memory=2**20, **OPTIONS) as probe:
         each = probe.sizes.bytes
         assert len(probe.engine.runner.programs.layout.pools) == POOLS[name]
@@ -72,7 +72,7 @@ def test_with_prefix_hits_and_preemption(folders, name):
         assert sum(array.size * array.dtype.itemsize for array in held) == each
         check(probe)
         check(probe)
-        assert (probe.stats.hit_tokens > 0) == (name == "pages")
+        assert probe.stats.hit_tokens > 0
         assert probe.stats.preemptions == 0
     with LLM(folders[name], kv_cache_memory=int(each * 0.4), **OPTIONS) as llm:
         check(llm, [prompt[-3:] for prompt in PROMPTS], replace(GREEDY, max_tokens=90))
