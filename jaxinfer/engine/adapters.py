@@ -6,6 +6,7 @@ first that were used longest ago.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 
@@ -34,20 +35,28 @@ class AdapterSlots:
     def hold(self, request: Request) -> bool:
         """Gives a request that is about to run its adapter's slot; False if all are held by others' adapters."""
         assert request.adapter is not None
-        self._leave()
-        slot = next((slot for slot, own in self._adapters.items() if own.digest == request.adapter.digest), None)
+        slot = self._place(request.adapter)
         if slot is None:
-            blank = (slot for slot in range(self.count) if slot not in self._adapters)
-            unused = (slot for slot in self._adapters if not self._users[slot])
-            slot = next(blank, next(unused, None))
-            if slot is None:
-                return False
+            return False
+        before = self._adapters.pop(slot, None)
+        if before is None or before.digest != request.adapter.digest:
             self._coming[slot] = request.adapter
-        self._adapters.pop(slot, None)
         self._adapters[slot] = request.adapter  # at the end: it is the one that was used last
         self._users[slot] += 1
         request.adapter_slot = slot
         return True
+
+    def has_room(self, request: Request) -> bool:
+        """Whether `hold` would find a slot."""
+        return request.adapter is None or self._place(request.adapter) is not None
+
+    def _place(self, adapter: LoadedAdapter) -> int | None:
+        """Where one is, or may be put."""
+        self._leave()
+        own = (slot for slot, other in self._adapters.items() if other.digest == adapter.digest)
+        blank = (slot for slot in range(self.count) if slot not in self._adapters)
+        unused = (slot for slot in self._adapters if not self._users[slot])
+        return next(itertools.chain(own, blank, unused), None)
 
     def release(self, request: Request) -> None:
         """A request runs no longer."""

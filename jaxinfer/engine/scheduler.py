@@ -68,16 +68,17 @@ class Scheduler:
         self.running: list[Request] = []  # oldest first
         self._free_slots: list[int] = []
         self._waiting: list[tuple[int, int, Request]] = []
+        self._aside: list[tuple[int, int, Request]] = []  # of those that wait: no slot is free for their adapters
         self.restart([])
 
     @property
     def waiting_count(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._aside)
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to run."""
-        return not self.running and not self._waiting
+        return not self.running and not self.waiting_count
 
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError if it could never run, even alone."""
@@ -116,20 +117,27 @@ class Scheduler:
         for request in self.running:
             if not request.decoding and budget > 0:
                 budget -= self._chunk(schedule, request, budget)
-        aside: list[tuple[int, int, Request]] = []  # those whose adapters no slot is free for
+        if self._aside and self.adapters.has_room(self._aside[0][-1]):
+            self._aside_again()
         while self._waiting and budget > 0 and len(self.running) < self.max_rows:
-            request = self._waiting[0][-1]
-            # Nobody with an adapter comes before them: slots become free in the end.
-            if request.adapter is not None and (aside or not self.adapters.hold(request)):
-                aside.append(heapq.heappop(self._waiting))
+            entry = self._waiting[0]
+            request = entry[-1]
+            # Nobody with an adapter overtakes those aside: slots become free in the end.
+            overtakes = bool(self._aside) and self._aside[0] < entry
+            if request.adapter is not None and (overtakes or not self.adapters.hold(request)):
+                heapq.heappush(self._aside, heapq.heappop(self._waiting))
                 continue
             if not self._admit(request):
                 self.adapters.release(request)
                 break
             heapq.heappop(self._waiting)
             budget -= self._chunk(schedule, request, budget)
-        for entry in aside:
-            heapq.heappush(self._waiting, entry)
+
+    def _aside_again(self) -> None:
+        """Those aside wait like all others."""
+        self._waiting += self._aside
+        self._aside = []
+        heapq.heapify(self._waiting)
 
     def publish(self, request: Request, computed: int) -> None:
         """Lets others find the full pages among the first `computed` tokens of a running request."""
@@ -144,6 +152,7 @@ class Scheduler:
             self.running.remove(request)
             self._leave(request)
         else:
+            self._aside_again()
             self._waiting = [entry for entry in self._waiting if entry[-1] is not request]
             heapq.heapify(self._waiting)
 
@@ -155,6 +164,7 @@ class Scheduler:
 
     def take_waiting(self) -> list[Request]:
         """Those that wait, who are then no longer queued."""
+        self._aside_again()
         waiting, self._waiting = self._waiting, []
         return [request for *_, request in waiting]
 
@@ -165,7 +175,7 @@ class Scheduler:
         """
         self.cache.reset()
         self.adapters.reset()
-        self.running, self._waiting = [], []
+        self.running, self._waiting, self._aside = [], [], []
         self._free_slots = list(range(self.max_rows - 1, -1, -1))
         for request in requests:
             request.pages, request.capacity, request.cuts = [], 0, []
@@ -238,7 +248,7 @@ class Scheduler:
         if schedule.chunks or not decode:
             return 1
         rooms = [request.room for request in decode]
-        most = min(max_steps, min(rooms) if self._waiting else max(rooms))
+        most = min(max_steps, min(rooms) if self.waiting_count else max(rooms))
         steps = max(1, min(most, *(self.cache.room(request.computed) for request in decode)))
         while steps > 1:
             wanted = [(r, r.length + min(steps, r.room) - 1) for r in decode]

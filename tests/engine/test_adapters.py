@@ -212,6 +212,7 @@ def test_slots():
                 running.append(row)
             else:
                 refused += 1
+                assert not slots.has_room(row)
                 assert len({own.adapter_slot for own in running}) == 3
                 assert row.adapter.digest not in {own.adapter.digest for own in running}
         there |= {slot: adapter.digest for slot, adapter in slots.coming()}
