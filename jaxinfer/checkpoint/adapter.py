@@ -56,6 +56,12 @@ class Change:
     tokens: tuple[int, ...] = ()
 
 
+def by_expert(a: Array, b: Array, experts: int) -> tuple[Array, Array]:
+    """Factors of a parameter of all experts, `[E r, in]` and `[out, r E]`, as those of each: `[E, r, in]` and
+    `[E, out, r]`."""
+    return a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts).transpose(2, 0, 1)
+
+
 class Adapter:
     """One that is open.
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxinfer.checkpoint.adapter import Adapter, Array, Change
+from jaxinfer.checkpoint.adapter import Adapter, Array, Change, by_expert
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.merged import APART, OTHER_NAMES
 from jaxinfer.errors import CheckpointError
@@ -95,24 +95,19 @@ def read_adapter(folder: str | os.PathLike[str], model: AbstractModel, max_rank:
             digest.update(np.asarray(array).tobytes())
     scaled = any(own.gain is not None and not np.isnan(own.gain).all() for own in factors.values())
     if not scaled:
-        ones = {name: own.gain if own.gain is None else np.ones_like(own.gain) for name, own in factors.items()}
-        factors = {name: dataclasses.replace(own, gain=ones[name]) for name, own in factors.items()}  # type: ignore[arg-type]
+        factors = {
+            name: own if own.gain is None else dataclasses.replace(own, gain=np.ones_like(own.gain))  # type: ignore[arg-type]
+            for name, own in factors.items()
+        }
     return LoadedAdapter(os.fspath(folder), rank, factors, scaled, digest.digest())
 
 
-def changes_vocabulary(folder: str | os.PathLike[str], model: AbstractModel) -> bool:
-    """Whether one changes the table or the head. Raises what Adapter raises."""
-    with Adapter(folder) as adapter:
-        names = {model.weights.own(f"{module}.weight") for module in adapter.changes}
-    return bool(names & {model.weights.embedding, model.weights.head})
-
-
-def changes_experts(folder: str | os.PathLike[str], model: AbstractModel) -> bool:
-    """Whether one changes experts. Raises what Adapter raises."""
-    stacked = [spec for spec in model.adaptable.values() if len(spec.shape) > 2]
+def changes(folder: str | os.PathLike[str], model: AbstractModel) -> tuple[bool, bool]:
+    """Whether one changes the table or the head, and whether it changes experts. Raises what Adapter raises."""
     with Adapter(folder) as adapter:
         factors = _Factors(adapter, model)
-        return any(factors.of_experts(spec) for spec in stacked)
+        stacked = (spec for spec in model.adaptable.values() if len(spec.shape) > 2)
+        return factors.of_vocabulary, any(factors.of_experts(spec) for spec in stacked)
 
 
 class _Weight:
@@ -141,8 +136,13 @@ class _Factors:
         own = model.weights.own
         self._changes = {own(f"{module}.weight"): module for module in adapter.changes}
         self._saved = {own(name): name for name in adapter.saved}
-        self._left = {**dict.fromkeys(adapter.changes), **dict.fromkeys(adapter.saved)}
+        self._left = {*adapter.changes, *adapter.saved}
         self._shapes: list[str] = []
+
+    @property
+    def of_vocabulary(self) -> bool:
+        """Whether the table or the head is changed."""
+        return bool(self._changes.keys() & {self._model.weights.embedding, self._model.weights.head})
 
     @property
     def _base(self) -> Base:
@@ -179,7 +179,7 @@ class _Factors:
         weight.shift += 0 if shift is None else shift
         for (module, inputs), places in parts.items():
             change = self._adapter.changes[module]
-            self._left.pop(module, None)
+            self._left.discard(module)
             a, b = self._factors(change)
             placed = np.zeros((len(a), rows), np.float32)
             for ours, theirs in places:
@@ -234,22 +234,25 @@ class _Factors:
     def _stacked(self, spec: ParamSpec, places: list[tuple[int, str, int | None, slice]]) -> LowRank:
         experts, rows, columns = spec.shape
         dtype = self._model.weight_dtype
-        factors = []
-        for expert, module, which, out in places:
+
+        @functools.cache  # each is of all experts, or of one
+        def of(module: str, count: int, stop: int) -> tuple[Array, Array]:
             change = self._adapter.changes[module]
-            self._left.pop(module, None)
+            self._left.discard(module)
             if change.magnitude is not None or change.bias is not None:
                 raise self._refused([module], "lengths and biases of experts")
             a, b = self._factors(change)
-            count = 1 if which is None else experts
-            if a.shape[1] != columns or len(a) % count or b.shape[1] < out.stop or len(b) % count:
+            if a.shape[1] != columns or len(a) % count or b.shape[1] < stop or len(b) % count:
                 raise CheckpointError(
                     f"{self._adapter.folder}: is not an adapter of this model: other shapes: {module} "
                     f"{list(spec.shape)} by {[*b.shape[::-1]]} and {list(a.shape)}"
                 )
-            if which is not None:  # a has experts outside, b inside
-                a, b = a.reshape(experts, -1, columns)[which], b.reshape(-1, experts, b.shape[1])[:, which]
-            factors.append((expert, a, b[:, out]))
+            return by_expert(a, b.T, count)
+
+        factors = []
+        for expert, module, which, out in places:
+            a, b = of(module, 1 if which is None else experts, out.stop)
+            factors.append((expert, a[which or 0], b[which or 0, out].T))
         rank = max(len(a) for _, a, _ in factors)
         both = np.zeros((experts, rank, columns), dtype), np.zeros((experts, rank, rows), dtype)
         for expert, a, b in factors:
@@ -267,7 +270,7 @@ class _Factors:
             module = self._changes.get(tensor)
             if module is None:
                 continue
-            self._left.pop(module)
+            self._left.remove(module)
             change = self._adapter.changes[module]
             sizes = self._sizes(change)
             wanted = {"a": vocab, "b": width, "magnitude": width} if own is table else {"a": width, "b": vocab}
@@ -323,7 +326,7 @@ class _Factors:
                 if not np.array_equal(theirs.astype(self._model.weight_dtype).astype(np.float32), ours):
                     break
             else:
-                self._left.pop(saved)
+                self._left.remove(saved)
                 return
         gib = np.prod(size) * self._model.weight_dtype.itemsize / 2**30
         raise self._refused([saved], f"tables of a model's vocabulary as a whole, {list(size)}, {gib:.2f} GiB a slot")
@@ -367,7 +370,7 @@ class _Factors:
         if len(names) < len(shapes):
             return None
         for tensor, saved in names.items():
-            self._left.pop(saved, None)
+            self._left.discard(saved)
             if (shape := adapter.info(adapter.saved[saved]).shape) != shapes[tensor]:
                 self._shapes.append(f"{saved} {list(shapes[tensor])} by {list(shape)}")
                 return None

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.checkpoint.adapter import Adapter, Change
+from jaxinfer.checkpoint.adapter import Adapter, Change, by_expert
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.folder import Checkpoint, DerivedCheckpoint
 from jaxinfer.checkpoint.tensors import Array, Shape, TensorInfo
@@ -122,8 +122,7 @@ class MergedCheckpoint(DerivedCheckpoint):
         *first, rows, columns = (*parts[:-2], *parts[-2:][::-1]) if low.turned else parts
         rows_of = slice(low.first, low.first + low.rows)
         if low.experts:
-            a = a.reshape(low.experts, -1, a.shape[-1])
-            b = b.reshape(b.shape[0], -1, low.experts).transpose(2, 0, 1)
+            a, b = by_expert(a, b, low.experts)
             which = first[0] if low.expert is None else slice(low.expert, low.expert + 1)
             a, b = a[which], b[which]
         value = np.swapaxes(value, -1, -2) if low.turned else value

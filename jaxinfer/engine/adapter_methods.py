@@ -15,6 +15,11 @@ from jaxinfer.errors import RequestError
 MOST_NAME = 200  # characters
 
 
+def may_name(name: object) -> bool:
+    """Whether an adapter may be called that."""
+    return isinstance(name, str) and 0 < len(name) <= MOST_NAME and name.isprintable()
+
+
 class AskedAdapter(NamedTuple):
     """An adapter as somebody asks for it.
 
@@ -75,7 +80,7 @@ class AdapterMethods:
         """Reads one, in place of another of this name. Any thread may call it: it goes to the devices when the first
         request with it runs. Raises ValueError and FileNotFoundError."""
         programs = self.runner.programs
-        if not isinstance(name, str) or not 0 < len(name) <= MOST_NAME or not name.isprintable():
+        if not may_name(name):
             raise ValueError(
                 f"an adapter's name is {name!r:.100}: it must be a text of up to {MOST_NAME} printable characters"
             )

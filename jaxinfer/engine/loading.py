@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxinfer import distributed
 from jaxinfer.checkpoint.adapter_config import read_adapter_config
 from jaxinfer.checkpoint.cross_encoder import CrossEncoderModel, read_cross_encoder, scores_by_logits
-from jaxinfer.checkpoint.factors import changes_experts, changes_vocabulary
+from jaxinfer.checkpoint.factors import changes
 from jaxinfer.checkpoint.files import read_config
 from jaxinfer.checkpoint.hub import resolve
 from jaxinfer.checkpoint.sentence import MODULES, SentenceModel, read_model2vec, read_sentence_model
@@ -146,9 +146,13 @@ def open_adapters(settings: EngineConfig) -> dict[str, Path]:
 def settle_changes(settings: EngineConfig, adapters: Collection[Path], model: AbstractModel) -> None:
     """Whether adapters may change the vocabulary, and experts, where nothing is said: if one of them does. Raises
     ValueError and FileNotFoundError."""
-    for option, does in (("adapted_vocabulary", changes_vocabulary), ("adapted_experts", changes_experts)):
-        if settings[option] is None and settings["max_adapters"] is not None:  # type: ignore[literal-required]
-            settings[option] = any(does(folder, model) for folder in adapters)  # type: ignore[literal-required]
+    options = "adapted_vocabulary", "adapted_experts"
+    if settings["max_adapters"] is None or all(settings[option] is not None for option in options):  # type: ignore[literal-required]
+        return
+    found = [changes(folder, model) for folder in adapters]
+    for i, option in enumerate(options):
+        if settings[option] is None:  # type: ignore[literal-required]
+            settings[option] = any(own[i] for own in found)  # type: ignore[literal-required]
 
 
 def check_architecture(wanted: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> None:

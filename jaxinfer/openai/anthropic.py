@@ -123,7 +123,7 @@ def _messages(message: Any, where: str) -> list[dict[str, Any]]:
                 texts.append(_text(block, "text", at))
             case "thinking":
                 thoughts.append(_text(block, "thinking", at))
-            case "redacted_thinking":
+            case "redacted_thinking":  # encrypted by whoever served the turn: nobody else can read it
                 pass
             case "tool_use":
                 name, arguments = _text(block, "name", at), block.get("input", {})

@@ -9,6 +9,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from jaxinfer.checkpoint.adapter_config import CONFIG
 from jaxinfer.checkpoint.folder import PICKLED, SAFETENSORS
+from jaxinfer.engine.adapter_methods import MOST_NAME, may_name
 from jaxinfer.errors import RequestError
 from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.answers import Json
@@ -17,7 +18,6 @@ from jaxinfer.openai.fields import Fields
 from jaxinfer.places import inside
 from jaxinfer.server.service import Service
 
-LONGEST = 256  # characters of a name
 FILES = (CONFIG, SAFETENSORS.adapter, PICKLED.adapter)
 
 
@@ -60,8 +60,8 @@ def read_loading(fields: Fields) -> tuple[str, str, bool]:
     name, path, again = fields.text("lora_name"), fields.text("lora_path"), fields.flag("load_inplace")
     fields.skip(("lora_int_id",))
     fields.end()
-    if not name or len(name) > LONGEST or not name.isprintable():
-        raise RequestError(f"lora_name must be a name of at most {LONGEST} characters", "lora_name")
+    if name is None or not may_name(name):
+        raise RequestError(f"lora_name must be a name of at most {MOST_NAME} characters", "lora_name")
     if not path:
         raise RequestError("lora_path is missing: the name of a folder below the server's --adapter-dir", "lora_path")
     return name, path, again
