@@ -111,7 +111,7 @@ def main() -> None:
     shares: dict[str, list[float]] = {name: [] for name in cases}  # of CPUs' time, which others at work change less
     with LLM(base, adapters=adapters, max_num_seqs=16, skip_tokenizer_init=True, **options) as llm:
         size = llm.model.nbytes - 2 * LLAMA_350M["vocab_size"] * LLAMA_350M["hidden_size"]  # looked up, not read
-        each = sum(own.a.nbytes + own.b.nbytes for own in llm.engine.adapters["a0"].factors.values())
+        each = sum(own.a.nbytes + own.b.nbytes for own in llm.engine.adapters.find("a0").factors.values())
         prompts = [np.random.default_rng(i).integers(0, 32000, 16).tolist() for i in range(16)]
         for run in range(arguments.runs + 1):
             for name, which in cases.items():

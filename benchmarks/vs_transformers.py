@@ -1,6 +1,6 @@
 """jaxinfer beside transformers on the same weights: prefill and decode tokens/s on CPU, and peak memory.
 
-    python benchmarks/vs_transformers.py [--model MODEL] [--folder DIR] [--json FILE]
+    python benchmarks/vs_transformers.py [--model MODEL] [--folder DIR] [--dtypes float32] [--json FILE]
 
 Builds a model with random weights, a 0.35B Llama, a 1B Qwen3-MoE or a 0.34B Qwen3.5, starts each system in a process
 of its own and asks them in turn. Prompt 128, 64 new tokens, medians of interleaved runs. Decode is (time of 64 new
@@ -60,16 +60,15 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of transformers")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     name, config = MODELS[arguments.model]
     folder = str(write_model(arguments.folder or Path(tempfile.gettempdir()) / name, config))
     threads = str(len(os.sched_getaffinity(0)))
-    peers = {
-        "jaxinfer float32": Peer("worker_jaxinfer.py", folder, "float32"),
-        "transformers float32": Peer("worker_transformers.py", folder, "float32", threads),
-        "transformers bfloat16": Peer("worker_transformers.py", folder, "bfloat16", threads),
-    }
+    peers = {"jaxinfer float32": Peer("worker_jaxinfer.py", folder, "float32")}
+    for dtype in arguments.dtypes:
+        peers[f"transformers {dtype}"] = Peer("worker_transformers.py", folder, dtype, threads)
     vocab = int(str(config["vocab_size"]))
     results = {
         batch: measure(peers, batch, arguments.runs, arguments.prompt, arguments.new, vocab)

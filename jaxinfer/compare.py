@@ -247,8 +247,8 @@ def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.
     """Log-probabilities of the next token, f32 [tokens - 1, V], at all places of each sequence but its last,
     with the adapter that there is."""
     model, vocab, layout = llm.model, llm.model.config.vocab_size, llm.engine.runner.programs.layout
-    for adapter in llm.engine.adapters.values():
-        llm.engine.runner.load_adapter(0, adapter)
+    for name in llm.engine.adapters.infos:
+        llm.engine.runner.load_adapter(0, llm.engine.adapters.find(name))
     given = llm.engine.runner.params, llm.engine.runner.state.adapters
 
     @jax.jit
@@ -279,7 +279,7 @@ def _distributions(llm: LLM, sequences: Sequence[Sequence[int]]) -> Iterator[np.
 
 def _decode_rate(llm: LLM) -> float:
     prompt, output = (min(n, llm.sizes.max_model_len // 2) for n in DECODED)
-    work = in_turns(random_work(llm.model.config.vocab_size, [prompt], [output]), list(llm.engine.adapters))
+    work = in_turns(random_work(llm.model.config.vocab_size, [prompt], [output]), list(llm.engine.adapters.infos))
     generate(llm, work)
     times = [generate(llm, work)[0] for _ in range(RUNS)]
     return output / float(np.median(times))

@@ -87,7 +87,7 @@ class JaxInferLM(TemplateLM):  # type: ignore[misc]
             self.llm = LLM(pretrained, **options)
         else:
             raise ValueError("model_args: give pretrained=FOLDER or config=FILE")
-        self.llm.engine.adapter(self.adapter or None)  # what is wrong with it is said now
+        self.llm.engine.check_adapter(self.adapter or None)  # what is wrong with it is said now
         self.max_gen_toks = max_gen_toks
         self._template: str | None = None  # the name of the chat template, if it was chosen
 

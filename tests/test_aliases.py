@@ -163,6 +163,7 @@ OURS = {
     "hf_token": ("x", {"token": "x"}),
     "torch_dtype": ("torch.float16", {"dtype": "float16"}),
     "enable_lora": (True, {"max_adapters": 1}),
+    "max_cpu_loras": (8, {"max_host_adapters": 8}),
 }
 
 

@@ -56,6 +56,7 @@ LOADING = Words(
         "hf_token": "token",
         "use_auth_token": "token",
         "torch_dtype": "dtype",
+        "max_cpu_loras": "max_host_adapters",
     },
     made={
         "tensor_parallel_size": _axis("tensor"),
@@ -130,7 +131,6 @@ LOADING = Words(
             "enable_prompt_embeds": TEXT,
             "enable_lora max_loras": "here it is max_adapters",
             "lora_modules lora_local_path qlora_adapter_name_or_path adapter_path peft": ADAPTERS,
-            "max_cpu_loras": "those that are loaded stay in the host's memory until unload_adapter",
             "enable_lora_bias": "biases are part of an adapter",
             "lora_dtype": "adapters are in the dtype of weights",
             "fully_sharded_loras": "factors are split as their weights are: leave it out",
@@ -221,7 +221,6 @@ LOADING = Words(
         "mm_processor_cache_type": ("lru",),
         "mm_shm_cache_max_object_size_mb": (128,),
         "mm_encoder_tp_mode": ("weights",),
-        "max_cpu_loras": (ANY,),
         "enable_lora_bias": (ANY,),
         "lora_extra_vocab_size": (256,),
         "max_prompt_adapters": (1,),
@@ -252,7 +251,7 @@ POOLER_FIELDS = {"seq_pooling_type": "pooling_type", "tok_pooling_type": "poolin
 
 def without_lora(options: Options) -> Options:
     """Where enable_lora is False, as in vLLM, nothing else is said of adapters' sizes."""
-    sizes = ("max_loras", "max_lora_rank") if options.get("enable_lora") is False else ()
+    sizes = ("max_loras", "max_lora_rank", "max_cpu_loras") if options.get("enable_lora") is False else ()
     return {name: value for name, value in options.items() if name not in sizes}
 
 

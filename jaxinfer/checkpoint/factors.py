@@ -57,16 +57,18 @@ class AdapterInfo(NamedTuple):
     """What there is to say of one.
 
     folder: where it is from. rank: the largest of a weight. nbytes: that it takes. weights: that it changes.
+    digest: of its content.
     """
 
     folder: str
     rank: int
     nbytes: int
     weights: int
+    digest: bytes
 
     @classmethod
     def of(cls, loaded: LoadedAdapter) -> AdapterInfo:
-        return cls(loaded.folder, loaded.rank, loaded.nbytes, len(loaded.factors))
+        return cls(loaded.folder, loaded.rank, loaded.nbytes, len(loaded.factors), loaded.digest)
 
 
 class Base(Protocol):

@@ -60,7 +60,7 @@ def chat(
         adapter = adapters.used
         hosts.join()
         llm = load.load(progress, **adapters.loading)
-        llm.engine.adapter(adapter)
+        llm.engine.check_adapter(adapter)
         params = sampling.params(llm.get_default_sampling_params())
         template = None if chat_template is None else read_chat_template(chat_template, llm)
         conversation = Conversation(llm, params, system, template, adapter)

@@ -90,7 +90,7 @@ def generate(
             profile = local(profile, "--profile")
             Path(profile).mkdir(parents=True, exist_ok=True)
         llm = batching.load(load, progress, **adapters.loading)
-        llm.engine.adapter(adapter)
+        llm.engine.check_adapter(adapter)
         params = sampling.params(llm.get_default_sampling_params(), **asked)
         template = {} if chat_template is None else {"chat_template": read_chat_template(chat_template, llm)}
         inputs: list[Prompt] = [_as_message(llm, text, template) for text in texts] if chat else list(texts)

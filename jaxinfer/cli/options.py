@@ -140,8 +140,8 @@ class AdapterOptions:
             rich_help_panel=ADAPTERS,
         ),
     ] = None
-    options: Annotated[EngineConfig, EngineOptions(ADAPTERS, "max_adapters", "max_lora_rank")] = dataclasses.field(
-        default_factory=EngineConfig
+    options: Annotated[EngineConfig, EngineOptions(ADAPTERS, "max_adapters", "max_lora_rank", "max_host_adapters")] = (
+        dataclasses.field(default_factory=EngineConfig)
     )
 
     @property

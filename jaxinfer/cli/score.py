@@ -59,7 +59,7 @@ def score(
     sources = find_sources([file])
     parser = Parser("score", SamplingParams())
     with verbosity.apply() as progress, batching.load(load, progress, **adapters.loading) as llm:
-        llm.engine.adapter(adapter)
+        llm.engine.check_adapter(adapter)
         rows = map(parser.parse, records(sources))
         outputs = _rolling(llm, rows, adapter) if rolling else _scored(llm, rows, adapter)
         if not as_json:

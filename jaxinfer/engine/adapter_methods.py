@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxinfer.checkpoint.factors import AdapterInfo, LoadedAdapter, read_adapter
 from jaxinfer.checkpoint.files import some
 from jaxinfer.checkpoint.hub import resolve
+from jaxinfer.engine.host_adapters import HostAdapters
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.shards import DataParallelScheduler
 from jaxinfer.errors import RequestError
@@ -48,33 +49,37 @@ class AskedAdapter(NamedTuple):
 class AdapterMethods:
     """Those of Engine that are about them. Any thread may call them.
 
-    adapters: by name.
+    adapters: by name, and in the host's memory.
     adapter_tokens: that were sampled with each, for requests that have ended.
     """
 
     runner: Runner
     scheduler: DataParallelScheduler
-    adapters: dict[str, LoadedAdapter]
+    adapters: HostAdapters
     adapter_tokens: dict[str, int]
 
     def adapter(self, asked: Any) -> tuple[str, LoadedAdapter | None]:
-        """The name of what is asked for, and the adapter; of None neither. vLLM's LoRARequest is loaded where none of
-        its name and path is. Raises ValueError."""
+        """The name of what is asked for, and the adapter; of None neither. Raises ValueError."""
+        name = self.check_adapter(asked)
+        return name, self.adapters.find(name) if name else None
+
+    def check_adapter(self, asked: Any) -> str:
+        """The name of what is asked for, "" of None. vLLM's LoRARequest is loaded where none of its name and path is.
+        Raises ValueError."""
         if asked is None:
-            return "", None
+            return ""
         name, path = AskedAdapter.of(asked)
-        found = self.adapters.get(name)
+        found = self.adapters.infos.get(name)
         if path is not None:
             try:
                 folder = resolve(path)
                 if found is None or found.folder != os.fspath(folder):
-                    found = self.load_adapter(name, folder)
+                    self.load_adapter(name, folder)
             except OSError as error:
                 raise RequestError(f"adapter {name!r:.100}: {error}", "adapter") from None
-        if found is None:
-            there = some(sorted(self.adapters)) or "none; LLM(adapters={NAME: FOLDER}) and load_adapter load them"
-            raise RequestError(f"adapter is {name!r:.100}: there are {there}", "adapter")
-        return name, found
+        elif found is None:
+            self.adapters.find(name)  # says which there are
+        return name
 
     def load_adapter(self, name: str, folder: str | os.PathLike[str]) -> LoadedAdapter:
         """Reads one, in place of another of this name. Any thread may call it: it goes to the devices when the first
@@ -86,25 +91,28 @@ class AdapterMethods:
             )
         if not programs.adapter_limits.slots:
             raise ValueError("there is no room for adapters beside the weights: load the model with max_adapters")
+        loaded, before = self.adapters.load(name, folder)
+        if before is not None:
+            self.scheduler.adapters.forget(before.digest)
+        return loaded
+
+    def read_adapter(self, folder: str | os.PathLike[str]) -> LoadedAdapter:
+        """As it may be beside these weights. Raises ValueError and FileNotFoundError."""
+        programs = self.runner.programs
         loaded = read_adapter(folder, self.runner.model, programs.adapter_limits.rank, self.runner)
         if others := loaded.factors.keys() - programs.adapter.keys():
             option = "adapted_vocabulary" if others & set(self.runner.model.vocabulary) else "adapted_experts"
             raise ValueError(
                 f"{folder}: changes {some(sorted(others))}: load the model with {option}=True, so that there is room"
             )
-        before, self.adapters[name] = self.adapters.get(name), loaded
-        if before is not None:
-            self.scheduler.adapters.forget(before)
         return loaded
 
     def unload_adapter(self, name: str) -> None:
         """Forgets one; requests that have it go on. Raises RequestError."""
-        _, unloaded = self.adapter(name)
-        assert unloaded is not None
-        self.adapters.pop(name, None)
+        unloaded = self.adapters.drop(name)
         self.adapter_tokens.pop(name, None)
-        self.scheduler.adapters.forget(unloaded)
+        self.scheduler.adapters.forget(unloaded.digest)
 
     def list_adapters(self) -> dict[str, AdapterInfo]:
         """Those that are loaded, by name."""
-        return {name: AdapterInfo.of(own) for name, own in dict(self.adapters).items()}
+        return self.adapters.infos

@@ -27,10 +27,10 @@ class AdapterSlots:
 
     def reset(self) -> None:
         """Nothing is on the devices, and nobody runs."""
-        self._adapters: dict[int, LoadedAdapter] = {}  # by slot: those used longest ago first
+        self._adapters: dict[int, bytes] = {}  # their digests by slot: those used longest ago first
         self._users = [0] * self.count
         self._coming: dict[int, LoadedAdapter] = {}
-        self._leaving: deque[LoadedAdapter] = deque()  # of other threads
+        self._leaving: deque[bytes] = deque()  # of other threads
 
     def hold(self, request: Request) -> bool:
         """Gives a request that is about to run its adapter's slot; False if all are held by others' adapters."""
@@ -39,9 +39,9 @@ class AdapterSlots:
         if slot is None:
             return False
         before = self._adapters.pop(slot, None)
-        if before is None or before.digest != request.adapter.digest:
+        if before != request.adapter.digest:
             self._coming[slot] = request.adapter
-        self._adapters[slot] = request.adapter  # at the end: it is the one that was used last
+        self._adapters[slot] = request.adapter.digest  # at the end: it is the one that was used last
         self._users[slot] += 1
         request.adapter_slot = slot
         return True
@@ -53,7 +53,7 @@ class AdapterSlots:
     def _place(self, adapter: LoadedAdapter) -> int | None:
         """Where one is, or may be put."""
         self._leave()
-        own = (slot for slot, other in self._adapters.items() if other.digest == adapter.digest)
+        own = (slot for slot, other in self._adapters.items() if other == adapter.digest)
         blank = (slot for slot in range(self.count) if slot not in self._adapters)
         unused = (slot for slot in self._adapters if not self._users[slot])
         return next(itertools.chain(own, blank, unused), None)
@@ -64,14 +64,14 @@ class AdapterSlots:
             self._users[request.adapter_slot] -= 1
             request.adapter_slot = -1
 
-    def forget(self, adapter: LoadedAdapter) -> None:
+    def forget(self, digest: bytes) -> None:
         """One that will not be asked for again; those that run keep it. Any thread may call it."""
-        self._leaving.append(adapter)
+        self._leaving.append(digest)
 
     def _leave(self) -> None:
         while self._leaving:
-            adapter = self._leaving.popleft()
-            for slot in [slot for slot, own in self._adapters.items() if own is adapter and not self._users[slot]]:
+            digest = self._leaving.popleft()
+            for slot in [slot for slot, own in self._adapters.items() if own == digest and not self._users[slot]]:
                 del self._adapters[slot]
 
     def coming(self) -> Iterator[tuple[int, LoadedAdapter]]:

@@ -243,6 +243,15 @@ class EngineConfig(TypedDict, total=False):
             shapes_programs=True,
         ),
     ]
+    max_host_adapters: Annotated[
+        int | None,
+        Option(
+            help="Most adapters in the host's memory.",
+            details="most adapters in the host's memory besides those that requests have; others are read again from "
+            "their folders when they are asked for; default: all",
+            metavar="N",
+        ),
+    ]
     adapted_vocabulary: Annotated[
         bool | None,
         Option(

@@ -15,6 +15,7 @@ from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import RequestGroup, SequenceOutput
 from jaxinfer.engine.guided.guide import Guide, Guides
+from jaxinfer.engine.host_adapters import HostAdapters
 from jaxinfer.engine.request import FinishReason, Request
 from jaxinfer.engine.runner import PendingStep, Runner
 from jaxinfer.engine.scheduler import SchedulerOutput
@@ -56,6 +57,7 @@ class Engine(AdapterMethods):
         eos_token_ids: Sequence[int],
         max_model_len: int,
         seed: int,
+        max_host_adapters: int | None = None,
     ):
         self.runner = runner
         self.scheduler = scheduler
@@ -63,7 +65,7 @@ class Engine(AdapterMethods):
         self.eos_token_ids = tuple(eos_token_ids)
         self.max_model_len = max_model_len
         self.guides = Guides(tokenizer, self.vocab_size, self.eos_token_ids)
-        self.adapters = {}
+        self.adapters = HostAdapters(self.read_adapter, max_host_adapters)
         self._stats = EngineStats()
         self.adapter_tokens = {}
         self._seed = seed
@@ -90,6 +92,7 @@ class Engine(AdapterMethods):
             snapshots_total=self.scheduler.snapshots_total,
             max_adapters=self.scheduler.adapters.count,
             adapter_loads=self.scheduler.adapters.loads,
+            adapter_reads=self.adapters.reads,
             running_adapters=Counter(request.adapter_name for request in adapted if request.slot >= 0),
             waiting_adapters=Counter(request.adapter_name for request in adapted if request.slot < 0),
             adapter_tokens=dict(self.adapter_tokens),
@@ -418,7 +421,7 @@ class Engine(AdapterMethods):
         stats.queried_tokens += request.prompt_length
         stats.hit_tokens += request.hits
         stats.stateless_tokens += request.stateless
-        if (name := request.adapter_name) in self.adapters:
+        if (name := request.adapter_name) in self.adapters.infos:
             self.adapter_tokens[name] = self.adapter_tokens.get(name, 0) + len(request.output_token_ids)
         self.scheduler.finish(request)
         # A first continuation that ends before its prompt was computed takes nobody with it.

@@ -199,6 +199,7 @@ def load_opened(opened: Opened) -> Loaded:
         eos_token_ids=eos,
         max_model_len=sizes.max_model_len,
         seed=settings["seed"],
+        max_host_adapters=settings["max_host_adapters"],
     )
     for name, path in adapters.items():
         engine.load_adapter(name, path)

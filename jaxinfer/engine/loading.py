@@ -136,10 +136,9 @@ def open_adapters(settings: EngineConfig) -> dict[str, Path]:
         settings["max_adapters"] = min(len(folders), MOST_ADAPTERS)
     if settings["max_adapters"] is not None and settings["max_lora_rank"] is None:
         settings["max_lora_rank"] = -(-max(ranks, default=RANK) // 8) * 8
-    if settings["max_adapters"] is None and settings["max_lora_rank"] is not None:
-        raise ValueError(
-            f"max_lora_rank is {settings['max_lora_rank']}, and there are no adapters: give adapters or max_adapters"
-        )
+    for option in ("max_lora_rank", "max_host_adapters"):
+        if settings["max_adapters"] is None and (value := settings[option]) is not None:
+            raise ValueError(f"{option} is {value}, and there are no adapters: give adapters or max_adapters")
     return folders
 
 

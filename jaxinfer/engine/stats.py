@@ -25,7 +25,7 @@ class EngineStats:
     preemptions: of requests that have ended.
     finished, aborted: requests that have ended so.
     max_adapters: that rows of one call may have; 0 where there are none. adapter_loads: how often one was put on the
-        devices.
+        devices. adapter_reads: and how often one was read from its folder.
     running_adapters, waiting_adapters: requests now that have one, by its name.
     adapter_tokens: that were sampled with one, by its name, for requests that have ended.
     """
@@ -51,6 +51,7 @@ class EngineStats:
     aborted: int = 0
     max_adapters: int = 0
     adapter_loads: int = 0
+    adapter_reads: int = 0
     running_adapters: Mapping[str, int] = field(default_factory=dict)
     waiting_adapters: Mapping[str, int] = field(default_factory=dict)
     adapter_tokens: Mapping[str, int] = field(default_factory=dict)

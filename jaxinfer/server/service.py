@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 from jaxinfer.async_engine import AsyncEngine
-from jaxinfer.checkpoint.factors import LoadedAdapter
+from jaxinfer.checkpoint.factors import AdapterInfo
 from jaxinfer.errors import ContextLengthError, EngineClosed, QueueFullError, RequestError, UnsupportedError
 from jaxinfer.llm import LLM
 from jaxinfer.models.tasks import GENERATE
@@ -68,9 +68,9 @@ class Service:
         return self.llm.engine_thread.closed if self.llm.loaded is None else self.llm.loaded.engine.closed
 
     @property
-    def adapters(self) -> dict[str, LoadedAdapter]:
+    def adapters(self) -> dict[str, AdapterInfo]:
         """Those that are loaded, by name."""
-        return dict(self.llm.engine.adapters) if self.generates else {}
+        return self.llm.engine.adapters.infos if self.generates else {}
 
     def adapter(self, model: str) -> str | None:
         """The one that a model's name means, if it does."""

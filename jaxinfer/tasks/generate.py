@@ -44,7 +44,7 @@ class GenerateTask(Task[PromptAsked, RequestOutput]):
     def checked(self, asked: PromptAsked) -> PromptAsked:
         encoded = self._encoded(asked)
         self.engine.check(encoded.ids, asked.params)
-        self.engine.adapter(encoded.adapter)
+        self.engine.check_adapter(encoded.adapter)
         return replace(asked, prompt=encoded, adapter=None)  # which is in it
 
     def request(self, asked: PromptAsked) -> RequestGroup:

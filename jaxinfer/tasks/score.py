@@ -63,7 +63,7 @@ class ScoreTask(Task[TextAsked, ScoreOutput]):
     def checked(self, asked: TextAsked) -> TextAsked:
         pair = self._pair(asked)
         self.engine.check_scoring([*pair.context, *pair.scored], len(pair.context))
-        self.engine.adapter(pair.adapter)
+        self.engine.check_adapter(pair.adapter)
         return replace(asked, scorable=pair)
 
     def request(self, asked: TextAsked) -> Scoring:

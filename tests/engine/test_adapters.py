@@ -1,12 +1,15 @@
 """Adapters beside the weights: what peft makes of them, and the same in any company."""
 
+import gc
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.adapters import AdapterSlots
+from jaxinfer.errors import RequestError
 from tests.adapters import write_adapter
 
 OPTIONS = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "page_size": 4, "max_model_len": 64}
@@ -190,6 +193,38 @@ class Row:
         self.adapter, self.adapter_slot = adapter, -1
 
 
+def test_most_in_the_hosts_memory(checkpoints, folders, alone, tmp_path):
+    """Those asked for longest ago are read again, and nothing else is kept of them."""
+    own = {name: shutil.copytree(folder, tmp_path / name) for name, folder in folders.items()}
+    with LLM(checkpoints("llama").folder, adapters=own, max_adapters=2, max_host_adapters=1, **OPTIONS) as llm:
+        assert llm.stats.adapter_reads == 3
+        assert llm.engine.adapters.in_memory == 1
+        assert sorted(llm.list_adapters()) == ["a", "b", "c"]
+        prompts, params = zip(*requests(), strict=True)
+        outputs = llm.generate(prompts, params, adapter=[adapter_of(i) for i in range(len(prompts))])
+        assert tokens(outputs) == alone
+        reads = llm.stats.adapter_reads
+        assert 3 + 2 <= reads < 3 + 8, "those of requests that wait or run are there for others, too"
+        gc.collect()
+        assert llm.engine.adapters.in_memory == 1
+        for i in (0, 1, 0):
+            assert tokens(llm.generate(prompts[i], params[i], adapter=adapter_of(i)))[0] == alone[i]
+        assert 2 <= llm.stats.adapter_reads - reads <= 3
+        shutil.rmtree(own["b"])
+        shutil.copytree(folders["a"], own["b"])
+        with pytest.raises(RequestError, match=r"adapter 'b' is another one by now in .*: load it"):
+            llm.generate(prompts[1], params[1], adapter="b")
+        shutil.rmtree(own["b"])
+        with pytest.raises(RequestError, match=r"adapter 'b' can't be read again: .*no such folder"):
+            llm.generate(prompts[1], params[1], adapter="b")
+        llm.unload_adapter("b")
+        with pytest.raises(ValueError, match="adapter is 'b': there are a, c"):
+            llm.generate(prompts[1], params[1], adapter="b")
+        assert tokens(llm.generate(prompts[2], params[2], adapter="c"))[0] == alone[2]
+    with pytest.raises(ValueError, match="max_host_adapters is 4, and there are no adapters"):
+        LLM(checkpoints("llama").folder, max_host_adapters=4)
+
+
 class Content:
     """As much of an adapter."""
 
@@ -218,7 +253,7 @@ def test_slots():
         there |= {slot: adapter.digest for slot, adapter in slots.coming()}
         assert all(there[own.adapter_slot] == own.adapter.digest for own in running)
         if random.random() < 0.05:
-            slots.forget(adapters[int(random.integers(len(adapters)))])
+            slots.forget(adapters[int(random.integers(len(adapters)))].digest)
     assert refused > 100
     assert slots.loads > 300
 

@@ -61,7 +61,7 @@ def test_what_is_known_of_options():
     assert {name for name in OPTIONS if name not in SHAPING} == {
         *("kv_cache_memory", "memory_utilization", "enable_prefix_caching", "warmup", "compiled", "revision", "token"),
         *("tokenizer", "skip_tokenizer_init", "architecture", "seed", "on_progress"),
-        *("runner", "convert", "pooler_config", "hf_overrides", "adapters"),
+        *("runner", "convert", "pooler_config", "hf_overrides", "adapters", "max_host_adapters"),
     }
 
 

@@ -75,12 +75,13 @@ def test_scores(llm):
 
 def test_requests_of_vllm_load_what_they_name(folders, alone):
     with LLM(folders / "base", enable_lora=True, max_loras=2, max_lora_rank=8, max_cpu_loras=4, **OPTIONS) as llm:
+        assert llm.engine.adapters.most == 4
         asked = request("x", folders / "a")
         outputs = llm.generate([TEXT] * 2, GREEDY, lora_request=[asked, None], use_tqdm=False)
         assert [o.outputs[0].token_ids for o in outputs] == [alone["a"].token_ids, alone[None].token_ids]
-        loaded = llm.engine.adapters["x"]
+        loaded = llm.engine.adapters.find("x")
         assert llm.score(TEXT, lora_request=asked, use_tqdm=False)[0].logprob != 0
-        assert llm.engine.adapters["x"] is loaded
+        assert llm.engine.adapters.find("x") is loaded
         asked.lora_path = str(folders / "b")
         (output,) = llm.generate(TEXT, GREEDY, lora_request=asked, use_tqdm=False)
         assert output.outputs[0].token_ids == alone["b"].token_ids

@@ -55,7 +55,7 @@ log = logging.getLogger("jaxinfer")
 OF_A_CACHE = (
     *("kv_cache_dtype", "kv_cache_memory", "page_size", "max_num_seqs", "memory_utilization", "enable_prefix_caching"),
     *("seed", "attention", "adapters", "max_adapters", "max_lora_rank"),
-    *("adapted_vocabulary", "adapted_experts"),
+    *("max_host_adapters", "adapted_vocabulary", "adapted_experts"),
 )
 
 

@@ -1,6 +1,7 @@
 // XLA FFI handlers of the CPU kernels. What they compute is said in __init__.py; how, in micro.h.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cfloat>
 #include <cmath>
@@ -117,46 +118,56 @@ void* buffer(int64_t bytes) {
   return kept.get();
 }
 
-// Runs `call(0)` to `call(tasks - 1)` on XLA's own threads and this one, and returns when all are done. A thread that
-// comes too late, because it was busy with something else, finds nothing to do.
+// Runs `call(0)` to `call(tasks - 1)` of each stage on XLA's own threads and this one, all of a stage before the next, and
+// returns when all are done. A thread that comes too late, because it was busy with something else, finds nothing to do.
+struct Stage {
+  int64_t tasks;
+  std::function<void(int64_t)> call;
+};
+
 struct Threads {
   explicit Threads(ffi::ThreadPool pool) : pool(pool), count(std::max<int64_t>(pool.num_threads(), 1)) {}
 
-  void run(int64_t tasks, std::function<void(int64_t)> call) {
-    struct Shared {
-      Shared(int64_t tasks, std::function<void(int64_t)> call) : tasks(tasks), call(std::move(call)) {}
-      void work() {
-        for (int64_t i; (i = next.fetch_add(1)) < tasks;) {
-          call(i);
-          done.fetch_add(1);
-        }
-      }
-      const int64_t tasks;
-      const std::function<void(int64_t)> call;
+  template <class... Stages>
+  void run(Stages... stages) {
+    struct Progress {
+      Stage stage;
       std::atomic<int64_t> next{0}, done{0};
     };
-    auto shared = std::make_shared<Shared>(tasks, std::move(call));
-    for (int64_t i = 1; i < std::min(count, tasks); i++) pool.Schedule([shared] { shared->work(); });
+    struct Shared {
+      void work() {
+        for (auto& at : stages) {
+          for (int64_t i; (i = at.next.fetch_add(1)) < at.stage.tasks;) {
+            at.stage.call(i);
+            at.done.fetch_add(1);
+          }
+          while (at.done.load() < at.stage.tasks) std::this_thread::yield();
+        }
+      }
+      std::array<Progress, sizeof...(Stages)> stages;
+    };
+    const int64_t most = std::max({stages.tasks...});
+    auto shared = std::shared_ptr<Shared>(new Shared{{Progress{std::move(stages)}...}});
+    for (int64_t i = 1; i < std::min(count, most); i++) pool.Schedule([shared] { shared->work(); });
     shared->work();
-    while (shared->done.load() < tasks) std::this_thread::yield();
   }
 
   ffi::ThreadPool pool;
   int64_t count;
 };
 
-// Cuts columns into about `pieces` for each thread, whole multiples of `rows`, and runs `call(part, first, last)`.
+// Cuts columns into about `pieces` for each thread, whole multiples of `rows`: of each `call(part, first, last)`.
 template <class Parts, class Call>
-void in_pieces(Threads& threads, const Parts& parts, int64_t pieces, int64_t rows, const Call& call) {
+Stage in_pieces(const Threads& threads, const Parts& parts, int64_t pieces, int64_t rows, const Call& call) {
   int64_t columns = 0, tasks = 0;
   for (const auto& part : parts) columns += part.columns;
   const int64_t each = (columns / (pieces * threads.count) / rows + 1) * rows;
   for (const auto& part : parts) tasks += (part.columns + each - 1) / each;
-  threads.run(tasks, [&, each](int64_t i) {
-    auto part = parts.begin();
-    for (int64_t own; i >= (own = (part->columns + each - 1) / each); part++) i -= own;
-    call(*part, i * each, std::min((i + 1) * each, part->columns));
-  });
+  return {tasks, [&parts, call, each](int64_t i) {
+            auto part = parts.begin();
+            for (int64_t own; i >= (own = (part->columns + each - 1) / each); part++) i -= own;
+            call(*part, i * each, std::min((i + 1) * each, part->columns));
+          }};
 }
 
 struct Attention {
@@ -191,6 +202,11 @@ struct LowRank {  // of one weight: b [S, R, columns], z [T, R], and out [T, col
   int64_t columns;
 };
 
+struct Neighbours {  // tokens from `first` to `last` with one adapter, which they meet together
+  int64_t slot, first, last;
+};
+
+constexpr int64_t MOST_NEIGHBOURS = 8;
 constexpr int64_t MOST_QUERIES = 128;  // of a token that have one key
 
 namespace portable {
@@ -439,14 +455,14 @@ void attend(Threads& threads, const Attention& a, const void* keys, const void* 
       for (int64_t tile = (queries - 1) / lanes; tile >= 0; tile--) tasks.push_back({row, tile * lanes, lanes});
     }
   }
-  threads.run(tasks.size() * a.kv_heads, [&](int64_t i) {
-    const Task& task = tasks[i / a.kv_heads];
-    const int64_t head = i % a.kv_heads;
-    if (task.first < 0)
-      one(a, (const T*)keys, (const T*)values, task.row, head);
-    else
-      some(a, (const T*)keys, (const T*)values, task.row, head, task.first, task.lanes);
-  });
+  threads.run(Stage{(int64_t)tasks.size() * a.kv_heads, [&](int64_t i) {
+                      const Task& task = tasks[i / a.kv_heads];
+                      const int64_t head = i % a.kv_heads;
+                      if (task.first < 0)
+                        one(a, (const T*)keys, (const T*)values, task.row, head);
+                      else
+                        some(a, (const T*)keys, (const T*)values, task.row, head, task.first, task.lanes);
+                    }});
 }
 
 using Floats = ffi::Buffer<ffi::F32>;
@@ -480,22 +496,21 @@ ffi::Error low_ranks(ffi::ThreadPool pool, float share, Floats x, ffi::Buffer<ff
                      kept.data() + i * tokens * rank, out, own});
     columns += own;
   }
-  // Neighbours that have the same adapter meet it together.
-  Parts<Weight, float> shrink;
+  std::vector<Neighbours> all;
+  Parts<Weight, float> shrunk;
   for (int64_t t = 0, end; t < tokens; t = end) {
-    for (end = t + 1; end < tokens && of[end] == of[t];) end++;
+    for (end = t + 1; end < tokens && end - t < MOST_NEIGHBOURS && of[end] == of[t];) end++;
     if (of[t] < 0 || of[t] >= slots) continue;
     used += end - t;
+    all.push_back({of[t], t, end});
     for (const auto& part : parts)
-      shrink.push_back({part.a + of[t] * rank * depth, part.z + t * rank, rank, nullptr, nullptr, nullptr, nullptr, 0, t,
+      shrunk.push_back({part.a + of[t] * rank * depth, part.z + t * rank, rank, nullptr, nullptr, nullptr, nullptr, 0, t,
                         end - t});
   }
   Threads threads(pool);
   if (used * rank * (depth * (int64_t)parts.size() + columns) < SMALL) threads.count = 1;
-  AT_LEVEL(products<float, Weight, float>)(threads, x.typed_data(), tokens, depth, shrink, false);
-  in_pieces(threads, parts, 2, 64, [&](const LowRank<Weight>& part, int64_t from, int64_t to) {
-    AT_LEVEL(expand<Weight>)(part, of, tokens, slots, rank, share, from, to);
-  });
+  threads.run(AT_LEVEL(shrink<Weight>)(threads, x.typed_data(), depth, shrunk),
+              AT_LEVEL(expand<Weight>)(threads, parts, all, rank, share));
   return ffi::Error::Success();
 }
 

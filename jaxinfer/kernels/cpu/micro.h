@@ -413,13 +413,14 @@ void wide_products(Threads& threads, const X* x, int64_t depth, const Parts<Weig
     if (first_panel.emplace(part.token, panels.size()).second)
       for (int64_t t = 0; t < part.tokens; t += LANES) panels.push_back({part.token + t, part.tokens - t});
   uint32_t* packed = (uint32_t*)buffer(4 * panels.size() * size);
-  threads.run(panels.size(), [&, packed](int64_t p) {
-    pack<Units>(x + panels[p].first * depth, panels[p].second, depth, packed + p * size);
-  });
-  in_pieces(threads, parts, 16, WIDE_ROWS, [&, packed](const Part<Weight, Out>& part, int64_t first, int64_t last) {
+  const Stage packs{(int64_t)panels.size(), [&, packed](int64_t p) {
+                      pack<Units>(x + panels[p].first * depth, panels[p].second, depth, packed + p * size);
+                    }};
+  auto meet = [&, packed](const Part<Weight, Out>& part, int64_t first, int64_t last) {
     std::unique_ptr<uint32_t[]> scratch(new uint32_t[WIDE_ROWS * units + depth]);
     gemm<Units>(packed + first_panel.at(part.token) * size, depth, part, first, last, scratch.get());
-  });
+  };
+  threads.run(packs, in_pieces(threads, parts, 16, WIDE_ROWS, meet));
 }
 
 // Tokens as gemv wants them, in this thread's buffer where they aren't: float32, and for int4 the even columns of
@@ -437,9 +438,10 @@ const float* as_floats(const X* x, int64_t tokens, int64_t depth) {
 template <class X, class Weight, class Out>
 void thin_products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts) {
   const float* floats = as_floats<Weight>(x, tokens, depth);
-  in_pieces(threads, parts, 4, WIDE_ROWS, [=](const Part<Weight, Out>& part, int64_t first, int64_t last) {
+  auto meet = [=](const Part<Weight, Out>& part, int64_t first, int64_t last) {
     gemv(floats + part.token * depth, depth, part, first, last);
-  });
+  };
+  threads.run(in_pieces(threads, parts, 4, WIDE_ROWS, meet));
 }
 
 // out [T, N] = x [T, K] times w [N, K] transposed, of each part and its tokens; parts that are done in one way are done
