@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.attention import ForwardBatch
+from jaxinfer.kernels import cpu
 from jaxinfer.layers.convolution import causal_convolution
 from jaxinfer.layers.linear_attention import LinearAttention
 from jaxinfer.layers.recurrence import CHUNK, recur
@@ -18,6 +19,12 @@ LENGTH = 2 * CHUNK + 2
 HEADS, GROUP, KEY, VALUE, WIDTH = 2, 2, 4, 3, 4
 RNG = np.random.default_rng(0)
 SIZES = [pytest.param(range(1, 71), marks=pytest.mark.slow, id="all"), pytest.param((1, 2, 63, 64, 65, 70), id="some")]
+
+
+@pytest.fixture(params=["by XLA", "by kernels"], autouse=True)
+def path(request, monkeypatch):
+    if request.param == "by XLA":
+        monkeypatch.setattr(cpu, "kernels", lambda: cpu.Kernels(None, ""))
 
 
 def unit(*shape):
