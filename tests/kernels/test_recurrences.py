@@ -95,7 +95,6 @@ CASES = {
     "convolution": lambda: convolution((10, 40), 4, False),
     "a convolution of odd sizes": lambda: convolution((21,), 3, True),
 }
-TARGETS = (cpu.LINEAR_ATTENTION, cpu.SCAN, cpu.CONVOLUTION)
 
 
 def given(inputs, state):
@@ -117,9 +116,9 @@ def test_ragged_rows(case, request, monkeypatch):
     call, step, inputs, state = CASES[case]()
     arrays = given(inputs, state)
     own = jax.jit(lambda *given: call(*given))
-    assert any(target in own.lower(*arrays).as_text() for target in TARGETS)
+    assert any(target in own.lower(*arrays).as_text() for target in cpu.RECURRENCES)
     for_tpu = own.trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
-    assert not any(target in for_tpu for target in TARGETS)
+    assert not any(target in for_tpu for target in cpu.RECURRENCES)
     found = {}
     for level in cpu.LEVELS[: cpu.LEVELS.index(cpu.kernels().level) + 1]:
         to_level(level)
@@ -155,7 +154,7 @@ def test_what_does_not_fit_is_refused():
     x, b, a = (random(shape, "float32") for shape in ((3, 6), (3, 2), (6, 2)))
     scan = [random((2, 6, 2), "float32"), *rows, x, x, b, b, a]
     convolution = [random((2, 3, 6), "float32"), *rows, x, random((6, 4), "float32"), random(6, "float32")]
-    for target, arrays, out in zip(TARGETS, (linear, scan, convolution), (values, x, x), strict=True):
+    for target, arrays, out in zip(cpu.RECURRENCES, (linear, scan, convolution), (values, x, x), strict=True):
         like = jax.ShapeDtypeStruct(arrays[0].shape, np.float32), jax.ShapeDtypeStruct(out.shape, np.float32)
         call = jax.ffi.ffi_call(target, like)
         jax.block_until_ready(call(*arrays))
