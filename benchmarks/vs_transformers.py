@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of transformers")
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], help="of transformers, if any")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     name, config = MODELS[arguments.model]

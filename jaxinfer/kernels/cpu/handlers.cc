@@ -780,8 +780,9 @@ ffi::Error linear_attention(ffi::ThreadPool pool, Floats states, Ints q_start, I
     return wrong(shapes);
   Recurrence rows;
   if (!rows.find(states, q_start, kv_len, slots, *after, tokens)) return wrong(WRONG_ROWS);
-  LinearAttention a{q.typed_data(), k.typed_data(),    v.typed_data(), decay.typed_data(), nullptr,
-                    out->typed_data(), rows.held, keys[1],        heads,              depth, width};
+  LinearAttention a{q.typed_data(),    k.typed_data(), v.typed_data(), decay.typed_data(), nullptr,
+                    out->typed_data(), rows.held,      keys[1],        heads,              depth,
+                    width};
   if (beta.size()) {
     const auto given = beta.get<Floats>(0);
     if (!given.has_value() || !are(given->dimensions(), {tokens, heads})) return wrong(shapes);
@@ -792,9 +793,9 @@ ffi::Error linear_attention(ffi::ThreadPool pool, Floats states, Ints q_start, I
   const int64_t columns = AT_LEVEL(COLUMNS), blocks = (width + columns - 1) / columns, each = heads * blocks;
   Threads threads(pool);
   if (tokens * heads * depth * width < SMALL) threads.count = 1;
-  threads.run(Stage{(int64_t)rows.runs.size() * each, [&](int64_t i) {
-                      one(a, rows.runs[i / each], i % each / blocks, i % blocks * columns);
-                    }});
+  threads.run({{(int64_t)rows.runs.size() * each, [&](int64_t i) {
+                  one(a, rows.runs[i / each], i % each / blocks, i % blocks * columns);
+                }}});
   return ffi::Error::Success();
 }
 
@@ -810,15 +811,15 @@ ffi::Error selective_scan(ffi::ThreadPool pool, Floats states, Ints q_start, Int
     return wrong(shapes);
   Recurrence rows;
   if (!rows.find(states, q_start, kv_len, slots, *after, tokens)) return wrong(WRONG_ROWS);
-  const SelectiveScan s{x.typed_data(), dt.typed_data(),   b.typed_data(), c.typed_data(), a.typed_data(),
-                        out->typed_data(), rows.held, channels,       size};
+  const SelectiveScan s{x.typed_data(),    dt.typed_data(), b.typed_data(), c.typed_data(), a.typed_data(),
+                        out->typed_data(), rows.held,       channels,       size};
   std::memset(s.out, 0, out->size_bytes());
   const auto one = AT_LEVEL(scan);
   const int64_t lanes = AT_LEVEL(CHANNELS), each = (channels + lanes - 1) / lanes;
   Threads threads(pool);
   if (tokens * channels * size * 8 < SMALL) threads.count = 1;
-  threads.run(Stage{(int64_t)rows.runs.size() * each,
-                    [&](int64_t i) { one(s, rows.runs[i / each], i % each * lanes); }});
+  threads.run({{(int64_t)rows.runs.size() * each,
+                [&](int64_t i) { one(s, rows.runs[i / each], i % each * lanes); }}});
   return ffi::Error::Success();
 }
 
@@ -840,8 +841,8 @@ ffi::Error convolution(ffi::ThreadPool pool, Floats states, Ints q_start, Ints k
   constexpr int64_t EACH = 64;  // channels
   Threads threads(pool);
   if (tokens * channels * width < SMALL) threads.count = 1;
-  threads.run(Stage{(channels + EACH - 1) / EACH,
-                    [&](int64_t i) { some(c, rows.runs, i * EACH, std::min((i + 1) * EACH, channels)); }});
+  threads.run({{(channels + EACH - 1) / EACH,
+                [&](int64_t i) { some(c, rows.runs, i * EACH, std::min((i + 1) * EACH, channels)); }}});
   return ffi::Error::Success();
 }
 
