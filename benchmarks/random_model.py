@@ -69,6 +69,18 @@ QWEN3_5_350M = {
     "torch_dtype": "float32",
 }
 
+# 0.31B parameters: Mamba's layers.
+MAMBA_310M = {
+    "model_type": "mamba",
+    "architectures": ["MambaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "num_hidden_layers": 40,
+    "state_size": 16,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+
 # Of encoders what isn't BERT-base's: MiniLM-L6's.
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 
@@ -77,6 +89,7 @@ MODELS = {
     "llama": ("jaxinfer-llama-350m", LLAMA_350M),
     "qwen3-moe": ("jaxinfer-qwen3-moe-1b", QWEN3_MOE_1B),
     "qwen3.5": ("jaxinfer-qwen3.5-350m", QWEN3_5_350M),
+    "mamba": ("jaxinfer-mamba-310m", MAMBA_310M),
 }
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/vs_transformers.py [--model MODEL] [--folder DIR] [--dtypes float32] [--json FILE]
 
-Builds a model with random weights, a 0.35B Llama, a 1B Qwen3-MoE or a 0.34B Qwen3.5, starts each system in a process
-of its own and asks them in turn. Prompt 128, 64 new tokens, medians of interleaved runs. Decode is (time of 64 new
-tokens) - (time of 1), so prefill is not in it.
+Builds a model with random weights, a 0.35B Llama, a 1B Qwen3-MoE, a 0.34B Qwen3.5 or a 0.31B Mamba, starts each system
+in a process of its own and asks them in turn. Prompt 128, 64 new tokens, medians of interleaved runs. Decode is (time
+of 64 new tokens) - (time of 1), so prefill is not in it. With `--dtypes` alone jaxinfer is by itself, as for what a
+token of a long prompt takes: `--model qwen3.5 --batches 1 --new 2 --dtypes --prompt 512`, and the same with 4096.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of transformers")
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], help="of transformers, if any")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     name, config = MODELS[arguments.model]

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxinfer.attention import ForwardBatch
+from jaxinfer.kernels.cpu import Recurred, Rows, convolution
 from jaxinfer.layers.recurrence import begins, row_slots
 
 
@@ -27,13 +28,25 @@ def causal_convolution(
     x `[T, *channels]`, weight `[*channels, width]`, bias `[*channels]`. states: of each row its last inputs, float32
     `[slots, width - 1, *channels]`; None: rows are whole sequences. Returns y in float32 and the new states.
     """
-    width, rows = weight.shape[-1], batch.kv_lens.shape[0]
-    weight, x = jnp.moveaxis(weight, -1, 0).astype(jnp.float32), x.astype(jnp.float32)
-    past = jnp.zeros((rows, width - 1, *x.shape[1:]), jnp.float32)
-    slots = None if states is None else row_slots(batch, states.shape[0])
-    if states is not None:
+    past = jnp.zeros((batch.kv_lens.shape[0], weight.shape[-1] - 1, *x.shape[1:]), jnp.float32)
+    if states is None:
+        return _by_xla(x, weight, bias, past, batch)[0], None
+    slots = row_slots(batch, states.shape[0])
+
+    def by_xla() -> Recurred:
         fresh = begins(batch).reshape(-1, *(1,) * x.ndim)
-        past = jnp.where(fresh, past, states[slots])
+        y, last = _by_xla(x, weight, bias, jnp.where(fresh, past, states[slots]), batch)
+        return y, states.at[slots].set(last)
+
+    return convolution(x, weight, bias, states, Rows(batch.cu_q_lens, batch.kv_lens, slots), by_xla)
+
+
+def _by_xla(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, past: jax.Array, batch: ForwardBatch
+) -> tuple[jax.Array, jax.Array]:
+    """y, and each row's last inputs after those in `past [R, width - 1, *channels]`."""
+    width = weight.shape[-1]
+    weight, x = jnp.moveaxis(weight, -1, 0).astype(jnp.float32), x.astype(jnp.float32)
     if batch.decode_only:
         seen = jnp.concatenate([past, x[:, None]], axis=1)
         y, last = jnp.sum(seen * weight, axis=1), seen[:, 1:]
@@ -52,7 +65,7 @@ def causal_convolution(
         last = jnp.where((from_end >= 0).reshape(*rest.shape, *(1,) * (x.ndim - 1)), newer, older)
     if bias is not None:
         y = y + bias.astype(jnp.float32)
-    return y, None if states is None else states.at[slots].set(last)
+    return y, last
 
 
 def _within(x: jax.Array, weight: jax.Array, batch: ForwardBatch) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer.kernels.cpu import Recurred, Rows, linear_attention
 from jaxinfer.layers.recurrence import Inputs
 
 _einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
@@ -70,3 +72,7 @@ class LinearAttention:
         left = jnp.exp(total[..., -1:] - total)[..., None]
         after = before * so_far[..., -1:, :] + _einsum("ikd,khiv->khdv", k, v * left)
         return out.transpose(2, 0, 1, 3).reshape(size, -1, v.shape[-1]), after.reshape(state.shape)
+
+    def run(self, inputs: Inputs, states: jax.Array, rows: Rows, reference: Callable[[], Recurred]) -> Recurred:
+        """The kernel takes steps, in prompts, too: a state's columns stay in a core's cache meanwhile."""
+        return linear_attention(inputs, states, rows, reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -13,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import LayerCache, RecurrentSpec
+from jaxinfer.kernels.cpu import Recurred, Rows, selective_scan
 from jaxinfer.layers.convolution import Convolution, causal_convolution
 from jaxinfer.layers.linear import Linear, linears
 from jaxinfer.layers.mlp import ACTIVATIONS
@@ -79,6 +81,10 @@ class SelectiveScan:
             return lax.dynamic_update_slice_in_dim(out, made, i, 0), after[0]
 
         return lax.fori_loop(0, count, step, (jnp.zeros_like(inputs[0]), state))
+
+    def run(self, inputs: Inputs, states: jax.Array, rows: Rows, reference: Callable[[], Recurred]) -> Recurred:
+        x, dt, b, c = inputs
+        return selective_scan((x, dt, b[:, 0], c[:, 0], self.a), states, rows, reference)
 
 
 class Mamba(nnx.Module):

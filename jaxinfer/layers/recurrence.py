@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -19,6 +21,7 @@ from jax.typing import DTypeLike
 
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import LayerCache
+from jaxinfer.kernels.cpu import Recurred, Rows
 from jaxinfer.sharding import TENSOR, axis_size, on_tensor
 
 CHUNK = 64  # tokens of a prompt at a time
@@ -61,6 +64,9 @@ class Cell(Protocol):
     def chunk(self, state: jax.Array, inputs: Inputs, count: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same of `count` tokens of one row; what else is among the inputs is not its own, and may be anything."""
 
+    def run(self, inputs: Inputs, states: jax.Array, rows: Rows, reference: Callable[[], Recurred]) -> Recurred:
+        """All rows of the stream: by a kernel where there is one, else as `reference` does."""
+
 
 def recur(
     cell: Cell, inputs: Inputs, states: jax.Array | None, batch: ForwardBatch
@@ -72,7 +78,7 @@ def recur(
     """
     held = jnp.zeros((batch.kv_lens.shape[0] + 1, *cell.state), jnp.float32) if states is None else states
     slots = row_slots(batch, held.shape[0], states is None)
-    call: Any = _recur
+    call: Any = _run
     batch_alone = dataclasses.replace(batch, mesh=None)
     if batch.mesh is not None:
         devices = axis_size(batch.mesh, TENSOR)
@@ -95,9 +101,12 @@ def begins(batch: ForwardBatch) -> jax.Array:
     return batch.kv_lens == jnp.diff(batch.cu_q_lens)
 
 
-def _recur(
-    cell: Cell, inputs: Inputs, states: jax.Array, slots: jax.Array, batch: ForwardBatch
-) -> tuple[jax.Array, jax.Array]:
+def _run(cell: Cell, inputs: Inputs, states: jax.Array, slots: jax.Array, batch: ForwardBatch) -> Recurred:
+    by_xla = partial(_recur, cell, inputs, states, slots, batch)
+    return cell.run(inputs, states, Rows(batch.cu_q_lens, batch.kv_lens, slots), by_xla)
+
+
+def _recur(cell: Cell, inputs: Inputs, states: jax.Array, slots: jax.Array, batch: ForwardBatch) -> Recurred:
     fresh = begins(batch)
     if batch.decode_only:
         out, after = cell.step(_where_not(fresh, states[slots]), inputs)

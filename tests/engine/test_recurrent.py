@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.kernels import cpu
 from tests.engine.reference import all_logits, same
+from tests.kernels.test_cpu import needs_them
 from tests.plain import random_tensors, write_checkpoint
 
 DELTA_NETS = {
@@ -76,6 +78,21 @@ def check(llm, prompt, tokens):
 def generated(llm, prompts, params):
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     return [output.outputs[0].token_ids for output in outputs]
+
+
+@needs_them
+def test_kernels_of_cpus(llm):
+    """They run in each program that has the layers, on states that are where they were."""
+    generated(llm, PROMPTS[1:2], GREEDY)
+    texts = [program.as_text() for program in llm.engine.runner._executables.values()]
+    texts = [text for text in texts if cpu.ATTEND in text]
+    assert len(texts) > 1
+    for text in texts:
+        for target in (cpu.LINEAR_ATTENTION, cpu.CONVOLUTION):
+            (line,) = (line for line in text.splitlines() if f'custom_call_target="{target}"' in line)
+            assert "output_to_operand_aliasing={{0}: (0, {})}" in line
+            states = line.split("= (")[1].split("{")[0]
+            assert not any(f"= {states}" in line and " copy(" in line for line in text.splitlines())
 
 
 @pytest.mark.slow

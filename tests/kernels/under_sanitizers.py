@@ -91,6 +91,20 @@ for kind, level, group in itertools.product(("float32", "bfloat16"), range(len(c
         options = {"scale": np.float32(0.1), "soft_cap": np.float32(cap), "window": np.int64(window), "causal": causal}
         distances = random((2 * group, 2 * bias - 1) if bias else 0, "float32")
         jax.block_until_ready(call(q, random(2 * group * sinks, "float32"), distances, starts, k, v, **options))
+rows = [np.array(values, np.int32) for values in ((0, 1, 2, 14, 17), (4, 0, 12, 5), (2, 4, 0, 1))]  # and padding
+cases = (
+    ("linear_attention", [(5, 6, 7, 33), (19, 3, 7), (19, 3, 7), (19, 6, 33), (19, 6), (19, 6)], (19, 6, 33)),
+    ("linear_attention", [(5, 2, 5, 3), (19, 1, 5), (19, 1, 5), (19, 2, 3), (19, 2)], (19, 2, 3)),
+    ("selective_scan", [(5, 13, 3), (19, 13), (19, 13), (19, 3), (19, 3), (13, 3)], (19, 13)),
+    ("convolution", [(5, 3, 85), (19, 85), (85, 4), (85,)], (19, 85)),
+    ("convolution", [(5, 0, 6), (19, 6), (6, 1), (0,)], (19, 6)),
+)
+for (name, shapes, out), level in itertools.product(cases, range(len(cpu.LEVELS))):
+    library.jaxinfer_level(level)
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library[f"jaxinfer_{name}"]), platform="cpu")
+    states, *inputs = (-np.abs(random(shape, "float32")) for shape in shapes)
+    like = [jax.ShapeDtypeStruct(shape, np.float32) for shape in (states.shape, out)]
+    jax.block_until_ready(jax.ffi.ffi_call(name, like)(states, *rows, *inputs))
 jax.ffi.register_ffi_target("take", jax.ffi.pycapsule(library.jaxinfer_take), platform="cpu")
 call = jax.ffi.ffi_call("take", jax.ShapeDtypeStruct((3, 5), np.float32))
 jax.block_until_ready(call(random((4, 5), "float32"), np.array([3, 9, -1], np.int32)))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.attention import ForwardBatch
+from jaxinfer.kernels import cpu
 from jaxinfer.layers.convolution import causal_convolution
 from jaxinfer.layers.linear_attention import LinearAttention
 from jaxinfer.layers.recurrence import CHUNK, recur
@@ -18,6 +19,12 @@ LENGTH = 2 * CHUNK + 2
 HEADS, GROUP, KEY, VALUE, WIDTH = 2, 2, 4, 3, 4
 RNG = np.random.default_rng(0)
 SIZES = [pytest.param(range(1, 71), marks=pytest.mark.slow, id="all"), pytest.param((1, 2, 63, 64, 65, 70), id="some")]
+
+
+@pytest.fixture(params=["by XLA", "by kernels"], autouse=True)
+def path(request, monkeypatch):
+    if request.param == "by XLA":
+        monkeypatch.setattr(cpu, "kernels", lambda: cpu.Kernels(None, ""))
 
 
 def unit(*shape):
@@ -107,10 +114,14 @@ def cuts(arrays, start, size):
 def test_pieces_of_every_size(delta, sizes):
     flat, own = attention(delta), inputs(LENGTH, delta)
     expected, state = one_by_one(delta, *own)
+    found = []
     for size in sizes:
         slot = size % (SLOTS - 1)
         outs = [flat.run([(slot, at, cuts(own, at, size))])[0] for at in range(0, LENGTH, size)]
-        np.testing.assert_allclose(np.concatenate(outs), expected, atol=2e-5, err_msg=str(size))
+        found.append(np.concatenate(outs))
+        np.testing.assert_allclose(found[-1], expected, atol=2e-5, err_msg=str(size))
+        if cpu.kernels().level is not None:  # to the bit
+            np.testing.assert_array_equal(found[-1], found[0])
         np.testing.assert_allclose(flat.states[slot], state, atol=2e-5, err_msg=str(size))
 
 

@@ -1,5 +1,5 @@
-"""Products with weights as they are kept, and attention to keys where they are, in pages or in the stream, on CPU,
-through XLA's foreign function interface.
+"""Products with weights as they are kept, attention to keys where they are, in pages or in the stream, and recurrences,
+on CPU, through XLA's foreign function interface.
 
 XLA multiplies float32 well, but makes a float32 copy of any other weight in each product. The kernels (`micro.h`) read
 each weight once. They are built with the package where there is a C++ compiler (`build.py`), for all instruction sets
@@ -25,11 +25,13 @@ from jax.sharding import AxisType
 
 LEVELS = ("portable", "avx2", "avx512")
 VARIABLE = "JAXINFER_CPU_KERNELS"
-DOT, INT4, GROUPED, GROUPED_INT4, LOW_RANK, ADAPTED_DOT, TAKE, ATTEND, ATTEND_ROWS = TARGETS = (
+DOT, INT4, GROUPED, GROUPED_INT4, LOW_RANK, ADAPTED_DOT, TAKE, ATTEND, ATTEND_ROWS, *RECURRENCES = TARGETS = (
     *("jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_grouped_dot", "jaxinfer_grouped_dot_int4"),
     *("jaxinfer_low_rank", "jaxinfer_adapted_dot"),
     *("jaxinfer_take", "jaxinfer_attention", "jaxinfer_attention_rows"),
+    *("jaxinfer_linear_attention", "jaxinfer_selective_scan", "jaxinfer_convolution"),
 )
+LINEAR_ATTENTION, SCAN, CONVOLUTION = RECURRENCES
 MOST_QUERIES = 128  # of a token that have one key
 CACHES = ("float32", "bfloat16", "int8")
 Weights = tuple[jax.Array, ...]
@@ -371,6 +373,75 @@ def attend_rows(
     options = _options(scale, window, soft_cap) | {"causal": causal}
     out = call(q, _or_none(sinks), _or_none(bias), cu_q_lens, k, v, **options)
     return out[..., :dim] if more else out
+
+
+class Rows(NamedTuple):
+    """Of a stream of tokens those that go on from a state: row r has tokens cu_q_lens[r]:cu_q_lens[r + 1], the last of
+    kv_lens[r], none if that is 0, and goes on from what is in its slot, or from zeros if they are all that it has.
+
+    cu_q_lens, kv_lens, slots: i32[R + 1], i32[R], i32[R].
+    """
+
+    cu_q_lens: jax.Array
+    kv_lens: jax.Array
+    slots: jax.Array
+
+
+Recurred = tuple[jax.Array, jax.Array]  # what comes out of each token, zeros of those of no row, and states after them
+
+
+def linear_attention(
+    inputs: Sequence[jax.Array], states: jax.Array, rows: Rows, reference: Callable[[], Recurred]
+) -> Recurred:
+    """`[T, H, D]` and `[slots, H, d, D]`, all in float32; what is in slots of no row stays.
+
+    inputs: q and k `[T, K, d]`, v `[T, H, D]`, the logarithm of decays `[T, H]`, and, by the delta rule, its factors.
+    """
+    return _recurred(LINEAR_ATTENTION, inputs[2].shape, inputs, states, rows, reference)
+
+
+def selective_scan(
+    inputs: Sequence[jax.Array], states: jax.Array, rows: Rows, reference: Callable[[], Recurred]
+) -> Recurred:
+    """`[T, C]` and `[slots, C, N]`: see `linear_attention`.
+
+    inputs: x and time steps `[T, C]`, b and c `[T, N]`, and a `[C, N]`, none of which is above 0.
+    """
+    return _recurred(SCAN, inputs[0].shape, inputs, states, rows, reference)
+
+
+def convolution(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    states: jax.Array,
+    rows: Rows,
+    reference: Callable[[], Recurred],
+) -> Recurred:
+    """Of `x [T, ...]`, weight `[..., width]`, bias `[...]` and last inputs `[slots, width - 1, ...]`: see
+    `linear_attention`."""
+    return _recurred(CONVOLUTION, x.shape, (x, weight, _or_none(bias)), states, rows, reference)
+
+
+def _recurred(
+    target: str,
+    shape: tuple[int, ...],
+    inputs: Sequence[jax.Array],
+    states: jax.Array,
+    rows: Rows,
+    reference: Callable[[], Recurred],
+) -> Recurred:
+    if kernels().level is None or not alone():
+        return reference()
+    after, out = (jax.ShapeDtypeStruct(size, jnp.dtype(jnp.float32)) for size in (states.shape, shape))
+    call = jax.ffi.ffi_call(target, (after, out), vmap_method="sequential", input_output_aliases={0: 0})
+
+    def by_kernel(*arrays: jax.Array) -> Recurred:
+        after, out = call(*arrays)
+        return out, after
+
+    arrays = states, *rows, *(x.astype(jnp.float32) for x in inputs)
+    return lax.platform_dependent(*arrays, cpu=by_kernel, default=lambda *_: reference())
 
 
 kernels()  # compiled programs that are read from a file look for them by name
