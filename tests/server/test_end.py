@@ -17,6 +17,7 @@ from tests.settled import settled
 
 COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "stream": True}
+CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 60, "ignore_eos": True, "stream": True}
 
 
 def events(lines):
@@ -45,16 +46,18 @@ def test_what_runs_may_end(serve, served_llm, slowly, seconds, reason):
     settled(served_llm)
 
 
-def test_an_engine_that_fails_fails_its_requests_and_ends_the_server(serve, served_llm, slowly):
+@pytest.mark.parametrize(("path", "kind"), [(COMPLETIONS, "server_error"), ("/v1/messages", "api_error")])
+def test_an_engine_that_fails_fails_its_requests_and_ends_the_server(serve, served_llm, slowly, path, kind):
     server = serve()
     slow = slowly(served_llm)
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        with client.stream("POST", COMPLETIONS, json=LONG) as stream:
+        asked = LONG if path == COMPLETIONS else CHAT
+        with client.stream("POST", path, json=asked) as stream:
             lines = stream.iter_lines()
             next(lines)
             slow.fail(RuntimeError("secret of the device"))
             error = json.loads(events(lines)[-1])["error"]
-        assert error["type"] == "server_error"
+        assert error["type"] == kind
         assert "secret" not in error["message"]
     server._thread.join(20)
     assert not server._thread.is_alive()
