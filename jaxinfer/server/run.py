@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from types import FrameType
 from typing import Any, Unpack
 
@@ -120,6 +122,12 @@ class Server(uvicorn.Server):
             service.abort_all()
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.service.config.uds is not None:
+            with suppress(OSError):
+                os.unlink(self.service.config.uds)
+
 
 def open_socket(config: ServerConfig) -> socket.socket:
     """Bound, not yet listening: what is wrong with a port shows before a model is loaded. Raises ValueError."""
@@ -127,6 +135,8 @@ def open_socket(config: ServerConfig) -> socket.socket:
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)
         try:
+            if _is_left_over(config.uds):
+                os.unlink(config.uds)
             bound.bind(config.uds)
         except OSError as error:
             bound.close()
@@ -143,6 +153,15 @@ def open_socket(config: ServerConfig) -> socket.socket:
         bound.close()
         raise ValueError(f"{config.host}:{config.port}: {error.strerror}; choose another --host or --port") from None
     return bound
+
+
+def _is_left_over(path: str) -> bool:
+    """Whether it is the socket of a server that was killed: one that nobody listens at."""
+    if not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(1)
+        return client.connect_ex(path) == errno.ECONNREFUSED
 
 
 def url_of(config: ServerConfig, bound: socket.socket) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import httpx2 as httpx
 import pytest
 
 import jaxinfer
+from tests.refusals import line
 from tests.settled import settled
 
 COMPLETIONS = "/v1/completions"
@@ -87,6 +89,25 @@ def test_signals(checkpoints):
                 process.send_signal(signal.SIGTERM)
                 assert events(lines)[-1] == "[DONE]"
         assert process.wait(60) == 0
+
+
+def test_a_unix_socket(serve, tmp_path):
+    """Only its owner can use it; it goes with the server, and one that was left over is replaced."""
+    file = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(str(file))
+    server = serve(uds=str(file))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    transport = httpx.HTTPTransport(uds=str(file))
+    with httpx.Client(base_url="http://any.example", transport=transport, timeout=60) as client:
+        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+        assert client.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1}).status_code == 200
+    assert str(file) in line(lambda: serve(uds=str(file)))
+    server.close()
+    assert not file.exists()
+    file.touch()
+    assert str(file) in line(lambda: serve(uds=str(file)))
+    assert file.exists()
 
 
 def test_a_server_that_others_reach_needs_a_key(cli):
