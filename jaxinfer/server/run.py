@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import socket
 import stat
 import threading
@@ -30,6 +31,7 @@ log = logging.getLogger("jaxinfer")
 HEADER_BYTES = 2**16  # of a request's line and headers
 HEADER_SECONDS = 30.0  # to send them in, from the connection or the last answer on
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection that is not used
+SPARE_FILES = 256  # that the process may open beside connections, half of them those that get 503
 ABORT_SECONDS = 5.0  # requests that were aborted have so long to say so
 
 
@@ -42,6 +44,9 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        assert self.limit_concurrency is not None
+        if len(self.connections) > self.limit_concurrency + SPARE_FILES // 2:  # too many to say so to each
+            transport.close()
         self._deadline = self.loop.call_later(HEADER_SECONDS, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -93,7 +98,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                limit_concurrency=config.max_connections,
+                limit_concurrency=room_for(config.max_connections),
                 timeout_graceful_shutdown=int(ABORT_SECONDS),
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
@@ -127,6 +132,19 @@ class Server(uvicorn.Server):
         if self.service.config.uds is not None:
             with suppress(OSError):
                 os.unlink(self.service.config.uds)
+
+
+def room_for(connections: int) -> int:
+    """So many, or as many as this process may have open files for; its own limit is raised to the system's for it."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + SPARE_FILES
+    if limit == resource.RLIM_INFINITY or limit >= wanted:
+        return connections
+    limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    if limit < wanted:
+        log.warning("at most %d connections: ulimit -n is %d", max(1, limit - SPARE_FILES), limit)
+    return max(1, min(connections, limit - SPARE_FILES))
 
 
 def open_socket(config: ServerConfig) -> socket.socket:
