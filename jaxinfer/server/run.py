@@ -32,6 +32,7 @@ HEADER_BYTES = 2**16  # of a request's line and headers
 HEADER_SECONDS = 30.0  # to send them in, from the connection or the last answer on
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection that is not used
 SPARE_FILES = 256  # that the process may open beside connections, half of them those that get 503
+LATE_SECONDS = 1.0  # after a drain, for requests that wait on their sockets to be answered 503
 ABORT_SECONDS = 5.0  # requests that were aborted have so long to say so
 
 
@@ -105,7 +106,8 @@ class Server(uvicorn.Server):
             )
         )
         self.service = service
-        self._ends: float | None = None
+        self._ends = self._late = 0.0
+        self._answered = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets requests end, the second ends them."""
@@ -116,10 +118,14 @@ class Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        service = self.service
+        service, now = self.service, time.monotonic()
+        answered, self._answered = self._answered, self.server_state.total_requests
         if service.state == "draining":
-            self._ends = self._ends or time.monotonic() + service.config.drain_seconds
-            if not service.active or time.monotonic() > self._ends:
+            self._ends = self._ends or now + service.config.drain_seconds
+            if service.active or not self._late:
+                self._late = now + LATE_SECONDS
+            done = not service.active and (self._answered == answered or now > self._late)
+            if done or now > self._ends:
                 self.should_exit = True
         elif service.state == "failed":
             self.should_exit = True

@@ -1,5 +1,6 @@
 """How a server ends: with what runs done, or cut off, or with the engine's failure."""
 
+import asyncio
 import json
 import os
 import signal
@@ -9,11 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import httpx2 as httpx
 import pytest
 
 import jaxinfer
+from jaxinfer.server import run
+from jaxinfer.server.config import ServerConfig
 from tests.refusals import line
 from tests.settled import settled
 
@@ -46,6 +50,14 @@ def test_what_runs_may_end(serve, served_llm, slowly, seconds, reason):
     assert done == "[DONE]"
     assert json.loads(last)["choices"][0]["finish_reason"] == reason
     settled(served_llm)
+
+
+def test_requests_that_came_before_the_end_are_answered():
+    """A drained server stays while it answers 503 to what waited on its sockets."""
+    server = run.Server(Mock(config=ServerConfig(), state="draining", active=0))
+    for answered, ended in ((3, False), (9, False), (9, True)):
+        server.server_state.total_requests = answered
+        assert asyncio.run(server.on_tick(1)) is ended
 
 
 @pytest.mark.parametrize(("path", "kind"), [(COMPLETIONS, "server_error"), ("/v1/messages", "api_error")])
