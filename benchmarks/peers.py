@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -16,6 +17,7 @@ class Peer:
     def __init__(self, script: str, *arguments: str, python: str = sys.executable):
         command = [python, str(Path(__file__).with_name(script)), *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.pid = self._process.pid
         self.ready = self._read()
 
     def ask(self, **question: Any) -> dict[str, Any]:
@@ -51,6 +53,13 @@ def peak_bytes() -> int:
     """The most memory that this process has had resident."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of CPUs, that a process of this user has had so far, all its threads."""
+    # Fields as `man 5 proc` numbers them: 14 and 15, in ticks; the second one is a name, which may have spaces.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_name() -> str:

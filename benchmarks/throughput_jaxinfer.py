@@ -9,7 +9,7 @@ from peers import serve
 
 from jaxinfer import LLM, benchmark
 
-llm = LLM(sys.argv[1], dtype="float32", warmup=True, **json.loads(sys.argv[2]))
+llm = LLM(sys.argv[1], **{"dtype": "float32", "warmup": True, **json.loads(sys.argv[2])})
 
 
 def answer(work: list[Any], arrivals: list[float] | None = None) -> dict[str, Any]:

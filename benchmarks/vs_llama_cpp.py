@@ -80,19 +80,25 @@ def copy_bandwidth(threads: int, size: int = 2**28, repeats: int = 5) -> float:
     return best
 
 
+def gguf_file(folder: Path, kind: str, python: str) -> Path:
+    """Beside the folder; made if it is not there."""
+    file = folder.with_name(f"{folder.name}-{kind}.gguf")
+    if not file.exists():
+        half = file.with_suffix(".part")
+        writer = Path(__file__).with_name("write_gguf.py")
+        subprocess.run([python, str(writer), str(folder), str(half), kind], check=True)
+        half.rename(file)
+    return file
+
+
 def start(system: str, folder: Path, llama_python: str, threads: int) -> Peer:
-    """Of a system's name and format; makes the GGUF file if it is wanted and not there."""
+    """Of a system's name and format."""
     name, kind = system.split()
     if name == "transformers":
         return Peer("worker_transformers.py", str(folder), kind, str(threads))
     if name == "jaxinfer":
         return Peer("worker_jaxinfer.py", str(folder), *([kind] if "float" in kind else ["bfloat16", kind]))
-    file = folder.with_name(f"{folder.name}-{kind}.gguf")
-    if not file.exists():
-        half = file.with_suffix(".part")
-        writer = Path(__file__).with_name("write_gguf.py")
-        subprocess.run([llama_python, str(writer), str(folder), str(half), kind], check=True)
-        half.rename(file)
+    file = gguf_file(folder, kind, llama_python)
     return Peer("worker_llama_cpp.py", str(file), str(threads), python=llama_python)
 
 

@@ -257,7 +257,7 @@ class LLM(PoolingMethods):
     @takes(SCORED)
     def score(
         self,
-        texts: Text | Sequence[Text],
+        texts: Prompt | Sequence[Prompt],
         continuations: Text | Sequence[Text] | None = None,
         *,
         truncate: bool = False,
@@ -272,9 +272,10 @@ class LLM(PoolingMethods):
         after its prompt (or all of them after one prompt). Of others ScoringRequestOutputs, of `score(queries,
         documents)`: how well each document answers its query (or all of them one query). Outputs come in input order.
 
-        A text, prompt or continuation is text or a list of token ids. What several prompts begin with is computed
-        once. A text's first token is given, not scored, unless the tokenizer puts a BOS before it. Spaces at a prompt's
-        end count as the continuation's, as in lm-eval. adapter, use_tqdm, on_error: as for `generate`.
+        A text or prompt is text, token ids, or a dict of one of them, as for `generate`, with an adapter of its own; a
+        continuation is text or token ids. What several prompts begin with is computed once. A text's first token is
+        given, not scored, unless the tokenizer puts a BOS before it. Spaces at a prompt's end count as the
+        continuation's, as in lm-eval. adapter, use_tqdm, on_error: as for `generate`.
 
         A query and a document go together through a model with one class, whose score comes after the checkpoint's
         activation; by models that embed each has a vector, and the score is their similarity, cosine where the

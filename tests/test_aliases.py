@@ -256,8 +256,8 @@ def test_sampling_parameters_that_are_ours(fields, expected):
 @pytest.mark.parametrize(
     ("fields", "fact"),
     [
-        ({"max_new_tokens": 5, "max_tokens": 6}, "max_new_tokens: it is max_tokens, which is given too"),
-        ({"max_new_tokens": 5, "max_completion_tokens": 6}, "it is max_tokens, which is given too"),
+        ({"max_new_tokens": 5, "max_tokens": 6}, "max_new_tokens: it is max_tokens here, which is given too"),
+        ({"max_new_tokens": 5, "max_completion_tokens": 6}, "it is max_tokens here, which is given too"),
         ({"do_sample": False, "temperature": 0.7}, "do_sample: False is temperature 0, and temperature is 0.7"),
         ({"do_sample": True, "temp": 0}, "do_sample: True is temperature above 0, and temperature is 0"),
         ({"temp": -1}, "sampling parameter temperature is -1"),
@@ -291,7 +291,7 @@ def test_all_that_is_wrong_is_in_one_line():
         lambda: LLM("/none", trust_remote_code=True)
     )
     both = {"tensor_parallel_size": 2, "mesh": "tensor=2"}
-    assert "tensor_parallel_size: it is mesh, which is given too" in line(lambda: LLM("/none", **both))
+    assert "tensor_parallel_size: it is mesh here, which is given too" in line(lambda: LLM("/none", **both))
     assert "mesh is 'tensor=0'" in line(lambda: LLM(jaxinfer.demo.MODEL_DIR, tensor_parallel_size=0))
 
 
@@ -305,7 +305,7 @@ def test_adapters_in_vllms_words():
     assert given(enable_lora=False, max_loras=4, max_lora_rank=64) == (None, None, None)
     for options, fact in {
         (("max_loras", 4),): "option max_loras: it is 4, without enable_lora=True",
-        (("max_loras", 4), ("enable_lora", True), ("max_adapters", 4)): "it is max_adapters, which is given too",
+        (("max_loras", 4), ("max_adapters", 4)): "max_loras: it is max_adapters here, which is given too",
         (("enable_lora", False), ("max_adapters", 4)): "enable_lora: it is False, and max_adapters is given",
         (("adapter_path", "x"),): "here it is adapters={NAME: FOLDER}",
     }.items():

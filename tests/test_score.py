@@ -190,7 +190,7 @@ def test_what_is_no_token_id_is_none_anywhere(llm, bad):
     ):
         with pytest.raises(ValueError, match="a list of token ids, not"):
             call()
-    items = ["ab", bad, (bad, [3]), ([3], bad), (None, " a"), None, 5, {"prompt": "a b"}, "cd"]
+    items = ["ab", bad, (bad, [3]), ([3], bad), (None, " a"), None, 5, {"text": "a b"}, "cd"]
     outputs = list(llm.score_iter(items, on_error="return", in_order=True))
     assert [output.error is None for output in outputs] == [True, *[False] * 7, True]
     with pytest.raises(ValueError, match=r"^text 1: a text must be a string or a list of token ids, not "):

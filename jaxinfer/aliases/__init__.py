@@ -94,7 +94,7 @@ class Words:
                 continue
             for our, meant in ours.items():
                 if our in translation and (our in options or name in self.same):
-                    problems[name] = f"it is {our}, which is given too"
+                    problems[name] = f"it is {our} here, which is given too: leave one of them out"
                 else:
                     translation[our] = _joined(translation[our], meant) if our in translation else meant
         return translation, problems

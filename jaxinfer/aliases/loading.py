@@ -22,7 +22,7 @@ def _enable_lora(value: Any, options: Options) -> dict[str, Any]:
 
 
 def _max_loras(value: Any, options: Options) -> dict[str, Any]:
-    if options.get("enable_lora") or options.get("adapters"):
+    if options.get("enable_lora") or options.get("adapters") or options.get("max_adapters") is not None:
         return {"max_adapters": value}
     if options.get("enable_lora") is None and (value != 1 or isinstance(value, bool)):
         raise ValueError(f"it is {value!r:.60}, without enable_lora=True: give that too; here it is max_adapters")

@@ -35,28 +35,33 @@ class Encoded(NamedTuple):
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Encoded:
     """A prompt: text, ids, {"prompt": text} or {"prompt_token_ids": ids}, of which the latter two may have a
     cache_salt and the name of an adapter. Raises RequestError."""
-    salt, adapter = "", None
-    if isinstance(prompt, Mapping):
-        if "multi_modal_data" in prompt:
-            why = why_only_text(tokenizer.folder)
-            raise UnsupportedError(f"a prompt has multi_modal_data; only text is supported: {why}", "prompt")
-        if set(prompt) - {"cache_salt", "adapter"} not in ({"prompt"}, {"prompt_token_ids"}):
-            raise RequestError(
-                f"a prompt as a dict has either prompt or prompt_token_ids, not {list(prompt)}", "prompt"
-            )
-        salt = "" if prompt.get("cache_salt") is None else prompt["cache_salt"]
-        if not isinstance(salt, str) or prompt.get("cache_salt") == "":
-            raise RequestError(f"cache_salt is {salt!r:.100}: it must be a text that is not empty", "cache_salt")
-        adapter = prompt.get("adapter")
-        prompt = prompt["prompt" if "prompt" in prompt else "prompt_token_ids"]
-    if isinstance(prompt, str):
-        if not prompt:
+    given, said = plain_prompt(prompt, tokenizer)
+    if isinstance(given, str):
+        if not given:
             raise RequestError("the prompt is empty: give some text", "prompt")
-        return Encoded(prompt, tokenizer.encode(prompt), salt, adapter)
-    if isinstance(prompt, BYTES):
-        kind = type(prompt).__name__
+        return Encoded(given, tokenizer.encode(given), **said)
+    if isinstance(given, BYTES):
+        kind = type(given).__name__
         raise RequestError(f"a prompt must be a string or a list of token ids, not {kind}: decode it", "prompt")
-    return Encoded(None, token_ids(prompt, "a prompt must be a string or"), salt, adapter)
+    return Encoded(None, token_ids(given, "a prompt must be a string or"), **said)
+
+
+def plain_prompt(prompt: Prompt, tokenizer: Tokenizer) -> tuple[Any, dict[str, Any]]:
+    """A prompt's text or ids, and what a dict says beside them: cache_salt and adapter. Raises RequestError."""
+    if not isinstance(prompt, Mapping):
+        return prompt, {}
+    if "multi_modal_data" in prompt:
+        why = why_only_text(tokenizer.folder)
+        raise UnsupportedError(f"a prompt has multi_modal_data; only text is supported: {why}", "prompt")
+    said = {name: prompt[name] for name in ("cache_salt", "adapter") if name in prompt}
+    if set(prompt) - set(said) not in ({"prompt"}, {"prompt_token_ids"}):
+        raise RequestError(f"a prompt as a dict has either prompt or prompt_token_ids, not {list(prompt)}", "prompt")
+    salt = said.pop("cache_salt", None)
+    if salt is not None:
+        if not isinstance(salt, str) or not salt:
+            raise RequestError(f"cache_salt is {salt!r:.100}: it must be a text that is not empty", "cache_salt")
+        said["cache_salt"] = salt
+    return prompt["prompt" if "prompt" in prompt else "prompt_token_ids"], said
 
 
 def is_single_prompt(prompts: Any) -> bool:

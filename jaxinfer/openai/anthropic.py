@@ -8,7 +8,7 @@ from typing import Any
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.openai.answers import Json, event
 from jaxinfer.openai.blocks import BlockWriter, Counts, Ending
-from jaxinfer.openai.errors import error_kind
+from jaxinfer.openai.errors import message_error
 from jaxinfer.openai.fields import Fields, kind
 from jaxinfer.openai.requests import ChatRequest, check_tools, conversation, must_call
 from jaxinfer.sampling.params import SamplingParams
@@ -159,8 +159,9 @@ def _text(block: dict[str, Any], name: str, where: str) -> str:
 class MessageWriter(BlockWriter):
     """An answer in Anthropic's form."""
 
-    def __init__(self, name: str, model: str):
+    def __init__(self, name: str, model: str, request_id: str):
         super().__init__()
+        self._request_id = request_id
         self._message: Json = {
             "id": f"msg_{name}",
             "type": "message",
@@ -213,7 +214,7 @@ class MessageWriter(BlockWriter):
         )
 
     def failed(self, message: str, status: int) -> bytes:
-        return _event(message_error(message, status))
+        return _event(message_error(message, status, self._request_id))
 
     def body(self) -> Json:
         return self._message
@@ -221,11 +222,6 @@ class MessageWriter(BlockWriter):
     def _at(self, data: Json) -> bytes:
         """An event of the last block."""
         return _event({"type": data["type"], "index": len(self._content) - 1} | data)
-
-
-def message_error(message: str, status: int) -> Json:
-    """An error in Anthropic's form."""
-    return {"type": "error", "error": {"type": error_kind(status), "message": message}}
 
 
 def _text_block(text: str) -> Json:

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, and their HTTP status."""
+"""Errors in OpenAI's form and in Anthropic's, and their HTTP status."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ KINDS = {
     500: "server_error",
     503: "service_unavailable",
 }
+# https://docs.anthropic.com/en/api/errors
+ANTHROPICS = KINDS | {500: "api_error", 503: "overloaded_error"}
 
 
 class ServerError(Exception):
@@ -51,11 +53,12 @@ def server_error(error: BaseException) -> ServerError:
     return ServerError(500, "the server has failed on this request; its log says why")
 
 
-def error_kind(status: int) -> str:
-    """What an error is called."""
-    return KINDS.get(status, KINDS[400])
-
-
 def error_body(message: str, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an answer that is none."""
-    return {"error": {"message": message, "type": error_kind(status), "param": param, "code": code}}
+    return {"error": {"message": message, "type": KINDS.get(status, KINDS[400]), "param": param, "code": code}}
+
+
+def message_error(message: str, status: int, request_id: str) -> dict[str, Any]:
+    """The same in Anthropic's form."""
+    kind = ANTHROPICS.get(status, ANTHROPICS[400])
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}

@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from jaxinfer.openai.anthropic import message_error
-from jaxinfer.openai.errors import ServerError, error_body
+from jaxinfer.openai.errors import ServerError, error_body, message_error
 
 PING_SECONDS = 15.0  # without a frame, then a comment keeps proxies from closing the connection
 WRITE_SECONDS = 60.0  # a frame that can't be sent for so long ends the request
@@ -61,10 +60,10 @@ def json_answer(body: Any, status: int = 200, headers: Mapping[str, str] | None 
     return Response(json.dumps(body), status, headers, "application/json")
 
 
-def error_answer(error: ServerError, path: str = "") -> Response:
+def error_answer(error: ServerError, path: str, request_id: str) -> Response:
     """In the form of the API that the path is of."""
     if path.startswith("/v1/messages"):
-        return json_answer(message_error(str(error), error.status), error.status, error.headers)
+        return json_answer(message_error(str(error), error.status, request_id), error.status, error.headers)
     return json_answer(error_body(str(error), error.status, error.param, error.code), error.status, error.headers)
 
 

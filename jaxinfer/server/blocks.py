@@ -26,9 +26,10 @@ from jaxinfer.server.service import Service
 
 async def messages(service: Service, request: Request, body: Json) -> Response:
     """Answers a conversation, in Anthropic's form."""
-    model, name, defaults = service.model(body.get("model"), GENERATE), request.state.name, chat_defaults(service)
+    model, defaults, state = service.model(body.get("model"), GENERATE), chat_defaults(service), request.state
     read = partial(messages_request, defaults=defaults)
-    return await _answer(service, request, model, body, read, lambda _: MessageWriter(name, model))
+    make_writer = partial(MessageWriter, state.name, model, state.request_id)
+    return await _answer(service, request, model, body, read, lambda _: make_writer())
 
 
 async def count_tokens(service: Service, request: Request, body: Json) -> Response:

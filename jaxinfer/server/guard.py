@@ -59,8 +59,14 @@ class Guard:
             nonlocal status, begun
             if message["type"] == "http.response.start":
                 status, begun = message["status"], True
-                message["headers"] = [*message["headers"], *HEADERS, (b"x-request-id", request_id.encode())]
+                # Under both names: OpenAI's clients read the first, Anthropic's the second.
+                ids = [(name, request_id.encode()) for name in (b"x-request-id", b"request-id")]
+                message["headers"] = [*message["headers"], *HEADERS, *ids]
             await send(message)
+
+        async def fail(error: ServerError) -> None:
+            if not begun:
+                await error_answer(error, request.url.path, request_id)(scope, receive, answer)
 
         scope["state"] |= {"request_id": request_id, "name": secrets.token_hex(16)}
         scope["app"] = self  # so that routes raise what they can't do
@@ -71,23 +77,17 @@ class Guard:
         except (ClientGone, ClientDisconnect, ConnectionError):
             status = CLIENT_GONE
         except asyncio.CancelledError:  # at the end, where the device takes too long to stop
-            if not begun:
-                gone = ServerError(503, "the server is shutting down; try another one")
-                await error_answer(gone, request.url.path)(scope, receive, answer)
+            await fail(ServerError(503, "the server is shutting down; try another one"))
         except HTTPException as error:
             text = {404: "there is nothing here", 405: f"{request.method} is not for this path"}
-            await error_answer(
-                ServerError(
-                    error.status_code, text.get(error.status_code, error.detail), headers=dict(error.headers or {})
-                )
-            )(scope, receive, answer)
+            said = text.get(error.status_code, error.detail)
+            await fail(ServerError(error.status_code, said, headers=dict(error.headers or {})))
         except Exception as error:
             failure = server_error(error)
             failure.args = (str(failure).replace(str(self._service.llm.folder), "the model"),)
             if failure.status == 500:
                 log.error("request %s failed", request_id, exc_info=not isinstance(error, ServerError))
-            if not begun:
-                await error_answer(failure, request.url.path)(scope, receive, answer)
+            await fail(failure)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._service.metrics.http[route, request.method, status] += 1

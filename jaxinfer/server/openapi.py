@@ -12,8 +12,8 @@ from typing import Any
 from jaxinfer import __version__
 from jaxinfer.openai import tei
 from jaxinfer.openai.answers import Json
-from jaxinfer.openai.anthropic import message_error, messages_request
-from jaxinfer.openai.errors import error_body
+from jaxinfer.openai.anthropic import messages_request
+from jaxinfer.openai.errors import error_body, message_error
 from jaxinfer.openai.fields import Fields
 from jaxinfer.openai.pooling import (
     SIDES,
@@ -141,7 +141,10 @@ def document(
         "paths": paths,
         "security": [{}, {"bearer": []}, {"key": []}],
         "components": {
-            "schemas": {"Error": _schema_of(error_body("", 400)), "MessageError": _schema_of(message_error("", 400))},
+            "schemas": {
+                "Error": _schema_of(error_body("", 400)),
+                "MessageError": _schema_of(message_error("", 400, "")),
+            },
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
+import resource
 import socket
+import stat
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from types import FrameType
 from typing import Any, Unpack
 
@@ -28,6 +31,8 @@ log = logging.getLogger("jaxinfer")
 HEADER_BYTES = 2**16  # of a request's line and headers
 HEADER_SECONDS = 30.0  # to send them in, from the connection or the last answer on
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection that is not used
+SPARE_FILES = 256  # that the process may open beside connections, half of them those that get 503
+LATE_SECONDS = 1.0  # after a drain, for requests that wait on their sockets to be answered 503
 ABORT_SECONDS = 5.0  # requests that were aborted have so long to say so
 
 
@@ -40,6 +45,9 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        assert self.limit_concurrency is not None
+        if len(self.connections) > self.limit_concurrency + SPARE_FILES // 2:  # too many to say so to each
+            transport.close()
         self._deadline = self.loop.call_later(HEADER_SECONDS, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -91,14 +99,15 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                limit_concurrency=config.max_connections,
+                limit_concurrency=room_for(config.max_connections),
                 timeout_graceful_shutdown=int(ABORT_SECONDS),
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
             )
         )
         self.service = service
-        self._ends: float | None = None
+        self._ends = self._late = 0.0
+        self._answered = 0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets requests end, the second ends them."""
@@ -109,16 +118,39 @@ class Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        service = self.service
+        service, now = self.service, time.monotonic()
+        answered, self._answered = self._answered, self.server_state.total_requests
         if service.state == "draining":
-            self._ends = self._ends or time.monotonic() + service.config.drain_seconds
-            if not service.active or time.monotonic() > self._ends:
+            self._ends = self._ends or now + service.config.drain_seconds
+            if service.active or not self._late:
+                self._late = now + LATE_SECONDS
+            done = not service.active and (self._answered == answered or now > self._late)
+            if done or now > self._ends:
                 self.should_exit = True
         elif service.state == "failed":
             self.should_exit = True
         if self.should_exit:
             service.abort_all()
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.service.config.uds is not None:
+            with suppress(OSError):
+                os.unlink(self.service.config.uds)
+
+
+def room_for(connections: int) -> int:
+    """So many, or as many as this process may have open files for; its own limit is raised to the system's for it."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + SPARE_FILES
+    if limit == resource.RLIM_INFINITY or limit >= wanted:
+        return connections
+    limit = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+    if limit < wanted:
+        log.warning("at most %d connections: ulimit -n is %d", max(1, limit - SPARE_FILES), limit)
+    return max(1, min(connections, limit - SPARE_FILES))
 
 
 def open_socket(config: ServerConfig) -> socket.socket:
@@ -127,6 +159,8 @@ def open_socket(config: ServerConfig) -> socket.socket:
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mask = os.umask(0o177)
         try:
+            if _is_left_over(config.uds):
+                os.unlink(config.uds)
             bound.bind(config.uds)
         except OSError as error:
             bound.close()
@@ -143,6 +177,15 @@ def open_socket(config: ServerConfig) -> socket.socket:
         bound.close()
         raise ValueError(f"{config.host}:{config.port}: {error.strerror}; choose another --host or --port") from None
     return bound
+
+
+def _is_left_over(path: str) -> bool:
+    """Whether it is the socket of a server that was killed: one that nobody listens at."""
+    if not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.settimeout(1)
+        return client.connect_ex(path) == errno.ECONNREFUSED
 
 
 def url_of(config: ServerConfig, bound: socket.socket) -> str:

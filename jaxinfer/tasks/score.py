@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 from jaxinfer.engine.outputs import ScoreOutput, score_error
-from jaxinfer.engine.prompts import prompt_list
+from jaxinfer.engine.prompts import Prompt, plain_prompt, prompt_list
 from jaxinfer.engine.scoring import (
     Scoring,
     encode_pair,
@@ -17,12 +17,12 @@ from jaxinfer.engine.scoring import (
     rolling_windows,
     text_ids,
 )
-from jaxinfer.errors import RequestError, placed
+from jaxinfer.errors import RequestError, UnsupportedError, placed
 from jaxinfer.sampling.ids import are_ids
 from jaxinfer.tasks.task import Task, for_each
 
 Text = str | Sequence[int]
-Scorable = Text | tuple[Text, Text]  # a text, or a prompt and its continuation
+Scorable = Prompt | tuple[Prompt, Text]  # a text, or a prompt and its continuation
 
 
 class Pair(NamedTuple):
@@ -103,12 +103,15 @@ class ScoreTask(Task[TextAsked, ScoreOutput]):
         if isinstance(scorable, Pair):
             return scorable
         if isinstance(scorable, tuple) and len(scorable) == 2 and not are_ids(scorable):
-            prompt, scored = cast(tuple[Text, Text], scorable)
-            ids = encode_pair(prompt, scored, self.tokenizer)
+            prompt, scored = cast(tuple[Prompt, Text], scorable)
+            given, said = plain_prompt(prompt, self.tokenizer)
+            ids = encode_pair(given, scored, self.tokenizer)
         else:
-            scored = cast(Text, scorable)
+            scored, said = plain_prompt(cast(Prompt, scorable), self.tokenizer)
             ids = encode_text(scored, self.tokenizer)
-        return Pair(scored if isinstance(scored, str) else None, *ids, asked.adapter)
+        if "cache_salt" in said:
+            raise UnsupportedError("cache_salt is given: texts that are scored have none; leave it out", "cache_salt")
+        return Pair(scored if isinstance(scored, str) else None, *ids, said.get("adapter", asked.adapter))
 
 
 def texts_asked(texts: Any, continuations: Any = None, adapter: Any = None) -> list[TextAsked]:

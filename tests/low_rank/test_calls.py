@@ -67,6 +67,12 @@ def test_scores(llm):
     assert a.logprob != none.logprob
     assert [output.logprob for output in llm.score_iter([TEXT], adapter="a")] == pytest.approx([a.logprob])
     assert llm.score("some", " text", adapter="b", use_tqdm=False)[0] != llm.score("some", " text", use_tqdm=False)[0]
+    said = [{"prompt": "some", "adapter": "b"}, {"prompt": "some", "adapter": None}]
+    own = [llm.score("some", " text", adapter=name, use_tqdm=False)[0].logprob for name in ("b", None)]
+    outputs = llm.score(said, [" text"] * 2, adapter="a", use_tqdm=False)
+    assert [output.logprob for output in outputs] == pytest.approx(own)
+    assert llm.score({"prompt": TEXT, "adapter": "a"}, use_tqdm=False)[0].logprob == pytest.approx(a.logprob)
+    assert "cache_salt" in line(lambda: llm.score({"prompt": TEXT, "cache_salt": "x"}, use_tqdm=False))
     rolling = llm.loglikelihood_rolling([TEXT] * 2, adapter=["a", None], use_tqdm=False)
     after_nothing = llm.score("", TEXT, adapter="a", use_tqdm=False)[0]
     assert rolling[0].logprobs == pytest.approx(after_nothing.logprobs, abs=1e-4)
@@ -88,7 +94,7 @@ def test_requests_of_vllm_load_what_they_name(folders, alone):
         assert set(llm.list_adapters()) == {"x"}
         messages = [{"role": "user", "content": "x"}]
         assert llm.chat(messages, GREEDY, lora_request=asked, use_tqdm=False)[0].outputs[0].token_ids
-        assert "it is adapter, which is given too" in line(
+        assert "it is adapter here, which is given too" in line(
             lambda: llm.chat(messages, GREEDY, lora_request=asked, adapter="x", use_tqdm=False)
         )
         for wrong, fact in [

@@ -89,7 +89,7 @@ def test_changes_may_have_other_programs_names():
     assert params.with_changes(do_sample=True).temperature == 0.5  # it is sampled already
     assert params.with_changes(do_sample=True, temp=0.7).temperature == 0.7
     assert SamplingParams(temperature=0.0).with_changes(do_sample=True).temperature == 1
-    assert "max_tokens, which is given too" in line(lambda: params.with_changes(max_tokens=3, max_new_tokens=3))
+    assert "max_tokens here, which is given too" in line(lambda: params.with_changes(max_tokens=3, max_new_tokens=3))
     assert "did you mean max_tokens" in line(lambda: params.with_changes(max_token=3))
 
 

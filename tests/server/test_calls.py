@@ -2,6 +2,8 @@
 
 import json
 import re
+from functools import partial
+from unittest.mock import Mock
 
 import anthropic
 import httpx2 as httpx
@@ -10,6 +12,8 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from jaxinfer.errors import EngineClosed, QueueFullError
+from jaxinfer.openai.errors import ServerError
 from tests.server.conftest import OPTIONS  # noqa: F401
 
 TOOLS = [
@@ -115,6 +119,46 @@ def test_anthropics_client(serve, says):
         assert ai.messages.create(**asked | {"messages": again, "max_tokens": 5}).stop_reason == "max_tokens"
         count = ai.messages.count_tokens(model="tiny", messages=again, tools=tools, system=asked["system"])
         assert count.input_tokens > 20
+
+
+def test_anthropics_errors(serve, monkeypatch):
+    """By the class that its client raises, and the type that it then has."""
+    server = serve(api_keys=("mine-alone",), max_body_bytes=2000)
+    asked = {"model": "tiny", "messages": MESSAGES, "max_tokens": 1}
+    with anthropic.Anthropic(base_url=server.url, api_key="mine-alone", max_retries=0) as ai:
+        post, counted = ai.messages.create, ai.messages.count_tokens
+        plain = {"extra_headers": {"content-type": "text/plain"}}
+        large = [*MESSAGES, {"role": "user", "content": "a" * 2000}]
+        cases = [
+            (anthropic.AuthenticationError, "authentication_error", ai.with_options(api_key="x").messages.create, {}),
+            (anthropic.BadRequestError, "invalid_request_error", post, {"max_tokens": -1}),
+            (anthropic.NotFoundError, "not_found_error", post, {"model": "none"}),
+            (anthropic.RequestTooLargeError, "request_too_large", post, {"messages": large}),
+            (anthropic.APIStatusError, "invalid_request_error", post, plain),
+            (anthropic.NotFoundError, "not_found_error", lambda **_: ai.get("/v1/messages/x", cast_to=object), {}),
+            (anthropic.APIStatusError, "invalid_request_error", lambda **_: ai.get("/v1/messages", cast_to=object), {}),
+        ]
+        raised = [
+            (anthropic.InternalServerError, "api_error", RuntimeError("secret")),
+            (anthropic.RateLimitError, "rate_limit_error", QueueFullError("full")),
+            (anthropic.PermissionDeniedError, "permission_error", ServerError(403, "no")),
+            (anthropic.RequestTimeoutError, "timeout_error", ServerError(408, "late")),
+            (anthropic.ServiceUnavailableError, "overloaded_error", EngineClosed("gone")),
+        ]
+
+        def fail(error, **_):
+            with monkeypatch.context() as patch:
+                patch.setattr(server._service, "model", Mock(side_effect=error))
+                counted(model="tiny", messages=MESSAGES)
+
+        cases += [(kind, name, partial(fail, error), {}) for kind, name, error in raised]
+        for kind, name, call, changed in cases:
+            with pytest.raises(kind) as caught:
+                call(**asked | changed)
+            error = caught.value
+            assert error.type == name
+            assert error.body["request_id"] == error.request_id
+            assert "secret" not in str(error)
 
 
 def test_responses(serve, says):

@@ -1,22 +1,29 @@
 """How a server ends: with what runs done, or cut off, or with the engine's failure."""
 
+import asyncio
 import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import httpx2 as httpx
 import pytest
 
 import jaxinfer
+from jaxinfer.server import run
+from jaxinfer.server.config import ServerConfig
+from tests.refusals import line
 from tests.settled import settled
 
 COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "a", "max_tokens": 60, "ignore_eos": True, "stream": True}
+CHAT = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 60, "ignore_eos": True, "stream": True}
 
 
 def events(lines):
@@ -45,16 +52,26 @@ def test_what_runs_may_end(serve, served_llm, slowly, seconds, reason):
     settled(served_llm)
 
 
-def test_an_engine_that_fails_fails_its_requests_and_ends_the_server(serve, served_llm, slowly):
+def test_requests_that_came_before_the_end_are_answered():
+    """A drained server stays while it answers 503 to what waited on its sockets."""
+    server = run.Server(Mock(config=ServerConfig(), state="draining", active=0))
+    for answered, ended in ((3, False), (9, False), (9, True)):
+        server.server_state.total_requests = answered
+        assert asyncio.run(server.on_tick(1)) is ended
+
+
+@pytest.mark.parametrize(("path", "kind"), [(COMPLETIONS, "server_error"), ("/v1/messages", "api_error")])
+def test_an_engine_that_fails_fails_its_requests_and_ends_the_server(serve, served_llm, slowly, path, kind):
     server = serve()
     slow = slowly(served_llm)
     with httpx.Client(base_url=server.url, timeout=60) as client:
-        with client.stream("POST", COMPLETIONS, json=LONG) as stream:
+        asked = LONG if path == COMPLETIONS else CHAT
+        with client.stream("POST", path, json=asked) as stream:
             lines = stream.iter_lines()
             next(lines)
             slow.fail(RuntimeError("secret of the device"))
             error = json.loads(events(lines)[-1])["error"]
-        assert error["type"] == "server_error"
+        assert error["type"] == kind
         assert "secret" not in error["message"]
     server._thread.join(20)
     assert not server._thread.is_alive()
@@ -84,6 +101,25 @@ def test_signals(checkpoints):
                 process.send_signal(signal.SIGTERM)
                 assert events(lines)[-1] == "[DONE]"
         assert process.wait(60) == 0
+
+
+def test_a_unix_socket(serve, tmp_path):
+    """Only its owner can use it; it goes with the server, and one that was left over is replaced."""
+    file = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as left_over:
+        left_over.bind(str(file))
+    server = serve(uds=str(file))
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    transport = httpx.HTTPTransport(uds=str(file))
+    with httpx.Client(base_url="http://any.example", transport=transport, timeout=60) as client:
+        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+        assert client.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1}).status_code == 200
+    assert str(file) in line(lambda: serve(uds=str(file)))
+    server.close()
+    assert not file.exists()
+    file.touch()
+    assert str(file) in line(lambda: serve(uds=str(file)))
+    assert file.exists()
 
 
 def test_a_server_that_others_reach_needs_a_key(cli):

@@ -10,7 +10,7 @@ import httpx2 as httpx
 import pytest
 from openai.types.responses import ResponseFailedEvent
 
-from jaxinfer.server import answers
+from jaxinfer.server import answers, run
 from jaxinfer.text import renderer
 from tests.settled import settled
 
@@ -295,3 +295,26 @@ def test_who_does_not_read_is_cut_off(serve, served_llm, monkeypatch):
             time.sleep(0.01)
         assert not server._service.active
     settled(served_llm)
+
+
+def test_too_many_connections_are_refused_and_then_closed(serve, monkeypatch):
+    monkeypatch.setattr(run, "SPARE_FILES", 4)
+    server = serve(max_connections=2)
+    host, port = server.url.removeprefix("http://").split(":")
+    with httpx.Client(base_url=server.url, timeout=60) as client, ExitStack() as stack:
+        assert client.get("/health").status_code == 200
+        address = host, int(port)
+        *_, last = (stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(6))
+        assert last.recv(1) == b""
+        assert client.get("/health").status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "raised", "room"), [(1024, 2**20, [1256], 1000), (512, 1024, [1024], 768), (9999, 9999, [], 1000)]
+)
+def test_connections_need_open_files(monkeypatch, limit, most, raised, room):
+    given = []
+    monkeypatch.setattr(run.resource, "getrlimit", lambda _: (limit, most))
+    monkeypatch.setattr(run.resource, "setrlimit", lambda _, limits: given.append(limits))
+    assert run.room_for(1000) == room
+    assert given == [(soft, most) for soft in raised]
