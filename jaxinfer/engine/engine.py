@@ -10,6 +10,8 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxinfer.engine.adapter_methods import AdapterMethods
 from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
@@ -22,9 +24,10 @@ from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.engine.scoring import SCORING, Scoring
 from jaxinfer.engine.shards import DataParallelScheduler
 from jaxinfer.engine.stats import EngineStats
+from jaxinfer.engine.table_blocks import place_of
 from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
-from jaxinfer.sampling.slots import Masks, TokenCounts
+from jaxinfer.sampling.slots import Masks, Place, TokenCounts
 from jaxinfer.text.base import Tokenizer
 
 STOP_STRING_STEPS = 8  # rows with stop strings are looked at on the host this often: what comes after one is wasted
@@ -96,6 +99,7 @@ class Engine(AdapterMethods):
             running_adapters=Counter(request.adapter_name for request in adapted if request.slot >= 0),
             waiting_adapters=Counter(request.adapter_name for request in adapted if request.slot < 0),
             adapter_tokens=dict(self.adapter_tokens),
+            table_loads=sum(tables.loads for tables in self.scheduler.tables),
         )
 
     @property
@@ -300,6 +304,9 @@ class Engine(AdapterMethods):
         if any(schedule.requests for schedule in schedules):
             for slot, adapter in self.scheduler.adapters.coming():
                 self.runner.load_adapter(slot, adapter)
+            for shard, tables in enumerate(self.scheduler.tables):
+                for block, value in tables.coming():
+                    self.runner.load_table(shard, block, value)
             self._prepare_slots(schedules)
             self._in_flight.append(self._launch(schedules))
             if len(self._in_flight) == 1:
@@ -364,6 +371,9 @@ class Engine(AdapterMethods):
                 not_first = params.begin_suppress_tokens or ()
                 masks = Masks.of(self.vocab_size, params.allowed_token_ids, always, params.logit_bias, not_first)
                 self.runner.prepare(request, masks)
+            if request.table is not None and not request.prepared:
+                assert request.guide is not None
+                self.runner.prepare(request, Place(np.int32(place_of(request.guide.state, request.table))))
             request.prepared = True
 
     def _take_in(self, call: Call) -> list[SequenceOutput | Scoring]:
@@ -386,6 +396,10 @@ class Engine(AdapterMethods):
             if count:
                 assert isinstance(generation, SequenceOutput)
                 generation.accept(result.tokens[:count, row].tolist(), result.logprobs, row)
+                if request.table is not None:
+                    self._stats.table_tokens += count
+                    if not generation.finished and request.tail:
+                        generation.accept(request.tail)
             elif not generation.finished:
                 continue  # an inner chunk of a prompt
             touched.append(generation)

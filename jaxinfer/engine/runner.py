@@ -21,8 +21,10 @@ from jaxinfer.engine.programs import (
     Key,
     LoadAdapter,
     LoadScaledAdapter,
+    LoadTable,
     PrepareCounts,
     PrepareMasks,
+    PreparePlace,
     Programs,
     Sampled,
     State,
@@ -33,7 +35,9 @@ from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.logprobs import Logprobs
-from jaxinfer.sampling.slots import Masks, TokenCounts, mask_words
+from jaxinfer.sampling.slots import Masks, Place, TokenCounts, mask_words
+from jaxinfer.sampling.table_sizes import BLOCKS
+from jaxinfer.sampling.tables import TokenTables
 from jaxinfer.weights import LowRank
 
 
@@ -141,10 +145,14 @@ class Runner(ReadyPrograms):
         (step.sampled,) = self.call([(key, (*inputs[:2], masks, *inputs[2:]))])  # adapters come after them
         step.held = None
 
-    def prepare(self, request: Request, values: Masks | TokenCounts) -> None:
-        """Makes a sequence's slot ready for its masks or its penalties."""
-        program = PrepareMasks if isinstance(values, Masks) else PrepareCounts
-        self.call([(program.key, (np.int32(self.batches.slot(request)), values))])
+    def prepare(self, request: Request, values: Masks | TokenCounts | Place) -> None:
+        """Makes a sequence's slot ready for its masks, its penalties or its grammar's table."""
+        programs = {Masks: PrepareMasks, TokenCounts: PrepareCounts, Place: PreparePlace}
+        self.call([(programs[type(values)].key, (np.int32(self.batches.slot(request)), values))])
+
+    def load_table(self, shard: int, block: int, value: TokenTables) -> None:
+        """Puts some states of a grammar's table into a block on the devices."""
+        self.call([(LoadTable.key, (np.int32(shard * BLOCKS + block), value))])
 
     def load_adapter(self, slot: int, adapter: LoadedAdapter) -> None:
         """Puts an adapter into a slot on the devices."""

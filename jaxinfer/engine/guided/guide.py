@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxinfer.engine.guided.grammar import grammar_of, one_line, refusal
+from jaxinfer.engine.guided.tables import BEGIN, GrammarTable, table_of
 from jaxinfer.engine.guided.vocabulary import Vocabulary
 from jaxinfer.errors import RequestError
 from jaxinfer.sampling.params import SamplingParams
@@ -33,6 +34,7 @@ class Grammar:
         start = time.perf_counter()
         self.matcher = make()
         self.seconds = time.perf_counter() - start
+        self.tables: dict[Sequence[Sequence[int]], GrammarTable | None] = {}  # by what may end a text
         self._make = make
 
     def renewed(self, spent: LLMatcher) -> LLMatcher:
@@ -48,11 +50,13 @@ class Guide:
     complete: the text is, and nothing can follow.
     error: why nothing can be said any more.
     ends: ids that may end a text that is complete; the others of `eos` may not.
+    table: for the device, if the grammar has one. state: where in it.
     """
 
-    def __init__(self, grammar: Grammar, eos: Sequence[int], ends: Sequence[int]):
+    def __init__(self, grammar: Grammar, eos: Sequence[int], ends: Sequence[int], table: GrammarTable | None = None):
         self.complete = False
         self.error: str | None = None
+        self.table, self.state = table, BEGIN
         self.eos, self.ends = eos, ends
         self._grammar, self._origin = grammar, grammar.matcher
         self.matcher = self._origin.deep_copy()
@@ -61,7 +65,14 @@ class Guide:
 
     def anew(self) -> Guide:
         """The same for another sequence, from the beginning."""
-        return Guide(self._grammar, self.eos, self.ends)
+        return Guide(self._grammar, self.eos, self.ends, self.table)
+
+    def after(self, token: int) -> Guide:
+        """Another one, for the same tokens and this one."""
+        other = Guide(self._grammar, self.eos, self.ends)
+        other.matcher, other._tokens = self.matcher.deep_copy(), self._tokens.copy()
+        other.accept([token])
+        return other
 
     def accept(self, tokens: Sequence[int]) -> None:
         """The next ones."""
@@ -69,6 +80,9 @@ class Guide:
         self.matcher.consume_tokens(list(tokens))
         self._check()
         self.complete = self.error is None and self.matcher.is_stopped()
+        if self.table is not None:
+            for token in tokens:
+                self.state = self.table.after(self.state, token)
 
     def forced(self) -> list[int]:
         """The next tokens, as far as there is no choice."""
@@ -150,8 +164,16 @@ class Guides:
         vocabulary = self.prepare()
         grammar = self._grammar(asked, vocabulary)
         # Ids that end a text, and are no text themselves; those that are come where the grammar has them.
-        ends = [token for token in stop_ids if token in vocabulary.special_ids]
-        return Guide(grammar, self._eos, ends)
+        ends = tuple(token for token in stop_ids if token in vocabulary.special_ids)
+        if ends not in grammar.tables:
+            grammar.tables[ends] = table_of(asked, Guide(grammar, self._eos, ends), vocabulary, self._masks)
+        return Guide(grammar, self._eos, ends, grammar.tables[ends])
+
+    def _masks(self, guides: Sequence[Guide]) -> np.ndarray:
+        """u32[R, V/32]."""
+        masks = np.zeros((len(guides), -(-self._size // 32)), np.uint32)
+        self.fill([(guide, row) for row, guide in enumerate(guides)], masks)
+        return masks
 
     def fill(self, guides: Sequence[tuple[Guide, int]], masks: np.ndarray) -> None:
         """Bits of the tokens that may come next: of each guide into its row of u32[R, V/32]."""

@@ -1,0 +1,288 @@
+"""Finite automata over bytes: of some texts, and of what regular expressions have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+MOST_STATES = 2048
+MOST_PARTS = 4096  # of an expression, each repetition written out
+DEAD, START = 0, 1
+Ranges = tuple[tuple[int, int], ...]  # of bytes, both ends included
+# All characters that are not ASCII, in UTF-8, byte by byte.
+TAIL = ((0x80, 0xBF),)
+OTHERS: tuple[tuple[Ranges, ...], ...] = (
+    (((0xC2, 0xDF),), TAIL),
+    (((0xE0, 0xE0),), ((0xA0, 0xBF),), TAIL),
+    (((0xE1, 0xEC), (0xEE, 0xEF)), TAIL, TAIL),
+    (((0xED, 0xED),), ((0x80, 0x9F),), TAIL),
+    (((0xF0, 0xF0),), ((0x90, 0xBF),), TAIL, TAIL),
+    (((0xF1, 0xF3),), TAIL, TAIL, TAIL),
+    (((0xF4, 0xF4),), ((0x80, 0x8F),), TAIL, TAIL),
+)
+ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v"}
+META = frozenset("\\.+*?()|[]{}^$")
+
+
+class NotRegular(Exception):
+    """None is made: of something else, or a large one."""
+
+
+class Automaton:
+    """Deterministic; in state DEAD no text is left.
+
+    kinds: u8[256], bytes that are alike; 0 is of those that no text has.
+    next: i32[states, kinds].
+    """
+
+    def __init__(self, kinds: np.ndarray, next: np.ndarray):
+        self.kinds, self.next = kinds, next
+
+    @staticmethod
+    def of_texts(texts: Iterable[str]) -> Automaton:
+        """Their trie."""
+        rows: list[dict[int, int]] = [{}, {}]
+        for text in texts:
+            at = START
+            for byte in text.encode():
+                if byte not in rows[at]:
+                    rows[at][byte] = len(rows)
+                    rows.append({})
+                at = rows[at][byte]
+            if len(rows) > MOST_STATES:
+                raise NotRegular
+        return _deterministic(rows)
+
+    @staticmethod
+    def of_regex(pattern: str, until: float) -> Automaton:
+        """Raises NotRegular for what has not the same meaning to everyone, what would be large or is not there by
+        `until` in time.thread_time, and what is wrong."""
+        if "|" not in pattern:  # of a part of the alternatives they may be meant, or of all
+            pattern = pattern.removeprefix("^")
+            if pattern.endswith("$") and (len(pattern) - len(pattern[:-1].rstrip("\\"))) % 2:
+                pattern = pattern[:-1]
+        return _Parser(pattern, until).automaton()
+
+
+def _deterministic(rows: Sequence[dict[int, int]]) -> Automaton:
+    """From transitions by byte: bytes of equal columns are of one kind."""
+    whole = np.zeros((len(rows), 256), np.int32)
+    for state, row in enumerate(rows):
+        whole[state, list(row)] = list(row.values())
+    numbers = {bytes(whole[:, 0].nbytes): 0}
+    kinds = np.array([numbers.setdefault(whole[:, byte].tobytes(), len(numbers)) for byte in range(256)], np.uint16)
+    next = np.zeros((len(rows), len(numbers)), np.int32)
+    next[:, kinds] = whole
+    return Automaton(kinds, next)
+
+
+class _Parser:
+    """A regular expression to an automaton with several states at once (Thompson), and that to one with one."""
+
+    def __init__(self, pattern: str, until: float):
+        self._text, self._at, self._until = pattern, 0, until
+        self._edges: list[list[tuple[Ranges, int]]] = []
+        self._free: list[list[int]] = []
+
+    def automaton(self) -> Automaton:
+        start = self._node()
+        end = self._alternatives(start)
+        if self._at < len(self._text):
+            raise NotRegular
+        return self._subsets(start, end)
+
+    def _node(self) -> int:
+        if len(self._edges) >= MOST_PARTS:
+            raise NotRegular
+        self._edges.append([])
+        self._free.append([])
+        return len(self._edges) - 1
+
+    def _peek(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def _take(self) -> str:
+        character = self._peek()
+        if not character:
+            raise NotRegular
+        self._at += 1
+        return character
+
+    def _alternatives(self, start: int) -> int:
+        """What begins at a node; the node at which it ends."""
+        end = self._node()
+        while True:
+            self._free[self._sequence(start)].append(end)
+            if self._peek() != "|":
+                return end
+            self._at += 1
+
+    def _sequence(self, start: int) -> int:
+        at = self._node()
+        self._free[start].append(at)
+        while self._peek() not in ("", "|", ")"):
+            at = self._repeated(at)
+        return at
+
+    def _repeated(self, start: int) -> int:
+        begin = self._at
+        end = self._atom(start)
+        least, most = self._count()
+        if (least, most) == (1, 1):
+            return end
+        after, last = self._at, start
+        ends = [start] if least == 0 else []
+        for i in range(1, (max(least, 1) if most is None else most) + 1):
+            if i > 1:  # the first one is there; each further one is read again
+                self._at, last = begin, self._node()
+                self._free[end].append(last)
+                end = self._atom(last)
+            if i >= least:
+                ends.append(end)
+        if most is None:
+            self._free[end].append(last)
+        self._at = after
+        out = self._node()
+        for node in ends:
+            self._free[node].append(out)
+        return out
+
+    def _count(self) -> tuple[int, int | None]:
+        sign, least, most = self._peek(), 1, 1
+        if sign and sign in "*+?":
+            self._at += 1
+            found: tuple[int, int | None] = {"*": (0, None), "+": (1, None), "?": (0, 1)}[sign]
+        elif sign == "{":
+            inside, closed, _ = self._text[self._at + 1 :].partition("}")
+            low, comma, high = inside.partition(",")
+            if not closed or not low.isdecimal() or not (high.isdecimal() or not high) or not inside.isascii():
+                raise NotRegular
+            self._at += len(inside) + 2
+            found = int(low), None if comma and not high else int(high or low)
+        else:
+            return least, most
+        if self._peek() in ("*", "+", "?", "{") and self._peek():
+            raise NotRegular  # lazy ones, and repetitions of repetitions
+        if found[1] is not None and found[1] < max(found[0], 1):
+            raise NotRegular
+        return found
+
+    def _atom(self, start: int) -> int:
+        character = self._take()
+        if character == "(":
+            if self._peek() == "?":
+                if self._text[self._at : self._at + 2] != "?:":
+                    raise NotRegular
+                self._at += 2
+            inner = self._node()
+            self._free[start].append(inner)
+            end = self._alternatives(inner)
+            if self._take() != ")":
+                raise NotRegular
+            return end
+        if character == "[":
+            return self._characters(start, *self._class())
+        if character == ".":
+            return self._characters(start, set(range(128)) - {ord("\n")}, True)
+        if character == "\\":
+            character = self._escaped()
+        elif character in META:
+            raise NotRegular
+        return self._bytes(start, [((byte, byte),) for byte in character.encode()], self._node())
+
+    def _escaped(self) -> str:
+        """Not classes: what they have beyond ASCII differs."""
+        character = self._take()
+        if character in ESCAPES:
+            return ESCAPES[character]
+        if not character.isascii() or character.isalnum() or character in " <>":
+            raise NotRegular
+        return character
+
+    def _class(self) -> tuple[set[int], bool]:
+        """ASCII characters, and whether all others are there too."""
+        negated = self._peek() == "^"
+        self._at += negated
+        found: set[int] = set()
+        first = True
+        while first or self._peek() != "]":
+            low = self._in_class()
+            high = low
+            if self._peek() == "-" and self._text[self._at + 1 : self._at + 2] != "]":
+                self._at += 1
+                high = self._in_class()
+            if high < low:
+                raise NotRegular
+            found.update(range(low, high + 1))
+            first = False
+        self._at += 1
+        return (set(range(128)) - found, True) if negated else (found, False)
+
+    def _in_class(self) -> int:
+        character = self._take()
+        if character == "\\":
+            character = self._escaped()
+        elif character in "[]&~^" or (character == "-" and self._text[self._at - 2 : self._at - 1] not in ("[", "^")):
+            if character != "-" or self._peek() != "]":
+                raise NotRegular  # sets of sets
+        if not character.isascii():
+            raise NotRegular
+        return ord(character)
+
+    def _characters(self, start: int, ascii_ones: set[int], others: bool) -> int:
+        if not ascii_ones and not others:
+            raise NotRegular
+        end = self._node()
+        if ascii_ones:
+            self._bytes(start, [tuple((byte, byte) for byte in sorted(ascii_ones))], end)
+        for sequence in OTHERS if others else ():
+            self._bytes(start, sequence, end)
+        return end
+
+    def _bytes(self, start: int, sequence: Sequence[Ranges], end: int) -> int:
+        for ranges in sequence[:-1]:
+            after = self._node()
+            self._edges[start].append((ranges, after))
+            start = after
+        self._edges[start].append((sequence[-1], end))
+        return end
+
+    def _subsets(self, start: int, end: int) -> Automaton:
+        def closed(nodes: Iterable[int]) -> frozenset[int]:
+            found, pending = set(nodes), list(nodes)
+            while pending:
+                for node in self._free[pending.pop()]:
+                    if node not in found:
+                        found.add(node)
+                        pending.append(node)
+            # Those that lead on: others would only make states differ that are not different.
+            return frozenset(node for node in found if self._edges[node] or node == end)
+
+        first = closed([start])
+        known, rows, pending = {first: START}, [{}, {}], [first]
+        while pending:
+            if time.thread_time() > self._until:
+                raise NotRegular
+            nodes = pending.pop()
+            targets: dict[int, set[int]] = {}
+            for node in nodes:
+                for ranges, target in self._edges[node]:
+                    for low, high in ranges:
+                        for byte in range(low, high + 1):
+                            targets.setdefault(byte, set()).add(target)
+            by_targets: dict[frozenset[int], int] = {}
+            for byte, reached in targets.items():
+                key = frozenset(reached)
+                if key not in by_targets:
+                    subset = closed(key)
+                    if subset not in known:
+                        if len(rows) >= MOST_STATES:
+                            raise NotRegular
+                        known[subset] = len(rows)
+                        rows.append({})
+                        pending.append(subset)
+                    by_targets[key] = known[subset]
+                rows[known[nodes]][byte] = by_targets[key]
+        return _deterministic(rows)
