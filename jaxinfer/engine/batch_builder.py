@@ -251,9 +251,7 @@ class BatchBuilder:
         key = (size, *((request.id, request.table_end) for request in requests))
         last = self._last_sampling.get(shard)
         if last is None or last[0] != key:
-            rows = [
-                RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length, r.limit, r.table_end) for r in requests
-            ]
+            rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length, r.limit, r.table_end) for r in requests]
             last = self._last_sampling[shard] = (key, SamplingArrays.of_rows(rows, size))
         return last[1]
 

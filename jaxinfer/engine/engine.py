@@ -16,7 +16,8 @@ from jaxinfer.engine.adapter_methods import AdapterMethods
 from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import RequestGroup, SequenceOutput
-from jaxinfer.engine.guided.guide import Guide, Guides
+from jaxinfer.engine.guided.guide import Guide
+from jaxinfer.engine.guided.guides import Guides
 from jaxinfer.engine.host_adapters import HostAdapters
 from jaxinfer.engine.request import FinishReason, Request
 from jaxinfer.engine.runner import PendingStep, Runner

@@ -123,7 +123,8 @@ class Request:
         """The tokens that are left, where the device has ended it before them."""
         if self.table_end != FORCED:
             return []
-        assert self.guide is not None and self.guide.table is not None
+        assert self.guide is not None
+        assert self.guide.table is not None
         return self.guide.table.tails.get(self.guide.state, [])
 
     @property

@@ -52,7 +52,8 @@ class TableBlocks:
     def release(self, request: Request) -> None:
         """A request runs no longer."""
         if request.table is not None:
-            assert request.guide is not None and request.guide.table is not None
+            assert request.guide is not None
+            assert request.guide.table is not None
             self._users[request.guide.table] -= 1
             request.table = None
 

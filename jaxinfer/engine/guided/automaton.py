@@ -59,10 +59,6 @@ class Automaton:
     def of_regex(pattern: str, until: float) -> Automaton:
         """Raises NotRegular for what has not the same meaning to everyone, what would be large or is not there by
         `until` in time.thread_time, and what is wrong."""
-        if "|" not in pattern:  # of a part of the alternatives they may be meant, or of all
-            pattern = pattern.removeprefix("^")
-            if pattern.endswith("$") and (len(pattern) - len(pattern[:-1].rstrip("\\"))) % 2:
-                pattern = pattern[:-1]
         return _Parser(pattern, until).automaton()
 
 
@@ -87,8 +83,13 @@ class _Parser:
         self._free: list[list[int]] = []
 
     def automaton(self) -> Automaton:
+        whole = self._text
+        self._text = self._text.removeprefix("^")
+        if self._text.endswith("$") and (len(self._text) - len(self._text[:-1].rstrip("\\"))) % 2:
+            self._text = self._text[:-1]
         start = self._node()
-        end = self._alternatives(start)
+        # An anchor may be meant of the whole or of one of the alternatives.
+        end = self._alternatives(start) if self._text == whole else self._sequence(start)
         if self._at < len(self._text):
             raise NotRegular
         return self._subsets(start, end)
@@ -150,10 +151,10 @@ class _Parser:
         return out
 
     def _count(self) -> tuple[int, int | None]:
-        sign, least, most = self._peek(), 1, 1
-        if sign and sign in "*+?":
+        sign = self._peek()
+        found: tuple[int, int | None] = {"*": (0, None), "+": (1, None), "?": (0, 1)}.get(sign, (1, 1))
+        if found != (1, 1):
             self._at += 1
-            found: tuple[int, int | None] = {"*": (0, None), "+": (1, None), "?": (0, 1)}[sign]
         elif sign == "{":
             inside, closed, _ = self._text[self._at + 1 :].partition("}")
             low, comma, high = inside.partition(",")
@@ -162,8 +163,8 @@ class _Parser:
             self._at += len(inside) + 2
             found = int(low), None if comma and not high else int(high or low)
         else:
-            return least, most
-        if self._peek() in ("*", "+", "?", "{") and self._peek():
+            return found
+        if self._peek() in ("*", "+", "?", "{"):
             raise NotRegular  # lazy ones, and repetitions of repetitions
         if found[1] is not None and found[1] < max(found[0], 1):
             raise NotRegular
@@ -203,33 +204,33 @@ class _Parser:
 
     def _class(self) -> tuple[set[int], bool]:
         """ASCII characters, and whether all others are there too."""
-        negated = self._peek() == "^"
-        self._at += negated
+        inside, negated = self._until_bracket(), False
+        if inside[:1] == ["^"]:
+            inside, negated = inside[1:], True
         found: set[int] = set()
-        first = True
-        while first or self._peek() != "]":
-            low = self._in_class()
-            high = low
-            if self._peek() == "-" and self._text[self._at + 1 : self._at + 2] != "]":
-                self._at += 1
-                high = self._in_class()
-            if high < low:
-                raise NotRegular
-            found.update(range(low, high + 1))
-            first = False
-        self._at += 1
+        while inside:
+            low, *inside = inside
+            if inside[:1] == ["-"] and len(inside) > 1:
+                _, high, *inside = inside
+                if low == "-" or high == "-" or high[-1] < low[-1]:
+                    raise NotRegular
+                found.update(range(ord(low[-1]), ord(high[-1]) + 1))
+            else:
+                found.add(ord(low[-1]))
         return (set(range(128)) - found, True) if negated else (found, False)
 
-    def _in_class(self) -> int:
-        character = self._take()
-        if character == "\\":
-            character = self._escaped()
-        elif character in "[]&~^" or (character == "-" and self._text[self._at - 2 : self._at - 1] not in ("[", "^")):
-            if character != "-" or self._peek() != "]":
-                raise NotRegular  # sets of sets
-        if not character.isascii():
-            raise NotRegular
-        return ord(character)
+    def _until_bracket(self) -> list[str]:
+        """The characters of a class; escaped ones have a backslash before them."""
+        inside: list[str] = []
+        while (character := self._take()) != "]":
+            if character == "\\":
+                character += self._escaped()
+            if not character.isascii() or character in ("[", "&", "~", "^" if inside else ""):
+                raise NotRegular  # sets of sets, perhaps
+            inside.append(character)
+        if not inside or inside == ["^"]:
+            raise NotRegular  # a bracket that is meant
+        return inside
 
     def _characters(self, start: int, ascii_ones: set[int], others: bool) -> int:
         if not ascii_ones and not others:
@@ -261,7 +262,8 @@ class _Parser:
             return frozenset(node for node in found if self._edges[node] or node == end)
 
         first = closed([start])
-        known, rows, pending = {first: START}, [{}, {}], [first]
+        known, pending = {first: START}, [first]
+        rows: list[dict[int, int]] = [{}, {}]
         while pending:
             if time.thread_time() > self._until:
                 raise NotRegular

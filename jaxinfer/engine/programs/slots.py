@@ -83,9 +83,7 @@ class LoadTable(Program[EngineShapes]):
         return tuple(self.shapes.like((np.int32(0), TokenTables.shapes(self.shapes.model.config.vocab_size))))
 
     def function(self) -> Function:
-        def load(
-            params: Params, state: State, read: State, block: jax.Array, value: TokenTables
-        ) -> tuple[None, State]:
+        def load(params: Params, state: State, read: State, block: jax.Array, value: TokenTables) -> tuple[None, State]:
             slots = state.slots
             return None, State(slots=dataclasses.replace(slots, tables=slots.tables.put(block, value)))
 
