@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jaxinfer.engine.exclusions import Exclusions
 from jaxinfer.engine.guided.guide import Guide
+from jaxinfer.engine.guided.tables import MOST
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.table_sizes import COMPLETE, FORCED
 
@@ -131,6 +132,16 @@ class Request:
     def room(self) -> int:
         """How many more tokens may be sampled."""
         return self.limit - self.length
+
+    @property
+    def most_left(self) -> int:
+        """How many more tokens the device may sample for it, as far as its grammar says that."""
+        if self.table_end != FORCED:
+            return self.room
+        assert self.guide is not None
+        assert self.guide.table is not None
+        longest, on_their_way = int(self.guide.table.longest[self.guide.state]), self.length - len(self.tokens)
+        return self.room if longest == MOST else min(self.room, max(longest - on_their_way, 1))
 
     @property
     def first_logits(self) -> int:

@@ -253,7 +253,7 @@ class Scheduler:
         decode = schedule.decode
         if schedule.chunks or not decode:
             return 1
-        rooms = [request.room for request in decode]
+        rooms = [request.most_left for request in decode]
         most = min(max_steps, min(rooms) if self.waiting_count else max(rooms))
         steps = max(1, min(most, *(self.cache.room(request.computed) for request in decode)))
         while steps > 1:

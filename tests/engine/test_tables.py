@@ -27,8 +27,9 @@ PATTERNS = {
     "x.y": "xyé\n",
     "(é|ü)+[^x-z]": "éüxw",
     r"[\]\-a-]*\\": "]-ab\\",
+    r"\d[\d.]": "07.٣a",
 }
-REFUSED = [r"\d", r"\w+", "a*?", "(?i)a", "a|^b", "[[a]]", "[a&&b]", "[é]", "(", "a{3,2}", "a{9999}", "(.{9}a){99}"]
+REFUSED = [r"\w+", r"[^\d]", "a*?", "(?i)a", "a|^b", "[[a]]", "[a&&b]", "[é]", "(", "a{3,2}", "a{9999}", "(.{9}a){99}"]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -203,6 +204,7 @@ def test_blocks():
             next=np.arange(size, dtype=np.uint16)[:, None],
             ends=np.zeros(size, np.uint8),
             tails={},
+            longest=np.zeros(size, np.int32),
         )
 
     def request(of):
@@ -234,3 +236,17 @@ def test_blocks():
     blocks.reset()
     blocks.hold(back)
     assert len(list(blocks.coming())) == 1
+
+
+@pytest.mark.parametrize(("logprobs", "expected"), [(None, [3, 1, 1, 30]), (0, [30, 28, 25, 30])])
+def test_how_many_more_may_come(logprobs, expected):
+    """Who waits gets a row when its text must be complete: calls have no more steps than that."""
+    table = SimpleNamespace(longest=np.array([0, 3, tables.MOST]))
+    guide, params = SimpleNamespace(table=table, state=1), SamplingParams(logprobs=logprobs)
+    request = Request(0, 1, [1], params, 0, (), 31, guide=guide, table=[0])
+    found = [request.most_left]
+    for on_their_way in (2, 5):
+        request.length = 1 + on_their_way
+        found.append(request.most_left)
+    request.length, guide.state = 1, 2
+    assert [*found, request.most_left] == expected

@@ -7,22 +7,26 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from jaxinfer.engine.guided.digits import Ranges, Tree, digits
+
 MOST_STATES = 2048
 MOST_PARTS = 4096  # of an expression, each repetition written out
 DEAD, START = 0, 1
-Ranges = tuple[tuple[int, int], ...]  # of bytes, both ends included
-# All characters that are not ASCII, in UTF-8, byte by byte.
-TAIL = ((0x80, 0xBF),)
-OTHERS: tuple[tuple[Ranges, ...], ...] = (
-    (((0xC2, 0xDF),), TAIL),
-    (((0xE0, 0xE0),), ((0xA0, 0xBF),), TAIL),
-    (((0xE1, 0xEC), (0xEE, 0xEF)), TAIL, TAIL),
-    (((0xED, 0xED),), ((0x80, 0x9F),), TAIL),
-    (((0xF0, 0xF0),), ((0x90, 0xBF),), TAIL, TAIL),
-    (((0xF1, 0xF3),), TAIL, TAIL, TAIL),
-    (((0xF4, 0xF4),), ((0x80, 0x8F),), TAIL, TAIL),
+# All characters that are not ASCII.
+LAST: Tree = ((((0x80, 0xBF),), ()),)
+LAST_2: Tree = ((((0x80, 0xBF),), LAST),)
+LAST_3: Tree = ((((0x80, 0xBF),), LAST_2),)
+OTHERS: Tree = (
+    (((0xC2, 0xDF),), LAST),
+    (((0xE0, 0xE0),), ((((0xA0, 0xBF),), LAST),)),
+    (((0xE1, 0xEC), (0xEE, 0xEF)), LAST_2),
+    (((0xED, 0xED),), ((((0x80, 0x9F),), LAST),)),
+    (((0xF0, 0xF0),), ((((0x90, 0xBF),), LAST_2),)),
+    (((0xF1, 0xF3),), LAST_3),
+    (((0xF4, 0xF4),), ((((0x80, 0x8F),), LAST_2),)),
 )
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v"}
+DIGIT, DIGITS = "\\d", frozenset(b"0123456789")
 META = frozenset("\\.+*?()|[]{}^$")
 
 
@@ -186,15 +190,21 @@ class _Parser:
         if character == "[":
             return self._characters(start, *self._class())
         if character == ".":
-            return self._characters(start, set(range(128)) - {ord("\n")}, True)
+            return self._characters(start, set(range(128)) - {ord("\n")}, OTHERS)
         if character == "\\":
+            if self._is_digit():
+                return self._characters(start, set(DIGITS), digits())
             character = self._escaped()
         elif character in META:
             raise NotRegular
-        return self._bytes(start, [((byte, byte),) for byte in character.encode()], self._node())
+        for byte in character.encode():
+            after = self._node()
+            self._edges[start].append((((byte, byte),), after))
+            start = after
+        return start
 
     def _escaped(self) -> str:
-        """Not classes: what they have beyond ASCII differs."""
+        """Not other classes: what they have beyond ASCII differs."""
         character = self._take()
         if character in ESCAPES:
             return ESCAPES[character]
@@ -202,29 +212,34 @@ class _Parser:
             raise NotRegular
         return character
 
-    def _class(self) -> tuple[set[int], bool]:
-        """ASCII characters, and whether all others are there too."""
+    def _class(self) -> tuple[set[int], Tree]:
+        """ASCII characters, and others."""
         inside, negated = self._until_bracket(), False
         if inside[:1] == ["^"]:
             inside, negated = inside[1:], True
         found: set[int] = set()
+        others: Tree = ()
         while inside:
             low, *inside = inside
-            if inside[:1] == ["-"] and len(inside) > 1:
+            if low == DIGIT:
+                if negated or inside[:1] == ["-"]:
+                    raise NotRegular
+                found, others = found | DIGITS, digits()
+            elif inside[:1] == ["-"] and len(inside) > 1:
                 _, high, *inside = inside
-                if low == "-" or high == "-" or high[-1] < low[-1]:
+                if low == "-" or high in ("-", DIGIT) or high[-1] < low[-1]:
                     raise NotRegular
                 found.update(range(ord(low[-1]), ord(high[-1]) + 1))
             else:
                 found.add(ord(low[-1]))
-        return (set(range(128)) - found, True) if negated else (found, False)
+        return (set(range(128)) - found, OTHERS) if negated else (found, others)
 
     def _until_bracket(self) -> list[str]:
         """The characters of a class; escaped ones have a backslash before them."""
         inside: list[str] = []
         while (character := self._take()) != "]":
             if character == "\\":
-                character += self._escaped()
+                character += "d" if self._is_digit() else self._escaped()
             if not character.isascii() or character in ("[", "&", "~", "^" if inside else ""):
                 raise NotRegular  # sets of sets, perhaps
             inside.append(character)
@@ -232,23 +247,29 @@ class _Parser:
             raise NotRegular  # a bracket that is meant
         return inside
 
-    def _characters(self, start: int, ascii_ones: set[int], others: bool) -> int:
+    def _is_digit(self) -> bool:
+        """Whether it is a `d`, which is then taken."""
+        found = self._peek() == "d"
+        self._at += found
+        return found
+
+    def _characters(self, start: int, ascii_ones: set[int], others: Tree) -> int:
         if not ascii_ones and not others:
             raise NotRegular
         end = self._node()
-        if ascii_ones:
-            self._bytes(start, [tuple((byte, byte) for byte in sorted(ascii_ones))], end)
-        for sequence in OTHERS if others else ():
-            self._bytes(start, sequence, end)
+        self._edges[start].append((tuple((byte, byte) for byte in sorted(ascii_ones)), end))
+        self._tree(start, others, {(): end})
         return end
 
-    def _bytes(self, start: int, sequence: Sequence[Ranges], end: int) -> int:
-        for ranges in sequence[:-1]:
-            after = self._node()
-            self._edges[start].append((ranges, after))
-            start = after
-        self._edges[start].append((sequence[-1], end))
-        return end
+    def _tree(self, start: int, tree: Tree, known: dict[Tree, int]) -> None:
+        """known: where what follows begins; what is the same is there once, or there would be more states."""
+        for ranges, rest in tree:
+            there = rest in known
+            if not there:
+                known[rest] = self._node()
+            self._edges[start].append((ranges, known[rest]))
+            if not there:
+                self._tree(known[rest], rest, known)
 
     def _subsets(self, start: int, end: int) -> Automaton:
         def closed(nodes: Iterable[int]) -> frozenset[int]:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxinfer.engine.guided.automaton import DEAD, START, Automaton, NotRegular
+from jaxinfer.engine.guided.digits import digits
 from jaxinfer.engine.guided.guide import Guide
-from jaxinfer.engine.guided.tables import ENDED, GrammarTable
+from jaxinfer.engine.guided.tables import ENDED, MOST, GrammarTable
 from jaxinfer.engine.guided.vocabulary import Vocabulary
 from jaxinfer.sampling.structured import StructuredOutputsParams
 from jaxinfer.sampling.table_sizes import BLOCK, BLOCKS, CLASSES, COMPLETE, FORCED, GOES_ON
@@ -27,6 +28,8 @@ def table_of(
     """All states that can be reached from a guide at the beginning; None where they are too many, or not known. What
     may come is what llguidance says, once in each state (`fill`: masks u32[R, V/32]); an automaton over bytes says
     which states are the same."""
+    if asked.regex is not None and r"\d" in asked.regex:
+        digits()  # once for all, and not in this one's time
     until = time.thread_time() + BUILT_IN
     if (asked.choice is None and asked.regex is None) or asked.after is not None or asked.unless is not None:
         return None
@@ -152,6 +155,15 @@ class _States:
             next[number, classes[tokens]] = after
             if (next[number, classes[tokens]] != after).any():
                 return None  # sums are the same by chance
+        edges = [(number, after) for number, _, all_after in self._leads for after in set(all_after.tolist())]
+        start, end = np.array(edges).T
+        going_on, longest = np.array(self._ends) == GOES_ON, np.zeros(len(self._ends), np.int32)
+        for _ in range(MOST):
+            before, longest = longest, np.zeros(len(self._ends), np.int32)
+            np.maximum.at(longest, start, before[end] + 1)
+            longest *= going_on
+            if (longest == before).all():
+                break
         return GrammarTable(
-            self._masks[: len(self._ends)].copy(), classes, next, np.array(self._ends, np.uint8), self._tails
+            self._masks[: len(self._ends)].copy(), classes, next, np.array(self._ends, np.uint8), self._tails, longest
         )

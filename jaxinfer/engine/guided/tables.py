@@ -9,6 +9,7 @@ import numpy as np
 from jaxinfer.sampling.table_sizes import BLOCK
 
 ENDED, BEGIN = 0, 1  # states: the text is complete; its beginning
+MOST = 32  # tokens that are looked ahead
 LOST = -1  # in place of a state: what came is not in the table
 
 
@@ -21,6 +22,8 @@ class GrammarTable:
     next: u16[S, C], for tokens that may come.
     ends: u8[S], GOES_ON, FORCED or COMPLETE.
     tails: the tokens that are left, of states that are FORCED.
+    longest: i32[S], most tokens that may come before a state that is FORCED or COMPLETE; MOST where that
+        are as many or more.
     """
 
     masks: np.ndarray
@@ -28,6 +31,7 @@ class GrammarTable:
     next: np.ndarray
     ends: np.ndarray
     tails: dict[int, list[int]]
+    longest: np.ndarray
 
     @property
     def blocks(self) -> int:
