@@ -29,7 +29,7 @@ from jaxinfer.batch.sources import find_sources, need
 from jaxinfer.batch.summary import Summary
 from jaxinfer.batch.writer import Writer
 from jaxinfer.checkpoint.hub import resolve
-from jaxinfer.engine.config import check_adapters
+from jaxinfer.engine.option import check_adapters
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.structured import StructuredOutputsParams
 from jaxinfer.text.tokenizer import has_tokenizer

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxinfer.kernels.cpu import low_rank
+from jaxinfer.kernels.cpu import adapted_products, low_rank
 from jaxinfer.sharding import TENSOR, axes_of, on_axes, on_tensor
 from jaxinfer.weights.dense import Dense
 from jaxinfer.weights.products import by_xla, on_each_already
@@ -176,9 +176,16 @@ def _on_tensor(tree: Any, axes: Sequence[Axes]) -> Any:
 
 def _dots(x: jax.Array, weights: Sequence[Adapted], split_over: SplitOver) -> list[jax.Array]:
     """What one device makes of its parts."""
-    outs = type(weights[0].base).dots(x, [weight.base for weight in weights], split_over)
-    share = 1.0 if split_over is None else 1.0 / lax.axis_size(split_over)  # of a shift, which is added once
-    return _added(x, [weight.beside for weight in weights if weight.beside], outs, weights[0].slot, share)
+    bases, beside = [weight.base for weight in weights], [weight.beside for weight in weights if weight.beside]
+    slot, share = weights[0].slot, 1.0 if split_over is None else 1.0 / lax.axis_size(split_over)  # of a shift: once
+
+    def apart() -> list[jax.Array]:
+        return _added(x, beside, type(bases[0]).dots(x, bases, split_over), slot, share)
+
+    channels = [own for base in bases if (own := base.channels) is not None]
+    if len(channels) < len(bases):
+        return apart()
+    return adapted_products(x, slot, channels, [own.arrays for own in beside], share, bases[0].rounds, apart)
 
 
 def _added(

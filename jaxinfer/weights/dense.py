@@ -43,20 +43,27 @@ class Dense(Weight):
     def array_axes(self) -> list[Axes]:
         return [self.axes or (None,) * self.array.ndim]
 
+    @property
+    def rounds(self) -> bool:  # type: ignore[override]
+        return self.array.dtype == jnp.bfloat16
+
+    @property
+    def channels(self) -> tuple[jax.Array, ...]:
+        return (self.array,)
+
     @classmethod
     def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: SplitOver) -> list[jax.Array]:
         arrays = tuple(weight.array for weight in weights)
-        return products(x, arrays, [weight.axes for weight in weights], rounds=arrays[0].dtype == jnp.bfloat16)
+        return products(x, arrays, [weight.axes for weight in weights], weights[0].rounds)
 
     @classmethod
     def grouped_dots(cls, x: jax.Array, sizes: jax.Array, weights: Sequence[Self]) -> list[jax.Array]:
         arrays = tuple(weight.array for weight in weights)
-        rounds = arrays[0].dtype == jnp.bfloat16
 
         def elsewhere() -> list[jax.Array]:
             return grouped_products_on_tpu(x, sizes, arrays, lambda: by_tiles(x, sizes, weights))
 
-        return grouped_products(x, sizes, arrays, elsewhere, rounds)
+        return grouped_products(x, sizes, arrays, elsewhere, weights[0].rounds)
 
     def take(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
         # XLA:CPU gathers no 16-bit floats: it would make a float32 copy of the table each time. Integers it does.

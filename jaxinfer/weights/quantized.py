@@ -62,6 +62,10 @@ class QArray(Weight):
         axes = self.axes or (None,) * self.qvalue.ndim
         return [axes, *(axes_of_scales(axes, self.scheme) for _ in self.scheme.companions)]
 
+    @property
+    def channels(self) -> tuple[jax.Array, ...] | None:
+        return None if self.scheme.columns or self.scheme.activations else (self.qvalue, self.scale[:, 0])
+
     @classmethod
     def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: SplitOver) -> list[jax.Array]:
         if weights[0].scheme.columns:

@@ -19,9 +19,11 @@ class Weight(ABC):
     """A weight `[..., out, in]`, a pytree; of more than two axes the first ones are of weights that are alike, experts.
 
     axes: its logical axes, from which kernels know what a mesh splits; None where nobody knows them.
+    rounds: activations in float32 that it is multiplied with may be rounded to bfloat16 where that is faster.
     """
 
     axes: Axes | None
+    rounds: bool
 
     @property
     @abstractmethod
@@ -37,6 +39,12 @@ class Weight(ABC):
     @abstractmethod
     def array_axes(self) -> list[Axes]:
         """The logical axes of each of its arrays."""
+
+    @property
+    def channels(self) -> tuple[jax.Array, ...] | None:
+        """Values `[out, in]`, and the scales `[out]` of products with them if there are any; None: products are made in
+        another way."""
+        return None
 
     @classmethod
     @abstractmethod

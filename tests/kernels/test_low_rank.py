@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from jaxinfer.kernels import cpu
-from jaxinfer.weights import Adapted, Dense, LowRank, dots, grouped_dots, take
+from jaxinfer.quantization.quantize import dequantize, quantize
+from jaxinfer.quantization.schemes import SCHEMES
+from jaxinfer.weights import Adapted, Dense, LowRank, QArray, dots, grouped_dots, take
 from tests.kernels.test_cpu import needs_them, random, set_level  # noqa: F401  (a fixture)
 
 SLOTS, RANK = 3, 5
@@ -67,6 +69,32 @@ def test_products(dtype, level, request, monkeypatch):
             assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max() * np.sqrt(sizes[1] * RANK)
 
 
+@needs_them
+@pytest.mark.parametrize(
+    ("name", "target"), [("int8", cpu.ADAPTED_DOT), ("int4", cpu.LOW_RANK), ("int8-w8a8", cpu.LOW_RANK)]
+)
+def test_beside_quantized_weights(name, target):
+    """Scales of products come before what is added to them; all at once where products are with the values."""
+    scheme = SCHEMES[name]
+    for tokens in (1, 7, 17):
+        x, slot, weights, beside = case(tokens, 256, 24, "float32")
+        slot[0] = SLOTS
+        values, scales = quantize(weights[0], scheme)
+        weight = Adapted(
+            QArray(jnp.asarray(values), jnp.asarray(scales), scheme),
+            jnp.asarray(slot),
+            LowRank(*map(jnp.asarray, beside[0])),
+        )
+        call = jax.jit(lambda *given: dots(*given))
+        (found,) = call(jnp.asarray(x), [weight])
+        assert target in call.lower(jnp.asarray(x), [weight]).as_text()
+        (alone,) = jax.jit(lambda *given: dots(*given))(jnp.asarray(x), [weight.base])
+        np.testing.assert_array_equal(found[0], alone[0])
+        wanted = expected(x, slot, dequantize(values, scales, scheme), beside[0])
+        tolerance = 2e-2 if scheme.activations else 1e-4
+        assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("level", ["none", pytest.param("best", marks=needs_them)])
 def test_experts(level, monkeypatch):
     if level == "none":
@@ -106,6 +134,17 @@ def test_what_does_not_fit_is_refused():
     x, slot, _, ((a, b, gain, shift), _) = case(4, 8, 6, "float32")
     call = jax.ffi.ffi_call(cpu.LOW_RANK, [jax.ShapeDtypeStruct((4, 6), np.float32)])
     out = np.zeros((4, 6), np.float32)
+    both = jax.ffi.ffi_call(cpu.ADAPTED_DOT, [jax.ShapeDtypeStruct((4, 6), np.float32)])
+    w, scales = np.zeros((6, 8), np.int8), np.zeros(6, np.float32)
+    for scaled, arguments in [
+        (True, (x, slot, w, scales[:5], a, b)),
+        (True, (x, slot, w, a, b)),
+        (False, (x, slot, w[:5], a, b)),
+        (False, (x, slot, w[:, :7], a, b)),
+        (False, (x[:3], slot, w, a, b)),
+    ]:
+        with pytest.raises(Exception, match=r"jaxinfer_(adapted_dot|dot|low_rank)"):
+            jax.block_until_ready(both(*arguments, share=np.float32(1), rounds=False, scaled=scaled))
     wrong = [
         (x[:3], slot, out, a, b),
         (x, slot, out, a[:, :2], b),

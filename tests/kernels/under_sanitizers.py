@@ -57,6 +57,18 @@ for tokens, kind, level, more in itertools.product((1, 9, 20), KINDS, range(len(
         given += [random((3, columns), "float32")] * 2 if more else []
     call = jax.ffi.ffi_call("low_rank", [jax.ShapeDtypeStruct((tokens, n), np.float32) for n in (13, 70)])
     jax.block_until_ready(call(random((tokens, 67), "float32"), slot, *given, share=np.float32(0.5)))
+jax.ffi.register_ffi_target("adapted_dot", jax.ffi.pycapsule(library.jaxinfer_adapted_dot), platform="cpu")
+for tokens, (kind, values), level in itertools.product(
+    (1, 9, 20), (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")), range(len(cpu.LEVELS))
+):
+    library.jaxinfer_level(level)
+    slot, given, scaled = np.arange(-1, tokens - 1, dtype=np.int32) % 6 - 1, [], values == "int8"
+    for columns in (13, 70):
+        given += [random((columns, 67), values), *([random(columns, "float32")] if scaled else [])]
+        given += [random((3, 5, 67), kind), random((3, 5, columns), kind)]
+    call = jax.ffi.ffi_call("adapted_dot", [jax.ShapeDtypeStruct((tokens, n), np.float32) for n in (13, 70)])
+    options = {"share": np.float32(0.5), "rounds": True, "scaled": scaled}
+    jax.block_until_ready(call(random((tokens, 67), "float32"), slot, *given, **options))
 jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attention), platform="cpu")
 for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
     library.jaxinfer_level(level)

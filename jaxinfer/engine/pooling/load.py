@@ -24,7 +24,7 @@ from jaxinfer.checkpoint.static import read_table
 from jaxinfer.compile_cache import enable_compile_cache, executables_folder
 from jaxinfer.distributed import reported
 from jaxinfer.engine.compiled import open_folder
-from jaxinfer.engine.config import OF_TOKENS, OPTIONS, POOLINGS
+from jaxinfer.engine.config import OPTIONS
 from jaxinfer.engine.dtypes import choose_dtype
 from jaxinfer.engine.executables import open_declarations, open_executables
 from jaxinfer.engine.loading import (
@@ -35,6 +35,7 @@ from jaxinfer.engine.loading import (
     choose_placement,
     read_tokenizer,
 )
+from jaxinfer.engine.option import OF_TOKENS, POOLINGS
 from jaxinfer.engine.pooling.engine import PoolingEngine
 from jaxinfer.engine.pooling.programs import Pooler, PoolingPrograms, sizes_of
 from jaxinfer.engine.programs import placed_params

@@ -25,9 +25,9 @@ from jax.sharding import AxisType
 
 LEVELS = ("portable", "avx2", "avx512")
 VARIABLE = "JAXINFER_CPU_KERNELS"
-DOT, INT4, GROUPED, GROUPED_INT4, LOW_RANK, TAKE, ATTEND, ATTEND_ROWS = TARGETS = (
+DOT, INT4, GROUPED, GROUPED_INT4, LOW_RANK, ADAPTED_DOT, TAKE, ATTEND, ATTEND_ROWS = TARGETS = (
     *("jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_grouped_dot", "jaxinfer_grouped_dot_int4"),
-    "jaxinfer_low_rank",
+    *("jaxinfer_low_rank", "jaxinfer_adapted_dot"),
     *("jaxinfer_take", "jaxinfer_attention", "jaxinfer_attention_rows"),
 )
 MOST_QUERIES = 128  # of a token that have one key
@@ -245,9 +245,7 @@ def low_rank(
 
     adapters: of each product a `[S, R, K]`, b `[S, R, N]`, and perhaps gain and shift, f32 `[S, N]`.
     """
-    kinds = {array.dtype.name for own in adapters for array in own[:2]}
-    fits = x.dtype == jnp.float32 and x.ndim == 2 and kinds in ({"bfloat16"}, {"float32"})
-    if not fits or kernels().level is None or not alone():
+    if kernels().level is None or not _adapts(x, adapters):
         return reference()
     given = [array for out, own in zip(outs, adapters, strict=True) for array in (out, *own)]
     shapes = [jax.ShapeDtypeStruct(out.shape, out.dtype) for out in outs]
@@ -258,6 +256,34 @@ def low_rank(
         return list(call(*arrays, share=np.float32(share)))
 
     return list(lax.platform_dependent(x, slot, *given, cpu=by_kernel, default=lambda *_: reference()))
+
+
+def adapted_products(
+    x: jax.Array,
+    slot: jax.Array,
+    weights: Sequence[Weights],
+    adapters: Sequence[Weights],
+    share: float,
+    rounds: bool,
+    reference: Callable[[], list[jax.Array]],
+) -> list[jax.Array]:
+    """`products` of f32 `x [T, K]` with what `low_rank` adds to them, at once: threads wake up once. weights: of each
+    its values `[N, K]`, and perhaps the scales of products with them, f32 `[N]`."""
+    if not _adapts(x, adapters) or not multiplies(x.dtype.name, weights[0][0].dtype.name):
+        return reference()
+    given = [array for weight, own in zip(weights, adapters, strict=True) for array in (*weight, *own)]
+    shapes = [jax.ShapeDtypeStruct((x.shape[0], weight[0].shape[0]), jnp.dtype(jnp.float32)) for weight in weights]
+    call = jax.ffi.ffi_call(ADAPTED_DOT, shapes, vmap_method="sequential")
+
+    def by_kernel(*arrays: jax.Array) -> list[jax.Array]:
+        return list(call(*arrays, rounds=rounds, scaled=len(weights[0]) > 1, share=np.float32(share)))
+
+    return list(lax.platform_dependent(x, slot, *given, cpu=by_kernel, default=lambda *_: reference()))
+
+
+def _adapts(x: jax.Array, adapters: Sequence[Weights]) -> bool:
+    kinds = {array.dtype.name for own in adapters for array in own[:2]}
+    return x.dtype == jnp.float32 and x.ndim == 2 and kinds in ({"bfloat16"}, {"float32"}) and alone()
 
 
 def take(table: jax.Array, ids: jax.Array, reference: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:

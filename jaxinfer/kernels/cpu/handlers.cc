@@ -125,18 +125,23 @@ struct Stage {
   std::function<void(int64_t)> call;
 };
 
-struct Threads {
-  explicit Threads(ffi::ThreadPool pool) : pool(pool), count(std::max<int64_t>(pool.num_threads(), 1)) {}
+struct Beside {  // what else there is to do: with the first stage, and after the last
+  Stage first, last;
+};
 
-  template <class... Stages>
-  void run(Stages... stages) {
+struct Threads {
+  explicit Threads(ffi::ThreadPool pool, const Beside* beside = nullptr)
+      : pool(pool), count(std::max<int64_t>(pool.num_threads(), 1)), beside(beside) {}
+
+  void run(std::vector<Stage> stages) {
     struct Progress {
       Stage stage;
       std::atomic<int64_t> next{0}, done{0};
     };
     struct Shared {
+      explicit Shared(size_t count) : all(count) {}
       void work() {
-        for (auto& at : stages) {
+        for (auto& at : all) {
           for (int64_t i; (i = at.next.fetch_add(1)) < at.stage.tasks;) {
             at.stage.call(i);
             at.done.fetch_add(1);
@@ -144,16 +149,27 @@ struct Threads {
           while (at.done.load() < at.stage.tasks) std::this_thread::yield();
         }
       }
-      std::array<Progress, sizeof...(Stages)> stages;
+      std::vector<Progress> all;
     };
-    const int64_t most = std::max({stages.tasks...});
-    auto shared = std::shared_ptr<Shared>(new Shared{{Progress{std::move(stages)}...}});
+    if (beside) {
+      const Stage one = beside->first, other = stages.front();
+      stages.front() = {one.tasks + other.tasks,
+                        [=](int64_t i) { i < one.tasks ? one.call(i) : other.call(i - one.tasks); }};
+      stages.push_back(beside->last);
+    }
+    auto shared = std::make_shared<Shared>(stages.size());
+    int64_t most = 0;
+    for (size_t i = 0; i < stages.size(); i++) {
+      most = std::max(most, stages[i].tasks);
+      shared->all[i].stage = std::move(stages[i]);
+    }
     for (int64_t i = 1; i < std::min(count, most); i++) pool.Schedule([shared] { shared->work(); });
     shared->work();
   }
 
   ffi::ThreadPool pool;
   int64_t count;
+  const Beside* beside;
 };
 
 // Cuts columns into about `pieces` for each thread, whole multiples of `rows`: of each `call(part, first, last)`.
@@ -198,11 +214,12 @@ template <class Weight>
 struct LowRank {  // of one weight: b [S, R, columns], z [T, R], and out [T, columns], which has the weight's own products
   const Weight *a, *b;
   const float *gain, *shift;  // [S, columns], or null
+  const float* scales;        // [columns], of the weight's own products; or null
   float *z, *out;
   int64_t columns;
 };
 
-struct Neighbours {  // tokens from `first` to `last` with one adapter, which they meet together
+struct Neighbours {  // tokens from `first` to `last` with one adapter, which they meet together, or none: -1
   int64_t slot, first, last;
 };
 
@@ -282,6 +299,7 @@ struct Operands {
   ffi::AnyBuffer x;
   const int32_t* sizes;
   int64_t experts;
+  const Beside* beside = nullptr;
 };
 
 std::atomic<int64_t> experts_read{0};  // bytes of their weights, without scales
@@ -320,7 +338,7 @@ ffi::Error product(const Operands& call, Parts<Weight, Out> parts) {
   for (const auto& part : parts) columns += part.columns;
   for (int64_t e = 0; e < call.experts; e++) used += std::max(call.sizes[e], 0);
   if (used > tokens) return wrong("jaxinfer_grouped_dot: the sizes are of more tokens than there are");
-  Threads threads(call.pool);
+  Threads threads(call.pool, call.beside);
   if (used * depth * columns < SMALL) threads.count = 1;
   if (call.sizes) parts = of_experts(call, parts);
   AT_LEVEL(products<X, Weight, Out>)(threads, x, tokens, depth, parts, call.rounds);
@@ -331,7 +349,7 @@ template <class X, class Weight, class Out>
 ffi::Error with_weights(const Operands& call, Arguments weights, Results outs) {
   Parts<Weight, Out> parts;
   for (size_t i = 0; i < outs.size(); i++) {
-    const auto w = *weights.get<ffi::AnyBuffer>(i);
+    const auto w = *weights.get<ffi::AnyBuffer>(i * (weights.size() / outs.size()));
     parts.push_back({(const Weight*)w.untyped_data(), (Out*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data(),
                      w.dimensions()[w.dimensions().size() - 2], nullptr, nullptr, nullptr, nullptr, 0, 0,
                      call.x.dimensions()[0]});
@@ -344,15 +362,18 @@ bool fits(const Operands& call, ffi::AnyBuffer::Dimensions shape) {
   return shape.size() == (call.sizes ? 3 : 2) && (!call.sizes || shape[0] == call.experts);
 }
 
+// Of each output there is a weight, and perhaps something else after it.
 ffi::Error any_dot(const Operands& call, Arguments weights, Results outs) {
   using ffi::DataType;
-  const char* shapes = "jaxinfer_dot: x must be [T, K] and each w [N, K] or [E, N, K], of one type";
-  if (weights.size() == 0 || weights.size() != outs.size()) return wrong(shapes);
+  const char* shapes = "jaxinfer_dot: x must be [T, K], each w [N, K] or [E, N, K], of one type, and what comes out [T, N]";
+  const size_t each = outs.size() ? weights.size() / outs.size() : 0;
+  if (each == 0 || weights.size() != each * outs.size()) return wrong(shapes);
   const DataType kind = weights.get<ffi::AnyBuffer>(0)->element_type(), of = call.x.element_type();
-  for (size_t i = 0; i < weights.size(); i++) {
-    const auto w = *weights.get<ffi::AnyBuffer>(i);
+  for (size_t i = 0; i < outs.size(); i++) {
+    const auto w = *weights.get<ffi::AnyBuffer>(i * each);
     const auto in = call.x.dimensions();
-    if (in.size() != 2 || !fits(call, w.dimensions()) || in[1] != w.dimensions().back() || w.element_type() != kind)
+    if (in.size() != 2 || !fits(call, w.dimensions()) || in[1] != w.dimensions().back() || w.element_type() != kind ||
+        (int64_t)(*outs.get<ffi::AnyBuffer>(i))->element_count() != in[0] * w.dimensions()[w.dimensions().size() - 2])
       return wrong(shapes);
   }
   auto are = [&](DataType a, DataType b) { return of == a && kind == b; };
@@ -406,6 +427,7 @@ ffi::Error any_dot_int4(const Operands& call, Table table, Arguments weights, Re
 }
 
 ffi::Error dot(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Arguments weights, Results outs) {
+  if (weights.size() != outs.size()) return wrong("jaxinfer_dot: there must be as many weights as products");
   return any_dot({pool, rounds, x, nullptr, 0}, weights, outs);
 }
 
@@ -416,6 +438,7 @@ ffi::Error dot_int4(ffi::ThreadPool pool, bool rounds, Table table, ffi::AnyBuff
 using Sizes = ffi::Buffer<ffi::S32>;
 
 ffi::Error grouped(ffi::ThreadPool pool, bool rounds, ffi::AnyBuffer x, Sizes sizes, Arguments weights, Results outs) {
+  if (weights.size() != outs.size()) return wrong("jaxinfer_grouped_dot: there must be as many weights as products");
   return any_dot({pool, rounds, x, sizes.typed_data(), (int64_t)sizes.element_count()}, weights, outs);
 }
 
@@ -455,75 +478,133 @@ void attend(Threads& threads, const Attention& a, const void* keys, const void* 
       for (int64_t tile = (queries - 1) / lanes; tile >= 0; tile--) tasks.push_back({row, tile * lanes, lanes});
     }
   }
-  threads.run(Stage{(int64_t)tasks.size() * a.kv_heads, [&](int64_t i) {
-                      const Task& task = tasks[i / a.kv_heads];
-                      const int64_t head = i % a.kv_heads;
-                      if (task.first < 0)
-                        one(a, (const T*)keys, (const T*)values, task.row, head);
-                      else
-                        some(a, (const T*)keys, (const T*)values, task.row, head, task.first, task.lanes);
-                    }});
+  auto attend_one = [&](int64_t i) {
+    const Task& task = tasks[i / a.kv_heads];
+    const int64_t head = i % a.kv_heads;
+    if (task.first < 0)
+      one(a, (const T*)keys, (const T*)values, task.row, head);
+    else
+      some(a, (const T*)keys, (const T*)values, task.row, head, task.first, task.lanes);
+  };
+  threads.run({{(int64_t)tasks.size() * a.kv_heads, attend_one}});
 }
 
 using Floats = ffi::Buffer<ffi::F32>;
 
+// What is beside products [T, N] of x [T, K]: of each of them arguments a [S, R, K], b [S, R, N], and perhaps gain and
+// shift [S, N], after `skip` others.
 template <class Weight>
-ffi::Error low_ranks(ffi::ThreadPool pool, float share, Floats x, ffi::Buffer<ffi::S32> slot, Arguments given,
-                     Results outs) {
-  const auto first = given.get<ffi::AnyBuffer>(1)->dimensions();
-  const int64_t tokens = x.dimensions()[0], depth = x.dimensions()[1], slots = first[0], rank = first[1];
-  const int32_t* of = slot.typed_data();
-  const size_t each = given.size() / outs.size();
-  std::vector<float> kept(outs.size() * tokens * rank);
-  std::vector<LowRank<Weight>> parts;
-  int64_t columns = 0, used = 0;
-  for (size_t i = 0; i < outs.size(); i++) {
-    const auto base = *given.get<ffi::AnyBuffer>(each * i), a = *given.get<ffi::AnyBuffer>(each * i + 1),
-               b = *given.get<ffi::AnyBuffer>(each * i + 2);
-    const int64_t own = base.dimensions().back();
-    const float* vectors[2] = {nullptr, nullptr};
-    bool fits = (int64_t)base.element_count() == tokens * own && (int64_t)a.element_count() == slots * rank * depth &&
-                (int64_t)b.element_count() == slots * rank * own && a.element_type() == b.element_type();
-    for (size_t k = 3; k < each; k++) {
-      const auto vector = *given.get<ffi::AnyBuffer>(each * i + k);
-      fits &= (int64_t)vector.element_count() == slots * own;
-      vectors[k - 3] = (const float*)vector.untyped_data();
+struct Adapters {
+  Adapters(ffi::AnyBuffer x, float share) : x(x), share(share), tokens(x.dimensions()[0]), depth(x.dimensions()[1]) {}
+
+  // Whether they fit. scaled: the last of the others are the scales [N] of products.
+  bool read(ffi::Buffer<ffi::S32> slot, Arguments given, Results outs, size_t skip, bool scaled) {
+    const size_t each = outs.size() ? given.size() / outs.size() : 0;
+    if ((each != skip + 2 && each != skip + 4) || given.size() != each * outs.size() ||
+        (int64_t)slot.element_count() != tokens || given.get<ffi::AnyBuffer>(skip)->dimensions().size() != 3)
+      return false;
+    const auto first = given.get<ffi::AnyBuffer>(skip)->dimensions();
+    const int64_t slots = first[0];
+    rank = first[1];
+    low.resize(outs.size() * tokens * rank);
+    for (size_t i = 0; i < outs.size(); i++) {
+      const auto get = [&](size_t k) { return *given.get<ffi::AnyBuffer>(each * i + k); };
+      const ffi::AnyBuffer out = **outs.get<ffi::AnyBuffer>(i), a = get(skip), b = get(skip + 1);
+      const int64_t own = out.dimensions().back();
+      const float* vectors[2] = {nullptr, nullptr};
+      bool fits = (int64_t)out.element_count() == tokens * own && (int64_t)a.element_count() == slots * rank * depth &&
+                  (int64_t)b.element_count() == slots * rank * own && a.element_type() == b.element_type();
+      for (size_t k = skip + 2; k < each; k++) {
+        fits &= (int64_t)get(k).element_count() == slots * own;
+        vectors[k - skip - 2] = (const float*)get(k).untyped_data();
+      }
+      if (!fits || (scaled && (int64_t)get(skip - 1).element_count() != own)) return false;
+      parts.push_back({(const Weight*)a.untyped_data(), (const Weight*)b.untyped_data(), vectors[0], vectors[1],
+                       scaled ? (const float*)get(skip - 1).untyped_data() : nullptr, low.data() + i * tokens * rank,
+                       (float*)out.untyped_data(), own});
+      columns += own;
     }
-    if (!fits) return wrong("jaxinfer_low_rank: base must be [T, N], a [S, R, K], b [S, R, N], gain and shift [S, N]");
-    float* out = (float*)(*outs.get<ffi::AnyBuffer>(i))->untyped_data();
-    if (out != base.untyped_data()) std::memcpy(out, base.untyped_data(), base.size_bytes());
-    parts.push_back({(const Weight*)a.untyped_data(), (const Weight*)b.untyped_data(), vectors[0], vectors[1],
-                     kept.data() + i * tokens * rank, out, own});
-    columns += own;
+    const int32_t* of = slot.typed_data();
+    auto own = [&](int64_t t) { return of[t] < 0 || of[t] >= slots ? -1 : of[t]; };
+    for (int64_t t = 0, end; t < tokens; t = end) {
+      for (end = t + 1; end < tokens && end - t < MOST_NEIGHBOURS && own(end) == own(t);) end++;
+      if (own(t) >= 0 || scaled) all.push_back({own(t), t, end});
+      if (own(t) < 0) continue;
+      used += end - t;
+      for (const auto& part : parts)
+        shrunk.push_back({part.a + of[t] * rank * depth, part.z + t * rank, rank, nullptr, nullptr, nullptr, nullptr, 0,
+                          t, end - t});
+    }
+    return true;
   }
+
+  Beside beside(const Threads& threads) const {
+    return {AT_LEVEL(shrink<Weight>)(threads, (const float*)x.untyped_data(), depth, shrunk),
+            AT_LEVEL(expand<Weight>)(threads, parts, all, rank, share)};
+  }
+
+  ffi::AnyBuffer x;
+  float share;
+  int64_t tokens, depth, rank = 0, columns = 0, used = 0;
+  std::vector<float> low;
+  std::vector<LowRank<Weight>> parts;
   std::vector<Neighbours> all;
   Parts<Weight, float> shrunk;
-  for (int64_t t = 0, end; t < tokens; t = end) {
-    for (end = t + 1; end < tokens && end - t < MOST_NEIGHBOURS && of[end] == of[t];) end++;
-    if (of[t] < 0 || of[t] >= slots) continue;
-    used += end - t;
-    all.push_back({of[t], t, end});
-    for (const auto& part : parts)
-      shrunk.push_back({part.a + of[t] * rank * depth, part.z + t * rank, rank, nullptr, nullptr, nullptr, nullptr, 0, t,
-                        end - t});
+};
+
+template <class Weight>
+ffi::Error low_ranks(ffi::ThreadPool pool, float share, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> slot, Arguments given,
+                     Results outs) {
+  Adapters<Weight> adapters(x, share);
+  if (!adapters.read(slot, given, outs, 1, false))
+    return wrong("jaxinfer_low_rank: base must be [T, N], a [S, R, K], b [S, R, N], gain and shift [S, N]");
+  for (size_t i = 0; i < outs.size(); i++) {
+    const auto base = *given.get<ffi::AnyBuffer>(i * (given.size() / outs.size()));
+    void* out = (*outs.get<ffi::AnyBuffer>(i))->untyped_data();
+    if (base.size_bytes() != (*outs.get<ffi::AnyBuffer>(i))->size_bytes())
+      return wrong("jaxinfer_low_rank: base and what comes out must have one shape");
+    if (out != base.untyped_data()) std::memcpy(out, base.untyped_data(), base.size_bytes());
   }
   Threads threads(pool);
-  if (used * rank * (depth * (int64_t)parts.size() + columns) < SMALL) threads.count = 1;
-  threads.run(AT_LEVEL(shrink<Weight>)(threads, x.typed_data(), depth, shrunk),
-              AT_LEVEL(expand<Weight>)(threads, parts, all, rank, share));
+  const int64_t sizes = adapters.depth * (int64_t)adapters.parts.size() + adapters.columns;
+  if (adapters.used * adapters.rank * sizes < SMALL) threads.count = 1;
+  const Beside beside = adapters.beside(threads);
+  threads.run({beside.first, beside.last});
   return ffi::Error::Success();
 }
 
-ffi::Error low_rank(ffi::ThreadPool pool, float share, Floats x, ffi::Buffer<ffi::S32> slot, Arguments given,
-                    Results outs) {
-  const size_t each = outs.size() ? given.size() / outs.size() : 0;
-  if ((each != 3 && each != 5) || given.size() != each * outs.size() || x.dimensions().size() != 2 ||
-      (int64_t)slot.element_count() != x.dimensions()[0] || given.get<ffi::AnyBuffer>(1)->dimensions().size() != 3)
-    return wrong("jaxinfer_low_rank: x must be [T, K], slot [T], and of each weight there are three arrays, or five");
-  const auto kind = given.get<ffi::AnyBuffer>(1)->element_type();
-  if (kind == ffi::DataType::BF16) return low_ranks<bf16>(pool, share, x, slot, given, outs);
-  if (kind == ffi::DataType::F32) return low_ranks<float>(pool, share, x, slot, given, outs);
+// Products with weights of one kind, and perhaps their scales, and what is beside them: all at once.
+template <class Weight>
+ffi::Error adapted_dots(ffi::ThreadPool pool, bool rounds, bool scaled, float share, ffi::AnyBuffer x,
+                        ffi::Buffer<ffi::S32> slot, Arguments given, Results outs) {
+  Adapters<Weight> adapters(x, share);
+  if (!adapters.read(slot, given, outs, scaled ? 2 : 1, scaled))
+    return wrong("jaxinfer_adapted_dot: w must be [N, K], scales [N], a [S, R, K], b [S, R, N], gain and shift [S, N]");
+  const Beside beside = adapters.beside(Threads(pool));
+  return any_dot({pool, rounds, x, nullptr, 0, &beside}, given, outs);
+}
+
+// Calls `with` of the dtype that adapters are in, the `place`-th argument's.
+template <class Call>
+ffi::Error of_kind(ffi::AnyBuffer x, Arguments given, size_t place, const Call& with) {
+  if (x.element_type() != ffi::DataType::F32 || x.dimensions().size() != 2 || given.size() <= place)
+    return wrong("jaxinfer_low_rank: x must be [T, K], float32");
+  const auto kind = given.get<ffi::AnyBuffer>(place)->element_type();
+  if (kind == ffi::DataType::BF16) return with(bf16());
+  if (kind == ffi::DataType::F32) return with(float());
   return wrong("jaxinfer_low_rank: adapters must be float32 or bfloat16");
+}
+
+ffi::Error low_rank(ffi::ThreadPool pool, float share, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> slot, Arguments given,
+                    Results outs) {
+  return of_kind(x, given, 1, [&](auto kind) { return low_ranks<decltype(kind)>(pool, share, x, slot, given, outs); });
+}
+
+ffi::Error adapted_dot(ffi::ThreadPool pool, bool rounds, bool scaled, float share, ffi::AnyBuffer x,
+                       ffi::Buffer<ffi::S32> slot, Arguments given, Results outs) {
+  return of_kind(x, given, scaled ? 2 : 1, [&](auto kind) {
+    return adapted_dots<decltype(kind)>(pool, rounds, scaled, share, x, slot, given, outs);
+  });
 }
 
 const float* if_any(const Floats& x) { return x.element_count() ? x.typed_data() : nullptr; }
@@ -655,7 +736,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_low_rank, low_rank,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("share")
-                                  .Arg<Floats>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .RemainingArgs()
+                                  .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_adapted_dot, adapted_dot,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<bool>("rounds")
+                                  .Attr<bool>("scaled")
+                                  .Attr<float>("share")
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .RemainingArgs()
                                   .RemainingRets());

@@ -10,23 +10,27 @@ Stage shrink(const Threads& threads, const float* x, int64_t depth, const Parts<
   });
 }
 
-// Outputs [first, last) of some tokens of one adapter: out = gain * (out + z b) + share * shift; gain and shift may be
-// null.
+// Outputs [first, last) of some tokens of one adapter: out = gain * (scale * out + z b) + share * shift, but what is
+// null; of none only the scale.
 template <int TOKENS, class Weight>
 void expand(const LowRank<Weight>& part, int64_t t, int64_t slot, int64_t rank, float share, int64_t first,
             int64_t last) {
   const int64_t columns = part.columns;
-  const Weight* b = part.b + slot * rank * columns;
-  const float* z = part.z + t * rank;
-  const float* gain = part.gain ? part.gain + slot * columns : nullptr;
-  const float* shift = part.gain ? part.shift + slot * columns : nullptr;
+  const Weight* b = part.b + std::max<int64_t>(slot, 0) * rank * columns;
+  const float *z = part.z + t * rank, *scales = part.scales;
+  const float* gain = part.gain && slot >= 0 ? part.gain + slot * columns : nullptr;
+  const float* shift = gain ? part.shift + slot * columns : nullptr;
+  if (slot < 0) rank = 0;
   float* out = part.out + t * columns;
   const int64_t vectors = first + (last - first) / LANES * LANES;
   in_steps<(TOKENS == 1 ? 4 : 2) * LANES, LANES>(first, vectors, [&](int64_t n, auto size) {
     constexpr int COUNT = size / LANES;
     Float total[TOKENS][COUNT];
     for (int k = 0; k < TOKENS; k++)
-      for (int i = 0; i < COUNT; i++) total[k][i] = load(out + k * columns + n + i * LANES);
+      for (int i = 0; i < COUNT; i++) {
+        total[k][i] = load(out + k * columns + n + i * LANES);
+        if (scales) total[k][i] *= load(scales + n + i * LANES);
+      }
     for (int64_t r = 0; r < rank; r++) {
       const Weight* row = b + r * columns + n;
       __builtin_prefetch((const char*)row + FAR);  // each row is a stream: more than the hardware follows
@@ -43,7 +47,7 @@ void expand(const LowRank<Weight>& part, int64_t t, int64_t slot, int64_t rank, 
   });
   for (int64_t n = vectors; n < last; n++)
     for (int k = 0; k < TOKENS; k++) {
-      float total = out[k * columns + n];
+      float total = out[k * columns + n] * (scales ? scales[n] : 1);
       for (int64_t r = 0; r < rank; r++) total += z[k * rank + r] * to_float(b[r * columns + n]);
       out[k * columns + n] = gain ? gain[n] * total + share * shift[n] : total;
     }

@@ -420,7 +420,7 @@ void wide_products(Threads& threads, const X* x, int64_t depth, const Parts<Weig
     std::unique_ptr<uint32_t[]> scratch(new uint32_t[WIDE_ROWS * units + depth]);
     gemm<Units>(packed + first_panel.at(part.token) * size, depth, part, first, last, scratch.get());
   };
-  threads.run(packs, in_pieces(threads, parts, 16, WIDE_ROWS, meet));
+  threads.run({packs, in_pieces(threads, parts, 16, WIDE_ROWS, meet)});
 }
 
 // Tokens as gemv wants them, in this thread's buffer where they aren't: float32, and for int4 the even columns of
@@ -441,7 +441,7 @@ void thin_products(Threads& threads, const X* x, int64_t tokens, int64_t depth, 
   auto meet = [=](const Part<Weight, Out>& part, int64_t first, int64_t last) {
     gemv(floats + part.token * depth, depth, part, first, last);
   };
-  threads.run(in_pieces(threads, parts, 4, WIDE_ROWS, meet));
+  threads.run({in_pieces(threads, parts, 4, WIDE_ROWS, meet)});
 }
 
 // out [T, N] = x [T, K] times w [N, K] transposed, of each part and its tokens; parts that are done in one way are done
