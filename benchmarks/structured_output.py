@@ -205,7 +205,7 @@ def tables_beside_masks(arguments: argparse.Namespace, console: Console) -> None
         def generate(params: list[SamplingParams], way: str) -> tuple[float, list[list[int]]]:
             """Seconds and tokens. way: table or masks."""
             states.BUILT_IN = 1.0 if way == "table" else -1.0  # also on a busy machine
-            llm.engine.guides._known.clear()
+            llm.engine.guides._tables.clear()
             llm.engine.check(prompts[0], params[0])  # a grammar is understood before
             before, start = llm.stats.table_tokens, time.perf_counter()
             outputs = llm.generate(prompts, params, use_tqdm=False)

@@ -4,6 +4,7 @@ import random
 import re
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from jaxinfer.engine.guided.automaton import DEAD, START, Automaton, NotRegular
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.table_blocks import TableBlocks, place_of
 from jaxinfer.sampling.table_sizes import BLOCK, BLOCKS, COMPLETE, FORCED
+from jaxinfer.sampling.tables import TokenTables
 from tests.engine.test_guided import OPTIONS, prompt, tokens
 from tests.settled import settled
 
@@ -69,7 +71,7 @@ def by(llm, monkeypatch):
     def switch(way, of=llm):
         monkeypatch.setattr(states, "BUILT_IN", 60.0)
         monkeypatch.setattr(guides, "table_of", states.table_of if way == "tables" else lambda *_: None)
-        of.engine.guides._known.clear()
+        of.engine.guides._tables.clear()
 
     return switch
 
@@ -166,6 +168,23 @@ def test_the_same_tokens(llm, by, mixed, by_masks):
     assert llm.stats.calls - calls < 10, "both stay in the loop on the device"
 
 
+def test_tables_that_are_kept(llm, by, monkeypatch):
+    by("tables")
+    engine, kept = llm.engine, llm.engine.guides._tables
+
+    def table(text, **more):
+        return engine.check([1], SamplingParams(structured_outputs={"choice": [text, "b"]}, **more))[2].table
+
+    first = table("a")
+    assert table("a") is first
+    assert table("a", ignore_eos=True) is not first
+    assert len(kept) == 2
+    monkeypatch.setattr(guides, "TABLE_BYTES", 2 * first.nbytes)
+    assert table("c") is table("c")
+    assert len(kept) == 2
+    assert table("a") is not first
+
+
 def test_without_room(llm, by, mixed, by_masks, monkeypatch):
     by("tables")
     monkeypatch.setattr(TableBlocks, "_taken", lambda *_: None)
@@ -233,6 +252,8 @@ def test_blocks():
     blocks.hold(back := request(small))
     assert not list(blocks.coming()), "it is still there"
     assert blocks.loads == 3
+    expected = TokenTables.shapes(32)  # or other hosts could not read it
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), value, expected))
     blocks.reset()
     blocks.hold(back)
     assert len(list(blocks.coming())) == 1

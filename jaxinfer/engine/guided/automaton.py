@@ -286,11 +286,11 @@ class _Parser:
         known, pending = {first: START}, [first]
         rows: list[dict[int, int]] = [{}, {}]
         while pending:
-            if time.thread_time() > self._until:
-                raise NotRegular
             nodes = pending.pop()
             targets: dict[int, set[int]] = {}
             for node in nodes:
+                if time.thread_time() > self._until:
+                    raise NotRegular
                 for ranges, target in self._edges[node]:
                     for low, high in ranges:
                         for byte in range(low, high + 1):

@@ -28,7 +28,6 @@ class Grammar:
         start = time.perf_counter()
         self.matcher = make()
         self.seconds = time.perf_counter() - start
-        self.tables: dict[tuple[int, ...], GrammarTable | None] = {}  # by what may end a text
         self._make = make
 
     def renewed(self, spent: LLMatcher) -> LLMatcher:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxinfer.engine.guided.grammar import grammar_of, refusal
 from jaxinfer.engine.guided.guide import Grammar, Guide
 from jaxinfer.engine.guided.states import table_of
+from jaxinfer.engine.guided.tables import GrammarTable
 from jaxinfer.engine.guided.vocabulary import Vocabulary
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.structured import StructuredOutputsParams
@@ -20,7 +21,8 @@ from jaxinfer.text.base import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLTokenizer
 
-KEPT = 128  # grammars that are understood already, the latest ones
+KEPT = 128  # grammars that are understood already, the latest ones; and tables
+TABLE_BYTES = 2**26  # of all of these together
 
 
 class Guides:
@@ -33,6 +35,8 @@ class Guides:
         self._theirs: LLTokenizer
         self._executor: LLExecutor
         self._known: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
+        # By what may end a text, too.
+        self._tables: OrderedDict[tuple[StructuredOutputsParams, tuple[int, ...]], GrammarTable | None] = OrderedDict()
 
     def prepare(self) -> Vocabulary:
         """Reads the tokenizer. Raises UnsupportedError where no grammar can be followed."""
@@ -42,6 +46,7 @@ class Guides:
 
                 vocabulary = Vocabulary(self._tokenizer, self._size, self._eos)
                 self._theirs, self._executor = vocabulary.for_llguidance(), LLExecutor()
+                _ = vocabulary.by_length  # or the first table would wait for it
                 self._vocabulary = vocabulary
         return self._vocabulary
 
@@ -55,10 +60,22 @@ class Guides:
         vocabulary = self.prepare()
         grammar = self._grammar(asked, vocabulary)
         # Ids that end a text, and are no text themselves; those that are come where the grammar has them.
-        ends = tuple(token for token in stop_ids if token in vocabulary.special_ids)
-        if ends not in grammar.tables:
-            grammar.tables[ends] = table_of(asked, Guide(grammar, self._eos, ends), vocabulary, self._masks)
-        return Guide(grammar, self._eos, ends, grammar.tables[ends])
+        ends = [token for token in stop_ids if token in vocabulary.special_ids]
+        return Guide(grammar, self._eos, ends, self._table(asked, Guide(grammar, self._eos, ends), vocabulary))
+
+    def _table(self, asked: StructuredOutputsParams, guide: Guide, vocabulary: Vocabulary) -> GrammarTable | None:
+        """One of those that are kept, or a new one; None for what can't be one is kept, too."""
+        key = asked, tuple(guide.ends)
+        with self._lock:
+            if key in self._tables:
+                self._tables.move_to_end(key)
+                return self._tables[key]
+        table = table_of(asked, guide, vocabulary, self._masks)
+        with self._lock:
+            self._tables[key] = table
+            while len(self._tables) > KEPT or sum(own.nbytes for own in self._tables.values() if own) > TABLE_BYTES:
+                self._tables.popitem(last=False)
+        return table
 
     def _masks(self, guides: Sequence[Guide]) -> np.ndarray:
         """u32[R, V/32]."""

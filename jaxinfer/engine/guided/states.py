@@ -15,7 +15,7 @@ from jaxinfer.engine.guided.vocabulary import Vocabulary
 from jaxinfer.sampling.structured import StructuredOutputsParams
 from jaxinfer.sampling.table_sizes import BLOCK, BLOCKS, CLASSES, COMPLETE, FORCED, GOES_ON
 
-BUILT_IN = 0.02  # seconds of a CPU's time
+BUILT_IN = 0.02  # seconds of a CPU's time for the automaton, and then for the states
 UNKNOWN = -1  # in place of a state: it was not reached yet
 
 
@@ -28,22 +28,23 @@ def table_of(
     """All states that can be reached from a guide at the beginning; None where they are too many, or not known. What
     may come is what llguidance says, once in each state (`fill`: masks u32[R, V/32]); an automaton over bytes says
     which states are the same."""
-    if asked.regex is not None and r"\d" in asked.regex:
-        digits()  # once for all, and not in this one's time
-    until = time.thread_time() + BUILT_IN
     if (asked.choice is None and asked.regex is None) or asked.after is not None or asked.unless is not None:
         return None
+    if asked.regex is not None and r"\d" in asked.regex:
+        digits()  # once for all, and not in this one's time
     try:
-        automaton = Automaton.of_regex(asked.regex, until) if asked.regex else Automaton.of_texts(asked.choice or ())
-        states = _States(automaton, vocabulary)
+        automaton = Automaton.of_regex(asked.regex, _until()) if asked.regex else Automaton.of_texts(asked.choice or ())
+        states, until = _States(automaton, vocabulary), _until()
         states.add(START, guide)
         while states.pending:
-            if time.thread_time() > until:
-                return None
-            states.explore(fill)
-    except NotRegular:
+            states.explore(fill, until)
+    except (NotRegular, RecursionError):
         return None
     return states.table()
+
+
+def _until() -> float:
+    return time.thread_time() + BUILT_IN
 
 
 class _States:
@@ -72,12 +73,14 @@ class _States:
         else:
             self.pending.append((at, self._new(at, GOES_ON), guide))
 
-    def explore(self, fill: Callable[[Sequence[Guide]], np.ndarray]) -> None:
+    def explore(self, fill: Callable[[Sequence[Guide]], np.ndarray], until: float) -> None:
         """Finds where those that are pending lead to."""
         now, self.pending = self.pending, []
         masks = fill([guide for *_, guide in now])
         bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, : self._vocabulary.size].view(bool)
         for (at, number, guide), mask, allowed in zip(now, masks, bits, strict=True):
+            if time.thread_time() > until:
+                raise NotRegular
             self._masks[number] = mask
             (tokens,) = allowed.nonzero()
             reached = self._walk(at, self._spelling[tokens])

@@ -34,6 +34,11 @@ class GrammarTable:
     longest: np.ndarray
 
     @property
+    def nbytes(self) -> int:
+        """Nearly all of it."""
+        return self.masks.nbytes + self.classes.nbytes + self.next.nbytes
+
+    @property
     def blocks(self) -> int:
         """How many of the device's it takes."""
         return -(-len(self.ends) // BLOCK)

@@ -86,7 +86,7 @@ class Vocabulary:
         return special
 
     @cached_property
-    def _by_length(self) -> tuple[np.ndarray, list[np.ndarray]]:
+    def by_length(self) -> tuple[np.ndarray, list[np.ndarray]]:
         """Ids of tokens that have text, the shortest first, and the 0th, 1st, ... bytes of those that have one."""
         own = enumerate(self.tokens[: self.size])
         ids = sorted((i for i, token in own if token and i not in self.special_ids), key=lambda i: len(self.tokens[i]))
@@ -100,7 +100,7 @@ class Vocabulary:
         """Where bytes are of these kinds, u16[256], 0 for those that never come: which spelling each token has,
         i32[size], 0 for those that never come; and the kinds of the 0th, 1st, ... bytes of the spellings that have one,
         the last ones: the longest are the last."""
-        ids, columns = self._by_length
+        ids, columns = self.by_length
         sums, alive = np.zeros(len(ids), np.uint64), np.ones(len(ids), bool)
         for column in columns:
             part, own = slice(len(ids) - len(column), None), kinds[column]
