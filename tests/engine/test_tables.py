@@ -81,6 +81,8 @@ GRAMMARS = [
     {"choice": ["a", "ab", "abc", "yes and no", "yes and yes"]},
     {"choice": ["日本", "日本語", 'n"\n']},
     {"choice": ["only"]},
+    {"json": {"enum": ["red", 'a"b', "ü", 12, None], "title": "Colour"}},
+    {"json": {"type": "boolean"}},
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,7 @@ from jaxinfer.sampling.structured import StructuredOutputsParams
 from jaxinfer.sampling.table_sizes import BLOCK, BLOCKS, CLASSES, COMPLETE, FORCED, GOES_ON
 
 BUILT_IN = 0.02  # seconds of a CPU's time for the automaton, and then for the states
+ENUMERATING = frozenset({"enum", "const", "type", "title", "description", "default", "examples", "$schema"})
 UNKNOWN = -1  # in place of a state: it was not reached yet
 
 
@@ -28,12 +30,13 @@ def table_of(
     """All states that can be reached from a guide at the beginning; None where they are too many, or not known. What
     may come is what llguidance says, once in each state (`fill`: masks u32[R, V/32]); an automaton over bytes says
     which states are the same."""
-    if (asked.choice is None and asked.regex is None) or asked.after is not None or asked.unless is not None:
+    texts = _texts(asked)
+    if (texts is None and asked.regex is None) or asked.after is not None or asked.unless is not None:
         return None
     if asked.regex is not None and r"\d" in asked.regex:
         digits()  # once for all, and not in this one's time
     try:
-        automaton = Automaton.of_regex(asked.regex, _until()) if asked.regex else Automaton.of_texts(asked.choice or ())
+        automaton = Automaton.of_texts(texts) if texts is not None else Automaton.of_regex(str(asked.regex), _until())
         states, until = _States(automaton, vocabulary), _until()
         states.add(START, guide)
         while states.pending:
@@ -43,8 +46,28 @@ def table_of(
     return states.table()
 
 
+def _texts(asked: StructuredOutputsParams) -> list[str] | None:
+    """Those that there are, and perhaps more: choices, and what schemas enumerate."""
+    if asked.choice is not None:
+        return list(asked.choice)
+    schema = json.loads(asked.json) if isinstance(asked.json, str) else None
+    if not isinstance(schema, dict) or not schema.keys() <= ENUMERATING:
+        return None
+    boolean = [True, False] if schema.get("type") == "boolean" else None
+    values = schema.get("enum", [schema["const"]] if "const" in schema else boolean)
+    return [json.dumps(value, ensure_ascii=False) for value in values] if isinstance(values, list) else None
+
+
 def _until() -> float:
     return time.thread_time() + BUILT_IN
+
+
+def _tokens(mask: np.ndarray, size: int) -> np.ndarray:
+    """Those of `size` that have a bit in u32[V/32]: most words have none, often."""
+    (words,) = mask.nonzero()
+    word, bit = np.unpackbits(mask[words].view(np.uint8), bitorder="little").reshape(-1, 32).nonzero()
+    tokens = words[word] * 32 + bit
+    return tokens[: np.searchsorted(tokens, size)]
 
 
 class _States:
@@ -77,12 +100,11 @@ class _States:
         """Finds where those that are pending lead to."""
         now, self.pending = self.pending, []
         masks = fill([guide for *_, guide in now])
-        bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, : self._vocabulary.size].view(bool)
-        for (at, number, guide), mask, allowed in zip(now, masks, bits, strict=True):
+        for (at, number, guide), mask in zip(now, masks, strict=True):
             if time.thread_time() > until:
                 raise NotRegular
             self._masks[number] = mask
-            (tokens,) = allowed.nonzero()
+            tokens = _tokens(mask, self._vocabulary.size)
             reached = self._walk(at, self._spelling[tokens])
             ending = self._vocabulary.is_special[tokens]
             if guide.error is not None or not len(tokens) or (reached[~ending] == DEAD).any():
