@@ -10,8 +10,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxinfer.engine.adapter_methods import AdapterMethods
 from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
@@ -28,7 +26,7 @@ from jaxinfer.engine.stats import EngineStats
 from jaxinfer.engine.table_blocks import place_of
 from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
-from jaxinfer.sampling.slots import Masks, Place, TokenCounts
+from jaxinfer.sampling.slots import Masks, TokenCounts
 from jaxinfer.text.base import Tokenizer
 
 STOP_STRING_STEPS = 8  # rows with stop strings are looked at on the host this often: what comes after one is wasted
@@ -361,6 +359,7 @@ class Engine(AdapterMethods):
         return max(steps, 1)
 
     def _prepare_slots(self, schedules: list[SchedulerOutput]) -> None:
+        places: list[tuple[Request, int]] = []
         for request in (request for schedule in schedules for request in schedule.requests):
             params = request.params
             excluded = request.exclusions
@@ -372,10 +371,11 @@ class Engine(AdapterMethods):
                 not_first = params.begin_suppress_tokens or ()
                 masks = Masks.of(self.vocab_size, params.allowed_token_ids, always, params.logit_bias, not_first)
                 self.runner.prepare(request, masks)
-            if request.table is not None and not request.prepared:
-                assert request.guide is not None
-                self.runner.prepare(request, Place(np.int32(place_of(request.guide.state, request.table))))
+            if request.table is not None and request.guide is not None and not request.prepared:
+                places.append((request, place_of(request.guide.state, request.table)))
             request.prepared = True
+        if places:
+            self.runner.prepare_places(places)
 
     def _take_in(self, call: Call) -> list[SequenceOutput | Scoring]:
         result = call.launched.wait()

@@ -117,13 +117,13 @@ class Masks:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Place:
-    """Where a sequence is in its grammar's table.
+class TablePlaces:
+    """Where sequences are in their grammars' tables.
 
-    place: i32, see DecodeState.
+    place: i32[R], see DecodeState.
     """
 
-    place: np.ndarray | np.int32
+    place: np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -146,8 +146,8 @@ class TokenCounts:
         return TokenCounts(in_prompt, np.minimum(counts, MOST_COPIES).astype(np.uint16))
 
 
-def prepare_slot(slots: DecodeState, slot: jax.Array, values: Masks | TokenCounts | Place) -> DecodeState:
-    """The slots with these in one of them."""
+def prepare_slot(slots: DecodeState, slot: jax.Array, values: Masks | TokenCounts | TablePlaces) -> DecodeState:
+    """The slots with these in one of them, or in some."""
     arrays = {field.name: getattr(values, field.name) for field in fields(values)}
     return replace(slots, **{name: getattr(slots, name).at[slot].set(value) for name, value in arrays.items()})
 

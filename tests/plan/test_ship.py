@@ -26,7 +26,7 @@ NAMES = [
     "manifest.json",
     "prepare_counts_1.xla",
     "prepare_masks_1.xla",
-    "prepare_place_1.xla",
+    "prepare_places_1.xla",
     "sample_1.xla",
     "score_4.xla",
     "zeros_1.xla",

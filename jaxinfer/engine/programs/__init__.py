@@ -26,7 +26,7 @@ from jaxinfer.engine.programs.slots import (
     LoadTable,
     PrepareCounts,
     PrepareMasks,
-    PreparePlace,
+    PreparePlaces,
     Zeros,
 )
 from jaxinfer.engine.programs.state import State
@@ -52,7 +52,7 @@ __all__ = [
     "Places",
     "PrepareCounts",
     "PrepareMasks",
-    "PreparePlace",
+    "PreparePlaces",
     "Program",
     "Programs",
     "Sample",

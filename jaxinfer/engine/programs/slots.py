@@ -15,7 +15,7 @@ from jax import lax
 from jaxinfer.engine.programs.base import EngineShapes, Function, Program
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
-from jaxinfer.sampling.slots import Masks, Place, TokenCounts, prepare_slot
+from jaxinfer.sampling.slots import Masks, TablePlaces, TokenCounts, prepare_slot
 from jaxinfer.sampling.tables import TokenTables
 from jaxinfer.weights import LowRank
 
@@ -30,7 +30,7 @@ class PrepareMasks(Program[EngineShapes]):
     result = None
 
     @property
-    def values(self) -> Masks | TokenCounts | Place:
+    def values(self) -> Masks | TokenCounts | TablePlaces:
         """What the host gives it beside the slot; any."""
         return Masks.of(self.shapes.model.config.vocab_size, None, [], None)
 
@@ -40,7 +40,7 @@ class PrepareMasks(Program[EngineShapes]):
 
     def function(self) -> Function:
         def prepare(
-            params: Params, state: State, read: State, slot: jax.Array, values: Masks | TokenCounts | Place
+            params: Params, state: State, read: State, slot: jax.Array, values: Masks | TokenCounts | TablePlaces
         ) -> tuple[None, State]:
             return None, State(slots=prepare_slot(state.slots, slot, values))
 
@@ -58,15 +58,19 @@ class PrepareCounts(PrepareMasks):
         return TokenCounts.of(self.shapes.model.config.vocab_size, [], [])
 
 
-class PreparePlace(PrepareMasks):
-    """Puts into its slot where in its grammar's table a sequence is."""
+class PreparePlaces(PrepareMasks):
+    """Puts into slots where in their grammars' tables sequences are; those beyond them have nobody's slot."""
 
-    kind = "prepare place"
+    kind = "prepare places"
     key = (kind, 1)
 
     @property
-    def values(self) -> Place:
-        return Place(np.int32(0))
+    def values(self) -> TablePlaces:
+        return TablePlaces(np.zeros(self.shapes.shards * self.shapes.max_rows, np.int32))
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        return self.shapes.ints(self.shapes.max_rows), self.shapes.like(self.values)
 
 
 class LoadTable(Program[EngineShapes]):

@@ -18,7 +18,7 @@ from jaxinfer.engine.programs.slots import (
     LoadTable,
     PrepareCounts,
     PrepareMasks,
-    PreparePlace,
+    PreparePlaces,
     Zeros,
 )
 
@@ -40,7 +40,7 @@ class Programs(EngineShapes):
             Score(self, self.max_tokens),
             PrepareMasks(self),
             PrepareCounts(self),
-            PreparePlace(self),
+            PreparePlaces(self),
             LoadTable(self),
             Zeros(self),
             *([Copy(self, self.max_rows)] if self.snapshots else []),
