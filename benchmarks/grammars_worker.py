@@ -18,7 +18,7 @@ Accept = Callable[[int], None]
 
 def jaxinfer() -> Callable[[str, Any], tuple[Mask, Accept]]:
     from jaxinfer import SamplingParams
-    from jaxinfer.engine.guided.guide import Guides
+    from jaxinfer.engine.guided.guides import Guides
     from jaxinfer.text.tokenizer import load_tokenizer
 
     guides = Guides(load_tokenizer(folder), size, [0])

@@ -2,12 +2,14 @@
 
     python benchmarks/structured_output.py host [--rows N] [--calls N] [--profile]
     python benchmarks/structured_output.py model [--rows N] [--tokens N] [--runs N] [--narrow]
+    python benchmarks/structured_output.py tables [--rows N] [--tokens N] [--runs N] [--narrow] [--json FILE]
 
 host: time of the host a step, with a device step that costs nothing and writes a document that is there already; a
 guided row's share is the difference to the same rows without a grammar, over the rows. model: tokens/s of 0.35B random
 weights (--narrow: of a few), each case after the other in every run, medians; what rows without a grammar get beside
-guided ones, and requests/s of one of 50 labels against as many free tokens. The tokenizer is byte-level BPE of 32,000
-tokens, trained on the Python files of the standard library.
+guided ones, and requests/s of one of 50 labels against as many free tokens. tables: the same of grammars that the
+device follows by tables, beside themselves by masks; labels with log-probabilities are sampled to their ends. The
+tokenizer is byte-level BPE of 32,000 tokens, trained on the Python files of the standard library.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers import cpu_name
 from random_model import LLAMA_350M, write_model
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.engine.guided import states
 from jaxinfer.engine.programs import DecodeForward, Forward, Key, Sampled
 from jaxinfer.sampling.logprobs import Logprobs
 
@@ -187,17 +191,76 @@ def whole(arguments: argparse.Namespace, console: Console) -> None:
     console.print(table)
 
 
+def tables_beside_masks(arguments: argparse.Namespace, console: Console) -> None:
+    config = LLAMA_350M | NARROW if arguments.narrow else LLAMA_350M
+    name = f"jaxinfer-structured-output-{'narrow' if arguments.narrow else '350m'}"
+    n, built_in = arguments.rows, states.BUILT_IN
+    free = SamplingParams(temperature=1.0, seed=1, max_tokens=arguments.tokens, ignore_eos=True)
+    regex = free.with_changes(structured_outputs={"regex": "[a-z ]+"})
+    label = SamplingParams(temperature=1.0, seed=1, max_tokens=16, structured_outputs={"choice": LABELS})
+    rows = max(512, n)
+    with LLM(model(Path(tempfile.gettempdir()), config, name), max_num_seqs=n, max_num_batched_tokens=rows) as llm:
+        prompts = [np.random.default_rng(i).integers(0, 256, 16).tolist() for i in range(n)]
+
+        def generate(params: list[SamplingParams], way: str) -> tuple[float, list[list[int]]]:
+            """Seconds and tokens. way: table or masks."""
+            states.BUILT_IN = 1.0 if way == "table" else -1.0  # also on a busy machine
+            llm.engine.guides._tables.clear()
+            llm.engine.check(prompts[0], params[0])  # a grammar is understood before
+            before, start = llm.stats.table_tokens, time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            seconds = time.perf_counter() - start
+            guided = any(p.structured_outputs is not None for p in params)
+            assert (llm.stats.table_tokens > before) == (guided and way == "table")
+            assert all(output.error is None for output in outputs)
+            return seconds, [output.outputs[0].token_ids for output in outputs]
+
+        lengths = [len(tokens) for tokens in generate([label] * n, "masks")[1]]
+        as_long = [free.with_changes(max_tokens=length) for length in lengths]
+        cases = {  # rows, and those that they are measured by
+            "free": ([free] * n, ""),
+            "regex": ([regex] * n, "free"),
+            "half regex": ([regex, free] * (n // 2), "free"),
+            "one regex": ([regex] + [free] * (n - 1), "free"),
+            "free, as labels": (as_long, ""),
+            "labels": ([label] * n, "free, as labels"),
+            "free, as labels, logprobs": ([p.with_changes(logprobs=0) for p in as_long], ""),
+            "labels, logprobs": ([label.with_changes(logprobs=0)] * n, "free, as labels, logprobs"),
+        }
+        spent: dict[tuple[str, str], list[float]] = {}
+        for run in range(arguments.runs + 1):
+            for case, (params, against) in cases.items():
+                texts = []
+                for way in ("table", "masks") if against else ("",):
+                    seconds, tokens = generate(params, way)
+                    texts.append(tokens)
+                    if run:  # the first one compiles
+                        spent.setdefault((case, way), []).append(seconds)
+                assert all(text == texts[0] for text in texts)
+    states.BUILT_IN = built_in
+    table, results = Table("rows", "by", "seconds", "speed, of free rows"), {}
+    for (case, way), values in spent.items():
+        free_rows = spent.get((cases[case][1], ""), values)
+        ratio = statistics.median(a / b for a, b in zip(free_rows, values, strict=True))
+        results[f"{case}, {way}"] = {"seconds": statistics.median(values), "ratio": ratio}
+        table.add_row(case, way, f"{statistics.median(values):.3f}", f"{ratio:.3f}")
+    console.print(table)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"cpu": cpu_name(), "rows": n, "cases": results}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["host", "model"])
+    parser.add_argument("what", choices=["host", "model", "tables"])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--calls", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--narrow", action="store_true")
     parser.add_argument("--profile", action="store_true", help="also print where the time goes")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    (host if arguments.what == "host" else whole)(arguments, Console())
+    {"host": host, "model": whole, "tables": tables_beside_masks}[arguments.what](arguments, Console())
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class BatchBuilder:
             _SlotTable(slots, width, windowed) if width else None
             for width, windowed in zip(widths, windows, strict=True)
         ]
-        self._last_sampling: dict[int, tuple[tuple[int, ...], SamplingArrays]] = {}  # by shard
+        self._last_sampling: dict[int, tuple[tuple[Any, ...], SamplingArrays]] = {}  # by shard
 
     def build(self, schedules: Sequence[SchedulerOutput]) -> Built:
         """What is called for these schedules, one for each shard of rows."""
@@ -248,10 +248,10 @@ class BatchBuilder:
         return tuple(None if table is None else table.of(slots) for table in self._tables)
 
     def _sampling(self, shard: int, requests: Sequence[Request], size: int) -> SamplingArrays:
-        key = (size, *(request.id for request in requests))
+        key = (size, *((request.id, request.table_end) for request in requests))
         last = self._last_sampling.get(shard)
         if last is None or last[0] != key:
-            rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length, r.limit) for r in requests]
+            rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length, r.limit, r.table_end) for r in requests]
             last = self._last_sampling[shard] = (key, SamplingArrays.of_rows(rows, size))
         return last[1]
 

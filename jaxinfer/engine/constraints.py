@@ -6,7 +6,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from jaxinfer.engine.guided.guide import Guide, Guides
+from jaxinfer.engine.guided.guide import Guide
+from jaxinfer.engine.guided.guides import Guides
 from jaxinfer.engine.request import Request
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.slots import Masks

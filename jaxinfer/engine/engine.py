@@ -14,7 +14,8 @@ from jaxinfer.engine.adapter_methods import AdapterMethods
 from jaxinfer.engine.constraints import fill_masks, forced_tokens, guide_of
 from jaxinfer.engine.exclusions import Exclusions, check_some_left, exclusions
 from jaxinfer.engine.generation import RequestGroup, SequenceOutput
-from jaxinfer.engine.guided.guide import Guide, Guides
+from jaxinfer.engine.guided.guide import Guide
+from jaxinfer.engine.guided.guides import Guides
 from jaxinfer.engine.host_adapters import HostAdapters
 from jaxinfer.engine.request import FinishReason, Request
 from jaxinfer.engine.runner import PendingStep, Runner
@@ -22,6 +23,7 @@ from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.engine.scoring import SCORING, Scoring
 from jaxinfer.engine.shards import DataParallelScheduler
 from jaxinfer.engine.stats import EngineStats
+from jaxinfer.engine.table_blocks import place_of
 from jaxinfer.errors import ContextLengthError, RequestError
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
 from jaxinfer.sampling.slots import Masks, TokenCounts
@@ -96,6 +98,7 @@ class Engine(AdapterMethods):
             running_adapters=Counter(request.adapter_name for request in adapted if request.slot >= 0),
             waiting_adapters=Counter(request.adapter_name for request in adapted if request.slot < 0),
             adapter_tokens=dict(self.adapter_tokens),
+            table_loads=sum(tables.loads for tables in self.scheduler.tables),
         )
 
     @property
@@ -300,6 +303,9 @@ class Engine(AdapterMethods):
         if any(schedule.requests for schedule in schedules):
             for slot, adapter in self.scheduler.adapters.coming():
                 self.runner.load_adapter(slot, adapter)
+            for shard, tables in enumerate(self.scheduler.tables):
+                for block, value in tables.coming():
+                    self.runner.load_table(shard, block, value)
             self._prepare_slots(schedules)
             self._in_flight.append(self._launch(schedules))
             if len(self._in_flight) == 1:
@@ -353,6 +359,7 @@ class Engine(AdapterMethods):
         return max(steps, 1)
 
     def _prepare_slots(self, schedules: list[SchedulerOutput]) -> None:
+        places: list[tuple[Request, int]] = []
         for request in (request for schedule in schedules for request in schedule.requests):
             params = request.params
             excluded = request.exclusions
@@ -364,7 +371,11 @@ class Engine(AdapterMethods):
                 not_first = params.begin_suppress_tokens or ()
                 masks = Masks.of(self.vocab_size, params.allowed_token_ids, always, params.logit_bias, not_first)
                 self.runner.prepare(request, masks)
+            if request.table is not None and request.guide is not None and not request.prepared:
+                places.append((request, place_of(request.guide.state, request.table)))
             request.prepared = True
+        if places:
+            self.runner.prepare_places(places)
 
     def _take_in(self, call: Call) -> list[SequenceOutput | Scoring]:
         result = call.launched.wait()
@@ -386,6 +397,10 @@ class Engine(AdapterMethods):
             if count:
                 assert isinstance(generation, SequenceOutput)
                 generation.accept(result.tokens[:count, row].tolist(), result.logprobs, row)
+                if request.table is not None:
+                    self._stats.table_tokens += count
+                    if not generation.finished and request.tail:
+                        generation.accept(request.tail)
             elif not generation.finished:
                 continue  # an inner chunk of a prompt
             touched.append(generation)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from jaxinfer.engine.exclusions import Exclusions
 from jaxinfer.engine.guided.guide import Guide
+from jaxinfer.engine.guided.tables import MOST
 from jaxinfer.sampling.params import SamplingParams
+from jaxinfer.sampling.table_sizes import COMPLETE, FORCED
 
 if TYPE_CHECKING:  # who shows outputs imports no JAX
     from jaxinfer.checkpoint.factors import LoadedAdapter
@@ -48,6 +50,7 @@ class Request:
     target: the token after the last one, where only log-probabilities are wanted; such a request samples nothing.
     exclusions: tokens that may not come; None if there are none.
     guide: its place in its grammar; None if it has none.
+    table: the blocks of its grammar's table on the devices; None where it has none, or goes by masks.
     length: tokens, those that are on their way too.
     computed: how many tokens will have their keys and values in the cache when all scheduled calls are done.
     decoding: its last token is in its slot on the device.
@@ -81,6 +84,7 @@ class Request:
     target: int | None = None
     exclusions: Exclusions | None = None
     guide: Guide | None = None
+    table: list[int] | None = None
     length: int = 0
     computed: int = 0
     decoding: bool = False
@@ -102,13 +106,42 @@ class Request:
 
     @property
     def constrained(self) -> bool:
-        """Whether what may come next depends on all tokens so far."""
-        return self.guide is not None or (self.exclusions is not None and self.exclusions.follows)
+        """Whether the host has to say what may come next, as that depends on all tokens so far."""
+        by_masks = self.guide is not None and self.table is None
+        return by_masks or (self.exclusions is not None and self.exclusions.follows)
+
+    @property
+    def table_end(self) -> int:
+        """From which one on ends of its table end it on the device; 0 where it has none. Where the device need not see
+        each token, those that come without a choice are left to the host."""
+        if self.table is None:
+            return 0
+        params = self.params
+        return COMPLETE if params.logprobs is not None or params.has_penalties or params.has_masks else FORCED
+
+    @property
+    def tail(self) -> list[int]:
+        """The tokens that are left, where the device has ended it before them."""
+        if self.table_end != FORCED:
+            return []
+        assert self.guide is not None
+        assert self.guide.table is not None
+        return self.guide.table.tails.get(self.guide.state, [])
 
     @property
     def room(self) -> int:
         """How many more tokens may be sampled."""
         return self.limit - self.length
+
+    @property
+    def most_left(self) -> int:
+        """How many more tokens the device may sample for it, as far as its grammar says that."""
+        if self.table_end != FORCED:
+            return self.room
+        assert self.guide is not None
+        assert self.guide.table is not None
+        longest, on_their_way = int(self.guide.table.longest[self.guide.state]), self.length - len(self.tokens)
+        return self.room if longest == MOST else min(self.room, max(longest - on_their_way, 1))
 
     @property
     def first_logits(self) -> int:

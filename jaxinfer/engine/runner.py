@@ -21,8 +21,10 @@ from jaxinfer.engine.programs import (
     Key,
     LoadAdapter,
     LoadScaledAdapter,
+    LoadTable,
     PrepareCounts,
     PrepareMasks,
+    PreparePlaces,
     Programs,
     Sampled,
     State,
@@ -33,7 +35,9 @@ from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.models.model import Params
 from jaxinfer.sampling.logprobs import Logprobs
-from jaxinfer.sampling.slots import Masks, TokenCounts, mask_words
+from jaxinfer.sampling.slots import Masks, TablePlaces, TokenCounts, mask_words
+from jaxinfer.sampling.table_sizes import BLOCKS
+from jaxinfer.sampling.tables import TokenTables
 from jaxinfer.weights import LowRank
 
 
@@ -145,6 +149,18 @@ class Runner(ReadyPrograms):
         """Makes a sequence's slot ready for its masks or its penalties."""
         program = PrepareMasks if isinstance(values, Masks) else PrepareCounts
         self.call([(program.key, (np.int32(self.batches.slot(request)), values))])
+
+    def prepare_places(self, places: Sequence[tuple[Request, int]]) -> None:
+        """Makes sequences' slots ready for their grammars' tables: where in these they are."""
+        rows = self.programs.shards * self.max_rows
+        slot, place = np.full(rows, self.programs.shards * (self.max_rows + 1) - 1, np.int32), np.zeros(rows, np.int32)
+        slot[: len(places)] = [self.batches.slot(request) for request, _ in places]
+        place[: len(places)] = [own for _, own in places]
+        self.call([(PreparePlaces.key, (slot, TablePlaces(place)))])
+
+    def load_table(self, shard: int, block: int, value: TokenTables) -> None:
+        """Puts some states of a grammar's table into a block on the devices."""
+        self.call([(LoadTable.key, (np.int32(shard * BLOCKS + block), value))])
 
     def load_adapter(self, slot: int, adapter: LoadedAdapter) -> None:
         """Puts an adapter into a slot on the devices."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from jaxinfer.engine.adapters import AdapterSlots
 from jaxinfer.engine.kv_cache import Copies, KVCacheManager
 from jaxinfer.engine.request import Request
+from jaxinfer.engine.table_blocks import TableBlocks
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Scheduler:
             raise ValueError(f"max_num_batched_tokens is {max_tokens}: it must be at least max_num_seqs, {max_rows}")
         self.cache = cache
         self.adapters = adapters or AdapterSlots(0)
+        self.tables = TableBlocks()
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.running: list[Request] = []  # oldest first
@@ -175,11 +177,13 @@ class Scheduler:
         """
         self.cache.reset()
         self.adapters.reset()
+        self.tables.reset()
         self.running, self._waiting, self._aside = [], [], []
         self._free_slots = list(range(self.max_rows - 1, -1, -1))
         for request in requests:
             request.pages, request.capacity, request.cuts = [], 0, []
             request.slot = request.adapter_slot = -1
+            request.table = None
             self.queue(request)
 
     def _admit(self, request: Request) -> bool:
@@ -190,6 +194,7 @@ class Scheduler:
         if not self.cache.allocate(request, spare, self._free_slots[-1]):
             return False
         request.slot = self._free_slots.pop()
+        self.tables.hold(request)
         self.running.append(request)
         return True
 
@@ -239,6 +244,7 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         self.cache.release(request)
         self.adapters.release(request)
+        self.tables.release(request)
         self._free_slots.append(request.slot)
         request.slot = -1
 
@@ -247,7 +253,7 @@ class Scheduler:
         decode = schedule.decode
         if schedule.chunks or not decode:
             return 1
-        rooms = [request.room for request in decode]
+        rooms = [request.most_left for request in decode]
         most = min(max_steps, min(rooms) if self.waiting_count else max(rooms))
         steps = max(1, min(most, *(self.cache.room(request.computed) for request in decode)))
         while steps > 1:

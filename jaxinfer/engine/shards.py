@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from jaxinfer.engine.adapters import AdapterSlots
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import Scheduler, SchedulerOutput
+from jaxinfer.engine.table_blocks import TableBlocks
 
 
 class DataParallelScheduler:
@@ -25,6 +26,11 @@ class DataParallelScheduler:
     def adapters(self) -> AdapterSlots:
         """Those of all shards."""
         return self.shards[0].adapters
+
+    @property
+    def tables(self) -> list[TableBlocks]:
+        """Those of each shard."""
+        return [shard.tables for shard in self.shards]
 
     @property
     def running(self) -> list[Request]:
@@ -110,6 +116,7 @@ class DataParallelScheduler:
         for request in requests:
             request.pages, request.capacity, request.cuts = [], 0, []
             request.slot = request.adapter_slot = -1
+            request.table = None
             self._queue(request)
 
     def _queue(self, request: Request) -> None:

@@ -28,6 +28,7 @@ class EngineStats:
         devices. adapter_reads: and how often one was read from its folder.
     running_adapters, waiting_adapters: requests now that have one, by its name.
     adapter_tokens: that were sampled with one, by its name, for requests that have ended.
+    table_tokens: that were sampled by a grammar's table on the devices. table_loads: how often one was put there.
     """
 
     running: int = 0
@@ -52,6 +53,8 @@ class EngineStats:
     max_adapters: int = 0
     adapter_loads: int = 0
     adapter_reads: int = 0
+    table_tokens: int = 0
+    table_loads: int = 0
     running_adapters: Mapping[str, int] = field(default_factory=dict)
     waiting_adapters: Mapping[str, int] = field(default_factory=dict)
     adapter_tokens: Mapping[str, int] = field(default_factory=dict)

@@ -20,6 +20,7 @@ class RowSampling(NamedTuple):
     stop_ids: all ids that end this row.
     prompt_length: tokens of the prompt.
     limit: the most that prompt and output may have.
+    table: which ends of its grammar's table end it; 0 where it has none.
     """
 
     params: SamplingParams
@@ -27,6 +28,7 @@ class RowSampling(NamedTuple):
     stop_ids: Sequence[int]
     prompt_length: int
     limit: int = 0
+    table: int = 0
 
 
 def _column(of: str, *at: int) -> Any:
@@ -41,8 +43,9 @@ class SamplingArrays:
 
     floats: f32[R, 11]: temperature, top_p, min_p; penalties [R, 3]: presence, frequency, repetition; cutoffs [R, 3]:
         typical_p, epsilon, eta; decay [R, 2]: the length from which on stop ids gain, and their factor.
-    ints: i32[R, 8]: top_k, 0 for all; prompt_length; min_tokens; begin, the length at which begin_suppress_tokens
-        count; forced [R, 2, 2]: a length (-1 for never) and the token that follows so many, twice.
+    ints: i32[R, 9]: top_k, 0 for all; prompt_length; min_tokens; begin, the length at which begin_suppress_tokens
+        count; forced [R, 2, 2]: a length (-1 for never) and the token that follows so many, twice; table: from which
+        one on ends of its grammar's table end it (FORCED or COMPLETE), 0 where it has none.
     seed: u32[R, 2].
     stop_ids: i32[R, 8], -1 for none.
     flags: bool[R, 3]: penalized, masked, wants_logprobs: what of the rest of the device's state applies to a row.
@@ -64,6 +67,7 @@ class SamplingArrays:
     prompt_length = _column("ints", 1)
     min_tokens = _column("ints", 2)
     begin = _column("ints", 3)
+    table = _column("ints", 8)
     penalized = _column("flags", 0)
     masked = _column("flags", 1)
     wants_logprobs = _column("flags", 2)
@@ -76,7 +80,7 @@ class SamplingArrays:
     def of_rows(rows: Sequence[RowSampling], size: int) -> SamplingArrays:
         """Arrays of `size` rows; those beyond the given ones are greedy and stop nowhere."""
         floats = np.tile(np.array([0, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1], np.float32), (size, 1))
-        ints = np.tile(np.array([0, 0, 0, 0, -1, -1, -1, -1], np.int32), (size, 1))
+        ints = np.tile(np.array([0, 0, 0, 0, -1, -1, -1, -1, 0], np.int32), (size, 1))
         seed = np.zeros((size, 2), np.uint32)
         stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
         flags = np.zeros((size, 3), bool)
@@ -124,4 +128,5 @@ def _ints(row: RowSampling) -> tuple[int, ...]:
         length + (first is not None),  # as in transformers, where one that is forced does not count as the first
         *((-1, -1) if first is None else (length, first)),
         *((-1, -1) if last is None else (row.limit - 1, last)),
+        row.table,
     )

@@ -26,12 +26,10 @@ def process(
     """All of them, one after the other, if a row asks for one: nearly all is element by element, so that it becomes one
     pass, and one thing to compile. Arguments as for `Sampler`."""
     asked = jnp.asarray(sampling.masked) | jnp.asarray(sampling.penalized) | is_early(sampling, length)
-    asked |= _decays(sampling, length) | jnp.any(_forced(sampling, length), axis=-1)
+    asked |= _decays(sampling, length) | jnp.any(_forced(sampling, length), axis=-1) | (jnp.asarray(sampling.table) > 0)
 
     def processed() -> jax.Array:
-        result = _mask(logits, sampling, length, slots, slot, parts)
-        if allowed is not None:
-            result = jnp.where(_bits(allowed, logits.shape[1], parts), result, -jnp.inf)
+        result = _mask(logits, sampling, length, slots, slot, parts, allowed)
         stop_ids = jnp.asarray(sampling.stop_ids)  # -1 for none, which no token is
         tokens = jnp.arange(logits.shape[1], dtype=jnp.int32)
         stop = functools.reduce(jnp.logical_or, (tokens == stop_ids[:, i, None] for i in range(stop_ids.shape[1])))
@@ -60,16 +58,25 @@ def _forced(sampling: SamplingArrays, length: jax.Array) -> jax.Array:
 
 
 def _mask(
-    logits: jax.Array, sampling: SamplingArrays, length: jax.Array, slots: DecodeState, slot: jax.Array, parts: int
+    logits: jax.Array,
+    sampling: SamplingArrays,
+    length: jax.Array,
+    slots: DecodeState,
+    slot: jax.Array,
+    parts: int,
+    now: jax.Array | None,
 ) -> jax.Array:
-    """Minus infinity for tokens that are not allowed; biases added."""
+    """Minus infinity for tokens that are not allowed; biases added. now: `allowed` of `process`."""
     rows, vocab = logits.shape
-    masked = jnp.asarray(sampling.masked)[:, None]
-    allowed = _bits(slots.allowed[slot, (length != sampling.begin).astype(jnp.int32)], vocab, parts)
+    masked, tabled = jnp.asarray(sampling.masked)[:, None], (jnp.asarray(sampling.table) > 0)[:, None]
+    every = jnp.uint32(0xFFFFFFFF)
+    own = jnp.where(masked, slots.allowed[slot, (length != sampling.begin).astype(jnp.int32)], every)
+    words = own & jnp.where(tabled, slots.tables.allowed(slots.place[slot]), every)
+    allowed = _bits(words if now is None else words & now, vocab, parts)
     ids = jnp.where(masked, slots.bias_ids[slot], vocab)
     index = jnp.arange(rows, dtype=jnp.int32)[:, None]
     biased = logits.at[index, ids].add(slots.bias[slot], mode="drop")
-    return jnp.where(allowed | ~masked, biased, -jnp.inf)
+    return jnp.where(allowed, biased, -jnp.inf)
 
 
 def _bits(words: jax.Array, vocab: int, parts: int) -> jax.Array:

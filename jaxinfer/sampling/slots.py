@@ -15,6 +15,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.sampling.params import MAX_LOGIT_BIAS, MOST_COPIES
+from jaxinfer.sampling.table_sizes import BLOCKS
+from jaxinfer.sampling.tables import TokenTables
 from jaxinfer.sharding import ROWS, TENSOR, axis_size
 
 
@@ -36,6 +38,8 @@ class DecodeState:
         for masked rows only.
     bias_ids: i32[S, B], V for none; for masked rows only.
     bias: f32[S, B], likewise.
+    place: i32[S], the state in `tables`, for rows with a table only.
+    tables: of grammars; the same for all slots.
     """
 
     token: jax.Array
@@ -45,10 +49,12 @@ class DecodeState:
     allowed: jax.Array
     bias_ids: jax.Array
     bias: jax.Array
+    place: jax.Array
+    tables: TokenTables
 
     @staticmethod
-    def shapes(slots: int, vocab: int) -> DecodeState:
-        """As abstract arrays, for `slots` sequences and the one slot that is nobody's."""
+    def shapes(slots: int, vocab: int, shards: int = 1) -> DecodeState:
+        """As abstract arrays, for `slots` sequences and the one slot that is nobody's; each shard has its tables."""
 
         def array(dtype: str, *shape: int) -> jax.Array:
             return jax.ShapeDtypeStruct((slots + 1, *shape), jnp.dtype(dtype))  # type: ignore[return-value]
@@ -61,6 +67,8 @@ class DecodeState:
             allowed=array("uint32", 2, mask_words(vocab)),
             bias_ids=array("int32", MAX_LOGIT_BIAS),
             bias=array("float32", MAX_LOGIT_BIAS),
+            place=array("int32"),
+            tables=TokenTables.shapes(vocab, shards * BLOCKS),
         )
 
     @staticmethod
@@ -109,6 +117,17 @@ class Masks:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class TablePlaces:
+    """Where sequences are in their grammars' tables.
+
+    place: i32[R], see DecodeState.
+    """
+
+    place: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TokenCounts:
     """What penalties of a sequence begin with: its tokens so far.
 
@@ -127,8 +146,8 @@ class TokenCounts:
         return TokenCounts(in_prompt, np.minimum(counts, MOST_COPIES).astype(np.uint16))
 
 
-def prepare_slot(slots: DecodeState, slot: jax.Array, values: Masks | TokenCounts) -> DecodeState:
-    """The slots with these in one of them."""
+def prepare_slot(slots: DecodeState, slot: jax.Array, values: Masks | TokenCounts | TablePlaces) -> DecodeState:
+    """The slots with these in one of them, or in some."""
     arrays = {field.name: getattr(values, field.name) for field in fields(values)}
     return replace(slots, **{name: getattr(slots, name).at[slot].set(value) for name, value in arrays.items()})
 

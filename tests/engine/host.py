@@ -19,7 +19,9 @@ def counted(model, checkpoint, *rest, load_weights=load.load_weights):
 load.load_weights = counted
 params = [
     SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True),
-    SamplingParams(temperature=0.9, top_k=20, top_p=0.9, seed=1, max_tokens=8, logprobs=2),
+    SamplingParams(
+        temperature=0.9, top_k=20, seed=1, max_tokens=8, logprobs=2, structured_outputs={"regex": "[a-z ]+"}
+    ),
     SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=8, logit_bias={300: 4.0}),
 ]
 prompts = [[1, 5, 9], list(range(2, 45)), [7] * 9]

@@ -11,7 +11,7 @@ from llguidance import LLParserLimits
 
 from jaxinfer import RequestError, SamplingParams, StructuredOutputsParams
 from jaxinfer.engine.guided import guide
-from jaxinfer.engine.guided.guide import Guides
+from jaxinfer.engine.guided.guides import Guides
 from jaxinfer.sampling.slots import mask_words
 from jaxinfer.text.tokenizer import load_tokenizer
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxinfer import LLM, RequestError, SamplingParams
 from jaxinfer.engine import engine
-from jaxinfer.engine.guided import guide
+from jaxinfer.engine.guided import guides
 from jaxinfer.engine.guided.grammar import grammar_of
 from jaxinfer.engine.runner import Runner
 from tests.engine.schemas import Maker, sweep
@@ -260,7 +260,7 @@ def test_who_waits_for_a_grammar(llm, monkeypatch):
         assert over.wait(60)
         return grammar_of(*of)
 
-    monkeypatch.setattr(guide, "grammar_of", slow)
+    monkeypatch.setattr(guides, "grammar_of", slow)
     texts = []
 
     def ask():

@@ -29,7 +29,7 @@ def programs(quantization=None, **fields):
 def test_the_table():
     """Forwards by tokens alone, samples by rows alone."""
     keys = programs().keys()
-    assert len(keys) == len(set(keys)) == 35
+    assert len(keys) == len(set(keys)) == 37
     assert [size for kind, size in keys if kind == "forward"] == [64, 128, 256, 512, 1024, 2048]
     assert [size for kind, size in keys if kind == "sample"] == [16, 256]
     assert [size for kind, size in keys if kind == "full_sample"] == [16, 256]

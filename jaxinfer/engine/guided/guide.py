@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxinfer.engine.guided.grammar import grammar_of, one_line, refusal
-from jaxinfer.engine.guided.vocabulary import Vocabulary
+from jaxinfer.engine.guided.grammar import one_line
+from jaxinfer.engine.guided.tables import BEGIN, GrammarTable
 from jaxinfer.errors import RequestError
-from jaxinfer.sampling.params import SamplingParams
-from jaxinfer.sampling.structured import PARAM, StructuredOutputsParams
-from jaxinfer.text.base import Tokenizer
+from jaxinfer.sampling.structured import PARAM
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
 
-KEPT = 128  # grammars that are understood already, the latest ones
 RENEWED_IN = 0.02  # seconds: what takes longer is not understood anew while others wait
 RENEWED_EVERY = 16  # tokens
 
@@ -48,11 +43,13 @@ class Guide:
     complete: the text is, and nothing can follow.
     error: why nothing can be said any more.
     ends: ids that may end a text that is complete; the others of `eos` may not.
+    table: for the device, if the grammar has one. state: where in it.
     """
 
-    def __init__(self, grammar: Grammar, eos: Sequence[int], ends: Sequence[int]):
+    def __init__(self, grammar: Grammar, eos: Sequence[int], ends: Sequence[int], table: GrammarTable | None = None):
         self.complete = False
         self.error: str | None = None
+        self.table, self.state = table, BEGIN
         self.eos, self.ends = eos, ends
         self._grammar, self._origin = grammar, grammar.matcher
         self.matcher = self._origin.deep_copy()
@@ -61,7 +58,14 @@ class Guide:
 
     def anew(self) -> Guide:
         """The same for another sequence, from the beginning."""
-        return Guide(self._grammar, self.eos, self.ends)
+        return Guide(self._grammar, self.eos, self.ends, self.table)
+
+    def after(self, token: int) -> Guide:
+        """Another one, for the same tokens and this one."""
+        other = Guide(self._grammar, self.eos, self.ends)
+        other.matcher, other._tokens = self.matcher.deep_copy(), self._tokens.copy()
+        other.accept([token])
+        return other
 
     def accept(self, tokens: Sequence[int]) -> None:
         """The next ones."""
@@ -69,6 +73,9 @@ class Guide:
         self.matcher.consume_tokens(list(tokens))
         self._check()
         self.complete = self.error is None and self.matcher.is_stopped()
+        if self.table is not None:
+            for token in tokens:
+                self.state = self.table.after(self.state, token)
 
     def forced(self) -> list[int]:
         """The next tokens, as far as there is no choice."""
@@ -116,76 +123,3 @@ class Guide:
                 return True
         self.error = f"{PARAM}: {error}"
         return False
-
-
-class Guides:
-    """All of an engine. The tokenizer is read when the first grammar comes, or by `prepare`. Any thread may use it."""
-
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]):
-        self._tokenizer, self._size, self._eos = tokenizer, vocab_size, tuple(eos_token_ids)
-        self._lock = threading.Lock()
-        self._vocabulary: Vocabulary | None = None
-        self._theirs: LLTokenizer
-        self._executor: LLExecutor
-        self._known: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
-
-    def prepare(self) -> Vocabulary:
-        """Reads the tokenizer. Raises UnsupportedError where no grammar can be followed."""
-        with self._lock:
-            if self._vocabulary is None:
-                from llguidance import LLExecutor
-
-                vocabulary = Vocabulary(self._tokenizer, self._size, self._eos)
-                self._theirs, self._executor = vocabulary.for_llguidance(), LLExecutor()
-                self._vocabulary = vocabulary
-        return self._vocabulary
-
-    def guide(self, params: SamplingParams, stop_ids: Sequence[int]) -> Guide | None:
-        """A guide at the beginning; None where nothing is asked for. Raises RequestError for what can't be followed,
-        and for what other parameters leave nothing of."""
-        asked = params.structured_outputs
-        if asked is None:
-            return None
-        assert isinstance(asked, StructuredOutputsParams)
-        vocabulary = self.prepare()
-        grammar = self._grammar(asked, vocabulary)
-        # Ids that end a text, and are no text themselves; those that are come where the grammar has them.
-        ends = [token for token in stop_ids if token in vocabulary.special_ids]
-        return Guide(grammar, self._eos, ends)
-
-    def fill(self, guides: Sequence[tuple[Guide, int]], masks: np.ndarray) -> None:
-        """Bits of the tokens that may come next: of each guide into its row of u32[R, V/32]."""
-        if not guides:
-            return
-        words = np.zeros((len(guides), -(-(self._size + 1) // 32)), np.uint32)
-        matchers = [(guide.matcher, i) for i, (guide, _) in enumerate(guides)]
-        self._executor.unsafe_compute_mask_ptr(matchers, words.ctypes.data, words.shape[1] * 4, len(guides))
-        for (guide, row), mask in zip(guides, words, strict=True):
-            guide.finish_mask(mask)
-            masks[row] = mask[: masks.shape[1]]
-
-    def _grammar(self, asked: StructuredOutputsParams, vocabulary: Vocabulary) -> Grammar:
-        """One of those that are kept, or a new one."""
-        with self._lock:
-            if asked in self._known:
-                self._known.move_to_end(asked)
-                return self._known[asked]
-        from llguidance import LLMatcher, LLParserLimits
-
-        source, limits = grammar_of(asked, vocabulary.special), LLParserLimits(verbose_errors=False)
-        grammar = Grammar(lambda: LLMatcher(self._theirs, source, log_level=0, limits=limits))
-        matcher = grammar.matcher.deep_copy()
-        if matcher.is_error():
-            raise refusal(asked, matcher.get_error())
-        if not vocabulary.spells_all:
-            for text in asked.choice or ():
-                if not vocabulary.spells(text.encode()):
-                    raise refusal(asked, f"{text!r:.60} can't be written in the tokens of this model")
-        first = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        if matcher.is_error() or not first.any():
-            raise refusal(asked, "no text matches it")
-        with self._lock:
-            self._known[asked] = grammar
-            while len(self._known) > KEPT:
-                self._known.popitem(last=False)
-        return grammar

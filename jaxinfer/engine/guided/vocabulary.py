@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from jaxinfer.errors import UnsupportedError
 from jaxinfer.text.base import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
+
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, of random bits: sums with its powers tell rows of small numbers apart
 
 
 class Vocabulary:
@@ -72,6 +77,44 @@ class Vocabulary:
             ids.append(self._ids[token])
             at += len(token)
         return ids
+
+    @cached_property
+    def is_special(self) -> np.ndarray:
+        """bool[size]."""
+        special = np.zeros(self.size, bool)
+        special[[i for i in self.special_ids if i < self.size]] = True
+        return special
+
+    @cached_property
+    def by_length(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Ids of tokens that have text, the shortest first, and the 0th, 1st, ... bytes of those that have one."""
+        own = enumerate(self.tokens[: self.size])
+        ids = sorted((i for i, token in own if token and i not in self.special_ids), key=lambda i: len(self.tokens[i]))
+        tokens, columns = [self.tokens[i] for i in ids], []
+        for at in range(len(tokens[-1]) if tokens else 0):
+            tokens = [token for token in tokens if len(token) > at]
+            columns.append(np.array([token[at] for token in tokens], np.uint8))
+        return np.array(ids, np.int64), columns
+
+    def spellings(self, kinds: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Where bytes are of these kinds, u16[256], 0 for those that never come: which spelling each token has,
+        i32[size], 0 for those that never come; and the kinds of the 0th, 1st, ... bytes of the spellings that have one,
+        the last ones: the longest are the last."""
+        ids, columns = self.by_length
+        sums, alive = np.zeros(len(ids), np.uint64), np.ones(len(ids), bool)
+        for column in columns:
+            part, own = slice(len(ids) - len(column), None), kinds[column]
+            sums[part] = sums[part] * _FACTOR + own
+            alive[part] &= own > 0
+        (there,) = np.nonzero(alive)
+        _, first, inverse = np.unique(sums[there], return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        spelling = np.zeros(self.size, np.int32)
+        spelling[ids[there]] = (np.argsort(order) + 1)[inverse]
+        at = there[first[order]]
+        skipped = [len(ids) - len(column) for column in columns]
+        own = [kinds[column[at[at >= skip] - skip]] for column, skip in zip(columns, skipped, strict=True)]
+        return spelling, [column for column in own if len(column)]
 
     def for_llguidance(self) -> LLTokenizer:
         """As llguidance has it. It takes about a second for a vocabulary of 100,000."""

@@ -20,7 +20,15 @@ from jaxinfer.engine.programs.forward import Forward
 from jaxinfer.engine.programs.logits import Sampled
 from jaxinfer.engine.programs.sample import FullSample, GuidedSample, Sample, SampleRows
 from jaxinfer.engine.programs.score import Score, Scored
-from jaxinfer.engine.programs.slots import LoadAdapter, LoadScaledAdapter, PrepareCounts, PrepareMasks, Zeros
+from jaxinfer.engine.programs.slots import (
+    LoadAdapter,
+    LoadScaledAdapter,
+    LoadTable,
+    PrepareCounts,
+    PrepareMasks,
+    PreparePlaces,
+    Zeros,
+)
 from jaxinfer.engine.programs.state import State
 from jaxinfer.engine.programs.table import Programs
 
@@ -39,10 +47,12 @@ __all__ = [
     "Key",
     "LoadAdapter",
     "LoadScaledAdapter",
+    "LoadTable",
     "ModelPrograms",
     "Places",
     "PrepareCounts",
     "PrepareMasks",
+    "PreparePlaces",
     "Program",
     "Programs",
     "Sample",

@@ -61,7 +61,8 @@ def placed_decode_state(model: AbstractModel, placement: jax.Device | Mesh, max_
     vocab = model.config.vocab_size
     if not isinstance(placement, Mesh):
         return structs(DecodeState.shapes(max_rows, vocab), SingleDeviceSharding(placement))
-    slots = DecodeState.shapes(axis_size(placement, ROWS) * (max_rows + 1) - 1, vocab)
+    shards = axis_size(placement, ROWS)
+    slots = DecodeState.shapes(shards * (max_rows + 1) - 1, vocab, shards)
     specs = DecodeState.specs(vocab, placement)
     return DecodeState(
         **{name: structs(getattr(slots, name), NamedSharding(placement, spec)) for name, spec in specs.items()}

@@ -92,6 +92,12 @@ def take(
     at = jnp.where(taken, slot, nobody)
     alive = ~stops(tokens, sampling, length)
     tokens = jnp.maximum(tokens, 0)  # there may be none
+    place = slots.place
+    if full:
+        own, table = place[slot], jnp.asarray(sampling.table)
+        after = jnp.where(table > 0, slots.tables.after(own, tokens), own)
+        alive &= ~((table > 0) & (slots.tables.end(after) >= table))
+        place = place.at[at].set(after, mode="drop")
     return dataclasses.replace(
         slots,
         token=slots.token.at[at].set(tokens, mode="drop"),
@@ -99,6 +105,7 @@ def take(
         in_output=count(slots.in_output, slot, tokens, taken & jnp.asarray(sampling.penalized))
         if full
         else slots.in_output,
+        place=place,
     )
 
 

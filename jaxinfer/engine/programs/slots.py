@@ -15,7 +15,8 @@ from jax import lax
 from jaxinfer.engine.programs.base import EngineShapes, Function, Program
 from jaxinfer.engine.programs.state import State
 from jaxinfer.models.model import Params
-from jaxinfer.sampling.slots import Masks, TokenCounts, prepare_slot
+from jaxinfer.sampling.slots import Masks, TablePlaces, TokenCounts, prepare_slot
+from jaxinfer.sampling.tables import TokenTables
 from jaxinfer.weights import LowRank
 
 
@@ -29,7 +30,7 @@ class PrepareMasks(Program[EngineShapes]):
     result = None
 
     @property
-    def values(self) -> Masks | TokenCounts:
+    def values(self) -> Masks | TokenCounts | TablePlaces:
         """What the host gives it beside the slot; any."""
         return Masks.of(self.shapes.model.config.vocab_size, None, [], None)
 
@@ -39,7 +40,7 @@ class PrepareMasks(Program[EngineShapes]):
 
     def function(self) -> Function:
         def prepare(
-            params: Params, state: State, read: State, slot: jax.Array, values: Masks | TokenCounts
+            params: Params, state: State, read: State, slot: jax.Array, values: Masks | TokenCounts | TablePlaces
         ) -> tuple[None, State]:
             return None, State(slots=prepare_slot(state.slots, slot, values))
 
@@ -55,6 +56,42 @@ class PrepareCounts(PrepareMasks):
     @property
     def values(self) -> TokenCounts:
         return TokenCounts.of(self.shapes.model.config.vocab_size, [], [])
+
+
+class PreparePlaces(PrepareMasks):
+    """Puts into slots where in their grammars' tables sequences are; those beyond them have nobody's slot."""
+
+    kind = "prepare places"
+    key = (kind, 1)
+
+    @property
+    def values(self) -> TablePlaces:
+        return TablePlaces(np.zeros(self.shapes.shards * self.shapes.max_rows, np.int32))
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        return self.shapes.ints(self.shapes.max_rows), self.shapes.like(self.values)
+
+
+class LoadTable(Program[EngineShapes]):
+    """Puts some states of a grammar's table into their block, of those of all shards."""
+
+    kind = "load table"
+    key = (kind, 1)
+    changes = ("slots",)
+    weights = ()
+    result = None
+
+    @property
+    def inputs(self) -> tuple[object, ...]:
+        return tuple(self.shapes.like((np.int32(0), TokenTables.shapes(self.shapes.model.config.vocab_size))))
+
+    def function(self) -> Function:
+        def load(params: Params, state: State, read: State, block: jax.Array, value: TokenTables) -> tuple[None, State]:
+            slots = state.slots
+            return None, State(slots=dataclasses.replace(slots, tables=slots.tables.put(block, value)))
+
+        return load
 
 
 class Zeros(Program[EngineShapes]):

@@ -12,7 +12,15 @@ from jaxinfer.engine.programs.decode import Decode, DecodeForward, FullDecode
 from jaxinfer.engine.programs.forward import Forward
 from jaxinfer.engine.programs.sample import FullSample, GuidedSample, Sample
 from jaxinfer.engine.programs.score import Score
-from jaxinfer.engine.programs.slots import LoadAdapter, LoadScaledAdapter, PrepareCounts, PrepareMasks, Zeros
+from jaxinfer.engine.programs.slots import (
+    LoadAdapter,
+    LoadScaledAdapter,
+    LoadTable,
+    PrepareCounts,
+    PrepareMasks,
+    PreparePlaces,
+    Zeros,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Programs(EngineShapes):
             Score(self, self.max_tokens),
             PrepareMasks(self),
             PrepareCounts(self),
+            PreparePlaces(self),
+            LoadTable(self),
             Zeros(self),
             *([Copy(self, self.max_rows)] if self.snapshots else []),
         ]
