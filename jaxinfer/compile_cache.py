@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 VARIABLE = "JAXINFER_CACHE_DIR"
+_switching = threading.Lock()
+_before: list[bool] = []  # whether JAX's cache was on, by each thread that is without it now
 
 
 def cache_folder() -> str | None:
@@ -83,11 +86,20 @@ def without_compile_cache() -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # or JAX would not look at that again
+    def enable(value: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", value)
+        compilation_cache.reset_cache()  # or JAX would not look at that again
+
+    with _switching:
+        if not _before:
+            _before.append(jax.config.jax_enable_compilation_cache)  # type: ignore[attr-defined]
+            enable(False)
+        else:
+            _before.append(_before[0])
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
+        with _switching:
+            before = _before.pop()
+            if not _before:  # the last of several threads
+                enable(before)

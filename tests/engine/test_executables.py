@@ -260,3 +260,14 @@ def test_where_jax_keeps_them(alone, monkeypatch, tmp_path):
     for name in ("gs://bucket/programs", "off"):
         monkeypatch.setenv("JAXINFER_CACHE_DIR", name)
         assert executables_folder() is None
+
+
+def test_two_threads_are_without_jaxs_cache():
+    """The first one to end does not switch it on for the other."""
+    before = jax.config.jax_enable_compilation_cache
+    one, other = without_compile_cache(), without_compile_cache()
+    with one:
+        other.__enter__()
+    assert not jax.config.jax_enable_compilation_cache
+    other.__exit__(None, None, None)
+    assert jax.config.jax_enable_compilation_cache == before
