@@ -12,6 +12,8 @@ import pytest
 
 from jaxinfer import LLM
 from jaxinfer.text.chat import ChatTemplates
+from tests.checkpoints import write_tokenizer
+from tests.models.test_families import reference as of_family
 
 pytest.importorskip("lm_eval")
 # What other libraries warn about is theirs.
@@ -213,12 +215,19 @@ def test_the_answers_of_hf(both):
         pytest.param("gpt2", marks=pytest.mark.long),
         pytest.param("qwen3", marks=pytest.mark.long),
         pytest.param("demo", marks=pytest.mark.long),
+        pytest.param("qwen3_5_text", marks=pytest.mark.long),  # with states
+        pytest.param("mamba2", marks=pytest.mark.long),
     ],
 )
-def test_the_answers_of_hf_to_200_requests(checkpoints, name, capsys):
+def test_the_answers_of_hf_to_200_requests(checkpoints, name, tmp_path, capsys):
     from jaxinfer.lm_eval import JaxInferLM
 
-    folder = files("jaxinfer") / "demo" / "model" if name == "demo" else checkpoints(name).folder
+    folder = files("jaxinfer") / "demo" / "model" if name == "demo" else tmp_path / name
+    if name in ("qwen3_5_text", "mamba2"):
+        shutil.copytree(of_family(checkpoints.root, name, "large").folder, folder)
+        write_tokenizer(folder)
+    elif name != "demo":
+        folder = checkpoints(name).folder
     with LLM(folder, dtype="float32") as llm:
         ours = JaxInferLM(llm)
         difference = compare(hf_model(folder, batch_size=1, max_length=ours.max_length), ours, 200)
