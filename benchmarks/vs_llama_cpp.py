@@ -3,9 +3,9 @@
     python benchmarks/vs_llama_cpp.py [--model MODEL] [--llama-python PYTHON] [--folder DIR] [--json FILE]
 
 PYTHON has llama-cpp-python and gguf (`pip install llama-cpp-python gguf safetensors`), perhaps in an environment of its
-own. Builds a model with random weights, a 0.35B Llama or a 1B Qwen3-MoE, and GGUF files of it beside it; starts each
-system in a process of its own and asks them in turn. Prompt 128, 64 new tokens, medians of interleaved runs; see
-vs_transformers.py.
+own. Builds a model with random weights, a 0.35B Llama, a 1B Qwen3-MoE or a 0.34B Qwen3.5, and GGUF files of it beside
+it; starts each system in a process of its own and asks them in turn. Prompt 128, 64 new tokens, medians of interleaved
+runs; see vs_transformers.py.
 """
 
 from __future__ import annotations
@@ -53,6 +53,16 @@ WANTED["qwen3-moe"] = [
     for batch in (1, 16)
     for phase in ("decode", "prefill")
 ]
+WANTED["qwen3.5"] = [
+    (batch, phase, ours, theirs, 1.0)
+    for ours, theirs in (
+        ("jaxinfer float32", "llama.cpp f32"),
+        ("jaxinfer bfloat16", "llama.cpp bf16"),
+        ("jaxinfer int8", "llama.cpp q8_0"),
+    )
+    for batch in (1, 16)
+    for phase in ("decode", "prefill")
+]
 SYSTEMS = {
     "llama": (
         *("jaxinfer float32", "jaxinfer bfloat16", "jaxinfer int8", "jaxinfer int8-w8a8"),
@@ -61,6 +71,10 @@ SYSTEMS = {
     "qwen3-moe": (
         *("jaxinfer bfloat16", "jaxinfer int8", "jaxinfer int8-w8a8", "jaxinfer int4", "transformers bfloat16"),
         *("llama.cpp bf16", "llama.cpp q8_0", "llama.cpp q4_0"),
+    ),
+    "qwen3.5": (
+        *("jaxinfer float32", "jaxinfer bfloat16", "jaxinfer int8", "jaxinfer int8-w8a8"),
+        *("llama.cpp f32", "llama.cpp bf16", "llama.cpp q8_0"),
     ),
 }
 
