@@ -38,7 +38,7 @@ def test_generating_with_it(cli, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert (figures["programs"], figures["topology"]) == (11, None)
+    assert (figures["programs"], figures["topology"]) == (13, None)
     assert figures["bytes"] == sum(file.stat().st_size for file in out.glob("*.xla"))
     done = subprocess.run(
         [*COMMAND, "generate", "--compiled", out, "What is 27 + 45?"],
