@@ -75,7 +75,7 @@ def test_for_a_slice(cli, model, tmp_path, topology):
     out = tmp_path / "programs"
     code, stdout, err = cli("compile", model, "--topology", topology, *FEW, "-o", out)
     assert code == 0, err
-    assert stdout.startswith("11 programs, ")
+    assert stdout.startswith("13 programs, ")
     manifest = json.loads((out / "manifest.json").read_text())
     environment = manifest["environment"]
     assert environment["device"] == "TPU v5 lite"
