@@ -115,4 +115,4 @@ class AdapterMethods:
 
     def list_adapters(self) -> dict[str, AdapterInfo]:
         """Those that are loaded, by name."""
-        return self.adapters.infos
+        return dict(self.adapters.infos)

@@ -32,9 +32,9 @@ class HostAdapters:
         self._changing, self._reading = threading.RLock(), threading.Lock()
 
     @property
-    def infos(self) -> dict[str, AdapterInfo]:
-        """What there is to say of each, in memory or not."""
-        return dict(self._infos)
+    def infos(self) -> Mapping[str, AdapterInfo]:
+        """What there is to say of each now, in memory or not; it does not change."""
+        return self._infos
 
     @property
     def in_memory(self) -> int:

@@ -48,7 +48,7 @@ async def unload_adapter(service: Service, request: Request, body: Json) -> Resp
     name = read_unloading(Fields(body))
     with service.admitted(request.state.key):
         async with service.changing:
-            if name not in service.adapters:
+            if name is None or name not in service.adapters:
                 there = ", ".join(service.adapters) or "none"
                 raise ServerError(404, f"lora_name is {name!r:.80}: there are {there}", "lora_name")
             service.llm.engine.unload_adapter(name)

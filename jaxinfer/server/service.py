@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal, TypeVar
@@ -68,7 +68,7 @@ class Service:
         return self.llm.engine_thread.closed if self.llm.loaded is None else self.llm.loaded.engine.closed
 
     @property
-    def adapters(self) -> dict[str, AdapterInfo]:
+    def adapters(self) -> Mapping[str, AdapterInfo]:
         """Those that are loaded, by name."""
         return self.llm.engine.adapters.infos if self.generates else {}
 
