@@ -90,7 +90,12 @@ def _tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, tuple[str, ...]
                 f"tools[{i}] is of type {tool['type']!r:.40}: only your own tools are taken", "tools"
             )
     functions = [
-        {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool.get("input_schema")}
+        {
+            "name": tool.get("name"),
+            "description": tool.get("description"),
+            "parameters": tool.get("input_schema"),
+            "strict": tool.get("strict"),
+        }
         for tool in given
     ]
     named = [{name: value for name, value in function.items() if value is not None} for function in functions]

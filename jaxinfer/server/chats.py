@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from jaxinfer.errors import UnsupportedError
 from jaxinfer.openai.requests import ChatRequest
+from jaxinfer.openai.tools import calls_schema
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.structured import StructuredOutputsParams
 from jaxinfer.text.base import Tokenizer
-from jaxinfer.text.calls import calls_schema, schemas
+from jaxinfer.text.calls import schemas
 from jaxinfer.text.formats import HARMONY, enforced, message_format, opened_by, reasoning_of, shows_special, tools_of
 from jaxinfer.text.scanner import Format, Scanner
+from jaxinfer.text.strict import asks_strictness, strict_grammar, strict_section
 
 AUTO = "auto"
 
@@ -56,6 +58,10 @@ class ChatFormats:
             form, params = enforced(form), replace(params, structured_outputs={"json": schema})
         elif request.tools is not None:
             params = _unless_called(params, form)
+            section = strict_section(form)
+            if section is not None and params.structured_outputs is None and asks_strictness(request.tools):
+                grammar = strict_grammar(section, request.tools, most, self._special)
+                params = replace(params, structured_outputs={"grammar": grammar})
         messages = request.messages if "developer" in source else [_as_system(message) for message in request.messages]
         prompt = self._tokenizer.chat_prompt(messages, request.tools, **request.template)
         ids = self._encode(prompt, request.add_special_tokens)
@@ -70,13 +76,18 @@ class ChatFormats:
         templates = self._tokenizer.chat_templates.templates
         return templates.get("tool_use", templates.get("default", "")) if with_tools else templates.get("default", "")
 
+    @cached_property
+    def _special(self) -> list[str]:
+        return [self._tokenizer.decode_raw([i]) for i in sorted(self._tokenizer.special_ids)]
+
     def _made(self, source: str) -> tuple[Format, bool]:
         """The format, and whether special tokens are among its markers."""
         tools = tools_of(source) if self._tools == AUTO else self._tools
         reasoning = reasoning_of(source) if self._reasoning == AUTO else self._reasoning
-        special = [self._tokenizer.decode_raw([i]) for i in sorted(self._tokenizer.special_ids)]
         form = message_format(tools, reasoning)
-        return (message_format(tools, reasoning, special), True) if shows_special(form, special) else (form, False)
+        if shows_special(form, self._special):
+            return message_format(tools, reasoning, self._special), True
+        return form, False
 
 
 def _unless_called(params: SamplingParams, form: Format) -> SamplingParams:

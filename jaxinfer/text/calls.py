@@ -9,7 +9,7 @@ import ast
 import contextlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,22 +39,6 @@ def schemas(tools: list[dict[str, Any]]) -> Schemas:
     """Of tools in OpenAI's form."""
     functions = [tool["function"] for tool in tools]
     return {function["name"]: _properties(function.get("parameters")) for function in functions}
-
-
-def calls_schema(tools: list[dict[str, Any]], names: Collection[str], most: int | None) -> dict[str, Any]:
-    """The JSON schema of a list of calls, one at least, of tools with these names."""
-    functions = [tool["function"] for tool in tools if tool["function"]["name"] in names]
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": f["name"]}, "arguments": f.get("parameters") or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for f in functions
-    ]
-    limit = {} if most is None else {"maxItems": most}
-    return {"type": "array", "minItems": 1, "items": {"anyOf": calls}} | limit
 
 
 def _properties(parameters: Any) -> Mapping[str, Any]:

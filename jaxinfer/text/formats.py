@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Collection
 
 from jaxinfer.text import calls
-from jaxinfer.text.scanner import Format, Section
+from jaxinfer.text.scanner import Format, Section, Written
+from jaxinfer.text.strict import function_call, json_call
 
 __all__ = [
     "HARMONY",
@@ -28,13 +29,15 @@ def _ends_in_json(body: str) -> bool:
     return not calls.in_string(body)
 
 
-def _between(opens: str, closes: str, parse: calls.Parse, end: str | None = None) -> Section:
+def _between(
+    opens: str, closes: str, parse: calls.Parse, end: str | None = None, written: Written | None = None
+) -> Section:
     """end: what stands before the closing marker, which may be in a value, too; None: JSON."""
 
     def ends(body: str) -> bool:
         return _ends_in_json(body) if end is None else body.rstrip().endswith(end)
 
-    return Section("call", opens, (closes,), parse, ends)
+    return Section("call", opens, (closes,), parse, ends, written=written)
 
 
 def _to_the_end(opens: str, parse: calls.Parse, bare: bool = False) -> Section:
@@ -63,8 +66,10 @@ HARMONY = (
 )
 
 TOOLS: dict[str, tuple[Section, ...]] = {
-    "hermes": (_between("<tool_call>", "</tool_call>", calls.json_calls),),
-    "qwen3_coder": (_between("<tool_call>", "</tool_call>", calls.function_calls, "</function>"),),
+    "hermes": (_between("<tool_call>", "</tool_call>", calls.json_calls, written=json_call),),
+    "qwen3_coder": (
+        _between("<tool_call>", "</tool_call>", calls.function_calls, "</function>", written=function_call),
+    ),
     "glm45": (Section("call", "<tool_call>", ("</tool_call>",), calls.key_value_calls, _key_values_end),),
     "minimax_m2": (_between("<minimax:tool_call>", "</minimax:tool_call>", calls.invoke_calls, "</invoke>"),),
     "llama3_json": (

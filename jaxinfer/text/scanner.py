@@ -9,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from jaxinfer.text.calls import Call, Parse, Schemas
 
-__all__ = ["Format", "Message", "Piece", "Scanner", "Section"]
+__all__ = ["Format", "Message", "Piece", "Scanner", "Section", "Written"]
 
 Kind = Literal["content", "reasoning", "call"]
+Written = Callable[[str, str, Mapping[str, Any] | None], list[str]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Section:
     whole: whether what is in it may end there: a closing marker inside of a string is none.
     bare: nothing but its form tells that it is a call, as text that begins with a brace: it may only be where the
         content begins, the marker is part of it, and tools that are not known are none.
+    written: how a call stands between the markers, for `jaxinfer.text.strict`: rules of a grammar, from the first one's
+        name, a tool's, and the schema of its arguments, None for any.
     """
 
     kind: Kind
@@ -39,6 +42,7 @@ class Section:
     parse: Parse | None = None
     whole: Callable[[str], bool] = lambda body: True
     bare: bool = False
+    written: Written | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Answers in a form that is asked for, and calls that must come, of a random model."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import jsonschema
 import openai
 import pytest
 
+from jaxinfer.text.formats import TOOLS as TOOLS_OF
 from tests.server.conftest import OPTIONS  # noqa: F401
 from tests.server.test_calls import MESSAGES, TEMPLATE
 
-CITY = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}
-CITY |= {"additionalProperties": False}
+CLOSED = {"additionalProperties": False}
+CITY = {"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]} | CLOSED
 TIME = {
     "type": "object",
     "properties": {"now": {"type": "boolean"}},
@@ -68,6 +70,61 @@ def test_calls_that_must_come(server):
         assert (message.stop_reason, message.content[0].name) == ("tool_use", "weather")
         assert message.content[0].input["city"] in ("Rome", "Oslo")
         assert ai.messages.create(**asked, tool_choice={"type": "any"}).content[0].type == "tool_use"
+
+
+def test_calls_with_shared_schemas(client):
+    """As pydantic writes nested models: a pointer begins at the tool's own schema."""
+    schema = {"type": "object", "properties": {"where": {"$ref": "#/$defs/City"}}, "required": ["where"]} | CLOSED
+    tools = [{"type": "function", "function": {"name": "go", "parameters": schema | {"$defs": {"City": CITY}}}}]
+    asked = ASKED | {"tools": [*TOOLS, *tools], "max_tokens": 200, "parallel_tool_calls": False}
+    for choice in ("required", {"type": "function", "function": {"name": "go"}}):
+        answer = client.post("/v1/chat/completions", json=asked | {"tool_choice": choice})
+        assert answer.status_code == 200, answer.text
+        for call in answer.json()["choices"][0]["message"]["tool_calls"]:
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            good(*("weather", json.dumps(json.loads(arguments)["where"])) if name == "go" else (name, arguments))
+
+
+@pytest.mark.parametrize("route", ["chat", "responses", "anthropic"])
+def test_strict_tools(client, served_llm, monkeypatch, route):
+    """The model may call one, and one that it calls has arguments of the schema. Here it begins with the marker, as it
+    is asked to, and no tool that isn't strict is held to more than its name."""
+    section = dataclasses.replace(TOOLS_OF["hermes"][0], opens="@", closes=("#",))
+    monkeypatch.setitem(TOOLS_OF, "hermes", (section,))
+    monkeypatch.setitem(served_llm.tokenizer.chat_templates.templates, "default", PLAIN + "{# new #}")
+    (at,) = served_llm.tokenizer.encode("@", False)
+
+    def calls(strict, parallel=True):
+        functions = [tool["function"] | ({"strict": True} if strict else {}) for tool in TOOLS]
+        asked = {"model": "tiny", "temperature": 1.5, "seed": 5, "logit_bias": {str(at): 100}}
+        if route == "chat":
+            tools = [{"type": "function", "function": function} for function in functions]
+            body = asked | {"messages": MESSAGES, "tools": tools, "max_tokens": 200, "parallel_tool_calls": parallel}
+            message = client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+            found = [call["function"] for call in message.get("tool_calls", [])]
+        elif route == "responses":
+            tools = [{"type": "function"} | function for function in functions]
+            body = asked | {"input": "hello", "tools": tools, "max_output_tokens": 200, "parallel_tool_calls": parallel}
+            answer = client.post("/v1/responses", json=body).json()
+            found = [item for item in answer["output"] if item["type"] == "function_call"]
+        else:
+            tools = [
+                {"name": function["name"], "input_schema": function["parameters"], "strict": function.get("strict")}
+                for function in functions
+            ]
+            choice = {"type": "auto", "disable_parallel_tool_use": not parallel}
+            body = asked | {"messages": MESSAGES, "tools": tools, "max_tokens": 200, "tool_choice": choice}
+            answer = client.post("/v1/messages", json=body).json()
+            blocks = [block for block in answer["content"] if block["type"] == "tool_use"]
+            found = [{"name": block["name"], "arguments": json.dumps(block["input"])} for block in blocks]
+        return [(call["name"], call["arguments"]) for call in found]
+
+    several = calls(True)
+    assert len(several) > 1
+    for call in several:
+        good(*call)
+    assert len(calls(True, parallel=False)) == 1
+    assert calls(False) == []
 
 
 def test_forms(server, client, served_llm):

@@ -1,0 +1,102 @@
+"""What a model may write where tools are strict: text, and calls in its own form with arguments of their schemas. As a
+grammar in llguidance's Lark, <https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md>."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from jaxinfer.text.scanner import Format, Section
+
+_TEXT = r"/(.|\n)*/"
+# Between the parts of a call: no text ends in an endless row of them.
+_SPACE = r"/[ \t\r\n]{1,8}/"
+_SPACES_IN_JSON = r" |\r?\n[ \t]{0,32}"
+_NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+def asks_strictness(tools: Collection[Mapping[str, Any]]) -> bool:
+    """Whether arguments must be of the schema of one at least, in OpenAI's form."""
+    return any(tool["function"].get("strict") is True for tool in tools)
+
+
+def strict_section(form: Format) -> Section | None:
+    """The one in which calls are written, if a grammar for it is known."""
+    return next((section for section in form.sections if section.written is not None), None)
+
+
+def strict_grammar(
+    section: Section, tools: Collection[Mapping[str, Any]], most: int | None, special: Collection[str]
+) -> str:
+    """Text, in which each marker of a call begins one of a tool that there is. most: how many calls. special: tokens
+    that a marker may be, as they are written."""
+    assert section.written is not None
+    opens, closes = section.opens, section.closes[0]
+    rules = [f"TEXT: {_TEXT}", f"SPACE: {_SPACE}", "text: TEXT"]
+    rules.append(f"begins: TEXT {opens}" if opens in special else f"begins[lazy]: {_TEXT} {_quoted(opens)}")
+    rules.append(f"ends: {closes if closes in special else _quoted(closes)}")
+    calls = []
+    for i, tool in enumerate(tools):
+        function = tool["function"]
+        # A tool without parameters has none of them.
+        schema = function.get("parameters") or _NOTHING if function.get("strict") is True else None
+        calls.append(f"call_{i}")
+        rules += section.written(f"call_{i}", function["name"], schema)
+    rules.append(f"call: begins SPACE? ({' | '.join(calls)}) SPACE? ends")
+    # What follows the only call is nothing: in text another one could begin.
+    rules.append("start: call* text" if most is None else "start: text | call SPACE?")
+    return "\n".join(["%llguidance {}", *rules, ""])
+
+
+def json_call(rule: str, name: str, parameters: Mapping[str, Any] | None) -> list[str]:
+    """{"name": "NAME", "arguments": {...}}, as rules of which the first one has this name. parameters: their schema;
+    None: any."""
+    parts = ["{", '"name"', ":", json.dumps(name, ensure_ascii=False), ",", '"arguments"', ":"]
+    arguments = _json({"type": "object"} if parameters is None else parameters)
+    return [f"{rule}: {' SPACE? '.join([*map(_quoted, parts), arguments, _quoted('}')])}"]
+
+
+def function_call(rule: str, name: str, parameters: Mapping[str, Any] | None) -> list[str]:
+    """<function=NAME> <parameter=KEY> value </parameter> </function>: a text is as it is, anything else JSON."""
+    begins, ends = _quoted(f"<function={name}>"), _quoted("</function>")
+    if parameters is None:
+        return [f"{rule}: {begins} {rule}_any", f"{rule}_any[lazy]: {_TEXT} {ends}"]
+    properties, required = parameters.get("properties"), parameters.get("required")
+    properties = properties if isinstance(properties, dict) else {}
+    required = required if isinstance(required, list) else []
+    shared = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}  # what a $ref means
+    own, rules = [], []
+    for i, (key, schema) in enumerate(properties.items()):
+        value, closes = f"{rule}_{i}", _quoted("\n</parameter>")
+        begin = _quoted(f"<parameter={key}>\n")
+        if _is_text(schema):
+            rules.append(f"{value}_text[lazy]: {_TEXT} {closes}")
+            rules.append(f"{value}: {begin} {value}_text")
+        elif texts := _texts(schema):
+            rules.append(f"{value}: {begin} ({' | '.join(map(_quoted, texts))}) {closes}")
+        else:
+            rules.append(f"{value}: {begin} {_json(shared | schema if isinstance(schema, dict) else schema)} {closes}")
+        own.append(f"{value} SPACE?" if key in required else f"({value} SPACE?)?")
+    return [f"{rule}: {' '.join([begins, 'SPACE?', *own, ends])}", *rules]
+
+
+def _is_text(schema: Any) -> bool:
+    return isinstance(schema, dict) and schema.get("type") == "string" and not {"enum", "const"} & schema.keys()
+
+
+def _texts(schema: Any) -> list[str]:
+    """Those that a value may be, if it may be nothing else."""
+    if not isinstance(schema, dict):
+        return []
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else []
+
+
+def _json(schema: Any) -> str:
+    with_spaces = {"x-guidance": {"whitespace_pattern": _SPACES_IN_JSON}}
+    return f"%json {json.dumps(with_spaces | schema if isinstance(schema, dict) else schema)}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
