@@ -63,6 +63,12 @@ def cpu_seconds(pid: int) -> float:
 
 
 def cpu_name() -> str:
-    """As the system calls it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    """As the system calls it, and what tells CPUs of one name apart."""
+    info = Path("/proc/cpuinfo")
+    pairs = (line.partition(":") for line in reversed(info.read_text().splitlines())) if info.exists() else ()
+    fields = {name.strip(): value.strip() for name, _, value in pairs}
+    if "model name" not in fields:
+        return platform.processor()
+    flags = fields.get("flags", "").split()
+    level = next((level for level in ("avx512_bf16", "avx512f", "avx2") if level in flags), "")
+    return f"{fields['model name']}, family {fields.get('cpu family')}, model {fields.get('model')}, {level}"
