@@ -344,6 +344,7 @@ class DecoderForCausalLM(CausalLM):
 
     def embed(self, batch: ForwardBatch) -> Stream:
         x = self.model.embed_tokens(batch.tokens, batch.mesh)
+        x = jnp.where(batch.live[:, None], x, 0)  # kernels of CPUs leave out what multiplies the zeros of padding
         return x if self.config.embedding_scale == 1 else x * jnp.asarray(self.config.embedding_scale, x.dtype)
 
     def blocks(self) -> Sequence[Any]:

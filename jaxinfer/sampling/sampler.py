@@ -123,13 +123,24 @@ def in_blocks(call: Callable[..., Any], inputs: Any, out: Any, block: int, block
 
 def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The highest logit of each row, f32[R], and where it is, i32[R]: the first one of several. NaN is the highest."""
+    return lax.platform_dependent(logits, cpu=_likeliest_in_two, default=_likeliest_in_one)
 
+
+def _likeliest_in_two(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """By two reductions of numbers, which XLA:CPU makes vectors of: that of pairs takes six to twelve times as long."""
+    highest = jnp.max(logits, axis=-1)
+    is_highest = (logits == highest[:, None]) | jnp.isnan(logits)
+    tokens = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return highest, jnp.min(jnp.where(is_highest, tokens, logits.shape[1] - 1), axis=-1)
+
+
+def _likeliest_in_one(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     def higher(left: Any, right: Any) -> Any:
         (a, i), (b, j) = left, right
         wins = (a > b) | (a != a)
         return jnp.where(wins, a, b), jnp.where(wins | ((a == b) & (i < j)), i, j)
 
-    # This is jnp.argmax, which has the value too and throws it away.
+    # jnp.argmax has the value too, and throws it away.
     start = jnp.float32(-jnp.inf), jnp.int32(0)
     highest, index = lax.reduce((logits, lax.broadcasted_iota(jnp.int32, logits.shape, 1)), start, higher, (1,))
     return highest, index

@@ -445,7 +445,8 @@ void thin_products(Threads& threads, const X* x, int64_t tokens, int64_t depth, 
 }
 
 // out [T, N] = x [T, K] times w [N, K] transposed, of each part and its tokens; parts that are done in one way are done
-// together. rounds: float32 activations may become bfloat16, from MANY tokens on.
+// together. rounds: float32 activations may become bfloat16, from MANY tokens on. How a part is done is decided by all of
+// its tokens, so that the bits of those that are live do not depend on how many these are.
 template <class X, class Weight, class Out>
 void products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts,
               [[maybe_unused]] bool rounds) {
@@ -462,7 +463,10 @@ void products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const
 #endif
     return part.tokens < FEW ? &thin : &wide;
   };
-  for (const auto& part : parts) way(part)->push_back(part);
+  for (const auto& part : parts) {
+    way(part)->push_back(part);
+    way(part)->back().tokens = part.live;
+  }
   if (!thin.empty()) thin_products(threads, x, tokens, depth, thin);
   if (!wide.empty()) wide_products<Singles>(threads, x, depth, wide);
 #if LEVEL == 1

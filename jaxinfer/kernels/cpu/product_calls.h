@@ -29,10 +29,7 @@ Parts<Weight, Out> of_experts(const Operands& call, const Parts<Weight, Out>& pa
     part.token = 0;
     for (int64_t e = 0; e < call.experts; e++) {
       part.tokens = std::max(call.sizes[e], 0);
-      if (part.tokens) {
-        owned.push_back(part);
-        experts_read += part.columns * held * sizeof(Weight);
-      }
+      if (part.tokens) owned.push_back(part);
       part.token += part.tokens;
       part.out += part.tokens * part.columns;
       part.w += part.columns * held;
@@ -43,6 +40,39 @@ Parts<Weight, Out> of_experts(const Operands& call, const Parts<Weight, Out>& pa
     std::memset(part.out, 0, (tokens - part.token) * part.columns * sizeof(Out));
   }
   return owned;
+}
+
+// How many tokens come before those that end them and are zeros, as padding is.
+template <class X>
+int64_t before_zeros(const X* x, int64_t tokens, int64_t depth) {
+  using Bits = std::conditional_t<sizeof(X) == 4, uint32_t, std::conditional_t<sizeof(X) == 2, uint16_t, uint8_t>>;
+  const Bits sign = std::is_same_v<X, int8_t> ? 0 : Bits(1) << (8 * sizeof(X) - 1);  // which zeros may have
+  constexpr int64_t STEP = 64;  // values: the first of them tell of most tokens
+  for (; tokens > 0; tokens--)
+    for (int64_t k = 0; k < depth; k += STEP) {
+      Bits values[STEP] = {}, any = 0;
+      std::memcpy(values, x + (tokens - 1) * depth + k, std::min(STEP, depth - k) * sizeof(X));
+      for (Bits value : values) any |= value & ~sign;
+      if (any) return tokens;
+    }
+  return 0;
+}
+
+// Leaves out the products of zeros, which are zeros. One token stays, where there is nothing else: others may wait for
+// these products. Experts without any are not read.
+template <class X, class Weight, class Out>
+void leave_out_zeros(const Operands& call, const X* x, int64_t depth, Parts<Weight, Out>& parts) {
+  std::map<int64_t, int64_t> found;  // of those that begin with a token
+  for (auto& part : parts) {
+    const auto [at, anew] = found.emplace(part.token, 0);
+    if (anew) at->second = before_zeros(x + part.token * depth, part.tokens, depth);
+    part.live = std::max<int64_t>(at->second, call.sizes ? 0 : std::min<int64_t>(part.tokens, 1));
+    std::memset(part.out + part.live * part.columns, 0, (part.tokens - part.live) * part.columns * sizeof(Out));
+  }
+  if (!call.sizes) return;
+  parts.erase(std::remove_if(parts.begin(), parts.end(), [](const auto& part) { return !part.live; }), parts.end());
+  const int64_t held = std::is_same_v<Weight, nibbles> ? depth / 2 : depth;
+  for (const auto& part : parts) experts_read += part.columns * held * sizeof(Weight);
 }
 
 template <class X, class Weight, class Out>
@@ -56,6 +86,7 @@ ffi::Error product(const Operands& call, Parts<Weight, Out> parts) {
   Threads threads(call.pool, call.beside);
   if (used * depth * columns < SMALL) threads.count = 1;
   if (call.sizes) parts = of_experts(call, parts);
+  leave_out_zeros(call, x, depth, parts);
   AT_LEVEL(products<X, Weight, Out>)(threads, x, tokens, depth, parts, call.rounds);
   return ffi::Error::Success();
 }

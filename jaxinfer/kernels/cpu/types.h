@@ -24,6 +24,7 @@ struct Part {  // of products: some tokens, w [columns, K] and out [tokens, colu
   const float* table;  // what values stand for; null: themselves
   int64_t group;
   int64_t token, tokens;  // the first of them, and how many
+  int64_t live;           // how many come before zeros that end them
 };
 
 INLINE float power(uint8_t exponent) {
