@@ -127,9 +127,11 @@ def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _likeliest_in_two(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """By two reductions of numbers, which XLA:CPU makes vectors of: that of pairs takes six to twelve times as long."""
-    highest = jnp.max(logits, axis=-1)
-    is_highest = (logits == highest[:, None]) | jnp.isnan(logits)
+    """By two reductions of numbers, which XLA:CPU makes vectors of: that of pairs takes three to seven times as long."""
+    broken = jnp.isnan(logits)  # which its highest number would leave out
+    some_broken = jnp.any(broken, axis=-1)
+    highest = jnp.where(some_broken, jnp.float32(jnp.nan), jnp.max(logits, axis=-1))
+    is_highest = jnp.where(some_broken[:, None], broken, logits == highest[:, None])
     tokens = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     return highest, jnp.min(jnp.where(is_highest, tokens, logits.shape[1] - 1), axis=-1)
 

@@ -110,6 +110,28 @@ def test_products_of_int4(activations, size, with_zeros, set_level):
 
 
 @needs_them
+@pytest.mark.parametrize(("activations", "weights"), PAIRS)
+def test_zeros_at_the_end_are_left_out(activations, weights, set_level):
+    """As padding is: the bits of the others are as without, and what was left out did not meet weights that are NaN."""
+    call = jax.jit(by_kernel)
+    for tokens, live in ((4, 3), (17, 1), (40, 19), (64, 0), (300, 131)):
+        x, w = random((tokens, 130), activations), random((29, 130), weights)
+        x[live:] = 0
+        signed = x.copy()
+        signed[live + 1 :] *= -1  # zeros that have a sign
+        broken = np.full_like(w, np.nan) if weights not in ("int8",) else w
+        for level in cpu.LEVELS[: cpu.LEVELS.index(cpu.kernels().level) + 1]:
+            set_level(level)
+            got = np.asarray(call(signed, w))
+            assert not got[live:].any()
+            if live:
+                others = x.copy()
+                others[live:] = random((tokens - live, 130), activations)
+                np.testing.assert_array_equal(got[:live], np.asarray(call(others, w))[:live])
+            assert np.isfinite(np.asarray(call(x, broken), np.float64)[max(live, 1) :]).all()
+
+
+@needs_them
 @pytest.mark.parametrize("powers", [False, True])
 def test_products_of_tables(powers, set_level):
     """Of places in 16 numbers, with scales in float32 or powers of two."""

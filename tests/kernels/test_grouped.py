@@ -113,6 +113,21 @@ def test_experts_without_rows_are_not_read(kind, bits):
 
 
 @needs_them
+def test_experts_of_padding_are_not_read():
+    """Whose activations are zeros."""
+    call = jax.jit(functools.partial(grouped_dots, out_dtype="float32"))
+    x, counts, weights, _ = case(SIZES[0], None, "float32")
+    owners = np.repeat(np.arange(len(counts)), counts)
+    dropped = owners == owners[-1]
+    before = experts_read()
+    found = jax.block_until_ready(call(jnp.where(dropped[:, None], 0, x[: len(owners)]), counts, weights))
+    hit = len(set(owners.tolist())) - 1
+    assert experts_read() - before == hit * sum(weight.shape[1] * weight.shape[2] for weight in weights) * 4
+    assert not any(np.asarray(out)[dropped].any() for out in found)
+    assert all(np.asarray(out)[~dropped].any() for out in found)
+
+
+@needs_them
 def test_a_decode_step_reads_the_experts_of_its_token(checkpoints):
     found = checkpoint_of(checkpoints.root, "qwen3_moe", "large")
     with LLM(found.folder, dtype="bfloat16", max_num_seqs=4, enable_prefix_caching=False) as llm:

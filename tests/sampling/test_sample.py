@@ -10,7 +10,14 @@ from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.filters import cut_off, filter_top
 from jaxinfer.sampling.logprobs import logprobs, token_logprobs
 from jaxinfer.sampling.params import MAX_LOGPROBS
-from jaxinfer.sampling.sampler import NONE_LEFT, NOT_FINITE, Sampler, stops
+from jaxinfer.sampling.sampler import (
+    NONE_LEFT,
+    NOT_FINITE,
+    Sampler,
+    _likeliest_in_one,
+    _likeliest_in_two,
+    stops,
+)
 from jaxinfer.sampling.slots import DecodeState
 from tests.sampling.reference import distribution, kept
 
@@ -128,6 +135,18 @@ def test_filters_of_one_row_leave_the_others_alone():
         reference = kept(logits[row], 1.0, params.get("min_p", 0), params.get("top_k", 0), params.get("top_p", 1))
         np.testing.assert_array_equal(ours[row], reference)
     assert ours[3::4].all()
+
+
+def test_the_likeliest_by_one_reduction_and_by_two():
+    logits = random_logits(7, 40, 301).round(1)  # with some that are equal
+    logits[3, 7] = logits[4, 300] = logits[5, 9] = logits[5, 2] = np.nan
+    logits[6], logits[7, 11], logits[8, 5:] = -np.inf, np.inf, -np.inf
+    logits[9] = np.where(np.arange(301) % 2, -0.0, 0.0)
+    for call in (_likeliest_in_one, _likeliest_in_two):
+        highest, at = jax.jit(call)(logits)
+        np.testing.assert_array_equal(highest, logits.max(axis=-1))
+        assert at.dtype == np.int32
+        np.testing.assert_array_equal(at, logits.argmax(axis=-1))
 
 
 def test_a_draw_depends_on_seed_and_position_alone():
