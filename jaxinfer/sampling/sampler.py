@@ -127,7 +127,7 @@ def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _likeliest_in_two(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """By two reductions of numbers, which XLA:CPU makes vectors of: that of pairs takes three to seven times as long."""
+    """By reductions of numbers, which XLA:CPU makes vectors of: one of pairs takes three to seven times as long."""
     broken = jnp.isnan(logits)  # which its highest number would leave out
     some_broken = jnp.any(broken, axis=-1)
     highest = jnp.where(some_broken, jnp.float32(jnp.nan), jnp.max(logits, axis=-1))
