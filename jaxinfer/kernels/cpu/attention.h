@@ -36,17 +36,19 @@ inline void capped(const Attention& a, float* scores, int64_t count) {
 template <class T>
 void score(const float* const* queries, int64_t count, const T* keys, int64_t some, int64_t dim, float* scores,
            int64_t span) {
-  in_steps<4, 1>(0, count, [&](int64_t first, auto group) {
-    in_steps<4, 1>(0, some, [&](int64_t k, auto size) {
-      constexpr int GROUP = group, SIZE = size;
+  in_steps<4, 2, 1>(0, count, [&](int64_t first, auto group) {
+    constexpr int GROUP = group;
+    in_steps<std::min(4, LANES / GROUP), 1>(0, some, [&](int64_t k, auto size) {
+      constexpr int SIZE = size;
       Float total[GROUP][SIZE] = {};
       for (int64_t i = 0; i < dim; i += LANES)
         for (int n = 0; n < size; n++) {
           Float key = load(keys + (k + n) * dim + i);
           for (int m = 0; m < group; m++) total[m][n] += key * load(queries[first + m] + i);
         }
-      for (int m = 0; m < group; m++)
-        for (int n = 0; n < size; n++) scores[(first + m) * span + k + n] = sum(total[m][n]);
+      float found[GROUP * SIZE];
+      sums<GROUP * SIZE>(total[0], found);
+      for (int m = 0; m < group; m++) std::copy_n(found + m * SIZE, SIZE, scores + (first + m) * span + k);
     });
   });
 }
@@ -55,7 +57,7 @@ void score(const float* const* queries, int64_t count, const T* keys, int64_t so
 template <class T>
 void gather(const float* weights, int64_t span, int64_t count, const T* values, int64_t some, int64_t dim,
             float* const* out) {
-  in_steps<4, 1>(0, count, [&](int64_t first, auto group) {
+  in_steps<4, 2, 1>(0, count, [&](int64_t first, auto group) {
     in_steps<4, 1>(0, dim / LANES, [&](int64_t chunk, auto size) {
       constexpr int GROUP = group, SIZE = size;
       Float total[GROUP][SIZE];

@@ -78,6 +78,30 @@ INLINE void swap_blocks(Float& a, Float& b, std::integer_sequence<int, LANE...>)
   a = low;
 }
 
+template <int HALF, int... LANE>
+INLINE Float with_halves_swapped(Float v, std::integer_sequence<int, LANE...>) {
+  return Float{v[LANE ^ HALF]...};
+}
+
+// `sum` of each of N vectors, a power of two up to LANES, at once and to the same bits.
+template <int N, int STEP = LANES / 2>
+INLINE void sums(Float* rows, float* to) {
+  constexpr auto LANE = std::make_integer_sequence<int, LANES>();
+  constexpr int MANY = STEP * N / (LANES / 2);  // rows that are left of N
+  if constexpr (MANY > 1) {
+    for (int i = 0; i < MANY / 2; i++) {
+      swap_blocks<STEP>(rows[i], rows[i + MANY / 2], LANE);
+      rows[i] += rows[i + MANY / 2];
+    }
+    sums<N, STEP / 2>(rows, to);
+  } else if constexpr (STEP > 0) {
+    rows[0] += with_halves_swapped<STEP>(rows[0], LANE);
+    sums<N, STEP / 2>(rows, to);
+  } else {
+    for (int i = 0; i < N; i++) to[i] = rows[0][i * (LANES / N)];
+  }
+}
+
 // rows[i][j] becomes rows[j][i]: the halves of all, then the halves of those, and so on.
 template <int STEP = LANES / 2>
 INLINE void transpose(Float (&rows)[LANES]) {
