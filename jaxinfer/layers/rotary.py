@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Rope:
         angles = positions.astype(jnp.float32)[:, None] * self.inv_freq()[None, :]
         factor = self.long_attention_factor if self.long else None
         scale = np.float32(self.attention_factor if factor is None else factor)
-        return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+        # Once for all layers: XLA would fuse them into what each of these rotates.
+        return lax.optimization_barrier((jnp.cos(angles) * scale, jnp.sin(angles) * scale))
 
     def rotate(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Rotates `x [T, heads, d]` by what `cos_sin` gives, in float32; dimensions from `dim` on stay."""
