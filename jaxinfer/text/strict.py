@@ -9,10 +9,10 @@ from typing import Any
 
 from jaxinfer.text.scanner import Format, Section
 
-_TEXT = r"/(.|\n)*/"
-# Between the parts of a call: no text ends in an endless row of them.
+# Between the parts of JSON, and of a call: no text ends in an endless row of them.
+SPACES_IN_JSON = r" |\r?\n[ \t]{0,32}"
 _SPACE = r"/[ \t\r\n]{1,8}/"
-_SPACES_IN_JSON = r" |\r?\n[ \t]{0,32}"
+_TEXT = r"/(.|\n)*/"
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -94,7 +94,7 @@ def _texts(schema: Any) -> list[str]:
 
 
 def _json(schema: Any) -> str:
-    with_spaces = {"x-guidance": {"whitespace_pattern": _SPACES_IN_JSON}}
+    with_spaces = {"x-guidance": {"whitespace_pattern": SPACES_IN_JSON}}
     return f"%json {json.dumps(with_spaces | schema if isinstance(schema, dict) else schema)}"
 
 

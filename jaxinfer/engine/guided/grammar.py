@@ -9,8 +9,8 @@ from typing import Any
 from jaxinfer.errors import RequestError
 from jaxinfer.sampling.json_schema import in_fewer_words
 from jaxinfer.sampling.structured import PARAM, StructuredOutputsParams
+from jaxinfer.text.strict import SPACES_IN_JSON
 
-WHITESPACE = r" |\r?\n[ \t]{0,32}"
 MOST_OPTIONAL = 400  # properties: llguidance looks at all of an object's at once, at most 2,000 things in all
 MOST_SQUARED = 10**6  # of all objects: the time that they take goes with the squares, half a second for so much
 _LENIENT = '"x-guidance": {"lenient": true} in the schema leaves out what can\'t be followed'
@@ -87,7 +87,7 @@ def _json(asked: StructuredOutputsParams) -> str:
             f"properties: an object may have at most {MOST_OPTIONAL} that are not required, and the squares of their "
             f"numbers may come to {MOST_SQUARED}",
         )
-    spaces: dict[str, Any] = {"whitespace_pattern": asked.whitespace_pattern or WHITESPACE}
+    spaces: dict[str, Any] = {"whitespace_pattern": asked.whitespace_pattern or SPACES_IN_JSON}
     return LLMatcher.grammar_from_json_schema(
         json.dumps(schema, ensure_ascii=False),
         overrides={"whitespace_flexible": False} if asked.disable_any_whitespace else spaces,  # type: ignore[arg-type]

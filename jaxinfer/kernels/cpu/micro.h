@@ -390,7 +390,7 @@ void gemm(const uint32_t* panels, int64_t depth, const Part<Weight, Out>& part, 
   const Weight* w = part.w;
   const int64_t units = (depth + Units::each - 1) / Units::each;
   const int64_t step = Units::each == 4 ? units : EXACT;
-  const int64_t row = std::is_same_v<Weight, nibbles> ? depth / 2 : depth * sizeof(Weight);  // bytes
+  const int64_t row = held_by_row<Weight>(depth) * sizeof(Weight);  // bytes
   auto rows_of = [&](int64_t n, auto rows) {
     const uint32_t* weights = scratch;
     if constexpr (std::is_same_v<Weight, nibbles>) {
@@ -488,8 +488,9 @@ void products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const
     return part.tokens < FEW ? &thin : &wide;
   };
   for (const auto& part : parts) {
-    way(part)->push_back(part);
-    way(part)->back().tokens = part.live;
+    auto& some = *way(part);
+    some.push_back(part);
+    some.back().tokens = part.live;
   }
   if (!thin.empty()) thin_products(threads, x, tokens, depth, thin);
   if (!wide.empty()) wide_products<Singles>(threads, x, depth, wide);

@@ -22,7 +22,7 @@ std::atomic<int64_t> experts_read{0};  // bytes of their weights, without scales
 // Of parts with the weights of all experts, one for each that has tokens. Outputs of the others are zeros.
 template <class Weight, class Out>
 Parts<Weight, Out> of_experts(const Operands& call, const Parts<Weight, Out>& parts) {
-  const int64_t depth = call.x.dimensions()[1], held = std::is_same_v<Weight, nibbles> ? depth / 2 : depth;
+  const int64_t depth = call.x.dimensions()[1], held = held_by_row<Weight>(depth);
   Parts<Weight, Out> owned;
   for (Part<Weight, Out> part : parts) {
     const int64_t tokens = part.tokens;
@@ -71,8 +71,7 @@ void leave_out_zeros(const Operands& call, const X* x, int64_t depth, Parts<Weig
   }
   if (!call.sizes) return;
   parts.erase(std::remove_if(parts.begin(), parts.end(), [](const auto& part) { return !part.live; }), parts.end());
-  const int64_t held = std::is_same_v<Weight, nibbles> ? depth / 2 : depth;
-  for (const auto& part : parts) experts_read += part.columns * held * sizeof(Weight);
+  for (const auto& part : parts) experts_read += part.columns * held_by_row<Weight>(depth) * sizeof(Weight);
 }
 
 template <class X, class Weight, class Out>

@@ -39,6 +39,10 @@ INLINE float scale_of(const Part& part, int64_t block) {
   return part.exponents ? power(part.exponents[block]) : part.scales[block];
 }
 
+// How many of them, each of one type, hold a row of weights.
+template <class Weight>
+constexpr int64_t held_by_row(int64_t depth) { return std::is_same_v<Weight, nibbles> ? depth / 2 : depth; }
+
 template <class Weight, class Out>
 using Parts = std::vector<Part<Weight, Out>>;
 
