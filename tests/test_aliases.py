@@ -335,7 +335,8 @@ def test_dtypes_however_they_are_spelt():
             lambda wrong=wrong: check_options({"dtype": wrong})
         )
     assert check_options({"kv_cache_dtype": "fp8_e4m3"})["kv_cache_dtype"] == "fp8"
-    assert "auto, int8, fp8" in line(lambda: check_options({"kv_cache_dtype": "fp8_e5m2"}))
+    assert check_options({"kv_cache_dtype": "bf16"})["kv_cache_dtype"] == "bfloat16"
+    assert "auto, float32, bfloat16, int8, fp8" in line(lambda: check_options({"kv_cache_dtype": "fp8_e5m2"}))
 
 
 def test_a_deployment_in_other_words(tmp_path):

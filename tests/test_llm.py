@@ -363,16 +363,16 @@ def test_logprobs_survive_preemption(llm, cramped):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_low_precision(llm, reference, dtype):
-    """Weights in 16 bits, and cache and activations too where there is no kernel for float32 with such weights, give
+    """Weights and cache in 16 bits, and activations too where there is no kernel for float32 with such weights, give
     nearly the same probabilities."""
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=10)
     prompt = reference.prompts[1]
     with LLM(reference.folder, dtype=dtype, max_num_seqs=1, max_num_batched_tokens=16) as low:
         runner = low.engine.runner
         assert {array.dtype for array in runner.params.values() if array.ndim > 1} == {np.dtype(dtype)}
-        inside = runner.programs.layout.dtype
-        assert inside == ("float32" if multiplies("float32", dtype) else dtype)
-        assert {pool.dtype.itemsize for pool in jax.tree.leaves(runner.state.cache)} == {inside.itemsize}
+        assert runner.programs.model.dtype == ("float32" if multiplies("float32", dtype) else dtype)
+        assert runner.programs.layout.dtype == dtype
+        assert {pool.dtype.itemsize for pool in jax.tree.leaves(runner.state.cache)} == {2}
         ours = low.generate(prompt, params)[0].outputs[0]
     exact = llm.generate(prompt, params)[0].outputs[0]
     assert ours.token_ids[0] == exact.token_ids[0]

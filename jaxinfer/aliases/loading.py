@@ -242,7 +242,7 @@ VALUES: Mapping[str, Mapping[Any, str]] = {
         "float": "float32",
         "fp32": "float32",
     },
-    "kv_cache_dtype": {"fp8_e4m3": "fp8"},
+    "kv_cache_dtype": {"fp8_e4m3": "fp8", "bf16": "bfloat16"},
 }
 
 

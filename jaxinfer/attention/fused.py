@@ -35,8 +35,8 @@ class FusedAttention(TPUAttention):
             return problem
         if case.head_dim > LANES:
             return f"it is not tried with heads of more than {LANES}, and these have {case.head_dim}"
-        if case.kept != jnp.bfloat16:
-            return f"it is for a cache in bfloat16, and this is kept as {case.kept}"
+        if not case.kept == case.dtype == jnp.bfloat16:
+            return f"it is for a cache in bfloat16, and this is kept as {case.kept} of {case.dtype}"
         if (tpu_generation(case.device.device_kind) or 0) < 5:
             return f"it is for v5 and later, and this is {case.device.device_kind}"
         if self.kept_heads(case)[0] != case.num_kv_heads:

@@ -49,12 +49,14 @@ class LayerLayout:
         placement: jax.Device | Mesh,
         attention: str = "auto",
         kv_cache_dtype: str = "auto",
+        weight_dtype: DTypeLike | None = None,
     ) -> LayerLayout:
-        """What suits the spec there. dtype: of activations. Raises ValueError: see `choose`.
+        """What suits the spec there. dtype: of activations; weight_dtype: None is `dtype`. Raises ValueError: see
+        `choose`.
 
         Heads that a mesh can't split evenly are kept several times, with fewer queries each: `attend` repeats them."""
         compute, heads = jnp.dtype(dtype), spec.heads
-        kept = spec.kept(compute, kv_cache_dtype)
+        kept = spec.kept(compute, compute if weight_dtype is None else jnp.dtype(weight_dtype), kv_cache_dtype)
         if heads is None:
             return cls(spec, kept, placement, None, None, attention)
         (num_kv_heads, head_dim, queries), parts = heads, axis_size(placement, (KV,))

@@ -52,7 +52,7 @@ class TPUAttention(AttentionBackend):
     def refusal(self, case: AttentionCase) -> str | None:
         if case.kept == case.dtype:
             return None
-        if case.kept == jnp.int8:
+        if case.kept != jnp.float8_e4m3fn:
             return "no kernel for TPUs reads such a cache; take fp8 or attention='xla'"
         heads = case.num_kv_heads // case.parts
         kept, unquantized = (math.prod(_pools(replace(case, kept=dtype))) for dtype in (case.kept, case.dtype))

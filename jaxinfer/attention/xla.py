@@ -50,7 +50,7 @@ class XLAAttention(AttentionBackend):
         heads, width = self.kept_heads(case)
         shape = num_pages, heads, page_size, width
         pool = jax.ShapeDtypeStruct(shape, BITS.get(case.kept, case.kept))
-        if case.kept == case.dtype:
+        if case.kept.itemsize > 1:
             return HeadMajorPages(pool, pool)  # type: ignore[arg-type]
         scales = jax.ShapeDtypeStruct(shape[:3], SCALE)
         return QuantizedPages(pool, pool, scales, scales)  # type: ignore[arg-type]
@@ -172,9 +172,9 @@ def _key_blocks(
     keys, values = gather(cache.k), gather(cache.v)
     if all_scales := cache[2:]:
         keys, values = (
-            (x.astype(jnp.float32) * gather(scales)).astype(dtype)
-            for x, scales in zip((keys, values), all_scales, strict=True)
+            x.astype(jnp.float32) * gather(scales) for x, scales in zip((keys, values), all_scales, strict=True)
         )
+    keys, values = keys.astype(dtype), values.astype(dtype)
 
     position = block[:, None] * size + jnp.arange(size, dtype=jnp.int32)
     own = jnp.repeat(position < batch.kv_lens[row][:, None], kv_heads, axis=0)[..., None]

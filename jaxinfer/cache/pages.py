@@ -60,7 +60,12 @@ class FusedPages(NamedTuple):
 
 LayerCache = jax.Array | tuple[jax.Array, ...]  # of one layer: what made it (a backend, or the layer's spec) knows more
 Cache = tuple[LayerCache, ...]
-KV_DTYPES = {"int8": np.dtype(np.int8), "fp8": np.dtype(jnp.float8_e4m3fn)}
+KV_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(jnp.bfloat16),
+    "int8": np.dtype(np.int8),
+    "fp8": np.dtype(jnp.float8_e4m3fn),
+}
 # XLA:CPU, as of JAX 0.10, can't write such floats: it would convert the whole pool there and back for each token.
 BITS = {np.dtype(jnp.bfloat16): np.dtype(np.uint16), np.dtype(jnp.float8_e4m3fn): np.dtype(np.uint8)}
 SCALE = np.dtype(np.float32)

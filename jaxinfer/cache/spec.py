@@ -45,9 +45,9 @@ class KVCacheSpec(ABC):
         and lays the arrays out; None: the layer itself writes and reads those of `init_cache`."""
         return None
 
-    def kept(self, dtype: np.dtype[Any], kv_cache_dtype: str) -> np.dtype[Any]:
+    def kept(self, dtype: np.dtype[Any], weight_dtype: np.dtype[Any], kv_cache_dtype: str) -> np.dtype[Any]:
         """The dtype that it is kept in. dtype: of activations; kv_cache_dtype: see EngineConfig. Raises ValueError."""
-        if kv_cache_dtype != "auto" and self.paged:
+        if kv_cache_dtype not in ("auto", dtype.name) and self.paged:
             raise ValueError(
                 f"kv_cache_dtype is {kv_cache_dtype!r}: what this model keeps can't be in it; leave it out"
             )
@@ -75,8 +75,8 @@ class FullAttentionSpec(KVCacheSpec):
     def heads(self) -> tuple[int, int, int]:
         return self.num_kv_heads, self.head_dim, self.queries
 
-    def kept(self, dtype: np.dtype[Any], kv_cache_dtype: str) -> np.dtype[Any]:
-        return KV_DTYPES.get(kv_cache_dtype, dtype)
+    def kept(self, dtype: np.dtype[Any], weight_dtype: np.dtype[Any], kv_cache_dtype: str) -> np.dtype[Any]:
+        return KV_DTYPES.get(kv_cache_dtype, weight_dtype)
 
     def init_cache(self, dtype: np.dtype[Any], count: int, page_size: int) -> LayerCache:
         raise NotImplementedError("the backend that attends lays it out")

@@ -13,7 +13,7 @@ from jaxinfer.quantization.schemes import SCHEMES, Quantization, check_quantizat
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "xla", "pallas"]
-KVCacheDType = Literal["auto", "int8", "fp8"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8"]
 Runner = Literal["auto", "generate", "pooling"]
 Convert = Literal["auto", "none", "embed", "classify"]
 
@@ -28,8 +28,8 @@ class EngineConfig(TypedDict, total=False):
             "auto",
             help="Of weights and cache; auto, as without it: the checkpoint's, if it is fast here.",
             details="of weights, activations and cache: `float32`, `bfloat16`, `float16`; `auto` is what the "
-            "checkpoint says (float16 on GPUs without bfloat16). On CPU `bfloat16` is of matrices, activations and "
-            "cache stay float32 (from 16 tokens a call on, kernels round activations to bfloat16 on the way, so that "
+            "checkpoint says (float16 on GPUs without bfloat16). On CPU `bfloat16` is of matrices and cache, "
+            "activations stay float32 (from 16 tokens a call on, kernels round activations to bfloat16 on the way, so that "
             "log-probabilities depend a little on how many there are: in `float32` they do not), and `auto` is float32 "
             "for checkpoints in float16, for meshes that split weights, and where the [CPU "
             "kernels](architecture.md#kernels-for-cpus) are not (`jaxinfer doctor` says it)",
@@ -58,10 +58,10 @@ class EngineConfig(TypedDict, total=False):
         KVCacheDType,
         Option(
             "auto",
-            help="Of keys and values; auto, as without it: that of activations; on TPU fp8.",
-            details="of keys and values: `int8` or `fp8` (e4m3), with a scale for each token and head; `auto` is the "
-            "dtype of activations. On TPUs `fp8` alone, without scales and clipped to 448, as the kernel has it, where "
-            "a device has more than one key/value head",
+            help="Of keys and values; auto, as without it: `dtype`; on TPU fp8.",
+            details="of keys and values: `float32`, `bfloat16`, or `int8` and `fp8` (e4m3) with a scale for each token "
+            "and head; `auto` is `dtype`. On TPUs `fp8` alone, without scales and clipped to 448, as the kernel has "
+            "it, where a device has more than one key/value head",
             shapes_programs=True,
         ),
     ]

@@ -42,7 +42,7 @@ def choose_dtype(
 
 
 def computes_in(dtype: np.dtype[Any], placement: jax.Device | Mesh) -> np.dtype[Any]:
-    """The dtype of activations and cache where weights have this one: the same, but float32 for bfloat16 where a kernel
+    """The dtype of activations where weights have this one: the same, but float32 for bfloat16 where a kernel
     multiplies the two, which is as fast and more exact."""
     on_cpu = devices_of(placement)[0].platform == "cpu"
     wide = on_cpu and dtype == ml_dtypes.bfloat16 and multiplies("float32", "bfloat16")

@@ -38,8 +38,8 @@ class AbstractModel:
     """What derives from the one declaration of the weights in the modules.
 
     declared, declared_module: what the architecture makes of config.json.
-    dtype: of activations, of the cache and of vectors.
-    weight_dtype: of weights that are not quantized.
+    dtype: of activations and of vectors.
+    weight_dtype: of weights that are not quantized, and of keys and values unless asked otherwise.
     quantization: as it was asked for.
     params: a record of each weight, by name; NAME is the array that has its values, NAME_scale its scales.
     """

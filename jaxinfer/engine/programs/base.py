@@ -45,7 +45,8 @@ def cache_layout(
 ) -> CacheLayout:
     """How what the model's layers keep is kept there. Raises ValueError if that attention is not to be had."""
     specs = [spec if spec and spec.owner is None else None for spec in model.cache_specs]
-    kinds = {spec: LayerLayout.of(spec, model.dtype, placement, attention, kv_cache_dtype) for spec in specs if spec}
+    asked = model.dtype, placement, attention, kv_cache_dtype, model.weight_dtype
+    kinds = {spec: LayerLayout.of(spec, *asked) for spec in specs if spec}
     owners = [(i, spec.owner) for i, spec in enumerate(model.cache_specs) if spec]
     shared = tuple((i, owner) for i, owner in owners if owner is not None)
     return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context, shared)

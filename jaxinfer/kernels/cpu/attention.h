@@ -32,46 +32,66 @@ inline void capped(const Attention& a, float* scores, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) store(scores + i, hyperbolic_tangent(load(scores + i) * a.cap));
 }
 
-// Scores of queries with keys that follow each other: scores[q][k] = queries[q] . keys[k].
+// Scores of some queries with some keys that follow each other: scores[q][k] = queries[q] . keys[k]. Here and below what
+// is inside is a function by itself, or the compiler keeps sums in memory.
+template <int GROUP, int SIZE, class T>
+APART void score_some(const float* const* queries, const T* keys, int64_t dim, float* scores, int64_t span) {
+  Float total[GROUP][SIZE];
+  for (auto& of_query : total)
+    for (Float& x : of_query) x = Float{};
+  for (int64_t i = 0; i < dim; i += LANES) {
+    Float query[GROUP];
+    for (int m = 0; m < GROUP; m++) query[m] = load(queries[m] + i);
+    for (int n = 0; n < SIZE; n++) {
+      const Float key = load(keys + n * dim + i);
+      for (int m = 0; m < GROUP; m++) total[m][n] += key * query[m];
+    }
+  }
+  float found[GROUP * SIZE];
+  sums<GROUP * SIZE>(total[0], found);
+  for (int m = 0; m < GROUP; m++) std::copy_n(found + m * SIZE, SIZE, scores + m * span);
+}
+
+// The same of all.
 template <class T>
 void score(const float* const* queries, int64_t count, const T* keys, int64_t some, int64_t dim, float* scores,
            int64_t span) {
   in_steps<4, 2, 1>(0, count, [&](int64_t first, auto group) {
-    constexpr int GROUP = group;
-    in_steps<std::min(4, LANES / GROUP), 1>(0, some, [&](int64_t k, auto size) {
-      constexpr int SIZE = size;
-      Float total[GROUP][SIZE] = {};
-      for (int64_t i = 0; i < dim; i += LANES)
-        for (int n = 0; n < size; n++) {
-          Float key = load(keys + (k + n) * dim + i);
-          for (int m = 0; m < group; m++) total[m][n] += key * load(queries[first + m] + i);
-        }
-      float found[GROUP * SIZE];
-      sums<GROUP * SIZE>(total[0], found);
-      for (int m = 0; m < group; m++) std::copy_n(found + m * SIZE, SIZE, scores + (first + m) * span + k);
+    in_steps<LANES / std::max<int>(group, 2), 1>(0, some, [&](int64_t k, auto size) {
+      score_some<group, size>(queries + first, keys + k * dim, dim, scores + first * span + k, span);
     });
   });
 }
 
-// out[q] += sum of weights[q][k] * values[k], of values that follow each other.
+// out[q] += sum of weights[q][k] * values[k], of values that follow each other and of as many numbers of them.
+template <int GROUP, int SIZE, class T>
+APART void gather_some(const float* weights, int64_t span, const T* values, int64_t some, int64_t dim, float* const* out,
+                       int64_t from) {
+  Float total[GROUP][SIZE];
+  for (int m = 0; m < GROUP; m++)
+    for (int c = 0; c < SIZE; c++) total[m][c] = load(out[m] + from + c * LANES);
+  for (int64_t k = 0; k < some; k++)
+    for (int c = 0; c < SIZE; c++) {
+      const Float value = load(values + k * dim + from + c * LANES);
+      for (int m = 0; m < GROUP; m++) total[m][c] += value * weights[m * span + k];
+    }
+  for (int m = 0; m < GROUP; m++)
+    for (int c = 0; c < SIZE; c++) store(out[m] + from + c * LANES, total[m][c]);
+}
+
 template <class T>
 void gather(const float* weights, int64_t span, int64_t count, const T* values, int64_t some, int64_t dim,
             float* const* out) {
   in_steps<4, 2, 1>(0, count, [&](int64_t first, auto group) {
     in_steps<4, 1>(0, dim / LANES, [&](int64_t chunk, auto size) {
-      constexpr int GROUP = group, SIZE = size;
-      Float total[GROUP][SIZE];
-      for (int m = 0; m < group; m++)
-        for (int c = 0; c < size; c++) total[m][c] = load(out[first + m] + (chunk + c) * LANES);
-      for (int64_t k = 0; k < some; k++)
-        for (int c = 0; c < size; c++) {
-          Float value = load(values + k * dim + (chunk + c) * LANES);
-          for (int m = 0; m < group; m++) total[m][c] += value * weights[(first + m) * span + k];
-        }
-      for (int m = 0; m < group; m++)
-        for (int c = 0; c < size; c++) store(out[first + m] + (chunk + c) * LANES, total[m][c]);
+      gather_some<group, size>(weights + first * span, span, values, some, dim, out + first, chunk * LANES);
     });
   });
+}
+
+// Where key k of a row is, of all [pages, kv_heads, page_size].
+INLINE int64_t on_page(const Attention& a, int64_t row, int64_t head, int64_t k) {
+  return (a.pages[row * a.table + k / a.page_size] * a.kv_heads + head) * a.page_size + k % a.page_size;
 }
 
 // Calls `call(k, at, some)` for keys [start, stop) of a row in runs of those that are evenly apart, on a page or in the
@@ -81,9 +101,16 @@ INLINE void in_runs(const Attention& a, int64_t row, int64_t head, int64_t start
   if (!a.pages) return call(start, (a.q_start[row] + start) * a.kv_heads + head, stop - start);
   for (int64_t k = start, some; k < stop; k += some) {
     some = std::min(stop - k, a.page_size - k % a.page_size);
-    const int64_t page = a.pages[row * a.table + k / a.page_size];
-    call(k, (page * a.kv_heads + head) * a.page_size + k % a.page_size, some);
+    call(k, on_page(a, row, head, k), some);
   }
+}
+
+// Fetches the page that has key k of a row, if that is before `stop`.
+template <class T>
+INLINE void fetch_page(const Attention& a, const T* x, int64_t row, int64_t head, int64_t k, int64_t stop) {
+  if (k >= stop) return;
+  const char* from = (const char*)(x + on_page(a, row, head, k / a.page_size * a.page_size) * a.dim);
+  for (size_t line = 0; line < a.page_size * a.dim * sizeof(T); line += 64) __builtin_prefetch(from + line);
 }
 
 // ---- one token: lanes run along the head.
@@ -106,6 +133,7 @@ void attend(const Attention& a, const T* keys, const T* values, int64_t row, int
   }
   in_runs(a, row, head, start, stop, [&](int64_t k, int64_t at, int64_t some) {
     float* to = scores + k - start;
+    k + some < stop ? fetch_page(a, keys, row, head, k + some, stop) : fetch_page(a, values, row, head, start, stop);
     score(queries, a.group, keys + at * a.dim, some, a.dim, to, span);
     if (a.k_scales)
       for (int64_t i = 0; i < a.group; i++)
@@ -129,6 +157,7 @@ void attend(const Attention& a, const T* keys, const T* values, int64_t row, int
   }
   in_runs(a, row, head, start, stop, [&](int64_t k, int64_t at, int64_t some) {
     float* weights = scores + k - start;
+    fetch_page(a, values, row, head, k + some, stop);
     if (a.v_scales)
       for (int64_t i = 0; i < a.group; i++)
         for (int64_t n = 0; n < some; n++) weights[i * span + n] *= a.v_scales[at + n];

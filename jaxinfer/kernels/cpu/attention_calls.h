@@ -81,7 +81,7 @@ ffi::Error attention(ffi::ThreadPool pool, float scale, float soft_cap, int64_t 
     return ffi::Error::Success();
   };
   if (keys.element_type() == ffi::DataType::F32) return with(attend<float, float>);
-  if (keys.element_type() == ffi::DataType::BF16) return with(attend<float, bf16>);
+  if (keys.element_type() == ffi::DataType::U16) return with(attend<float, bf16>);  // its bits
   if (keys.element_type() == ffi::DataType::S8) return with(attend<float, int8_t>);
   return wrong("jaxinfer_attention: there is none for keys of this type");
 }
