@@ -118,8 +118,12 @@ def typed_heads(fields: ConfigReader, types: Sequence[str]) -> dict[str, Heads]:
         overrides = per_layer_overrides(fields, len(types))
     else:
         full = {"head_dim": fields.integer("global_head_dim", 512)}
+        if full["head_dim"] % 2:
+            raise fields.error("global_head_dim", "rotary embeddings need an even number")
         if fields.boolean("attention_k_eq_v", False) and fields.data.get("num_global_key_value_heads") is not None:
-            full["num_key_value_heads"] = fields.integer("num_global_key_value_heads")
+            full["num_key_value_heads"] = shared = fields.integer("num_global_key_value_heads")
+            if heads % shared:
+                raise fields.error("num_global_key_value_heads", f"it must divide num_attention_heads, {heads}")
         overrides = {i: full for i, kind in enumerate(types) if kind == FULL}
     for i, kind in enumerate(types):
         reader = ConfigReader({**fields.data, **overrides.get(i, {})}, fields.where)
@@ -150,7 +154,7 @@ def owners_of(fields: ConfigReader, types: Sequence[str]) -> tuple[int, ...]:
     shared = fields.integer("num_kv_shared_layers", 0, minimum=0)
     first = len(types) - shared
     if not set(types) <= set(types[: max(first, 0)]):
-        problem = f"of the {len(types)} layers, those before them must have each type of layer: {', '.join(types)}"
+        problem = f"of the {len(types)} layers, those before them must have each of layer_types: {', '.join(types)}"
         raise fields.error("num_kv_shared_layers", problem)
     last = {kind: i for i, kind in enumerate(types[:first])}
     return (*range(first), *(last[kind] for kind in types[first:]))

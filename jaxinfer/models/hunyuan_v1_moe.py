@@ -36,7 +36,7 @@ def of_layers(fields: ConfigReader, name: str, default: int, layers: int) -> tup
     if not isinstance(values, list):
         return (fields.integer(name, default),) * layers
     if len(values) != layers:
-        raise fields.error(name, f"it must be an integer, or a list of {layers}, one for each layer")
+        raise fields.error(name, f"it must be an integer, or a list of {layers}, one a layer (num_hidden_layers)")
     items = ConfigReader({f"{name}[{i}]": value for i, value in enumerate(values)}, fields.where)
     return tuple(items.integer(item) for item in items.data)
 

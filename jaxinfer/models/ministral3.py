@@ -48,7 +48,7 @@ def parse(reader: ConfigReader) -> DecoderConfig:
     head_dim = reader.integer("head_dim", reader.integer("hidden_size") // reader.integer("num_attention_heads"))
     rope, context = rope_of(reader, head_dim)
     windows = windows_of(reader, layers, window)
-    said = data.get("rope_parameters") or data["rope_scaling"]
+    said = data.get("rope_parameters") or data.get("rope_scaling") or {}
     scaling = ConfigReader(said, f"{reader.where}: rope_parameters")
     temperature = Temperature(
         scaling.number("llama_4_scaling_beta", 0.0, above=False),

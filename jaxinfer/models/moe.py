@@ -17,7 +17,7 @@ from jaxinfer.layers.experts import SparseMLP
 from jaxinfer.layers.mlp import ClampedSwiGLU
 from jaxinfer.layers.router import Routing
 from jaxinfer.models.causal import SmoothingPairs
-from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.config import ConfigReader, ModelConfig, listed_layers
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, DecoderLayer
 from jaxinfer.models.sources import OneOf, Part, Source, Stack, Tensor, Transposed
 from jaxinfer.models.weights import ParamMapping, spelled
@@ -82,7 +82,7 @@ def grouped_routing(fields: ConfigReader) -> Routing:
     if kept > groups:
         raise fields.error("topk_group", f"there are {groups} groups (n_group)")
     if chosen > kept * (count // groups):
-        raise fields.error("num_experts_per_tok", f"{kept} groups have {kept * (count // groups)} experts")
+        raise fields.error("num_experts_per_tok", f"{kept} groups (topk_group) have {kept * (count // groups)} experts")
     return Routing(
         count,
         chosen,
@@ -98,10 +98,7 @@ def grouped_routing(fields: ConfigReader) -> Routing:
 
 def sparse_layers(fields: ConfigReader, layers: int) -> tuple[bool, ...]:
     """Each `decoder_sparse_step`-th layer has experts, but for those in `mlp_only_layers`."""
-    step, dense = fields.integer("decoder_sparse_step", 1), fields.data.get("mlp_only_layers")
-    dense = [] if dense is None else dense
-    if not isinstance(dense, list) or not all(type(i) is int and 0 <= i < layers for i in dense):
-        raise fields.error("mlp_only_layers", f"it must be a list of layers, from 0 to {layers - 1}")
+    step, dense = fields.integer("decoder_sparse_step", 1), listed_layers(fields, "mlp_only_layers", layers) or ()
     return tuple((i + 1) % step == 0 and i not in dense for i in range(layers))
 
 
