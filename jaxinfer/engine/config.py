@@ -61,7 +61,7 @@ class EngineConfig(TypedDict, total=False):
             help="Of keys and values; auto, as without it: that of activations; on TPU fp8.",
             details="of keys and values: `int8` or `fp8` (e4m3), with a scale for each token and head; `auto` is the "
             "dtype of activations. On TPUs `fp8` alone, without scales and clipped to 448, as the kernel has it, where "
-            "a device has more than one key/value head",
+            "a device has more than one key/value head; models without attention have none",
             shapes_programs=True,
         ),
     ]

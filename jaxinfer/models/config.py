@@ -120,6 +120,10 @@ class ConfigReader:
         known = "" if default is None else f" (by default {default!r:.80})"
         return f"{'null' if name in self._file else 'missing'}{known}"
 
+    def named(self, name: str) -> str:
+        """The field with that, where it is the reason for what is wrong with another."""
+        return f"{name}, {self.said(name)}"
+
     def _value(self, name: str, default: Any) -> Any:
         value = self.data.get(name)
         if value is None:
@@ -380,7 +384,7 @@ def layer_types_of(
     if types is None:
         return tuple(FULL if is_full(i) else other for i in range(num_layers))
     if not isinstance(types, list) or len(types) != num_layers:
-        raise fields.error(name, f"it must list one kind for each of the {num_layers} layers (num_hidden_layers)")
+        raise fields.error(name, f"it must list one kind for each layer of {fields.named('num_hidden_layers')}")
     types = [spellings.get(t, t) if isinstance(t, str) else t for t in types]
     unknown = sorted({str(t) for t in types} - {FULL, other})
     if unknown:

@@ -27,7 +27,7 @@ def parse(fields: ConfigReader) -> MoeConfig:
     experts = fields.integer("moe_num_experts", 64, maximum=MAX_EXPERTS)
     chosen = fields.integer("moe_k", 6)
     if chosen > experts:
-        raise fields.error("moe_k", f"there are {experts} experts (moe_num_experts)")
+        raise fields.error("moe_k", f"it must be at most {fields.named('moe_num_experts')}")
     size = fields.integer("moe_intermediate_size", 1536)
     least = fields.number("moe_norm_min", 1e-12)
     return moe_config(

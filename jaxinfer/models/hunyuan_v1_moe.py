@@ -55,7 +55,7 @@ def parse(fields: ConfigReader) -> HunYuanMoeConfig:
     experts = fields.integer("num_experts", 1, maximum=MAX_EXPERTS)
     top_k = of_layers(fields, "moe_topk", 1, base.num_layers)
     if max(top_k) > experts:
-        raise fields.error("moe_topk", f"there are {experts} experts (num_experts)")
+        raise fields.error("moe_topk", f"it must be at most {fields.named('num_experts')}")
     config = moe_config(
         base,
         routing=Routing(experts, max(top_k), normalized=True),

@@ -99,7 +99,7 @@ def parse(fields: ConfigReader) -> MambaConfig:
     heads, size = fields.integer("num_heads", 128), fields.integer("head_dim", 64)
     inner = fields.integer("expand", 2) * fields.integer("hidden_size")
     if heads * size != inner:
-        product = f"its product with head_dim, {fields.said('head_dim')}, must be expand * hidden_size, {inner}"
+        product = f"its product with {fields.named('head_dim')}, must be expand * hidden_size, {inner}"
         raise fields.error("num_heads", product)
     bias = fields.boolean("use_bias", False)
     mixer = Mamba2Config(

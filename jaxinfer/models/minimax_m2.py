@@ -20,7 +20,7 @@ def parse(fields: ConfigReader) -> MoeConfig:
     if fields.data.get("rotary_dim") is not None:
         turning, size = fields.integer("rotary_dim"), fields.integer("head_dim")
         if turning > size or turning % 2:
-            raise fields.error("rotary_dim", f"it must be an even number, at most head_dim, {fields.said('head_dim')}")
+            raise fields.error("rotary_dim", f"it must be an even number, at most {fields.named('head_dim')}")
         fields = fields.with_absent(partial_rotary_factor=turning / size)
     base = decoder_config(fields, default_kv_heads=8, default_partial=1.0, qk_norm=True)
     return moe_config(

@@ -64,7 +64,7 @@ def routing_of(fields: ConfigReader, experts: tuple[str, int], top_k: int, **mor
     count = fields.integer(name, experts[1], maximum=MAX_EXPERTS)
     chosen = fields.integer("num_experts_per_tok", top_k)
     if chosen > count:
-        raise fields.error("num_experts_per_tok", f"there are {count} experts ({name})")
+        raise fields.error("num_experts_per_tok", f"it must be at most {fields.named(name)}")
     return Routing(count, chosen, **more)
 
 
@@ -76,13 +76,15 @@ def grouped_routing(fields: ConfigReader) -> Routing:
     count = fields.integer(experts, maximum=MAX_EXPERTS)
     groups = fields.integer("n_group", 1)
     if count % groups or count // groups < 2:
-        raise fields.error("n_group", f"it must divide {count} experts ({experts}) into groups of two and more")
+        raise fields.error("n_group", f"it must divide {fields.named(experts)}, into groups of two and more")
     kept = fields.integer("topk_group", 1)
     chosen = fields.integer("num_experts_per_tok")
     if kept > groups:
-        raise fields.error("topk_group", f"there are {groups} groups (n_group)")
+        raise fields.error("topk_group", f"it must be at most {fields.named('n_group')}")
     if chosen > kept * (count // groups):
-        raise fields.error("num_experts_per_tok", f"{kept} groups (topk_group) have {kept * (count // groups)} experts")
+        raise fields.error(
+            "num_experts_per_tok", f"{fields.named('topk_group')}, leaves {kept * (count // groups)} experts"
+        )
     return Routing(
         count,
         chosen,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import typing
 
 import pytest
@@ -155,13 +156,23 @@ def test_fields_of_all_families(family):
         text = {name: value for name, value in (inside | change).items() if value is not ...}
         parse_config({"model_type": family} | ({**good, "text_config": text} if "text_config" in good else text))
 
-    parse()
+    def problem_of(change):
+        try:
+            parse(**change)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert not problem_of({})
     with pytest.raises(ValueError, match="per_layer_config is "):
         parse(per_layer_config={"0": {"hidden_act": "relu"}})
     for field in own:
         if field.name in (*INERT, *FIXED, *UNREAD.get(family, ())):
             continue
         others = WITHOUT.get(field.name, {})
+        for value in (None, ...):  # which defaults may not go with the rest
+            text = problem_of({field.name: value})
+            assert not text or re.search(rf"\b{field.name}\b.* (null|missing)\b", text)
         for value in BAD_VALUES[kind_of(field)]:
             if (field.name, value) in LEGAL:
                 continue
@@ -204,7 +215,11 @@ OF_LAYERS = "it must be a list of layers, from 0 to 1 (num_hidden_layers)"
         ("llama", {"num_hidden_layers": None}, "num_hidden_layers is null: it must be an integer from 1 to 1000"),
         ("mistral", {"num_key_value_heads": ...}, "num_key_value_heads is missing (by default 8): it must divide"),
         ("qwen2_vl", {"num_attention_heads": ...}, "it must be at least num_attention_heads, missing (by default 64)"),
-        ("olmoe", {"num_experts": 4}, "num_experts_per_tok is missing (by default 8): there are 4 experts"),
+        (
+            "olmoe",
+            {"num_experts": 4},
+            "num_experts_per_tok is missing (by default 8): it must be at most num_experts, 4",
+        ),
         ("bamba", {"mamba_n_heads": None}, "mamba_n_heads is null (by default 128): its product with"),
         ("bamba", {"mamba_n_heads": ..., "mamba_d_head": None}, "is missing (by default 128): it must divide mamba"),
         ("bamba", {"mamba_n_heads": None, "mamba_d_head": "auto"}, "is null (by default 128): it must divide"),

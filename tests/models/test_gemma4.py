@@ -78,7 +78,7 @@ def test_layers_that_read_others():
         ({"layer_types": [FULL] * 2, "per_layer_config": {"0": {"head_dim": 8}}}, "per_layer_config is .*same for all"),
         ({"rope_parameters": {FULL: {"rope_type": "default"}}, "layer_types": [SLIDING, FULL]}, "rope_parameters is"),
         ({"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 299}, "vocab_size_per_layer_input is 299"),
-        ({**EXPERTS, "top_k_experts": 7}, "top_k_experts is 7: there are 6 experts"),
+        ({**EXPERTS, "top_k_experts": 7}, "top_k_experts is 7: it must be at most num_experts, 6"),
         ({**EXPERTS, "moe_intermediate_size": None}, "moe_intermediate_size is null"),
         ({"model_type": "gemma4_unified_text", "enable_moe_block": True}, "enable_moe_block is True"),
         ({"model_type": "gemma4_unified_text", **INPUTS}, "hidden_size_per_layer_input is 8"),
