@@ -266,7 +266,8 @@ def test_chat_template(model, cli):
         ({"dtype": "int8"}, ["dtype is 'int8'", "float32, bfloat16, float16"]),
         ({"dtype": None}, ["dtype is None"]),
         ({"max_model_len": 257}, ["max_model_len is 257", "at most 256"]),
-        ({"max_model_len": 1}, ["max_model_len is 1", "from 2"]),
+        ({"max_model_len": 1}, ["max_model_len is 1", "at least 2"]),
+        ({"max_model_len": 2**70}, [f"max_model_len is {2**70}", "at most 256"]),
         ({"max_model_len": "100"}, ["max_model_len is '100'"]),
         ({"seed": -1}, ["seed is -1"]),
         ({"seed": 1.5}, ["seed is 1.5"]),
@@ -277,6 +278,7 @@ def test_chat_template(model, cli):
         ({"page_size": 0}, ["page_size is 0"]),
         ({"kv_cache_memory": 0}, ["kv_cache_memory is 0"]),
         ({"kv_cache_memory": 10**13}, ["kv_cache_memory is 10,000,000,000,000", "a device here has"]),
+        ({"kv_cache_memory": 2**70}, [f"kv_cache_memory is {2**70:,}", "a device here has"]),
         # 2 layers x (keys + values) x 2 heads x 8 x 4 bytes are 256 a token, a page of 16 tokens 4096.
         ({"kv_cache_memory": 8191}, ["max_model_len 256", "8,191", "raise kv_cache_memory"]),
         ({"kv_cache_memory": 40_960, "max_model_len": 200}, ["max_model_len 200", "at most 144", "kv_cache_memory"]),

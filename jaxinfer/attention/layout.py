@@ -134,7 +134,10 @@ class CacheLayout:
         """Of these layers; a window or chunk as wide as the longest context is none. Raises ValueError where nothing is
         kept."""
         if not any(layers):
-            raise ValueError("no layer of the model keeps anything of a sequence: jaxinfer runs models that do")
+            raise ValueError(
+                "no layer of the model keeps anything of a sequence, and jaxinfer generates with models that do: "
+                "its config.json must have a layer of attention or with a state"
+            )
 
         def narrow(width: int | None) -> int | None:
             return width if (width or max_context) < max_context else None

@@ -29,8 +29,8 @@ class EngineConfig(TypedDict, total=False):
             help="Of weights and cache; auto, as without it: the checkpoint's, if it is fast here.",
             details="of weights, activations and cache: `float32`, `bfloat16`, `float16`; `auto` is what the "
             "checkpoint says (float16 on GPUs without bfloat16). On CPU `bfloat16` is of matrices and cache, "
-            "activations stay float32 (from 16 tokens a call on, kernels round activations to bfloat16 on the way, so that "
-            "log-probabilities depend a little on how many there are: in `float32` they do not), and `auto` is float32 "
+            "activations stay float32 (from 16 tokens a call on, kernels round activations to bfloat16 on the way, so "
+            "that log-probabilities depend a little on how many there are: in `float32` they do not), and `auto` is float32 "
             "for checkpoints in float16, for meshes that split weights, and where the [CPU "
             "kernels](architecture.md#kernels-for-cpus) are not (`jaxinfer doctor` says it)",
             shapes_programs=True,
@@ -61,7 +61,7 @@ class EngineConfig(TypedDict, total=False):
             help="Of keys and values; auto, as without it: `dtype`; on TPU fp8.",
             details="of keys and values: `float32`, `bfloat16`, or `int8` and `fp8` (e4m3) with a scale for each token "
             "and head; `auto` is `dtype`. On TPUs `fp8` alone, without scales and clipped to 448, as the kernel has "
-            "it, where a device has more than one key/value head",
+            "it, where a device has more than one key/value head; models without attention have none",
             shapes_programs=True,
         ),
     ]

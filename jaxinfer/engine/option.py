@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Option:
     help: a line for the command line.
     details: what the documentation says in its place.
     metavar: as in `--help`.
-    low, high: an integer is in between or one of the two, a float is above low and at most high.
+    low, high: an integer is in between or one of the two, a float is above low and at most high; high may be infinite.
     must_be: what else a value is, in an error.
     check: of the value, in place of one by its type; raises ValueError.
     none_is_default: None may be given for the default, as in vLLM.
@@ -58,7 +59,7 @@ class Option:
     details: str = ""
     metavar: str | None = None
     low: int = 1
-    high: int = 2**63
+    high: float = math.inf
     must_be: str = ""
     check: Callable[[object], None] | None = None
     none_is_default: bool = False
@@ -101,7 +102,7 @@ class Declared:
             fits, wanted = value in self.choices, f"one of {', '.join(self.choices)}"
         elif int in kinds:
             fits = isinstance(value, kinds) and (value is None or (is_number and low <= value <= high))
-            wanted = f"an integer from {low} to {high}"
+            wanted = f"an integer of at least {low}" if high == math.inf else f"an integer from {low} to {high}"
         elif float in kinds:
             fits, wanted = is_number and low < value <= high, f"a number above {low} and at most {high}"
         else:

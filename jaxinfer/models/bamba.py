@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.config import ConfigReader, ModelConfig, listed_layers
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, decoder_config
 from jaxinfer.models.hybrid import MixerLayer, hybrid, smoothing_pairs
 from jaxinfer.models.registry import Architecture
@@ -37,9 +37,8 @@ def parse(fields: ConfigReader) -> DecoderConfig:
     """Layers in `attn_layer_indices` attend. `attention_bias` covers all four projections."""
     bias = fields.boolean("attention_bias", False)
     # Whatever the file says outside of its settings of positions, transformers takes half.
-    given = {name: value for name, value in fields.data.items() if name != "partial_rotary_factor"}
     base = decoder_config(
-        ConfigReader(given, fields.where).with_defaults(max_position_embeddings=262144),
+        fields.with_values(partial_rotary_factor=None).with_defaults(max_position_embeddings=262144),
         default_kv_heads=8,
         default_partial=0.5,
         norm_eps=("rms_norm_eps", 1e-5),
@@ -47,10 +46,7 @@ def parse(fields: ConfigReader) -> DecoderConfig:
         out_bias=bias,
         mlp_bias=fields.boolean("mlp_bias", False),
     )
-    attend = fields.data.get("attn_layer_indices")
-    attend = [] if attend is None else attend
-    if not isinstance(attend, list) or not all(type(i) is int for i in attend):
-        raise fields.error("attn_layer_indices", "it must be a list of layers")
+    attend = listed_layers(fields, "attn_layer_indices", base.num_layers) or ()
     mixer = mamba2_config(fields, base.activation)
     return replace(base, mixers=tuple(None if i in attend else mixer for i in range(base.num_layers)))
 

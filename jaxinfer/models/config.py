@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from jaxinfer.errors import CheckpointError
@@ -16,7 +17,7 @@ from jaxinfer.layers.rotary import Rope
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"  # in layer_types
 LINEAR = "linear_attention"
 PER_LAYER = "per_layer_config"  # other fields for single layers
-_LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
+LARGEST = 2**24  # no dimension of a real model comes near; keeps absurd values from becoming absurd allocations
 MAX_LAYERS = 1000  # each takes time to build, even without its weights
 _LARGEST_NUMBER = 1e15  # nor any other number; float32 must hold what is computed from it, and from what is above 0
 _SMALLEST_NUMBER = 1e-15
@@ -87,27 +88,50 @@ class ConfigReader:
     A field that is absent or null takes the default that transformers gives it.
     """
 
-    def __init__(self, data: Mapping[str, Any], where: str = "config.json"):
+    def __init__(self, data: Mapping[str, Any], where: str = "config.json", file: Mapping[str, Any] | None = None):
+        """data: with the defaults that are known by now; file: what the file says, where that is less."""
         self.data = data
         self.where = where
+        self._file = data if file is None else file
+        self._defaults: dict[str, Any] = {}  # those that were taken so far
 
     def with_defaults(self, **defaults: Any) -> ConfigReader:
         """The same, where fields that are absent or null have these values."""
         given = {name: value for name, value in self.data.items() if value is not None}
-        return ConfigReader({**self.data, **defaults, **given}, self.where)
+        return ConfigReader({**self.data, **defaults, **given}, self.where, self._file)
 
     def with_absent(self, **defaults: Any) -> ConfigReader:
         """The same, where fields that are absent have these values: null means something else."""
-        return ConfigReader({**defaults, **self.data}, self.where)
+        return ConfigReader({**defaults, **self.data}, self.where, self._file)
+
+    def with_values(self, **values: Any) -> ConfigReader:
+        """The same, where these fields have these values."""
+        return ConfigReader({**self.data, **values}, self.where, self._file)
 
     def error(self, name: str, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {name} is {self.data.get(name)!r:.100}: {problem}")
+        return CheckpointError(f"{self.where}: {name} is {self.said(name)}: {problem}")
 
-    def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = _LARGEST) -> int:
+    def said(self, name: str) -> str:
+        """What a field has, for errors; where the file says nothing, that, and which default was taken."""
         value = self.data.get(name)
-        value = default if value is None else value
+        if self._file.get(name) is not None:
+            return f"{value!r:.100}"
+        default = self._defaults.get(name) if value is None else value
+        known = "" if default is None else f" (by default {default!r:.80})"
+        return f"{'null' if name in self._file else 'missing'}{known}"
+
+    def named(self, name: str) -> str:
+        """The field with that, where it is the reason for what is wrong with another."""
+        return f"{name}, {self.said(name)}"
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self.data.get(name)
         if value is None:
-            raise CheckpointError(f"{self.where}: {name} is missing: it must be an integer from {minimum} to {maximum}")
+            self._defaults[name] = value = default
+        return value
+
+    def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = LARGEST) -> int:
+        value = self._value(name, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
@@ -116,10 +140,9 @@ class ConfigReader:
 
     def number(self, name: str, default: float | None = None, minimum: float = 0.0, above: bool = True) -> float:
         """A number above `minimum` (or, with above=False, equal to it too)."""
-        value = self.data.get(name)
-        value = default if value is None else value
+        value = self._value(name, default)
         if value is None:
-            raise CheckpointError(f"{self.where}: {name} is missing: it must be a number")
+            raise self.error(name, "it must be a number")
         fine = isinstance(value, int | float) and not isinstance(value, bool) and minimum <= value <= _LARGEST_NUMBER
         if not fine or (above and value == minimum) or 0 < value < _SMALLEST_NUMBER:
             lowest = minimum or _SMALLEST_NUMBER if above else minimum
@@ -136,15 +159,13 @@ class ConfigReader:
         return tuple(items.number(item) for item in items.data)
 
     def boolean(self, name: str, default: bool) -> bool:
-        value = self.data.get(name)
-        value = default if value is None else value
+        value = self._value(name, default)
         if not isinstance(value, bool):
             raise self.error(name, "it must be true or false")
         return value
 
     def choice(self, name: str, default: str, known: Sequence[str]) -> str:
-        value = self.data.get(name)
-        value = default if value is None else value
+        value = self._value(name, default)
         if value not in known:
             raise self.error(name, f"supported are {', '.join(known)}")
         return str(value)
@@ -180,8 +201,10 @@ def rope_of(
         raise rope.error("partial_rotary_factor", "it must be at most 1")
     dim = int(head_dim * share)
     if dim % 2 or not dim:
+        origin = "" if fields.data.get("head_dim") is not None else " (hidden_size // num_attention_heads)"
         part = "" if share == 1 else f", of which partial_rotary_factor {share:g} leaves {dim}"
-        raise ValueError(f"{fields.where}: head_dim is {head_dim}{part}: rotary embeddings need an even number")
+        problem = f"head_dim is {head_dim}{origin}{part}: rotary embeddings need an even number"
+        raise CheckpointError(f"{fields.where}: {problem}")
     scaled, context = _scaled_rope(rope, dim, context)
     return replace(scaled, interleaved=interleaved), context
 
@@ -294,8 +317,8 @@ def _longrope(rope: ConfigReader, dim: int, theta: float, context: int) -> tuple
 
 
 def _stretched(rope: ConfigReader, context: float) -> int:
-    if context > _LARGEST:
-        raise rope.error("factor", f"a context of {context:.0f} tokens is more than {_LARGEST}")
+    if context > LARGEST:
+        raise rope.error("factor", f"a context of {context:.0f} tokens is more than {LARGEST}")
     return int(context)
 
 
@@ -325,7 +348,8 @@ def windows_of(fields: ConfigReader, num_layers: int, window: int | None, first:
         return tuple(window if i >= first else None for i in range(num_layers))
     types = layer_types_of(fields, num_layers)
     if SLIDING in types and window is None:
-        raise fields.error("layer_types", "it names sliding_attention but no sliding_window is in use")
+        problem = "it names sliding_attention but no sliding_window is in use (use_sliding_window)"
+        raise fields.error("layer_types", problem)
     return tuple(window if t == SLIDING else None for t in types)
 
 
@@ -347,15 +371,32 @@ def typed_windows(fields: ConfigReader, types: Sequence[str]) -> tuple[int | Non
 
 
 def layer_types_of(
-    fields: ConfigReader, num_layers: int, is_full: Callable[[int], bool] = lambda _: True, other: str = SLIDING
+    fields: ConfigReader,
+    num_layers: int,
+    is_full: Callable[[int], bool] = lambda _: True,
+    other: str = SLIDING,
+    name: str = "layer_types",
+    spellings: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[str, ...]:
-    """FULL or other for each layer: by `layer_types` where given, else by what `is_full` says of its number."""
-    types = fields.data.get("layer_types")
+    """FULL or other for each layer: by the field `name` where given, else by what `is_full` says of its number.
+    spellings: older ones of the kinds."""
+    types = fields.data.get(name)
     if types is None:
         return tuple(FULL if is_full(i) else other for i in range(num_layers))
     if not isinstance(types, list) or len(types) != num_layers:
-        raise fields.error("layer_types", f"it must list one kind for each of the {num_layers} layers")
+        raise fields.error(name, f"it must list one kind for each layer of {fields.named('num_hidden_layers')}")
+    types = [spellings.get(t, t) if isinstance(t, str) else t for t in types]
     unknown = sorted({str(t) for t in types} - {FULL, other})
     if unknown:
-        raise fields.error("layer_types", f"{', '.join(unknown)} is not supported, only {FULL} and {other}")
+        raise fields.error(name, f"{', '.join(unknown)} is not supported, only {FULL} and {other}")
     return tuple(types)
+
+
+def listed_layers(fields: ConfigReader, name: str, num_layers: int) -> list[int] | None:
+    """A list of numbers of layers; None where nothing is said."""
+    listed = fields.data.get(name)
+    if listed is None:
+        return None
+    if not isinstance(listed, list) or not all(type(i) is int and 0 <= i < num_layers for i in listed):
+        raise fields.error(name, f"it must be a list of layers, from 0 to {num_layers - 1} (num_hidden_layers)")
+    return listed

@@ -125,9 +125,13 @@ def decoder_config(
     heads = fields.integer("num_attention_heads")
     derived = {"num_key_value_heads": heads, "head_dim": hidden // heads}  # what null means, whatever the default
     absent = fields.with_absent(num_key_value_heads=default_kv_heads, head_dim=default_head_dim)
+    if hidden < heads and absent.data.get("head_dim") is None:
+        problem = f"without head_dim it must be at least {fields.named('num_attention_heads')}"
+        raise fields.error("hidden_size", problem)
     kv_heads, head_dim = (absent.integer(name, value) for name, value in derived.items())
     if heads % kv_heads:
-        raise fields.error("num_key_value_heads", f"it must divide num_attention_heads, {heads}")
+        problem = f"it must divide {fields.named('num_attention_heads')}"
+        raise absent.error("num_key_value_heads", problem)
     layers = num_layers(fields)
     if "ropes" not in more:
         rope, context = rope_of(fields, head_dim, interleaved=interleaved, default_partial=default_partial)

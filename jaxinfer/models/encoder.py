@@ -116,7 +116,9 @@ def encoder_config(
 
     hidden, heads, layers = integer("hidden_size"), integer("num_attention_heads"), integer(LAYERS, MAX_LAYERS)
     if hidden % heads:
-        raise fields.error(names.get("hidden_size", "hidden_size"), f"it must be a multiple of {heads} attention heads")
+        of = names.get("num_attention_heads", "num_attention_heads")
+        problem = f"it must be a multiple of {fields.named(of)}"
+        raise fields.error(names.get("hidden_size", "hidden_size"), problem)
     positions = integer("max_position_embeddings")
     context = positions if after_padding is None else positions - after_padding - 1
     if context < 1:

@@ -20,14 +20,14 @@ def parse(fields: ConfigReader) -> MoeConfig:
     bias = fields.boolean("use_bias", False)
     base = replace(parse_dense(fields, kv_heads=4, head_dim=None), head_bias=bias)
     if bias and base.tie_word_embeddings:
-        raise fields.error("use_bias", "a head that is the embedding has no bias here")
+        raise fields.error("use_bias", "a head that is the embedding (tie_word_embeddings) has no bias here")
     first, last = fields.integer("moe_layer_start_index", 1, minimum=0), fields.integer("moe_layer_end_index", -1, -1)
     every = fields.integer("moe_layer_interval", 1)
     last = base.num_layers - 1 if last == -1 else last
     experts = fields.integer("moe_num_experts", 64, maximum=MAX_EXPERTS)
     chosen = fields.integer("moe_k", 6)
     if chosen > experts:
-        raise fields.error("moe_k", f"there are {experts} experts (moe_num_experts)")
+        raise fields.error("moe_k", f"it must be at most {fields.named('moe_num_experts')}")
     size = fields.integer("moe_intermediate_size", 1536)
     least = fields.number("moe_norm_min", 1e-12)
     return moe_config(

@@ -118,14 +118,20 @@ def typed_heads(fields: ConfigReader, types: Sequence[str]) -> dict[str, Heads]:
         overrides = per_layer_overrides(fields, len(types))
     else:
         full = {"head_dim": fields.integer("global_head_dim", 512)}
+        if full["head_dim"] % 2:
+            raise fields.error("global_head_dim", "rotary embeddings need an even number")
         if fields.boolean("attention_k_eq_v", False) and fields.data.get("num_global_key_value_heads") is not None:
-            full["num_key_value_heads"] = fields.integer("num_global_key_value_heads")
+            full["num_key_value_heads"] = shared = fields.integer("num_global_key_value_heads")
+            if heads % shared:
+                problem = f"it must divide {fields.named('num_attention_heads')}"
+                raise fields.error("num_global_key_value_heads", problem)
         overrides = {i: full for i, kind in enumerate(types) if kind == FULL}
     for i, kind in enumerate(types):
-        reader = ConfigReader({**fields.data, **overrides.get(i, {})}, fields.where)
+        reader = fields.with_values(**overrides.get(i, {}))
         kv_heads, head_dim = reader.integer("num_key_value_heads"), reader.integer("head_dim")
         if heads % kv_heads:
-            raise reader.error("num_key_value_heads", f"of {kind} it must divide num_attention_heads, {heads}")
+            problem = f"of {kind} it must divide {fields.named('num_attention_heads')}"
+            raise reader.error("num_key_value_heads", problem)
         if found.setdefault(kind, (kv_heads, head_dim)) != (kv_heads, head_dim):
             raise fields.error(PER_LAYER, f"it must be the same for all layers of a type, and layer {i} is another")
     return found
@@ -150,8 +156,8 @@ def owners_of(fields: ConfigReader, types: Sequence[str]) -> tuple[int, ...]:
     shared = fields.integer("num_kv_shared_layers", 0, minimum=0)
     first = len(types) - shared
     if not set(types) <= set(types[: max(first, 0)]):
-        problem = f"of the {len(types)} layers, those before them must have each type of layer: {', '.join(types)}"
-        raise fields.error("num_kv_shared_layers", problem)
+        kinds = f"each kind in {fields.named('layer_types')}: {', '.join(dict.fromkeys(types))}"
+        raise fields.error("num_kv_shared_layers", f"of the {len(types)} layers, those before them must have {kinds}")
     last = {kind: i for i, kind in enumerate(types[:first])}
     return (*range(first), *(last[kind] for kind in types[first:]))
 
@@ -182,7 +188,7 @@ def per_layer_vocab(fields: ConfigReader) -> int:
     """Tokens that layers have an input of their own for: no fewer than there are."""
     tokens, vocab = fields.integer("vocab_size_per_layer_input", 262144), fields.integer("vocab_size")
     if tokens < vocab:
-        raise fields.error("vocab_size_per_layer_input", f"it must be at least vocab_size, {vocab}")
+        raise fields.error("vocab_size_per_layer_input", f"it must be at least {fields.named('vocab_size')}")
     return tokens
 
 
@@ -190,5 +196,5 @@ def routing_of(fields: ConfigReader) -> Routing:
     """Shares of a token's experts add up to one."""
     experts, top_k = fields.integer("num_experts", maximum=MAX_EXPERTS), fields.integer("top_k_experts")
     if top_k > experts:
-        raise fields.error("top_k_experts", f"there are {experts} experts (num_experts)")
+        raise fields.error("top_k_experts", f"it must be at most {fields.named('num_experts')}")
     return Routing(experts, top_k, normalized=True)

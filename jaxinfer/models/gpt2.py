@@ -46,7 +46,7 @@ def parse(fields: ConfigReader) -> GPT2Config:
     hidden, heads = fields.integer("n_embd", 768), fields.integer("n_head", 12)
     layers = fields.integer("n_layer", 12, maximum=MAX_LAYERS)
     if hidden % heads:
-        raise fields.error("n_embd", f"it must be a multiple of n_head, {heads}")
+        raise fields.error("n_embd", f"it must be a multiple of {fields.named('n_head')}")
     scale = (hidden // heads) ** -0.5 if fields.boolean("scale_attn_weights", True) else 1.0
     by_layer = fields.boolean("scale_attn_by_inverse_layer_idx", False)
     return GPT2Config(

@@ -70,15 +70,12 @@ def parse(fields: ConfigReader) -> DecoderConfig:
     """Without `position_embedding_type` "rope" there are no positions. Where `num_local_experts` is 0, `shared_mlp` is
     the MLP."""
     fields.refuse("mlp_bias", False)
-    types = next((t for t in map(fields.data.get, ("layer_types", "layers_block_type")) if t is not None), None)
-    if isinstance(types, list):
-        types = [OLDER.get(t, t) if isinstance(t, str) else t for t in types]
-    fields = ConfigReader({**fields.data, "layer_types": types}, fields.where)
     if fields.integer("num_local_experts", 8, minimum=0):
         base: DecoderConfig = parse_sparse(fields, shared_experts=True, default_shared=1024)
     else:
         base = replace(parse_granite(fields), intermediate_size=fields.integer("shared_intermediate_size", 1024))
-    types = layer_types_of(fields, base.num_layers, lambda _: False, LINEAR)
+    name = "layer_types" if fields.data.get("layer_types") is not None else "layers_block_type"
+    types = layer_types_of(fields, base.num_layers, lambda _: False, LINEAR, name, OLDER)
     mixer = mamba2_config(fields, base.activation)
     turns = fields.choice("position_embedding_type", "nope", ("nope", "rope")) == "rope"
     ropes = base.ropes if turns else (None,) * base.num_layers

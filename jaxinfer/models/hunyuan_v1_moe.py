@@ -36,7 +36,7 @@ def of_layers(fields: ConfigReader, name: str, default: int, layers: int) -> tup
     if not isinstance(values, list):
         return (fields.integer(name, default),) * layers
     if len(values) != layers:
-        raise fields.error(name, f"it must be an integer, or a list of {layers}, one for each layer")
+        raise fields.error(name, f"it must be an integer, or a list of {layers}, one a layer (num_hidden_layers)")
     items = ConfigReader({f"{name}[{i}]": value for i, value in enumerate(values)}, fields.where)
     return tuple(items.integer(item) for item in items.data)
 
@@ -55,7 +55,7 @@ def parse(fields: ConfigReader) -> HunYuanMoeConfig:
     experts = fields.integer("num_experts", 1, maximum=MAX_EXPERTS)
     top_k = of_layers(fields, "moe_topk", 1, base.num_layers)
     if max(top_k) > experts:
-        raise fields.error("moe_topk", f"there are {experts} experts (num_experts)")
+        raise fields.error("moe_topk", f"it must be at most {fields.named('num_experts')}")
     config = moe_config(
         base,
         routing=Routing(experts, max(top_k), normalized=True),

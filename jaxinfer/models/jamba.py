@@ -51,7 +51,8 @@ def parse(fields: ConfigReader) -> MoeConfig:
         period = fields.integer(f"{which}_layer_period", period)
         offset = fields.integer(f"{which}_layer_offset", offset, minimum=0)
         if offset >= period:
-            raise fields.error(f"{which}_layer_offset", f"it must be less than {which}_layer_period, {period}")
+            problem = f"it must be less than {fields.named(f'{which}_layer_period')}"
+            raise fields.error(f"{which}_layer_offset", problem)
         return tuple(i % period == offset for i in range(base.num_layers))
 
     base = decoder_config(fields.with_defaults(max_position_embeddings=262144), default_kv_heads=8)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxinfer.layers.short_convolution import ShortConvolutionConfig
-from jaxinfer.models.config import ConfigReader, ModelConfig, layer_types_of
+from jaxinfer.models.config import FULL, LARGEST, ConfigReader, ModelConfig, layer_types_of, listed_layers
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, decoder_config, num_layers
 from jaxinfer.models.hybrid import MixerLayer, hybrid, part_of, smoothing_pairs
 from jaxinfer.models.registry import Architecture
@@ -45,12 +45,11 @@ def convolution_config(fields: ConfigReader, types: tuple[str, ...], **more: Any
     convolution = ShortConvolutionConfig(
         fields.integer("conv_L_cache", 3, minimum=2), fields.boolean("conv_bias", False)
     )
-    tied = {"tie_word_embeddings": fields.data["tie_embedding"]} if "tie_embedding" in fields.data else {}
-    fields = ConfigReader({**fields.data, **tied, "hidden_act": "silu"}, fields.where)
+    tied = "tie_embedding" if "tie_embedding" in fields.data else "tie_word_embeddings"
+    fields = fields.with_values(tie_word_embeddings=fields.boolean(tied, True), hidden_act="silu")
     return decoder_config(
         fields.with_defaults(max_position_embeddings=128000, rope_theta=1e6),
         default_kv_heads=8,
-        default_tied=True,
         norm_eps=("norm_eps", 1e-5),
         qk_norm=True,
         mixers=tuple(convolution if kind == CONV else None for kind in types),
@@ -62,10 +61,10 @@ def parse(fields: ConfigReader) -> DecoderConfig:
     """Layers attend that `layer_types` or `full_attn_idxs` names, or all. MLPs are as wide as two thirds of what the
     file says, times a factor, and rounded up, unless it says that they are not."""
     layers = num_layers(fields)
-    attend = fields.data.get("full_attn_idxs")
-    if attend is not None and not (isinstance(attend, list) and all(type(i) is int for i in attend)):
-        raise fields.error("full_attn_idxs", "it must be a list of layers")
+    attend = listed_layers(fields, "full_attn_idxs", layers)
     types = layer_types_of(fields, layers, lambda i: attend is None or i in attend, CONV)
+    if attend is not None and {*attend} != (full := {i for i, kind in enumerate(types) if kind == FULL}):
+        raise fields.error("full_attn_idxs", f"layer_types says that {sorted(full)} attend; remove one of the two")
     width = fields.integer(
         "block_ff_dim" if fields.data.get("block_ff_dim") is not None else "intermediate_size", 12288
     )
@@ -74,7 +73,9 @@ def parse(fields: ConfigReader) -> DecoderConfig:
         if fields.data.get("block_ffn_dim_multiplier", 1.0) is not None:
             multiple = fields.integer("block_multiple_of", 256)
             width = -(-int(fields.number("block_ffn_dim_multiplier", 1.0) * width) // multiple) * multiple
-    return convolution_config(ConfigReader({**fields.data, "intermediate_size": width}, fields.where), types)
+            if width > LARGEST:
+                raise fields.error("block_ffn_dim_multiplier", f"MLPs would be {width} wide, and more than {LARGEST}")
+    return convolution_config(fields.with_values(intermediate_size=width), types)
 
 
 def convolution_part(name: str, config: ModelConfig) -> Source | None:

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxinfer.layers.attention import SelfAttention
 from jaxinfer.layers.norm import RMSNorm
 from jaxinfer.layers.temperature import Temperature
-from jaxinfer.models.config import CHUNKED, ConfigReader, ModelConfig, layer_types_of
+from jaxinfer.models.config import CHUNKED, ConfigReader, ModelConfig, layer_types_of, listed_layers
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderLayer, decoder_config, self_attention
 from jaxinfer.models.moe import (
     STACKED,
@@ -81,12 +81,10 @@ class Llama4ForCausalLM(MoeForCausalLM):
 
 def sparse_layers(fields: ConfigReader, layers: int) -> tuple[bool, ...]:
     """Those in `moe_layers` have experts, or else each `interleave_moe_layer_step`-th."""
-    listed = fields.data.get("moe_layers")
+    listed = listed_layers(fields, "moe_layers", layers)
     if listed is None:
         step = fields.integer("interleave_moe_layer_step", 1)
         return tuple((i + 1) % step == 0 for i in range(layers))
-    if not isinstance(listed, list) or not all(type(i) is int and i >= 0 for i in listed):
-        raise fields.error("moe_layers", "it must be a list of layers")
     return tuple(i in listed for i in range(layers))
 
 

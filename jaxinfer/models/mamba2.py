@@ -99,12 +99,13 @@ def parse(fields: ConfigReader) -> MambaConfig:
     heads, size = fields.integer("num_heads", 128), fields.integer("head_dim", 64)
     inner = fields.integer("expand", 2) * fields.integer("hidden_size")
     if heads * size != inner:
-        raise fields.error("num_heads", f"its product with head_dim, {size}, must be expand * hidden_size, {inner}")
+        product = f"its product with {fields.named('head_dim')}, must be expand * hidden_size, {inner}"
+        raise fields.error("num_heads", product)
     bias = fields.boolean("use_bias", False)
     mixer = Mamba2Config(
         heads=heads,
         head_dim=size,
-        groups=groups_of(fields, "n_groups", 8, heads),
+        groups=groups_of(fields, "n_groups", 8, "num_heads", heads),
         state_size=fields.integer("state_size", 128),
         width=fields.integer("conv_kernel", 4, minimum=2),
         activation=fields.choice("hidden_act", "silu", tuple(ACTIVATIONS)),

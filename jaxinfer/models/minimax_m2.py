@@ -18,7 +18,10 @@ def parse(fields: ConfigReader) -> MoeConfig:
     """`rotary_dim` says how many of a head's dimensions turn, where `partial_rotary_factor` does not."""
     fields = fields.with_defaults(rope_theta=5e6, head_dim=128)
     if fields.data.get("rotary_dim") is not None:
-        fields = fields.with_absent(partial_rotary_factor=fields.integer("rotary_dim") / fields.integer("head_dim"))
+        turning, size = fields.integer("rotary_dim"), fields.integer("head_dim")
+        if turning > size or turning % 2:
+            raise fields.error("rotary_dim", f"it must be an even number, at most {fields.named('head_dim')}")
+        fields = fields.with_absent(partial_rotary_factor=turning / size)
     base = decoder_config(fields, default_kv_heads=8, default_partial=1.0, qk_norm=True)
     return moe_config(
         base,

@@ -39,16 +39,17 @@ ROPE: dict[str, Any] = {
 def parse(reader: ConfigReader) -> DecoderConfig:
     """One window is for all layers, whatever `layer_types` says; `rope_parameters` are ROPE where there are none."""
     reader.refuse("layer_types")
-    data = {**DEFAULTS, **reader.data}
-    if data.get("rope_parameters") is None and data.get("rope_scaling") is None:
-        data["rope_parameters"] = ROPE | ({"rope_theta": data["rope_theta"]} if data.get("rope_theta") else {})
-    reader = ConfigReader(data, reader.where)
+    reader = reader.with_absent(**DEFAULTS)
+    if reader.data.get("rope_parameters") is None and reader.data.get("rope_scaling") is None:
+        theta = {"rope_theta": reader.data["rope_theta"]} if reader.data.get("rope_theta") else {}
+        reader = reader.with_values(rope_parameters=ROPE | theta)
+    data = reader.data
     layers = num_layers(reader)
     window = None if data["sliding_window"] is None else reader.integer("sliding_window")
     head_dim = reader.integer("head_dim", reader.integer("hidden_size") // reader.integer("num_attention_heads"))
     rope, context = rope_of(reader, head_dim)
     windows = windows_of(reader, layers, window)
-    said = data.get("rope_parameters") or data["rope_scaling"]
+    said = data.get("rope_parameters") or data.get("rope_scaling") or {}
     scaling = ConfigReader(said, f"{reader.where}: rope_parameters")
     temperature = Temperature(
         scaling.number("llama_4_scaling_beta", 0.0, above=False),

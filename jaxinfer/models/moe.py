@@ -17,7 +17,7 @@ from jaxinfer.layers.experts import SparseMLP
 from jaxinfer.layers.mlp import ClampedSwiGLU
 from jaxinfer.layers.router import Routing
 from jaxinfer.models.causal import SmoothingPairs
-from jaxinfer.models.config import ConfigReader, ModelConfig
+from jaxinfer.models.config import ConfigReader, ModelConfig, listed_layers
 from jaxinfer.models.decoder import IGNORED, DecoderConfig, DecoderForCausalLM, DecoderLayer
 from jaxinfer.models.sources import OneOf, Part, Source, Stack, Tensor, Transposed
 from jaxinfer.models.weights import ParamMapping, spelled
@@ -64,7 +64,7 @@ def routing_of(fields: ConfigReader, experts: tuple[str, int], top_k: int, **mor
     count = fields.integer(name, experts[1], maximum=MAX_EXPERTS)
     chosen = fields.integer("num_experts_per_tok", top_k)
     if chosen > count:
-        raise fields.error("num_experts_per_tok", f"there are {count} experts ({name})")
+        raise fields.error("num_experts_per_tok", f"it must be at most {fields.named(name)}")
     return Routing(count, chosen, **more)
 
 
@@ -76,13 +76,15 @@ def grouped_routing(fields: ConfigReader) -> Routing:
     count = fields.integer(experts, maximum=MAX_EXPERTS)
     groups = fields.integer("n_group", 1)
     if count % groups or count // groups < 2:
-        raise fields.error("n_group", f"it must divide {count} experts ({experts}) into groups of two and more")
+        raise fields.error("n_group", f"it must divide {fields.named(experts)}, into groups of two and more")
     kept = fields.integer("topk_group", 1)
     chosen = fields.integer("num_experts_per_tok")
     if kept > groups:
-        raise fields.error("topk_group", f"there are {groups} groups (n_group)")
+        raise fields.error("topk_group", f"it must be at most {fields.named('n_group')}")
     if chosen > kept * (count // groups):
-        raise fields.error("num_experts_per_tok", f"{kept} groups have {kept * (count // groups)} experts")
+        raise fields.error(
+            "num_experts_per_tok", f"{fields.named('topk_group')}, leaves {kept * (count // groups)} experts"
+        )
     return Routing(
         count,
         chosen,
@@ -98,10 +100,7 @@ def grouped_routing(fields: ConfigReader) -> Routing:
 
 def sparse_layers(fields: ConfigReader, layers: int) -> tuple[bool, ...]:
     """Each `decoder_sparse_step`-th layer has experts, but for those in `mlp_only_layers`."""
-    step, dense = fields.integer("decoder_sparse_step", 1), fields.data.get("mlp_only_layers")
-    dense = [] if dense is None else dense
-    if not isinstance(dense, list) or not all(type(i) is int and 0 <= i < layers for i in dense):
-        raise fields.error("mlp_only_layers", f"it must be a list of layers, from 0 to {layers - 1}")
+    step, dense = fields.integer("decoder_sparse_step", 1), listed_layers(fields, "mlp_only_layers", layers) or ()
     return tuple((i + 1) % step == 0 and i not in dense for i in range(layers))
 
 

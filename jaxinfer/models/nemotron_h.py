@@ -189,15 +189,19 @@ def kinds_of(fields: ConfigReader) -> tuple[str, ...]:
     kinds = [OLDER.get(kind, kind) if isinstance(kind, str) else kind for kind in kinds]
     if unknown := sorted({str(kind) for kind in kinds} - BLOCKS.keys()):
         raise fields.error(name, f"{', '.join(unknown)} is not supported, only {', '.join(BLOCKS)}")
+    if not {LINEAR, FULL} & {*kinds}:
+        raise fields.error(name, f"no layer keeps anything of a sequence; one at least must be {LINEAR} or {FULL}")
+    if fields.data.get("num_hidden_layers") not in (None, len(kinds)):
+        raise fields.error("num_hidden_layers", f"{name} has {len(kinds)} kinds, one for each layer")
     return tuple(kinds)
 
 
 def parse(fields: ConfigReader) -> NemotronHConfig:
     """Time steps are at least `time_step_min`, as transformers has it, whatever `time_step_limit` says."""
     kinds = kinds_of(fields)
-    data = dict(fields.data) | {name: fields.data[old] for name, old in SPELLINGS.items() if old in fields.data}
+    spelling = {name: old if old in fields.data else name for name, old in SPELLINGS.items()}
     absent = {"max_position_embeddings": CONTEXT, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504}
-    fields = ConfigReader({**absent, **data, "num_hidden_layers": len(kinds)}, fields.where)
+    fields = fields.with_absent(**absent).with_values(num_hidden_layers=len(kinds))
     base = decoder_config(
         fields,
         activation_field="mlp_hidden_act",
@@ -212,14 +216,14 @@ def parse(fields: ConfigReader) -> NemotronHConfig:
     mixer = Mamba2Config(
         heads=heads,
         head_dim=fields.integer("mamba_head_dim", 64),
-        groups=groups_of(fields, "n_groups", 8, heads),
+        groups=groups_of(fields, spelling["n_groups"], 8, "mamba_num_heads", heads),
         state_size=fields.integer("ssm_state_size", 128),
-        width=fields.integer("conv_kernel", 4, minimum=2),
+        width=fields.integer(spelling["conv_kernel"], 4, minimum=2),
         activation=fields.choice("mamba_hidden_act", "silu", tuple(ACTIVATIONS)),
-        conv_bias=fields.boolean("use_conv_bias", True),
+        conv_bias=fields.boolean(spelling["use_conv_bias"], True),
         in_bias=bias,
         out_bias=bias,
-        limits=(fields.number("time_step_min", 0.001, above=False), float("inf")),
+        limits=(fields.number(spelling["time_step_min"], 0.001, above=False), float("inf")),
     )
     mixers = tuple(mixer if kind == LINEAR else None for kind in kinds)
     experts = experts_of(fields) if MOE in kinds else {}

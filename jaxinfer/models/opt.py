@@ -57,7 +57,7 @@ def parse(fields: ConfigReader) -> OPTConfig:
     """`_remove_final_layer_norm` is set where a model was tuned without that norm."""
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if hidden % heads:
-        raise fields.error("hidden_size", f"it must be a multiple of num_attention_heads, {heads}")
+        raise fields.error("hidden_size", f"it must be a multiple of {fields.named('num_attention_heads')}")
     layers = num_layers(fields)
     bias, norm_first = fields.boolean("enable_bias", True), fields.boolean("do_layer_norm_before", True)
     return OPTConfig(

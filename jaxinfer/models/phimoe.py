@@ -32,7 +32,7 @@ def parse(fields: ConfigReader) -> MoeConfig:
         base = replace(base, ropes=tuple(rope and replace(rope, long_attention_factor=long) for rope in base.ropes))
     bias, head_bias = (fields.boolean(name, False) for name in ("attention_bias", "lm_head_bias"))
     if head_bias and base.tie_word_embeddings:
-        raise fields.error("lm_head_bias", "a head that is the embedding has no bias here")
+        raise fields.error("lm_head_bias", "a head that is the embedding (tie_word_embeddings) has no bias here")
     jitter = fields.number("router_jitter_noise", 0.01, above=False)
     routing = Routing(base.routing.experts, base.routing.top_k, sparsemixer=jitter)
     return replace(base, routing=routing, qkv_bias=bias, out_bias=bias, head_bias=head_bias)

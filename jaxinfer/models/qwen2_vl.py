@@ -30,12 +30,13 @@ DEFAULTS: dict[str, Any] = {
 
 def of_text(fields: ConfigReader, defaults: dict[str, Any]) -> ConfigReader:
     """With defaults for what is absent, and without what says how images' positions turn."""
-    data = {**defaults, **fields.data}
+    fields = fields.with_absent(**defaults)
     for name in ("rope_scaling", "rope_parameters"):
-        if isinstance(part := data.get(name), dict):
+        if isinstance(part := fields.data.get(name), dict):
             part = {key: value for key, value in part.items() if key not in ("mrope_section", "mrope_interleaved")}
-            data[name] = {k: "default" if k in ("type", "rope_type") and v == "mrope" else v for k, v in part.items()}
-    return ConfigReader(data, fields.where)
+            part = {k: "default" if k in ("type", "rope_type") and v == "mrope" else v for k, v in part.items()}
+            fields = fields.with_values(**{name: part})
+    return fields
 
 
 def parse(fields: ConfigReader) -> DecoderConfig:

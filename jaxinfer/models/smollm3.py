@@ -26,7 +26,7 @@ def turning_layers(fields: ConfigReader) -> list[bool]:
         interval = fields.integer("no_rope_layer_interval", 4)
         return [(i + 1) % interval != 0 for i in range(layers)]
     if not isinstance(listed, list) or len(listed) < layers or any(turns not in (0, 1) for turns in listed):
-        raise fields.error("no_rope_layers", f"it must list a 0 or a 1 for each of the {layers} layers")
+        raise fields.error("no_rope_layers", f"it must list a 0 or a 1 for each layer (num_hidden_layers: {layers})")
     return [bool(turns) for turns in listed[:layers]]
 
 

@@ -34,16 +34,19 @@ def mamba2_config(fields: ConfigReader, activation: str, inner: int | None = Non
     """Of the fields that hybrids have. inner: features of all heads together; None: `mamba_expand` times the model's
     width. more: see Mamba2Config."""
     heads = fields.integer("mamba_n_heads", 128)
+    whole = f"{fields.named('mamba_d_ssm')}"
     if inner is None:
         inner = fields.integer("mamba_expand", 2) * fields.integer("hidden_size")
-    size = fields.data.get("mamba_d_head")
-    size = inner // heads if size in (None, "auto") else fields.integer("mamba_d_head")
-    if size * heads != inner:
-        raise fields.error("mamba_n_heads", f"its product with mamba_d_head, {size}, must be {inner}")
+        whole = f"mamba_expand * hidden_size, {inner}"
+    auto = fields.data.get("mamba_d_head") in (None, "auto")
+    size = inner // heads if auto else fields.integer("mamba_d_head")
+    if size * heads != inner or not size:
+        what = "it must divide" if auto else f"its product with mamba_d_head, {size}, must be"
+        raise fields.error("mamba_n_heads", f"{what} {whole}")
     values: dict[str, Any] = {
         "heads": heads,
         "head_dim": size,
-        "groups": groups_of(fields, "mamba_n_groups", 1, heads),
+        "groups": groups_of(fields, "mamba_n_groups", 1, "mamba_n_heads", heads),
         "state_size": fields.integer("mamba_d_state", 256),
         "width": fields.integer("mamba_d_conv", 4, minimum=2),
         "activation": activation,
@@ -55,11 +58,11 @@ def mamba2_config(fields: ConfigReader, activation: str, inner: int | None = Non
     return Mamba2Config(**(values | more))
 
 
-def groups_of(fields: ConfigReader, name: str, default: int, heads: int) -> int:
-    """How many groups heads are in."""
+def groups_of(fields: ConfigReader, name: str, default: int, of: str, heads: int) -> int:
+    """How many groups heads are in. of: the field that says how many heads there are."""
     groups = fields.integer(name, default)
     if heads % groups:
-        raise fields.error(name, f"it must divide the {heads} heads")
+        raise fields.error(name, f"it must divide {fields.named(of)}")
     return groups
 
 

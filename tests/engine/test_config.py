@@ -70,7 +70,8 @@ def test_what_is_known_of_options():
     [
         ("dtype", ["float16"], ["int8", None], "one of auto, float32, bfloat16, float16"),
         ("quantization", ["int8", {"*": "none"}, None], ["int9", {}, 8], "one of int8, "),
-        ("max_model_len", [2, None], [1, 2.0, True, "8"], "an integer from 2 to 9223372036854775808"),
+        ("max_model_len", [2, None], [1, 2.0, True, "8"], "an integer of at least 2"),
+        ("kv_cache_memory", [1, 2**70, None], [0, 1.5], "an integer of at least 1"),
         ("max_num_seqs", [1, 4096, None], [0, 4097], "an integer from 1 to 4096"),
         ("seed", [0, None], [-1, 2**31, True, 1.0], "an integer from 0 to 2147483647"),
         ("memory_utilization", [1, 0.5], [0, 1.5, float("nan"), True, "0.5", None], "a number above 0 and at most 1"),

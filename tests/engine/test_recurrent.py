@@ -8,9 +8,12 @@ import pytest
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.kernels import cpu
+from jaxinfer.plan.fit import fit, model_of
+from jaxinfer.plan.targets import find_target
 from tests.engine.reference import all_logits, same
 from tests.kernels.test_cpu import needs_them
 from tests.plain import random_tensors, write_checkpoint
+from tests.refusals import line, refusal
 
 DELTA_NETS = {
     "model_type": "qwen3_5_text",
@@ -93,6 +96,19 @@ def test_kernels_of_cpus(llm):
             assert "output_to_operand_aliasing={{0}: (0, {})}" in line
             states = line.split("= (")[1].split("{")[0]
             assert not any(f"= {states}" in line and " copy(" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("name", "value"), [("kv_cache_dtype", "int8"), ("attention", "xla"), ("attention", "pallas")])
+def test_options_of_attention_that_is_not_there(name, value, tmp_path):
+    """Where a layer has it, they are for that one."""
+    problem = f"{name} is {value!r}: no layer of this model keeps keys and values; leave it out"
+    folder = write_checkpoint(tmp_path / "model", ALONE, random_tensors(ALONE))
+    assert refusal(folder, **{name: value}) == problem
+    target = find_target("v5e-1", compiles=False)
+    assert line(lambda: fit(model_of(ALONE, target=target), target, **{name: value})) == problem
+    target = find_target("h100", compiles=False)
+    if value != "pallas":  # for which heads are too small
+        assert fit(model_of(BESIDE, target=target), target, **{name: value})
 
 
 @pytest.mark.slow

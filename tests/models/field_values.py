@@ -158,6 +158,25 @@ def _kinds(*kinds: str, given: bool = False) -> Callable[[Case, dict[str, Any]],
     return values
 
 
+def _kept_kinds(case: Case, fields: dict[str, Any]) -> Any:
+    """One layer at least keeps something of a sequence."""
+    kinds = _kinds(LINEAR, FULL, "moe", "mlp", given=True)(case, fields)
+    return kinds if {LINEAR, FULL} & {*kinds} else [*kinds[:-1], LINEAR]
+
+
+def _convolutions(case: Case, fields: dict[str, Any]) -> Any:
+    """What `full_attn_idxs` says, where that is there too."""
+    types, full = _kinds("conv", FULL)(case, fields), fields["full_attn_idxs"]
+    if types is ABSENT or full is ABSENT or full is None:
+        return types
+    return [FULL if i in full else "conv" for i in range(len(types))]
+
+
+def _moe_layers(case: Case, fields: dict[str, Any]) -> Any:
+    listed = case.pick("moe_layers", (ABSENT, [], [0], [2, 1]))
+    return listed if listed is ABSENT else [i for i in listed if i < fields["num_hidden_layers"]]
+
+
 def _some_layers(case: Case, fields: dict[str, Any]) -> Any:
     layers = fields["num_hidden_layers"]
     return case.pick("some layers", (ABSENT, [0], [layers - 1], list(range(layers))))
@@ -250,7 +269,7 @@ VALUES: dict[str, Values] = {
     "moe_intermediate_size": (16, 8, 41),
     "shared_expert_intermediate_size": (24, 40),
     **dict.fromkeys(("decoder_sparse_step", "interleave_moe_layer_step"), (ABSENT, 1, 2, 3)),
-    "moe_layers": (ABSENT, [], [0], [2, 1]),
+    "moe_layers": _moe_layers,
     "mlp_only_layers": (ABSENT, [], [0]),
     **dict.fromkeys(("router_aux_loss_coef", "router_jitter_noise", "input_jitter_noise"), RATES),
     "clip_qkv": (ABSENT, 0.3, 1.5),
@@ -292,7 +311,7 @@ VALUES: dict[str, Values] = {
     "mlp_multipliers": (ABSENT, [0.6, 0.8], [1.2, 1.7]),
     "ssm_multipliers": (ABSENT, [0.5, 1.3, 0.8, 0.7, 1.4]),
     "position_embedding_type": (ABSENT, "rope"),
-    "layers_block_type": _kinds(LINEAR, FULL, "moe", "mlp", given=True),
+    "layers_block_type": _kept_kinds,
     **dict.fromkeys(("mlp_hidden_act", "mamba_hidden_act"), (ABSENT, *ACTIVATIONS)),
     "mamba_ssm_cache_dtype": (ABSENT, "bfloat16"),
     "moe_shared_expert_intermediate_size": (24, 40),
@@ -357,7 +376,7 @@ OWN_VALUES: dict[tuple[str, str], Values] = {
     **{(family, "head_dim"): (8, 16, 24) for family in DELTA_NETS},
     # Keys get length one, also those of which laplace cancels all digits but a few.
     **{(family, "hidden_act"): tuple(act for act in ACTIVATIONS if act != "laplace") for family in DELTA_NETS},
-    ("lfm2", "layer_types"): _kinds("conv", FULL),
+    ("lfm2", "layer_types"): _convolutions,
     ("lfm2_moe", "layer_types"): _kinds("conv", FULL, given=True),
     ("mamba2", "head_dim"): (4, 8, 2),
     ("jamba", "num_experts"): (4, 1, 5),

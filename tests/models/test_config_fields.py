@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import typing
 
 import pytest
 
+from jaxinfer import CheckpointError
 from jaxinfer.models.registry import model_types, parse_config
 from tests.checkpoints import BASE, GPT2, VARIANTS, rope
 from tests.models.families import variants
@@ -154,13 +156,23 @@ def test_fields_of_all_families(family):
         text = {name: value for name, value in (inside | change).items() if value is not ...}
         parse_config({"model_type": family} | ({**good, "text_config": text} if "text_config" in good else text))
 
-    parse()
+    def problem_of(change):
+        try:
+            parse(**change)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert not problem_of({})
     with pytest.raises(ValueError, match="per_layer_config is "):
         parse(per_layer_config={"0": {"hidden_act": "relu"}})
     for field in own:
         if field.name in (*INERT, *FIXED, *UNREAD.get(family, ())):
             continue
         others = WITHOUT.get(field.name, {})
+        for value in (None, ...):  # which defaults may not go with the rest
+            text = problem_of({field.name: value})
+            assert not text or re.search(rf"\b{field.name}\b.* (null|missing)\b", text)
         for value in BAD_VALUES[kind_of(field)]:
             if (field.name, value) in LEGAL:
                 continue
@@ -191,3 +203,77 @@ def test_fields_that_the_architecture_cannot_do_without(tmp_path):
                     json.dumps({key: value for key, value in good.items() if key != field})
                 )
                 refusal(tmp_path, f"{field} is missing")
+
+
+MAMBA = {"hidden_size": 32, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8}
+OF_LAYERS = "it must be a list of layers, from 0 to 1 (num_hidden_layers)"
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "text"),
+    [
+        ("llama", {"num_hidden_layers": None}, "num_hidden_layers is null: it must be an integer from 1 to 1000"),
+        ("mistral", {"num_key_value_heads": ...}, "num_key_value_heads is missing (by default 8): it must divide"),
+        ("qwen2_vl", {"num_attention_heads": ...}, "it must be at least num_attention_heads, missing (by default 64)"),
+        (
+            "olmoe",
+            {"num_experts": 4},
+            "num_experts_per_tok is missing (by default 8): it must be at most num_experts, 4",
+        ),
+        ("bamba", {"mamba_n_heads": None}, "mamba_n_heads is null (by default 128): its product with"),
+        ("bamba", {"mamba_n_heads": ..., "mamba_d_head": None}, "is missing (by default 128): it must divide mamba"),
+        ("bamba", {"mamba_n_heads": None, "mamba_d_head": "auto"}, "is null (by default 128): it must divide"),
+        ("bamba", {"mamba_n_groups": 3}, "mamba_n_groups is 3: it must divide mamba_n_heads, 8"),
+        ("granitemoehybrid", {"mamba_n_heads": None}, "mamba_n_heads is null (by default 128): its product"),
+        ("granitemoehybrid", {"layers_block_type": ["mamba", "x"]}, "layers_block_type is ['mamba', 'x']: x is not"),
+        ("falcon_h1", {"mamba_d_ssm": ...}, "must be mamba_d_ssm, missing (by default 1024)"),
+        ("mamba2", {"num_heads": None}, "num_heads is null (by default 128): its product with head_dim, missing"),
+        ("jamba", {"attn_layer_offset": None, "attn_layer_period": 2}, "attn_layer_offset is null (by default 4)"),
+        ("jamba", {"attn_layer_offset": 9}, "it must be less than attn_layer_period, missing (by default 8)"),
+        (
+            "qwen3_5_text",
+            {"linear_num_key_heads": None, "linear_num_value_heads": 4},
+            "linear_num_value_heads is 4: linear_num_key_heads, null (by default 16), must divide it",
+        ),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mamba"] * 2, "mamba_n_groups": 3},
+            "mamba_n_groups is 3: it must divide",
+        ),
+        ("nemotron_h", {"layers_block_type": ["moe"]}, "layers_block_type is ['moe']: no layer keeps anything of a"),
+        ("nemotron_h", {"hybrid_override_pattern": "-E"}, "hybrid_override_pattern is '-E': no layer keeps anything"),
+        ("nemotron_h", {"hybrid_override_pattern": "M*", "num_hidden_layers": 3}, "num_hidden_layers is 3: hybrid"),
+        ("bamba", {"attn_layer_indices": [99]}, f"attn_layer_indices is [99]: {OF_LAYERS}"),
+        ("bamba", {"attn_layer_indices": [-1]}, f"attn_layer_indices is [-1]: {OF_LAYERS}"),
+        ("lfm2", {"full_attn_idxs": [9]}, f"full_attn_idxs is [9]: {OF_LAYERS}"),
+        (
+            "lfm2",
+            {"full_attn_idxs": [0], "layer_types": ["conv", "full_attention"]},
+            "full_attn_idxs is [0]: layer_types says that [1] attend; remove one of the two",
+        ),
+        ("lfm2", {"tie_embedding": "yes"}, "tie_embedding is 'yes': it must be true or false"),
+        ("lfm2", {"block_ffn_dim_multiplier": 1e9}, "block_ffn_dim_multiplier is 1000000000.0: MLPs would be"),
+        ("llama4_text", {"moe_layers": [2]}, f"moe_layers is [2]: {OF_LAYERS}"),
+        ("minimax_m2", {"rotary_dim": 7}, "rotary_dim is 7: it must be an even number, at most head_dim, missing (by"),
+        ("gemma4_text", {"global_head_dim": 7}, "global_head_dim is 7: rotary embeddings need an even number"),
+        ("llama", {"head_dim": None, "hidden_size": 28}, "head_dim is 7 (hidden_size // num_attention_heads): rotary"),
+    ],
+)
+def test_errors_say_what_the_file_has(family, fields, text):
+    base = BASE | (MAMBA if family in ("bamba", "granitemoehybrid", "falcon_h1") else {}) | fields
+    with pytest.raises(CheckpointError) as caught:
+        parse_config({"model_type": family} | {name: value for name, value in base.items() if value is not ...})
+    assert text in str(caught.value)
+
+
+def test_layers_that_are_named_twice():
+    both = {"full_attn_idxs": [1], "layer_types": ["conv", "full_attention"]}
+    _, config = parse_config(BASE | {"model_type": "lfm2"} | both)
+    assert [mixer is None for mixer in config.mixers] == [False, True]
+
+
+def test_empty_rope_parameters():
+    """They are those of no scaling, as an absent type is."""
+    data = BASE | {"model_type": "ministral3", "head_dim": 8}
+    plain = parse_config(data | {"rope_parameters": {"rope_type": "default"}})
+    assert parse_config(data | {"rope_parameters": {}}) == plain

@@ -52,7 +52,7 @@ def test_rotary_embeddings_by_type(fields, full, sliding):
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ("gemma2", {"hidden_activation": "swish9"}, "hidden_activation is 'swish9'"),
-        ("gemma2", {"sliding_window": None}, "sliding_window is None: some layers have sliding_attention"),
+        ("gemma2", {"sliding_window": None}, "sliding_window is null: some layers have sliding_attention"),
         ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
         ("gemma2", {"final_logit_softcapping": "x"}, "final_logit_softcapping is 'x'"),
         ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),

@@ -44,7 +44,7 @@ def check(tmp_path, name, field, left):
     [
         ("hunyuan_v1_moe", {"moe_topk": [3]}, "moe_topk is .*: it must be an integer, or a list of 2"),
         ("hunyuan_v1_moe", {"moe_topk": [3, 0]}, r"moe_topk\[1\] is 0"),
-        ("hunyuan_v1_moe", {"moe_topk": [1, 7]}, "moe_topk is .*: there are 6 experts"),
+        ("hunyuan_v1_moe", {"moe_topk": [1, 7]}, "moe_topk is .*: it must be at most num_experts, 6"),
         ("hunyuan_v1_moe", {"moe_intermediate_size": [48, 24]}, "moe_intermediate_size is .*: it must be 48 in all"),
         ("hunyuan_v1_moe", {"num_shared_expert": 2}, "num_shared_expert is 2: it must be 1 in all"),
         ("hunyuan_v1_moe", {"use_mixed_mlp_moe": False}, "use_mixed_mlp_moe is False"),

@@ -43,10 +43,15 @@ def reach(max_tokens: int, max_steps: int = MAX_STEPS) -> int:
 def cache_layout(
     model: AbstractModel, placement: jax.Device | Mesh, attention: str = "auto", kv_cache_dtype: str = "auto"
 ) -> CacheLayout:
-    """How what the model's layers keep is kept there. Raises ValueError if that attention is not to be had."""
+    """How what the model's layers keep is kept there. Raises ValueError if that attention, or that dtype, is not to be
+    had."""
     specs = [spec if spec and spec.owner is None else None for spec in model.cache_specs]
-    asked = model.dtype, placement, attention, kv_cache_dtype, model.weight_dtype
-    kinds = {spec: LayerLayout.of(spec, *asked) for spec in specs if spec}
+    asked = {"attention": attention, "kv_cache_dtype": kv_cache_dtype}
+    name = next((name for name, value in asked.items() if value != "auto"), None)
+    if name is not None and not any(spec.heads for spec in specs if spec):
+        raise ValueError(f"{name} is {asked[name]!r}: no layer of this model keeps keys and values; leave it out")
+    of = model.dtype, placement, attention, kv_cache_dtype, model.weight_dtype
+    kinds = {spec: LayerLayout.of(spec, *of) for spec in specs if spec}
     owners = [(i, spec.owner) for i, spec in enumerate(model.cache_specs) if spec]
     shared = tuple((i, owner) for i, owner in owners if owner is not None)
     return CacheLayout.of([kinds.get(spec) if spec else None for spec in specs], model.config.max_context, shared)
