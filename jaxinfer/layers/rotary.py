@@ -110,8 +110,13 @@ class Rope:
         angles = positions.astype(jnp.float32)[:, None] * self.inv_freq()[None, :]
         factor = self.long_attention_factor if self.long else None
         scale = np.float32(self.attention_factor if factor is None else factor)
-        # Once for all layers: XLA would fuse them into what each of these rotates.
-        return lax.optimization_barrier((jnp.cos(angles) * scale, jnp.sin(angles) * scale))
+        # Once for all layers: XLA fuses all but what a branch gives into what each of them rotates.
+        turned = jnp.any(positions != 0)
+        return lax.cond(
+            turned,
+            lambda: (jnp.cos(angles) * scale, jnp.sin(angles) * scale),
+            lambda: (jnp.full_like(angles, scale), jnp.zeros_like(angles)),
+        )
 
     def rotate(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Rotates `x [T, heads, d]` by what `cos_sin` gives, in float32; dimensions from `dim` on stay."""

@@ -7,6 +7,7 @@ batch costs an argmax.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer.kernels import cpu
 from jaxinfer.sampling.arrays import SamplingArrays
 from jaxinfer.sampling.filters import cut_off, filter_top
 from jaxinfer.sampling.logprobs import Logprobs, logprobs, no_logprobs
@@ -123,7 +125,8 @@ def in_blocks(call: Callable[..., Any], inputs: Any, out: Any, block: int, block
 
 def _likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The highest logit of each row, f32[R], and where it is, i32[R]: the first one of several. NaN is the highest."""
-    return lax.platform_dependent(logits, cpu=_likeliest_in_two, default=_likeliest_in_one)
+    on_cpu = functools.partial(cpu.argmax, reference=_likeliest_in_two)
+    return lax.platform_dependent(logits, cpu=on_cpu, default=_likeliest_in_one)
 
 
 def _likeliest_in_two(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

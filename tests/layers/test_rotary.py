@@ -1,5 +1,6 @@
 """Rotary embeddings: the rotation itself in float64, and frequencies against transformers with real models' numbers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,20 @@ def test_pairs_turn_by_position_times_frequency():
     result = np.asarray(rope.rotate(jnp.asarray(x), rope.cos_sin(jnp.asarray(positions))))
     np.testing.assert_allclose(result, np.concatenate([turned.real, turned.imag], -1), atol=2e-4)
     np.testing.assert_allclose(result[0], x[0])  # position 0 stays as it is
+
+
+def test_angles_are_computed_once():
+    """Not in each layer that turns by them, where XLA would put them."""
+
+    def layers(x, positions):
+        rope = Rope(16, 10_000.0)
+        angles = rope.cos_sin(positions)
+        for _ in range(3):
+            x = jnp.tanh(rope.rotate(x, angles)) * 3
+        return x
+
+    x, positions = jnp.ones((4, 2, 16)), jnp.arange(4, dtype=jnp.int32)
+    assert jax.jit(layers).lower(x, positions).compile().as_text().count(" cosine(") == 1
 
 
 def test_scores_depend_on_distance_alone():

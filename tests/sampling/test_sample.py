@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 from jaxinfer import SamplingParams
+from jaxinfer.kernels import cpu
 from jaxinfer.sampling.arrays import RowSampling, SamplingArrays
 from jaxinfer.sampling.filters import cut_off, filter_top
 from jaxinfer.sampling.logprobs import logprobs, token_logprobs
@@ -14,11 +15,13 @@ from jaxinfer.sampling.sampler import (
     NONE_LEFT,
     NOT_FINITE,
     Sampler,
+    _likeliest,
     _likeliest_in_one,
     _likeliest_in_two,
     stops,
 )
 from jaxinfer.sampling.slots import DecodeState
+from tests.kernels.test_cpu import needs_them, set_level  # noqa: F401
 from tests.sampling.reference import distribution, kept
 
 DRAWS, VOCAB = 20_000, 24
@@ -135,6 +138,21 @@ def test_filters_of_one_row_leave_the_others_alone():
         reference = kept(logits[row], 1.0, params.get("min_p", 0), params.get("top_k", 0), params.get("top_p", 1))
         np.testing.assert_array_equal(ours[row], reference)
     assert ours[3::4].all()
+
+
+@needs_them
+@pytest.mark.parametrize("width", [301, 1, 15, 1024, 5003])
+def test_the_likeliest_by_a_kernel(width, set_level):  # noqa: F811
+    logits = random_logits(11, 40, width).round(1)
+    logits[3, width // 2] = logits[4, -1] = logits[5, width // 3] = logits[5, width // 4] = np.nan
+    logits[6], logits[7, width // 2], logits[8, 1:] = -np.inf, np.inf, -np.inf
+    run = jax.jit(_likeliest)
+    assert cpu.ARGMAX in run.lower(logits).as_text()
+    for level in cpu.LEVELS[: cpu.LEVELS.index(cpu.kernels().level) + 1]:
+        set_level(level)
+        highest, at = run(logits)
+        np.testing.assert_array_equal(highest, logits.max(axis=-1))
+        np.testing.assert_array_equal(at, logits.argmax(axis=-1))
 
 
 def test_the_likeliest_by_one_reduction_and_by_two():

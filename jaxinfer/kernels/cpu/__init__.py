@@ -25,10 +25,10 @@ from jax.sharding import AxisType
 
 LEVELS = ("portable", "avx2", "avx512")
 VARIABLE = "JAXINFER_CPU_KERNELS"
-DOT, INT4, GROUPED, GROUPED_INT4, LOW_RANK, ADAPTED_DOT, TAKE, ATTEND, ATTEND_ROWS, *RECURRENCES = TARGETS = (
+DOT, INT4, GROUPED, GROUPED_INT4, LOW_RANK, ADAPTED_DOT, TAKE, ARGMAX, ATTEND, ATTEND_ROWS, *RECURRENCES = TARGETS = (
     *("jaxinfer_dot", "jaxinfer_dot_int4", "jaxinfer_grouped_dot", "jaxinfer_grouped_dot_int4"),
     *("jaxinfer_low_rank", "jaxinfer_adapted_dot"),
-    *("jaxinfer_take", "jaxinfer_attention", "jaxinfer_attention_rows"),
+    *("jaxinfer_take", "jaxinfer_argmax", "jaxinfer_attention", "jaxinfer_attention_rows"),
     *("jaxinfer_linear_attention", "jaxinfer_selective_scan", "jaxinfer_convolution"),
 )
 LINEAR_ATTENTION, SCAN, CONVOLUTION = RECURRENCES
@@ -294,6 +294,16 @@ def take(table: jax.Array, ids: jax.Array, reference: Callable[[jax.Array, jax.A
         return reference(table, ids)
     out = jax.ShapeDtypeStruct((*ids.shape, table.shape[1]), table.dtype)
     return jax.ffi.ffi_call(TAKE, out, vmap_method="sequential")(table, ids)
+
+
+def argmax(x: jax.Array, reference: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    """The highest number of each row of `x [R, V]`, f32[R], and where it is, i32[R]: the first one of several. NaN is
+    the highest. In programs for a CPU."""
+    if not (kernels().level and alone()):
+        return reference(x)
+    outs = [jax.ShapeDtypeStruct(x.shape[:1], kind) for kind in (jnp.float32, jnp.int32)]
+    highest, place = jax.ffi.ffi_call(ARGMAX, outs, vmap_method="sequential")(x)
+    return highest, place
 
 
 def attention_problem(activations: str, head_dim: int, queries: int, cache: str) -> str | None:

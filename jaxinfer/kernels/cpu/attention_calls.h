@@ -1,15 +1,4 @@
-// Rows of tables and attention as XLA calls them.
-
-ffi::Error take(ffi::AnyBuffer table, ffi::Buffer<ffi::S32> ids, ffi::Result<ffi::AnyBuffer> out) {
-  const auto shape = table.dimensions();
-  if (shape.size() != 2 || shape[0] < 1) return wrong("jaxinfer_take: the table must be [V, D]");
-  const int64_t row = table.size_bytes() / shape[0];
-  for (int64_t i = 0; i < (int64_t)ids.element_count(); i++) {
-    const int64_t id = std::clamp<int64_t>(ids.typed_data()[i], 0, shape[0] - 1);
-    std::memcpy((char*)out->untyped_data() + i * row, (const char*)table.untyped_data() + id * row, row);
-  }
-  return ffi::Error::Success();
-}
+// Attention as XLA calls it.
 
 // X: of queries and what comes out. Those of pages are float, and what has one token there is done by itself.
 template <class X, class T>

@@ -102,6 +102,7 @@ using Floats = ffi::Buffer<ffi::F32>;
 #include "adapter_calls.h"
 #include "attention_calls.h"
 #include "recurrence_calls.h"
+#include "row_calls.h"
 
 auto binding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("rounds"); }
 auto int4_binding() { return binding().Attr<Table>("table"); }
@@ -124,6 +125,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_take, take,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_argmax, argmax,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxinfer_low_rank, low_rank,
                               ffi::Ffi::Bind()

@@ -110,6 +110,41 @@ INLINE void transpose(Float (&rows)[LANES]) {
   if constexpr (STEP > 1) transpose<STEP / 2>(rows);
 }
 
+// The highest of some numbers and the first place that has it; NaN is the highest.
+inline void argmax(const float* x, int64_t count, float* highest, int32_t* place) {
+  constexpr int64_t BLOCK = 16 * LANES;
+  const int64_t whole = count / LANES * LANES;
+  Float tops = Float{} - INFINITY;
+  Int broken = {};
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const Float here = load(x + i);
+    broken |= here != here;
+    tops = here > tops ? here : tops;
+  }
+  float top = -INFINITY;
+  bool none = true;  // of them is NaN
+  for (int lane = 0; lane < LANES; lane++) {
+    top = std::max(top, tops[lane]);
+    none &= !broken[lane];
+  }
+  for (int64_t i = whole; i < count; i++) {
+    top = std::max(top, x[i]);
+    none &= x[i] == x[i];
+  }
+  auto is = [&](float number) { return none ? number == top : number != number; };
+  int64_t at = 0;
+  for (; none && at + BLOCK <= count; at += BLOCK) {
+    Int found = {};
+    for (int64_t i = 0; i < BLOCK; i += LANES) found |= load(x + at + i) == top;
+    bool any = false;
+    for (int lane = 0; lane < LANES; lane++) any |= found[lane] != 0;
+    if (any) break;
+  }
+  while (!is(x[at])) at++;
+  *highest = none ? top : NAN;
+  *place = at;
+}
+
 // ---- gemv: a few tokens, float32 activations, exact products.
 
 // Rows of weights that meet so many tokens at once: registers have no room for more of four, and one token waits for
