@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.errors import RequestError
-from jaxinfer.sampling.json_schema import closed
+from jaxinfer.json_schema import MAX_BYTES, check_size, closed
 
 PARAM = "structured_outputs"
-MAX_BYTES = 2**20  # of a schema or grammar: what is longer takes too long to understand
+# Of texts: what is longer takes too long to understand.
+LONGEST = {"json": MAX_BYTES, "structural_tag": MAX_BYTES, "grammar": MAX_BYTES, "choice": 2**20}
+LONGEST_PATTERN = 2**14  # of a regular expression
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -70,10 +72,10 @@ class StructuredOutputsParams:
             object.__setattr__(self, name, self._as_json(name))
         for name in ("choice", "unless"):
             self._check_texts(name)
-        if self.json is None and self.json_object is None:
+        if self.kind not in ("json", "json_object", "structural_tag"):
             for name in ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"):
                 if getattr(self, name):
-                    raise self._error(name, "it is for json and json_object")
+                    raise self._error(name, "it is for json, json_object and structural_tag")
         if self.whitespace_pattern is not None and self.disable_any_whitespace:
             raise self._error("whitespace_pattern", "there is disable_any_whitespace too: leave one out")
 
@@ -114,8 +116,9 @@ class StructuredOutputsParams:
             size = len(text.encode())
         except UnicodeEncodeError:
             raise self._error(name, "it has half a surrogate pair, which no text has") from None
-        if size > MAX_BYTES:
-            raise RequestError(f"{PARAM}.{name} has {size} bytes: at most {MAX_BYTES} are supported", PARAM)
+        most = LONGEST.get(name, LONGEST_PATTERN)
+        if size > most:
+            raise RequestError(f"{PARAM}.{name} has {size} bytes: at most {most} are supported", PARAM)
 
     def _as_json(self, name: str) -> str | None:
         value = getattr(self, name)
@@ -129,6 +132,10 @@ class StructuredOutputsParams:
                 value = json.loads(value)
             if not isinstance(value, Mapping) and not (name == "json" and isinstance(value, bool)):
                 raise self._error(name, "it must be an object, as a dict or as JSON")
+            try:
+                check_size([value])
+            except ValueError as error:
+                raise RequestError(f"{PARAM}.{name}: {error}", PARAM) from None
             if name == "json" and self.disable_additional_properties:
                 value = closed(value)
             text = json.dumps(value, ensure_ascii=False)

@@ -63,6 +63,8 @@ class Automaton:
     def of_regex(pattern: str, until: float) -> Automaton:
         """Raises NotRegular for what has not the same meaning to everyone, what would be large or is not there by
         `until` in time.thread_time, and what is wrong."""
+        if len(pattern) > MOST_PARTS:
+            raise NotRegular
         return _Parser(pattern, until).automaton()
 
 

@@ -1,9 +1,11 @@
-"""JSON schemas that say the same in other words, or more."""
+"""JSON schemas as llguidance gets them: in words that it knows, with bounded whitespace, and not so large that it takes
+long to understand them; others that say more."""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 Part = dict[str, Any]  # an object of a schema that is a schema itself
@@ -24,6 +26,63 @@ FORMATS = {
     ),
 }
 WORDS = {"type", "title", "description"}  # of a name's schema, beside the one that counts
+OPTIONS = "x-guidance"  # the keyword for llguidance's own options, at the top of a schema
+# Between the parts of JSON, besides nothing: no text ends in an endless row of them.
+SPACES = r" |\r?\n[ \t]{0,32}"
+MAX_BYTES = 2**18  # of a schema
+# The time that these take goes with the squares of their numbers, half a second for so many:
+MOST_OPTIONAL = 400  # properties, of which llguidance looks at all of an object's at once, at most 2,000 things in all
+MOST_OPTIONAL_SQUARED = 10**6  # of all objects
+MOST_REQUIRED = 4000  # properties of an object
+MOST_PATTERN_SQUARED = 2**28  # characters of all patterns
+
+
+def written(schema: Any, options: Mapping[str, Any] | None = None) -> str:
+    """A schema as JSON, for what llguidance calls a JSON schema or `%json`. options: of llguidance's, which go before
+    those that the schema has itself. What is no schema stays as it is: llguidance says what is wrong with it."""
+    schema = {} if schema is True else in_fewer_words(schema)
+    if isinstance(schema, dict):
+        own = schema.get(OPTIONS, {})
+        if not isinstance(own, dict):
+            raise ValueError(f"{OPTIONS}: it must be an object")
+        schema = {**schema, OPTIONS: {"whitespace_pattern": SPACES, **own, **(options or {})}}
+    return json.dumps(schema, ensure_ascii=False)
+
+
+def check_size(schemas: Iterable[Any]) -> None:
+    """Raises ValueError, naming the keyword, for schemas of one grammar that take too long to understand, all together.
+    It looks at no more of them than it must."""
+    size = optional = patterns = 0  # the last two: squares
+    pending = list(schemas)
+    while pending:
+        item = pending.pop()
+        size += len(item) + 2 if isinstance(item, str | list | dict) else 1
+        if size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes, the most that are supported")
+        if isinstance(item, list):
+            pending += item
+        if not isinstance(item, dict):
+            continue
+        properties, required, by_pattern = (item.get(name) for name in ("properties", "required", "patternProperties"))
+        required = required if isinstance(required, list) else []
+        if len(required) > MOST_REQUIRED:
+            raise ValueError(f"required: an object may have at most {MOST_REQUIRED} properties that are required")
+        if isinstance(properties, dict):
+            count = len(properties) - len(required)  # of many it is enough
+            if count <= MOST_OPTIONAL:
+                count = len(properties.keys() - set(map(str, required)))
+            optional += count**2
+            if count > MOST_OPTIONAL or optional > MOST_OPTIONAL_SQUARED:
+                raise ValueError(
+                    f"properties: an object may have at most {MOST_OPTIONAL} that are not required, and the squares of "
+                    f"their numbers may come to {MOST_OPTIONAL_SQUARED}"
+                )
+        own = [item.get("pattern"), *(by_pattern if isinstance(by_pattern, dict) else ())]
+        patterns += sum(len(pattern) ** 2 for pattern in own if isinstance(pattern, str))
+        if patterns > MOST_PATTERN_SQUARED:
+            raise ValueError(f"pattern: the squares of the lengths of all may come to {MOST_PATTERN_SQUARED}")
+        pending += item
+        pending += item.values()
 
 
 def closed(schema: Any) -> Any:
@@ -40,12 +99,18 @@ def in_fewer_words(schema: Any) -> Any:
     """The same without what llguidance does not know and other words say.
 
     Formats that JSON Schema doesn't define, OpenAPI's "password" and pydantic's "path", say nothing. `propertyNames`
-    that are of an enum or a pattern are properties of these names, and no others.
+    that are of an enum or a pattern are properties of these names, and no others. Raises ValueError where that is too
+    much.
     """
-    # A pointer begins at the next `$id` above it: where inner parts have one, nothing is looked up.
-    whole = schema if json.dumps(schema).count('"$id":') == ("$id" in schema) else None
+    more = 0  # characters
+
+    @functools.cache
+    def whole() -> Any:
+        """In which pointers are looked up; they begin at the next `$id` above: where inner parts have one, none is."""
+        return schema if json.dumps(schema).count('"$id":') == ("$id" in schema) else None
 
     def say(part: Part) -> Part:
+        nonlocal more
         if isinstance(part.get("format"), str) and part["format"] not in FORMATS:
             part = _without(part, "format")
         if "propertyNames" in part and part.keys().isdisjoint({"properties", "patternProperties"}):
@@ -53,11 +118,17 @@ def in_fewer_words(schema: Any) -> Any:
             if names is not None:
                 keyword, said = names
                 values = part.get("additionalProperties", True)
+                more += sum(map(len, said)) + len(said) * len(json.dumps(values))
+                if more > MAX_BYTES:  # each name has its own copy
+                    raise ValueError(f"propertyNames: written as properties they have more than {MAX_BYTES} bytes")
                 named = {keyword: dict.fromkeys(said, values), "additionalProperties": False}
                 part = {**_without(part, "propertyNames"), **named}
         return part
 
-    return _changed(schema, say)
+    plain = _changed(schema, say)
+    if more:
+        check_size([plain])
+    return plain
 
 
 def moved(schema: Any, pointer: str) -> Any:
@@ -72,10 +143,10 @@ def moved(schema: Any, pointer: str) -> Any:
     return schema if isinstance(schema, dict) and "$id" in schema else _changed(schema, point)
 
 
-def _names(names: Any, schema: Any) -> tuple[str, list[str]] | None:
+def _names(names: Any, whole: Callable[[], Any]) -> tuple[str, list[str]] | None:
     """A keyword for properties, and what stands there for these names; None where there is none."""
     if isinstance(names, dict) and names.keys() == {"$ref"}:
-        names = _at(schema, names["$ref"])
+        names = _at(whole(), names["$ref"])
     if not isinstance(names, dict) or names.get("type", "string") != "string":
         return None
     match sorted(names.keys() - WORDS):
