@@ -45,7 +45,10 @@ def written(schema: Any, options: Mapping[str, Any] | None = None) -> str:
         own = schema.get(OPTIONS, {})
         if not isinstance(own, dict):
             raise ValueError(f"{OPTIONS}: it must be an object")
-        schema = {**schema, OPTIONS: {"whitespace_pattern": SPACES, **own, **(options or {})}}
+        chosen = {**own, **(options or {})}
+        if chosen.get("whitespace_flexible", True):
+            chosen.setdefault("whitespace_pattern", SPACES)
+        schema = {**schema, OPTIONS: chosen}
     return json.dumps(schema, ensure_ascii=False)
 
 

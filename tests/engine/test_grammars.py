@@ -226,6 +226,31 @@ def test_schemas_mean_the_same(schema, options):
     assert 20 < whole_texts < 60
 
 
+@pytest.mark.parametrize(
+    ("own", "options", "spaces"),
+    [
+        ({}, {}, ["", " ", "\n" + " " * 32]),
+        ({}, {"disable_any_whitespace": True}, [""]),
+        ({"whitespace_pattern": " "}, {"disable_any_whitespace": True}, [""]),
+        ({"whitespace_flexible": False}, {}, [""]),
+        ({"whitespace_flexible": True}, {"whitespace_pattern": "  "}, ["", "  "]),
+        ({"whitespace_pattern": "  "}, {}, ["", "  "]),
+    ],
+    ids=range(6),
+)
+def test_whitespace(own, options, spaces):
+    schema = {"type": "array", "x-guidance": own}
+    for form, end in (({"json": schema}, b""), ({"structural_tag": tag(schema)}, b"</a>")):
+        grammar = grammar_of(StructuredOutputsParams(**form, **options), {})
+        taken = []
+        for space in ("", " ", "  ", "   ", "\n" + " " * 32, "\n" + " " * 33):
+            matcher = LLMatcher(LLTokenizer("byte"), grammar)
+            text = b"<a>" * bool(end) + f"[1,{space}2]".encode() + end
+            if matcher.try_consume_tokens(list(text)) == len(text):
+                taken.append(space)
+        assert taken == spaces
+
+
 def chain(count):
     return {"$ref": "#/$defs/d0", "$defs": {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(count)}}
 

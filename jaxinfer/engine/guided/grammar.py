@@ -98,7 +98,7 @@ def _json(asked: StructuredOutputsParams) -> str:
 def _whitespace(asked: StructuredOutputsParams) -> dict[str, Any]:
     """As options of llguidance's."""
     if asked.disable_any_whitespace:
-        return {"whitespace_flexible": False}
+        return {"whitespace_flexible": False, "whitespace_pattern": None}
     return {} if asked.whitespace_pattern is None else {"whitespace_pattern": asked.whitespace_pattern}
 
 
