@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -30,17 +31,22 @@ OPTIONS = "x-guidance"  # the keyword for llguidance's own options, at the top o
 # Between the parts of JSON, besides nothing: no text ends in an endless row of them.
 SPACES = r" |\r?\n[ \t]{0,32}"
 MAX_BYTES = 2**18  # of a schema
+PIECE = 512  # things that are looked at while no other thread can
 # The time that these take goes with the squares of their numbers, half a second for so many:
 MOST_OPTIONAL = 400  # properties, of which llguidance looks at all of an object's at once, at most 2,000 things in all
 MOST_OPTIONAL_SQUARED = 10**6  # of all objects
 MOST_REQUIRED = 4000  # properties of an object
-MOST_PATTERN_SQUARED = 2**28  # characters of all patterns
+MOST_PATTERN_SQUARED = 2**26  # characters of all patterns
 
 
 def written(schema: Any, options: Mapping[str, Any] | None = None) -> str:
     """A schema as JSON, for what llguidance calls a JSON schema or `%json`. options: of llguidance's, which go before
     those that the schema has itself. What is no schema stays as it is: llguidance says what is wrong with it."""
-    schema = {} if schema is True else in_fewer_words(schema)
+    if schema is True:
+        schema = {}
+    text = json.dumps(schema)
+    if any(f'"{word}"' in text for word in ("format", "propertyNames")):
+        schema = in_fewer_words(schema)
     if isinstance(schema, dict):
         own = schema.get(OPTIONS, {})
         if not isinstance(own, dict):
@@ -55,10 +61,13 @@ def written(schema: Any, options: Mapping[str, Any] | None = None) -> str:
 def check_size(schemas: Iterable[Any]) -> None:
     """Raises ValueError, naming the keyword, for schemas of one grammar that take too long to understand, all together.
     It looks at no more of them than it must."""
-    size = optional = patterns = 0  # the last two: squares
+    seen = size = optional = patterns = 0  # the last two: squares
     pending = list(schemas)
     while pending:
         item = pending.pop()
+        seen += 1
+        if not seen % PIECE:
+            time.sleep(0)  # or the engine's thread would wait for 5 ms
         size += len(item) + 2 if isinstance(item, str | list | dict) else 1
         if size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES} bytes, the most that are supported")

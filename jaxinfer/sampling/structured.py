@@ -12,9 +12,8 @@ from jaxinfer.errors import RequestError
 from jaxinfer.json_schema import MAX_BYTES, check_size, closed
 
 PARAM = "structured_outputs"
-# Of texts: what is longer takes too long to understand.
-LONGEST = {"json": MAX_BYTES, "structural_tag": MAX_BYTES, "grammar": MAX_BYTES, "choice": 2**20}
-LONGEST_PATTERN = 2**14  # of a regular expression
+PATTERNS = {"regex", "whitespace_pattern"}
+MAX_PATTERN = 2**13  # bytes: what is longer takes too long to understand
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -116,7 +115,7 @@ class StructuredOutputsParams:
             size = len(text.encode())
         except UnicodeEncodeError:
             raise self._error(name, "it has half a surrogate pair, which no text has") from None
-        most = LONGEST.get(name, LONGEST_PATTERN)
+        most = MAX_PATTERN if name in PATTERNS else MAX_BYTES
         if size > most:
             raise RequestError(f"{PARAM}.{name} has {size} bytes: at most {most} are supported", PARAM)
 

@@ -49,6 +49,8 @@ class Automaton:
         """Their trie."""
         rows: list[dict[int, int]] = [{}, {}]
         for text in texts:
+            if len(text) > MOST_STATES:
+                raise NotRegular
             at = START
             for byte in text.encode():
                 if byte not in rows[at]:

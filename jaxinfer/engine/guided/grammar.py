@@ -112,7 +112,7 @@ def _choice(asked: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
     # As one terminal: as many rules would take ten times as long.
-    texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in asked.choice or ())
+    texts = json.dumps(asked.choice, ensure_ascii=False, separators=(" | ", ""))[1:-1]
     return LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: {texts}")
 
 
