@@ -29,8 +29,8 @@ class StructuredOutputsParams:
     json_object: True: any JSON object.
     structural_tag: free text, in which what follows a trigger must match: {"type": "structural_tag", "triggers": [...],
         "structures": [{"begin": ..., "schema": {...}, "end": ...}]}, or the same as JSON. Kept as JSON.
-    whitespace_pattern: what may stand between the parts of JSON, besides nothing. None: a space, or a line's end and up
-        to 32 spaces or tabs, so that no text ends in an endless row of them.
+    whitespace_pattern: what may stand between the parts of JSON, also in structural tags, besides nothing. None: a
+        space, or a line's end and up to 32 spaces or tabs, so that no text ends in an endless row of them.
     disable_any_whitespace: JSON without any.
     disable_additional_properties: objects of which the schema names properties have no others, where it does not say.
 

@@ -81,6 +81,7 @@ NESTED = functools.reduce(lambda inner, _: {"items": inner}, range(480), {})
 NAMES = functools.reduce(
     lambda inner, _: {"propertyNames": {"enum": list("abcdefghij")}, "additionalProperties": inner}, range(8), {}
 )
+DOUBLED = "start: T0\n" + "".join(f"T{i}: T{i + 1} T{i + 1}\n" for i in range(40)) + 'T40: "a"*\n'
 DEEP = '{"items":' * 10_000 + "{}" + "}" * 10_000
 REFUSED = [
     ({}, "none of its kinds"),
@@ -125,6 +126,9 @@ REFUSED = [
     ({"grammar": "start: " + " | ".join(f'"v{i}"' for i in range(90_000))}, "bytes: at most"),
     ({"grammar": "start: missing"}, "missing"),
     ({"grammar": 'root ::= "a'}, "grammar: "),
+    ({"grammar": DOUBLED}, "terminals: the squares"),
+    ({"grammar": "start: A\nA: /(a*b+c?){2}/ B B\nB: " + '"a"* ' * 5000}, "terminals: the squares"),
+    ({"grammar": "start: %json " + json.dumps({"properties": {f"p{i}": {} for i in range(500)}})}, "at most 400"),
     ({"structural_tag": {"format": {}}}, "structures"),
     ({"json_object": "yes"}, "True or False"),
     ({"choice": ["a"], "whitespace_pattern": " "}, "for json"),

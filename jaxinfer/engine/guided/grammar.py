@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxinfer.engine.guided.lark import check_lark
 from jaxinfer.errors import RequestError
 from jaxinfer.json_schema import closed, written
 from jaxinfer.sampling.structured import PARAM, StructuredOutputsParams
@@ -119,7 +120,9 @@ def _choice(asked: StructuredOutputsParams) -> str:
 def _grammar(asked: StructuredOutputsParams) -> str:
     from llguidance import grammar_from
 
-    return grammar_from("grammar", str(asked.grammar))
+    grammar = grammar_from("grammar", str(asked.grammar))
+    check_lark(grammar)
+    return grammar
 
 
 def _structural_tag(asked: StructuredOutputsParams) -> str:
