@@ -35,6 +35,15 @@ def nested(depth: int) -> str:
     return '{"type": "array", "items": ' * depth + '{"type": "null"}' + "}" * depth
 
 
+def chain(count: int) -> str:
+    parts = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(count)}
+    return json.dumps({"$ref": "#/$defs/d0", "$defs": parts | {f"d{count}": {}}})
+
+
+def doubled(count: int) -> str:
+    return "start: T0\n" + "".join(f"T{i}: T{i + 1} T{i + 1}\n" for i in range(count)) + f'T{count}: "a"*\n'
+
+
 ATTACKS: dict[str, dict[str, Any]] = {
     "regex (a|aa)+ nested": {"regex": "((((a|aa)+|a{1,50}){1,50}){1,50}){1,50}b"},
     "regex of 2**60 states": {"regex": "(a|b)*a(a|b){60}" * 20},
@@ -43,6 +52,11 @@ ATTACKS: dict[str, dict[str, Any]] = {
     "100,000 values": {"json": json.dumps({"enum": [f"v{i}" for i in range(100_000)]})},
     "40,000 values": {"json": json.dumps({"enum": [f"value number {i}" for i in range(40_000)]})},
     "depth 10,000": {"json": nested(10_000)},
+    "chain of 4,000 $refs": {"json": chain(4_000)},
+    "12,000 choices": {"choice": [f"value number {i}" for i in range(12_000)]},
+    "terminals of 2**40 parts": {"grammar": doubled(40)},
+    "a{100000}": {"regex": "a{100000}"},
+    "constant of 240 KB": {"json": json.dumps({"const": "a b" * 80_000})},
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from jaxinfer.sampling.json_schema import moved
+from jaxinfer.json_schema import OPTIONS, moved
 
 
 def calls_schema(tools: list[dict[str, Any]], names: Collection[str], most: int | None) -> dict[str, Any]:
@@ -26,4 +26,7 @@ def calls_schema(tools: list[dict[str, Any]], names: Collection[str], most: int 
         for i, function in enumerate(functions)
     ]
     limit = {} if most is None else {"maxItems": most}
-    return {"type": "array", "minItems": 1, "items": {"anyOf": calls}} | limit
+    # llguidance looks for its options at the top alone: there are those that all have.
+    options = [(function.get("parameters") or {}).get(OPTIONS) for function in functions]
+    shared = {OPTIONS: options[0]} if options and all(own == options[0] for own in options) and options[0] else {}
+    return {"type": "array", "minItems": 1, "items": {"anyOf": calls}} | limit | shared

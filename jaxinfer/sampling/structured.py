@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxinfer.errors import RequestError
-from jaxinfer.sampling.json_schema import closed
+from jaxinfer.json_schema import MAX_BYTES, check_size, closed
 
 PARAM = "structured_outputs"
-MAX_BYTES = 2**20  # of a schema or grammar: what is longer takes too long to understand
+PATTERNS = {"regex", "whitespace_pattern"}
+MAX_PATTERN = 2**13  # bytes: what is longer takes too long to understand
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -28,8 +29,8 @@ class StructuredOutputsParams:
     json_object: True: any JSON object.
     structural_tag: free text, in which what follows a trigger must match: {"type": "structural_tag", "triggers": [...],
         "structures": [{"begin": ..., "schema": {...}, "end": ...}]}, or the same as JSON. Kept as JSON.
-    whitespace_pattern: what may stand between the parts of JSON, besides nothing. None: a space, or a line's end and up
-        to 32 spaces or tabs, so that no text ends in an endless row of them.
+    whitespace_pattern: what may stand between the parts of JSON, also in structural tags, besides nothing. None: a
+        space, or a line's end and up to 32 spaces or tabs, so that no text ends in an endless row of them.
     disable_any_whitespace: JSON without any.
     disable_additional_properties: objects of which the schema names properties have no others, where it does not say.
 
@@ -70,10 +71,10 @@ class StructuredOutputsParams:
             object.__setattr__(self, name, self._as_json(name))
         for name in ("choice", "unless"):
             self._check_texts(name)
-        if self.json is None and self.json_object is None:
+        if self.kind not in ("json", "json_object", "structural_tag"):
             for name in ("whitespace_pattern", "disable_any_whitespace", "disable_additional_properties"):
                 if getattr(self, name):
-                    raise self._error(name, "it is for json and json_object")
+                    raise self._error(name, "it is for json, json_object and structural_tag")
         if self.whitespace_pattern is not None and self.disable_any_whitespace:
             raise self._error("whitespace_pattern", "there is disable_any_whitespace too: leave one out")
 
@@ -114,8 +115,9 @@ class StructuredOutputsParams:
             size = len(text.encode())
         except UnicodeEncodeError:
             raise self._error(name, "it has half a surrogate pair, which no text has") from None
-        if size > MAX_BYTES:
-            raise RequestError(f"{PARAM}.{name} has {size} bytes: at most {MAX_BYTES} are supported", PARAM)
+        most = MAX_PATTERN if name in PATTERNS else MAX_BYTES
+        if size > most:
+            raise RequestError(f"{PARAM}.{name} has {size} bytes: at most {most} are supported", PARAM)
 
     def _as_json(self, name: str) -> str | None:
         value = getattr(self, name)
@@ -129,6 +131,10 @@ class StructuredOutputsParams:
                 value = json.loads(value)
             if not isinstance(value, Mapping) and not (name == "json" and isinstance(value, bool)):
                 raise self._error(name, "it must be an object, as a dict or as JSON")
+            try:
+                check_size([value])
+            except ValueError as error:
+                raise RequestError(f"{PARAM}.{name}: {error}", PARAM) from None
             if name == "json" and self.disable_additional_properties:
                 value = closed(value)
             text = json.dumps(value, ensure_ascii=False)

@@ -3,15 +3,16 @@ grammar in llguidance's Lark, <https://github.com/guidance-ai/llguidance/blob/ma
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from jaxinfer.errors import RequestError
+from jaxinfer.json_schema import MAX_BYTES, OPTIONS, check_size, written
 from jaxinfer.text.scanner import Format, Section
 
-# Between the parts of JSON, and of a call: no text ends in an endless row of them.
-SPACES_IN_JSON = r" |\r?\n[ \t]{0,32}"
-_SPACE = r"/[ \t\r\n]{1,8}/"
+_SPACE = r"/[ \t\r\n]{1,8}/"  # between the parts of a call
 _TEXT = r"/(.|\n)*/"
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -30,20 +31,25 @@ def strict_grammar(
     section: Section, tools: Collection[Mapping[str, Any]], most: int | None, special: Collection[str]
 ) -> str:
     """Text, in which each marker of a call begins one of a tool that there is. most: how many calls. special: tokens
-    that a marker may be, as they are written."""
+    that a marker may be, as they are written. Raises RequestError for schemas that are too large."""
     assert section.written is not None
+    functions = [tool["function"] for tool in tools]
+    # A tool without parameters has none of them.
+    schemas = [own.get("parameters") or _NOTHING if own.get("strict") is True else None for own in functions]
+    try:
+        check_size(schemas)
+        calls = [
+            section.written(f"tool_{i}", own["name"], schema)
+            for i, (own, schema) in enumerate(zip(functions, schemas, strict=True))
+        ]
+    except ValueError as error:
+        raise RequestError(f"tools: parameters of those that are strict: {error}", "tools") from None
     opens, closes = section.opens, section.closes[0]
     rules = [f"TEXT: {_TEXT}", f"SPACE: {_SPACE}", "text: TEXT"]
     rules.append(f"begins: TEXT {opens}" if opens in special else f"begins[lazy]: {_TEXT} {_quoted(opens)}")
     rules.append(f"ends: {closes if closes in special else _quoted(closes)}")
-    calls = []
-    for i, tool in enumerate(tools):
-        function = tool["function"]
-        # A tool without parameters has none of them.
-        schema = function.get("parameters") or _NOTHING if function.get("strict") is True else None
-        calls.append(f"call_{i}")
-        rules += section.written(f"call_{i}", function["name"], schema)
-    rules.append(f"call: begins SPACE? ({' | '.join(calls)}) SPACE? ends")
+    rules += itertools.chain.from_iterable(calls)
+    rules.append(f"call: begins SPACE? ({' | '.join(f'tool_{i}' for i in range(len(calls)))}) SPACE? ends")
     # What follows the only call is nothing: in text another one could begin.
     rules.append("start: call* text" if most is None else "start: text | call SPACE?")
     return "\n".join(["%llguidance {}", *rules, ""])
@@ -65,8 +71,9 @@ def function_call(rule: str, name: str, parameters: Mapping[str, Any] | None) ->
     properties, required = parameters.get("properties"), parameters.get("required")
     properties = properties if isinstance(properties, dict) else {}
     required = required if isinstance(required, list) else []
-    shared = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}  # what a $ref means
-    own, rules = [], []
+    options = {name: parameters[name] for name in (OPTIONS,) if name in parameters}
+    pointed_at = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
+    own, rules, size = [], [], 0
     for i, (key, schema) in enumerate(properties.items()):
         value, closes = f"{rule}_{i}", _quoted("\n</parameter>")
         begin = _quoted(f"<parameter={key}>\n")
@@ -76,7 +83,12 @@ def function_call(rule: str, name: str, parameters: Mapping[str, Any] | None) ->
         elif texts := _texts(schema):
             rules.append(f"{value}: {begin} ({' | '.join(map(_quoted, texts))}) {closes}")
         else:
-            rules.append(f"{value}: {begin} {_json(shared | schema if isinstance(schema, dict) else schema)} {closes}")
+            if isinstance(schema, dict):
+                schema = options | (pointed_at if '"$ref"' in json.dumps(schema) else {}) | schema
+            rules.append(f"{value}: {begin} {_json(schema)} {closes}")
+        size += len(rules[-1])
+        if size > MAX_BYTES:
+            raise ValueError(f"$defs: as part of each property that has a $ref they have more than {MAX_BYTES} bytes")
         own.append(f"{value} SPACE?" if key in required else f"({value} SPACE?)?")
     return [f"{rule}: {' '.join([begins, 'SPACE?', *own, ends])}", *rules]
 
@@ -94,8 +106,7 @@ def _texts(schema: Any) -> list[str]:
 
 
 def _json(schema: Any) -> str:
-    with_spaces = {"x-guidance": {"whitespace_pattern": SPACES_IN_JSON}}
-    return f"%json {json.dumps(with_spaces | schema if isinstance(schema, dict) else schema)}"
+    return f"%json {written(schema)}"
 
 
 def _quoted(text: str) -> str:

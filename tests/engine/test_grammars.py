@@ -1,18 +1,23 @@
 """What is asked for as grammars, and what is refused by name; test_guided.py has texts that follow them."""
 
+import contextlib
 import functools
 import json
+import random
 import types
 
 import llguidance
 import numpy as np
 import pytest
-from llguidance import LLParserLimits
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from jaxinfer import RequestError, SamplingParams, StructuredOutputsParams
 from jaxinfer.engine.guided import guide
+from jaxinfer.engine.guided.grammar import grammar_of
 from jaxinfer.engine.guided.guides import Guides
 from jaxinfer.sampling.slots import mask_words
+from jaxinfer.text.formats import message_format
+from jaxinfer.text.strict import strict_grammar, strict_section
 from jaxinfer.text.tokenizer import load_tokenizer
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
@@ -73,6 +78,10 @@ def test_limits_are_each_sequence_s(tokenizer, monkeypatch, states, renewed):
 
 
 NESTED = functools.reduce(lambda inner, _: {"items": inner}, range(480), {})
+NAMES = functools.reduce(
+    lambda inner, _: {"propertyNames": {"enum": list("abcdefghij")}, "additionalProperties": inner}, range(8), {}
+)
+DOUBLED = "start: T0\n" + "".join(f"T{i}: T{i + 1} T{i + 1}\n" for i in range(40)) + 'T40: "a"*\n'
 DEEP = '{"items":' * 10_000 + "{}" + "}" * 10_000
 REFUSED = [
     ({}, "none of its kinds"),
@@ -84,9 +93,14 @@ REFUSED = [
     ({"json": DEEP}, "nested too deeply"),
     ({"json": NESTED}, "recursion limit|nested too deeply"),
     ({"json": NESTED, "disable_additional_properties": True}, "recursion limit|nested too deeply"),
-    ({"json": {"enum": [f"value number {i}" for i in range(100_000)]}}, "bytes: at most"),
+    ({"json": {"enum": [f"value number {i}" for i in range(100_000)]}}, "more than 262144 bytes"),
     ({"json": {"properties": {f"p{i}": {} for i in range(3000)}}}, "at most 400 that are not required"),
     ({"json": {"anyOf": [{"properties": {f"{j}p{i}": {} for i in range(300)}} for j in range(20)]}}, "the squares of"),
+    ({"json": {"required": [f"p{i}" for i in range(5000)]}}, "required: .* at most 4000"),
+    ({"json": {"items": {"pattern": "a*" * 9000}}}, "pattern: the squares"),
+    ({"json": {"x-guidance": 3}}, "x-guidance: "),
+    ({"json": NAMES}, "propertyNames: .* bytes"),
+    ({"json": {"propertyNames": {"enum": [f"p{i}" for i in range(500)]}}}, "at most 400 that are not required"),
     ({"json": {"type": "object", "propertyNames": {"maxLength": 3}}}, '"propertyNames"'),
     ({"json": {"not": {}}}, '"not".*"lenient": true'),
     ({"json": {"type": "array", "uniqueItems": True}}, '"uniqueItems"'),
@@ -107,8 +121,14 @@ REFUSED = [
     ({"choice": []}, "at least one"),
     ({"choice": "yes"}, "list of texts"),
     ({"choice": ["a", ""]}, "none of them empty"),
+    ({"choice": [f"value number {i}" for i in range(100_000)]}, "bytes: at most"),
+    ({"regex": "a*" * 10_000}, "bytes: at most 8192"),
+    ({"grammar": "start: " + " | ".join(f'"v{i}"' for i in range(90_000))}, "bytes: at most"),
     ({"grammar": "start: missing"}, "missing"),
     ({"grammar": 'root ::= "a'}, "grammar: "),
+    ({"grammar": DOUBLED}, "terminals: the squares"),
+    ({"grammar": "start: A\nA: /(a*b+c?){2}/ B B\nB: " + '"a"* ' * 5000}, "terminals: the squares"),
+    ({"grammar": "start: %json " + json.dumps({"properties": {f"p{i}": {} for i in range(500)}})}, "at most 400"),
     ({"structural_tag": {"format": {}}}, "structures"),
     ({"json_object": "yes"}, "True or False"),
     ({"choice": ["a"], "whitespace_pattern": " "}, "for json"),
@@ -123,6 +143,154 @@ def test_what_is_refused(guides, fields, fact):
     assert raised.value.param == "structured_outputs"
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 600
+
+
+def strict(parameters, name):
+    """What strict tools become, the last one with these."""
+    free = {"type": "function", "function": {"name": "free", "parameters": {"not": {}}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
+    return {"grammar": strict_grammar(strict_section(message_format(name, None)), [free, tool], None, ())}
+
+
+def tag(schema):
+    other = {"begin": "<b>", "schema": {}, "end": "</b>"}
+    return {"triggers": ["<"], "structures": [other, {"begin": "<a>", "schema": schema, "end": "</a>"}]}
+
+
+OF_SCHEMAS = [
+    (fields["json"], fact)
+    for fields, fact in REFUSED
+    if isinstance(fields.get("json"), dict) and len(fields) == 1 and "no text matches" not in fact
+]
+
+
+@pytest.mark.parametrize(("schema", "fact"), [case for case in OF_SCHEMAS if case[0] is not NESTED], ids=lambda _: "")
+def test_schemas_are_refused_alike(guides, schema, fact):
+    """As a form of the answer, after a tag, and as parameters of a strict tool, where the error says which."""
+    if "bytes" not in fact and "it is no JSON" not in fact:
+        with pytest.raises(RequestError, match=fact):
+            guides.guide(SamplingParams(structured_outputs=strict(schema, "hermes")), [])
+    if "it is no JSON" not in fact and schema.get("type") != "string":  # texts are free in that form
+        properties = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+        with pytest.raises(RequestError, match=fact) as raised:
+            guides.guide(SamplingParams(structured_outputs=strict(properties, "qwen3_coder")), [])
+        assert "tool_1" in str(raised.value) or "parameters of those that are strict" in str(raised.value)
+    with pytest.raises(RequestError, match=fact) as raised:
+        guides.guide(SamplingParams(structured_outputs={"structural_tag": tag(schema)}), [])
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("schema", "options"),
+    [
+        (PERSON | {"properties": {"name": {"type": "string", "format": "password"}, "n": {"type": "integer"}}}, {}),
+        ({"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": {"type": "number"}}, {}),
+        ({"type": "array", "items": {"enum": [1, "é", None, {"a": []}]}}, {"whitespace_pattern": " {2}"}),
+        ({"type": "array", "items": {"type": "boolean"}}, {"disable_any_whitespace": True}),
+        ({"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}, {}),
+        ({"type": "object", "properties": {"a": {}}}, {"disable_additional_properties": True}),
+        ({"anyOf": [{"$ref": "#/$defs/a"}, {"const": 3}], "$defs": {"a": {"items": {"$ref": "#"}}}}, {}),
+    ],
+    ids=["format", "propertyNames", "whitespace", "none", "lenient", "closed", "$ref"],
+)
+def test_schemas_mean_the_same(schema, options):
+    """As a form of the answer, after a tag and as parameters of a strict tool: the same is taken of random texts."""
+    whole = grammar_of(StructuredOutputsParams(json=schema, **options), {})
+    begins = [(b"", b"", whole)]
+    tagged = grammar_of(StructuredOutputsParams(structural_tag=tag(schema), **options), {})
+    begins.append((b"Well. <a>", b"</a>", tagged))
+    if not options:
+        begins.append((b'<tool_call>{"name":"f","arguments":', b"}</tool_call>", strict(schema, "hermes")["grammar"]))
+    tokens, rng, whole_texts = LLTokenizer("byte"), random.Random(0), 0
+    texts = [bytearray(b"[\n" + b" " * 33), bytearray(b"{\n" + b" " * 33), bytearray(b"[  "), bytearray(b"{  ")]
+    for _ in range(60):
+        matcher, text = LLMatcher(tokens, whole), bytearray()
+        for _ in range(rng.randrange(40)):
+            allowed = [i for i, bias in enumerate(matcher.compute_logit_bias()) if bias and i < 256]
+            if matcher.is_stopped() or not allowed:
+                break
+            closers = [byte for byte in allowed if byte in b'"}],: ']
+            text.append(rng.choice(closers if closers and rng.random() < 0.6 else allowed))
+            matcher.consume_token(text[-1])
+        if text and rng.random() < 0.3:
+            text.insert(rng.randrange(len(text)), rng.choice(b'1"a,'))
+        texts.append(text)
+    for text in texts:
+        taken = []
+        for begin, end, grammar in begins:
+            matcher = LLMatcher(tokens, grammar)
+            assert matcher.consume_tokens(list(begin)), matcher.get_error()
+            count = matcher.try_consume_tokens(list(text))
+            taken.append((count, matcher.try_consume_tokens(list(end)) == len(end) and matcher.is_accepting()))
+        whole_texts += taken[0][0] == len(text)
+        for (begin, _, _), (count, ends) in zip(begins, taken, strict=True):
+            assert count == taken[0][0], (text, begin)
+            assert count < len(text) or ends == taken[0][1], (text, begin)
+    assert 20 < whole_texts < 60
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "spaces"),
+    [
+        ({}, {}, ["", " ", "\n" + " " * 32]),
+        ({}, {"disable_any_whitespace": True}, [""]),
+        ({"whitespace_pattern": " "}, {"disable_any_whitespace": True}, [""]),
+        ({"whitespace_flexible": False}, {}, [""]),
+        ({"whitespace_flexible": True}, {"whitespace_pattern": "  "}, ["", "  "]),
+        ({"whitespace_pattern": "  "}, {}, ["", "  "]),
+    ],
+    ids=range(6),
+)
+def test_whitespace(own, options, spaces):
+    schema = {"type": "array", "x-guidance": own}
+    for form, end in (({"json": schema}, b""), ({"structural_tag": tag(schema)}, b"</a>")):
+        grammar = grammar_of(StructuredOutputsParams(**form, **options), {})
+        taken = []
+        for space in ("", " ", "  ", "   ", "\n" + " " * 32, "\n" + " " * 33):
+            matcher = LLMatcher(LLTokenizer("byte"), grammar)
+            text = b"<a>" * bool(end) + f"[1,{space}2]".encode() + end
+            if matcher.try_consume_tokens(list(text)) == len(text):
+                taken.append(space)
+        assert taken == spaces
+
+
+def chain(count):
+    parts = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": parts | {f"d{count}": {}}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"json": chain(4000)},
+        {"structural_tag": tag(chain(4000))},
+        strict(chain(4000), "hermes"),
+        {"grammar": "start: a0\n" + "".join(f'a{i}: "x" a{i + 1}\n' for i in range(9000)) + 'a9000: "y"\n'},
+        {"grammar": "start: A0\n" + "".join(f'A{i}: "x" A{i + 1}\n' for i in range(9000)) + 'A9000: "y"\n'},
+    ],
+    ids=["json", "structural_tag", "strict", "rules", "terminals"],
+)
+def test_long_chains(guides, fields):
+    """They are followed or refused, and no stack ends there: that would be the end of the process."""
+    with contextlib.suppress(RequestError):
+        assert guides.guide(SamplingParams(structured_outputs=fields), []) is not None
+
+
+def test_long_texts_without_a_choice(guides, tokenizer):
+    """At each step only their beginning is split into tokens, which are those of the whole."""
+    text = "".join(random.Random(0).choices(["a b", "c", "é", "\n", "日本"], k=2000))
+    one, asked = guides.guide(SamplingParams(structured_outputs={"choice": [text]}), []), []
+    encode = tokenizer.encode_text
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(tokenizer), "encode_text", lambda self, text, **_: asked.append(text) or encode(text, **_))
+        tokens = []
+        while not one.complete:
+            one.accept(forced := one.forced())
+            tokens += forced
+    assert tokens == tokenizer.encode_text(text, add_special_tokens=False)
+    assert tokenizer.decode(tokens) == text
+    assert max(len(text.encode()) for text in asked) <= 1024
 
 
 def test_fields():

@@ -7,6 +7,7 @@ import jsonschema
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from jaxinfer import RequestError
 from jaxinfer.text.calls import schemas
 from jaxinfer.text.formats import message_format
 from jaxinfer.text.scanner import Message, Scanner
@@ -117,6 +118,18 @@ def test_what_is_no_schema_breaks_nothing():
         tools = [{"type": "function", "function": {"name": 'a"\n', "parameters": parameters, "strict": True}}]
         for name in ("hermes", "qwen3_coder"):
             assert strict_grammar(strict_section(message_format(name, None)), tools, None, ())
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3_coder"])
+def test_schemas_that_take_too_long(name):
+    """Also all tools together, and where each property has its own copy of the definitions."""
+    optional = {"type": "object", "properties": {f"p{i}": {} for i in range(400)}}
+    large = {"$defs": {"a": {"description": "a" * 10**5}}, "properties": {c: {"$ref": "#/$defs/a"} for c in "abcd"}}
+    cases = [([{"properties": {f"p{i}": {} for i in range(8000)}}], "properties: "), ([optional] * 20, "properties: ")]
+    for schemas_, fact in [*cases, *([([large], r"\$defs: ")] if name == "qwen3_coder" else [])]:
+        tools = [{"function": {"name": "a", "parameters": schema, "strict": True}} for schema in schemas_]
+        with pytest.raises(RequestError, match=f"^tools: .*{fact}"):
+            strict_grammar(strict_section(message_format(name, None)), tools, None, ())
 
 
 def test_where_it_is_asked():

@@ -49,6 +49,8 @@ class Automaton:
         """Their trie."""
         rows: list[dict[int, int]] = [{}, {}]
         for text in texts:
+            if len(text) > MOST_STATES:
+                raise NotRegular
             at = START
             for byte in text.encode():
                 if byte not in rows[at]:
@@ -63,6 +65,8 @@ class Automaton:
     def of_regex(pattern: str, until: float) -> Automaton:
         """Raises NotRegular for what has not the same meaning to everyone, what would be large or is not there by
         `until` in time.thread_time, and what is wrong."""
+        if len(pattern) > MOST_PARTS:
+            raise NotRegular
         return _Parser(pattern, until).automaton()
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxinfer.engine.guided.lark import check_lark
 from jaxinfer.errors import RequestError
-from jaxinfer.sampling.json_schema import in_fewer_words
+from jaxinfer.json_schema import closed, written
 from jaxinfer.sampling.structured import PARAM, StructuredOutputsParams
-from jaxinfer.text.strict import SPACES_IN_JSON
 
-MOST_OPTIONAL = 400  # properties: llguidance looks at all of an object's at once, at most 2,000 things in all
-MOST_SQUARED = 10**6  # of all objects: the time that they take goes with the squares, half a second for so much
 _LENIENT = '"x-guidance": {"lenient": true} in the schema leaves out what can\'t be followed'
 REMEDIES = {  # of what llguidance says of a schema
     "Unimplemented": _LENIENT,
     "Unknown format": _LENIENT,
     "coerce_one_of": '"x-guidance": {"coerce_one_of": true} in the schema takes oneOf for anyOf',
 }
+SIGNS = {" regex ": "pattern: ", "Resource '": "$ref: ", "Pointer '": "$ref: "}
+# Of errors in Lark, with the lines around the place.
+_OF_A_SCHEMA = re.compile(r"at (\d+)\(\d+\): failed to compile JSON schema: (.*?)(\n +\d+ \| .*|$)", re.DOTALL)
 
 
 def grammar_of(asked: StructuredOutputsParams, special: Mapping[str, int]) -> str:
@@ -57,20 +59,32 @@ def _within(grammar: str, asked: StructuredOutputsParams, special: Mapping[str, 
 
 
 def refusal(asked: StructuredOutputsParams, problem: str) -> RequestError:
-    """One line, which names the keyword that can't be done."""
+    """One line, which names the keyword that can't be done, and the rule with the schema where there may be several."""
+    if within := _OF_A_SCHEMA.match(problem):
+        line, problem, around = within.groups()
+        # The names of rules of structural tags and strict tools say which.
+        rule = re.search(rf"\n +{line} \| ((?:tag|tool)_\w+): ", around)
+        problem = (f"{rule[1]}: " if rule else "") + _with_keyword(problem)
+    elif asked.kind == "json":
+        problem = _with_keyword(problem)
+    return RequestError(f"{PARAM}.{asked.kind}: {one_line(problem)}", PARAM)
+
+
+def _with_keyword(problem: str) -> str:
+    """What llguidance says of a schema, with the keyword and what helps."""
     problem = one_line(problem)
-    keyword = ""
-    if asked.kind == "json":
-        signs = {" regex ": "pattern: ", "Resource '": "$ref: ", "Pointer '": "$ref: "}
-        keyword = next((word for sign, word in signs.items() if sign in f" {problem}"), "")
-        remedy = next((f"; {remedy}" for sign, remedy in REMEDIES.items() if sign in problem), "")
-        problem = problem.split(". Enable ")[0] + remedy
-    return RequestError(f"{PARAM}.{asked.kind}: {keyword}{problem}", PARAM)
+    keyword = next((word for sign, word in SIGNS.items() if sign in f" {problem}"), "")
+    remedy = next((f"; {remedy}" for sign, remedy in REMEDIES.items() if sign in problem), "")
+    return keyword + problem.split(". Enable ")[0] + remedy
 
 
 def one_line(problem: str) -> str:
     """What llguidance says, without what only its authors need."""
-    return " ".join(problem.split("<state>")[0].split("<non-verbose/>")[0].split())[:300]
+    if "symbols.len()" in problem:
+        return "it has more than 65,000 parts"
+    for end in ("<state>", "<non-verbose/>", "<backtrace>"):
+        problem = problem.split(end)[0]
+    return " ".join(problem.split())[:300]
 
 
 def _json(asked: StructuredOutputsParams) -> str:
@@ -79,19 +93,14 @@ def _json(asked: StructuredOutputsParams) -> str:
     schema = {"type": "object"} if asked.json is None else json.loads(str(asked.json))
     if schema is False:
         raise refusal(asked, "no text matches false")
-    schema = {} if schema is True else in_fewer_words(schema)
-    optional = list(_optional_properties(schema))
-    if max(optional, default=0) > MOST_OPTIONAL or sum(count**2 for count in optional) > MOST_SQUARED:
-        raise refusal(
-            asked,
-            f"properties: an object may have at most {MOST_OPTIONAL} that are not required, and the squares of their "
-            f"numbers may come to {MOST_SQUARED}",
-        )
-    spaces: dict[str, Any] = {"whitespace_pattern": asked.whitespace_pattern or SPACES_IN_JSON}
-    return LLMatcher.grammar_from_json_schema(
-        json.dumps(schema, ensure_ascii=False),
-        overrides={"whitespace_flexible": False} if asked.disable_any_whitespace else spaces,  # type: ignore[arg-type]
-    )
+    return LLMatcher.grammar_from_json_schema(written(schema, _whitespace(asked)))
+
+
+def _whitespace(asked: StructuredOutputsParams) -> dict[str, Any]:
+    """As options of llguidance's."""
+    if asked.disable_any_whitespace:
+        return {"whitespace_flexible": False, "whitespace_pattern": None}
+    return {} if asked.whitespace_pattern is None else {"whitespace_pattern": asked.whitespace_pattern}
 
 
 def _regex(asked: StructuredOutputsParams) -> str:
@@ -103,14 +112,17 @@ def _regex(asked: StructuredOutputsParams) -> str:
 def _choice(asked: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
-    texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in asked.choice or ())
-    return LLMatcher.grammar_from_lark(f"start: {texts}")
+    # As one terminal: as many rules would take ten times as long.
+    texts = json.dumps(asked.choice, ensure_ascii=False, separators=(" | ", ""))[1:-1]
+    return LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: {texts}")
 
 
 def _grammar(asked: StructuredOutputsParams) -> str:
     from llguidance import grammar_from
 
-    return grammar_from("grammar", str(asked.grammar))
+    grammar = grammar_from("grammar", str(asked.grammar))
+    check_lark(grammar)
+    return grammar
 
 
 def _structural_tag(asked: StructuredOutputsParams) -> str:
@@ -131,6 +143,7 @@ def _structural_tag(asked: StructuredOutputsParams) -> str:
                 asked,
                 f'structures[{i}] must have texts "begin" and "end", a "schema", and one of the triggers before it',
             )
+        schema = written(closed(schema) if asked.disable_additional_properties else schema, _whitespace(asked))
         tags.append(StructTag(trigger=trigger, begin=str(begin), grammar=schema, end=end))
     return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False))
 
@@ -143,17 +156,3 @@ _MAKERS: dict[str, Callable[[StructuredOutputsParams], str]] = {
     "grammar": _grammar,
     "structural_tag": _structural_tag,
 }
-
-
-def _optional_properties(schema: Any) -> Iterator[int]:
-    """How many each object of a schema has that are not required."""
-    pending = [schema]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            properties, required = item.get("properties"), item.get("required")
-            if isinstance(properties, dict):
-                yield len(properties.keys() - set(map(str, required if isinstance(required, list) else ())))
-            pending += item.values()
-        elif isinstance(item, list):
-            pending += item

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxinfer.engine.guided.grammar import grammar_of, refusal
 from jaxinfer.engine.guided.guide import Grammar, Guide
+from jaxinfer.engine.guided.large_stack import on_large_stack
 from jaxinfer.engine.guided.states import table_of
 from jaxinfer.engine.guided.tables import GrammarTable
 from jaxinfer.engine.guided.vocabulary import Vocabulary
@@ -103,7 +104,7 @@ class Guides:
         from llguidance import LLMatcher, LLParserLimits
 
         source, limits = grammar_of(asked, vocabulary.special), LLParserLimits(verbose_errors=False)
-        grammar = Grammar(lambda: LLMatcher(self._theirs, source, log_level=0, limits=limits))
+        grammar = Grammar(lambda: on_large_stack(lambda: LLMatcher(self._theirs, source, log_level=0, limits=limits)))
         matcher = grammar.matcher.deep_copy()
         if matcher.is_error():
             raise refusal(asked, matcher.get_error())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -46,16 +46,16 @@ def table_of(
     return states.table()
 
 
-def _texts(asked: StructuredOutputsParams) -> list[str] | None:
+def _texts(asked: StructuredOutputsParams) -> Iterable[str] | None:
     """Those that there are, and perhaps more: choices, and what schemas enumerate."""
     if asked.choice is not None:
-        return list(asked.choice)
+        return asked.choice
     schema = json.loads(asked.json) if isinstance(asked.json, str) else None
     if not isinstance(schema, dict) or not schema.keys() <= ENUMERATING:
         return None
     boolean = [True, False] if schema.get("type") == "boolean" else None
     values = schema.get("enum", [schema["const"]] if "const" in schema else boolean)
-    return [json.dumps(value, ensure_ascii=False) for value in values] if isinstance(values, list) else None
+    return (json.dumps(value, ensure_ascii=False) for value in values) if isinstance(values, list) else None
 
 
 def _until() -> float:

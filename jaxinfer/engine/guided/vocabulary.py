@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, of random bits: sums with its powers tell rows of small numbers apart
+LONGEST_SPLIT = 1024  # bytes
+CUT = 8  # tokens: what follows might have changed them
 
 
 class Vocabulary:
@@ -60,8 +62,12 @@ class Vocabulary:
         return len(text) in ends
 
     def split(self, text: str | bytes) -> list[int]:
-        """The tokens of a text that follows another one: the tokenizer's own, or else the longest ones."""
+        """The tokens of a text that follows another one: the tokenizer's own, or else the longest ones. Of a long text
+        only the first: at each step llguidance asks for all that a grammar leaves no choice of."""
         data = text.encode() if isinstance(text, str) else text
+        if len(data) > LONGEST_SPLIT:
+            start = data[:LONGEST_SPLIT].decode(errors="ignore").encode()  # whole characters
+            return self.split(start)[:-CUT]
         try:
             ids = self._tokenizer.encode_text(data.decode(), add_special_tokens=False)
         except UnicodeDecodeError:
