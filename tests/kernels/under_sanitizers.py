@@ -75,12 +75,18 @@ for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
     lengths, cu_q_lens = np.array([7, 0, 10], np.int32), np.array([0, 5, 6, 12], np.int32)
     q, pages = random((12, 2, 5, 48), "float32"), np.array([[0, 1], [1, 0], [2, 2]], np.int32)
     pools = [random((3, 2, 5, 48), kind), random((3, 2, 5, 48), kind)]
+    pools = [pool.view(np.uint16) for pool in pools] if kind == "bfloat16" else pools
     pools += [random((3, 2, 5), "float32")] * 2 if kind == "int8" else []
     call = jax.ffi.ffi_call("attend", jax.ShapeDtypeStruct(q.shape, q.dtype))
     for window, cap, one_each, sinks in itertools.product((0, 4), (0, 5), (False, True), (0, 10)):
         options = {"scale": np.float32(0.1), "soft_cap": np.float32(cap), "window": np.int64(window)}
         starts = np.arange(4, dtype=np.int32) if one_each else cu_q_lens
         jax.block_until_ready(call(q, random(sinks, "float32"), starts, lengths, pages, *pools, **options))
+jax.ffi.register_ffi_target("argmax", jax.ffi.pycapsule(library.jaxinfer_argmax), platform="cpu")
+for size, level in itertools.product(((3, 1), (1, 19), (40, 2777)), range(len(cpu.LEVELS))):
+    library.jaxinfer_level(level)
+    outs = [jax.ShapeDtypeStruct(size[:1], kind) for kind in (np.float32, np.int32)]
+    jax.block_until_ready(jax.ffi.ffi_call("argmax", outs)(random(size, "float32")))
 jax.ffi.register_ffi_target("attend_rows", jax.ffi.pycapsule(library.jaxinfer_attention_rows), platform="cpu")
 for kind, level, group in itertools.product(("float32", "bfloat16"), range(len(cpu.LEVELS)), (1, 5)):
     library.jaxinfer_level(level)

@@ -102,9 +102,9 @@ def products(
     """`x [T, K]` times each `weight [N, K]` transposed, `[T, N]`: float32, or int32 of two that are int8.
 
     By a kernel in programs for a CPU, if there is one for these types, else `reference(x, weights)`. rounds: where that
-    is faster (`avx512`, from 16 tokens on, weights of 8 or 16 bits), activations in float32 may be rounded to bfloat16;
-    products are summed in float32 all the same. on_each: makes the kernel's call one that each device of a mesh does
-    with its part.
+    is faster (`avx512`, weights of 8 or 16 bits), activations in float32 may become bfloat16, two each from 5 tokens on
+    and one from 16 on; products are summed in float32 all the same. on_each: makes the kernel's call one that each
+    device of a mesh does with its part.
     """
     return _products(reference, rounds, on_each, x, weights)
 

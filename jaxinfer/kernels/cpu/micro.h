@@ -354,6 +354,20 @@ struct Pairs {  // bfloat16, summed in float32
   }
 };
 
+struct Halves : Pairs {  // float32 as two bfloat16, of 16 bits together: lanes of one, and lanes of what is left
+  static void fill_rest(uint32_t* to, const float* from, int64_t count) {
+    for (int64_t k = 0; k < count; k += LANES) {
+      float some[LANES] = {};
+      std::copy_n(from + k, std::min<int64_t>(count - k, LANES), some);
+      const Float all = load(some);
+      bf16 first[LANES];
+      store(first, _mm512_cvtneps_pbh((__m512)all));
+      const Float rest = all - load(first);
+      store(to + k / 2, _mm512_cvtneps_pbh((__m512)(rest == rest ? rest : Float{})));  // infinity has none
+    }
+  }
+};
+
 struct Quads {  // int8, summed in int32; activations have 128 added, as the instruction wants one side unsigned
   using Total = Int;
   static constexpr int64_t each = 4;
@@ -367,14 +381,26 @@ struct Quads {  // int8, summed in int32; activations have 128 added, as the ins
 };
 #endif
 
-// The first LANES tokens of x as a panel; those from `tokens` on are zeros.
+template <class Units>
+constexpr bool IN_HALVES = false;
+#if LEVEL == 2
+template <>
+constexpr bool IN_HALVES<Halves> = true;
+#endif
+template <class Units>
+constexpr int64_t PANEL = IN_HALVES<Units> ? LANES / 2 : LANES;  // tokens
+
+// The first PANEL tokens of x as a panel; those from `tokens` on are zeros.
 template <class Units, class X>
 void pack(const X* x, int64_t tokens, int64_t depth, uint32_t* panel) {
-  const int64_t some = std::min<int64_t>(tokens, LANES);
+  const int64_t some = std::min<int64_t>(tokens, PANEL<Units>);
   alignas(64) uint32_t staged[LANES][LANES] = {};
   for (int64_t k = 0; k < depth; k += LANES * Units::each) {
     const int64_t count = std::min(depth - k, LANES * Units::each), units = (count + Units::each - 1) / Units::each;
-    for (int64_t t = 0; t < some; t++) Units::fill(staged[t], x + t * depth + k, count);
+    for (int64_t t = 0; t < some; t++) {
+      Units::fill(staged[t], x + t * depth + k, count);
+      if constexpr (IN_HALVES<Units>) Units::fill_rest(staged[PANEL<Units> + t], x + t * depth + k, count);
+    }
     Float rows[LANES];
     for (int t = 0; t < LANES; t++) rows[t] = load_as<Float>(staged[t]);
     transpose(rows);
@@ -405,12 +431,14 @@ APART void wide_tile(const uint32_t* panels, int64_t panel, const uint32_t* w, i
       Float lanes[LANES];
       for (int r = 0; r < LANES; r++) lanes[r] = n + r < ROWS ? (Float)total[p][n + r] : Float{};
       transpose(lanes);
+      if constexpr (IN_HALVES<Units>)
+        for (int t = 0; t < PANEL<Units>; t++) lanes[t] += lanes[PANEL<Units> + t];
       Outs results[LANES];
-      for (int t = 0; t < LANES; t++)
+      for (int t = 0; t < PANEL<Units>; t++)
         results[t] = __builtin_convertvector((typename Units::Total)lanes[t], Outs) + load_as<Outs>(more + n);
       const int some = std::min(ROWS - n, LANES);
-      for (int64_t t = 0; t < std::min<int64_t>(tokens - p * LANES, LANES); t++) {
-        Out* to = out + (p * LANES + t) * columns + n;
+      for (int64_t t = 0; t < std::min<int64_t>(tokens - p * PANEL<Units>, PANEL<Units>); t++) {
+        Out* to = out + (p * PANEL<Units> + t) * columns + n;
         for (int r = 0; add && r < some; r++) results[t][r] += to[r];
         std::memcpy(to, &results[t], some * sizeof(Out));
       }
@@ -446,10 +474,11 @@ void gemm(const uint32_t* panels, int64_t depth, const Part<Weight, Out>& part, 
       const int64_t end = std::min(begin + step, units);
       auto some = [&](int64_t p, auto count) {
         wide_tile<Units, rows, count>(panels + p * LANES * units, units * LANES, weights, units, begin, end, more,
-                                      part.out + p * LANES * part.columns + n, part.columns, part.tokens - p * LANES,
+                                      part.out + p * PANEL<Units> * part.columns + n, part.columns,
+                                      part.tokens - p * PANEL<Units>,
                                       begin > 0, (const char*)w + (n + (p == 0 ? rows : 0)) * row, rows * row / units);
       };
-      in_steps<2, 1>(0, (part.tokens + LANES - 1) / LANES, some);
+      in_steps<2, 1>(0, (part.tokens + PANEL<Units> - 1) / PANEL<Units>, some);
     }
   };
   in_steps<WIDE_ROWS, 4, 1>(first, last, rows_of);
@@ -470,7 +499,7 @@ void wide_products(Threads& threads, const X* x, int64_t depth, const Parts<Weig
   std::vector<std::pair<int64_t, int64_t>> panels;  // the first token of each, and how many are left from there
   for (const auto& part : parts)
     if (first_panel.emplace(part.token, panels.size()).second)
-      for (int64_t t = 0; t < part.tokens; t += LANES) panels.push_back({part.token + t, part.tokens - t});
+      for (int64_t t = 0; t < part.tokens; t += PANEL<Units>) panels.push_back({part.token + t, part.tokens - t});
   uint32_t* packed = (uint32_t*)buffer(4 * panels.size() * size);
   const Stage packs{(int64_t)panels.size(), [&, packed](int64_t p) {
                       pack<Units>(x + panels[p].first * depth, panels[p].second, depth, packed + p * size);
@@ -503,13 +532,17 @@ void thin_products(Threads& threads, const X* x, int64_t tokens, int64_t depth, 
   threads.run({in_pieces(threads, parts, 4, WIDE_ROWS, meet)});
 }
 
+template <class X, class Weight>
+constexpr bool FITS_HALVES =  // and nothing of a weight is lost in bfloat16
+    std::is_same_v<X, float> && !std::is_same_v<Weight, float> && !std::is_same_v<Weight, nibbles>;
+
 // out [T, N] = x [T, K] times w [N, K] transposed, of each part and its tokens; parts that are done in one way are done
-// together. rounds: float32 activations may become bfloat16, from MANY tokens on. How a part is done is decided by all of
+// together. rounds: float32 activations may become bfloat16, two of them from SEVERAL tokens on, one from MANY on. How a part is done is decided by all of
 // its tokens, so that the bits of those that are live do not depend on how many these are.
 template <class X, class Weight, class Out>
 void products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const Parts<Weight, Out>& parts,
               [[maybe_unused]] bool rounds) {
-  Parts<Weight, Out> thin, wide, packed;
+  Parts<Weight, Out> thin, wide, packed, halves;
   auto way = [&](const Part<Weight, Out>& part) {
 #if LEVEL == 1
     if (std::is_same_v<X, int8_t> && part.tokens >= 4) return &packed;
@@ -518,6 +551,7 @@ void products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const
       if (part.tokens >= 4) return &packed;
     } else if constexpr (!std::is_same_v<Weight, float>) {
       if (part.tokens >= MANY && (rounds || std::is_same_v<X, bf16>)) return &packed;
+      if (FITS_HALVES<X, Weight> && part.tokens >= SEVERAL && part.tokens < MANY && rounds) return &halves;
     }
 #endif
     return part.tokens < FEW ? &thin : &wide;
@@ -536,5 +570,7 @@ void products(Threads& threads, const X* x, int64_t tokens, int64_t depth, const
   using Units = std::conditional_t<std::is_same_v<X, int8_t>, Quads, Pairs>;
   if constexpr (!std::is_same_v<Weight, float>)
     if (!packed.empty()) wide_products<Units>(threads, x, depth, packed);
+  if constexpr (FITS_HALVES<X, Weight>)
+    if (!halves.empty()) wide_products<Halves>(threads, x, depth, halves);
 #endif
 }

@@ -48,6 +48,7 @@ using Parts = std::vector<Part<Weight, Out>>;
 
 constexpr int64_t AHEAD = 4096;      // bytes: how far ahead weights are fetched
 constexpr int64_t FEW = 8;          // tokens, below which each weight is used as it is read
+constexpr int64_t SEVERAL = 5;      // tokens, from which on activations may become two bfloat16
 constexpr int64_t MANY = 16;        // tokens, from which on activations may be rounded
 constexpr int64_t SMALL = 1 << 16;  // products that are done before another thread has woken up
 constexpr int64_t EXACT = 1024;     // products of int8 whose sum float32 has exactly: 1024 * 127 * 128 < 2**24
