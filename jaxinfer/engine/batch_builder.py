@@ -80,6 +80,7 @@ class BatchBuilder:
             for width, windowed in zip(widths, windows, strict=True)
         ]
         self._last_sampling: dict[int, tuple[tuple[Any, ...], SamplingArrays]] = {}  # by shard
+        self._row_sampling: dict[int, dict[Any, RowSampling]] = {}  # of its rows
 
     def build(self, schedules: Sequence[SchedulerOutput]) -> Built:
         """What is called for these schedules, one for each shard of rows."""
@@ -251,8 +252,12 @@ class BatchBuilder:
         key = (size, *((request.id, request.table_end) for request in requests))
         last = self._last_sampling.get(shard)
         if last is None or last[0] != key:
-            rows = [RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length, r.limit, r.table_end) for r in requests]
-            last = self._last_sampling[shard] = (key, SamplingArrays.of_rows(rows, size))
+            before = self._row_sampling.get(shard, {})
+            rows = self._row_sampling[shard] = {
+                own: before.get(own) or RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length, r.limit, r.table_end)
+                for own, r in zip(key[1:], requests, strict=True)
+            }
+            last = self._last_sampling[shard] = (key, SamplingArrays.of_rows(list(rows.values()), size))
         return last[1]
 
 

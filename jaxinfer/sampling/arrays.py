@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from jaxinfer.sampling.params import MAX_STOP_IDS, SamplingParams
 
 
-class RowSampling(NamedTuple):
+@dataclass(frozen=True)
+class RowSampling:
     """One row's parameters as the engine has resolved them.
 
     params: the rest of them.
@@ -29,6 +31,11 @@ class RowSampling(NamedTuple):
     prompt_length: int
     limit: int = 0
     table: int = 0
+
+    @cached_property
+    def packed(self) -> tuple[tuple[float, ...], tuple[int, ...], tuple[int, int], tuple[bool, ...]]:
+        """Its rows of `floats`, `ints`, `seed` and `flags`."""
+        return _floats(self), _ints(self), (self.seed >> 32 & 0xFFFFFFFF, self.seed & 0xFFFFFFFF), _flags(self.params)
 
 
 def _column(of: str, *at: int) -> Any:
@@ -85,10 +92,9 @@ class SamplingArrays:
         stop_ids = np.full((size, MAX_STOP_IDS), -1, np.int32)
         flags = np.zeros((size, 3), bool)
         if rows:  # at once: numpy takes its time for each assignment
-            floats[: len(rows)] = [_floats(row) for row in rows]
-            ints[: len(rows)] = [_ints(row) for row in rows]
-            seed[: len(rows)] = [(row.seed >> 32 & 0xFFFFFFFF, row.seed & 0xFFFFFFFF) for row in rows]
-            flags[: len(rows)] = [_flags(row.params) for row in rows]
+            packed = zip(*(row.packed for row in rows), strict=True)
+            for array, values in zip((floats, ints, seed, flags), packed, strict=True):
+                array[: len(rows)] = values
         for i, row in enumerate(rows):
             if row.stop_ids:
                 stop_ids[i, : len(row.stop_ids)] = row.stop_ids
