@@ -14,13 +14,13 @@ from pathlib import Path
 
 # Those that decide how fast a bundle's units are at best; and what they are called in tables.
 UNITS = {
-    "MXU": "matrix unit",
+    "MXU": "matrix",
     "XLU": "transposes",
-    "VALU": "vector unit",
-    "EUP": "transcendentals",
-    "VLOAD": "vector loads",
-    "VSTORE": "vector stores",
-    "SALU": "scalar unit",
+    "VALU": "vector",
+    "EUP": "functions",
+    "VLOAD": "loads",
+    "VSTORE": "stores",
+    "SALU": "scalar",
 }
 BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(?:[A-Z]{2} ?)*: (>*)", re.MULTILINE)
 SAME = re.compile(r"^key:(.+)\nordinal:.*\nequivalent_hlos\[.*\]:\n((?:  .+\n)*)", re.MULTILINE)

@@ -5,8 +5,8 @@ Its flags are read when it starts, and a kernel that it has no layout for may en
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import subprocess
 import sys
 import tempfile
@@ -48,7 +48,7 @@ def dumped(config: Mapping[str, Any], topology: str, options: EngineConfig, key:
         own = {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": f"{given} {flags}".strip(), "PYTHONPATH": path}
         ended = subprocess.run(
             [sys.executable, "-P", "-m", "jaxinfer.plan.dumped", str(folder)],
-            input=pickle.dumps(asked),
+            input=json.dumps(asked, default=str).encode(),
             env=os.environ | own,
             capture_output=True,
         )
@@ -69,8 +69,8 @@ def _folder() -> Iterator[Path]:
 
 def main(folder: Path) -> None:
     """What the process does. What is asked comes on its standard input."""
-    asked = pickle.load(sys.stdin.buffer)
-    options, key = asked["options"], asked["key"]
+    asked = json.load(sys.stdin)
+    options, key = asked["options"], tuple(asked["key"])
     target = find_target(asked["topology"])
     wanted = options.get("quantization"), options.get("max_model_len")
     held = fit(model_of(asked["config"], options.get("dtype", "auto"), target, *wanted), target, **options)

@@ -44,24 +44,30 @@ def profile(
     """Of decoding so many rows of `context` tokens each, and of pieces of prompts of so many tokens. Bytes and seconds
     are each device's. Raises ValueError: see `check_profile` and `dumped`."""
     programs = []
-    for name, key, bound in _steps(held, context, rows, tokens):
+    for name, key, bound, fits in _steps(held, context, rows, tokens):
         on_program(name)
         made = dumped(config, held.target.name, options, key)
         figures = profiled(made.text, made.codes, key[0] == Decode.kind, bound)
-        programs.append({"program": name, "compiled_for": key[1], **figures})
-    return {"libtpu": version("libtpu"), "clock": held.target.chip.clock, "programs": programs}
+        programs.append({"program": name, "compiled_for": key[1], "fits": fits, **figures})
+    return {
+        "libtpu": version("libtpu"),
+        "clock": held.target.chip.clock,
+        "context": context,
+        "programs": programs,
+    }
 
 
-def _steps(held: Fit, context: int, rows: list[int], tokens: list[int]) -> Iterator[tuple[str, Key, Bound]]:
+def _steps(held: Fit, context: int, rows: list[int], tokens: list[int]) -> Iterator[tuple[str, Key, Bound, bool]]:
+    """Names, programs, bounds, and whether there is room in the cache."""
     buckets, shards = held.programs.buckets, held.shards
     for own in rows:
         each = -(-own // shards)
         key = Decode.kind, Buckets.fit(buckets.decode, each)
-        yield f"decode, {own} rows", key, step_bound(held, each, context, each)
+        yield f"decode, {own} rows", key, step_bound(held, each, context, each), own <= held.rows_of(context)
     for own in tokens:
         each = -(-own // shards)
         key = Forward.kind, Buckets.fit(buckets.tokens, each)
-        yield f"prefill, {own} tokens", key, step_bound(held, each, each, 1)
+        yield f"prefill, {own} tokens", key, step_bound(held, each, each, 1), True
 
 
 def profiled(text: str, codes: Mapping[str, Code], decodes: bool, bound: Bound) -> dict[str, Any]:

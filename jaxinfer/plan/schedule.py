@@ -1,8 +1,8 @@
 """What a compiled TPU program takes by the compiler's own estimates: its schedule, run through in order.
 
-An operation takes the cycles that the compiler estimates, or the bundles that it has made for it, or as long as the
-memory takes for what it reads and writes there: whichever is most. Copies that were begun before run beside it at what
-the memory has left, one after the other; where the schedule waits for one, so does this.
+An operation takes the cycles that the compiler estimates (the bundles that it has made, where it estimates none), or as
+long as the memory takes for what it reads and writes there, if that is more. Copies that were begun before run beside
+it at what the memory has left, one after the other; where the schedule waits for one, so does this.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Op:
     seconds: that they take.
     waited: seconds in which nothing runs, until their operands are there.
     read, written: bytes of memory. prefetched: those of `read` that copies bring, beside what runs before.
-    sent: bytes of collectives' results.
+    sent: bytes over the links, for collectives.
     run: bundles that run at least.
     kernel: they are kernels.
     codes: of each instruction, and the seconds that it takes.
@@ -304,7 +304,7 @@ class Schedule:
         """Of what an instruction is for: a kernel by its name, what has a matrix for an operand by that of the largest
         one, as `mlp.down_proj`; what has none by its part of the source."""
         if own.target == KERNEL:
-            return "kernel " + re.sub(r"\.\d+$", "", own.name)
+            return re.sub(r"\.\d+$", "", own.name)
         weights = []
         for operand in own.operands:
             found = WEIGHT.search(self.origin(scope, operand))

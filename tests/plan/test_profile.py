@@ -65,10 +65,10 @@ def test_a_profile(cli, model, monkeypatch, tmp_path_factory):
         # No less than the weights, each once: down_proj is [512, 256] in each of two layers.
         assert ops["mlp.down_proj"]["bytes_read"] >= 2 * 512 * 256 * 2
         assert ops["mlp.down_proj"]["cycles"] > 0
-        assert {"norm", "rotary", "self_attn.q_proj", "kernel ragged_paged_attention_kernel"} <= ops.keys()
-        (kernel,) = ops["kernel ragged_paged_attention_kernel"]["kernel"]
+        assert {"norm", "rotary", "self_attn.q_proj", "ragged_paged_attention_kernel"} <= ops.keys()
+        (kernel,) = ops["ragged_paged_attention_kernel"]["kernel"]
         assert kernel["grid"] > 0
-        assert sum(kernel["bundles"]) == ops["kernel ragged_paged_attention_kernel"]["bundles"] > 500
+        assert sum(kernel["bundles"]) == ops["ragged_paged_attention_kernel"]["bundles"] > 500
         assert any("kernel's inner loops" in note for note in program["notes"])
     console = Console(width=150, record=True)
     print_profile(console, figures["profile"], "small")
@@ -86,7 +86,7 @@ def test_twice_as_many_layers():
         held = fit(model_of(config, "bfloat16", target), target, **SIZES)
         (program,) = profile(held, config, {**SIZES, "dtype": "bfloat16"}, 64, [8], [])["programs"]
         found[layers] = {op["op"]: op for op in program["ops"]}, program["cycles"]
-    for op in ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj", "kernel ragged_paged_attention_kernel"):
+    for op in ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj", "ragged_paged_attention_kernel"):
         two, four = (found[layers][0][op] for layers in (2, 4))
         assert four["count"] == 2 * two["count"]
         assert four["cycles"] == pytest.approx(2 * two["cycles"], rel=0.2)

@@ -260,7 +260,7 @@ def test_kernels():
     codes = {"attention.7": read_code(BUNDLES, SLOTS, 500)}
     for seconds, expected in ((1e-6, 2002e-9), (5e-6, 5e-6)):
         made = schedule(entry(KERNEL_CALL, IN_PLACE), codes, kernel=lambda _, own=seconds: (own, 40))
-        kernel = made.ops["kernel attention"]
+        kernel = made.ops["attention"]
         assert (kernel.read, kernel.written, kernel.unknown, kernel.bundles, kernel.run) == (40, 0, 1, 6, 2002)
         assert kernel.seconds == pytest.approx(expected)
         assert kernel.fullest == ("VALU", 0.75)
@@ -272,7 +272,7 @@ def test_bundles_in_the_place_of_cycles():
     codes = {"a": read_code(BUNDLES, SLOTS)}
     assert schedule(text, codes).seconds == pytest.approx(5000e-9)
     assert schedule(text, codes, by_bundles=True).seconds == pytest.approx((2 + 3 * 4) * 1e-9)
-    assert schedule(text, codes).ops["norm"].binds(CHIP) == "vector unit"
+    assert schedule(text, codes).ops["norm"].binds(CHIP) == "vector"
 
 
 def test_a_step_of_a_loop():
