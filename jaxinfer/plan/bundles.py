@@ -24,7 +24,7 @@ UNITS = {
 }
 BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(?:[A-Z]{2} ?)*: (>*)", re.MULTILINE)
 SAME = re.compile(r"^key:(.+)\nordinal:.*\nequivalent_hlos\[.*\]:\n((?:  .+\n)*)", re.MULTILINE)
-FILE = re.compile(r"\d+-(.+)-\d+-final_bundles\.txt")
+FILE = re.compile(r"\d+-(.+)-\d+-final_(bundles|hlo-static-per-bundle-utilization)\.txt")
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ class Code:
 
 def read_bundles(folder: Path) -> dict[str, Code]:
     """What was written there, by the names of HLO instructions."""
+    texts: dict[str, dict[str, str]] = {}
+    for path in sorted(folder.glob("*-final_*.txt")):
+        if match := FILE.fullmatch(path.name):
+            texts.setdefault(match[1], {})[match[2]] = path.read_text()
     grids = _grids(folder)
-    codes: dict[str, Code] = {}
-    for path in sorted(folder.glob("*-final_bundles.txt")):
-        match = FILE.fullmatch(path.name)
-        if match is None or match[1] == "TLP" or "schedule-analysis" in match[1]:
-            continue
-        uses = sorted(folder.glob(f"*-{match[1]}-*-final_hlo-static-per-bundle-utilization.txt"))
-        codes[match[1]] = read_code(
-            path.read_text(), uses[0].read_text() if uses else "", grids.get(re.sub(r"\.\d+$", "", match[1]))
-        )
+    codes = {
+        name: read_code(own["bundles"], own.get("hlo-static-per-bundle-utilization", ""), grids.get(_stem(name)))
+        for name, own in texts.items()
+        if "bundles" in own
+    }
     for path in folder.glob("*-deduplication-map.txt"):
         for first, others in SAME.findall(path.read_text()):
             codes |= {other: codes[first] for other in others.split() if first in codes}
@@ -82,13 +82,19 @@ def read_code(bundles: str, utilization: str = "", grid: int | None = None) -> C
     return Code(tuple(counts), slots, grid)
 
 
-def _grids(folder: Path) -> dict[str, int]:
-    """How often each kernel's outermost loop runs, by the name of its function."""
-    grids = {}
+def _stem(name: str) -> str:
+    """Of a kernel, whose instructions are numbered."""
+    return re.sub(r"\.\d+$", "", name)
+
+
+def _grids(folder: Path) -> dict[str, int | None]:
+    """How often each kernel's outermost loop runs, by the name of its function; None where several have the name."""
+    grids: dict[str, int | None] = {}
     for path in folder.glob("mosaic/*-original.txt"):
         text = path.read_text()
         name = re.search(r"func\.func @(\w+)\(", text)
         bounds = re.search(r"iteration_bounds = array<i64: ([\d, ]+)>", text)
         if name is not None:
-            grids[name[1]] = math.prod(int(n) for n in bounds[1].split(",")) if bounds else 1
+            grid = math.prod(int(n) for n in bounds[1].split(",")) if bounds else 1
+            grids[name[1]] = grid if grids.get(name[1], grid) == grid else None
     return grids

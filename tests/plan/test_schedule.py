@@ -250,7 +250,7 @@ def test_bundles(tmp_path):
     kernel = "func.func @attention(%a: i32) attributes {iteration_bounds = array<i64: 3, 2>} {"
     (tmp_path / "mosaic" / "5-0001-mosaic-dump-anonymous-original.txt").write_text(kernel)
     codes = read_bundles(tmp_path)
-    assert sorted(codes) == ["attention.7", "fusion.3", "fusion.9"]
+    assert sorted(codes) == ["TLP", "attention.7", "fusion.3", "fusion.9"]
     assert codes["fusion.9"] is codes["fusion.3"]
     assert (codes["fusion.3"].grid, codes["fusion.3"].slots["VALU"], codes["attention.7"].grid) == (None, 0.75, 6)
 
