@@ -98,10 +98,11 @@ class Op:
         return (unit, slots[unit]) if unit else ("", 0.0)
 
     def binds(self, chip: Chip) -> str:
-        """What most of the time goes into."""
+        """The memory, if that takes longer than all of the bundles; else the unit that is fullest."""
         if self.sent:
             return "links"
-        if (self.read + self.written) / chip.bandwidth >= max(self.seconds * 0.99, 1e-12):
+        moving, seconds = (self.read + self.written) / chip.bandwidth, self.run / chip.clock or self.seconds
+        if moving >= max(seconds * 0.99, 1e-12):
             return "memory"
         unit, share = self.fullest
         return UNITS[unit] if share >= BUSY else ("latency" if unit else "unknown")
@@ -295,10 +296,14 @@ class Schedule:
 
     def _kept(self, scope: Scope, own: Instruction, i: int) -> bool:
         """An operand is a kernel's, and the cache."""
-        return own.target == KERNEL and self.origin(scope, own.operands[i]).startswith(CACHE)
+        return own.target == KERNEL and self._is_cache(scope, own.operands[i])
+
+    def _is_cache(self, scope: Scope, name: str) -> bool:
+        argument = self.origin(scope, name)
+        return argument is not None and argument.op_name.startswith(CACHE)
 
     def reads_cache(self, scope: Scope, own: Instruction) -> bool:
-        return any(self.origin(scope, operand).startswith(CACHE) for operand in own.operands)
+        return any(self._is_cache(scope, operand) for operand in own.operands)
 
     def name_of(self, scope: Scope, own: Instruction) -> str:
         """Of what an instruction is for: a kernel by its name, what has a matrix for an operand by that of the largest
@@ -307,10 +312,10 @@ class Schedule:
             return re.sub(r"\.\d+$", "", own.name)
         weights = []
         for operand in own.operands:
-            found = WEIGHT.search(self.origin(scope, operand))
-            arrays = scope.computation[operand].arrays
-            if found is not None and any(len(array.dims) > 1 for array in arrays):
-                weights.append((sum(array.bytes for array in arrays), found[1]))
+            argument = self.origin(scope, operand)
+            found = None if argument is None else WEIGHT.search(argument.op_name)
+            if argument is not None and found is not None and len(argument.arrays[0].dims) > 1:
+                weights.append((sum(array.bytes for array in scope.computation[operand].arrays), found[1]))
         if weights:
             parts = [part for part in max(weights)[1].split(".") if not part.isdigit()]
             return ".".join([part for part in parts if part not in ("weight", "bias", "values", "scales")][-2:])
@@ -321,16 +326,16 @@ class Schedule:
                 return module.rpartition("/")[2] if folder == "layers" else folder
         return "copies" if own.opcode.startswith(("copy", "slice", "dynamic")) else "others"
 
-    def origin(self, scope: Scope | None, name: str) -> str:
-        """The name of the program's argument that this is, or is a copy or a part of; "" if it is none."""
+    def origin(self, scope: Scope | None, name: str) -> Instruction | None:
+        """The program's argument that this is, or is a copy or a part of; None if it is none."""
         path: list[int] = []
         while scope is not None:
             own = scope.computation.instructions.get(name)
             if own is None:
-                return ""
+                return None
             if own.opcode == "parameter":
                 if scope.caller is None:
-                    return own.op_name
+                    return own
                 name, scope = scope.argument[own.index], scope.caller
             elif own.opcode == "get-tuple-element":
                 path.append(own.index)
@@ -342,8 +347,8 @@ class Schedule:
             elif operand := self._changed(own, path):
                 name = operand
             else:
-                return ""
-        return ""
+                return None
+        return None
 
     def _changed(self, own: Instruction, path: list[int]) -> str:
         """The operand that an instruction changes in place, if that is its result."""
