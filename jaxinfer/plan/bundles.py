@@ -70,12 +70,13 @@ def read_bundles(folder: Path) -> dict[str, Code]:
 def read_code(bundles: str, utilization: str = "", grid: int | None = None) -> Code:
     """From the text of both files."""
     depths = [len(match[1]) for match in BUNDLE.finditer(bundles)]
-    counts = [depths.count(depth) for depth in range(max(depths, default=0) + 1)]
+    deepest = max(depths, default=0)
+    counts = [depths.count(depth) for depth in range(deepest + 1)]
     rows = [line.split() for line in utilization.splitlines() if re.fullmatch(r"[\d ]+", line) and line.strip()]
     names = re.search(r"^(\w+(?:, [\w:]+)+)$", utilization, re.MULTILINE)
     slots: dict[str, float] = {}
     if names is not None and len(rows) == len(depths) + 1:  # the first are how many slots there are
-        there, inner = rows[0], [row for row, depth in zip(rows[1:], depths, strict=True) if depth == max(depths)]
+        there, inner = rows[0], [row for row, depth in zip(rows[1:], depths, strict=True) if depth == deepest]
         for i, name in enumerate(names[1].split(", ")):
             if name in UNITS and int(there[i]):
                 slots[name] = sum(int(row[i]) for row in inner) / (int(there[i]) * len(inner))
