@@ -26,7 +26,10 @@ BUSY = 1 / 3  # of a unit's slots: below that, no unit binds, but that each bund
 LOOPS = "how often inner loops run: those that the compiler does not know count once"
 BRANCHES = "which branches are taken: the ones that take least count, so sampling is greedy"
 COLLECTIVES = "when collectives begin: they take what their bytes take on the links, and no more"
-KERNELS = "a kernel's inner loops: it takes its bundles with each of them once, or what its bound says if that is more"
+KERNELS = (
+    "a kernel's inner loops, and what it reads: it takes its bundles with each loop once, or if that is more what all "
+    "of its weights take, or what the bound says of keys and values"
+)
 WEIGHT, CACHE = re.compile(r"params\['(.+?)'\]"), "state.cache"
 
 

@@ -25,6 +25,11 @@ def model(tmp_path):
     return tmp_path
 
 
+def total(program, ops: str, figure: str) -> int:
+    """Of operations whose names begin so."""
+    return sum(op[figure] for op in program["ops"] if op["op"].startswith(ops))
+
+
 def test_wrong_ones(cli, model):
     plan = "plan", model, *OPTIONS
     assert "there is no compiler for l4" in cli(*plan, "--topology", "l4", "--profile").error()
@@ -64,16 +69,16 @@ def test_a_profile(cli, model, monkeypatch, tmp_path_factory):
         ops = {op["op"]: op for op in program["ops"]}
         # No less than the weights, each once: down_proj is [512, 256] in each of two layers.
         assert ops["mlp.down_proj"]["bytes_read"] >= 2 * 512 * 256 * 2
-        assert ops["mlp.down_proj"]["cycles"] > 0
+        assert total(program, "mlp.", "cycles") > 0  # the fusion of several goes by the largest
         assert {"norm", "rotary", "self_attn.q_proj", "ragged_paged_attention_kernel"} <= ops.keys()
-        (kernel,) = ops["ragged_paged_attention_kernel"]["kernel"]
-        assert kernel["grid"] > 0
-        assert sum(kernel["bundles"]) == ops["ragged_paged_attention_kernel"]["bundles"] > 500
+        for code in ops["ragged_paged_attention_kernel"]["kernel"]:
+            assert code["grid"] > 0
+            assert sum(code["bundles"]) > 500
         assert any("kernel's inner loops" in note for note in program["notes"])
     console = Console(width=150, record=True)
     print_profile(console, figures["profile"], "small")
     text = console.export_text()
-    assert re.search(r"mlp\.down_proj +│ +2 │ +[\d,]+ │", text)
+    assert re.search(r"mlp\.\w+ +2 +[\d,.]+ +[\d,.]+ +[\d,.]+ +[\d,.]+ +[\d,]+ +(memory|\w+ \d+%) *\n", text)
     assert re.search(r"a step 0\.\d+ ms by the estimates of libtpu [\d.]+; at best 0\.\d+ \(memory\): \d+\.\d\dx", text)
 
 
@@ -84,13 +89,12 @@ def test_twice_as_many_layers():
     for layers in (2, 4):
         config = SMALL | {"num_hidden_layers": layers}
         held = fit(model_of(config, "bfloat16", target), target, **SIZES)
-        (program,) = profile(held, config, {**SIZES, "dtype": "bfloat16"}, 64, [8], [])["programs"]
-        found[layers] = {op["op"]: op for op in program["ops"]}, program["cycles"]
-    for op in ("mlp.gate_proj", "mlp.down_proj", "self_attn.o_proj", "ragged_paged_attention_kernel"):
-        two, four = (found[layers][0][op] for layers in (2, 4))
-        assert four["count"] == 2 * two["count"]
+        (found[layers],) = profile(held, config, {**SIZES, "dtype": "bfloat16"}, 64, [8], [])["programs"]
+    for ops in ("mlp.", "self_attn.", "ragged_paged_attention_kernel"):
+        two, four = ({f: total(found[layers], ops, f) for f in ("count", "cycles", "bytes_read")} for layers in (2, 4))
+        assert four["count"] == 2 * two["count"] > 0
         assert four["cycles"] == pytest.approx(2 * two["cycles"], rel=0.2)
         assert four["bytes_read"] == pytest.approx(2 * two["bytes_read"], rel=0.01)
-    assert found[2][0]["mlp.down_proj"]["cycles"] > 0
-    two, four = found[2][1], found[4][1]
+    assert total(found[2], "mlp.", "cycles") > 0
+    two, four = found[2]["cycles"], found[4]["cycles"]
     assert 1.3 * two < four < 2 * two  # the head and sampling are there once
