@@ -125,8 +125,8 @@ def _figures(op: Op, chip: Chip) -> dict[str, Any]:
 
 
 def _loops(op: Op) -> list[dict[str, Any]]:
-    """Of each code that a kernel has: how often its outermost loop runs, if that is known, and how many bundles are in no
-    loop, in that one, in one within it, and so on."""
+    """Of each code that a kernel has: how often its outermost loop runs, if that is known, and how many bundles are in
+    no loop, in that one, in one within it, and so on."""
     codes = dict.fromkeys((code.grid, code.depths) for code, _ in op.codes.values())
     return [{"grid": grid, "bundles": list(depths)} for grid, depths in codes]
 
