@@ -46,6 +46,22 @@ def plan(
     plot: Annotated[
         str | None, typer.Option(metavar="FILE.png", help="Draw the bounds of decoding over the batch size.")
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Say what each operation takes by the TPU compiler's own estimates: minutes."),
+    ] = False,
+    profile_rows: Annotated[
+        list[int] | None,
+        typer.Option(metavar="N", min=1, help="Rows of a step to profile; may be given again. Default: max_num_seqs."),
+    ] = None,
+    profile_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Tokens of prompts to profile, likewise. Default: max_num_batched_tokens.",
+        ),
+    ] = None,
     as_json: JSON = False,
     batching: BatchingOptions,
     load: ModelOptions,
@@ -72,6 +88,10 @@ def plan(
         check_plot(plot)
         if sweep:
             raise ValueError("--plot draws one plan, and --sweep makes many: give only one of them")
+    if (profile_rows or profile_tokens) and not profile:
+        raise ValueError("--profile-rows and --profile-tokens are of --profile, which is not given")
+    if profile and sweep:
+        raise ValueError("--profile is of one plan, and --sweep makes many: give only one of them")
     with verbosity.apply() as progress:
         progress("starting JAX")
         from jaxinfer.models.tasks import GENERATE, wanted_task
@@ -83,12 +103,15 @@ def plan(
             if wanted_task(config) != GENERATE:
                 if plot is not None:
                     raise ValueError("--plot draws the bounds of decoding, and the model makes no text: leave it out")
+                if profile:
+                    raise ValueError("--profile is of models that make text, and this one makes none: leave it out")
                 _plan_pooled(model, config, topology, sweep, context, as_json, options, progress)
                 return
             if sweep:
                 _sweep(config, topology, context, as_json, options)
                 return
-            figures = _plan(config, topology, context, options, progress)
+            profiled = (profile_rows, profile_tokens) if profile else None
+            figures = _plan(config, topology, context, profiled, options, progress)
         except DoesNotFit as error:
             from jaxinfer.cli.console import say_error
 
@@ -108,7 +131,12 @@ def plan(
 
 
 def _plan(
-    config: Mapping[str, Any], topology: str | None, context: int | None, options: EngineConfig, progress: Progress
+    config: Mapping[str, Any],
+    topology: str | None,
+    context: int | None,
+    profiled: tuple[list[int] | None, list[int] | None] | None,
+    options: EngineConfig,
+    progress: Progress,
 ) -> dict[str, Any]:
     from jaxinfer.models.registry import parse_config
     from jaxinfer.plan.compile import make_plan
@@ -117,8 +145,23 @@ def _plan(
     target = _target(topology)
     shape = parse_config(config)[1].for_length(options.get("max_model_len"))
     context = context_of(shape, context, options)  # refused before a minute of compiling
+    if profiled is not None:
+        from jaxinfer.plan.fit import fit, model_of
+        from jaxinfer.plan.profile import check_profile, profile
+
+        asked = options.get("quantization"), options.get("max_model_len")
+        held = fit(model_of(config, options.get("dtype", "auto"), target, *asked), target, **options)
+        check_profile(held, *(own or [] for own in profiled))
     progress(f"compiling for {topology}, which may take a minute")
-    return figures(make_plan(config, target, **options), context)
+    plan = make_plan(config, target, **options)
+    if profiled is None:
+        return figures(plan, context)
+
+    def on_program(name: str) -> None:
+        progress(f"compiling {name}, for {topology}, with its code written down")
+
+    rows, tokens = profiled[0] or [plan.fit.max_num_seqs], profiled[1] or [plan.fit.max_num_batched_tokens]
+    return figures(plan, context) | {"profile": profile(plan.fit, config, options, context, rows, tokens, on_program)}
 
 
 def _target(topology: str | None) -> Slice:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jaxinfer.cli.profile_tables import print_profile
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -20,6 +22,8 @@ def print_plan(figures: dict[str, Any]) -> None:
     console.print(_speed(figures))
     if figures["experts_over"]:
         console.print(_busiest(figures))
+    if "profile" in figures:
+        print_profile(console, figures["profile"], figures["topology"])
 
 
 def print_pooled(figures: dict[str, Any]) -> None:

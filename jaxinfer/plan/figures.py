@@ -44,7 +44,7 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
     }
     longest = fit.max_num_batched_tokens
     piece = longest // fit.shards
-    prompt = _step(fit, piece, piece, 1)
+    prompt = step_bound(fit, piece, piece, 1)
     return {
         "topology": fit.target.name,
         "mesh": fit.mesh,
@@ -76,10 +76,11 @@ def figures(plan: Plan, context: int) -> dict[str, Any]:
 def decoding(fit: Fit, rows: int, context: int) -> dict[str, Any]:
     """The bound of a step of `rows` sequences, and whether there is room in the cache for them."""
     each = -(-rows // fit.shards)
-    return {"fits": rows <= fit.rows_of(context), **_bound(fit, _step(fit, each, context, each), rows)}
+    return {"fits": rows <= fit.rows_of(context), **_bound(fit, step_bound(fit, each, context, each), rows)}
 
 
-def _step(fit: Fit, tokens: int, context: int, rows: int) -> Bound:
+def step_bound(fit: Fit, tokens: int, context: int, rows: int) -> Bound:
+    """Of a shard of rows: tokens of a step, and context of each row then."""
     sizes = fit.tensor, tokens, context, rows, fit.fsdp, fit.gathered
     return bound(fit.model, fit.target.chip, fit.programs.layout, *sizes)
 

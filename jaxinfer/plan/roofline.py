@@ -27,6 +27,8 @@ class Bound:
     sent: bytes on its links.
     busiest_rows, busiest_experts: of the device that has most of them, how many times what all have on average: rows of
         its experts, and experts that have some. Both are in the figures above.
+    cached, attended: bytes of keys and values, and operations between these and queries: of those above, what attention
+        over pages takes.
     """
 
     tokens: int
@@ -36,6 +38,8 @@ class Bound:
     sent: float
     busiest_rows: float = 1.0
     busiest_experts: float = 1.0
+    cached: float = 0.0
+    attended: float = 0.0
 
     @property
     def compute(self) -> float:
@@ -105,11 +109,12 @@ def bound(
         read = sum(held[name] for name in experts) * chance / parts * busiest_experts
     # An embedding is looked up, not multiplied.
     head_bytes = sum(held[name] for name in vocab & model.head)
-    attention, keys = 0.0, 0.0  # products of queries and keys, and of weights and values; bytes of keys and values
+    attention = 0.0  # products of queries and keys, and of weights and values
+    keys, states = 0.0, 0.0  # bytes of keys and values; of what else is kept
     for group in layout.groups:
         layer, count = layout.of_group(group), layout.readers(group)
         if group.pool is None:
-            keys += 2 * rows * count * layer.nbytes(1)  # states are read and written
+            states += 2 * rows * count * layer.nbytes(1)  # they are read and written
             continue
         kv_heads, head_dim = layer.kept_heads
         heads = kv_heads * (layer.case.queries if layer.case else 0)
@@ -117,14 +122,14 @@ def bound(
         attention += 2 * count * heads * head_dim * tokens * _seen(context, kept, decodes=tokens == rows)
         keys += rows * count * min(context, kept + tokens // rows - 1) * layer.nbytes(1)
     flops = 2 * ((body * tokens + head * rows + attention) / tensor + taken)
-    moved = (body_bytes + head_bytes) / tensor + read + keys
+    moved = (body_bytes + head_bytes) / tensor + read + keys + states
     # Two reductions a layer, each of which sends and receives the stream twice, but for the own part; and as much where
     # shards of rows give their tokens to experts and get them back.
     stream = tokens * config.hidden_size * model.dtype.itemsize
     sent = (2 * config.num_layers + 1) * 2 * stream * (tensor - 1) / tensor
     sent += len({name.partition(".experts.")[0] for name in experts}) * 2 * stream * (gathered - 1)
     sent += body_bytes / tensor * (fsdp - 1) / fsdp
-    return Bound(tokens, chip, flops, moved, sent, busiest_rows, busiest_experts)
+    return Bound(tokens, chip, flops, moved, sent, busiest_rows, busiest_experts, keys, 2 * attention / tensor)
 
 
 def expected_maximum(count: int, chance: float, parts: int) -> float:

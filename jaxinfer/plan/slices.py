@@ -25,6 +25,7 @@ class Chip:
     flops: bfloat16, each second.
     link: bytes/s to and from all neighbours together.
     capability: NVIDIA's compute capability; None of TPUs.
+    clock: cycles/s of a TPU's cores, from `flops`: a core has four matrix units of 128 x 128, since v6e of 256 x 256.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Chip:
     flops: float
     link: float
     capability: str | None = None
+    clock: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x
 MEGACORE = (("chip_config_name", "megacore"),)
 
 GENERATIONS = {
-    "v4": Generation(Chip("v4", int(30.75 * GIB), 1.228e12, 275e12, 300e9), 2, 1, CUBES, MEGACORE),
-    "v5e": Generation(Chip("v5e", int(15.75 * GIB), 0.819e12, 197e12, 200e9), 1, 1, FLAT),
-    "v5p": Generation(Chip("v5p", int(95.74 * GIB), 2.765e12, 459e12, 600e9), 2, 1, CUBES),
-    "v6e": Generation(Chip("v6e", int(31.25 * GIB), 1.640e12, 918e12, 448e9), 1, 1, FLAT),
-    "tpu7x": Generation(Chip("tpu7x", int(94.75 * GIB), 3.69e12, 1153.5e12, 600e9), 1, 2, {1: "1x1x1", **CUBES}),
+    "v4": Generation(Chip("v4", int(30.75 * GIB), 1.228e12, 275e12, 300e9, clock=1.05e9), 2, 1, CUBES, MEGACORE),
+    "v5e": Generation(Chip("v5e", int(15.75 * GIB), 0.819e12, 197e12, 200e9, clock=1.5e9), 1, 1, FLAT),
+    "v5p": Generation(Chip("v5p", int(95.74 * GIB), 2.765e12, 459e12, 600e9, clock=1.75e9), 2, 1, CUBES),
+    "v6e": Generation(Chip("v6e", int(31.25 * GIB), 1.640e12, 918e12, 448e9, clock=1.75e9), 1, 1, FLAT),
+    "tpu7x": Generation(
+        Chip("tpu7x", int(94.75 * GIB), 3.69e12, 1153.5e12, 600e9, clock=2.2e9), 1, 2, {1: "1x1x1", **CUBES}
+    ),
 }
 ALIASES = {"v7x": "tpu7x", "v5litepod": "v5e"}
 
