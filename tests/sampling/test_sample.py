@@ -1,5 +1,7 @@
 """Sampling against numpy: which tokens may be drawn, how often they are, and what a row's draw depends on."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -187,7 +189,7 @@ def test_a_draw_depends_on_seed_and_position_alone():
             ours = run_sample(logits[there], SamplingArrays.of_rows(rows[there], size), lengths[there])
             np.testing.assert_array_equal(np.asarray(ours), together[there])
     elsewhere = np.asarray(run_sample(logits, SamplingArrays.of_rows(rows, 64), lengths + 1))
-    reseeded = [row._replace(seed=row.seed + 2**32) for row in rows]  # the upper half of the seed counts too
+    reseeded = [dataclasses.replace(row, seed=row.seed + 2**32) for row in rows]  # its upper half counts too
     other = np.asarray(run_sample(logits, SamplingArrays.of_rows(reseeded, 64), lengths))
     greedy = np.array([s.get("temperature") == 0 for s in settings])
     np.testing.assert_array_equal(together[greedy], logits.argmax(-1)[greedy])
@@ -269,7 +271,9 @@ def test_min_tokens_masks_stop_ids(temperature):
         RowSampling(SamplingParams(temperature=temperature, min_tokens=n), i, order[:2].tolist(), 4)
         for i, n in enumerate((0, 6, 7, 7))
     ]
-    rows[3] = rows[3]._replace(stop_ids=(order[0].item(), 10**6))  # an id beyond the vocabulary harms nothing
+    rows[3] = dataclasses.replace(
+        rows[3], stop_ids=(order[0].item(), 10**6)
+    )  # an id beyond the vocabulary harms nothing
     sampling, lengths = SamplingArrays.of_rows(rows, 4), np.full(4, 10, np.int32)
     tokens = np.asarray(run_sample(logits, sampling, lengths))
     assert tokens[0] in order[:2]

@@ -188,7 +188,9 @@ def test_first_and_forced_tokens():
     logits = np.zeros((4, VOCAB), np.float32)
     logits[:, [5, 6, 7]] = [5.0, 4.0, 3.0]
     sampling, slots = (
-        SamplingArrays.of_rows([r._replace(params=r.params.with_changes(temperature=0.0)) for r in rows], 4),
+        SamplingArrays.of_rows(
+            [dataclasses.replace(r, params=r.params.with_changes(temperature=0.0)) for r in rows], 4
+        ),
         np.arange(4, dtype=np.int32),
     )
     run = jax.jit(Sampler().tokens)
