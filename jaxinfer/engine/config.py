@@ -12,7 +12,7 @@ from jaxinfer.engine.option import Declared, Option, check_adapters, check_poole
 from jaxinfer.quantization.schemes import SCHEMES, Quantization, check_quantization
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["auto", "xla", "pallas"]
+Attention = Literal["auto", "xla", "pallas", "paged", "jax", "tokamax"]
 KVCacheDType = Literal["auto", "int8", "fp8"]
 Runner = Literal["auto", "generate", "pooling"]
 Convert = Literal["auto", "none", "embed", "classify"]
