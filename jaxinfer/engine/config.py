@@ -58,10 +58,10 @@ class EngineConfig(TypedDict, total=False):
         KVCacheDType,
         Option(
             "auto",
-            help="Of keys and values; auto, as without it: that of activations; on TPU fp8.",
+            help="Of keys and values; auto, as without it: that of activations.",
             details="of keys and values: `int8` or `fp8` (e4m3), with a scale for each token and head; `auto` is the "
-            "dtype of activations. On TPUs `fp8` alone, without scales and clipped to 448, as the kernel has it, where "
-            "a device has more than one key/value head",
+            "dtype of activations. With `attention='jax'` `fp8` alone, without scales and clipped to 448, where a "
+            "device has more than one key/value head",
             shapes_programs=True,
         ),
     ]
@@ -152,7 +152,9 @@ class EngineConfig(TypedDict, total=False):
             "auto",
             help="What reads the cache; auto, as without it: a Pallas kernel on TPU, plain XLA elsewhere.",
             details="`xla`: plain XLA; `pallas`: a kernel that reads pages in place, on TPUs and on NVIDIA GPUs from "
-            "A100 on, where nobody has run it yet; `auto` (default): `pallas` on TPU where it can be used, else `xla`",
+            "A100 on, and nobody has run either yet; on TPUs that is `paged`, jaxinfer's own, and there are JAX's "
+            "(`jax`) and tokamax's (`tokamax`), which know fewer models and caches; `auto` (default): `pallas` on TPU "
+            "where it can be used, else `xla`",
             shapes_programs=True,
         ),
     ]
