@@ -79,7 +79,7 @@ CASES = [
     ],
 )
 def test_compiled(topology):
-    """Fast memory suffices, pages are nowhere copied, and little is needed beside them."""
+    """Fast memory suffices, pages are nowhere copied, and beside them little is needed: queries laid out."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, topology, json.dumps(CASES)],
         capture_output=True,
@@ -93,4 +93,4 @@ def test_compiled(topology):
         assert figures["kernels"] == (1 if case[-1] else 2), case
         assert not figures["copied"], case
         assert figures["aliased"] >= figures["cache"], case
-        assert figures["temporaries"] < 8 * MIB, case
+        assert figures["temporaries"] < 16 * MIB, case

@@ -90,9 +90,9 @@ def test_the_kernel_of_jax_compiles(topology):
     programs = compiled(*(case | {"config": small | model} for model in models))
     for figures, calls in zip(programs, (2, 2, 2, *[1] * 6), strict=True):
         assert figures["kernels"] == (calls if figures["key"][0] != "full_sample" else 0)
-        assert len({device for device, *_ in figures["blocks"]}) == (figures["key"][0] != "full_sample")
-        for device, *_ in figures["blocks"]:
-            assert device.lower().replace(" ", "").startswith(f"tpu{topology[-10:-2].removeprefix('tpu')[:2]}")
+        kinds = {device for device, *_ in figures["blocks"]}
+        assert len(kinds) == (figures["key"][0] != "full_sample")
+        assert all(kind.startswith("TPU") for kind in kinds), "the slice's, not this machine's"
         assert figures["aliased"] >= figures["changed"]
         assert figures["temporaries"] < figures["cache"]
 
