@@ -8,24 +8,26 @@ from jaxinfer.attention.backend import AttentionBackend, AttentionCase
 from jaxinfer.attention.cpu import CPU
 from jaxinfer.attention.fused import FUSED
 from jaxinfer.attention.gpu import GPU
+from jaxinfer.attention.paged import PAGED
 from jaxinfer.attention.tpu import TPU
 from jaxinfer.attention.tpu_xla import XLA_ON_TPU
 from jaxinfer.attention.xla import XLA
 
 # Plain XLA is last, runs everywhere, and is the oracle for all others.
-BACKENDS: tuple[AttentionBackend, ...] = (FUSED, TPU, GPU, CPU, XLA_ON_TPU, XLA)
+BACKENDS: tuple[AttentionBackend, ...] = (PAGED, FUSED, TPU, GPU, CPU, XLA_ON_TPU, XLA)
 
 
 def choose(case: AttentionCase, attention: str = "auto", kv_cache_dtype: str = "auto") -> AttentionBackend:
-    """The first backend that option `attention` allows and that supports the case: see EngineConfig. Raises ValueError
-    if "pallas", or a quantized cache, is asked for where it can't be."""
+    """The first backend that option `attention` allows and that is for the case: see EngineConfig. Raises ValueError
+    if a kernel, or a quantized cache, is asked for where it can't be."""
     allowed = [backend for backend in BACKENDS if attention in backend.asked]
-    chosen = next((backend for backend in allowed if backend.supports(case) is None), None)
-    if chosen is None:
-        problem = (TPU if case.device.platform == TPU.platform else GPU).supports(case)
+    able = [backend for backend in allowed if backend.supports(case) is None]
+    if not able:
+        problem = next((b for b in allowed if b.platform == case.device.platform), allowed[-1]).supports(case)
         raise ValueError(f"attention is {attention!r}: {problem}; leave it out to have what applies")
-    if (problem := chosen.refusal(case)) is not None:
-        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: {problem}")
+    chosen = next((backend for backend in able if backend.refusal(case) is None), None)
+    if chosen is None:
+        raise ValueError(f"kv_cache_dtype is {kv_cache_dtype!r}: {able[0].refusal(case)}")
     return chosen
 
 
@@ -46,7 +48,7 @@ def in_words(backend: AttentionBackend, case: AttentionCase, attention: str = "a
 
 def _reason(backend: AttentionBackend, case: AttentionCase, attention: str) -> str | None:
     """Why it isn't taken there, whatever else is."""
-    problem = backend.supports(case)
+    problem = backend.supports(case) or backend.refusal(case)
     if problem is None and attention not in backend.asked:
         return f"attention is {attention!r}" if attention != "auto" else _ASKED
     return problem
@@ -57,4 +59,4 @@ _ASKED = "the kernel is taken with attention='pallas' alone"
 
 def _native(case: AttentionCase) -> AttentionBackend:
     """What is for just such devices, and of two of them the less particular one."""
-    return next((backend for backend in (TPU, CPU) if backend.platform == case.device.platform), GPU)
+    return next((backend for backend in (PAGED, CPU) if backend.platform == case.device.platform), GPU)

@@ -29,6 +29,7 @@ class FusedAttention(TPUAttention):
     """Pages are the same bytes."""
 
     name = "tokamax's ragged paged attention kernel"
+    asked = frozenset({"auto", "pallas", "tokamax"})
 
     def supports(self, case: AttentionCase) -> str | None:
         if (problem := super().supports(case)) is not None:

@@ -20,6 +20,7 @@ from jaxinfer.attention.batch import LayerMap
 from jaxinfer.cache import Cache, CacheGroup, KVCacheSpec, LayerCache, Pool, group_layers
 from jaxinfer.sharding import KV, ROWS, axis_size, devices_of
 
+PAGE = 128  # tokens of one, where bytes of a token are to be counted
 TYPICAL = 4096  # tokens of a sequence, or fewer where the longest is shorter: for such ones pools run out together
 
 
@@ -102,6 +103,11 @@ class LayerLayout:
 
         return jax.tree.map(split, specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
 
+    @property
+    def bytes_per_token(self) -> int:
+        """On each device."""
+        return self.nbytes(PAGE) // PAGE
+
     def nbytes(self, page_size: int) -> int:
         """Of a page, or a slot, on each device."""
         arrays = jax.tree.leaves(self.arrays(1, page_size))
@@ -183,7 +189,7 @@ class CacheLayout:
     def bytes_per_token(self) -> int:
         """Of cache on each device that one token takes in all layers that see it."""
         return sum(
-            len(group.layers) * self.of_group(group).nbytes(1) for group in self.groups if group.pool is not None
+            len(group.layers) * self.of_group(group).bytes_per_token for group in self.groups if group.pool is not None
         )
 
     def layer_map(self, page_size: int) -> LayerMap:

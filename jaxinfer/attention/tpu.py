@@ -35,7 +35,7 @@ class TPUAttention(AttentionBackend):
 
     name = "JAX's ragged paged attention kernel"
     platform = "tpu"
-    asked = frozenset({"auto", "pallas"})
+    asked = frozenset({"auto", "pallas", "jax"})
     partition_spec = PartitionSpec(ROWS, None, KV)
 
     def supports(self, case: AttentionCase) -> str | None:
@@ -46,14 +46,14 @@ class TPUAttention(AttentionBackend):
         if case.head_dim > LANES and 2 * case.kept.itemsize > WORD:
             return f"the kernel for TPUs reads heads of more than {LANES} in bfloat16 and fp8, and not in {case.kept}"
         if case.sinks:
-            return "the kernels for TPUs know no attention sinks, which the model has"
+            return "JAX's and tokamax's kernels know no attention sinks, which the model has"
         return None
 
     def refusal(self, case: AttentionCase) -> str | None:
         if case.kept == case.dtype:
             return None
         if case.kept != jnp.float8_e4m3fn:
-            return "no kernel for TPUs reads such a cache; take fp8 or attention='xla'"
+            return f"JAX's and tokamax's kernels read no cache in {case.kept}; take fp8, or leave `attention` out"
         heads = case.num_kv_heads // case.parts
         kept, unquantized = (math.prod(_pools(replace(case, kept=dtype))) for dtype in (case.kept, case.dtype))
         if kept * case.kept.itemsize < unquantized * case.dtype.itemsize:

@@ -12,6 +12,8 @@ from jaxinfer.cache.pages import (
     InterleavedPages,
     LayerCache,
     QuantizedPages,
+    QuantizedRowPages,
+    RowPages,
     values_dtype,
 )
 from jaxinfer.cache.spec import (
@@ -45,7 +47,9 @@ __all__ = [
     "LayerCache",
     "Pool",
     "QuantizedPages",
+    "QuantizedRowPages",
     "RecurrentSpec",
+    "RowPages",
     "SharedSpec",
     "SlidingWindowSpec",
     "attention_spec",

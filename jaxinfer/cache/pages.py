@@ -58,6 +58,27 @@ class FusedPages(NamedTuple):
     kv: jax.Array
 
 
+class RowPages(NamedTuple):
+    """Keys and values of one layer, for a kernel of TPUs: each token has one row, in columns of 128 features.
+
+    kv: `[pages, columns, page_size, 128]`; on each device a row is each head's key followed by its value, d features
+        each, and zeros up to a multiple of 128.
+    """
+
+    kv: jax.Array
+
+
+class QuantizedRowPages(NamedTuple):
+    """The same in 8 bits.
+
+    kv: `[pages, columns, page_size, 128]`.
+    scales: f32 `[pages, n, 128]`, of each token and head: a page's are those of `[2K, page_size]`, in rows of 128.
+    """
+
+    kv: jax.Array
+    scales: jax.Array
+
+
 LayerCache = jax.Array | tuple[jax.Array, ...]  # of one layer: what made it (a backend, or the layer's spec) knows more
 Cache = tuple[LayerCache, ...]
 KV_DTYPES = {

@@ -12,7 +12,7 @@ from jaxinfer.engine.option import Declared, Option, check_adapters, check_poole
 from jaxinfer.quantization.schemes import SCHEMES, Quantization, check_quantization
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["auto", "xla", "pallas"]
+Attention = Literal["auto", "xla", "pallas", "paged", "jax", "tokamax"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8"]
 Runner = Literal["auto", "generate", "pooling"]
 Convert = Literal["auto", "none", "embed", "classify"]
@@ -58,10 +58,10 @@ class EngineConfig(TypedDict, total=False):
         KVCacheDType,
         Option(
             "auto",
-            help="Of keys and values; auto, as without it: `dtype`; on TPU fp8.",
+            help="Of keys and values; auto, as without it: `dtype`.",
             details="of keys and values: `float32`, `bfloat16`, or `int8` and `fp8` (e4m3) with a scale for each token "
-            "and head; `auto` is `dtype`. On TPUs `fp8` alone, without scales and clipped to 448, as the kernel has "
-            "it, where a device has more than one key/value head; models without attention have none",
+            "and head; `auto` is `dtype`. With `attention='jax'` `fp8` alone, without scales and clipped to 448, where "
+            "a device has more than one key/value head. Models without attention have none",
             shapes_programs=True,
         ),
     ]
@@ -152,7 +152,9 @@ class EngineConfig(TypedDict, total=False):
             "auto",
             help="What reads the cache; auto, as without it: a Pallas kernel on TPU, plain XLA elsewhere.",
             details="`xla`: plain XLA; `pallas`: a kernel that reads pages in place, on TPUs and on NVIDIA GPUs from "
-            "A100 on, where nobody has run it yet; `auto` (default): `pallas` on TPU where it can be used, else `xla`",
+            "A100 on, and nobody has run either yet; on TPUs that is `paged`, jaxinfer's own, and there are JAX's "
+            "(`jax`) and tokamax's (`tokamax`), which know fewer models and caches; `auto` (default): `pallas` on TPU "
+            "where it can be used, else `xla`",
             shapes_programs=True,
         ),
     ]

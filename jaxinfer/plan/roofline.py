@@ -120,7 +120,7 @@ def bound(
         heads = kv_heads * (layer.case.queries if layer.case else 0)
         kept = group.window or group.chunk or context
         attention += 2 * count * heads * head_dim * tokens * _seen(context, kept, decodes=tokens == rows)
-        keys += rows * count * min(context, kept + tokens // rows - 1) * layer.nbytes(1)
+        keys += rows * count * min(context, kept + tokens // rows - 1) * layer.bytes_per_token
     flops = 2 * ((body * tokens + head * rows + attention) / tensor + taken)
     moved = (body_bytes + head_bytes) / tensor + read + keys + states
     # Two reductions a layer, each of which sends and receives the stream twice, but for the own part; and as much where

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from jax.sharding import PartitionSpec
 import jaxinfer.attention.fused as fused_module
 from jaxinfer.attention import AttentionSpec, LayerLayout
 from jaxinfer.attention.fused import attend_fused
-from jaxinfer.cache import FullAttentionSpec, FusedPages, InterleavedPages
+from jaxinfer.cache import FullAttentionSpec, FusedPages
 from jaxinfer.sharding import KV, ROWS
 from tests.attention.reference import Shape, attend_row, live, ragged
 from tests.attention.test_packed import FakeDevice, packed
@@ -88,10 +87,10 @@ def test_a_row_that_has_stopped(kernel, decode_only):
     [
         ("0.0.17", "TPU v5 lite", "bfloat16", FusedPages),
         ("0.1.0", "TPU7x", "bfloat16", FusedPages),
-        ("0.0.16", "TPU v6 lite", "bfloat16", InterleavedPages),
-        (None, "TPU v6 lite", "bfloat16", InterleavedPages),
-        ("0.0.17", "TPU v4", "bfloat16", InterleavedPages),
-        ("0.0.17", "TPU v6 lite", "float32", InterleavedPages),
+        ("0.0.16", "TPU v6 lite", "bfloat16", "it is not installed"),
+        (None, "TPU v6 lite", "bfloat16", "it is not installed"),
+        ("0.0.17", "TPU v4", "bfloat16", "for v5 and later"),
+        ("0.0.17", "TPU v6 lite", "float32", "a cache in bfloat16"),
     ],
 )
 def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
@@ -102,15 +101,16 @@ def test_where_it_is_used(monkeypatch, version, kind, dtype, expected):
 
     monkeypatch.setattr(fused_module, "version", installed)
     device = FakeDevice("tpu", kind)
-    (first,) = LayerLayout.of(FullAttentionSpec(12, 64), dtype, device).arrays(5, 16)
-    assert type(first) is InterleavedPages  # heads are padded
-    (first,) = LayerLayout.of(FullAttentionSpec(1, 256), "bfloat16", device).arrays(5, 16)
-    assert type(first) is InterleavedPages  # heads are wide
-    layout = LayerLayout.of(FullAttentionSpec(8, 64), dtype, device)
+    for heads, head_dim, problem in ((12, 64, "it pads no heads"), (1, 256, "heads of more than 128")):
+        with pytest.raises(ValueError, match=f"attention is 'tokamax': .*{problem}"):
+            LayerLayout.of(FullAttentionSpec(heads, head_dim), "bfloat16", FakeDevice("tpu", "TPU v6 lite"), "tokamax")
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=f"attention is 'tokamax': .*{expected}"):
+            LayerLayout.of(FullAttentionSpec(8, 64), dtype, device, "tokamax")
+        return
+    layout = LayerLayout.of(FullAttentionSpec(8, 64), dtype, device, "tokamax")
     pools = layout.arrays(5, 16)
-    first = pools if expected is FusedPages else pools[0]
-    assert type(first) is expected
+    assert type(pools) is expected
     assert layout.backend.partition_spec == PartitionSpec(ROWS, None, KV)
-    assert first.kv.shape == ((5, 16, 8, 2, 128) if expected is FusedPages else (5, 16, 16, 128))
-    nbytes = sum(np.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(first))
-    assert layout.nbytes(1) == nbytes / (5 * 16)
+    assert pools.kv.shape == (5, 16, 8, 2, 128)
+    assert layout.nbytes(1) == np.prod(pools.kv.shape) * 2 / (5 * 16)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from jaxinfer.attention import AttentionSpec, LayerLayout, attend
 from jaxinfer.attention.gpu import GPU
-from jaxinfer.attention.tpu import TPU
+from jaxinfer.attention.paged import PAGED
 from jaxinfer.attention.tpu_xla import XLA_ON_TPU
 from jaxinfer.attention.xla import XLA
 from jaxinfer.cache import FullAttentionSpec
@@ -132,7 +132,7 @@ class FakeDevice:
             "bfloat16",
             "head sizes 16, 32, 64, 128, 256, and the model has 80",
         ),
-        ("pallas", FakeDevice("tpu"), 3, 128, "bfloat16", TPU),
+        ("pallas", FakeDevice("tpu"), 3, 128, "bfloat16", PAGED),
         ("pallas", FakeDevice("tpu"), 8, 128, "float16", "for TPUs is for bfloat16 and float32, and dtype is float16"),
     ],
 )
@@ -144,12 +144,11 @@ def test_what_is_asked_for_is_taken_or_refused(attention, device, heads, head_di
         assert LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, device, attention).backend is expected
 
 
-@pytest.mark.parametrize(("device", "expected"), [(FakeDevice("tpu"), XLA_ON_TPU), (FakeDevice("gpu", "9.0"), XLA)])
-def test_what_no_kernel_knows(device, expected):
+def test_what_the_kernel_does_not_know():
     """Sinks: plain XLA has them, and what was asked for is refused by name."""
-    spec = FullAttentionSpec(8, 64, sinks=True)
+    spec, device = FullAttentionSpec(8, 64, sinks=True), FakeDevice("gpu", "9.0")
     layout = LayerLayout.of(spec, "bfloat16", device)
-    assert layout.backend is expected
+    assert layout.backend is XLA
     assert "attention sinks, which the model has" in layout.in_words
     with pytest.raises(ValueError, match=r"attention is 'pallas': .* attention sinks, which the model has"):
         LayerLayout.of(spec, "bfloat16", device, "pallas")

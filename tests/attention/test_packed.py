@@ -125,11 +125,12 @@ class FakeDevice:
     ],
 )
 def test_the_layout_suits_the_device(platform, heads, head_dim, dtype, expected):
-    layout = LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, FakeDevice(platform))
+    attention = "jax" if expected[0] else "auto"
+    layout = LayerLayout.of(FullAttentionSpec(heads, head_dim), dtype, FakeDevice(platform), attention)
     assert (layout.backend is TPU, *layout.kept_heads) == expected
     first = layout.arrays(5, 16)
     nbytes = sum(np.prod(pool.shape) * pool.dtype.itemsize for pool in jax.tree.leaves(first))
-    assert layout.nbytes(1) == nbytes / (5 * 16)
+    assert layout.nbytes(16) == nbytes / 5
 
 
 def test_a_row_that_has_stopped():

@@ -79,7 +79,8 @@ def test_what_others_left_has_no_influence(name):
     ],
 )
 def test_the_layout(platform, heads, name, expected):
-    layout = LayerLayout.of(FullAttentionSpec(heads, 64), "bfloat16", FakeDevice(platform), kv_cache_dtype=name)
+    attention = "jax" if platform == "tpu" else "auto"
+    layout = LayerLayout.of(FullAttentionSpec(heads, 64), "bfloat16", FakeDevice(platform), attention, name)
     pages, kept, nbytes = expected
     assert (layout.kept_heads[0], layout.dtype, layout.nbytes(1)) == (kept, DTYPES[name][0], nbytes)
     layer = layout.arrays(5, 16)
@@ -90,8 +91,8 @@ def test_the_layout(platform, heads, name, expected):
 @pytest.mark.parametrize(
     ("platform", "heads", "attention", "name", "problem"),
     [
-        ("tpu", 8, "auto", "int8", "take fp8 or attention='xla'"),
-        ("tpu", 1, "auto", "fp8", "saves nothing"),
+        ("tpu", 8, "jax", "int8", "take fp8, or leave `attention` out"),
+        ("tpu", 1, "jax", "fp8", "saves nothing"),
         ("gpu", 8, "pallas", "int8", "on GPUs only attention='xla'"),
     ],
 )
@@ -105,8 +106,8 @@ def test_pools_of_wide_heads():
     """On TPUs: one in bfloat16, two in fp8, none in float32."""
     spec, device = FullAttentionSpec(4, 256), FakeDevice("tpu")
     for name, pools in (("auto", 4), ("fp8", 2)):
-        layout = LayerLayout.of(spec, "bfloat16", device, kv_cache_dtype=name)
+        layout = LayerLayout.of(spec, "bfloat16", device, "jax", name)
         assert layout.backend is TPU
         assert len(layout.arrays(3, 16)) == pools
     with pytest.raises(ValueError, match=r"reads heads of more than 128 in bfloat16 and fp8, and not in float32"):
-        LayerLayout.of(spec, "float32", device, "pallas")
+        LayerLayout.of(spec, "float32", device, "jax")

@@ -11,7 +11,6 @@ SCRIPT = """
 import json, re, sys
 import jax, numpy as np
 import jaxinfer.attention.tpu as attention
-import jaxinfer.attention.fused as fused
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.programs import AdapterLimits, Programs
 from jaxinfer.models.model import AbstractModel
@@ -31,13 +30,11 @@ def noted(kind, *rest):
     return block_sizes(kind, *rest)
 
 attention.block_sizes = noted
-tokamax_version = fused.tokamax_version
 
 def size(tree):
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 for case in json.loads(sys.argv[1]):
-    fused.tokamax_version = tokamax_version if case.get("tokamax") else lambda: None
     devices = find_target(case["topology"]).devices
     config = LLAMA_8B | case["config"]
     heads = config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]
@@ -47,7 +44,7 @@ for case in json.loads(sys.argv[1]):
         make_mesh(case["mesh"], devices, *heads) or devices[0],
         Buckets.make(rows, 1024), num_pages=1025, page_size=case.get("page_size", 64), max_model_len=4096,
         max_rows=rows, max_steps=32, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
-        snapshots=case.get("snapshots", 0),
+        attention=case.get("attention", "auto"), snapshots=case.get("snapshots", 0),
         adapter_limits=AdapterLimits(*case.get("adapters", ())),
     )
     for kind in case["kinds"]:
@@ -68,7 +65,7 @@ for case in json.loads(sys.argv[1]):
             "kernels": len(re.findall("custom_call_target=.tpu_custom_call", text)),
             "blocks": sorted(set(asked)), "scattered": re.findall(r"bf16\\[1025,[\\d,]*\\]\\S* scatter\\(", text),
             "fused": len(set(re.findall(r"%(RPA[\\w.-]*) = [^\\n]*tpu_custom_call", text))),
-            "copied": re.findall(r"= (?:bf16|f8e4m3fn)\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
+            "copied": re.findall(r"= (?:bf16|f8e4m3fn|s8|f32)\\[1025,[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
             "states_copied": re.findall(rf"= f32\\[{slots},[\\d,]*\\]\\S* copy(?:-start)?\\(", text),
             "attention": programs.layout.names,
         } | collectives))

@@ -161,7 +161,7 @@ def test_what_is_looked_up_is_not_read():
     layout = cache_layout(model, target.devices[0])
     looked_up = math.prod(model.params["model.embed_tokens_per_layer.weight"].shape)
     assert [layout.readers(group) for group in layout.groups if group.window is None] == [7]
-    keys = sum(layout.readers(group) * layout.of_group(group).nbytes(1) for group in layout.groups) * 1024
+    keys = sum(layout.readers(group) * layout.of_group(group).bytes_per_token for group in layout.groups) * 1024
     step = bound(model, target.chip, layout, 1, 1, 1024, 1)
     assert step.moved == pytest.approx(model.nbytes - 2 * looked_up + keys, rel=1e-3)
 

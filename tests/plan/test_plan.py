@@ -123,6 +123,22 @@ def test_a_deployment(cli, deployment, model):
     assert figures["decode"][-1]["rows"] == 4
 
 
+@pytest.mark.slow
+def test_a_cache_in_int8(cli, model):
+    """As many bytes as its values and their scales, of which the compiler's arguments have no more."""
+    pytest.importorskip("libtpu")
+    arguments = "--topology", "v5e-1", "--max-num-seqs", "4", "--max-num-batched-tokens", "32", "--json"
+    plain, small = (
+        json.loads(cli("plan", model, *arguments, "--kv-cache-dtype", name).out) for name in ("auto", "int8")
+    )
+    heads, layers = SMALL["num_key_value_heads"], SMALL["num_hidden_layers"]
+    assert plain["bytes_per_token"] == layers * heads * 2 * 128 * 2
+    assert small["bytes_per_token"] == layers * heads * 2 * (128 + 4)
+    for figures in (plain, small):
+        held = sum(figures["bytes"][name] for name in ("weights", "cache", "slots", "hidden_states"))
+        assert held == pytest.approx(max(program["arguments"] for program in figures["programs"]), rel=0.03)
+
+
 def test_wrong_deployments(cli, deployment, model):
     text = deployment.read_text()
     assert "both" in cli("plan", deployment, "--config", deployment).error()
