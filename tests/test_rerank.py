@@ -134,7 +134,7 @@ def test_language_models_answer_by_the_logits_of_words(qwen3, last, reranker, tm
     logit = [output.outputs.probs[0] for output in reranker.classify(ids, use_activation=False, **QUIET)]
     np.testing.assert_allclose(logit, difference, atol=TOLERANCE * 10)
     for overrides, problem in (
-        ({"classifier_from_token": ["n", "y"]}, "method is None: supported are from_2_way_softmax"),
+        ({"classifier_from_token": ["n", "y"]}, "method is missing (by default ''): supported are from_2_way_softmax"),
         ({"classifier_from_token": ["maybe"], "method": "no_post_processing"}, "'maybe' is no token of its tokenizer"),
         ({"classifier_from_token": ["y"], "method": "from_2_way_softmax"}, "is of two tokens"),
         ({"classifier_from_token": [300], "method": "no_post_processing"}, "token 300 is to be a class"),

@@ -31,6 +31,9 @@ HEADERS = [
 ]
 
 
+LATER = {"retry-after": "1", "connection": "close"}
+
+
 class Guard:
     """Around the routes."""
 
@@ -71,6 +74,8 @@ class Guard:
         scope["state"] |= {"request_id": request_id, "name": secrets.token_hex(16)}
         scope["app"] = self  # so that routes raise what they can't do
         try:
+            if scope["state"].get("crowded"):
+                raise ServerError(503, "there are too many connections; try again later", headers=LATER)
             self._check_host(request)
             scope["state"]["key"] = self._key(request)
             await self._app(scope, receive, answer)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import os
 import resource
 import socket
 import stat
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.llm import LLM
+from jaxinfer.openai.errors import error_body
 from jaxinfer.server.app import make_app
 from jaxinfer.server.config import ServerConfig
 from jaxinfer.server.service import Service
@@ -33,6 +36,7 @@ HEADER_SECONDS = 30.0  # to send them in, from the connection or the last answer
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection that is not used
 SPARE_FILES = 256  # that the process may open beside connections, half of them those that get 503
 LATE_SECONDS = 1.0  # after a drain, for requests that wait on their sockets to be answered 503
+SWITCH_SECONDS = 0.0005  # the engine's thread waits so long for the event loop's to let it go on
 ABORT_SECONDS = 5.0  # requests that were aborted have so long to say so
 
 
@@ -45,8 +49,10 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        assert self.limit_concurrency is not None
-        if len(self.connections) > self.limit_concurrency + SPARE_FILES // 2:  # too many to say so to each
+        most, self.limit_concurrency = self.config.limit_concurrency, None  # or uvicorn would answer, in its own form
+        assert most is not None
+        self.app_state = self.app_state | {"crowded": len(self.connections) > most}
+        if len(self.connections) > most + SPARE_FILES // 2:  # too many to say so to each
             transport.close()
         self._deadline = self.loop.call_later(HEADER_SECONDS, transport.close)
 
@@ -63,6 +69,12 @@ class Protocol(HttpToolsProtocol):
             if self._deadline is None:
                 self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.close)
         super().data_received(data)
+
+    def send_400_response(self, msg: str) -> None:
+        body = json.dumps(error_body(msg, 400)).encode()
+        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         self._in_headers, self._header_bytes = True, 0
@@ -200,6 +212,7 @@ def url_of(config: ServerConfig, bound: socket.socket) -> str:
 def run(llm: LLM, config: ServerConfig, bound: socket.socket) -> BaseException | None:
     """Serves until a signal comes. Returns what the engine failed with, if it has. Raises KeyboardInterrupt after a
     second signal, so that nobody waits for the device."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     service = Service(llm, config)
     server = Server(service)
     with closing(service):

@@ -234,7 +234,7 @@ def test_one_that_changes_nothing_is_said(copy, caplog):
         ({"rank_pattern": {"(a+)+$": 3}}, "must not repeat what repeats"),
         ({"rank_pattern": {r"(?:\w|[a-z]|\.)+(?:!|\?)": 3}}, "takes for ever to match names of modules"),
         ({"target_modules": r"(?:\w|[a-z]|\.)+(?:!|\?)"}, "takes for ever to match names of modules"),
-        ({"r": None}, "r is None: it must be a number"),
+        ({"r": None}, "r is missing: it must be a number"),
         ({"use_dora": "false"}, "use_dora is 'false'"),
         ({"rank_pattern": [1]}, "rank_pattern is [1]: it must be an object of numbers by names"),
         ({"layers_to_transform": [-1]}, "layers_to_transform is [-1]: it must be integers of at least 0"),

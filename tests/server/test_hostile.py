@@ -304,9 +304,28 @@ def test_too_many_connections_are_refused_and_then_closed(serve, monkeypatch):
     with httpx.Client(base_url=server.url, timeout=60) as client, ExitStack() as stack:
         assert client.get("/health").status_code == 200
         address = host, int(port)
-        *_, last = (stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(6))
+        second, third, *_, last = (stack.enter_context(socket.create_connection(address, timeout=60)) for _ in range(6))
         assert last.recv(1) == b""
-        assert client.get("/health").status_code == 503
+        for connection, status in ((second, b"200"), (third, b"503")):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            head, _, body = b"".join(iter(lambda c=connection: c.recv(2**16), b"")).partition(b"\r\n\r\n")
+            assert head.split()[1] == status
+            if status == b"503":
+                assert b"retry-after: 1" in head
+                assert b"x-request-id" in head
+                assert "too many connections" in json.loads(body)["error"]["message"]
+        assert client.get("/health").status_code == 200  # it was there before
+
+
+def test_what_is_no_http_is_told_so(serve):
+    host, port = serve().url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"GET /health HTTP/9\x00\r\n\r\n")
+        head, _, body = b"".join(iter(lambda: connection.recv(2**16), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"] == {
+        "message": "Invalid HTTP request received.", "type": "invalid_request_error", "param": None, "code": None
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
