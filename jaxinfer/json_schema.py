@@ -45,7 +45,7 @@ def written(schema: Any, options: Mapping[str, Any] | None = None) -> str:
     if schema is True:
         schema = {}
     text = json.dumps(schema)
-    if any(f'"{word}"' in text for word in ("format", "propertyNames")):
+    if any(f'"{word}"' in text for word in ("format", "propertyNames", "uniqueItems")):
         schema = in_fewer_words(schema)
     if isinstance(schema, dict):
         own = schema.get(OPTIONS, {})
@@ -125,6 +125,9 @@ def in_fewer_words(schema: Any) -> Any:
         nonlocal more
         if isinstance(part.get("format"), str) and part["format"] not in FORMATS:
             part = _without(part, "format")
+        for name, everything in (("uniqueItems", False), ("propertyNames", True)):
+            if part.get(name) is everything:
+                part = _without(part, name)
         if "propertyNames" in part and part.keys().isdisjoint({"properties", "patternProperties"}):
             names = _names(part["propertyNames"], whole)
             if names is not None:

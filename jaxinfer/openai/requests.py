@@ -133,6 +133,9 @@ def check_tools(tools: Any) -> list[dict[str, Any]]:
             raise RequestError(f"{where}.function must have a name, text of 1 to 256 characters", "tools")
         if not isinstance(function.get("parameters"), dict | None):
             raise RequestError(f"{where}.function.parameters must be a JSON schema, an object", "tools")
+        own = (function.get("parameters") or {}).get("type", "object")
+        if "object" not in (own if isinstance(own, list) else [own]):
+            raise RequestError(f"{where}.function.parameters.type is {own!r:.100}: arguments are an object", "tools")
         if name in names:
             raise RequestError(
                 f"{where}.function.name is {name!r:.80}, as that of a tool before it; rename it", "tools"

@@ -9,6 +9,8 @@ from jaxinfer.openai.fields import Fields, is_number, prompts
 from jaxinfer.openai.requests import ChatRequest, chat_request
 from jaxinfer.sampling.params import SamplingParams
 
+MOST_IDS = 2**18  # that are made text of at a time
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeRequest:
@@ -39,6 +41,8 @@ def detokenize_request(fields: Fields) -> list[int]:
     fields.end()
     if not isinstance(tokens, list) or not all(map(is_number, tokens)):
         raise RequestError("tokens must be a list of token ids", "tokens")
+    if len(tokens) > MOST_IDS:
+        raise RequestError(f"tokens has {len(tokens):,} ids: give {MOST_IDS:,} at most at a time", "tokens")
     ids = prompts("tokens", tokens)[0] if tokens else []
     assert isinstance(ids, list)
     return ids

@@ -16,6 +16,7 @@ from jaxinfer.sampling.structured import StructuredOutputsParams
 
 DEFAULT_MAX_TOKENS = 256  # of jaxinfer.generate and the command line: people want an answer, not vLLM's 16 tokens
 MAX_LOGPROBS = 20
+MAX_STOP_LENGTH = 4096  # characters: text that may begin one is compared with it again and again
 MAX_STOP_IDS = 8  # a row's stop ids, and its biased tokens, are bounded arrays on the device
 MAX_LOGIT_BIAS = 512
 MAX_BIAS = 1e30  # of one token, either way; the sum of it and a logit must be finite
@@ -152,6 +153,8 @@ class SamplingParams:
         # One form inside, whatever was given: tuples.
         for name in ("stop", "bad_words"):
             object.__setattr__(self, name, self._strings(name))
+        if any(len(stop) > MAX_STOP_LENGTH for stop in self.stop_strings):
+            raise self._error("stop", f"a stop string may have {MAX_STOP_LENGTH:,} characters")
         for name in ("stop_token_ids", "allowed_token_ids", "suppress_tokens", "begin_suppress_tokens"):
             object.__setattr__(self, name, self._ids(name))
         if len(self.stop_token_ids or ()) > MAX_STOP_IDS:

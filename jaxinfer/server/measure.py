@@ -88,8 +88,9 @@ async def _request(server: Server, model: str, work: Work, trace: Trace) -> None
     body: dict[str, Any] = {"model": model, "prompt": work.prompt, "max_tokens": work.output_len, "temperature": 0.0}
     body |= {"ignore_eos": True, "stream": True}
     body |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    done = 0
+    done, ended = 0, False
     async for line in server.lines("POST", "/v1/completions", body):
+        ended |= line.strip() == b"data: [DONE]"
         if not line.startswith(b"data: {"):
             continue
         event = json.loads(line[6:])
@@ -97,6 +98,7 @@ async def _request(server: Server, model: str, work: Work, trace: Trace) -> None
             raise ValueError(f"the server says: {event['error']['message']}")
         if not event["choices"]:
             continue
+        ended |= event["choices"][0].get("finish_reason") is not None
         usage = event.get("usage")
         count = usage["completion_tokens"] if usage else done + bool(event["choices"][0]["text"])
         if count > done:
@@ -105,6 +107,8 @@ async def _request(server: Server, model: str, work: Work, trace: Trace) -> None
             done = count
     if not trace.times:
         raise ValueError("the server has answered nothing")
+    if not ended:
+        raise ValueError(f"the server has broken an answer off after {done} of {work.output_len} tokens")
 
 
 def goodput(traces: Sequence[Trace], seconds: float, limits: Mapping[str, float]) -> float:

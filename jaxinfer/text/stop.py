@@ -29,8 +29,6 @@ class StopStrings:
         self.matched: str | None = None
         self._stops = stops
         self._include = include_stop_str_in_output
-        self._beginnings = {stop[:i] for stop in stops for i in range(1, len(stop))}
-        self._longest = max(map(len, stops), default=0)
         self._held = ""
 
     def push(self, text: str, may_end: bool = True) -> str:
@@ -51,14 +49,19 @@ class StopStrings:
             end, start, self.matched = min(matches)
             self._held = ""
             return text[: end if self._include else start]
-        for size in range(min(len(text), self._longest - 1), 0, -1):
-            if text[-size:] in self._beginnings:
-                self._held = text[-size:]
-                return text[:-size]
-        self._held = ""
-        return text
+        held = min((_beginning(text, stop) for stop in self._stops), default=len(text))
+        self._held = text[held:]
+        return text[:held]
 
     def finish(self) -> str:
         """The stream is over: returns what was held back (nothing after a match)."""
         held, self._held = self._held, ""
         return held
+
+
+def _beginning(text: str, stop: str) -> int:
+    """Where the longest end of the text begins that is a beginning of the stop string; the text's end if none is."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return at if at >= 0 else len(text)

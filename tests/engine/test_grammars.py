@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import random
+import re
 import types
 
 import llguidance
@@ -115,6 +116,7 @@ REFUSED = [
     ({"regex": "(?=a)b"}, "look-around"),
     ({"regex": r"(a)\1"}, "backreferences"),
     ({"regex": "a("}, "unclosed group"),
+    ({"regex": "ab\\"}, "within an escape"),
     ({"regex": ""}, "not empty"),
     ({"regex": "\ud800"}, "surrogate"),
     ({"regex": r"[^\s\S]"}, "no text matches"),
@@ -277,6 +279,17 @@ def test_long_chains(guides, fields):
         assert guides.guide(SamplingParams(structured_outputs=fields), []) is not None
 
 
+def test_ambiguous_grammars_end(guides):
+    """Each token takes them longer than the one before, and others wait."""
+    one = guides.guide(SamplingParams(structured_outputs={"grammar": 'start: s\ns: s s | "a" | s s s | s s s s'}), [])
+    token, count = guides.prepare().split("a"), 0
+    while one.error is None:
+        one.accept(token)
+        count += 1
+    assert re.search(r"takes \d+ ms a token on average, and 2 are allowed", one.error)
+    assert 20 < count < 300
+
+
 def test_long_texts_without_a_choice(guides, tokenizer):
     """At each step only their beginning is split into tokens, which are those of the whole."""
     text = "".join(random.Random(0).choices(["a b", "c", "é", "\n", "日本"], k=2000))
@@ -331,11 +344,13 @@ LENIENT = {"x-guidance": {"lenient": True, "coerce_one_of": True}}
         ({"const": {"format": "path"}}, '{"format": "path"}'),
         ({"propertyNames": {"enum": ["a", "b"]}, "additionalProperties": NUMBER, "type": "object"}, '{"b": 1}'),
         ({"propertyNames": {"$ref": "#/$defs/n"}, "$defs": {"n": {"pattern": "^x"}}, "type": "object"}, '{"xy": "1"}'),
+        ({"type": "array", "uniqueItems": False}, "[1, 1]"),
+        ({"type": "object", "propertyNames": True}, '{"a": 1}'),
         (LENIENT | {"type": "array", "uniqueItems": True}, "[1, 1]"),
         (LENIENT | {"oneOf": [{"type": "string"}, {"maxLength": 3}], "not": {"const": "a"}}, '"a"'),
         (LENIENT | {"type": "string", "format": "regex"}, '"("'),
     ],
-    ids=["format", "a property", "data", "names", "names' pattern", "uniqueItems", "oneOf", "format of JSON Schema"],
+    ids=range(10),
 )
 def test_what_a_schema_need_not_say(guides, schema, text):
     """Keywords that constrain nothing, those that others say, and those that a schema does not insist on."""

@@ -93,6 +93,11 @@ def test_changes_may_have_other_programs_names():
     assert "did you mean max_tokens" in line(lambda: params.with_changes(max_token=3))
 
 
+def test_stop_strings_are_bounded():
+    assert SamplingParams(stop="x" * 4096).stop_strings
+    assert "4,096 characters" in line(lambda: SamplingParams(stop=["a", "x" * 4097]))
+
+
 def test_half_of_a_surrogate_pair_is_no_text():
     for name in ("stop", "bad_words"):
         assert f"sampling parameter {name} is " in line(

@@ -57,6 +57,7 @@ BAD = [
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "logprobs"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]}, "tools"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools"),
     (CHAT, {"tools": [], "tool_choice": "required"}, "tool_choice"),
     (CHAT, {"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
     (CHAT, {"chat_template": "{% for i in range(10**9) %}{% endfor %}"}, "chat_template"),
@@ -237,6 +238,7 @@ def test_tokens(client, served_llm):
     assert chat["tokens"] == served_llm.tokenizer.apply_chat_template(USER)
     assert client.post("/detokenize", json={"tokens": ids}).json()["prompt"] == served_llm.tokenizer.decode(ids, False)
     assert client.post("/detokenize", json={"tokens": ["a"]}).status_code == 400
+    assert "at most" in client.post("/detokenize", json={"tokens": [5] * (2**18 + 1)}).json()["error"]["message"]
 
 
 def test_a_text_that_can_not_fit_is_not_encoded(client, served_llm, monkeypatch):

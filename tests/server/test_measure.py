@@ -1,6 +1,8 @@
 """`jaxinfer bench serve`."""
 
+import http.server
 import json
+import threading
 
 
 def test_a_server_is_measured(server, cli):
@@ -12,3 +14,30 @@ def test_a_server_is_measured(server, cli):
     assert figures["median_ttft_ms"] <= figures["median_e2el_ms"]
     assert "--goodput" in cli("bench", "serve", server.url, "--goodput", "x:1").error()
     assert "404" in cli("bench", "serve", f"{server.url}/nowhere").error()
+
+
+def test_answers_that_are_broken_off(cli):
+    class Half(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            for count in (1, 2, 3):
+                event = {"choices": [{"text": "a", "finish_reason": None}], "usage": {"completion_tokens": count}}
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": "half"}]}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Half) as stub:
+        threading.Thread(target=stub.serve_forever).start()
+        try:
+            command = "bench", "serve", f"http://127.0.0.1:{stub.server_port}", "--num-prompts", "2"
+            assert "broken an answer off after 3 of 9 tokens" in cli(*command, "--output-len", "9").error()
+        finally:
+            stub.shutdown()

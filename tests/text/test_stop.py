@@ -1,3 +1,4 @@
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -52,6 +53,14 @@ def test_what_may_not_end_yet(before: str, after: str, stops: list[str], cuts: l
     text += run(watcher, list(after))
     assert watcher.matched == stop
     assert text == (before + after if end is None else (before + after)[: end - len(stop)])
+
+
+def test_long_ones_take_no_more_memory() -> None:
+    tracemalloc.start()
+    stops = StopStrings(["x" * 50_000 + "y"])
+    assert [stops.push("x" * 9), stops.push("z")] == ["", "x" * 9 + "z"]
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_nothing_of_a_stop_string_leaks() -> None:

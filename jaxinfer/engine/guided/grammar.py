@@ -106,7 +106,10 @@ def _whitespace(asked: StructuredOutputsParams) -> dict[str, Any]:
 def _regex(asked: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_regex(str(asked.regex))
+    pattern = str(asked.regex)
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:  # which llguidance would leave out
+        raise refusal(asked, "it ends within an escape sequence: write \\\\ for a backslash")
+    return LLMatcher.grammar_from_regex(pattern)
 
 
 def _choice(asked: StructuredOutputsParams) -> str:

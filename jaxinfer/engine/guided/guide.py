@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 RENEWED_IN = 0.02  # seconds: what takes longer is not understood anew while others wait
 RENEWED_EVERY = 16  # tokens
+SLOW_SECONDS = 0.25  # of the engine's thread that one sequence may take before it is asked how much that is a token
+TOKEN_SECONDS = 0.002  # that each may take then, on average: an ambiguous grammar takes more with every token
 
 
 class Grammar:
@@ -54,6 +56,7 @@ class Guide:
         self._grammar, self._origin = grammar, grammar.matcher
         self.matcher = self._origin.deep_copy()
         self._tokens: list[int] = []
+        self._seconds = 0.0
         self._renewed = -RENEWED_EVERY  # after how many tokens
 
     def anew(self) -> Guide:
@@ -70,8 +73,16 @@ class Guide:
     def accept(self, tokens: Sequence[int]) -> None:
         """The next ones."""
         self._tokens += tokens
+        start = time.thread_time()
         self.matcher.consume_tokens(list(tokens))
         self._check()
+        self._seconds += time.thread_time() - start
+        if self.error is None and self._seconds > max(SLOW_SECONDS, TOKEN_SECONDS * len(self._tokens)):
+            each = 1000 * self._seconds / len(self._tokens)
+            self.error = (
+                f"{PARAM}: the grammar takes {each:.0f} ms a token on average, and {1000 * TOKEN_SECONDS:.0f} are "
+                "allowed: it is ambiguous, write it with fewer ways to read a text"
+            )
         self.complete = self.error is None and self.matcher.is_stopped()
         if self.table is not None:
             for token in tokens:
