@@ -38,7 +38,8 @@ def test_experts_stay_where_they_are(topology, mesh, quantization):
     shards = 2 if "data=2" in mesh else 1
     case = {"topology": topology, "mesh": mesh, "config": QWEN3_30B, "rows": 64 // shards, "tokens": 1024 // shards}
     decode, forward = compiled(case | {"kinds": ["decode", "forward"], "quantization": quantization})
-    assert decode["kernels"] == forward["kernels"] == 2 * (1 if quantization else 4)
+    assert decode["kernels"] == 2 * (1 if quantization else 4)
+    assert forward["kernels"] == decode["kernels"] + 2  # attention of what decodes, and of the rest
     print(topology, quantization, *(f"{figures['temporaries'] / MIB:.1f} MiB" for figures in (decode, forward)))
     values = 16 * 768 * 2048 * {None: 2, "int8": 1, "int4": 0.5}[quantization]
     dequantized = 768 * 2048 * (4 if quantization == "int4" else 0)  # of one expert
