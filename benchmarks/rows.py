@@ -23,7 +23,7 @@ from rich.table import Table
 
 from jaxinfer.attention import AttentionSpec, ForwardBatch
 from jaxinfer.attention.rows import as_one, attend_rows, by_tiles
-from jaxinfer.kernels import cpu
+from jaxinfer.kernels.cpu import attention
 
 
 def dense(q: jax.Array, k: jax.Array, v: jax.Array, length: int, spec: AttentionSpec) -> jax.Array:
@@ -69,7 +69,7 @@ def main() -> None:
             "a dense batch": functools.partial(jax.jit(dense, static_argnums=(3, 4)), q, k, v, length, spec),
             "tiles in plain XLA": functools.partial(jax.jit(functools.partial(by_tiles, spec=spec)), *given),
         }
-        if cpu.attends_rows(options.dtype, 1):
+        if attention.attends_rows(options.dtype, 1):
             ways["the kernel"] = functools.partial(jax.jit(attend_rows, static_argnums=4), *given[:4], spec)
         results = measured(ways, options.times)
         stream, batched = results["the whole stream"], results["a dense batch"]

@@ -18,7 +18,7 @@ from rich.console import Console
 from jaxinfer.cli.profile_tables import print_profile
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.plan.figures import context_of
-from jaxinfer.plan.fit import fit, model_of
+from jaxinfer.plan.fit import fit_config
 from jaxinfer.plan.profile import profile
 from jaxinfer.plan.targets import find_target
 
@@ -34,11 +34,8 @@ def profiles(name: str, most: int, rows: list[int], tokens: list[int]) -> dict[s
     assert deployment.architecture is not None
     assert deployment.topology is not None
     options = {**deployment.options, "max_num_seqs": most}
-    target = find_target(deployment.topology)
-    asked = options.get("quantization"), options.get("max_model_len")
-    model = model_of(deployment.architecture, options.get("dtype", "auto"), target, *asked)
-    held = fit(model, target, **options)
-    context = context_of(model.config, None, options)
+    held = fit_config(deployment.architecture, find_target(deployment.topology), **options)
+    context = context_of(held.programs.model.config, None, options)
     return profile(held, deployment.architecture, options, context, rows, tokens)
 
 

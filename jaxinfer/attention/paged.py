@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import cast
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxinfer.attention.backend import AttentionBackend, AttentionCase
 from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.spec import AttentionSpec
-from jaxinfer.attention.tpu import LANES, SUBLANES
+from jaxinfer.attention.tpu import LANES, SUBLANES, elsewhere, tile_rows
 from jaxinfer.cache import SCALE, LayerCache, QuantizedRowPages, RowPages
 from jaxinfer.sharding import KV, ROWS
 
@@ -25,11 +24,7 @@ class PagedAttention(AttentionBackend):
     partition_spec = PartitionSpec(ROWS, KV)
 
     def supports(self, case: AttentionCase) -> str | None:
-        if case.device.platform != "tpu":
-            return f"it is for TPUs, and this is {case.device.platform}"
-        if case.dtype not in (jnp.bfloat16, jnp.float32):
-            return f"the kernel for TPUs is for bfloat16 and float32, and dtype is {case.dtype}"
-        return None
+        return elsewhere(case)
 
     def refusal(self, case: AttentionCase) -> str | None:
         if case.kept == case.dtype or case.kept.itemsize == 1:
@@ -73,7 +68,6 @@ def columns(kv_heads: int, head_dim: int) -> int:
 
 
 def scale_rows(kv_heads: int, page_size: int) -> int:
-    """Rows of LANES scales that a page has: what fills tiles, which may have 2, 4 or 8 of them. Of one the compiler
-    makes a copy of the pool in each call."""
-    rows = -(-2 * kv_heads * page_size // LANES)
-    return max(1 << (rows - 1).bit_length(), 2) if rows < SUBLANES else -(-rows // SUBLANES) * SUBLANES
+    """Rows of LANES scales that a page has: what fills tiles of two rows at least. Of one the compiler makes a copy of
+    the pool in each call."""
+    return max(tile_rows(-(-2 * kv_heads * page_size // LANES)), 2)

@@ -21,7 +21,7 @@ from jaxinfer.attention.batch import ForwardBatch
 from jaxinfer.attention.relative import Relative
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.xla import NEGATIVE, capped, dot, sees, with_sink
-from jaxinfer.kernels import cpu
+from jaxinfer.kernels.cpu import attention
 
 # Queries of a tile, and keys of a block: the smaller ones are for rows that fit in one. By the TPU compiler's own
 # estimates other rows take half the time with the larger.
@@ -43,7 +43,7 @@ def attend_rows(
     tiles = functools.partial(by_tiles, spec=spec)
     operands = q, k, v, batch, sinks, relative
     products = relative is not None and (relative.keys is not None or relative.queries is not None)
-    if products or spec.chunk is not None or not cpu.attends_rows(q.dtype.name, q.shape[1] // k.shape[1]):
+    if products or spec.chunk is not None or not attention.attends_rows(q.dtype.name, q.shape[1] // k.shape[1]):
         return tiles(*operands)
     return lax.platform_dependent(*operands, cpu=functools.partial(_kernel, spec=spec), default=tiles)
 
@@ -59,7 +59,7 @@ def _kernel(
 ) -> jax.Array:
     queries = q.reshape(*k.shape[:2], -1, q.shape[-1])
     how = spec.scale, spec.causal, spec.window, spec.soft_cap, sinks, None if relative is None else relative.bias
-    return cpu.attend_rows(queries, k, v, batch.cu_q_lens, *how).reshape(q.shape)
+    return attention.attend_rows(queries, k, v, batch.cu_q_lens, *how).reshape(q.shape)
 
 
 @attend_rows.defjvp

@@ -39,10 +39,8 @@ class TPUAttention(AttentionBackend):
     partition_spec = PartitionSpec(ROWS, None, KV)
 
     def supports(self, case: AttentionCase) -> str | None:
-        if case.device.platform != "tpu":
-            return f"it is for TPUs, and this is {case.device.platform}"
-        if case.dtype not in (jnp.bfloat16, jnp.float32):
-            return f"the kernel for TPUs is for bfloat16 and float32, and dtype is {case.dtype}"
+        if (problem := elsewhere(case)) is not None:
+            return problem
         if case.head_dim > LANES and 2 * case.kept.itemsize > WORD:
             return f"the kernel for TPUs reads heads of more than {LANES} in bfloat16 and fp8, and not in {case.kept}"
         if case.sinks:
@@ -80,6 +78,20 @@ class TPUAttention(AttentionBackend):
 TPU = TPUAttention()
 
 
+def elsewhere(case: AttentionCase) -> str | None:
+    """Why a case is for no kernel for TPUs, or None."""
+    if case.device.platform != "tpu":
+        return f"it is for TPUs, and this is {case.device.platform}"
+    if case.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernel for TPUs is for bfloat16 and float32, and dtype is {case.dtype}"
+    return None
+
+
+def tile_rows(count: int) -> int:
+    """What so many rows of a tile of WORDs take: it may have 1, 2, 4 or 8 of them."""
+    return 1 << (count - 1).bit_length() if count < SUBLANES else -(-count // SUBLANES) * SUBLANES
+
+
 def _pools(case: AttentionCase) -> tuple[int, int]:
     """How many pools a layer has on each device, and how many heads with padding are in each."""
     heads = case.num_kv_heads // case.parts
@@ -90,11 +102,9 @@ def _pools(case: AttentionCase) -> tuple[int, int]:
 
 
 def _padded_heads(heads: int, dtype: np.dtype[Any]) -> int:
-    """The keys and values of a device have to fill whole tiles, which may have 1, 2, 4 or 8 rows of 4 bytes a lane."""
+    """The keys and values of a device have to fill whole tiles."""
     packing = WORD // dtype.itemsize
-    rows = -(-2 * heads // packing)
-    rows = 1 << (rows - 1).bit_length() if rows < SUBLANES else -(-rows // SUBLANES) * SUBLANES
-    return rows * packing // 2
+    return tile_rows(-(-2 * heads // packing)) * packing // 2
 
 
 def attend_pools(

@@ -108,11 +108,9 @@ def _programs(
 
         return *local_programs(config, options), nullcontext()
     from jaxinfer.plan.compile import refusals
-    from jaxinfer.plan.fit import fit, model_of
+    from jaxinfer.plan.fit import fit_config
 
-    target = _target(topology)
-    asked = options.get("quantization"), options.get("max_model_len")
-    held = fit(model_of(config, options.get("dtype", "auto"), target, *asked), target, **options)
+    held = fit_config(config, _target(topology), **options)
     return held.programs, held.sizes, refusals(held)
 
 

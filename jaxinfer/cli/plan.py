@@ -146,12 +146,10 @@ def _plan(
     shape = parse_config(config)[1].for_length(options.get("max_model_len"))
     context = context_of(shape, context, options)  # refused before a minute of compiling
     if profiled is not None:
-        from jaxinfer.plan.fit import fit, model_of
+        from jaxinfer.plan.fit import fit_config
         from jaxinfer.plan.profile import check_profile, profile
 
-        asked = options.get("quantization"), options.get("max_model_len")
-        held = fit(model_of(config, options.get("dtype", "auto"), target, *asked), target, **options)
-        check_profile(held, *(own or [] for own in profiled))
+        check_profile(fit_config(config, target, **options), *(own or [] for own in profiled))
     progress(f"compiling for {topology}, which may take a minute")
     plan = make_plan(config, target, **options)
     if profiled is None:

@@ -79,8 +79,8 @@ class BatchBuilder:
             _SlotTable(slots, width, windowed) if width else None
             for width, windowed in zip(widths, windows, strict=True)
         ]
-        self._last_sampling: dict[int, tuple[tuple[Any, ...], SamplingArrays]] = {}  # by shard
-        self._row_sampling: dict[int, dict[Any, RowSampling]] = {}  # of its rows
+        # By shard: of how many rows, whose, and all together.
+        self._last_sampling: dict[int, tuple[int, dict[tuple[int, int], RowSampling], SamplingArrays]] = {}
 
     def build(self, schedules: Sequence[SchedulerOutput]) -> Built:
         """What is called for these schedules, one for each shard of rows."""
@@ -249,16 +249,16 @@ class BatchBuilder:
         return tuple(None if table is None else table.of(slots) for table in self._tables)
 
     def _sampling(self, shard: int, requests: Sequence[Request], size: int) -> SamplingArrays:
-        key = (size, *((request.id, request.table_end) for request in requests))
+        keys = [(request.id, request.table_end) for request in requests]
         last = self._last_sampling.get(shard)
-        if last is None or last[0] != key:
-            before = self._row_sampling.get(shard, {})
-            rows = self._row_sampling[shard] = {
-                own: before.get(own) or RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length, r.limit, r.table_end)
-                for own, r in zip(key[1:], requests, strict=True)
+        if last is None or (last[0], list(last[1])) != (size, keys):
+            known = {} if last is None else last[1]
+            rows = {
+                key: known.get(key) or RowSampling(r.params, r.seed, r.stop_ids, r.prompt_length, r.limit, r.table_end)
+                for key, r in zip(keys, requests, strict=True)
             }
-            last = self._last_sampling[shard] = (key, SamplingArrays.of_rows(list(rows.values()), size))
-        return last[1]
+            last = self._last_sampling[shard] = size, rows, SamplingArrays.of_rows(list(rows.values()), size)
+        return last[2]
 
 
 class _SlotTable:

@@ -64,8 +64,7 @@ def hybrid_config(fields: ConfigReader, **more: Any) -> DecoderConfig:
     types = layer_types_of(fields, layers, lambda i: (i + 1) % every == 0, LINEAR)
     keys, values = fields.integer("linear_num_key_heads", 16), fields.integer("linear_num_value_heads", 32)
     if values % keys:
-        of = f"{fields.named('linear_num_key_heads')}"
-        raise fields.error("linear_num_value_heads", f"{of}, must divide it")
+        raise fields.error("linear_num_value_heads", f"{fields.named('linear_num_key_heads')}, must divide it")
     bias = fields.boolean("attention_bias", False)
     base = decoder_config(
         fields,

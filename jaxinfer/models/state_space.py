@@ -34,7 +34,7 @@ def mamba2_config(fields: ConfigReader, activation: str, inner: int | None = Non
     """Of the fields that hybrids have. inner: features of all heads together; None: `mamba_expand` times the model's
     width. more: see Mamba2Config."""
     heads = fields.integer("mamba_n_heads", 128)
-    whole = f"{fields.named('mamba_d_ssm')}"
+    whole = fields.named("mamba_d_ssm")
     if inner is None:
         inner = fields.integer("mamba_expand", 2) * fields.integer("hidden_size")
         whole = f"mamba_expand * hidden_size, {inner}"

@@ -57,7 +57,7 @@ def read_bundles(folder: Path) -> dict[str, Code]:
             texts.setdefault(match[1], {})[match[2]] = path.read_text()
     grids = _grids(folder)
     codes = {
-        name: read_code(own["bundles"], own.get("hlo-static-per-bundle-utilization", ""), grids.get(_stem(name)))
+        name: read_code(own["bundles"], own.get("hlo-static-per-bundle-utilization", ""), grids.get(stem(name)))
         for name, own in texts.items()
         if "bundles" in own
     }
@@ -83,7 +83,7 @@ def read_code(bundles: str, utilization: str = "", grid: int | None = None) -> C
     return Code(tuple(counts), slots, grid)
 
 
-def _stem(name: str) -> str:
+def stem(name: str) -> str:
     """Of a kernel, whose instructions are numbered."""
     return re.sub(r"\.\d+$", "", name)
 

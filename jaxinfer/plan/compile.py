@@ -15,11 +15,11 @@ import jax
 
 from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
-from jaxinfer.engine.config import EngineConfig, in_our_words
+from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.programs import Key, ModelPrograms
 from jaxinfer.engine.sizing import device_bytes
 from jaxinfer.plan.collectives import Collectives, collectives
-from jaxinfer.plan.fit import DoesNotFit, Fit, fit, model_of
+from jaxinfer.plan.fit import DoesNotFit, Fit, fit_config
 from jaxinfer.plan.slices import GIB, Slice
 
 
@@ -94,9 +94,7 @@ def make_plan(config: Mapping[str, Any], target: Slice, **options: Unpack[Engine
 
     dtype "auto": see model_of. Raises DoesNotFit, with what would fit.
     """
-    options = in_our_words(options)
-    asked = options.get("quantization"), options.get("max_model_len")
-    held = fit(model_of(config, options.get("dtype", "auto"), target, *asked), target, **options)
+    held = fit_config(config, target, **options)
     if not target.compiles:
         return Plan(held, ())
     keys = held.programs.largest

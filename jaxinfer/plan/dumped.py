@@ -10,8 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.programs import Key
 from jaxinfer.plan.bundles import Code, read_bundles
-from jaxinfer.plan.fit import fit, model_of
+from jaxinfer.plan.fit import fit_config
 from jaxinfer.plan.targets import find_target
 
 TEXT = "program.hlo"
@@ -37,7 +36,8 @@ class Dumped:
 
 def dumped(config: Mapping[str, Any], topology: str, options: EngineConfig, key: Key) -> Dumped:
     """An engine's program for a slice, compiled. Raises ValueError with the compiler's last words."""
-    with _folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="jaxinfer-profile-") as name:
+        folder = Path(name)
         flags = (
             f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={WRITTEN} "
             f"--xla_mosaic_dump_to={folder / 'mosaic'}"
@@ -61,19 +61,12 @@ def dumped(config: Mapping[str, Any], topology: str, options: EngineConfig, key:
         return Dumped((folder / TEXT).read_text(), read_bundles(folder))
 
 
-@contextmanager
-def _folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="jaxinfer-profile-") as name:
-        yield Path(name)
-
-
 def main(folder: Path) -> None:
     """What the process does. What is asked comes on its standard input."""
     asked = json.load(sys.stdin)
     options, key = asked["options"], tuple(asked["key"])
     target = find_target(asked["topology"])
-    wanted = options.get("quantization"), options.get("max_model_len")
-    held = fit(model_of(asked["config"], options.get("dtype", "auto"), target, *wanted), target, **options)
+    held = fit_config(asked["config"], target, **options)
     with without_compile_cache():
         text = held.programs[key].lower().compile().as_text()
     assert text is not None

@@ -119,6 +119,13 @@ def model_of(
     return AbstractModel.from_config(config, kept, quantization, max_model_len=max_model_len)
 
 
+def fit_config(config: Mapping[str, Any], target: Slice, **options: Unpack[EngineConfig]) -> Fit:
+    """`fit` of a config.json's content. dtype "auto": see `model_of`."""
+    options = in_our_words(options)
+    asked = options.get("quantization"), options.get("max_model_len")
+    return fit(model_of(config, options.get("dtype", "auto"), target, *asked), target, **options)
+
+
 def fit(model: AbstractModel, target: Slice, **options: Unpack[EngineConfig]) -> Fit:
     """What an LLM with these options holds there. Raises DoesNotFit, with what would fit."""
     options, settings = in_our_words(options), check_options(options)

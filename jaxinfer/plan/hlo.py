@@ -48,47 +48,51 @@ class Instruction:
         """Of the result."""
         return tuple(_array(*match) for match in ARRAY.findall(self.shape))
 
+    def said(self, pattern: str) -> str | None:
+        """What the pattern's group is in the rest."""
+        found = re.search(pattern, self.rest)
+        return found[1] if found else None
+
+    def number(self, pattern: str) -> int | None:
+        found = self.said(pattern)
+        return None if found is None else int(found)
+
     @property
     def cycles(self) -> int | None:
         """The compiler's estimate; None where it has none."""
-        found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
-        return int(found[1]) if found else None
+        return self.number(r'"estimated_cycles":"(\d+)"')
 
     @property
     def iterations(self) -> int:
         """How often a fusion's own loop over its window runs."""
-        found = re.search(r'"iteration_bounds":\[([^\]]+)\]', self.rest)
-        return math.prod(int(n) for n in re.findall(r"\d+", found[1])) if found else 1
+        bounds = self.said(r'"iteration_bounds":\[([^\]]+)\]') or ""
+        return math.prod(int(n) for n in re.findall(r"\d+", bounds))
 
     @property
     def op_name(self) -> str:
         """The path of names that JAX gave it."""
-        found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.rest)
-        return found[1].replace("\\'", "'") if found else ""
+        return (self.said(r'op_name="((?:[^"\\]|\\.)*)"') or "").replace("\\'", "'")
 
     @property
     def frame(self) -> int | None:
         """Its line in the table of stack frames."""
-        found = re.search(r"stack_frame_id=(\d+)", self.rest)
-        return int(found[1]) if found else None
+        return self.number(r"stack_frame_id=(\d+)")
 
     @property
     def target(self) -> str:
         """What a custom call calls."""
-        found = re.search(r'custom_call_target="([^"]*)"', self.rest)
-        return found[1] if found else ""
+        return self.said(r'custom_call_target="([^"]*)"') or ""
 
     @property
     def trips(self) -> int | None:
         """How often a loop runs, where the compiler knows."""
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.rest)
-        return int(found[1]) if found else None
+        return self.number(r'"known_trip_count":\{"n":"(\d+)"')
 
     @property
     def index(self) -> int:
         """Of the element that is taken out of a tuple, or of a parameter."""
-        found = re.search(r"\bindex=(\d+)", self.rest) if self.opcode == "get-tuple-element" else None
-        return int(found[1] if found else self.inner)
+        found = self.number(r"\bindex=(\d+)") if self.opcode == "get-tuple-element" else None
+        return int(self.inner) if found is None else found
 
     @property
     def aliases(self) -> dict[int, int]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from jaxinfer.plan.bundles import UNITS, Code
+from jaxinfer.plan.bundles import UNITS, Code, stem
 from jaxinfer.plan.collectives import KINDS
 from jaxinfer.plan.hlo import Computation, Instruction, Module
 from jaxinfer.plan.slices import Chip
@@ -312,7 +312,7 @@ class Schedule:
         """Of what an instruction is for: a kernel by its name, what has a matrix for an operand by that of the largest
         one, as `mlp.down_proj`; what has none by its part of the source."""
         if own.target == KERNEL:
-            return re.sub(r"\.\d+$", "", own.name)
+            return stem(own.name)
         weights = []
         for operand in own.operands:
             argument = self.origin(scope, operand)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxinfer.kernels import cpu
+from jaxinfer.kernels.cpu.attention import CACHES
 from tests.kernels.test_cpu import PAIRS, SIZES, random
 
 KINDS = ("float32", "bfloat16")
@@ -70,7 +71,7 @@ for tokens, (kind, values), level in itertools.product(
     options = {"share": np.float32(0.5), "rounds": True, "scaled": scaled}
     jax.block_until_ready(call(random((tokens, 67), "float32"), slot, *given, **options))
 jax.ffi.register_ffi_target("attend", jax.ffi.pycapsule(library.jaxinfer_attention), platform="cpu")
-for kind, level in itertools.product(cpu.CACHES, range(len(cpu.LEVELS))):
+for kind, level in itertools.product(CACHES, range(len(cpu.LEVELS))):
     library.jaxinfer_level(level)
     lengths, cu_q_lens = np.array([7, 0, 10], np.int32), np.array([0, 5, 6, 12], np.int32)
     q, pages = random((12, 2, 5, 48), "float32"), np.array([[0, 1], [1, 0], [2, 2]], np.int32)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from jaxinfer.plan.fit import fit, model_of
+from jaxinfer.plan.fit import fit_config
 from jaxinfer.plan.profile import profile
 from jaxinfer.plan.targets import find_target
 
@@ -35,7 +35,7 @@ def costs(name: str) -> Costs:
     rows, tokens = PROGRAMS[name]
     config, target = fields.pop("architecture"), find_target(fields.pop("topology"))
     options = {key: own for key, own in fields.items() if key != "model"} | {"max_num_seqs": max(rows)}
-    held = fit(model_of(config, options["dtype"], target), target, **options)
+    held = fit_config(config, target, **options)
     figures = profile(held, config, options, 1024, rows, tokens)
     return {f"{name}, {program['program']}": of_ops(program["ops"]) for program in figures["programs"]}
 
