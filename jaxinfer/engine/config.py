@@ -29,10 +29,11 @@ class EngineConfig(TypedDict, total=False):
             help="Of weights and cache; auto, as without it: the checkpoint's, if it is fast here.",
             details="of weights, activations and cache: `float32`, `bfloat16`, `float16`; `auto` is what the "
             "checkpoint says (float16 on GPUs without bfloat16). On CPU `bfloat16` is of matrices and cache, "
-            "activations stay float32 (from 16 tokens a call on, kernels round activations to bfloat16 on the way, so"
-            " that log-probabilities depend a little on how many there are: in `float32` they do not), and `auto` is "
-            "float32 for checkpoints in float16, for meshes that split weights, and where the [CPU "
-            "kernels](architecture.md#kernels-for-cpus) are not (`jaxinfer doctor` says it)",
+            "activations stay float32 (where AVX-512 is, kernels make two bfloat16 of each on the way from 5 tokens a "
+            "call on, and one from 16 on, so that log-probabilities depend a little on how many there are: in "
+            "`float32` they do not), and `auto` is float32 for checkpoints in float16, for meshes that split "
+            "weights, and where the [CPU kernels](architecture.md#kernels-for-cpus) are not (`jaxinfer doctor` "
+            "says it)",
             shapes_programs=True,
         ),
     ]
