@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -14,6 +12,7 @@ import jax
 from jaxinfer.engine.background import afterwards, in_background
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.executables import ExecutableCache
+from jaxinfer.engine.malloc import trim_memory
 from jaxinfer.engine.programs import Key, ModelPrograms
 
 
@@ -104,10 +103,3 @@ class ReadyPrograms:
                 afterwards(self._kept.store, self._table, key, executable)
         self._executables[key] = executable
         trim_memory()  # the compiler leaves a hundred megabytes behind each time
-
-
-def trim_memory() -> None:
-    """glibc keeps freed pieces below 32 MB until it is told to give them back."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -30,7 +30,8 @@ from jaxinfer.engine.programs import (
     State,
     Zeros,
 )
-from jaxinfer.engine.ready import ReadyPrograms, trim_memory
+from jaxinfer.engine.malloc import trim_memory
+from jaxinfer.engine.ready import ReadyPrograms
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import SchedulerOutput
 from jaxinfer.models.model import Params

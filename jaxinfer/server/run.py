@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.engine.config import EngineConfig
+from jaxinfer.engine.malloc import keep_memory
 from jaxinfer.llm import LLM
 from jaxinfer.openai.errors import error_body
 from jaxinfer.server.app import make_app
@@ -212,7 +214,7 @@ def url_of(config: ServerConfig, bound: socket.socket) -> str:
 def run(llm: LLM, config: ServerConfig, bound: socket.socket) -> BaseException | None:
     """Serves until a signal comes. Returns what the engine failed with, if it has. Raises KeyboardInterrupt after a
     second signal, so that nobody waits for the device."""
-    sys.setswitchinterval(SWITCH_SECONDS)
+    _tune_process()
     service = Service(llm, config)
     server = Server(service)
     with closing(service):
@@ -220,6 +222,14 @@ def run(llm: LLM, config: ServerConfig, bound: socket.socket) -> BaseException |
     if server.force_exit:
         raise KeyboardInterrupt
     return service.failure
+
+
+def _tune_process() -> None:
+    """Of a process that only serves, when its model is loaded."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()  # what is there stays: the collector need not look at it again and again
+    keep_memory()
 
 
 class Background:

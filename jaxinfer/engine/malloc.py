@@ -1,0 +1,28 @@
+"""What glibc does with memory that is freed. Elsewhere nothing is done."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BYTES = 128 * 2**20  # at the end of the heap
+LARGEST_KEPT = 2**30  # bytes of a block
+
+
+def trim_memory() -> None:
+    """Gives back what it keeps: freed pieces below 32 MB, until it is told to."""
+    _call("malloc_trim", 0)
+
+
+def keep_memory() -> None:
+    """Keeps what is freed, of larger pieces, too. XLA asks for a program's temporary memory anew at each call: 50 MB with
+    64 rows of 32,000 logits, which the system would fill with zeros each time, a thirtieth of a step."""
+    _call("mallopt", M_MMAP_THRESHOLD, LARGEST_KEPT)
+    _call("mallopt", M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def _call(name: str, *arguments: int) -> None:
+    function = getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+    if function is not None:
+        function(*arguments)
