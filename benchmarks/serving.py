@@ -76,8 +76,7 @@ class Served:
         return {"seconds": seconds, "CPU s": server, "clients' CPU s": clients}
 
     async def _ask(self, work: Iterator[Work]) -> None:
-        server = Server(self._url)
-        async with asyncio.TaskGroup() as tasks:
+        async with Server(self._url) as server, asyncio.TaskGroup() as tasks:
             for _ in range(self._clients):
                 tasks.create_task(_client(server, work))
 

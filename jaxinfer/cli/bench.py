@@ -213,11 +213,12 @@ def serve(
             arrivals = benchmark.poisson_arrivals(num_prompts, request_rate, seed)
 
         async def run() -> list[Trace]:
-            model = await server.model()
-            progress("one request to warm up")
-            await measure.serve(server, model, work[:1], [0.0])
-            progress(f"{num_prompts} requests")
-            return await measure.serve(server, model, work, arrivals)
+            async with server:
+                model = await server.model()
+                progress("one request to warm up")
+                await measure.serve(server, model, work[:1], [0.0])
+                progress(f"{num_prompts} requests")
+                return await measure.serve(server, model, work, arrivals)
 
         try:
             traces = asyncio.run(run())

@@ -16,8 +16,8 @@ def trim_memory() -> None:
 
 
 def keep_memory() -> None:
-    """Keeps what is freed, of larger pieces, too. XLA asks for a program's temporary memory anew at each call: 50 MB with
-    64 rows of 32,000 logits, which the system would fill with zeros each time, a thirtieth of a step."""
+    """Keeps what is freed, of larger pieces, too. XLA asks for a program's temporary memory anew at each call, 50 MB
+    with 64 rows of 32,000 logits: the system would fill what is used of it with zeros, a thirtieth of a step."""
     _call("mallopt", M_MMAP_THRESHOLD, LARGEST_KEPT)
     _call("mallopt", M_TRIM_THRESHOLD, KEPT_BYTES)
 

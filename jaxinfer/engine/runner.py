@@ -17,6 +17,7 @@ from jaxinfer.engine.batch_builder import BatchBuilder, Call, ScoredSpan
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.executables import ExecutableCache
 from jaxinfer.engine.leader import Leader
+from jaxinfer.engine.malloc import trim_memory
 from jaxinfer.engine.programs import (
     Key,
     LoadAdapter,
@@ -30,7 +31,6 @@ from jaxinfer.engine.programs import (
     State,
     Zeros,
 )
-from jaxinfer.engine.malloc import trim_memory
 from jaxinfer.engine.ready import ReadyPrograms
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.scheduler import SchedulerOutput

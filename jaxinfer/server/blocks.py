@@ -19,14 +19,14 @@ from jaxinfer.openai.fields import Fields
 from jaxinfer.openai.requests import ChatRequest
 from jaxinfer.openai.responses import ResponseWriter, response_request
 from jaxinfer.server.answers import EventStream, json_answer, while_connected
-from jaxinfer.server.chat import begun_chat, chat_defaults
+from jaxinfer.server.chat import begun_chat
 from jaxinfer.server.generation import Chat
 from jaxinfer.server.service import Service
 
 
 async def messages(service: Service, request: Request, body: Json) -> Response:
     """Answers a conversation, in Anthropic's form."""
-    model, defaults, state = service.model(body.get("model"), GENERATE), chat_defaults(service), request.state
+    model, defaults, state = service.model(body.get("model"), GENERATE), service.chat_defaults, request.state
     read = partial(messages_request, defaults=defaults)
     make_writer = partial(MessageWriter, state.name, model, state.request_id)
     return await _answer(service, request, model, body, read, lambda _: make_writer())
@@ -35,7 +35,7 @@ async def messages(service: Service, request: Request, body: Json) -> Response:
 async def count_tokens(service: Service, request: Request, body: Json) -> Response:
     """How many tokens a conversation has."""
     service.model(body.get("model"), GENERATE)
-    defaults = chat_defaults(service)
+    defaults = service.chat_defaults
     read = partial(messages_request, defaults=defaults, counting=True)
     prepared = await service.prepared(lambda: service.formats.prepare(read(Fields(body))))
     return json_answer({"input_tokens": len(prepared.ids)})
@@ -43,7 +43,7 @@ async def count_tokens(service: Service, request: Request, body: Json) -> Respon
 
 async def responses(service: Service, request: Request, body: Json) -> Response:
     """Answers what may be a conversation."""
-    model, name, defaults = service.model(body.get("model"), GENERATE), request.state.name, chat_defaults(service)
+    model, name, defaults = service.model(body.get("model"), GENERATE), request.state.name, service.chat_defaults
     read = partial(response_request, defaults=defaults)
     return await _answer(service, request, model, body, read, lambda asked: ResponseWriter(name, model, asked.repeated))
 

@@ -15,7 +15,6 @@ from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.answers import Chunks, Envelope, Json, call_json, chat_choice, chat_logprobs, finish_reason, usage
 from jaxinfer.openai.fields import Fields
 from jaxinfer.openai.requests import ChatRequest, chat_request
-from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.server.answers import EventStream, json_answer, while_connected
 from jaxinfer.server.completions import failed
 from jaxinfer.server.generation import Chat, Turn, begin_chat
@@ -25,7 +24,7 @@ from jaxinfer.server.service import Service
 async def chat_completions(service: Service, request: Request, body: Json) -> Response:
     """Answers a conversation."""
     model = service.model(body.get("model"), GENERATE)
-    defaults, own_template = chat_defaults(service), service.config.trust_request_chat_template
+    defaults, own_template = service.chat_defaults, service.config.trust_request_chat_template
     read = partial(chat_request, defaults=defaults, own_template=own_template)
     with ExitStack() as stack:
         asked, run = await begun_chat(service, request, model, body, read, stack)
@@ -35,11 +34,6 @@ async def chat_completions(service: Service, request: Request, body: Json) -> Re
         frames = _frames(run, asked, envelope, stack.pop_all())
         await anext(frames)
         return EventStream(frames)
-
-
-def chat_defaults(service: Service) -> SamplingParams:
-    """As the checkpoint says, and as long as there is room."""
-    return service.engine.default_sampling_params().with_changes(max_tokens=None)
 
 
 async def begun_chat(

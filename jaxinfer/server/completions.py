@@ -15,31 +15,41 @@ from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.answers import Chunks, Envelope, Json, event, prompt_logprobs, text_choice, usage
 from jaxinfer.openai.errors import error_body, server_error
 from jaxinfer.openai.fields import Fields
-from jaxinfer.openai.requests import COMPLETION_TOKENS, CompletionRequest, completion_request
+from jaxinfer.openai.requests import CompletionRequest, completion_request
 from jaxinfer.server.answers import EventStream, json_answer, while_connected
 from jaxinfer.server.generation import Generation, begin_completion
 from jaxinfer.server.service import Service
+
+SHORT = 4096  # bytes of a body
+NUMBERS = {"max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "ignore_eos"}
+PLAIN = NUMBERS | {"prompt", "model", "stream", "stream_options", "user"}
 
 
 async def completions(service: Service, request: Request, body: Json) -> Response:
     """Continues prompts."""
     model = service.model(body.get("model"), GENERATE)
-    defaults = service.engine.default_sampling_params().with_changes(max_tokens=COMPLETION_TOKENS)
     key, name = request.state.key, request.state.name
     with ExitStack() as stack:
         others = stack.enter_context(service.admitted(key))
 
         def begin() -> tuple[CompletionRequest, Generation]:
-            asked = completion_request(Fields(body), defaults)
+            asked = completion_request(Fields(body), service.completion_defaults)
             return asked, begin_completion(service, asked, model, key, others, name)
 
-        asked, run = await while_connected(request.receive, service.prepared(begin))
+        at_once = int(request.headers.get("content-length", SHORT)) < SHORT and _is_plain(body)
+        asked, run = begin() if at_once else await while_connected(request.receive, service.prepared(begin))
         envelope = Envelope(f"cmpl-{name}", int(time.time()), model)
         if not asked.stream:
             return await while_connected(request.receive, _whole(service, run, asked, envelope))
         frames = _frames(service, run, asked, envelope, stack.pop_all())
         await anext(frames)
         return EventStream(frames)
+
+
+def _is_plain(body: Json) -> bool:
+    """Whether a thread would take longer to wake up than to prepare it: ids and numbers."""
+    prompt = body.get("prompt")
+    return body.keys() <= PLAIN and isinstance(prompt, list) and all(isinstance(token, int) for token in prompt)
 
 
 async def _whole(service: Service, run: Generation, asked: CompletionRequest, envelope: Envelope) -> Response:

@@ -120,7 +120,7 @@ class Guard:
 
     def _key(self, request: Request) -> int | None:
         """Which key the request has; None where none is needed. Raises ServerError."""
-        path, config = request.url.path, self._service.config
+        path, config = request.scope["path"], self._service.config
         if (
             not self._digests
             or path in PUBLIC

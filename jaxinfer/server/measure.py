@@ -8,16 +8,22 @@ import json
 import ssl
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self, TypeAlias
 from urllib.parse import urlsplit
 
 from jaxinfer.benchmark import Trace, Work
 
 LIMIT = 2**24  # of a line
+ENDS = {b"transfer-encoding", b"content-length"}  # of answers that end before their connection does
+Connection: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Server:
-    """Where it is. Raises ValueError for what is no URL of a server."""
+    """Where it is, and connections to it: they are kept for the next request, as clients do. Raises ValueError for
+    what is no URL of a server.
+
+        async with Server("http://127.0.0.1:8000") as server:
+    """
 
     def __init__(self, url: str, api_key: str | None = None):
         parts = urlsplit(url)
@@ -28,23 +34,33 @@ class Server:
         self._path = parts.path.rstrip("/").removesuffix("/v1")
         self._name = parts.netloc.rpartition("@")[2]
         self._key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+        self._idle: list[Connection] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *why: object) -> None:
+        for _, writer in self._idle:
+            writer.close()
 
     async def lines(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> AsyncIterator[bytes]:
         """Those of an answer, as they come. Raises OSError, and ValueError for an answer other than 200."""
-        context = ssl.create_default_context() if self._tls else None
-        reader, writer = await asyncio.open_connection(self._host, self._port, ssl=context, limit=LIMIT)
+        connection = await self._connection()
+        reader, writer = connection
+        whole = False
         try:
             content = b"" if body is None else json.dumps(body).encode()
-            head = f"{method} {self._path}{path} HTTP/1.1\r\nHost: {self._name}\r\nConnection: close\r\n{self._key}"
+            head = f"{method} {self._path}{path} HTTP/1.1\r\nHost: {self._name}\r\n{self._key}"
             head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
             writer.write(head.encode() + content)
             status = (await reader.readline()).split(b" ")
-            chunked = False
+            headers = {}
             while (header := (await reader.readline()).strip()) != b"":
-                chunked |= header.lower().replace(b" ", b"") == b"transfer-encoding:chunked"
+                name, _, value = header.lower().partition(b":")
+                headers[name] = value.strip()
             rest = b""
             said = b""
-            async for piece in _chunks(reader) if chunked else _all(reader):
+            async for piece in _pieces(reader, headers):
                 *lines, rest = (rest + piece).split(b"\n")
                 if status[1:2] == [b"200"]:
                     for line in lines:
@@ -53,9 +69,22 @@ class Server:
                     said += piece
             if status[1:2] != [b"200"]:
                 raise ValueError(f"{path} was answered {b' '.join(status).decode().strip()}: {said.decode():.300}")
+            whole = headers.get(b"connection") != b"close" and headers.keys() & ENDS != set()
             yield rest
         finally:
-            writer.close()
+            if whole:
+                self._idle.append(connection)
+            else:
+                writer.close()
+
+    async def _connection(self) -> Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection[0].at_eof():
+                return connection
+            connection[1].close()
+        context = ssl.create_default_context() if self._tls else None
+        return await asyncio.open_connection(self._host, self._port, ssl=context, limit=LIMIT)
 
     async def model(self) -> str:
         """The first one that it has."""
@@ -63,14 +92,17 @@ class Server:
         return str(json.loads(answer)["data"][0]["id"])
 
 
-async def _chunks(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
-        yield (await reader.readexactly(size + 2))[:-2]
-
-
-async def _all(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    while piece := await reader.read(2**16):
-        yield piece
+async def _pieces(reader: asyncio.StreamReader, headers: Mapping[bytes, bytes]) -> AsyncIterator[bytes]:
+    """Of an answer's body."""
+    if headers.get(b"transfer-encoding") == b"chunked":
+        while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
+            yield (await reader.readexactly(size + 2))[:-2]
+        await reader.readline()
+    elif b"content-length" in headers:
+        yield await reader.readexactly(int(headers[b"content-length"]))
+    else:
+        while piece := await reader.read(2**16):
+            yield piece
 
 
 async def serve(server: Server, model: str, work: Sequence[Work], arrivals: Sequence[float]) -> list[Trace]:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from contextlib import closing, suppress
 from types import FrameType
 from typing import Any, Unpack
+from weakref import WeakKeyDictionary
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -30,6 +31,7 @@ from jaxinfer.openai.errors import error_body
 from jaxinfer.server.app import make_app
 from jaxinfer.server.config import ServerConfig
 from jaxinfer.server.service import Service
+from jaxinfer.server.transport import CorkedTransport, Outbox
 
 log = logging.getLogger("jaxinfer")
 
@@ -42,6 +44,9 @@ SWITCH_SECONDS = 0.0005  # the engine's thread waits so long for the event loop'
 ABORT_SECONDS = 5.0  # requests that were aborted have so long to say so
 
 
+_outboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Outbox] = WeakKeyDictionary()
+
+
 class Protocol(HttpToolsProtocol):
     """Bounds what may come before a request is known."""
 
@@ -51,6 +56,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        outbox = _outboxes.setdefault(self.loop, Outbox())
+        self.transport = CorkedTransport(transport, outbox)  # type: ignore[assignment]
         most, self.limit_concurrency = self.config.limit_concurrency, None  # or uvicorn would answer, in its own form
         assert most is not None
         self.app_state = self.app_state | {"crowded": len(self.connections) > most}

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Literal, TypeVar
 
 from jaxinfer.async_engine import AsyncEngine
@@ -17,7 +18,9 @@ from jaxinfer.errors import ContextLengthError, EngineClosed, QueueFullError, Re
 from jaxinfer.llm import LLM
 from jaxinfer.models.tasks import GENERATE
 from jaxinfer.openai.errors import ServerError
+from jaxinfer.openai.requests import COMPLETION_TOKENS
 from jaxinfer.pooling import CAN
+from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.server.chats import ChatFormats
 from jaxinfer.server.config import ServerConfig
 from jaxinfer.server.metrics import Metrics
@@ -56,6 +59,16 @@ class Service:
     def generates(self) -> bool:
         """Whether the model makes text."""
         return self.llm.task == GENERATE
+
+    @cached_property
+    def completion_defaults(self) -> SamplingParams:
+        """Of completions: as the checkpoint says, but short."""
+        return self.engine.default_sampling_params().with_changes(max_tokens=COMPLETION_TOKENS)
+
+    @cached_property
+    def chat_defaults(self) -> SamplingParams:
+        """Of chats: as the checkpoint says, and as long as there is room."""
+        return self.engine.default_sampling_params().with_changes(max_tokens=None)
 
     @property
     def max_model_len(self) -> int:

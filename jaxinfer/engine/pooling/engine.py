@@ -15,10 +15,10 @@ import numpy as np
 
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.executables import ExecutableCache
+from jaxinfer.engine.malloc import trim_memory
 from jaxinfer.engine.pooling.packing import Packed, Row, arrays, pack, spans
 from jaxinfer.engine.pooling.programs import PoolingPrograms, PoolTexts, PoolTokens
 from jaxinfer.engine.pooling.reader import Reader
-from jaxinfer.engine.malloc import trim_memory
 from jaxinfer.engine.ready import ReadyPrograms
 from jaxinfer.engine.stats import EngineStats
 from jaxinfer.errors import EngineClosed
