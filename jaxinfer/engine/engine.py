@@ -125,11 +125,11 @@ class Engine(RequestMethods):
         self.queue(group)
         return group
 
-    def step(self, max_seconds: float | None = None) -> list[SequenceOutput | Scoring]:
+    def step(self, seconds: float | None = None) -> list[SequenceOutput | Scoring]:
         """Gives the device its next call and takes in the tokens of the one before; returns the generations that got
-        some. `max_seconds` bounds a decoding call, roughly."""
+        some. seconds: that a decoding call should take, about: the nearest number of steps."""
         with self._whole():
-            return self._step(max_seconds)
+            return self._step(seconds)
 
     def abort(self, group: RequestGroup | Scoring) -> None:
         """Ends a prompt's continuations, wherever they are; nothing of them stays behind."""
@@ -166,9 +166,9 @@ class Engine(RequestMethods):
         yield
         self._broken_off = False
 
-    def _step(self, max_seconds: float | None) -> list[SequenceOutput | Scoring]:
+    def _step(self, seconds: float | None) -> list[SequenceOutput | Scoring]:
         # Preempting needs all tokens to be known.
-        schedules = self.scheduler.schedule(self._max_steps(max_seconds), not self._in_flight)
+        schedules = self.scheduler.schedule(self._max_steps(seconds), not self._in_flight)
         if any(schedule.requests for schedule in schedules):
             for slot, adapter in self.scheduler.adapters.coming():
                 self.runner.load_adapter(slot, adapter)
@@ -216,15 +216,15 @@ class Engine(RequestMethods):
             self._taken(generation)
         return touched
 
-    def _max_steps(self, max_seconds: float | None) -> int:
+    def _max_steps(self, seconds: float | None) -> int:
         if any(request.constrained for request in self.scheduler.running):
             return 1
         steps = self.runner.max_steps
         if any(request.params.stop_strings for request in self.scheduler.running):
             steps = min(steps, STOP_STRING_STEPS)
-        if max_seconds is not None:
+        if seconds is not None:
             step_seconds = self._stats.step_seconds
-            steps = min(steps, int(max_seconds / step_seconds) if step_seconds else 1)
+            steps = min(steps, round(seconds / step_seconds) if step_seconds else 1)
         return max(steps, 1)
 
     def _prepare_slots(self, schedules: list[SchedulerOutput]) -> None:
