@@ -1,0 +1,92 @@
+"""Writes that leave together, and what the server's process does with memory."""
+
+import asyncio
+import subprocess
+import sys
+
+from jaxinfer.server.measure import Server
+from jaxinfer.server.transport import MOST, CorkedTransport, Outbox
+
+
+class Written:
+    """A transport that remembers."""
+
+    def __init__(self):
+        self.sent, self.closed = [], False
+
+    def write(self, data):
+        self.sent.append(data)
+
+    def close(self):
+        self.closed = True
+
+    def is_closing(self):
+        return self.closed
+
+
+def test_a_turn_s_writes_leave_as_one():
+    async def main():
+        outbox, plain = Outbox(), [Written() for _ in range(3)]
+        corked = [CorkedTransport(transport, outbox) for transport in plain]
+        for round_ in (b"a", b"b"):
+            for transport in corked[:2]:
+                transport.write(round_)
+        assert [transport.sent for transport in plain] == [[], [], []]
+        corked[1].close()  # after what was written
+        corked[1].write(b"lost")
+        await asyncio.sleep(0)
+        assert [transport.sent for transport in plain] == [[b"ab"], [b"ab"], []]
+        corked[0].write(b"c")  # another turn
+        await asyncio.sleep(0)
+        assert plain[0].sent == [b"ab", b"c"] and plain[1].closed and not corked[0].is_closing()
+
+    asyncio.run(main())
+
+
+def test_many_writes_do_not_wait_for_each_other():
+    async def main():
+        outbox, plain = Outbox(), [Written() for _ in range(MOST + 1)]
+        for transport in plain:
+            CorkedTransport(transport, outbox).write(b"x")
+        assert sum(transport.sent == [b"x"] for transport in plain) == MOST
+        await asyncio.sleep(0)
+        assert all(transport.sent == [b"x"] for transport in plain)
+
+    asyncio.run(main())
+
+
+def test_connections_are_kept(server):
+    async def main():
+        async with Server(server.url) as one:
+            for _ in range(3):
+                assert await one.model()
+            (connection,) = one._idle
+            body = {"prompt": [1, 2, 3], "max_tokens": 4, "temperature": 0.0, "stream": True}
+            lines = [line async for line in one.lines("POST", "/v1/completions", body)]
+            assert b"data: [DONE]" in lines and one._idle == [connection]
+
+    asyncio.run(main())
+
+
+def test_memory_is_kept():
+    """A block larger than glibc keeps by itself is filled by the system once, not each time."""
+    program = """
+import ctypes, resource, sys
+from jaxinfer.engine.malloc import keep_memory, trim_memory
+libc, size = ctypes.CDLL(None), 50 * 2**20
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+lost = [faults(), faults()][1]
+keep_memory()
+kept = [faults(), faults()][1]
+trim_memory()
+print(lost, kept, faults())
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    lost, kept, trimmed = map(int, out.split())
+    assert kept < lost / 10 and trimmed > lost / 2
