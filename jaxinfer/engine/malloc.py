@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 KEPT_BYTES = 128 * 2**20  # at the end of the heap
 LARGEST_KEPT = 2**30  # bytes of a block
 
@@ -20,6 +20,7 @@ def keep_memory() -> None:
     with 64 rows of 32,000 logits: the system would fill what is used of it with zeros, a thirtieth of a step."""
     _call("mallopt", M_MMAP_THRESHOLD, LARGEST_KEPT)
     _call("mallopt", M_TRIM_THRESHOLD, KEPT_BYTES)
+    _call("mallopt", M_TOP_PAD, KEPT_BYTES)  # or a thread's heap is given back when a block has had it for itself
 
 
 def _call(name: str, *arguments: int) -> None:
