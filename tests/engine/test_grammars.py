@@ -84,6 +84,7 @@ NAMES = functools.reduce(
 )
 DOUBLED = "start: T0\n" + "".join(f"T{i}: T{i + 1} T{i + 1}\n" for i in range(40)) + 'T40: "a"*\n'
 DEEP = '{"items":' * 10_000 + "{}" + "}" * 10_000
+CYCLE = {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/b~1"}]}, "b/": {"$ref": "#/%24defs/a"}}}
 REFUSED = [
     ({}, "none of its kinds"),
     ({"json": {}, "regex": "a"}, "json and regex: give exactly one"),
@@ -110,6 +111,8 @@ REFUSED = [
     ({"json": {"type": "string", "format": "regex"}}, "Unknown format: regex; .*lenient"),
     ({"json": {"type": "string", "pattern": "\\bb"}}, "pattern: .*lookarounds"),
     ({"json": {"$ref": "https://example.org/schema"}}, r"\$ref: "),
+    ({"json": CYCLE}, r"\$ref: #/.* -> #/\$defs/b~1 .*is a cycle"),
+    ({"json": {"properties": {"x": {"anyOf": [{"$ref": "#/properties/x"}]}}}}, r"\$ref: #/properties/x -> .* is a cycle"),
     ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "minimum"),
     ({"json": False}, "no text matches"),
     ({"json": {"$ref": "#"}}, "no text matches"),
@@ -131,6 +134,7 @@ REFUSED = [
     ({"grammar": DOUBLED}, "terminals: the squares"),
     ({"grammar": "start: A\nA: /(a*b+c?){2}/ B B\nB: " + '"a"* ' * 5000}, "terminals: the squares"),
     ({"grammar": "start: %json " + json.dumps({"properties": {f"p{i}": {} for i in range(500)}})}, "at most 400"),
+    ({"grammar": "start: %json " + json.dumps(CYCLE)}, r"\$ref: .* is a cycle"),
     ({"structural_tag": {"format": {}}}, "structures"),
     ({"json_object": "yes"}, "True or False"),
     ({"choice": ["a"], "whitespace_pattern": " "}, "for json"),
@@ -255,6 +259,19 @@ def test_whitespace(own, options, spaces):
             if matcher.try_consume_tokens(list(text)) == len(text):
                 taken.append(space)
         assert taken == spaces
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}}}},
+        {"type": "object", "properties": {"$ref": {"type": "string"}, "a": {"const": {"$ref": "#/properties/a/const"}}}},
+    ],
+    ids=["way out", "nested", "no references"],
+)
+def test_references_that_are_no_cycle(guides, schema):
+    assert guides.guide(SamplingParams(structured_outputs={"json": schema}), [])
 
 
 def chain(count):
