@@ -186,18 +186,6 @@ def in_fewer_words(schema: Any) -> Any:
     return plain
 
 
-def moved(schema: Any, pointer: str) -> Any:
-    """The same as a part of another one, to which this pointer leads there: what it points to moves along."""
-
-    def point(part: Part) -> Part:
-        there = part.get("$ref")
-        if not isinstance(there, str) or not (there == "#" or there.startswith("#/")):
-            return part
-        return {**part, "$ref": f"#{pointer}{there[1:]}"}
-
-    return schema if isinstance(schema, dict) and "$id" in schema else _changed(schema, point)
-
-
 def _names(names: Any, whole: Callable[[], Any]) -> tuple[str, list[str]] | None:
     """A keyword for properties, and what stands there for these names; None where there is none."""
     if isinstance(names, dict) and names.keys() == {"$ref"}:

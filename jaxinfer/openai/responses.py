@@ -17,6 +17,7 @@ from jaxinfer.text.scanner import Kind
 
 LABELS = ("model", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 FUNCTION = ("name", "description", "parameters", "strict")
+PARAMETERS = "parameters"  # of a tool, which is its function itself
 STORED = "nothing is stored here: give the whole conversation as input"
 
 
@@ -93,6 +94,7 @@ def response_request(fields: Fields, defaults: SamplingParams) -> ChatRequest:
         params=params,
         cache_salt=salt,
         repeated=repeated,
+        parameters=PARAMETERS,
     )
 
 
@@ -106,7 +108,7 @@ def _form(fields: Fields) -> tuple[Json, dict[str, Any]]:
         form |= {"schema": fields.take("schema"), "strict": fields.flag("strict")}
     fields.end()
     params = {"json_schema": {"json": form.get("schema")}, "json_object": {"json_object": True}, "text": None}[kind]
-    return form, {} if params is None else {"structured_outputs": params}
+    return form, {} if params is None else {"structured_outputs": params | {"asked_as": "text.format"}}
 
 
 def _tools(listed: Any) -> list[dict[str, Any]]:
@@ -114,7 +116,8 @@ def _tools(listed: Any) -> list[dict[str, Any]]:
         raise RequestError("tools must be a list of objects", "tools")
     functions = [{name: tool[name] for name in FUNCTION if tool.get(name) is not None} for tool in listed]
     return check_tools(
-        [{"type": tool.get("type"), "function": function} for tool, function in zip(listed, functions, strict=True)]
+        [{"type": tool.get("type"), "function": function} for tool, function in zip(listed, functions, strict=True)],
+        PARAMETERS,
     )
 
 

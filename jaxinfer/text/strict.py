@@ -1,5 +1,6 @@
-"""What a model may write where tools are strict: text, and calls in its own form with arguments of their schemas. As a
-grammar in llguidance's Lark, <https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md>."""
+"""What a model may write where tools are strict, text and calls in its own form with arguments of their schemas, and
+where one must be called. As a grammar in llguidance's Lark,
+<https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md>."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxinfer.errors import RequestError
-from jaxinfer.json_schema import MAX_BYTES, OPTIONS, check_size, written
-from jaxinfer.text.scanner import Format, Section
+from jaxinfer.json_schema import MAX_BYTES, OPTIONS, SPACES, check_size, written
+from jaxinfer.text.scanner import Format, Section, Written
 
 _SPACE = r"/[ \t\r\n]{1,8}/"  # between the parts of a call
 _TEXT = r"/(.|\n)*/"
@@ -28,22 +29,20 @@ def strict_section(form: Format) -> Section | None:
 
 
 def strict_grammar(
-    section: Section, tools: Collection[Mapping[str, Any]], most: int | None, special: Collection[str]
+    section: Section,
+    tools: Collection[Mapping[str, Any]],
+    most: int | None,
+    special: Collection[str],
+    parameters: str = "function.parameters",
 ) -> str:
     """Text, in which each marker of a call begins one of a tool that there is. most: how many calls. special: tokens
-    that a marker may be, as they are written. Raises RequestError for schemas that are too large."""
+    that a marker may be, as they are written. parameters: what errors call the schema of a tool. Raises RequestError
+    for schemas that are too large."""
     assert section.written is not None
     functions = [tool["function"] for tool in tools]
     # A tool without parameters has none of them.
     schemas = [own.get("parameters") or _NOTHING if own.get("strict") is True else None for own in functions]
-    try:
-        check_size(schemas)
-        calls = [
-            section.written(f"tool_{i}", own["name"], schema)
-            for i, (own, schema) in enumerate(zip(functions, schemas, strict=True))
-        ]
-    except ValueError as error:
-        raise RequestError(f"tools: parameters of those that are strict: {error}", "tools") from None
+    calls = _calls(section.written, dict(enumerate(functions)), schemas, parameters)
     opens, closes = section.opens, section.closes[0]
     rules = [f"TEXT: {_TEXT}", f"SPACE: {_SPACE}", "text: TEXT"]
     rules.append(f"begins: TEXT {opens}" if opens in special else f"begins[lazy]: {_TEXT} {_quoted(opens)}")
@@ -53,6 +52,39 @@ def strict_grammar(
     # What follows the only call is nothing: in text another one could begin.
     rules.append("start: call* text" if most is None else "start: text | call SPACE?")
     return "\n".join(["%llguidance {}", *rules, ""])
+
+
+def required_grammar(
+    tools: Collection[Mapping[str, Any]],
+    names: Collection[str],
+    most: int | None,
+    parameters: str = "function.parameters",
+) -> str:
+    """A list of calls in JSON, one at least, of tools with these names; the others are as for `strict_grammar`."""
+    functions = {i: tool["function"] for i, tool in enumerate(tools) if tool["function"]["name"] in names}
+    calls = _calls(json_call, functions, [own.get("parameters") or None for own in functions.values()], parameters)
+    rules = [f"SPACE: /{SPACES}/", *itertools.chain.from_iterable(calls)]
+    rules.append(f"call: SPACE? ({' | '.join(f'tool_{i}' for i in functions)}) SPACE?")
+    rules.append('start: "[" call ("," call)* "]"' if most is None else 'start: "[" call "]"')
+    return "\n".join(["%llguidance {}", *rules, ""])
+
+
+def _calls(
+    write: Written, functions: Mapping[int, Mapping[str, Any]], schemas: list[Any], parameters: str
+) -> list[list[str]]:
+    """Rules of each function's call, by its number among all tools. Raises RequestError, which says of which it is."""
+    calls = []
+    for (i, own), schema in zip(functions.items(), schemas, strict=True):
+        try:
+            check_size([schema])
+            calls.append(write(f"tool_{i}", own["name"], schema))
+        except ValueError as error:
+            raise RequestError.at(f"tools[{i}].{parameters}", str(error)) from None
+    try:
+        check_size(schemas)
+    except ValueError as error:
+        raise RequestError.at("tools", f"all schemas together: {error}") from None
+    return calls
 
 
 def json_call(rule: str, name: str, parameters: Mapping[str, Any] | None) -> list[str]:

@@ -112,7 +112,10 @@ REFUSED = [
     ({"json": {"type": "string", "pattern": "\\bb"}}, "pattern: .*lookarounds"),
     ({"json": {"$ref": "https://example.org/schema"}}, r"\$ref: "),
     ({"json": CYCLE}, r"\$ref: #/.* -> #/\$defs/b~1 .*is a cycle"),
-    ({"json": {"properties": {"x": {"anyOf": [{"$ref": "#/properties/x"}]}}}}, r"\$ref: #/properties/x -> .* is a cycle"),
+    (
+        {"json": {"properties": {"x": {"anyOf": [{"$ref": "#/properties/x"}]}}}},
+        r"\$ref: #/properties/x -> .* is a cycle",
+    ),
     ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "minimum"),
     ({"json": False}, "no text matches"),
     ({"json": {"$ref": "#"}}, "no text matches"),
@@ -155,7 +158,8 @@ def strict(parameters, name):
     """What strict tools become, the last one with these."""
     free = {"type": "function", "function": {"name": "free", "parameters": {"not": {}}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
-    return {"grammar": strict_grammar(strict_section(message_format(name, None)), [free, tool], None, ())}
+    grammar = strict_grammar(strict_section(message_format(name, None)), [free, tool], None, ())
+    return {"grammar": grammar, "asked_as": "tools[].function.parameters"}
 
 
 def tag(schema):
@@ -180,7 +184,8 @@ def test_schemas_are_refused_alike(guides, schema, fact):
         properties = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
         with pytest.raises(RequestError, match=fact) as raised:
             guides.guide(SamplingParams(structured_outputs=strict(properties, "qwen3_coder")), [])
-        assert "tool_1" in str(raised.value) or "parameters of those that are strict" in str(raised.value)
+        assert str(raised.value).startswith("tools[1].function.parameters: ")
+        assert raised.value.param == "tools"
     with pytest.raises(RequestError, match=fact) as raised:
         guides.guide(SamplingParams(structured_outputs={"structural_tag": tag(schema)}), [])
     assert "\n" not in str(raised.value)
@@ -266,7 +271,10 @@ def test_whitespace(own, options, spaces):
     [
         {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
         {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}}}},
-        {"type": "object", "properties": {"$ref": {"type": "string"}, "a": {"const": {"$ref": "#/properties/a/const"}}}},
+        {
+            "type": "object",
+            "properties": {"$ref": {"type": "string"}, "a": {"const": {"$ref": "#/properties/a/const"}}},
+        },
     ],
     ids=["way out", "nested", "no references"],
 )

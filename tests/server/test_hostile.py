@@ -51,7 +51,7 @@ BAD = [
     (
         CHAT,
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
-        "structured_outputs",
+        "response_format",
     ),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "logprobs"),

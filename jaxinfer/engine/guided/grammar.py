@@ -10,7 +10,7 @@ from typing import Any
 from jaxinfer.engine.guided.lark import check_lark
 from jaxinfer.errors import RequestError
 from jaxinfer.json_schema import closed, written
-from jaxinfer.sampling.structured import PARAM, StructuredOutputsParams
+from jaxinfer.sampling.structured import StructuredOutputsParams
 
 _LENIENT = '"x-guidance": {"lenient": true} in the schema leaves out what can\'t be followed'
 REMEDIES = {  # of what llguidance says of a schema
@@ -59,15 +59,21 @@ def _within(grammar: str, asked: StructuredOutputsParams, special: Mapping[str, 
 
 
 def refusal(asked: StructuredOutputsParams, problem: str) -> RequestError:
-    """One line, which names the keyword that can't be done, and the rule with the schema where there may be several."""
+    """One line, which names the keyword that can't be done, and the tool or rule with the schema where there may be
+    several."""
+    place = asked.place(asked.kind)
     if within := _OF_A_SCHEMA.match(problem):
         line, problem, around = within.groups()
         # The names of rules of structural tags and strict tools say which.
         rule = re.search(rf"\n +{line} \| ((?:tag|tool)_\w+): ", around)
-        problem = (f"{rule[1]}: " if rule else "") + _with_keyword(problem)
+        problem = _with_keyword(problem)
+        if rule and "[]" in asked.asked_as:
+            place = asked.place(tool=int(rule[1].split("_")[1]))
+        elif rule:
+            problem = f"{rule[1]}: {problem}"
     elif asked.kind == "json":
         problem = _with_keyword(problem)
-    return RequestError(f"{PARAM}.{asked.kind}: {one_line(problem)}", PARAM)
+    return asked.refusal(f"{place}: {one_line(problem)}")
 
 
 def _with_keyword(problem: str) -> str:
