@@ -10,7 +10,9 @@ import typer
 from rich.text import Text
 
 import jaxinfer
+from jaxinfer.aliases.loading import VALUES
 from jaxinfer.cli import COMMANDS, app
+from jaxinfer.cli.options import ModelOptions
 from jaxinfer.models.registry import STATIC, encoder_types, model_types
 
 
@@ -133,6 +135,13 @@ def test_models(cli):
 def test_mistakes_are_one_line(cli, arguments, facts):
     line = cli(*arguments).error()
     assert all(fact in line for fact in facts), line
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_are_spelt_as_llm_takes_them(cli, name):
+    for spelling, ours in {**VALUES[name], "auto": "auto"}.items():
+        assert "nowhere" in cli("generate", "x", "-m", "/nowhere", f"--{name.replace('_', '-')}", spelling).error()
+        assert ModelOptions(options={name: spelling}).loading()[1] == {name: ours}
 
 
 def test_a_bug_keeps_its_traceback(cli, monkeypatch):
