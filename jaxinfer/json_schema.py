@@ -105,7 +105,7 @@ def check_size(schemas: Iterable[Any]) -> None:
 def check_references(schema: Any) -> None:
     """Raises ValueError for a `$ref` that leads back to itself by nothing but others: no text matches it."""
     leads: dict[int, list[int]] = {}  # from a part to those that each of its texts matches too
-    written: dict[int, str] = {}  # where a part's `$ref` leads
+    pointers: dict[int, str] = {}  # of a part, its `$ref`
     pending = [(schema, schema)]
     while pending:
         part, base = pending.pop()
@@ -117,7 +117,7 @@ def check_references(schema: Any) -> None:
         there = part.get("$ref")
         target = _at(base, there)
         if isinstance(target, dict):
-            leads[id(part)], written[id(part)] = [id(target)], there
+            leads[id(part)], pointers[id(part)] = [id(target)], str(there)
         for keyword in ("allOf", "anyOf", "oneOf"):
             members = part.get(keyword)
             if isinstance(members, list) and (keyword == "allOf" or len(members) == 1):
@@ -130,7 +130,7 @@ def check_references(schema: Any) -> None:
     try:
         TopologicalSorter(leads).prepare()
     except CycleError as error:
-        path = [written[part] for part in reversed(error.args[1][1:]) if part in written]
+        path = [pointers[part] for part in reversed(error.args[1][1:]) if part in pointers]
         shown = " -> ".join([*path[:4], *(["..."] if len(path) > 4 else []), path[0]])
         raise ValueError(
             f"$ref: {shown} is a cycle, which no text matches: give one of them something else than a $ref"

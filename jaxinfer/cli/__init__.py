@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from jaxinfer import __version__
+from jaxinfer.cli.absent_tpu import leave_absent_tpu_alone
 from jaxinfer.cli.console import say_error
 
 # A new command is a line here and a file beside this one.
@@ -125,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SIGTERM that let nothing end, 1 when nobody reads the output any more. Whatever else is raised is a bug and gets
     through.
     """
+    if arguments is None:
+        leave_absent_tpu_alone()
     code = _run(arguments)
     if arguments is None and code:
         _leave(code)

@@ -107,8 +107,10 @@ def _form(fields: Fields) -> tuple[Json, dict[str, Any]]:
         form |= {"name": fields.text("name", ""), "description": fields.text("description")}
         form |= {"schema": fields.take("schema"), "strict": fields.flag("strict")}
     fields.end()
-    params = {"json_schema": {"json": form.get("schema")}, "json_object": {"json_object": True}, "text": None}[kind]
-    return form, {} if params is None else {"structured_outputs": params | {"asked_as": "text.format"}}
+    if kind == "text":
+        return form, {}
+    asked = {"json": form.get("schema")} if kind == "json_schema" else {"json_object": True}
+    return form, {"structured_outputs": {**asked, "asked_as": "text.format"}}
 
 
 def _tools(listed: Any) -> list[dict[str, Any]]:
