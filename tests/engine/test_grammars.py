@@ -78,6 +78,43 @@ def test_limits_are_each_sequence_s(tokenizer, monkeypatch, states, renewed):
     assert len(origins) > renewed if renewed else len(origins) == 1
 
 
+AMBIGUOUS = {"grammar": 'start: e\ne: e e | "a" | "b" e | e "c"'}
+PATTERN = {"regex": "(.*a){1,50}(.{3,30}b){1,200}"}
+TWICE = {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}
+ENDLESS = {"json": {"type": "array", "items": TWICE, "minItems": 1, "$defs": {"a": TWICE}}}
+
+
+@pytest.mark.parametrize(
+    ("form", "limits", "fact"),
+    [
+        (AMBIGUOUS, {"max_items_in_row": 20}, "more than 20 rules may be begun at once: write lists"),
+        (AMBIGUOUS, {"step_max_items": 30}, "one token takes more than 30 steps through rules: write"),
+        (PATTERN, {"max_lexer_states": 60}, "patterns and terminals have more than 60 states: write"),
+        (PATTERN, {"step_lexer_fuel": 100}, "one token takes more steps through patterns than are allowed: write"),
+        (PATTERN, {"initial_lexer_fuel": 200}, "all patterns and terminals take more than 200 steps to begin with"),
+        ({"json_object": True}, {"max_grammar_size": 20}, "it has more than 20 symbols: make it smaller"),
+        (ENDLESS, {}, "nothing that it allows can follow here: a rule"),
+    ],
+    ids=["items", "steps", "states", "patterns", "at first", "symbols", "endless"],
+)
+def test_limits_are_said_in_one_line(tokenizer, monkeypatch, form, limits, fact):
+    """What was exceeded, and what helps; before it runs, or where it is met."""
+    monkeypatch.setattr(llguidance, "LLParserLimits", functools.partial(LLParserLimits, **limits))
+    guides = Guides(tokenizer, tokenizer.vocab_size, [])
+    masks, error = np.zeros((1, mask_words(tokenizer.vocab_size)), np.uint32), None
+    try:
+        each = guides.guide(SamplingParams(structured_outputs=form), [])
+        for _ in range(100):
+            guides.fill([(each, 0)], masks)
+            letters = [i for c in "abc[" for i in tokenizer.encode(c) if masks[0, i // 32] >> (i % 32) & 1]
+            each.accept(letters[:1])
+            if (error := each.error) is not None:
+                break
+    except RequestError as refused:
+        error = str(refused)
+    assert re.fullmatch(rf"structured_outputs(\.\w+)?: {re.escape(fact)}.*", str(error)), error
+
+
 NESTED = functools.reduce(lambda inner, _: {"items": inner}, range(480), {})
 NAMES = functools.reduce(
     lambda inner, _: {"propertyNames": {"enum": list("abcdefghij")}, "additionalProperties": inner}, range(8), {}
