@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from jaxinfer.json_schema import MAX_BYTES, OPTIONS, SPACES, check_size, written
 from jaxinfer.text.scanner import Format, Section, Written
 
 _SPACE = r"/[ \t\r\n]{1,8}/"  # between the parts of a call
-_TEXT = r"/(.|\n)*/"
+_ANYTHING = r"(.|\n)*"
+_TEXT = f"/{_ANYTHING}/"
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -96,7 +98,8 @@ def json_call(rule: str, name: str, parameters: Mapping[str, Any] | None) -> lis
 
 
 def function_call(rule: str, name: str, parameters: Mapping[str, Any] | None) -> list[str]:
-    """<function=NAME> <parameter=KEY> value </parameter> </function>: a text is as it is, anything else JSON."""
+    """<function=NAME> <parameter=KEY> value </parameter> </function>: a text is as it is, anything else JSON.
+    Raises ValueError."""
     begins, ends = _quoted(f"<function={name}>"), _quoted("</function>")
     if parameters is None:
         return [f"{rule}: {begins} {rule}_any", f"{rule}_any[lazy]: {_TEXT} {ends}"]
@@ -110,7 +113,11 @@ def function_call(rule: str, name: str, parameters: Mapping[str, Any] | None) ->
         value, closes = f"{rule}_{i}", _quoted("\n</parameter>")
         begin = _quoted(f"<parameter={key}>\n")
         if _is_text(schema):
-            rules.append(f"{value}_text[lazy]: {_TEXT} {closes}")
+            text = _TEXT
+            if limited := _limited(schema):
+                text = value.upper()
+                rules.append(f"{text}: {limited}")
+            rules.append(f"{value}_text[lazy]: {text} {closes}")
             rules.append(f"{value}: {begin} {value}_text")
         elif texts := _texts(schema):
             rules.append(f"{value}: {begin} ({' | '.join(map(_quoted, texts))}) {closes}")
@@ -127,6 +134,40 @@ def function_call(rule: str, name: str, parameters: Mapping[str, Any] | None) ->
 
 def _is_text(schema: Any) -> bool:
     return isinstance(schema, dict) and schema.get("type") == "string" and not {"enum", "const"} & schema.keys()
+
+
+def _limited(schema: Mapping[str, Any]) -> str | None:
+    """A terminal of the texts of a schema's lengths and pattern that don't end the parameter; None: all are. Raises
+    ValueError."""
+    least, most, pattern = (schema.get(name) for name in ("minLength", "maxLength", "pattern"))
+    if least is most is pattern is None:
+        return None
+    for name, value in (("minLength", least), ("maxLength", most)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ValueError(f"{name} is {value!r:.40}: it must be an integer of at least 0")
+    if most is not None and (least or 0) > most:
+        raise ValueError(f"minLength is {least}, and maxLength is {most}: no text matches")
+    terminals = [r"~/(.|\n)*<\/parameter>(.|\n)*/", f"/(.|\\n){{{least or 0},{'' if most is None else most}}}/"]
+    return " & ".join(terminals if pattern is None else [*terminals, f"/{_anywhere(pattern)}/"])
+
+
+def _anywhere(pattern: Any) -> str:
+    """Texts in which there is something that matches a regular expression; one whole text if that has anchors. Raises
+    ValueError."""
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern is {pattern!r:.40}: it must be a text")
+    depth, alternatives = 0, False
+    for part in re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", pattern, re.DOTALL):
+        depth += (part == "(") - (part == ")")
+        alternatives |= part == "|" and not depth
+        if depth < 0:
+            raise ValueError(f"pattern is {pattern!r:.100}: it closes a group that it does not open")
+    begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(?:\\\\)*\$$", pattern) is not None
+    if alternatives and (begins or ends):
+        raise ValueError(f"pattern is {pattern!r:.100}: put its alternatives, without ^ and $, into a group")
+    inner = pattern[begins : len(pattern) - ends].replace("\n", r"\n")
+    inner = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", inner)  # as Lark writes it
+    return f"{'' if begins else _ANYTHING}(?:{inner}){'' if ends else _ANYTHING}"
 
 
 def _texts(schema: Any) -> list[str]:

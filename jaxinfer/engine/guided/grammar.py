@@ -38,6 +38,7 @@ LIMITS = {
 }
 # Of errors in Lark, with the lines around the place.
 _OF_A_SCHEMA = re.compile(r"at (\d+)\(\d+\): failed to compile JSON schema: (.*?)(\n +\d+ \| .*|$)", re.DOTALL)
+_OF_A_RULE = re.compile(r"at (\d+)\(\d+\): (?:failed to compile JSON schema: )?(.*?)(\n +\d+ \| .*|$)", re.DOTALL)
 
 
 def grammar_of(asked: StructuredOutputsParams, special: Mapping[str, int]) -> str:
@@ -79,12 +80,13 @@ def refusal(asked: StructuredOutputsParams, problem: str) -> RequestError:
     """One line, which names the keyword that can't be done, and the tool or rule with the schema where there may be
     several."""
     place = asked.place(asked.kind)
-    if within := _OF_A_SCHEMA.match(problem):
+    of_tools = "[]" in asked.asked_as
+    if within := (_OF_A_RULE if of_tools else _OF_A_SCHEMA).match(problem):
         line, problem, around = within.groups()
         # The names of rules of structural tags and strict tools say which.
-        rule = re.search(rf"\n +{line} \| ((?:tag|tool)_\w+): ", around)
+        rule = re.search(rf"\n +{line} \| ((?:tag|tool)_\w+): ", around, re.IGNORECASE)
         problem = _with_keyword(problem)
-        if rule and "[]" in asked.asked_as:
+        if rule and of_tools:
             place = asked.place(tool=int(rule[1].split("_")[1]))
         elif rule:
             problem = f"{rule[1]}: {problem}"
