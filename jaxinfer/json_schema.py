@@ -6,7 +6,9 @@ from __future__ import annotations
 import functools
 import json
 import time
+import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 Part = dict[str, Any]  # an object of a schema that is a schema itself
@@ -41,10 +43,13 @@ MOST_PATTERN_SQUARED = 2**26  # characters of all patterns
 
 def written(schema: Any, options: Mapping[str, Any] | None = None) -> str:
     """A schema as JSON, for what llguidance calls a JSON schema or `%json`. options: of llguidance's, which go before
-    those that the schema has itself. What is no schema stays as it is: llguidance says what is wrong with it."""
+    those that the schema has itself. What is no schema stays as it is: llguidance says what is wrong with it. Raises
+    ValueError, naming the keyword, for what llguidance would not see before a text is there."""
     if schema is True:
         schema = {}
     text = json.dumps(schema)
+    if '"$ref"' in text:
+        check_references(schema)
     if any(f'"{word}"' in text for word in ("format", "propertyNames", "uniqueItems")):
         schema = in_fewer_words(schema)
     if isinstance(schema, dict):
@@ -97,6 +102,41 @@ def check_size(schemas: Iterable[Any]) -> None:
         pending += item.values()
 
 
+def check_references(schema: Any) -> None:
+    """Raises ValueError for a `$ref` that leads back to itself by nothing but others: no text matches it."""
+    leads: dict[int, list[int]] = {}  # from a part to those that each of its texts matches too
+    pointers: dict[int, str] = {}  # of a part, its `$ref`
+    pending = [(schema, schema)]
+    while pending:
+        part, base = pending.pop()
+        if isinstance(part, list):
+            pending += [(item, base) for item in part]
+        if not isinstance(part, dict):
+            continue
+        base = part if "$id" in part else base  # in which its pointers are looked up
+        there = part.get("$ref")
+        target = _at(base, there)
+        if isinstance(target, dict):
+            leads[id(part)], pointers[id(part)] = [id(target)], str(there)
+        for keyword in ("allOf", "anyOf", "oneOf"):
+            members = part.get(keyword)
+            if isinstance(members, list) and (keyword == "allOf" or len(members) == 1):
+                leads.setdefault(id(part), []).extend(map(id, members))
+        for keyword, value in part.items():
+            if keyword in NAMED and isinstance(value, dict):
+                pending += [(item, base) for item in value.values()]
+            elif keyword not in DATA:
+                pending.append((value, base))
+    try:
+        TopologicalSorter(leads).prepare()
+    except CycleError as error:
+        path = [pointers[part] for part in reversed(error.args[1][1:]) if part in pointers]
+        shown = " -> ".join([*path[:4], *(["..."] if len(path) > 4 else []), path[0]])
+        raise ValueError(
+            f"$ref: {shown} is a cycle, which no text matches: give one of them something else than a $ref"
+        ) from None
+
+
 def closed(schema: Any) -> Any:
     """With objects that name properties, and say nothing of additional ones, having none of these."""
 
@@ -146,18 +186,6 @@ def in_fewer_words(schema: Any) -> Any:
     return plain
 
 
-def moved(schema: Any, pointer: str) -> Any:
-    """The same as a part of another one, to which this pointer leads there: what it points to moves along."""
-
-    def point(part: Part) -> Part:
-        there = part.get("$ref")
-        if not isinstance(there, str) or not (there == "#" or there.startswith("#/")):
-            return part
-        return {**part, "$ref": f"#{pointer}{there[1:]}"}
-
-    return schema if isinstance(schema, dict) and "$id" in schema else _changed(schema, point)
-
-
 def _names(names: Any, whole: Callable[[], Any]) -> tuple[str, list[str]] | None:
     """A keyword for properties, and what stands there for these names; None where there is none."""
     if isinstance(names, dict) and names.keys() == {"$ref"}:
@@ -175,11 +203,15 @@ def _names(names: Any, whole: Callable[[], Any]) -> tuple[str, list[str]] | None
 
 
 def _at(schema: Any, pointer: Any) -> Any:
-    """What a JSON pointer of a `$ref`, without escapes, points to in the schema; None where nothing is."""
-    if not isinstance(pointer, str) or not pointer.startswith("#/"):
+    """What a JSON pointer of a `$ref` points to in the schema; None where nothing is."""
+    if not isinstance(pointer, str) or not (pointer == "#" or pointer.startswith("#/")):
         return None
-    for name in pointer.split("/")[1:]:
-        schema = schema.get(name) if isinstance(schema, dict) else None
+    for name in urllib.parse.unquote(pointer).split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        if isinstance(schema, list):
+            schema = schema[int(name)] if name.isdecimal() and len(name) < 9 and int(name) < len(schema) else None
+        else:
+            schema = schema.get(name) if isinstance(schema, dict) else None
     return schema
 
 

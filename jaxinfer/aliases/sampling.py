@@ -40,14 +40,14 @@ def _response_format(value: Any, _: Options) -> dict[str, Any]:
         case "text":
             return {}
         case "json_object":
-            return {"structured_outputs": {"json_object": True}}
+            return {"structured_outputs": {"json_object": True, "asked_as": "response_format"}}
         case "json_schema":
             inner = value.get("json_schema")
             if not isinstance(inner, Mapping) or inner.get("schema") is None:
                 raise ValueError('it must have {"json_schema": {"schema": {...}}}')
-            return {"structured_outputs": {"json": inner["schema"]}}
+            return {"structured_outputs": {"json": inner["schema"], "asked_as": "response_format"}}
         case "structural_tag":
-            return {"structured_outputs": {"structural_tag": value}}
+            return {"structured_outputs": {"structural_tag": value, "asked_as": "response_format"}}
     raise ValueError(f"its type is {kind!r:.60}: it must be text, json_object, json_schema or structural_tag")
 
 

@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from jaxinfer import __version__
+from jaxinfer.cli.absent_tpu import leave_absent_tpu_alone
 from jaxinfer.cli.console import say_error
 
 # A new command is a line here and a file beside this one.
@@ -60,7 +61,7 @@ SAME |= {"embeddings": "encode", "similarity": "encode"}
 SAME |= {"prompt": "run", "ask": "run", "completion": "complete", "evaluate": "eval", "perf": "benchmark"}
 
 
-INTERRUPTED = 130  # by Ctrl-C
+INTERRUPTED, TERMINATED = 130, 143  # by Ctrl-C; by SIGTERM that came again, or after the time for it
 
 
 class Commands(TyperGroup):
@@ -121,9 +122,12 @@ def _hints(arguments: Sequence[str], known: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (default: the process's, which then ends here) and returns its exit code.
 
-    2 after one line on stderr for what the user can put right (ValueError, OSError), 130 after Ctrl-C, 1 when nobody
-    reads the output any more. Whatever else is raised is a bug and gets through.
+    2 after one line on stderr for what the user can put right (ValueError, OSError), 130 after Ctrl-C, 143 after
+    SIGTERM that let nothing end, 1 when nobody reads the output any more. Whatever else is raised is a bug and gets
+    through.
     """
+    if arguments is None:
+        leave_absent_tpu_alone()
     code = _run(arguments)
     if arguments is None and code:
         _leave(code)
@@ -131,13 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _leave(code: int) -> None:
-    """Ends the process now, after Ctrl-C or an error, if programs are still being compiled: Python would wait. After
-    Ctrl-C not for a call of the device either."""
+    """Ends the process now, after a signal or an error, if programs are still being compiled: Python would wait. After
+    a signal not for a call of the device either."""
     from jaxinfer import distributed
     from jaxinfer.engine import background
 
     group = distributed.group()
-    if background.running() or (code == INTERRUPTED and group is None):
+    if background.running() or (code in (INTERRUPTED, TERMINATED) and group is None):
         if group is not None:
             group.end()
         for stream in (sys.stdout, sys.stderr):

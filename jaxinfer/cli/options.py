@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_type_hints
 
 import typer
 
+from jaxinfer.aliases.loading import VALUES, spelt
 from jaxinfer.cli.console import LogHandler, Progress
 from jaxinfer.engine.config import OPTIONS, DType, EngineConfig, check_options
 from jaxinfer.quantization.schemes import parse_quantization
@@ -58,7 +59,9 @@ class EngineOptions:
     def _kind(name: str) -> Any:
         """What the command line makes of it."""
         option = OPTIONS[name]
-        return option.kind if option.choices else next((kind for kind in (int, float) if kind in option.kinds), str)
+        if option.choices:
+            return Literal[(*option.choices, *VALUES.get(name, ()))]  # as LLM takes them
+        return next((kind for kind in (int, float) if kind in option.kinds), str)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ class ModelOptions:
     def loading(self, **more: Any) -> tuple[str | os.PathLike[str], EngineConfig]:
         """Model and options for LLM, these and `more` of them: what is given, before what --config says. Raises
         ValueError for what can't be given."""
-        settings = {name: value for name, value in {**self.options, **more}.items() if value is not None}
+        given = {**self.options, **more}
+        settings = {name: spelt(name, value) for name, value in given.items() if value is not None}
         if "quantization" in settings:
             settings["quantization"] = parse_quantization(settings["quantization"])
         check_options(settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,12 @@ def serve(
             if not verbosity.quiet:
                 logging.getLogger("jaxinfer").setLevel(logging.INFO)
                 print(f"serving {config.names[0]} at {url_of(config, bound)}", file=sys.stderr, flush=True)
-            failure = run(llm, config, bound)
+            try:
+                failure = run(llm, config, bound)
+            except KeyboardInterrupt as end:
+                if signal.SIGTERM in end.args:
+                    raise typer.Exit(128 + signal.SIGTERM) from None
+                raise
     if failure is not None:
         raise SystemExit(f"jaxinfer: error: the engine has failed: {' '.join(str(failure).split())}")
     llm.close()

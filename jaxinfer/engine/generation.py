@@ -153,7 +153,7 @@ class SequenceOutput:
         guide = self.request.guide
         if token == NONE_LEFT and guide is not None:
             others = "it and the other sampling parameters exclude all of them"
-            return f"no token is left after {tokens}: {guide.error or f'structured_outputs: {others}'}"
+            return f"no token is left after {tokens}: {guide.error or f'{guide.place}: {others}'}"
         if token == NONE_LEFT and (self.request.params.has_masks or self._least):
             return f"no token is left after {tokens}: the sampling parameters exclude all of them"
         self.unsound = True

@@ -17,6 +17,7 @@ from jaxinfer.text.scanner import Kind
 
 # What says nothing about the answer of a model that is here.
 LABELS = ("model", "metadata", "service_tier", "inference_geo", "cache_control")
+PARAMETERS = "input_schema"  # of a tool
 THINKING = "chat_template_kwargs, such as {'enable_thinking': false}, say what the model's template knows"
 
 
@@ -61,21 +62,23 @@ def messages_request(fields: Fields, defaults: SamplingParams, counting: bool = 
         template=template,
         stream=stream,
         params=defaults.with_changes(**changes, max_tokens=most),
+        parameters=PARAMETERS,
     )
 
 
 def _form(fields: Fields) -> dict[str, Any]:
     """The sampling parameter of an answer in JSON, if one is asked for: in a field of its own, or in a newer one."""
     config = fields.inner("output_config")
-    asked = [fields.inner("output_format"), None if config is None else config.inner("format")]
+    asked = {"output_format": fields.inner("output_format")}
+    asked["output_config.format"] = None if config is None else config.inner("format")
     if config is not None:
         config.end()
-    for form in asked:
+    for name, form in asked.items():
         if form is not None:
             form.choice("type", ("json_schema",), "")
             schema = form.take("schema")
             form.end()
-            return {"structured_outputs": {"json": schema}}
+            return {"structured_outputs": {"json": schema, "asked_as": name}}
     return {}
 
 
@@ -93,13 +96,13 @@ def _tools(fields: Fields) -> tuple[list[dict[str, Any]] | None, tuple[str, ...]
         {
             "name": tool.get("name"),
             "description": tool.get("description"),
-            "parameters": tool.get("input_schema"),
+            "parameters": tool.get(PARAMETERS),
             "strict": tool.get("strict"),
         }
         for tool in given
     ]
     named = [{name: value for name, value in function.items() if value is not None} for function in functions]
-    tools = check_tools([{"type": "function", "function": function} for function in named])
+    tools = check_tools([{"type": "function", "function": function} for function in named], PARAMETERS)
     if choice is None:
         return tools or None, (), True
     how, name = choice.choice("type", ("auto", "any", "tool", "none"), ""), choice.text("name")

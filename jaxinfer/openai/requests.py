@@ -19,6 +19,7 @@ LABELS = (
     *("prompt_cache_retention", "verbosity"),
 )
 MOST_PRIORITY = 1000
+PARAMETERS = "function.parameters"  # of a tool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,8 @@ class ChatRequest(Options):
     """messages: as chat templates take them. tools: JSON schemas, if there are any that may be called. must_call: names
     of those of which one must be; none: nothing must. template: further arguments of `Tokenizer.chat_prompt`. parallel:
     whether there may be several calls. include_reasoning: whether the answer shows it. add_special_tokens: around what
-    the template writes. repeated: what the answer repeats of the request."""
+    the template writes. repeated: what the answer repeats of the request. parameters: where a tool has its schema, as
+    errors say it."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -67,6 +69,7 @@ class ChatRequest(Options):
     include_reasoning: bool = True
     add_special_tokens: bool = False
     repeated: dict[str, Any] = field(default_factory=dict)
+    parameters: str = PARAMETERS
 
 
 def completion_request(fields: Fields, defaults: SamplingParams) -> CompletionRequest:
@@ -115,31 +118,31 @@ def conversation(messages: Any) -> list[dict[str, Any]]:
     return list(messages)
 
 
-def check_tools(tools: Any) -> list[dict[str, Any]]:
-    """A list of {"type": "function", "function": {"name": ..., "parameters": schema}}. Raises RequestError."""
+def check_tools(tools: Any, parameters: str = PARAMETERS) -> list[dict[str, Any]]:
+    """A list of {"type": "function", "function": {"name": ..., "parameters": schema}}. parameters: where the request
+    has that schema. Raises RequestError."""
     if not isinstance(tools, list):
         raise RequestError(f"tools must be a list, and is {kind(tools)}", "tools")
     names = set()
     for i, tool in enumerate(tools):
-        where = f"tools[{i}]"
+        where, schema = f"tools[{i}]", f"tools[{i}].{parameters}"
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise UnsupportedError(
                 f"{where} must be an object whose type is 'function'; leave other tools out", "tools"
             )
+        inner = where + (".function" if parameters == PARAMETERS else "")
         function = tool.get("function")
         function = function if isinstance(function, dict) else {}
         name = function.get("name")
         if not isinstance(name, str) or not name or len(name) > 256:
-            raise RequestError(f"{where}.function must have a name, text of 1 to 256 characters", "tools")
+            raise RequestError(f"{inner} must have a name, text of 1 to 256 characters", "tools")
         if not isinstance(function.get("parameters"), dict | None):
-            raise RequestError(f"{where}.function.parameters must be a JSON schema, an object", "tools")
+            raise RequestError(f"{schema} must be a JSON schema, an object", "tools")
         own = (function.get("parameters") or {}).get("type", "object")
         if "object" not in (own if isinstance(own, list) else [own]):
-            raise RequestError(f"{where}.function.parameters.type is {own!r:.100}: arguments are an object", "tools")
+            raise RequestError(f"{schema}.type is {own!r:.100}: arguments are an object", "tools")
         if name in names:
-            raise RequestError(
-                f"{where}.function.name is {name!r:.80}, as that of a tool before it; rename it", "tools"
-            )
+            raise RequestError(f"{inner}.name is {name!r:.80}, as that of a tool before it; rename it", "tools")
         names.add(name)
     return tools
 

@@ -17,6 +17,7 @@ from jaxinfer.text.scanner import Kind
 
 LABELS = ("model", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 FUNCTION = ("name", "description", "parameters", "strict")
+PARAMETERS = "parameters"  # of a tool, which is its function itself
 STORED = "nothing is stored here: give the whole conversation as input"
 
 
@@ -93,6 +94,7 @@ def response_request(fields: Fields, defaults: SamplingParams) -> ChatRequest:
         params=params,
         cache_salt=salt,
         repeated=repeated,
+        parameters=PARAMETERS,
     )
 
 
@@ -105,8 +107,10 @@ def _form(fields: Fields) -> tuple[Json, dict[str, Any]]:
         form |= {"name": fields.text("name", ""), "description": fields.text("description")}
         form |= {"schema": fields.take("schema"), "strict": fields.flag("strict")}
     fields.end()
-    params = {"json_schema": {"json": form.get("schema")}, "json_object": {"json_object": True}, "text": None}[kind]
-    return form, {} if params is None else {"structured_outputs": params}
+    if kind == "text":
+        return form, {}
+    asked = {"json": form.get("schema")} if kind == "json_schema" else {"json_object": True}
+    return form, {"structured_outputs": {**asked, "asked_as": "text.format"}}
 
 
 def _tools(listed: Any) -> list[dict[str, Any]]:
@@ -114,7 +118,8 @@ def _tools(listed: Any) -> list[dict[str, Any]]:
         raise RequestError("tools must be a list of objects", "tools")
     functions = [{name: tool[name] for name in FUNCTION if tool.get(name) is not None} for tool in listed]
     return check_tools(
-        [{"type": tool.get("type"), "function": function} for tool, function in zip(listed, functions, strict=True)]
+        [{"type": tool.get("type"), "function": function} for tool, function in zip(listed, functions, strict=True)],
+        PARAMETERS,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,9 @@ class StructuredOutputsParams:
     after: what comes before is free, up to and with this text or special token: "</think>", for models that reason
         first.
     unless: a text that begins with one of these texts or special tokens is free: a call of a tool, in place of an
-        answer. vLLM has nothing like these two.
+        answer.
+    asked_as: what errors call it, where a request has another name for it: "response_format", or
+        "tools[].function.parameters" for schemas of tools. vLLM has nothing like these three.
 
     Raises RequestError naming the field.
     """
@@ -53,18 +56,19 @@ class StructuredOutputsParams:
     disable_additional_properties: bool | None = False
     after: str | None = None
     unless: Iterable[str] | None = None
+    asked_as: str = dataclasses.field(default=PARAM, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.asked_as, str) or not self.asked_as:
+            raise RequestError(f"{PARAM}.asked_as must be a text that is not empty", PARAM)
         for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
             if not isinstance(getattr(self, name), bool | None):
                 raise self._error(name, "it must be True or False")
         object.__setattr__(self, "json_object", self.json_object or None)  # False asks for nothing
         there = [name for name in KINDS if getattr(self, name) is not None]
         if len(there) != 1:
-            raise RequestError(
-                f"{PARAM} has {' and '.join(there) or 'none of its kinds'}: give exactly one of {', '.join(KINDS)}",
-                PARAM,
-            )
+            kinds = " and ".join(there) or "none of its kinds"
+            raise self.refusal(f"{self.place()} has {kinds}: give exactly one of {', '.join(KINDS)}")
         for name in ("regex", "grammar", "whitespace_pattern", "after"):
             self._check_text(name)
         for name in ("json", "structural_tag"):
@@ -99,8 +103,18 @@ class StructuredOutputsParams:
         """Which of the six it is."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
+    def place(self, name: str = "", tool: int | None = None) -> str:
+        """What errors call it, a field of it, or the schema of one of the tools that it is for."""
+        if self.asked_as == PARAM:
+            return f"{PARAM}.{name}" if name else PARAM
+        return self.asked_as.partition("[]")[0] if tool is None else self.asked_as.replace("[]", f"[{tool}]")
+
+    def refusal(self, text: str) -> RequestError:
+        """One whose param is the field of the request."""
+        return RequestError(text, re.split(r"\W", self.asked_as, maxsplit=1)[0])
+
     def _error(self, name: str, problem: str) -> RequestError:
-        return RequestError(f"{PARAM}.{name} is {getattr(self, name)!r:.100}: {problem}", PARAM)
+        return self.refusal(f"{self.place(name)} is {getattr(self, name)!r:.100}: {problem}")
 
     def _check_text(self, name: str) -> None:
         value = getattr(self, name)
@@ -117,7 +131,7 @@ class StructuredOutputsParams:
             raise self._error(name, "it has half a surrogate pair, which no text has") from None
         most = MAX_PATTERN if name in PATTERNS else MAX_BYTES
         if size > most:
-            raise RequestError(f"{PARAM}.{name} has {size} bytes: at most {most} are supported", PARAM)
+            raise self.refusal(f"{self.place(name)} has {size} bytes: at most {most} are supported")
 
     def _as_json(self, name: str) -> str | None:
         value = getattr(self, name)
@@ -134,12 +148,12 @@ class StructuredOutputsParams:
             try:
                 check_size([value])
             except ValueError as error:
-                raise RequestError(f"{PARAM}.{name}: {error}", PARAM) from None
+                raise self.refusal(f"{self.place(name)}: {error}") from None
             if name == "json" and self.disable_additional_properties:
                 value = closed(value)
             text = json.dumps(value, ensure_ascii=False)
         except RecursionError:
-            raise RequestError(f"{PARAM}.{name} is nested too deeply", PARAM) from None
+            raise self.refusal(f"{self.place(name)} is nested too deeply") from None
         except RequestError:
             raise
         except (TypeError, ValueError) as error:

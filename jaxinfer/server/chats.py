@@ -9,14 +9,13 @@ from typing import Any
 
 from jaxinfer.errors import UnsupportedError
 from jaxinfer.openai.requests import ChatRequest
-from jaxinfer.openai.tools import calls_schema
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.sampling.structured import StructuredOutputsParams
 from jaxinfer.text.base import Tokenizer
 from jaxinfer.text.calls import schemas
 from jaxinfer.text.formats import HARMONY, enforced, message_format, opened_by, reasoning_of, shows_special, tools_of
 from jaxinfer.text.scanner import Format, Scanner
-from jaxinfer.text.strict import asks_strictness, strict_grammar, strict_section
+from jaxinfer.text.strict import asks_strictness, required_grammar, strict_grammar, strict_section
 
 AUTO = "auto"
 
@@ -50,18 +49,20 @@ class ChatFormats:
         if request.tools is not None and "tools" not in source:
             raise UnsupportedError("tools: the model's chat template takes none; leave them out", "tools")
         form, special = self._format(source)
+        schemas_at = f"tools[].{request.parameters}"
         params, most = request.params, None if request.parallel and len(request.must_call) != 1 else 1
         if request.must_call:
             assert request.tools is not None
             # A form that is asked for beside it is one of text, which there will be none of.
-            schema = calls_schema(request.tools, request.must_call, most)
-            form, params = enforced(form), replace(params, structured_outputs={"json": schema})
+            grammar = required_grammar(request.tools, request.must_call, most, request.parameters)
+            form = enforced(form)
+            params = replace(params, structured_outputs={"grammar": grammar, "asked_as": schemas_at})
         elif request.tools is not None:
             params = _unless_called(params, form)
             section = strict_section(form)
             if section is not None and params.structured_outputs is None and asks_strictness(request.tools):
-                grammar = strict_grammar(section, request.tools, most, self._special)
-                params = replace(params, structured_outputs={"grammar": grammar})
+                grammar = strict_grammar(section, request.tools, most, self._special, request.parameters)
+                params = replace(params, structured_outputs={"grammar": grammar, "asked_as": schemas_at})
         messages = request.messages if "developer" in source else [_as_system(message) for message in request.messages]
         prompt = self._tokenizer.chat_prompt(messages, request.tools, **request.template)
         ids = self._encode(prompt, request.add_special_tokens)
@@ -111,11 +112,10 @@ def _after_reasoning(params: SamplingParams, form: Format, prompt: str) -> Sampl
     closed = any(prompt.rstrip().endswith(section.closes) for section in sections)
     if params.structured_outputs is None or not sections or closed:
         return params
-    if sections[0] in HARMONY:
-        raise UnsupportedError(
-            "the model writes channels, in which no form of an answer can be enforced; leave it out", "response_format"
-        )
     asked = StructuredOutputsParams.of(params.structured_outputs)
+    if sections[0] in HARMONY:
+        problem = "the model writes channels, in which no form of an answer can be enforced; leave it out"
+        raise UnsupportedError.at(asked.place(), problem)
     return replace(params, structured_outputs=replace(asked, after=asked.after or sections[0].closes[0]))
 
 

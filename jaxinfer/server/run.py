@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import socket
 import stat
 import sys
@@ -16,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
+from http import HTTPStatus
 from types import FrameType
 from typing import Any, Unpack
 from weakref import WeakKeyDictionary
@@ -39,7 +41,9 @@ HEADER_BYTES = 2**16  # of a request's line and headers
 HEADER_SECONDS = 30.0  # to send them in, from the connection or the last answer on
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection that is not used
 SPARE_FILES = 256  # that the process may open beside connections, half of them those that get 503
-LATE_SECONDS = 1.0  # after a drain, for requests that wait on their sockets to be answered 503
+LATE_SECONDS = (
+    1.0  # after a drain, for requests that wait on their sockets to be answered 503; for an answer to be read
+)
 SWITCH_SECONDS = 0.0005  # the engine's thread waits so long for the event loop's to let it go on
 ABORT_SECONDS = 5.0  # requests that were aborted have so long to say so
 
@@ -52,6 +56,7 @@ class Protocol(HttpToolsProtocol):
 
     _header_bytes = 0
     _in_headers = True
+    _refused = False
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -70,20 +75,36 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if self._in_headers:
             self._header_bytes += len(data)
             if self._header_bytes > HEADER_BYTES + len(data):  # what came before this piece was headers alone
-                self.transport.close()
+                self._refuse_headers()
                 return
             if self._deadline is None:
                 self._deadline = self.loop.call_later(HEADER_SECONDS, self.transport.close)
         super().data_received(data)
 
     def send_400_response(self, msg: str) -> None:
-        body = json.dumps(error_body(msg, 400)).encode()
-        head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
+        self._answer(HTTPStatus.BAD_REQUEST, msg)
         self.transport.close()
+
+    def _refuse_headers(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # an answer before this one is on its way
+            self.transport.close()
+            return
+        msg = f"the request's line and headers have more than {HEADER_BYTES} bytes, the most that are read"
+        self._answer(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, msg)
+        self._refused = True
+        self._heard()
+        # Closed at once, with more on its way, the connection would be reset, and the answer lost.
+        self._deadline = self.loop.call_later(LATE_SECONDS, self.transport.close)
+
+    def _answer(self, status: HTTPStatus, msg: str) -> None:
+        body = json.dumps(error_body(msg, status)).encode()
+        head = f"HTTP/1.1 {status} {status.phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+        self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
 
     def on_message_begin(self) -> None:
         self._in_headers, self._header_bytes = True, 0
@@ -127,6 +148,7 @@ class Server(uvicorn.Server):
             )
         )
         self.service = service
+        self.last_signal = signal.SIGTERM
         self._ends = self._late = 0.0
         self._answered = 0
 
@@ -137,6 +159,7 @@ class Server(uvicorn.Server):
             self.service.drain()
         else:
             self.force_exit = self.should_exit = True
+            self.last_signal = signal.Signals(sig)
 
     async def on_tick(self, counter: int) -> bool:
         service, now = self.service, time.monotonic()
@@ -219,15 +242,15 @@ def url_of(config: ServerConfig, bound: socket.socket) -> str:
 
 
 def run(llm: LLM, config: ServerConfig, bound: socket.socket) -> BaseException | None:
-    """Serves until a signal comes. Returns what the engine failed with, if it has. Raises KeyboardInterrupt after a
-    second signal, so that nobody waits for the device."""
+    """Serves until a signal comes. Returns what the engine failed with, if it has. Raises KeyboardInterrupt,
+    with the signal, after a second one, so that nobody waits for the device."""
     _tune_process()
     service = Service(llm, config)
     server = Server(service)
     with closing(service):
         server.run(sockets=[bound])
     if server.force_exit:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(server.last_signal)
     return service.failure
 
 

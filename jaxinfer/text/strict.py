@@ -1,19 +1,22 @@
-"""What a model may write where tools are strict: text, and calls in its own form with arguments of their schemas. As a
-grammar in llguidance's Lark, <https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md>."""
+"""What a model may write where tools are strict, text and calls in its own form with arguments of their schemas, and
+where one must be called. As a grammar in llguidance's Lark,
+<https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md>."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxinfer.errors import RequestError
-from jaxinfer.json_schema import MAX_BYTES, OPTIONS, check_size, written
-from jaxinfer.text.scanner import Format, Section
+from jaxinfer.json_schema import MAX_BYTES, OPTIONS, SPACES, check_size, written
+from jaxinfer.text.scanner import Format, Section, Written
 
 _SPACE = r"/[ \t\r\n]{1,8}/"  # between the parts of a call
-_TEXT = r"/(.|\n)*/"
+_ANYTHING = r"(.|\n)*"
+_TEXT = f"/{_ANYTHING}/"
 _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -28,22 +31,20 @@ def strict_section(form: Format) -> Section | None:
 
 
 def strict_grammar(
-    section: Section, tools: Collection[Mapping[str, Any]], most: int | None, special: Collection[str]
+    section: Section,
+    tools: Collection[Mapping[str, Any]],
+    most: int | None,
+    special: Collection[str],
+    parameters: str = "function.parameters",
 ) -> str:
     """Text, in which each marker of a call begins one of a tool that there is. most: how many calls. special: tokens
-    that a marker may be, as they are written. Raises RequestError for schemas that are too large."""
+    that a marker may be, as they are written. parameters: what errors call the schema of a tool. Raises RequestError
+    for schemas that are too large."""
     assert section.written is not None
     functions = [tool["function"] for tool in tools]
     # A tool without parameters has none of them.
     schemas = [own.get("parameters") or _NOTHING if own.get("strict") is True else None for own in functions]
-    try:
-        check_size(schemas)
-        calls = [
-            section.written(f"tool_{i}", own["name"], schema)
-            for i, (own, schema) in enumerate(zip(functions, schemas, strict=True))
-        ]
-    except ValueError as error:
-        raise RequestError(f"tools: parameters of those that are strict: {error}", "tools") from None
+    calls = _calls(section.written, dict(enumerate(functions)), schemas, parameters)
     opens, closes = section.opens, section.closes[0]
     rules = [f"TEXT: {_TEXT}", f"SPACE: {_SPACE}", "text: TEXT"]
     rules.append(f"begins: TEXT {opens}" if opens in special else f"begins[lazy]: {_TEXT} {_quoted(opens)}")
@@ -55,6 +56,39 @@ def strict_grammar(
     return "\n".join(["%llguidance {}", *rules, ""])
 
 
+def required_grammar(
+    tools: Collection[Mapping[str, Any]],
+    names: Collection[str],
+    most: int | None,
+    parameters: str = "function.parameters",
+) -> str:
+    """A list of calls in JSON, one at least, of tools with these names; the others are as for `strict_grammar`."""
+    functions = {i: tool["function"] for i, tool in enumerate(tools) if tool["function"]["name"] in names}
+    calls = _calls(json_call, functions, [own.get("parameters") or None for own in functions.values()], parameters)
+    rules = [f"SPACE: /{SPACES}/", *itertools.chain.from_iterable(calls)]
+    rules.append(f"call: SPACE? ({' | '.join(f'tool_{i}' for i in functions)}) SPACE?")
+    rules.append('start: "[" call ("," call)* "]"' if most is None else 'start: "[" call "]"')
+    return "\n".join(["%llguidance {}", *rules, ""])
+
+
+def _calls(
+    write: Written, functions: Mapping[int, Mapping[str, Any]], schemas: list[Any], parameters: str
+) -> list[list[str]]:
+    """Rules of each function's call, by its number among all tools. Raises RequestError, which says of which it is."""
+    calls = []
+    for (i, own), schema in zip(functions.items(), schemas, strict=True):
+        try:
+            check_size([schema])
+            calls.append(write(f"tool_{i}", own["name"], schema))
+        except ValueError as error:
+            raise RequestError.at(f"tools[{i}].{parameters}", str(error)) from None
+    try:
+        check_size(schemas)
+    except ValueError as error:
+        raise RequestError.at("tools", f"all schemas together: {error}") from None
+    return calls
+
+
 def json_call(rule: str, name: str, parameters: Mapping[str, Any] | None) -> list[str]:
     """{"name": "NAME", "arguments": {...}}, as rules of which the first one has this name. parameters: their schema;
     None: any."""
@@ -64,7 +98,8 @@ def json_call(rule: str, name: str, parameters: Mapping[str, Any] | None) -> lis
 
 
 def function_call(rule: str, name: str, parameters: Mapping[str, Any] | None) -> list[str]:
-    """<function=NAME> <parameter=KEY> value </parameter> </function>: a text is as it is, anything else JSON."""
+    """<function=NAME> <parameter=KEY> value </parameter> </function>: a text is as it is, anything else JSON.
+    Raises ValueError."""
     begins, ends = _quoted(f"<function={name}>"), _quoted("</function>")
     if parameters is None:
         return [f"{rule}: {begins} {rule}_any", f"{rule}_any[lazy]: {_TEXT} {ends}"]
@@ -78,7 +113,11 @@ def function_call(rule: str, name: str, parameters: Mapping[str, Any] | None) ->
         value, closes = f"{rule}_{i}", _quoted("\n</parameter>")
         begin = _quoted(f"<parameter={key}>\n")
         if _is_text(schema):
-            rules.append(f"{value}_text[lazy]: {_TEXT} {closes}")
+            text = _TEXT
+            if limited := _limited(schema):
+                text = value.upper()
+                rules.append(f"{text}: {limited}")
+            rules.append(f"{value}_text[lazy]: {text} {closes}")
             rules.append(f"{value}: {begin} {value}_text")
         elif texts := _texts(schema):
             rules.append(f"{value}: {begin} ({' | '.join(map(_quoted, texts))}) {closes}")
@@ -95,6 +134,40 @@ def function_call(rule: str, name: str, parameters: Mapping[str, Any] | None) ->
 
 def _is_text(schema: Any) -> bool:
     return isinstance(schema, dict) and schema.get("type") == "string" and not {"enum", "const"} & schema.keys()
+
+
+def _limited(schema: Mapping[str, Any]) -> str | None:
+    """A terminal of the texts of a schema's lengths and pattern that don't end the parameter; None: all are. Raises
+    ValueError."""
+    least, most, pattern = (schema.get(name) for name in ("minLength", "maxLength", "pattern"))
+    if least is most is pattern is None:
+        return None
+    for name, value in (("minLength", least), ("maxLength", most)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise ValueError(f"{name} is {value!r:.40}: it must be an integer of at least 0")
+    if most is not None and (least or 0) > most:
+        raise ValueError(f"minLength is {least}, and maxLength is {most}: no text matches")
+    terminals = [r"~/(.|\n)*<\/parameter>(.|\n)*/", f"/(.|\\n){{{least or 0},{'' if most is None else most}}}/"]
+    return " & ".join(terminals if pattern is None else [*terminals, f"/{_anywhere(pattern)}/"])
+
+
+def _anywhere(pattern: Any) -> str:
+    """Texts in which there is something that matches a regular expression; one whole text if that has anchors. Raises
+    ValueError."""
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern is {pattern!r:.40}: it must be a text")
+    depth, alternatives = 0, False
+    for part in re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", pattern, re.DOTALL):
+        depth += (part == "(") - (part == ")")
+        alternatives |= part == "|" and not depth
+        if depth < 0:
+            raise ValueError(f"pattern is {pattern!r:.100}: it closes a group that it does not open")
+    begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(?:\\\\)*\$$", pattern) is not None
+    if alternatives and (begins or ends):
+        raise ValueError(f"pattern is {pattern!r:.100}: put its alternatives, without ^ and $, into a group")
+    inner = pattern[begins : len(pattern) - ends].replace("\n", r"\n")
+    inner = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", inner)  # as Lark writes it
+    return f"{'' if begins else _ANYTHING}(?:{inner}){'' if ends else _ANYTHING}"
 
 
 def _texts(schema: Any) -> list[str]:

@@ -10,7 +10,9 @@ import typer
 from rich.text import Text
 
 import jaxinfer
-from jaxinfer.cli import COMMANDS, app
+from jaxinfer.aliases.loading import VALUES
+from jaxinfer.cli import COMMANDS, absent_tpu, app
+from jaxinfer.cli.options import ModelOptions
 from jaxinfer.models.registry import STATIC, encoder_types, model_types
 
 
@@ -133,6 +135,49 @@ def test_models(cli):
 def test_mistakes_are_one_line(cli, arguments, facts):
     line = cli(*arguments).error()
     assert all(fact in line for fact in facts), line
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_values_are_spelt_as_llm_takes_them(cli, name):
+    for spelling, ours in {**VALUES[name], "auto": "auto"}.items():
+        assert "nowhere" in cli("generate", "x", "-m", "/nowhere", f"--{name.replace('_', '-')}", spelling).error()
+        assert ModelOptions(options={name: spelling}).loading()[1] == {name: ours}
+
+
+@pytest.mark.parametrize(
+    ("there", "alone"),
+    [
+        ({"libtpu"}, True),
+        ({"libtpu", "/sys/bus/pci/devices/*/vendor"}, False),
+        ({"libtpu", "/dev/vfio/[0-9]*"}, False),
+        ({"libtpu", "/dev/nvidia*"}, False),
+        ({"libtpu", "jax_plugins"}, False),
+        ({"libtpu", "TPU_WORKER_ID"}, False),
+        ({"libtpu", "JAX_PLATFORMS"}, False),
+        (set(), False),
+    ],
+    ids=lambda value: "-".join(sorted(value)).replace("/", "_") if isinstance(value, set) else "",
+)
+def test_libtpu_is_left_alone_without_a_tpu(monkeypatch, tmp_path, there, alone):
+    """Where nothing says that there may be an accelerator."""
+    (tmp_path / "vendor").write_text("0x1ae0\n")
+    environment = {name: "" for name in there if name.isupper()}
+    monkeypatch.setattr(absent_tpu.os, "environ", environment)
+    monkeypatch.setattr(absent_tpu, "glob", lambda pattern: [str(tmp_path / "vendor")] if pattern in there else [])
+    monkeypatch.setattr(absent_tpu, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(absent_tpu, "entry_points", lambda group: [])
+    absent_tpu.leave_absent_tpu_alone()
+    assert (environment.get("JAX_PLATFORMS") == "cpu") == alone
+
+
+@pytest.mark.slow
+def test_libtpu_says_nothing_without_a_tpu():
+    pytest.importorskip("libtpu")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(absent_tpu.SAID)}
+    command = [sys.executable, "-m", "jaxinfer", "generate", "What is 27 + 45?"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "TPU_" not in done.stderr
 
 
 def test_a_bug_keeps_its_traceback(cli, monkeypatch):

@@ -78,12 +78,50 @@ def test_limits_are_each_sequence_s(tokenizer, monkeypatch, states, renewed):
     assert len(origins) > renewed if renewed else len(origins) == 1
 
 
+AMBIGUOUS = {"grammar": 'start: e\ne: e e | "a" | "b" e | e "c"'}
+PATTERN = {"regex": "(.*a){1,50}(.{3,30}b){1,200}"}
+TWICE = {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}
+ENDLESS = {"json": {"type": "array", "items": TWICE, "minItems": 1, "$defs": {"a": TWICE}}}
+
+
+@pytest.mark.parametrize(
+    ("form", "limits", "fact"),
+    [
+        (AMBIGUOUS, {"max_items_in_row": 20}, "more than 20 rules may be begun at once: write lists"),
+        (AMBIGUOUS, {"step_max_items": 30}, "one token takes more than 30 steps through rules: write"),
+        (PATTERN, {"max_lexer_states": 60}, "patterns and terminals have more than 60 states: write"),
+        (PATTERN, {"step_lexer_fuel": 100}, "one token takes more steps through patterns than are allowed: write"),
+        (PATTERN, {"initial_lexer_fuel": 200}, "all patterns and terminals take more than 200 steps to begin with"),
+        ({"json_object": True}, {"max_grammar_size": 20}, "it has more than 20 symbols: make it smaller"),
+        (ENDLESS, {}, "nothing that it allows can follow here: a rule"),
+    ],
+    ids=["items", "steps", "states", "patterns", "at first", "symbols", "endless"],
+)
+def test_limits_are_said_in_one_line(tokenizer, monkeypatch, form, limits, fact):
+    """What was exceeded, and what helps; before it runs, or where it is met."""
+    monkeypatch.setattr(llguidance, "LLParserLimits", functools.partial(LLParserLimits, **limits))
+    guides = Guides(tokenizer, tokenizer.vocab_size, [])
+    masks, error = np.zeros((1, mask_words(tokenizer.vocab_size)), np.uint32), None
+    try:
+        each = guides.guide(SamplingParams(structured_outputs=form), [])
+        for _ in range(100):
+            guides.fill([(each, 0)], masks)
+            letters = [i for c in "abc[" for i in tokenizer.encode(c) if masks[0, i // 32] >> (i % 32) & 1]
+            each.accept(letters[:1])
+            if (error := each.error) is not None:
+                break
+    except RequestError as refused:
+        error = str(refused)
+    assert re.fullmatch(rf"structured_outputs(\.\w+)?: {re.escape(fact)}.*", str(error)), error
+
+
 NESTED = functools.reduce(lambda inner, _: {"items": inner}, range(480), {})
 NAMES = functools.reduce(
     lambda inner, _: {"propertyNames": {"enum": list("abcdefghij")}, "additionalProperties": inner}, range(8), {}
 )
 DOUBLED = "start: T0\n" + "".join(f"T{i}: T{i + 1} T{i + 1}\n" for i in range(40)) + 'T40: "a"*\n'
 DEEP = '{"items":' * 10_000 + "{}" + "}" * 10_000
+CYCLE = {"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [{"$ref": "#/$defs/b~1"}]}, "b/": {"$ref": "#/%24defs/a"}}}
 REFUSED = [
     ({}, "none of its kinds"),
     ({"json": {}, "regex": "a"}, "json and regex: give exactly one"),
@@ -110,6 +148,11 @@ REFUSED = [
     ({"json": {"type": "string", "format": "regex"}}, "Unknown format: regex; .*lenient"),
     ({"json": {"type": "string", "pattern": "\\bb"}}, "pattern: .*lookarounds"),
     ({"json": {"$ref": "https://example.org/schema"}}, r"\$ref: "),
+    ({"json": CYCLE}, r"\$ref: #/.* -> #/\$defs/b~1 .*is a cycle"),
+    (
+        {"json": {"properties": {"x": {"anyOf": [{"$ref": "#/properties/x"}]}}}},
+        r"\$ref: #/properties/x -> .* is a cycle",
+    ),
     ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "minimum"),
     ({"json": False}, "no text matches"),
     ({"json": {"$ref": "#"}}, "no text matches"),
@@ -131,6 +174,7 @@ REFUSED = [
     ({"grammar": DOUBLED}, "terminals: the squares"),
     ({"grammar": "start: A\nA: /(a*b+c?){2}/ B B\nB: " + '"a"* ' * 5000}, "terminals: the squares"),
     ({"grammar": "start: %json " + json.dumps({"properties": {f"p{i}": {} for i in range(500)}})}, "at most 400"),
+    ({"grammar": "start: %json " + json.dumps(CYCLE)}, r"\$ref: .* is a cycle"),
     ({"structural_tag": {"format": {}}}, "structures"),
     ({"json_object": "yes"}, "True or False"),
     ({"choice": ["a"], "whitespace_pattern": " "}, "for json"),
@@ -151,7 +195,8 @@ def strict(parameters, name):
     """What strict tools become, the last one with these."""
     free = {"type": "function", "function": {"name": "free", "parameters": {"not": {}}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
-    return {"grammar": strict_grammar(strict_section(message_format(name, None)), [free, tool], None, ())}
+    grammar = strict_grammar(strict_section(message_format(name, None)), [free, tool], None, ())
+    return {"grammar": grammar, "asked_as": "tools[].function.parameters"}
 
 
 def tag(schema):
@@ -172,11 +217,12 @@ def test_schemas_are_refused_alike(guides, schema, fact):
     if "bytes" not in fact and "it is no JSON" not in fact:
         with pytest.raises(RequestError, match=fact):
             guides.guide(SamplingParams(structured_outputs=strict(schema, "hermes")), [])
-    if "it is no JSON" not in fact and schema.get("type") != "string":  # texts are free in that form
+    if "it is no JSON" not in fact and "format" not in schema:  # which texts don't follow there
         properties = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
         with pytest.raises(RequestError, match=fact) as raised:
             guides.guide(SamplingParams(structured_outputs=strict(properties, "qwen3_coder")), [])
-        assert "tool_1" in str(raised.value) or "parameters of those that are strict" in str(raised.value)
+        assert str(raised.value).startswith("tools[1].function.parameters: ")
+        assert raised.value.param == "tools"
     with pytest.raises(RequestError, match=fact) as raised:
         guides.guide(SamplingParams(structured_outputs={"structural_tag": tag(schema)}), [])
     assert "\n" not in str(raised.value)
@@ -255,6 +301,22 @@ def test_whitespace(own, options, spaces):
             if matcher.try_consume_tokens(list(text)) == len(text):
                 taken.append(space)
         assert taken == spaces
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}}}},
+        {
+            "type": "object",
+            "properties": {"$ref": {"type": "string"}, "a": {"const": {"$ref": "#/properties/a/const"}}},
+        },
+    ],
+    ids=["way out", "nested", "no references"],
+)
+def test_references_that_are_no_cycle(guides, schema):
+    assert guides.guide(SamplingParams(structured_outputs={"json": schema}), [])
 
 
 def chain(count):

@@ -79,6 +79,24 @@ def test_an_engine_that_fails_fails_its_requests_and_ends_the_server(serve, serv
     assert jaxinfer.serve(served_llm).close() is None  # the model is in order, and stays loaded
 
 
+@pytest.mark.parametrize(("last", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_the_command(cli, monkeypatch, last, code):
+    """With the exit code of that one."""
+    service = Mock(config=ServerConfig(), state="ready", active=1)
+    service.drain.side_effect = lambda: setattr(service, "state", "draining")
+
+    def signals(server, sockets):
+        for number in (signal.SIGTERM, last):
+            server.handle_exit(number, None)
+
+    monkeypatch.setattr("jaxinfer.cli.bench.BatchingOptions.load", lambda *_, **__: None)
+    monkeypatch.setattr(run, "_tune_process", lambda: None)
+    monkeypatch.setattr(run, "Service", lambda *_: service)
+    monkeypatch.setattr(run.Server, "run", signals)
+    assert cli("serve", "--port", "0").code == code
+    assert service.close.called
+
+
 @pytest.mark.slow
 def test_signals(checkpoints):
     """SIGTERM ends the command, with what runs done."""

@@ -163,6 +163,69 @@ def test_forms(server, client, served_llm):
     assert (answer.status_code, "effort" in answer.text) == (400, True)
 
 
+FAULTY = {"type": "object", "properties": {"a": {"not": {}}}}
+CYCLE = {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}}
+FORM = {"type": "json_schema", "name": "a", "schema": FAULTY}
+
+
+def functions(schema, **more):
+    return [tool["function"] | more for tool in TOOLS] + [{"name": "third", "parameters": schema} | more]
+
+
+def tools(schema, **more):
+    return [{"type": "function", "function": function} for function in functions(schema, **more)]
+
+
+NAMED = {
+    "required": ("chat/completions", {"tools": tools(FAULTY), "tool_choice": "required"}),
+    "cycle": ("chat/completions", {"tools": tools(CYCLE), "tool_choice": "required"}),
+    "strict": ("chat/completions", {"tools": tools(FAULTY, strict=True)}),
+    "strict cycle": ("chat/completions", {"tools": tools(CYCLE, strict=True)}),
+    "form": ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": FORM}}),
+    "response": ("responses", {"text": {"format": FORM}}),
+    "response's tool": (
+        "responses",
+        {"tools": [{"type": "function"} | own for own in functions(FAULTY)], "tool_choice": "required"},
+    ),
+    "array": ("responses", {"tools": [{"type": "function"} | own for own in functions({"type": "array"})]}),
+    "message": ("messages", {"output_config": {"format": {"type": "json_schema", "schema": FAULTY}}}),
+    "message's tool": (
+        "messages",
+        {
+            "tools": [{"name": own["name"], "input_schema": own["parameters"]} for own in functions(FAULTY)],
+            "tool_choice": {"type": "any"},
+        },
+    ),
+}
+PLACES = {
+    "required": "tools[2].function.parameters: Unimplemented",
+    "cycle": "tools[2].function.parameters: $ref: #/properties/a -> ",
+    "strict": "tools[2].function.parameters: Unimplemented",
+    "strict cycle": "tools[2].function.parameters: $ref: #/properties/a -> ",
+    "form": "response_format: Unimplemented",
+    "response": "text.format: Unimplemented",
+    "response's tool": "tools[2].parameters: Unimplemented",
+    "array": "tools[2].parameters.type is 'array'",
+    "message": "output_config.format: Unimplemented",
+    "message's tool": "tools[2].input_schema: Unimplemented",
+}
+
+
+@pytest.mark.parametrize("asked", NAMED)
+@pytest.mark.parametrize("reasons", [False, True])
+def test_errors_name_what_was_asked(client, served_llm, monkeypatch, asked, reasons):
+    """In the words of the API, whether the model reasons first or not."""
+    monkeypatch.setitem(served_llm.tokenizer.chat_templates.templates, "default", TEMPLATE if reasons else PLAIN)
+    path, body = NAMED[asked]
+    given = {"input": "hello"} if path == "responses" else {"messages": MESSAGES, "max_tokens": 9}
+    answer = client.post(f"/v1/{path}", json={"model": "tiny"} | given | body)
+    error = answer.json()["error"]
+    assert answer.status_code == 400
+    assert error["message"].startswith(PLACES[asked])
+    if path != "messages":
+        assert error["param"] == PLACES[asked].partition(":")[0].split("[")[0].split(".")[0]
+
+
 def test_after_the_reasoning(server, served_llm, monkeypatch):
     """A random model does not stop to think: what it writes before is free."""
     templates = served_llm.tokenizer.chat_templates.templates

@@ -51,7 +51,7 @@ BAD = [
     (
         CHAT,
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
-        "structured_outputs",
+        "response_format",
     ),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "logprobs"),
@@ -124,7 +124,22 @@ def test_headers_without_end_are_cut_off(server):
         with pytest.raises(OSError):  # noqa: PT012
             for _ in range(200):
                 connection.sendall(b"x" * 2**16)
-                time.sleep(0.001)
+                time.sleep(0.01)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_headers_that_are_too_long_are_answered(server, before):
+    """Also while the client still sends them."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        if before:
+            connection.sendall(before)
+            assert connection.recv(2**16).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 2**22)
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
+    assert str(run.HEADER_BYTES) in json.loads(body)["error"]["message"]
 
 
 def test_keys(serve):

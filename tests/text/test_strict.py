@@ -98,6 +98,51 @@ def test_text_is_free_but_for_the_marker(name):
         assert matcher.try_consume_tokens(list(b"a <tool_call>hm")) == 13
 
 
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"minLength": 2, "maxLength": 3}, ["ab", "日本語", "\n\n"], ["a", "abcd", ""]),
+        ({"maxLength": 0}, [""], ["a"]),
+        ({"minLength": 20}, ["a" * 20], ["a\n</parameter>" + "a" * 20]),
+        ({"pattern": "b/c"}, ["b/c", "ab/c\nd"], ["bc"]),
+        ({"pattern": r"^(?:a|b)[|$)]{2}\\$"}, ["a|$\\", "b))\\"], ["xa||\\", "a||\\\\"]),
+        ({"pattern": r"a|b\$"}, ["a", "xb$x"], ["b", ""]),
+        ({"pattern": "[0-9]$", "maxLength": 2}, ["1", "a1"], ["1a", "aa1"]),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
+)
+def test_texts_are_of_their_schemas(schema, good, bad):
+    """Also in the form in which they stand as they are."""
+    own = {"type": "object", "properties": {"a": {"type": "string"} | schema}, "required": ["a"]}
+    tools = [{"function": {"name": "f", "parameters": own, "strict": True}}]
+    form = message_format("qwen3_coder", None)
+    text = strict_grammar(strict_section(form), tools, 1, ())
+    for value in (*good, *bad):
+        matcher = LLMatcher(BYTES, text)
+        call = f"<tool_call>\n<function=f>\n<parameter=a>\n{value}\n</parameter>\n</function>\n</tool_call>"
+        taken = matcher.try_consume_tokens(list(call.encode()))
+        assert not matcher.is_error(), matcher.get_error()
+        assert (taken == len(call.encode()) and matcher.is_accepting()) == (value in good), value
+
+
+@pytest.mark.parametrize(
+    ("schema", "fact"),
+    [
+        ({"minLength": -1}, "minLength is -1"),
+        ({"maxLength": "a"}, "maxLength is 'a'"),
+        ({"minLength": 2, "maxLength": 1}, "no text matches"),
+        ({"pattern": "a)(b"}, "closes a group"),
+        ({"pattern": "^a|b"}, "into a group"),
+        ({"pattern": 3}, "pattern is 3"),
+    ],
+)
+def test_texts_that_can_not_be(schema, fact):
+    own = {"type": "object", "properties": {"a": {"type": "string"} | schema}}
+    tools = [{"function": {"name": "f", "parameters": own, "strict": True}}]
+    with pytest.raises(RequestError, match=rf"^tools\[0\].function.parameters: .*{fact}"):
+        strict_grammar(strict_section(message_format("qwen3_coder", None)), tools, 1, ())
+
+
 def test_one_call():
     call = b'<tool_call>\n{"name": "get-time.v2", "arguments": {}}\n</tool_call>'
     for most, taken in ((None, 2 * len(call) + 3), (1, len(call))):
@@ -128,7 +173,7 @@ def test_schemas_that_take_too_long(name):
     cases = [([{"properties": {f"p{i}": {} for i in range(8000)}}], "properties: "), ([optional] * 20, "properties: ")]
     for schemas_, fact in [*cases, *([([large], r"\$defs: ")] if name == "qwen3_coder" else [])]:
         tools = [{"function": {"name": "a", "parameters": schema, "strict": True}} for schema in schemas_]
-        with pytest.raises(RequestError, match=f"^tools: .*{fact}"):
+        with pytest.raises(RequestError, match=rf"^tools(\[0\].function.parameters)?: .*{fact}"):
             strict_grammar(strict_section(message_format(name, None)), tools, None, ())
 
 

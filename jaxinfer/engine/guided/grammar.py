@@ -10,7 +10,7 @@ from typing import Any
 from jaxinfer.engine.guided.lark import check_lark
 from jaxinfer.errors import RequestError
 from jaxinfer.json_schema import closed, written
-from jaxinfer.sampling.structured import PARAM, StructuredOutputsParams
+from jaxinfer.sampling.structured import StructuredOutputsParams
 
 _LENIENT = '"x-guidance": {"lenient": true} in the schema leaves out what can\'t be followed'
 REMEDIES = {  # of what llguidance says of a schema
@@ -19,8 +19,26 @@ REMEDIES = {  # of what llguidance says of a schema
     "coerce_one_of": '"x-guidance": {"coerce_one_of": true} in the schema takes oneOf for anyOf',
 }
 SIGNS = {" regex ": "pattern: ", "Resource '": "$ref: ", "Pointer '": "$ref: "}
+SHORTER = "write shorter patterns, or smaller numbers in repetitions such as {{1,200}}"
+# What llguidance says of its limits, with the number, and what that means.
+LIMITS = {
+    r"Current row has \d+ items; max is (\d+)": "more than {} rules may be begun at once: write lists as (item)*, or "
+    "with the recursion at the left, and fewer ways to read a text",
+    r"Too many items \(limit (\d+)": "one token takes more than {} steps through rules: write terminals of several "
+    "characters in place of rules, and fewer alternatives",
+    r"too many states: \d+ >= (\d+)": f"patterns and terminals have more than {{}} states: {SHORTER}",
+    r"too many expressions constructed|relevance of lexemes": "one token takes more steps through patterns than are "
+    f"allowed: {SHORTER}",
+    r"lexer configuration \(grammar\) too big \(limit for this grammar: (\d+)": "all patterns and terminals take more "
+    f"than {{}} steps to begin with: {SHORTER}",
+    r"number of symbols\) too big \(limit for this grammar: (\d+)": "it has more than {} symbols: make it smaller, or "
+    "leave parts of it to be any JSON",
+    r"symbols\.len\(\)": "it has more than 65,000 parts: make it smaller",
+    r"NoExtensionBias": "nothing that it allows can follow here: a rule or schema in it has no text",
+}
 # Of errors in Lark, with the lines around the place.
 _OF_A_SCHEMA = re.compile(r"at (\d+)\(\d+\): failed to compile JSON schema: (.*?)(\n +\d+ \| .*|$)", re.DOTALL)
+_OF_A_RULE = re.compile(r"at (\d+)\(\d+\): (?:failed to compile JSON schema: )?(.*?)(\n +\d+ \| .*|$)", re.DOTALL)
 
 
 def grammar_of(asked: StructuredOutputsParams, special: Mapping[str, int]) -> str:
@@ -59,15 +77,22 @@ def _within(grammar: str, asked: StructuredOutputsParams, special: Mapping[str, 
 
 
 def refusal(asked: StructuredOutputsParams, problem: str) -> RequestError:
-    """One line, which names the keyword that can't be done, and the rule with the schema where there may be several."""
-    if within := _OF_A_SCHEMA.match(problem):
+    """One line, which names the keyword that can't be done, and the tool or rule with the schema where there may be
+    several."""
+    place = asked.place(asked.kind)
+    of_tools = "[]" in asked.asked_as
+    if within := (_OF_A_RULE if of_tools else _OF_A_SCHEMA).match(problem):
         line, problem, around = within.groups()
         # The names of rules of structural tags and strict tools say which.
-        rule = re.search(rf"\n +{line} \| ((?:tag|tool)_\w+): ", around)
-        problem = (f"{rule[1]}: " if rule else "") + _with_keyword(problem)
+        rule = re.search(rf"\n +{line} \| ((?:tag|tool)_\w+): ", around, re.IGNORECASE)
+        problem = _with_keyword(problem)
+        if rule and of_tools:
+            place = asked.place(tool=int(rule[1].split("_")[1]))
+        elif rule:
+            problem = f"{rule[1]}: {problem}"
     elif asked.kind == "json":
         problem = _with_keyword(problem)
-    return RequestError(f"{PARAM}.{asked.kind}: {one_line(problem)}", PARAM)
+    return asked.refusal(f"{place}: {one_line(problem)}")
 
 
 def _with_keyword(problem: str) -> str:
@@ -79,9 +104,10 @@ def _with_keyword(problem: str) -> str:
 
 
 def one_line(problem: str) -> str:
-    """What llguidance says, without what only its authors need."""
-    if "symbols.len()" in problem:
-        return "it has more than 65,000 parts"
+    """What llguidance says, without what only its authors need; of its limits, what they mean."""
+    for said, meaning in LIMITS.items():
+        if reached := re.search(said, problem):
+            return meaning.format(*(f"{int(limit):,}" for limit in reached.groups()))
     for end in ("<state>", "<non-verbose/>", "<backtrace>"):
         problem = problem.split(end)[0]
     return " ".join(problem.split())[:300]

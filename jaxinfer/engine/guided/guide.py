@@ -46,13 +46,21 @@ class Guide:
     error: why nothing can be said any more.
     ends: ids that may end a text that is complete; the others of `eos` may not.
     table: for the device, if the grammar has one. state: where in it.
+    place: what errors call the grammar.
     """
 
-    def __init__(self, grammar: Grammar, eos: Sequence[int], ends: Sequence[int], table: GrammarTable | None = None):
+    def __init__(
+        self,
+        grammar: Grammar,
+        eos: Sequence[int],
+        ends: Sequence[int],
+        table: GrammarTable | None = None,
+        place: str = PARAM,
+    ):
         self.complete = False
         self.error: str | None = None
         self.table, self.state = table, BEGIN
-        self.eos, self.ends = eos, ends
+        self.eos, self.ends, self.place = eos, ends, place
         self._grammar, self._origin = grammar, grammar.matcher
         self.matcher = self._origin.deep_copy()
         self._tokens: list[int] = []
@@ -61,7 +69,7 @@ class Guide:
 
     def anew(self) -> Guide:
         """The same for another sequence, from the beginning."""
-        return Guide(self._grammar, self.eos, self.ends, self.table)
+        return Guide(self._grammar, self.eos, self.ends, self.table, self.place)
 
     def after(self, token: int) -> Guide:
         """Another one, for the same tokens and this one."""
@@ -80,7 +88,7 @@ class Guide:
         if self.error is None and self._seconds > max(SLOW_SECONDS, TOKEN_SECONDS * len(self._tokens)):
             each = 1000 * self._seconds / len(self._tokens)
             self.error = (
-                f"{PARAM}: the grammar takes {each:.0f} ms a token on average, and {1000 * TOKEN_SECONDS:.0f} are "
+                f"{self.place}: the grammar takes {each:.0f} ms a token on average, and {1000 * TOKEN_SECONDS:.0f} are "
                 "allowed: it is ambiguous, write it with fewer ways to read a text"
             )
         self.complete = self.error is None and self.matcher.is_stopped()
@@ -102,7 +110,8 @@ class Guide:
         words = np.frombuffer(self.matcher.compute_bitmask(), np.uint32).copy()
         self.finish_mask(words)
         if not (words[: len(allowed)] & allowed).any():
-            raise RequestError(f"{PARAM} and the other sampling parameters leave no token to begin with", PARAM)
+            problem = f"{self.place} and the other sampling parameters leave no token to begin with"
+            raise RequestError(problem, self.place.partition(".")[0])
 
     def finish_mask(self, words: np.ndarray) -> None:
         """What llguidance has said, u32[V/32 or more], with what may end this text."""
@@ -132,5 +141,5 @@ class Guide:
             self.matcher = self._origin.deep_copy()
             if self.matcher.consume_tokens(self._tokens):
                 return True
-        self.error = f"{PARAM}: {error}"
+        self.error = f"{self.place}: {error}"
         return False

@@ -62,7 +62,8 @@ class Guides:
         grammar = self._grammar(asked, vocabulary)
         # Ids that end a text, and are no text themselves; those that are come where the grammar has them.
         ends = [token for token in stop_ids if token in vocabulary.special_ids]
-        return Guide(grammar, self._eos, ends, self._table(asked, Guide(grammar, self._eos, ends), vocabulary))
+        table = self._table(asked, Guide(grammar, self._eos, ends), vocabulary)
+        return Guide(grammar, self._eos, ends, table, asked.place())
 
     def _table(self, asked: StructuredOutputsParams, guide: Guide, vocabulary: Vocabulary) -> GrammarTable | None:
         """One of those that are kept, or a new one; None for what can't be one is kept, too."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from jaxinfer.json_schema import check_size
+from jaxinfer.json_schema import check_references, check_size
 
 MOST_SQUARED = 2**26  # of the parts of all terminals, half a second
 _DEFINITION = re.compile(r"^[ \t]*(?:(_?[A-Z][A-Z0-9_]*)|[?!]?_?[a-z]\w*)[^\n:\"/]*:", re.MULTILINE)
@@ -15,8 +15,11 @@ _LEXEMES = re.compile(r'//[^\n]*|"(?:\\.|[^"\\])*"|(/(?:\\.|[^/\\])+/)|([*+?{~])
 
 def check_lark(grammar: str) -> None:
     """Raises ValueError for terminals of too many parts, each written out where another one names it, and for JSON
-    schemas that `check_size` refuses."""
-    check_size(_schemas(grammar))
+    schemas that `check_size` or `check_references` refuses."""
+    schemas = _schemas(grammar)
+    check_size(schemas)
+    for schema in schemas:
+        check_references(schema)
     definitions = list(_DEFINITION.finditer(grammar))
     ends = [after.start() for after in definitions[1:]] + [len(grammar)]
     own: dict[str, int] = {}  # repetitions: others take no longer than their text is long
