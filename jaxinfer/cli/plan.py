@@ -138,28 +138,25 @@ def _plan(
     options: EngineConfig,
     progress: Progress,
 ) -> dict[str, Any]:
-    from jaxinfer.models.registry import parse_config
     from jaxinfer.plan.compile import make_plan
     from jaxinfer.plan.figures import context_of, figures
+    from jaxinfer.plan.fit import fit_config
+    from jaxinfer.plan.profile import check_profile, profile
 
-    target = _target(topology)
-    shape = parse_config(config)[1].for_length(options.get("max_model_len"))
-    context = context_of(shape, context, options)  # refused before a minute of compiling
+    held = fit_config(config, _target(topology), **options)
+    context = context_of(held.model.config, context, options)  # refused before a minute of compiling
     if profiled is not None:
-        from jaxinfer.plan.fit import fit_config
-        from jaxinfer.plan.profile import check_profile, profile
-
-        check_profile(fit_config(config, target, **options), *(own or [] for own in profiled))
+        check_profile(held, *(own or [] for own in profiled))
     progress(f"compiling for {topology}, which may take a minute")
-    plan = make_plan(config, target, **options)
+    plan = make_plan(held)
     if profiled is None:
         return figures(plan, context)
 
     def on_program(name: str) -> None:
         progress(f"compiling {name}, for {topology}, with its code written down")
 
-    rows, tokens = profiled[0] or [plan.fit.max_num_seqs], profiled[1] or [plan.fit.max_num_batched_tokens]
-    return figures(plan, context) | {"profile": profile(plan.fit, config, options, context, rows, tokens, on_program)}
+    rows, tokens = profiled[0] or [held.max_num_seqs], profiled[1] or [held.max_num_batched_tokens]
+    return figures(plan, context) | {"profile": profile(held, config, options, context, rows, tokens, on_program)}
 
 
 def _target(topology: str | None) -> Slice:

@@ -107,15 +107,22 @@ class Rope:
 
     def cos_sin(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """cos and sin of each token's angles, float32 `[T, dim / 2]`."""
-        angles = positions.astype(jnp.float32)[:, None] * self.inv_freq()[None, :]
         factor = self.long_attention_factor if self.long else None
         scale = np.float32(self.attention_factor if factor is None else factor)
-        # Once for all layers: XLA fuses all but what a branch gives into what each of them rotates.
-        turned = jnp.any(positions != 0)
-        return lax.cond(
-            turned,
-            lambda: (jnp.cos(angles) * scale, jnp.sin(angles) * scale),
-            lambda: (jnp.full_like(angles, scale), jnp.zeros_like(angles)),
+
+        def turned(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+            angles = positions.astype(jnp.float32)[:, None] * self.inv_freq()[None, :]
+            return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+        def unturned(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+            shape = len(positions), self.dim // 2
+            return jnp.full(shape, scale), jnp.zeros(shape, jnp.float32)
+
+        # Once for all layers: XLA fuses it into what each of them rotates, and on CPU all but what a branch gives.
+        return lax.platform_dependent(
+            positions,
+            cpu=lambda p: lax.cond(jnp.any(p != 0), turned, unturned, p),
+            default=lambda p: lax.optimization_barrier(turned(p)),
         )
 
     def rotate(self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -9,18 +9,17 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import jax
 
 from jaxinfer.compile_cache import without_compile_cache
 from jaxinfer.engine.background import in_background
-from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.programs import Key, ModelPrograms
 from jaxinfer.engine.sizing import device_bytes
 from jaxinfer.plan.collectives import Collectives, collectives
-from jaxinfer.plan.fit import DoesNotFit, Fit, fit_config
-from jaxinfer.plan.slices import GIB, Slice
+from jaxinfer.plan.fit import DoesNotFit, Fit
+from jaxinfer.plan.slices import GIB
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,9 @@ class Plan:
         return self.fit.target.chip.memory - self.total
 
 
-def make_plan(config: Mapping[str, Any], target: Slice, **options: Unpack[EngineConfig]) -> Plan:
-    """Compiles for a slice what an LLM with these options would run there. config: a config.json's content.
-
-    dtype "auto": see model_of. Raises DoesNotFit, with what would fit.
-    """
-    held = fit_config(config, target, **options)
-    if not target.compiles:
+def make_plan(held: Fit) -> Plan:
+    """Compiles what an LLM would run that holds this. Raises DoesNotFit, with what would fit."""
+    if not held.target.compiles:
         return Plan(held, ())
     keys = held.programs.largest
     make = functools.partial(compiled_program, held.programs)

@@ -31,8 +31,12 @@ def test_angles_are_computed_once():
             x = jnp.tanh(rope.rotate(x, angles)) * 3
         return x
 
-    x, positions = jnp.ones((4, 2, 16)), jnp.arange(4, dtype=jnp.int32)
-    assert jax.jit(layers).lower(x, positions).compile().as_text().count(" cosine(") == 1
+    program = jax.jit(layers).trace(jnp.ones((4, 2, 16)), jnp.arange(4, dtype=jnp.int32))
+    assert program.lower().compile().as_text().count(" cosine(") == 1
+    for platform, branches in (("cpu", True), ("tpu", False), ("cuda", False)):
+        text = program.lower(lowering_platforms=(platform,)).as_text()
+        # Of a branch, whether any position turns.
+        assert ("stablehlo.reduce" in text, "stablehlo.optimization_barrier" in text) == (branches, not branches)
 
 
 def test_scores_depend_on_distance_alone():

@@ -15,6 +15,7 @@ from jaxinfer.engine.load import local_programs
 from jaxinfer.models import registry
 from jaxinfer.plan.compile import make_plan
 from jaxinfer.plan.figures import figures
+from jaxinfer.plan.fit import fit_config
 from jaxinfer.plan.ship import ship
 from jaxinfer.plan.targets import find_target
 from tests.engine.reference import all_logits, same
@@ -161,7 +162,7 @@ def test_calibrated(folders, tmp_path, method):
 
 def test_planned(folders):
     config = json.loads((folders["state"] / "config.json").read_text())
-    plan = make_plan(config, find_target("v5e-4", compiles=False), max_model_len=LENGTH, max_num_seqs=4)
+    plan = make_plan(fit_config(config, find_target("v5e-4", compiles=False), max_model_len=LENGTH, max_num_seqs=4))
     seen = figures(plan, LENGTH)
     assert seen["bytes"]["cache"] > 0
     assert seen["decode"][0]["flops"] > 0
@@ -172,7 +173,7 @@ def test_compiled_for_a_slice(folders):
     pytest.importorskip("libtpu")
     config = json.loads((folders["state"] / "config.json").read_text())
     sizes = {"max_model_len": LENGTH, "max_num_seqs": 4, "max_num_batched_tokens": 32}
-    plan = make_plan(config, find_target("v5e-4"), quantization="int8", **sizes)
+    plan = make_plan(fit_config(config, find_target("v5e-4"), quantization="int8", **sizes))
     assert [program.key[0] for program in plan.programs] == ["full_decode", "forward", "full_sample", "score"]
 
 

@@ -9,7 +9,7 @@ import pytest
 from jaxinfer.engine.deployment import read_deployment
 from jaxinfer.plan.compile import make_plan
 from jaxinfer.plan.figures import decoding
-from jaxinfer.plan.fit import DoesNotFit, fit, model_of
+from jaxinfer.plan.fit import DoesNotFit, fit, fit_config, model_of
 from jaxinfer.plan.roofline import expected_maximum
 from jaxinfer.plan.slices import GIB
 from jaxinfer.plan.sweep import meshes, sweep
@@ -59,7 +59,8 @@ def test_deployments_compile(file, cut):
     pytest.importorskip("libtpu")
     deployment = read_deployment(file)
     architecture = cut_off(deployment.architecture) if cut else deployment.architecture
-    plan = make_plan(architecture, find_target(deployment.topology), **deployment.options | (CUT if cut else {}))
+    options = deployment.options | (CUT if cut else {})
+    plan = make_plan(fit_config(architecture, find_target(deployment.topology), **options))
     arguments = max(program.arguments for program in plan.programs)
     print(f"{file.stem}: {plan.total / GIB:.2f} GiB, padding {plan.padding / arguments:.2%}")
     for program in plan.programs:
