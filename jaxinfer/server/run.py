@@ -41,9 +41,7 @@ HEADER_BYTES = 2**16  # of a request's line and headers
 HEADER_SECONDS = 30.0  # to send them in, from the connection or the last answer on
 KEEP_ALIVE_SECONDS = 75  # longer than clients keep a connection that is not used
 SPARE_FILES = 256  # that the process may open beside connections, half of them those that get 503
-LATE_SECONDS = (
-    1.0  # after a drain, for requests that wait on their sockets to be answered 503; for an answer to be read
-)
+LATE_SECONDS = 1.0  # for requests that wait on their sockets after a drain to get 503; for an answer to be read
 SWITCH_SECONDS = 0.0005  # the engine's thread waits so long for the event loop's to let it go on
 ABORT_SECONDS = 5.0  # requests that were aborted have so long to say so
 
