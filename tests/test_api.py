@@ -108,7 +108,8 @@ def test_another_model_or_option_takes_its_place_and_its_memory(folder, tmp_path
 def test_unload_frees_everything(folder):
     jaxinfer.unload()
     before = arrays()
-    stream = jaxinfer.stream("a", model=folder, max_tokens=50, ignore_eos=True, **OPTIONS)
+    # As many as there is room for: it must not come to its end before it is unloaded.
+    stream = jaxinfer.stream("a", model=folder, max_tokens=250, ignore_eos=True, **OPTIONS)
     next(stream)
     jaxinfer.unload()
     assert not arrays() - before

@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 
+from jaxinfer.aliases.loading import VALUES
 from jaxinfer.cli.bench import BatchingOptions
 from jaxinfer.cli.options import ModelOptions, grouped
 from jaxinfer.engine.compiled import OPTIONS as SHAPING
@@ -42,7 +43,7 @@ def test_options_of_the_command_line_have_the_declared_types():
         *kinds, none = get_args(kind)
         assert none is type(None)
         if declared.choices:
-            assert get_args(kinds[0]) == declared.choices
+            assert get_args(kinds[0]) == (*declared.choices, *VALUES.get(name, ()))
             assert option.metavar is None
         else:
             assert set(kinds) <= set(declared.kinds)
