@@ -7,7 +7,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from jaxinfer.errors import RequestError
@@ -75,18 +76,25 @@ def _calls(
     write: Written, functions: Mapping[int, Mapping[str, Any]], schemas: list[Any], parameters: str
 ) -> list[list[str]]:
     """Rules of each function's call, by its number among all tools. Raises RequestError, which says of which it is."""
+    for i, schema in zip(functions, schemas, strict=True):
+        with _blaming(f"tools[{i}].{parameters}"):
+            check_size([schema])
+    with _blaming("tools", "all schemas together: "):  # before any of them is written
+        check_size(schemas)
     calls = []
     for (i, own), schema in zip(functions.items(), schemas, strict=True):
-        try:
-            check_size([schema])
+        with _blaming(f"tools[{i}].{parameters}"):
             calls.append(write(f"tool_{i}", own["name"], schema))
-        except ValueError as error:
-            raise RequestError.at(f"tools[{i}].{parameters}", str(error)) from None
-    try:
-        check_size(schemas)
-    except ValueError as error:
-        raise RequestError.at("tools", f"all schemas together: {error}") from None
     return calls
+
+
+@contextmanager
+def _blaming(place: str, before: str = "") -> Iterator[None]:
+    """Says where in the request it is that a ValueError is of."""
+    try:
+        yield
+    except ValueError as error:
+        raise RequestError.at(place, f"{before}{error}") from None
 
 
 def json_call(rule: str, name: str, parameters: Mapping[str, Any] | None) -> list[str]:
