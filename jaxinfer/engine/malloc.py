@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 KEPT_BYTES = 128 * 2**20  # at the end of the heap
 LARGEST_KEPT = 2**30  # bytes of a block
+VARIABLES = "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"  # man mallopt
 
 
 def trim_memory() -> None:
@@ -16,8 +18,11 @@ def trim_memory() -> None:
 
 
 def keep_memory() -> None:
-    """Keeps what is freed, of larger pieces, too. XLA asks for a program's temporary memory anew at each call, 50 MB
-    with 64 rows of 32,000 logits: the system would fill what is used of it with zeros, a thirtieth of a step."""
+    """Keeps what is freed, of larger pieces, too, unless glibc's own variables say something. On a CPU XLA asks for a
+    program's temporary memory anew at each call, 50 MB with 64 rows of 32,000 logits: the system would fill what is
+    used of it with zeros, a thirtieth of a step."""
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(name in os.environ for name in VARIABLES):
+        return
     _call("mallopt", M_MMAP_THRESHOLD, LARGEST_KEPT)
     _call("mallopt", M_TRIM_THRESHOLD, KEPT_BYTES)
     _call("mallopt", M_TOP_PAD, KEPT_BYTES)  # or a thread's heap is given back when a block has had it for itself

@@ -27,7 +27,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from jaxinfer.demo import MODEL_DIR
 from jaxinfer.engine.config import EngineConfig
-from jaxinfer.engine.malloc import keep_memory
 from jaxinfer.llm import LLM
 from jaxinfer.openai.errors import error_body
 from jaxinfer.server.app import make_app
@@ -257,7 +256,6 @@ def _tune_process() -> None:
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # what is there stays: the collector need not look at it again and again
-    keep_memory()
 
 
 class Background:

@@ -1,8 +1,6 @@
-"""Writes that leave together, and what the server's process does with memory."""
+"""Writes that leave together."""
 
 import asyncio
-import subprocess
-import sys
 
 from jaxinfer.server.measure import Server
 from jaxinfer.server.transport import MOST, CorkedTransport, Outbox
@@ -69,28 +67,3 @@ def test_connections_are_kept(server):
             assert one._idle == [connection]
 
     asyncio.run(main())
-
-
-def test_memory_is_kept():
-    """A block larger than glibc keeps by itself is filled by the system once, not each time."""
-    program = """
-import ctypes, resource, sys
-from jaxinfer.engine.malloc import keep_memory, trim_memory
-libc, size = ctypes.CDLL(None), 50 * 2**20
-libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = libc.malloc(size)
-    ctypes.memset(block, 1, size)
-    libc.free(block)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-lost = [faults(), faults()][1]
-keep_memory()
-kept = [faults(), faults()][1]
-trim_memory()
-print(lost, kept, faults())
-"""
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    lost, kept, trimmed = map(int, out.split())
-    assert kept < lost / 10
-    assert trimmed > lost / 2
