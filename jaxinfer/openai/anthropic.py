@@ -9,7 +9,7 @@ from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.openai.answers import Json, event
 from jaxinfer.openai.blocks import BlockWriter, Counts, Ending
 from jaxinfer.openai.errors import message_error
-from jaxinfer.openai.fields import Fields, kind
+from jaxinfer.openai.fields import Fields, changed, kind
 from jaxinfer.openai.requests import ChatRequest, check_tools, conversation, must_call
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.text.calls import Call
@@ -61,7 +61,7 @@ def messages_request(fields: Fields, defaults: SamplingParams, counting: bool = 
         parallel=parallel,
         template=template,
         stream=stream,
-        params=defaults.with_changes(**changes, max_tokens=most),
+        params=changed(defaults, changes | {"max_tokens": most}, stop="stop_sequences"),
         parameters=PARAMETERS,
     )
 

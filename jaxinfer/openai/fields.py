@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -81,7 +82,11 @@ class Fields:
 
     def sampling(self) -> dict[str, Any]:
         """Takes all that SamplingParams has, with the token ids of logit_bias as integers."""
-        return with_int_bias({name: self._rest.pop(name) for name in list(self._rest) if name in SAMPLING})
+        taken = {name: self._rest.pop(name) for name in list(self._rest) if name in SAMPLING}
+        structured = taken.get("structured_outputs")
+        if isinstance(structured, Mapping) and "asked_as" in structured:  # it is for what other fields become
+            raise UnsupportedError("structured_outputs.asked_as is not supported; leave it out", "structured_outputs")
+        return with_int_bias(taken)
 
     def refuse(self, name: str, taken: Mapping[str, Any]) -> None:
         """One of those that were taken, which is not of this kind of request."""
@@ -109,6 +114,17 @@ def kind(value: Any) -> str:
 def shown(value: Any) -> str:
     """A value in an error."""
     return f"{value!r:.40}" if not isinstance(value, dict | list) else kind(value)
+
+
+def changed(params: SamplingParams, changes: Mapping[str, Any], **spelled: str) -> SamplingParams:
+    """With these changes. spelled: the request's own names of some parameters, which errors have."""
+    try:
+        return params.with_changes(**changes)
+    except RequestError as error:
+        if error.param not in spelled:
+            raise
+        name = spelled[error.param]
+        raise type(error)(re.sub(rf"\b{error.param}\b", name, str(error), count=1), name) from None
 
 
 def with_int_bias(params: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxinfer.errors import RequestError, UnsupportedError
-from jaxinfer.openai.fields import Fields, kind, shown
+from jaxinfer.openai.fields import Fields, changed, kind, shown
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.text.messages import normalize_messages
 
@@ -97,7 +97,8 @@ def chat_request(fields: Fields, defaults: SamplingParams, own_template: bool = 
     parallel = fields.flag("parallel_tool_calls", True)
     template = _template(fields, own_template)
     reasoning, special = fields.flag("include_reasoning", True), fields.flag("add_special_tokens", False)
-    params = defaults.with_changes(**_chat_params(fields))
+    most = {"max_tokens": "max_completion_tokens"} if "max_completion_tokens" in fields else {}
+    params = changed(defaults, _chat_params(fields), logprobs="top_logprobs", **most)
     return ChatRequest(
         messages=messages,
         tools=tools,

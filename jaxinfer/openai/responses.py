@@ -9,7 +9,7 @@ from typing import Any
 from jaxinfer.errors import RequestError, UnsupportedError
 from jaxinfer.openai.answers import Json, event
 from jaxinfer.openai.blocks import BlockWriter, Counts, Ending
-from jaxinfer.openai.fields import Fields, kind, shown
+from jaxinfer.openai.fields import Fields, changed, kind, shown
 from jaxinfer.openai.requests import ChatRequest, check_tools, conversation, must_call, with_salt
 from jaxinfer.sampling.params import SamplingParams
 from jaxinfer.text.calls import Call
@@ -66,7 +66,7 @@ def response_request(fields: Fields, defaults: SamplingParams) -> ChatRequest:
     changes = fields.sampling()
     for name in ("n", "logprobs", "max_tokens"):
         fields.refuse(name, changes)
-    params = defaults.with_changes(**changes | shape, max_tokens=most)
+    params = changed(defaults, changes | shape | {"max_tokens": most}, max_tokens="max_output_tokens")
     fields.skip(LABELS)
     fields.end()
     repeated = {

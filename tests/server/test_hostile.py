@@ -54,7 +54,9 @@ BAD = [
         "response_format",
     ),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
-    (CHAT, {"logprobs": True, "top_logprobs": 21}, "logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+    (CHAT, {"structured_outputs": {"json_object": True, "asked_as": "x"}}, "structured_outputs"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]}, "tools"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools"),
@@ -73,6 +75,24 @@ def test_bad_requests_name_the_field(client, path, changed, param):
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
     assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "problem"),
+    [
+        (
+            "/v1/messages",
+            {"messages": USER, "max_tokens": 2, "stop_sequences": [""]},
+            "parameter stop_sequences is ['']",
+        ),
+        ("/v1/messages", {"messages": USER, "max_tokens": 0}, "parameter max_tokens is 0"),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 0}, "parameter max_output_tokens is 0"),
+    ],
+)
+def test_bad_parameters_have_the_names_of_their_requests(client, path, body, problem):
+    answer = client.post(path, json={"model": "tiny"} | body)
+    assert answer.status_code == 400
+    assert problem in answer.json()["error"]["message"]
 
 
 BODIES = [
