@@ -179,6 +179,15 @@ def serve(
     input_len: InputLen = 32,
     output_len: OutputLen = 128,
     request_rate: RequestRate = None,
+    max_concurrency: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="At most so many at a time: others come when one of these is done, and their times begin then.",
+            rich_help_panel=REQUESTS,
+        ),
+    ] = None,
     vocab_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="Prompts have token ids below.", rich_help_panel=REQUESTS)
     ] = 256,
@@ -196,7 +205,8 @@ def serve(
 ) -> None:
     """How long requests to a server take, as its clients see it.
 
-    Requests come at random times whether or not others are done. ITL is the time between events of a stream.
+    Requests come at random times whether or not others are done, unless --max-concurrency says so. ITL is the time
+    between events of a stream.
     """
     with verbosity.apply(plain=True) as progress:
         _check_rate(request_rate)
@@ -218,7 +228,7 @@ def serve(
                 progress("one request to warm up")
                 await measure.serve(server, model, work[:1], [0.0])
                 progress(f"{num_prompts} requests")
-                return await measure.serve(server, model, work, arrivals)
+                return await measure.serve(server, model, work, arrivals, max_concurrency)
 
         try:
             traces = asyncio.run(run())

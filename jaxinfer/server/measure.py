@@ -1,5 +1,5 @@
 """Latency of a server, of this kind or another one that speaks OpenAI, as its clients see it. It is asked in an open
-loop: requests come when they come, whether or not those before are done."""
+loop: requests come when they come, whether or not those before are done, unless there may be only so many at a time."""
 
 from __future__ import annotations
 
@@ -105,18 +105,30 @@ async def _pieces(reader: asyncio.StreamReader, headers: Mapping[bytes, bytes]) 
             yield piece
 
 
-async def serve(server: Server, model: str, work: Sequence[Work], arrivals: Sequence[float]) -> list[Trace]:
-    """Sends requests at the given seconds, as `jaxinfer.benchmark.serve`. Raises what `Server.lines` raises."""
+async def serve(
+    server: Server, model: str, work: Sequence[Work], arrivals: Sequence[float], max_concurrency: int | None = None
+) -> list[Trace]:
+    """Sends requests at the given seconds, as `jaxinfer.benchmark.serve`. max_concurrency: at most so many at a time:
+    others arrive when one of these is done. Raises what `Server.lines` raises."""
     start = time.perf_counter()
+    places = asyncio.Semaphore(max_concurrency or max(len(work), 1))
     traces = [Trace(start + arrival) for arrival in arrivals]
     async with asyncio.TaskGroup() as tasks:
         for trace, request in zip(traces, work, strict=True):
-            tasks.create_task(_request(server, model, request, trace))
+            tasks.create_task(_request(places, server, model, request, trace))
     return traces
 
 
-async def _request(server: Server, model: str, work: Work, trace: Trace) -> None:
+async def _request(places: asyncio.Semaphore, server: Server, model: str, work: Work, trace: Trace) -> None:
     await asyncio.sleep(max(0.0, trace.arrival - time.perf_counter()))
+    waits = places.locked()
+    async with places:
+        if waits:
+            trace.arrival = time.perf_counter()
+        await _answer(server, model, work, trace)
+
+
+async def _answer(server: Server, model: str, work: Work, trace: Trace) -> None:
     body: dict[str, Any] = {"model": model, "prompt": work.prompt, "max_tokens": work.output_len, "temperature": 0.0}
     body |= {"ignore_eos": True, "stream": True}
     body |= {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
