@@ -1,7 +1,7 @@
 """What structured output costs: rows that write JSON of a schema, rows that write anything, and both together.
 
     python benchmarks/structured_output.py host [--rows N] [--calls N] [--profile]
-    python benchmarks/structured_output.py model [--rows N] [--tokens N] [--runs N] [--narrow]
+    python benchmarks/structured_output.py model [--rows N] [--tokens N] [--runs N] [--narrow] [--json FILE]
     python benchmarks/structured_output.py tables [--rows N] [--tokens N] [--runs N] [--narrow] [--json FILE]
 
 host: time of the host a step, with a device step that costs nothing and writes a document that is there already; a
@@ -183,12 +183,14 @@ def whole(arguments: argparse.Namespace, console: Console) -> None:
                 done = sum(len(output.outputs[0].token_ids) for output in outputs)
                 if run:  # the first one compiles
                     rates[name].append((n if "label" in name or "," in name else done) / seconds)
-    table = Table("rows", "tokens/s, or requests/s", "of free")
+    table, results = Table("rows", "tokens/s, or requests/s", "of free"), {}
     for name, values in rates.items():
         against = f"free, {short} tokens" if "label" in name or "," in name else "free"
         ratio = statistics.median(a / b for a, b in zip(values, rates[against], strict=True))
+        results[name] = {"rates": values, "ratio": ratio}
         table.add_row(name, f"{statistics.median(values):.1f}", f"{ratio:.3f}")
     console.print(table)
+    write(arguments, results)
 
 
 def tables_beside_masks(arguments: argparse.Namespace, console: Console) -> None:
@@ -245,8 +247,13 @@ def tables_beside_masks(arguments: argparse.Namespace, console: Console) -> None
         results[f"{case}, {way}"] = {"seconds": statistics.median(values), "ratio": ratio}
         table.add_row(case, way, f"{statistics.median(values):.3f}", f"{ratio:.3f}")
     console.print(table)
+    write(arguments, results)
+
+
+def write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"cpu": cpu_name(), "rows": n, "cases": results}, indent=1) + "\n")
+        about = {"cpu": cpu_name(), "rows": arguments.rows, "cases": results}
+        arguments.json.write_text(json.dumps(about, indent=1) + "\n")
 
 
 def main() -> None:
