@@ -16,7 +16,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxinfer.kernels.tpu.kept import BLOCK, LANES, Form, Kept, bytes_of, dequantize, prepared, product
+from jaxinfer.kernels.tpu.kept import (
+    BLOCK,
+    LANES,
+    Form,
+    Kept,
+    arrays_of,
+    bytes_of,
+    dequantize,
+    floats_of,
+    prepared,
+    product,
+)
 
 SUBLANES = 32  # rows come in multiples of this, also of int8
 WEIGHT_BYTES = 6 * 2**20  # of a block of weights, in floats if that is more
@@ -63,7 +74,7 @@ def grouped_product(x: jax.Array, sizes: jax.Array, weight: Kept) -> jax.Array:
     widest = max(weight.values.dtype.itemsize * (weight.ins // weight.values.shape[2]), x.dtype.itemsize)
     outs = whole_part(weight.outs, max(WEIGHT_BYTES // (widest * ins), 1))
     pairs = pairs_of(sizes.astype(jnp.int32), rows, tiles)
-    dtype = weight.scratch(x.dtype)
+    dtype = floats_of(weight.form, x.dtype)
     scratch = [] if dtype is None else [pltpu.VMEM((outs, ins), dtype)]
     held = 2 * bytes_of(weight, outs, ins) + rows * (3 * ins + 4 * outs) * 4 + (outs * ins * 4 if scratch else 0)
     specs = [
@@ -98,7 +109,7 @@ def whole_part(size: int, most: int) -> int:
 
 def _kernel(*refs: Any, form: Form | None, dtype: Any) -> None:
     pairs, x, rest = Pairs(*refs[:5]), refs[5], refs[6:]
-    weight = list(rest[: _count(form)])
+    weight = list(rest[: arrays_of(form)])
     out, *scratch = rest[len(weight) :]
     p = pl.program_id(1)
     before = jnp.maximum(p - 1, 0)
@@ -125,8 +136,3 @@ def _kernel(*refs: Any, form: Form | None, dtype: Any) -> None:
         @pl.when(jnp.logical_not(is_first))
         def among_others() -> None:
             out[...] = jnp.where(own, new, out[...])
-
-
-def _count(form: Form | None) -> int:
-    """Arrays of such a weight."""
-    return 1 if form is None else 2 + form.zeros + form.biases

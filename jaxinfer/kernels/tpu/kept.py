@@ -58,11 +58,6 @@ class Kept:
     def ins(self) -> int:
         return self.values.shape[2] * (self.form.packed if self.form else 1)
 
-    @property
-    def in_columns(self) -> bool:
-        """Whether scales are of blocks of inputs."""
-        return self.form is not None and self.form.columns > 0
-
     def suits(self, dtype: Any) -> bool:
         """Whether kernels multiply activations of this dtype with it."""
         whole = LANES * (self.form.packed if self.form else 1)
@@ -98,9 +93,15 @@ class Kept:
             found += [((1, outs, groups), lambda e, n, k: (e, n, 0)) for _ in self.blocks]
         return found
 
-    def scratch(self, dtype: Any) -> Any:
-        """The dtype of values that are multiplied; None: they are as they are kept."""
-        return None if self.form is None or self.form.activations else dtype
+
+def floats_of(form: Form | None, dtype: Any) -> Any:
+    """The dtype that values become before they are multiplied; None: they are as they are kept."""
+    return None if form is None or form.activations else dtype
+
+
+def arrays_of(form: Form | None) -> int:
+    """How many there are of such a weight."""
+    return 1 if form is None else 2 + form.zeros + form.biases
 
 
 def bytes_of(kept: Kept, outs: int, ins: int) -> int:
@@ -183,8 +184,8 @@ def prepared(x: jax.Array, form: Form | None, dtype: Any) -> tuple[jax.Array, ja
 
 
 def _parted(x: jax.Array) -> jax.Array:
-    """Even columns, then odd ones: by products with ones and zeros, which are exact; the matrix unit is much faster than
-    shuffling lanes."""
+    """Even columns, then odd ones: by products with ones and zeros, which are exact, as the matrix unit is much faster
+    than shuffling lanes."""
     line, column = (lax.broadcasted_iota(jnp.int32, (2 * LANES, 2 * LANES), axis) for axis in (0, 1))
     chosen = (line == 2 * (column % LANES) + column // LANES).astype(jnp.float32).astype(x.dtype)
     pieces = [x[:, i : i + 2 * LANES] for i in range(0, x.shape[1], 2 * LANES)]
