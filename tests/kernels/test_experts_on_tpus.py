@@ -75,7 +75,7 @@ MIXTURES = [
     "topology",
     [
         pytest.param("v5e-1", marks=pytest.mark.slow),
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("v4-8", "v5p-8", "v6e-1", "tpu7x-1")),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("v5p-8", "v6e-1", "tpu7x-1")),
     ],
 )
 def test_compiled(topology):

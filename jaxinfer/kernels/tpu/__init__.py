@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.kernels.tpu.kept import Form, Kept, for_tpu
+from jaxinfer.kernels.tpu.kept import Form, Kept, for_tpu, has_little_memory
 
 __all__ = ["Form", "Kept", "grouped_products", "mixture_of_experts"]
 
@@ -26,6 +26,8 @@ def grouped_products(
     transposed, `[M, N]` float32, zeros where a row is nobody's. Experts without rows are not read. In programs for a
     TPU; elsewhere, and where a shape or dtype is none of the kernel's, the reference does it."""
     if not (for_tpu() and all(weight.suits(x.dtype) for weight in weights)):
+        return reference()
+    if has_little_memory() and any(weight.form for weight in weights):
         return reference()
 
     def call(x: jax.Array, sizes: jax.Array, *weights: Kept) -> list[jax.Array]:
@@ -56,6 +58,8 @@ def mixture_of_experts(
     many experts there are anywhere."""
     kept = tuple(weight for weight in weights if weight is not None)
     if not for_tpu() or len(kept) < len(weights) or not all(weight.suits(x.dtype) for weight in kept):
+        return reference()
+    if has_little_memory():
         return reference()
     from jaxinfer.kernels.tpu import experts as kernel
 

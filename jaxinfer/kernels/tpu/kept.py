@@ -214,3 +214,10 @@ def for_tpu() -> bool:
     """Whether what is traced may be for a TPU: elsewhere nobody needs to wait for Pallas to be imported."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (jax.default_backend() if device is None else device.platform) == "tpu"
+
+
+def has_little_memory() -> bool:
+    """Whether it is for a TPU before v5, which has 16 MiB of fast memory and multiplies no int8."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return kind.startswith(("TPU v2", "TPU v3", "TPU v4"))
