@@ -18,6 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
+from jaxinfer.kernels.tpu import mixture_of_experts
 from jaxinfer.layers.linear import Linear, parameter
 from jaxinfer.layers.mlp import GatedMLP, Gating
 from jaxinfer.layers.router import Router, Routing
@@ -61,7 +62,7 @@ class Experts(nnx.Module):
         self.gate_proj = StackedLinear(routing.experts, features, hidden, **options) if gated else None
         self.up_proj = StackedLinear(routing.experts, features, hidden, **options)
         self.down_proj = StackedLinear(routing.experts, hidden, features, **options)
-        self.gating, self.of_inputs = gating, routing.of_inputs
+        self.gating, self.of_inputs, self.total = gating, routing.of_inputs, routing.experts
 
     def __call__(
         self, x: jax.Array, experts: jax.Array, shares: jax.Array, live: jax.Array, beside: jax.Array | None = None
@@ -117,6 +118,25 @@ class Experts(nnx.Module):
     ) -> jax.Array:
         """The part of the experts that are here, the first of which is number 0. slot: of each token its adapter's,
         where there are such."""
+
+        def by_rows() -> jax.Array:
+            return self._by_rows(x, experts, shares, weights, biases, slot)
+
+        if any("observe" in vars(linear) for linear in self._linears):  # somebody wants to see rows
+            return by_rows()
+        kept = [weight.kept for weight in weights]
+        return mixture_of_experts(x, experts, shares, kept, biases, self.gating, self.of_inputs, self.total, by_rows)
+
+    def _by_rows(
+        self,
+        x: jax.Array,
+        experts: jax.Array,
+        shares: jax.Array,
+        weights: Weights,
+        biases: Biases,
+        slot: jax.Array | None,
+    ) -> jax.Array:
+        """Sorted by expert, in two products."""
         count, top_k = weights[0].shape[0], experts.shape[1]
         owner = jnp.where((experts >= 0) & (experts < count), experts, count).reshape(-1)
         order = jnp.argsort(owner)  # stable: what a token gets does not depend on chance

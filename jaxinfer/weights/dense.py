@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jaxinfer.kernels.cpu import grouped_products
 from jaxinfer.kernels.cpu import take as take_by_kernel
+from jaxinfer.kernels.tpu import Kept
 from jaxinfer.kernels.tpu import grouped_products as grouped_products_on_tpu
 from jaxinfer.weights.products import products
 from jaxinfer.weights.weight import Axes, SplitOver, Weight, by_tiles
@@ -51,6 +52,10 @@ class Dense(Weight):
     def channels(self) -> tuple[jax.Array, ...]:
         return (self.array,)
 
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.array)
+
     @classmethod
     def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: SplitOver) -> list[jax.Array]:
         arrays = tuple(weight.array for weight in weights)
@@ -61,7 +66,9 @@ class Dense(Weight):
         arrays = tuple(weight.array for weight in weights)
 
         def elsewhere() -> list[jax.Array]:
-            return grouped_products_on_tpu(x, sizes, arrays, lambda: by_tiles(x, sizes, weights))
+            return grouped_products_on_tpu(
+                x, sizes, [weight.kept for weight in weights], lambda: by_tiles(x, sizes, weights)
+            )
 
         return grouped_products(x, sizes, arrays, elsewhere, weights[0].rounds)
 

@@ -14,6 +14,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from jaxinfer.kernels.cpu import grouped_products, grouped_products_int4, products_int4
+from jaxinfer.kernels.tpu import Form, Kept
+from jaxinfer.kernels.tpu import grouped_products as grouped_products_on_tpu
 from jaxinfer.quantization.activations import quantize_last
 from jaxinfer.quantization.schemes import TABLES, Scheme
 from jaxinfer.weights.products import by_xla, on_each, on_each_already, products
@@ -66,6 +68,11 @@ class QArray(Weight):
     def channels(self) -> tuple[jax.Array, ...] | None:
         return None if self.scheme.columns or self.scheme.activations else (self.qvalue, self.scale[:, 0])
 
+    @property
+    def kept(self) -> Kept:
+        others = (array for array in (self.zero_point, self.bias) if array is not None)
+        return Kept(self.qvalue, (self.scale, *others), _form(self.scheme))
+
     @classmethod
     def dots(cls, x: jax.Array, weights: Sequence[Self], split_over: SplitOver) -> list[jax.Array]:
         if weights[0].scheme.columns:
@@ -83,7 +90,9 @@ class QArray(Weight):
         scheme = weights[0].scheme
 
         def by_loop() -> list[jax.Array]:
-            return by_tiles(x, sizes, weights)
+            return grouped_products_on_tpu(
+                x, sizes, [weight.kept for weight in weights], lambda: by_tiles(x, sizes, weights)
+            )
 
         if scheme.biases or (scheme.columns and not _by_int4(scheme)):
             return by_loop()
@@ -110,6 +119,21 @@ class QArray(Weight):
         zero_point, bias = (None if array is None else array[index] for array in (self.zero_point, self.bias))
         axes = self.axes and self.axes[len(self.axes) - qvalue.ndim :]
         return replace(self, qvalue=qvalue, scale=scale, zero_point=zero_point, bias=bias, axes=axes)
+
+
+@functools.cache
+def _form(scheme: Scheme) -> Form:
+    """For kernels on TPUs."""
+    read = functools.partial(_looked_up, table=TABLES[scheme.table]) if scheme.table else None
+    return Form(
+        scheme.rows,
+        scheme.columns,
+        scheme.packed,
+        _e2m1 if scheme.table == "e2m1" else read,
+        scheme.zeros,
+        scheme.biases,
+        scheme.activations,
+    )
 
 
 def axes_of_scales(axes: Axes, scheme: Scheme) -> Axes:

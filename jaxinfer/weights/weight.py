@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxinfer.kernels.tpu import Kept
+
 Axes = tuple[str | None, ...]
 SplitOver = str | tuple[str, ...] | None
 
@@ -44,6 +46,11 @@ class Weight(ABC):
     def channels(self) -> tuple[jax.Array, ...] | None:
         """Values `[out, in]`, and the scales `[out]` of products with them if there are any; None: products are made in
         another way."""
+        return None
+
+    @property
+    def kept(self) -> Kept | None:
+        """As kernels for TPUs take experts; None: they take none of this kind."""
         return None
 
     @classmethod
