@@ -40,6 +40,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "experts": (*GATHERED, *TENSOR),
     "embed": (FSDP,),
 }
+# Of a call whose hidden states are split over `tensor`, by platform.
+LEAST_TOKENS: dict[str, int] = {"tpu": 256}
 PADDED = ("mlp", "vocab", "experts")  # these can be any size: what is missing to a multiple is zeros
 
 
@@ -185,6 +187,29 @@ def on_axes(axes: Sequence[str | None], wanted: Sequence[str]) -> PartitionSpec:
 def on_tensor(call: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """A call that each device of `tensor` makes on its own part; for use inside of a shard_map over rows."""
     return jax.shard_map(call, axis_names=set(TENSOR), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def splits_tokens(tokens: int) -> bool:
+    """Whether hidden states of so many tokens, on each shard of rows, are split over `tensor` between products: then
+    norms and sums are each device's part, and an all-reduce is a reduce-scatter and an all-gather (sequence
+    parallelism, Korthikanti et al., arXiv:2205.05198)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(TENSOR) <= set(mesh.axis_names) or set(TENSOR) & set(mesh.manual_axes):
+        return False
+    device = mesh.abstract_device
+    least = LEAST_TOKENS.get(jax.default_backend() if device is None else device.platform)
+    parts = math.prod(mesh.shape[axis] for axis in TENSOR)
+    return least is not None and tokens >= least and parts > 1 and tokens % parts == 0
+
+
+def split_tokens(x: jax.Array) -> jax.Array:
+    """Hidden states `[T, ...]`, each device of `tensor` with some tokens, where that is worth it."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(TENSOR)) if splits_tokens(x.shape[0]) else x
+
+
+def whole_tokens(x: jax.Array) -> jax.Array:
+    """They again, all tokens on each device."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if splits_tokens(x.shape[0]) else x
 
 
 def with_sharding(
