@@ -55,9 +55,7 @@ def linears(x: jax.Array, *layers: Linear) -> list[jax.Array]:
 def _products(x: jax.Array, weights: list[Weight]) -> list[jax.Array]:
     """Where tokens are split over `tensor` between products, all of them for weights whose outputs it splits, and some
     on each device from those whose inputs it splits."""
-    if not splits_tokens(x.shape[0]):
-        return dots(x, weights)
-    if all(_split(weight, 1) for weight in weights):
+    if all(_split(weight, 1) and splits_tokens(x.shape[0], weight.shape[0]) for weight in weights):
         return [scattered_dot(x, weight) for weight in weights]
     return dots(whole_tokens(x) if any(_split(weight, 0) for weight in weights) else x, weights)
 

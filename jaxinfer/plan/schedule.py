@@ -383,5 +383,5 @@ class Schedule:
 
 
 def _sent(kind: str, size: int) -> int:
-    """Bytes over a chip's links, for so many of a result, or of what is summed and scattered: at most, of many chips."""
+    """Bytes over a chip's links, for so many of a result, or of what is scattered: at most, of many chips."""
     return 2 * size if kind == "all-reduce" else size
