@@ -44,7 +44,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 # Numbers in hidden states that are worth splitting over `tensor`, by platform: below that, what one more collective
 # takes to begin is as much as is saved.
-LEAST_SPLIT: dict[str, int] = {"tpu": 2**20}
+LEAST_SPLIT: dict[str, int] = {"tpu": 2**21}
 PADDED = ("mlp", "vocab", "experts")  # these can be any size: what is missing to a multiple is zeros
 
 

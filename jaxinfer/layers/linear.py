@@ -97,7 +97,7 @@ def _without_bias(x: jax.Array, weight: Weight, mesh: Mesh | None) -> jax.Array:
     if isinstance(weight, Adapted):
         return weight.adapted_products(x, _without_bias(x, weight.base, mesh))
     if axis_size(mesh, (FSDP,)) == 1:
-        return dot(x, weight, "float32")
+        return dot(whole_tokens(x), weight, "float32")  # or the final norm's tokens go around the chips, part by part
     columns = lax.all_to_all(x, FSDP, 1, 0, tiled=True)
 
     def logits(columns: jax.Array, weight: Weight) -> jax.Array:
