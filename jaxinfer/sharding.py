@@ -3,7 +3,8 @@
 `tensor` splits attention heads, MLP width and vocabulary (Shoeybi et al., arXiv:1909.08053): each device holds
 a slice of every large weight, and two reductions a layer join their results. Where there are fewer key/value heads than
 devices, the axis is split inside into `kv` x `group`: query heads go over both, key/value heads over `kv` alone, so
-that 8 heads on 16 devices are kept twice and not 16 times.
+that 8 heads on 16 devices are kept twice and not 16 times. Where there are many tokens it splits these between
+products, see `splits_tokens`.
 
 `data` and `fsdp` split rows: each of their shards has its own sequences, slots and pages. Weights are whole on each
 `data` shard; `fsdp` splits them too, along the model's width, and a layer's are gathered when their turn comes
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 REPLICA, DATA, FSDP = "replica", "data", "fsdp"
@@ -40,6 +42,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "experts": (*GATHERED, *TENSOR),
     "embed": (FSDP,),
 }
+# Numbers in hidden states that are worth splitting over `tensor`, by platform: below that, what one more collective
+# takes to begin is as much as is saved.
+LEAST_SPLIT: dict[str, int] = {"tpu": 2**21}
 PADDED = ("mlp", "vocab", "experts")  # these can be any size: what is missing to a multiple is zeros
 
 
@@ -185,6 +190,29 @@ def on_axes(axes: Sequence[str | None], wanted: Sequence[str]) -> PartitionSpec:
 def on_tensor(call: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """A call that each device of `tensor` makes on its own part; for use inside of a shard_map over rows."""
     return jax.shard_map(call, axis_names=set(TENSOR), in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def splits_tokens(tokens: int, width: int) -> bool:
+    """Whether hidden states `[tokens, width]` of a shard of rows are split over `tensor` between products: then norms
+    and sums are each device's part, and an all-reduce is a reduce-scatter and an all-gather (sequence parallelism,
+    Korthikanti et al., arXiv:2205.05198)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(TENSOR) <= set(mesh.axis_names) or set(TENSOR) & set(mesh.manual_axes):
+        return False
+    device = mesh.abstract_device
+    least = LEAST_SPLIT.get(jax.default_backend() if device is None else device.platform)
+    parts = math.prod(mesh.shape[axis] for axis in TENSOR)
+    return least is not None and tokens * width >= least and parts > 1 and tokens % parts == 0
+
+
+def split_tokens(x: jax.Array) -> jax.Array:
+    """Hidden states `[T, D]`, each device of `tensor` with some tokens, where that is worth it."""
+    return lax.with_sharding_constraint(x, PartitionSpec(TENSOR)) if splits_tokens(*x.shape) else x
+
+
+def whole_tokens(x: jax.Array) -> jax.Array:
+    """They again, all tokens on each device."""
+    return lax.with_sharding_constraint(x, PartitionSpec()) if splits_tokens(*x.shape) else x
 
 
 def with_sharding(

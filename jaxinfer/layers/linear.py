@@ -9,8 +9,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from jaxinfer.sharding import FSDP, TENSOR, axis_size, on_tensor
-from jaxinfer.weights import Adapted, Axes, Dense, Weight, dot, dot_parts, dots, take
+from jaxinfer.sharding import FSDP, TENSOR, axes_of, axis_size, on_axes, on_tensor, splits_tokens, whole_tokens
+from jaxinfer.weights import Adapted, Axes, Dense, Weight, dot, dot_parts, dots, scattered_dot, take
 
 
 def parameter(
@@ -47,9 +47,22 @@ def linears(x: jax.Array, *layers: Linear) -> list[jax.Array]:
     """What each of the layers makes of x, at once where that is faster."""
     for layer in layers:
         layer.observe(x)
-    outs = dots(x, [layer.weight.get_value() for layer in layers])
+    outs = _products(x, [layer.weight.get_value() for layer in layers])
     biases = [None if layer.bias is None else layer.bias.get_value() for layer in layers]
     return [out if bias is None else out + bias for out, bias in zip(outs, biases, strict=True)]
+
+
+def _products(x: jax.Array, weights: list[Weight]) -> list[jax.Array]:
+    """Where tokens are split over `tensor` between products, all of them for weights whose outputs it splits, and some
+    on each device from those whose inputs it splits."""
+    if all(_split(weight, 1) and splits_tokens(x.shape[0], weight.shape[0]) for weight in weights):
+        return [scattered_dot(x, weight) for weight in weights]
+    return dots(whole_tokens(x) if any(_split(weight, 0) for weight in weights) else x, weights)
+
+
+def _split(weight: Weight, axis: int) -> bool:
+    """Whether `tensor` splits a weight's outputs (0), or its inputs (1)."""
+    return weight.axes is not None and bool(axes_of(on_axes(weight.axes, TENSOR), axis))
 
 
 class Embedding(nnx.Module):
@@ -84,7 +97,7 @@ def _without_bias(x: jax.Array, weight: Weight, mesh: Mesh | None) -> jax.Array:
     if isinstance(weight, Adapted):
         return weight.adapted_products(x, _without_bias(x, weight.base, mesh))
     if axis_size(mesh, (FSDP,)) == 1:
-        return dot(x, weight, "float32")
+        return dot(whole_tokens(x), weight, "float32")  # or the final norm's tokens go around the chips, part by part
     columns = lax.all_to_all(x, FSDP, 1, 0, tiled=True)
 
     def logits(columns: jax.Array, weight: Weight) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.attention import ForwardBatch
 from jaxinfer.cache import Cache, LayerCache
-from jaxinfer.sharding import FSDP, TENSOR, axis_size, fsdp_axis, on_axes, on_tensor
+from jaxinfer.sharding import FSDP, TENSOR, axis_size, fsdp_axis, on_axes, on_tensor, split_tokens, whole_tokens
 
 M = TypeVar("M", bound=nnx.Module)
 Stream = Any  # what goes from layer to layer: hidden states `[T, D]`, or a tuple that begins with them
@@ -26,6 +26,11 @@ def hidden_states(stream: Stream) -> jax.Array:
     return cast(jax.Array, stream[0] if isinstance(stream, tuple) else stream)
 
 
+def _with_hidden(stream: Stream, call: Callable[[jax.Array], jax.Array]) -> Stream:
+    (hidden, *more), tree = jax.tree.flatten(stream)
+    return jax.tree.unflatten(tree, [call(hidden), *more])
+
+
 def stack(
     layers: Iterable[M], x: Stream, cache: Cache | None, batch: ForwardBatch, run: RunLayer[M]
 ) -> tuple[Stream, Cache | None]:
@@ -34,6 +39,7 @@ def stack(
     arrays: list[LayerCache | None] = list(cache or ())
     views = batch.views()
     places = batch.layers.places if batch.layers is not None and cache is not None else ()
+    x = _with_hidden(x, split_tokens)
     before = hidden_states(x)
     for i, layer in enumerate(layers):
         whole = gathered(layer, before, batch.mesh)
@@ -43,7 +49,7 @@ def stack(
         else:
             own, group = location
             x, arrays[own] = run(whole, x, arrays[own], views[group])
-    return x, None if cache is None else cast(Cache, tuple(arrays))
+    return _with_hidden(x, whole_tokens), None if cache is None else cast(Cache, tuple(arrays))
 
 
 def gathered(layer: M, before: jax.Array, mesh: Mesh | None) -> M:

@@ -85,7 +85,7 @@ class Instruction:
 
     @property
     def trips(self) -> int | None:
-        """How often a loop runs, where the compiler knows."""
+        """How often a loop runs, where the compiler says it. See `Module.trips`."""
         return self.number(r'"known_trip_count":\{"n":"(\d+)"')
 
     @property
@@ -132,6 +132,13 @@ class Computation:
             for operand in dict.fromkeys(instruction.operands):
                 users.setdefault(operand, []).append(instruction)
         return users
+
+    def constant(self, name: str) -> int | None:
+        """The integer that this is, or is a copy of; None if it is none."""
+        own = self[name]
+        while own.opcode in ("copy", "bitcast"):
+            own = self[own.operands[0]]
+        return int(own.inner) if own.opcode == "constant" and re.fullmatch(r"-?\d+", own.inner) else None
 
     def read(self, own: Instruction, operand: str) -> int:
         """Bytes that one of its instructions, no fusion, reads of an operand: of what it slices or gathers from only
@@ -183,6 +190,26 @@ class Module:
     computations: Mapping[str, Computation]
     entry: str
     files: Mapping[int, tuple[str, ...]]
+
+    def trips(self, outer: Computation, loop: Instruction) -> int | None:
+        """How often a loop of a computation runs, which the compiler does not say of those that it makes of a product
+        and its collective: from what its counter begins with, what is added, and what it stays below. None: it has
+        no such counter."""
+        if (said := loop.trips) is not None:
+            return said
+        condition, body = (self.computations[loop.called(name)[0]] for name in ("condition", "body"))
+        test, initial = condition[condition.root], outer[loop.operands[0]]
+        if test.opcode != "compare" or "direction=LT" not in test.rest or initial.opcode != "tuple":
+            return None
+        counter, end = condition[test.operands[0]], condition.constant(test.operands[1])
+        if counter.opcode != "get-tuple-element":
+            return None
+        after, start = body[body[body.root].operands[counter.index]], outer.constant(initial.operands[counter.index])
+        steps = [body.constant(name) for name in after.operands] if after.opcode == "add" else []
+        added = [step for step in steps if step is not None]
+        if start is None or end is None or len(added) != 1:
+            return None
+        return max(-(-(end - start) // added[0]), 0)
 
 
 def parse(text: str) -> Module:

@@ -21,6 +21,7 @@ PASSING = ("bitcast", "copy", "reshape", "transpose", "convert", "optimization-b
 ASYNC = "-start", "-done", "-update"
 KERNEL = "tpu_custom_call"
 PARTS = "ConcatBitcast"  # of an array that is copied in several; they lie one behind the other
+NEIGHBOURS = 4  # of a chip in a torus of two dimensions; those in three have slower links, and more of them
 BUSY = 1 / 3  # of a unit's slots: below that, no unit binds, but that each bundle waits for others
 # What is not known.
 LOOPS = "how often inner loops run: those that the compiler does not know count once"
@@ -164,6 +165,7 @@ class Schedule:
         self.notes: dict[str, None] = {}
         self.seconds = 0.0
         self.memory, self.links = Queue(chip.bandwidth), Queue(chip.link)
+        self.neighbours: dict[str, Queue] = {}  # of permutations, by who sends to whom
         self.marks: dict[str, tuple[Queue, float, Op]] = {}
 
     @property
@@ -180,7 +182,7 @@ class Schedule:
             if own.opcode in FREE or own.target == PARTS or own.name == skipped:
                 continue
             if own.opcode == "while":
-                trips = own.trips
+                trips = self.module.trips(scope.computation, own)
                 if trips is None:
                     self.notes[LOOPS] = None
                 start = self.seconds
@@ -222,10 +224,11 @@ class Schedule:
             kind = inside[inside.root].opcode
         arrays = [array for array in own.arrays if array.dims]
         if kind in KINDS:
-            op, size = self._op(kind), max(array.bytes for array in arrays)
-            op.add(times, sent=_sent(kind, size))
+            op, sent = self._op(kind), _sent(kind, max(array.bytes for array in arrays))
+            op.add(times, sent=sent)
             self.notes[COLLECTIVES] = None
-            self.marks[own.name] = self.links, self.links.add(_sent(kind, size)), op
+            queue = self._links(own)
+            self.marks[own.name] = queue, queue.add(sent), op
             return
         op, size = self._op(self.name_of(scope, own)), min((array.bytes for array in arrays), default=0)
         from_memory = any(array.in_memory for array in scope.computation[own.operands[0]].arrays)
@@ -248,16 +251,25 @@ class Schedule:
         """Time passes, in which others than copies move so many bytes."""
         self.seconds += seconds
         self.memory.run(seconds, moved)
-        self.links.run(seconds)
+        for links in (self.links, *self.neighbours.values()):
+            links.run(seconds)
+
+    def _links(self, own: Instruction) -> Queue:
+        """All of a chip's; of a permutation the one to a neighbour, beside others to another."""
+        pairs = own.said(r"source_target_pairs=(\{\S*\})")
+        if pairs is None:
+            return self.links
+        return self.neighbours.setdefault(pairs, Queue(self.chip.link / NEIGHBOURS))
 
     def _operation(self, scope: Scope, own: Instruction, times: int) -> None:
         code, run = self.codes.get(own.name), 0
         if code is not None:
             run = code.run(code.grid or own.iterations)
-        if own.opcode in KINDS:
-            op, read, written = self._op(own.opcode), 0, 0
-            sent = _sent(own.opcode, sum(array.bytes for array in own.arrays))
-            seconds = sent / self.chip.link
+        if kind := self._collective(own):
+            op, read, written = self._op(kind), 0, 0
+            sides = own.operands if kind == "reduce-scatter" else (own.name,)  # the whole of what is sent
+            sent = _sent(kind, sum(array.bytes for name in sides for array in scope.computation[name].arrays))
+            seconds = sent / self._links(own).rate
             self.notes[COLLECTIVES] = None
         else:
             op, sent = self._op(self.name_of(scope, own)), 0
@@ -275,6 +287,13 @@ class Schedule:
         if code is not None:
             op.codes[own.name] = code, times * seconds
         self._pass(seconds, read + written)
+
+    def _collective(self, own: Instruction) -> str:
+        """Its kind; "" of what is none. Of a fusion that sums over chips, and keeps a part, it is a reduce-scatter."""
+        inside = [self.module.computations[name] for name in own.called("calls")] if own.opcode == "fusion" else []
+        if any(one.opcode in ("all-reduce", "reduce-scatter") for computation in inside for one in computation):
+            return "reduce-scatter"
+        return own.opcode if own.opcode in KINDS else ""
 
     def _op(self, name: str) -> Op:
         return self.ops.setdefault(name, Op(name))
@@ -364,5 +383,5 @@ class Schedule:
 
 
 def _sent(kind: str, size: int) -> int:
-    """Bytes over a chip's links, for a result of so many: at most, of many chips."""
+    """Bytes over a chip's links, for so many of a result, or of what is scattered: at most, of many chips."""
     return 2 * size if kind == "all-reduce" else size

@@ -2,7 +2,7 @@
 
 from jaxinfer.weights.adapted import Adapted, LowRank
 from jaxinfer.weights.dense import Dense
-from jaxinfer.weights.products import dot_parts
+from jaxinfer.weights.products import dot_parts, scattered_dot
 from jaxinfer.weights.quantized import QArray
 from jaxinfer.weights.weight import Axes, Weight, dot, dots, grouped_dots, take
 
@@ -17,5 +17,6 @@ __all__ = [
     "dot_parts",
     "dots",
     "grouped_dots",
+    "scattered_dot",
     "take",
 ]

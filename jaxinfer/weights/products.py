@@ -68,5 +68,19 @@ def dot_parts(x: jax.Array, weight: Weight) -> jax.Array:
     def part(x: jax.Array, weight: Weight) -> jax.Array:
         return dot(x, weight, "float32", split_over=TENSOR)[None]
 
-    specs = jax.tree.unflatten(jax.tree.structure(weight), [on_axes(axes, TENSOR) for axes in weight.array_axes])
-    return on_tensor(part, (PartitionSpec(None, TENSOR), specs), PartitionSpec(TENSOR))(x, weight)
+    return on_tensor(part, (PartitionSpec(None, TENSOR), _specs(weight)), PartitionSpec(TENSOR))(x, weight)
+
+
+def scattered_dot(x: jax.Array, weight: Weight) -> jax.Array:
+    """`dot` of `x [T, in]` with a weight whose inputs `tensor` splits: `[T, out]`, of which each device has some
+    tokens. They are sent in x's dtype; XLA would send them in float32."""
+
+    def part(x: jax.Array, weight: Weight) -> jax.Array:
+        return lax.psum_scatter(dot(x, weight, split_over=TENSOR), TENSOR, tiled=True)
+
+    return on_tensor(part, (PartitionSpec(None, TENSOR), _specs(weight)), PartitionSpec(TENSOR))(x, weight)
+
+
+def _specs(weight: Weight) -> Any:
+    """How `tensor` splits each of its arrays."""
+    return jax.tree.unflatten(jax.tree.structure(weight), [on_axes(axes, TENSOR) for axes in weight.array_axes])

@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.models.model import AbstractModel
-from jaxinfer.sharding import AXES
+from jaxinfer.plan.collectives import collectives
+from jaxinfer.sharding import AXES, LEAST_SPLIT
 from tests.checkpoints import same_tokens
 
 OPTIONS = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8}
@@ -75,6 +76,29 @@ def test_the_same_logits_and_tokens(checkpoints, alone, name, mesh):
         together = llm.generate(reference.prompts, GREEDY)
         for output, tokens, gaps in zip(together, reference.greedy, reference.gaps, strict=True):
             assert same_tokens(output.outputs[0].token_ids, tokens, gaps)
+
+
+SPLIT = {**dict.fromkeys(("llama", "gpt2"), ()), "qwen3": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in SPLIT.items()])
+def test_tokens_split_between_products(checkpoints, alone, monkeypatch, name):
+    """As they are on TPUs, where there are many: each layer's two sums are scattered, and gathered for products."""
+    monkeypatch.setitem(LEAST_SPLIT, "cpu", 1)
+    reference = checkpoints(name)
+    with LLM(reference.folder, mesh="data=2,tensor=4", **OPTIONS) as llm:
+        prompt, layers = reference.prompts[-1], llm.model.config.num_layers
+        np.testing.assert_allclose(llm.score([prompt])[0].logprobs, alone(name), atol=1e-5)
+        together = llm.generate(reference.prompts, GREEDY)
+        for output, tokens, gaps in zip(together, reference.greedy, reference.gaps, strict=True):
+            assert same_tokens(output.outputs[0].token_ids, tokens, gaps)
+        texts = [program.as_text() for key, program in llm.engine.runner._executables.items() if key[0] == "forward"]
+    assert texts
+    for text in texts:
+        found = {kind: total.count for kind, total in collectives(text).items()}
+        assert found["reduce-scatter"] == 2 * layers
+        assert found["all-gather"] >= 2 * layers
+        assert found.get("all-reduce", 0) <= 2, "of embeddings"
 
 
 WIDE = {

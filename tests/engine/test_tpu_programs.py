@@ -29,8 +29,11 @@ def test_compiled_for_a_slice(topology, widths, most):
         kind, rows = figures["key"]
         assert figures["kernels"] == layers * CALLS[kind]
         assert not figures["copied"]
+        split = kind == "forward"  # whose tokens are split between products; the embedding's sum is scattered too
         reductions = sum(count == rows * width for count in elements(figures["all-reduce"]))
-        assert reductions == (2 * layers + 1 if kind != "full_sample" else 0)
+        assert reductions == {"forward": 1, "full_sample": 0}.get(kind, 2 * layers + 1)
+        assert elements(figures["reduce-scatter"]) == [rows * width // chips] * (2 * layers * split)
+        assert sum(count == rows * width for count in elements(figures["all-gather"])) == (2 * layers + 1) * split
         others = [c for c in elements(figures["all-reduce"] + figures["all-gather"]) if c != rows * width]
         assert max(others, default=0) <= chips * 128 * 20, "more than the likeliest tokens of each device"
         assert figures["temporaries"] < limit * MIB

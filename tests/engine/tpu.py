@@ -53,7 +53,7 @@ for case in json.loads(sys.argv[1]):
         compiled = programs[key].lower().compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
         collectives = {kind: re.findall(rf"= \\w+\\[([\\d,]*)\\]\\S* {kind}(?:-start)?\\(", text)
-                       for kind in ("all-reduce", "all-gather")}
+                       for kind in ("all-reduce", "all-gather", "reduce-scatter")}
         params, changed, read, *_ = programs[key].arguments
         if key[0].endswith("forward"):  # which does without what the head alone has
             params = {name: params[name] for name in params if name not in programs.model.head}

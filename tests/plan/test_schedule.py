@@ -202,6 +202,80 @@ def test_collectives():
     assert COLLECTIVES in made.notes
 
 
+def test_a_permutation_has_one_link():
+    """Two to different neighbours run beside each other, and two to the same one after the other."""
+    around, back = "{{0,1},{1,0}}", "{{1,0},{0,1}}"
+    sent = "(bf16[100]{0:S(1)}, bf16[100]{0:S(1)}) collective-permute-start(%x), source_target_pairs="
+    done = "bf16[100]{0:S(1)} collective-permute-done"
+    one, two = (
+        entry(f"""
+  %a = {sent}{around}
+  %b = {sent}{other}
+  %c = bf16[8]{{0:S(1)}} fusion(%x), {cost(2000)}
+  %d = {done}(%a)
+  ROOT %e = {done}(%b)""")
+        for other in (back, around)
+    )
+    made, turns = schedule(one), schedule(two)
+    assert made.ops["collective-permute"].sent == 400
+    assert made.ops["collective-permute"].waited == pytest.approx(6000e-9)
+    assert turns.seconds == pytest.approx(16000e-9)
+
+
+SCATTER = """%all-reduce-scatter (input: f32[800]) -> f32[100] {
+  %input = f32[800]{0:S(1)} parameter(0)
+  %sum = f32[800]{0:S(1)} all-reduce(%input), to_apply=%add
+  ROOT %part = f32[100]{0:S(1)} dynamic-slice(%sum, %i), dynamic_slice_sizes={100}
+}"""
+
+
+@pytest.mark.parametrize("call", ["fusion(%a), kind=kCustom, calls=%all-reduce-scatter", "reduce-scatter(%a)"])
+def test_all_of_what_is_scattered_is_sent(call):
+    text = entry(
+        f"""
+  %a = f32[800]{{0:S(1)}} fusion(%x), {cost(1000)}
+  ROOT %b = f32[100]{{0:S(1)}} {call}""",
+        SCATTER,
+    )
+    made = schedule(text)
+    assert made.ops["reduce-scatter"].sent == 3200
+    assert made.seconds == pytest.approx(33000e-9)
+
+
+def test_loops_whose_trips_follow_from_their_counters():
+    """Those that the compiler makes of a product and its collective say nothing of how often they run."""
+
+    def text(start: str, test: str = "direction=LT") -> str:
+        loop = f"""%body (t: (s32[], bf16[10])) -> (s32[], bf16[10]) {{
+  %two = s32[] constant(2)
+  %t = (s32[], bf16[10]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %next = s32[] add(%i, %two)
+  %v2 = bf16[10]{{0:S(1)}} get-tuple-element(%t), index=1
+  %made = bf16[10]{{0:S(1)}} fusion(%v2), {cost(1000)}
+  ROOT %r = (s32[], bf16[10]) tuple(%next, %made)
+}}
+%condition (t2: (s32[], bf16[10])) -> pred[] {{
+  %end = s32[] constant(7), metadata={{}}
+  %t2 = (s32[], bf16[10]) parameter(0)
+  %j = s32[] get-tuple-element(%t2), index=0
+  ROOT %less = pred[] compare(%j, %end), {test}
+}}"""
+        body = f"""
+  %one = s32[] constant(1)
+  %begin = s32[]{{:S(2)}} {start}
+  %all = (s32[], bf16[10]) tuple(%begin, %x)
+  ROOT %w2 = (s32[], bf16[10]) while(%all), condition=%condition, body=%body"""
+        return entry(body, loop)
+
+    known = schedule(text("copy(%one)"))
+    assert known.seconds == pytest.approx(3000e-9)
+    assert LOOPS not in known.notes
+    for unknown in (schedule(text("parameter(4)")), schedule(text("copy(%one)", "direction=GT"))):
+        assert unknown.seconds == pytest.approx(1000e-9)
+        assert LOOPS in unknown.notes
+
+
 ALIASES = '"aliasing_operands":{"lists":[{"indices":["0","2"]}]}'
 KERNEL_CALL = f"""
   %new = bf16[1000,10]{{1,0}} fusion(%kv, %x), calls=%f, backend_config={{{ALIASES}}}
