@@ -124,7 +124,8 @@ def work_of(metadata: Mapping[str, str], tokens: Sequence[int], lengths: Sequenc
         if count
         else 0
     )
-    loops = [(1, cut.steps), (2, early), (2, blocks), (3, brought - early), (3, brought)]
+    # Steps of the grid that have no pair do next to nothing.
+    loops = [(1, count), (2, early), (2, blocks), (3, brought - early), (3, brought)]
     if cut.blanked:
         before = np.maximum(-(-lowest // cut.blanked) - begin * cut.keys // cut.blanked, 0)
         loops.append((3, int((before + end * cut.keys // cut.blanked - highest // cut.blanked).sum())))

@@ -321,7 +321,7 @@ def test_a_kernel_says_what_it_does():
     figures = profiled(text, codes, False, Bound(1, CHIP, 1.0, 1.0, 0.0), [(1, 1024), (1, 992)])
     (op,) = (op for op in figures["ops"] if op["op"] == "ragged_paged_attention")
     pages = 16 + 16
-    times = [4, 8, 4, pages - 8, pages, 1]
+    times = [2, 8, 4, pages - 8, pages, 1]
     assert [loop[2] for loop in op["kernel"][0]["loops"]] == times
     assert (op["bundles_run"], op["bytes_read"]) == (sum(times), 1000 * pages)
 
