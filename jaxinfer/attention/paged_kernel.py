@@ -3,7 +3,9 @@
 A token's keys and values of all heads are one row, each head's key followed by its value, which is cut into columns
 of 128 lanes: no head size is padded by itself, and a column of a page is whole tiles, one after the other, whatever the
 dtype. A head's key is then some lanes of one or more columns: queries are laid into as many, with zeros beside them,
-and of what weights make of them only the value's lanes are kept. So nothing is cut out of a row or shifted.
+and of what weights make of them only the value's lanes are kept. So nothing is cut out of a row or shifted. Where rows
+have one token each XLA lays queries out so; of blocks of several the kernel does, in fast memory, and takes and gives
+heads as projections have them, one beside the other.
 
 The stream of queries is cut into blocks, and work is a list of pairs, (block, row that has tokens in it), over blocks
 of keys: one grid step each, with an online softmax in float32 (Milakov and Gimelshein, arXiv:1805.02867; the list is as
@@ -29,6 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxinfer.attention.batch import ForwardBatch
+from jaxinfer.attention.pairs import Cut, Pairs, Span, pairs_of
 from jaxinfer.attention.spec import AttentionSpec
 from jaxinfer.attention.tpu import LANES
 from jaxinfer.attention.xla import NEGATIVE, capped
@@ -93,10 +96,11 @@ def attend_rows_in_place(
     out = call(q[:count], 1, live & (rows < decoding))
     if not batch.decode_only:
         size = _queries(tokens, heads, k.shape[1], q.shape[2], q.dtype.itemsize)
-        decoded = jnp.pad(out, ((0, max(tokens - count, 0)), (0, 0), (0, 0)))[:tokens]
-        out = jnp.where((index < decoding)[:, None, None], decoded, call(q, size, live & (rows >= decoding)))
+        decoded, out = out, call(q, size, live & (rows >= decoding))
+        decodes = (index < decoding)[: decoded.shape[0], None]
+        out = lax.dynamic_update_slice(out, jnp.where(decodes, decoded, out[: decoded.shape[0]]), (0, 0))
     used = (index < batch.cu_q_lens[-1]) & live[batch.segment_ids]
-    return jnp.where(used[:, None, None], out, jnp.zeros((), q.dtype)), cache
+    return jnp.where(used[:, None], out, jnp.zeros((), q.dtype)).reshape(q.shape), cache
 
 
 def write_rows(k: jax.Array, v: jax.Array, cache: Pages, batch: ForwardBatch) -> Pages:
@@ -104,15 +108,17 @@ def write_rows(k: jax.Array, v: jax.Array, cache: Pages, batch: ForwardBatch) ->
     tokens, kv_heads, head_dim = k.shape
     _, width, page_size, _ = cache.kv.shape
     page, slot = batch.slot_mapping(page_size)
-    pairs, scales = jnp.stack([k, v], axis=2).reshape(tokens, 2 * kv_heads, head_dim), None
+    scales = None
     if isinstance(cache, QuantizedRowPages):
-        pairs, new = quantize_last(pairs, cache.kv.dtype)
+        (k, of_keys), (v, of_values) = (quantize_last(x, cache.kv.dtype) for x in (k, v))
+        new = jnp.stack([of_keys[..., 0], of_values[..., 0]], axis=2).reshape(tokens, -1)
         at = slot[:, None] + jnp.arange(2 * kv_heads, dtype=jnp.int32) * page_size
-        scales = cache.scales.at[page[:, None], at // LANES, at % LANES].set(new[..., 0])
-    rows = jnp.pad(pairs.reshape(tokens, -1), ((0, 0), (0, width * LANES - 2 * kv_heads * head_dim)))
-    rows = rows.reshape(tokens, width, LANES).astype(cache.kv.dtype)
+        scales = cache.scales.at[page[:, None], at // LANES, at % LANES].set(new)
+    rows = jnp.concatenate([k, v], axis=2).reshape(tokens, -1).astype(cache.kv.dtype)
+    rows = jnp.pad(rows, ((0, 0), (0, width * LANES - 2 * kv_heads * head_dim)))
     # Column by column: of other shapes the compiler makes a copy of the pool in each call.
-    at = (page[:, None] * width + jnp.arange(width, dtype=jnp.int32)) * page_size + slot[:, None]
+    rows = rows.reshape(tokens, width, LANES).swapaxes(0, 1)
+    at = (page * width + jnp.arange(width, dtype=jnp.int32)[:, None]) * page_size + slot
     kv = cache.kv.reshape(-1, LANES).at[at].set(rows).reshape(cache.kv.shape)
     return RowPages(kv) if scales is None else QuantizedRowPages(kv, scales)
 
@@ -120,46 +126,9 @@ def write_rows(k: jax.Array, v: jax.Array, cache: Pages, batch: ForwardBatch) ->
 def _queries(tokens: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
     """Tokens of a block: a power of 2."""
     width = max(Window.of(i, head_dim).width for i in range(2 * kv_heads))
-    each = heads * (width * (4 * itemsize + 4) + 2 * LANES * 4)
+    each = heads * (width * (5 * itemsize + 4) + 2 * LANES * 4)
     most = min(QUERIES, QUERY_BYTES // each, tokens)
     return max(1 << most.bit_length() - 1, 16) if most else 16
-
-
-class Pairs(NamedTuple):
-    """Work: rows, and blocks of queries that they have tokens in.
-
-    row, block: i32[N] of each pair; beyond the last one, its.
-    begin, end: i32[N], of the blocks of keys that the queries see; done: how many those of the pairs before have.
-    size: i32[1], how many pairs there are.
-    """
-
-    row: jax.Array
-    block: jax.Array
-    begin: jax.Array
-    end: jax.Array
-    done: jax.Array
-    size: jax.Array
-
-
-def _pairs(batch: ForwardBatch, wanted: jax.Array, size: int, blocks: int, keys: int, window: int | None) -> Pairs:
-    """Of the wanted rows. size: tokens of a block of queries; blocks: how many of them; keys: of a block."""
-    starts, stops = batch.cu_q_lens[:-1], batch.cu_q_lens[1:]
-    first = starts // size
-    counts = jnp.where(wanted & (stops > starts), (stops - 1) // size - first + 1, 0)
-    ends = jnp.cumsum(counts)
-    number, total = jnp.arange(min(blocks * size, blocks + counts.shape[0]), dtype=jnp.int32), ends[-1]
-    here = jnp.maximum(jnp.minimum(number, total - 1), 0)
-    row = jnp.minimum(jnp.sum(here[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), counts.shape[0] - 1)
-    block = jnp.clip(first[row] + here - (ends - counts)[row], 0, blocks - 1)
-    shift = (batch.kv_lens - stops)[row]
-    lowest, highest = (
-        jnp.maximum(starts[row], block * size) + shift,
-        jnp.minimum(stops[row], (block + 1) * size) + shift,
-    )
-    begin = jnp.zeros_like(row) if window is None else jnp.maximum(lowest - window + 1, 0) // keys
-    end = jnp.where(number < total, (highest + keys - 1) // keys, begin)
-    steps = end - begin
-    return Pairs(row, block, begin, end, jnp.cumsum(steps) - steps, total[None])
 
 
 def _attend(
@@ -175,39 +144,53 @@ def _attend(
     sinks: bool,
     alibi: bool,
 ) -> jax.Array:
-    """Of queries of the wanted rows, in blocks of `size` tokens; of others anything. scores: f32[2, H], sinks and
-    slopes."""
+    """Of queries of the wanted rows, in blocks of `size` tokens, `[T, H * d]`; of others anything. scores: f32[2, H],
+    sinks and slopes."""
     tokens, heads, head_dim = q.shape
     group, blocks = heads // kv_heads, -(-tokens // size)
     width, page_size = cache.kv.shape[1:3]
     keys_in, values_in = ([Window.of(2 * h + i, head_dim) for h in range(kv_heads)] for i in range(2))
     wide, high = (max(w.width for w in windows) for windows in (keys_in, values_in))
-    # [blocks, K, tokens of a block for each query head, lanes]
-    q = jnp.pad(q, ((0, blocks * size - tokens), (0, 0), (0, 0))).reshape(blocks, size, kv_heads, group, head_dim)
-    q = q.transpose(0, 2, 3, 1, 4).reshape(blocks, kv_heads, group * size, head_dim)
-    q = _by_head(q, [w.offset for w in keys_in], lambda x, at: _padded(x, at, wide - at - head_dim))
+    if size == 1:
+        q = q.reshape(tokens, kv_heads, group, head_dim)
+        q = _by_head(q, [w.offset for w in keys_in], lambda x, at: _padded(x, at, wide - at - head_dim))
+    else:
+        q = jnp.pad(q.reshape(tokens, -1), ((0, blocks * size - tokens), (0, 0)))
 
     room = KEY_BYTES // (2 * width * LANES * cache.kv.dtype.itemsize)
     in_block = max(min(KEYS, room, batch.pages.shape[1] * page_size) // page_size, 1)
     in_block = min(in_block, SCALED_PAGES) if isinstance(cache, QuantizedRowPages) else in_block
-    pairs = _pairs(batch, wanted, size, blocks, in_block * page_size, spec.window)
-    rows = group * size
-    scratch = [pltpu.VMEM((2, width, in_block * page_size, LANES), cache.kv.dtype)]
+    keys, rows = in_block * page_size, group * size
+    cut = Cut(
+        size=size,
+        steps=min(blocks * size, blocks + batch.kv_lens.shape[0]),
+        keys=keys,
+        page_size=page_size,
+        page_bytes=sum(math.prod(pool.shape[1:]) * pool.dtype.itemsize for pool in cache),
+        # Fewer than a tile of rows can't be loaded and stored.
+        blanked=0 if jnp.issubdtype(cache.kv.dtype, jnp.integer) else (page_size if page_size >= 32 else keys),
+        window=spec.window or 0,
+    )
+    pairs = pairs_of(batch.cu_q_lens, batch.kv_lens, wanted, blocks, cut)
+    scratch = [pltpu.VMEM((2, width, keys, LANES), cache.kv.dtype)]
     if isinstance(cache, QuantizedRowPages):
         scratch.append(pltpu.VMEM((2, in_block, *cache.scales.shape[1:]), cache.scales.dtype))
 
-    # Twice what the grid brings, sums, of which two have a lane each that takes a tile, and what the compiler adds.
-    each = 2 * (wide + high) * q.dtype.itemsize + (high + 2 * LANES) * 4
+    # Twice what the grid brings, queries laid out, sums, of which two have a lane each that takes a tile, and what the
+    # compiler adds.
+    each = (3 * wide + 2 * high) * q.dtype.itemsize + (high + 2 * LANES) * 4
     held = kv_heads * -(-rows // 16) * 16 * each + sum(math.prod(s.shape) * s.dtype.itemsize for s in scratch)
 
-    def of_block(lanes: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, kv_heads, rows, lanes), lambda p, row, block, *_: (block[p], 0, 0, 0))
+    def of_block(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda p, row, block, *_: (block[p], *(0 for _ in shape[1:])))
 
+    shape = (tokens, kv_heads, group, high) if size == 1 else q.shape
     body = functools.partial(
         _kernel,
         spec=spec,
-        size=size,
+        cut=cut,
         windows=(keys_in, values_in),
+        head_dim=head_dim,
         sinks=sinks,
         alibi=alibi,
     )
@@ -215,28 +198,33 @@ def _attend(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(pairs) + 4,
-            grid=(pairs.row.shape[0],),
-            in_specs=[of_block(wide), *(pl.BlockSpec(memory_space=pl.ANY) for _ in cache)],
-            out_specs=of_block(high),
+            grid=(cut.steps,),
+            in_specs=[of_block(size, *q.shape[1:]), *(pl.BlockSpec(memory_space=pl.ANY) for _ in cache)],
+            out_specs=of_block(size, *shape[1:]),
             scratch_shapes=[
                 *scratch,
                 *(pltpu.VMEM((kv_heads, rows, lanes), jnp.float32) for lanes in (1, 1, high)),
+                *([] if size == 1 else [pltpu.VMEM((kv_heads, rows, wide), q.dtype)]),
                 pltpu.SemaphoreType.DMA((2, len(cache))),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((blocks, kv_heads, rows, high), q.dtype),
+        out_shape=jax.ShapeDtypeStruct(shape, q.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=max(LEAST_MEMORY, held + held // 2)
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=max(LEAST_MEMORY, held + held // 2),
+            disable_bounds_checks=True,  # of copies: pages are those of the table
         ),
         name="ragged_paged_attention",
+        metadata=cut.metadata,
     )(*pairs, batch.cu_q_lens, batch.kv_lens, batch.pages, scores, q, *cache)
-    out = _by_head(out, [w.offset for w in values_in], lambda x, at: x[..., at : at + head_dim])
-    out = out.reshape(blocks, kv_heads, group, size, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(blocks * size, heads, head_dim)[:tokens]
+    if size == 1:
+        out = _by_head(out, [w.offset for w in values_in], lambda x, at: x[..., at : at + head_dim])
+        return out.reshape(tokens, -1)
+    return out[:tokens]
 
 
 def _by_head(x: jax.Array, offsets: list[int], change: Callable[[jax.Array, int], jax.Array]) -> jax.Array:
-    """Of `[blocks, K, ...]` each head changed by its offset, and all at once where they have the same."""
+    """Of `[T, K, ...]` each head changed by its offset, and all at once where they have the same."""
     if len(set(offsets)) == 1:
         return change(x, offsets[0])
     return jnp.stack([change(x[:, head], offset) for head, offset in enumerate(offsets)], axis=1)
@@ -249,32 +237,26 @@ def _padded(x: jax.Array, before: int, after: int) -> jax.Array:
 def _kernel(
     *refs: Any,
     spec: AttentionSpec,
-    size: int,
+    cut: Cut,
     windows: tuple[list[Window], list[Window]],
+    head_dim: int,
     sinks: bool,
     alibi: bool,
 ) -> None:
     """refs: Pairs, cu_q_lens, kv_lens, pages, scores; q; pools; out; buffers, the largest score, the sum of weights and
-    that of values `[K, group * size, ...]`, semaphores."""
+    that of values `[K, group * size, ...]`, queries laid out as these are if q is not, semaphores."""
     pairs, (starts, lengths, table, of_heads, q, *rest) = Pairs(*refs[:6]), refs[6:]
     count = refs[-1].shape[1]
     pools, out, buffers = rest[:count], rest[count], rest[count + 1 : 2 * count + 1]
-    top, total, acc, semaphores = rest[2 * count + 1 :]
+    top, total, acc, *laid, semaphores = rest[2 * count + 1 :]
     buffer, *scales = buffers
-    kv_heads, rows = q.shape[1:3]
-    page_size, keys = pools[0].shape[2], buffer.shape[2]
+    rows = acc.shape[1]
+    size, page_size, keys = cut.size, cut.page_size, cut.keys
     in_block, group = keys // page_size, rows // size
     p, pairs_there = pl.program_id(0), pairs.size[0]
 
-    def seen_by(pair: jax.Array) -> tuple[jax.Array, ...]:
-        """The pair's first and last token (exclusive), what makes positions of them, and the first and last position
-        (exclusive) that they see."""
-        row, block = pairs.row[pair], pairs.block[pair]
-        first = jnp.maximum(starts[row], block * size)
-        last = jnp.minimum(starts[row + 1], (block + 1) * size)
-        shift = lengths[row] - starts[row + 1]
-        lowest = jnp.int32(0) if spec.window is None else jnp.maximum(first + shift - spec.window + 1, 0)
-        return first, last, shift, lowest, last + shift
+    def seen_by(pair: jax.Array) -> Span:
+        return Span.of(pairs.row[pair], pairs.block[pair], starts, lengths, cut)
 
     def copies(pair: jax.Array, step: jax.Array, slot: jax.Array, begins: bool) -> None:
         """Begins to bring the pages of a block of keys that are seen, or waits for them."""
@@ -309,6 +291,11 @@ def _kernel(
         top[...] = jnp.full(top.shape, NEGATIVE, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
+        for queries in laid:
+            for head, window in enumerate(windows[0]):
+                for g in range(group):
+                    own = _lanes(q, (head * group + g) * head_dim, head_dim)
+                    queries[head, g * size : (g + 1) * size] = _widened(own, window.offset, queries.shape[2])
 
     first, last, shift, lowest, highest = seen_by(p)
     begin, end, done = pairs.begin[p], pairs.end[p], pairs.done[p]
@@ -326,24 +313,30 @@ def _kernel(
     def body(step: jax.Array, _: None) -> None:
         slot = (done + step - begin) % 2
 
-        @pl.when(step + 1 < end)
-        def next_keys() -> None:
-            copies(p, step + 1, 1 - slot, True)
+        ahead = step + 1 < end
+        following = jnp.where(ahead, p, jnp.minimum(p + 1, pl.num_programs(0) - 1))
 
-        @pl.when((step + 1 == end) & (p + 1 < pairs_there))
-        def next_pair() -> None:
-            copies(p + 1, pairs.begin[p + 1], 1 - slot, True)
+        @pl.when(ahead | (p + 1 < pairs_there))
+        def next_keys() -> None:
+            copies(following, jnp.where(ahead, step + 1, pairs.begin[following]), 1 - slot, True)
 
         copies(p, step, slot, False)
         position = step * keys
-        if not jnp.issubdtype(buffer.dtype, jnp.integer):
+        if cut.blanked:
+            # It is what nobody brought, or somebody else left: 0 * NaN would be NaN. That of a key is no matter.
+            parts = keys // cut.blanked
+            low = jnp.clip(pl.cdiv(lowest - position, cut.blanked), 0, parts)
+            high = jnp.clip((highest - position) // cut.blanked, 0, parts)
 
-            @pl.when((position < lowest) | (position + keys > highest))
-            def zeros_elsewhere() -> None:
-                # It is what nobody brought, or somebody else left: 0 * NaN would be NaN.
-                here = position + lax.broadcasted_iota(jnp.int32, (1, keys, 1), 1)
-                kept = buffer[slot]
-                buffer[slot] = jnp.where((here >= lowest) & (here < highest), kept, jnp.zeros((), kept.dtype))
+            def blanked(i: jax.Array, _: None) -> None:
+                begin = pl.multiple_of(jnp.where(i < low, i, high + i - low) * cut.blanked, cut.blanked)
+                here = position + begin + lax.broadcasted_iota(jnp.int32, (cut.blanked, 1), 0)
+                here = (here >= lowest) & (here < highest)
+                for column in sorted({c for window in windows[1] for c in range(window.first, window.last)}):
+                    kept = buffer[slot, column, pl.ds(begin, cut.blanked)]
+                    buffer[slot, column, pl.ds(begin, cut.blanked)] = jnp.where(here, kept, jnp.zeros((), kept.dtype))
+
+            lax.fori_loop(0, low + parts - high, blanked, None)
 
         distance = token + shift - (position + lax.broadcasted_iota(jnp.int32, (1, keys), 1))
         seen = own & (distance >= 0)
@@ -354,7 +347,8 @@ def _kernel(
                 jnp.concatenate([buffer[slot, c].astype(q.dtype) for c in range(window.first, window.last)], axis=1)
                 for window in (key, value)
             )
-            points = _dot(q[0, head, :, : key.width], k, 1) * spec.scale
+            own_queries = laid[0][head, :, : key.width] if laid else q[0, head, :, : key.width]
+            points = _dot(own_queries, k, 1) * spec.scale
             if scales:
                 points *= _scales(scales[0], slot, 2 * head, page_size)
             points = capped(points, spec)
@@ -377,11 +371,34 @@ def _kernel(
 
     @pl.when(is_last & (p < pairs_there))
     def written() -> None:
-        for head in range(kv_heads):
+        pieces = []  # of each query head
+        for head, window in enumerate(windows[1]):
             weight = total[head]
             if sinks:
                 weight += jnp.exp(of_lines(0, head) - top[head])
-            out[0, head] = (acc[head] / jnp.maximum(weight, 1e-30)).astype(out.dtype)
+            made = acc[head] / jnp.maximum(weight, 1e-30)
+            if laid:
+                made = made[:, window.offset : window.offset + head_dim]
+                pieces += [made[g * size : (g + 1) * size] for g in range(group)]
+            else:
+                out[0, head] = made.astype(out.dtype)
+        together = LANES // math.gcd(LANES, head_dim)  # what fills whole columns
+        for i in range(0, len(pieces), together):
+            some = jnp.concatenate(pieces[i : i + together], axis=1).astype(out.dtype)
+            out[:, i * head_dim : i * head_dim + some.shape[1]] = some
+
+
+def _lanes(block: Any, begin: int, count: int) -> jax.Array:
+    """So many lanes of `[tokens, lanes]` from there on."""
+    first, last = begin // LANES * LANES, min(-(-(begin + count) // LANES) * LANES, block.shape[1])
+    return block[:, first:last][:, begin - first : begin - first + count]
+
+
+def _widened(x: jax.Array, before: int, width: int) -> jax.Array:
+    """With so many lanes before, and as many in all, of zeros."""
+    after = width - before - x.shape[1]
+    pieces = [jnp.zeros((x.shape[0], lanes), x.dtype) for lanes in (before, after)]
+    return jnp.concatenate([piece for piece in (pieces[0], x, pieces[1]) if piece.shape[1]], axis=1)
 
 
 def _scales(buffer: Any, slot: jax.Array, index: int, page_size: int) -> jax.Array:

@@ -65,4 +65,7 @@ def _lines(program: dict[str, Any], libtpu: str) -> list[str]:
             grid = "unknown" if code["grid"] is None else str(code["grid"])
             depths = ", ".join(f"{bundles:,}" for bundles in code["bundles"])
             lines.append(f"{op['op']}: grid of {grid}; bundles in no loop, in its grid's, in those within: {depths}")
+            if code["loops"]:
+                runs = ", ".join(f"{times:,} x {bundles:,}" for _, bundles, times in code["loops"])
+                lines.append(f"{op['op']}: its loops run {runs}")
     return [*lines, *(f"not known: {note}" for note in program["notes"])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ ARRAY = re.compile(r"\b(pred|token|[a-z]+?(\d+)\w*)\[([\d,]*)\](\{[^{}]*\})?")
 START = re.compile(r"\s*(ROOT )?%(\S+) = ")
 HEADER = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
 NAME = re.compile(r"%([\w.\-<>]+)")
+METADATA = re.compile(r"kernel_metadata=(\{[^}]*\})")
 VIEWS = ("bitcast", "reshape")
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # what changes an array in place, and which operand is new
 
@@ -82,6 +84,12 @@ class Instruction:
     def target(self) -> str:
         """What a custom call calls."""
         return self.said(r'custom_call_target="([^"]*)"') or ""
+
+    @property
+    def kernel_metadata(self) -> dict[str, str]:
+        """What a kernel says of itself."""
+        found = METADATA.search(self.rest)
+        return json.loads(found[1]) if found else {}
 
     @property
     def trips(self) -> int | None:
@@ -217,7 +225,8 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = name = root = ""
     instructions: dict[str, Instruction] = {}
-    for line in text.splitlines():
+    # A kernel's metadata are printed a line each.
+    for line in METADATA.sub(lambda found: found[0].replace("\n", ""), text).splitlines():
         if header := HEADER.match(line):
             name, instructions = header[2], {}
             entry = name if header[1] else entry

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from jaxinfer.attention.pairs import work_of
 from jaxinfer.engine.buckets import Buckets
 from jaxinfer.engine.config import EngineConfig
 from jaxinfer.engine.programs import Decode, Forward, Key
-from jaxinfer.plan.bundles import Code
+from jaxinfer.plan.bundles import Code, stem
 from jaxinfer.plan.dumped import dumped
 from jaxinfer.plan.figures import step_bound
 from jaxinfer.plan.fit import Fit
 from jaxinfer.plan.hlo import Instruction, Module, parse
 from jaxinfer.plan.roofline import Bound
-from jaxinfer.plan.schedule import KERNEL, Op, Schedule, Scope
+from jaxinfer.plan.schedule import KERNEL, Least, Op, Schedule, Scope
 from jaxinfer.plan.slices import Chip
+
+# What says how often loops of a kernel run, from what the compiled one says of itself, and rows' tokens and lengths.
+WORK = {"ragged_paged_attention": work_of}
+Rows = Sequence[tuple[int, int]]  # tokens of each row in the step, and in the cache then
 
 
 def check_profile(held: Fit, rows: list[int], tokens: list[int]) -> None:
@@ -44,10 +49,10 @@ def profile(
     """Of decoding so many rows of `context` tokens each, and of pieces of prompts of so many tokens. Bytes and seconds
     are each device's. Raises ValueError: see `check_profile` and `dumped`."""
     programs = []
-    for name, key, bound, fits in _steps(held, context, rows, tokens):
+    for name, key, bound, fits, each in _steps(held, context, rows, tokens):
         on_program(name)
         made = dumped(config, held.target.name, options, key)
-        figures = profiled(made.text, made.codes, key[0] == Decode.kind, bound)
+        figures = profiled(made.text, made.codes, key[0] == Decode.kind, bound, each)
         programs.append({"program": name, "compiled_for": key[1], "fits": fits, **figures})
     return {
         "libtpu": version("libtpu"),
@@ -57,25 +62,26 @@ def profile(
     }
 
 
-def _steps(held: Fit, context: int, rows: list[int], tokens: list[int]) -> Iterator[tuple[str, Key, Bound, bool]]:
-    """Names, programs, bounds, and whether there is room in the cache."""
+def _steps(held: Fit, context: int, rows: list[int], tokens: list[int]) -> Iterator[tuple[str, Key, Bound, bool, Rows]]:
+    """Names, programs, bounds, whether there is room in the cache, and the rows of a shard."""
     buckets, shards = held.programs.buckets, held.shards
     for own in rows:
         each = -(-own // shards)
         key = Decode.kind, Buckets.fit(buckets.decode, each)
-        yield f"decode, {own} rows", key, step_bound(held, each, context, each), own <= held.rows_of(context)
+        step = step_bound(held, each, context, each)
+        yield f"decode, {own} rows", key, step, own <= held.rows_of(context), [(1, context)] * each
     for own in tokens:
         each = -(-own // shards)
         key = Forward.kind, Buckets.fit(buckets.tokens, each)
-        yield f"prefill, {own} tokens", key, step_bound(held, each, each, 1), True
+        yield f"prefill, {own} tokens", key, step_bound(held, each, each, 1), True, [(each, each)]
 
 
-def profiled(text: str, codes: Mapping[str, Code], decodes: bool, bound: Bound) -> dict[str, Any]:
-    """Of a compiled program, and beside its bound. Of one that decodes, what it does for each token of a row. Raises
-    ValueError if the compiler has no estimates in it."""
+def profiled(text: str, codes: Mapping[str, Code], decodes: bool, bound: Bound, rows: Rows = ()) -> dict[str, Any]:
+    """Of a compiled program, for these rows, and beside its bound. Of one that decodes, what it does for each token of
+    a row. Raises ValueError if the compiler has no estimates in it."""
     module, chip = parse(text), bound.chip
     loop = _main_loop(module) if decodes else None
-    own, by_bundles = (_run(Schedule(module, chip, codes, kind), loop, bound) for kind in (False, True))
+    own, by_bundles = (_run(Schedule(module, chip, codes, kind), loop, bound, rows) for kind in (False, True))
     if not any(op.cycles for op in own.ops.values()):
         raise ValueError(
             "this libtpu writes no estimated cycles into its programs: leave --profile out, or take 0.0.42"
@@ -126,17 +132,21 @@ def _figures(op: Op, chip: Chip) -> dict[str, Any]:
 
 def _loops(op: Op) -> list[dict[str, Any]]:
     """Of each code that a kernel has: how often its outermost loop runs, if that is known, and how many bundles are in
-    no loop, in that one, in one within it, and so on."""
-    codes = dict.fromkeys((code.grid, code.depths) for code, _ in op.codes.values())
-    return [{"grid": grid, "bundles": list(depths)} for grid, depths in codes]
+    no loop, in that one, in one within it, and so on; and where it says it, of each loop how deep it is, its bundles,
+    and how often it runs."""
+    found = {}
+    for name, (code, _) in op.codes.items():
+        runs = op.loops.get(name, ())
+        found[code.grid, code.depths, runs] = {"grid": code.grid, "bundles": list(code.depths), "loops": list(runs)}
+    return list(found.values())
 
 
-def _run(schedule: Schedule, loop: Instruction | None, bound: Bound) -> Schedule:
+def _run(schedule: Schedule, loop: Instruction | None, bound: Bound, rows: Rows) -> Schedule:
     """Through the program, or a step of its loop."""
     step = schedule.entry
     if loop is not None:
         step = schedule.inner(step, loop.called("body")[0], loop.operands[0])
-    schedule.kernel = _kernel(schedule, step, bound)
+    schedule.kernel = _kernel(schedule, step, bound, rows)
     schedule.run(step)
     return schedule
 
@@ -150,8 +160,16 @@ def _main_loop(module: Module) -> Instruction:
     return max((own for own in module.computations[module.entry] if own.opcode == "while"), key=size)
 
 
-def _kernel(schedule: Schedule, step: Scope, bound: Bound) -> Callable[[Instruction], tuple[float, float]]:
-    """What each kernel that reads the cache takes at least: its part of the bound's keys and values."""
+def _kernel(schedule: Schedule, step: Scope, bound: Bound, rows: Rows) -> Callable[[Instruction], Least]:
+    """What each kernel takes at least that reads the cache: what it says, or its part of the bound's keys, values."""
     count = max(sum(own.target == KERNEL and schedule.reads_cache(step, own) for own in step.computation), 1)
     seconds = max(bound.cached / bound.chip.bandwidth, bound.attended / bound.chip.flops)
-    return lambda _: (seconds / count, bound.cached / count)
+
+    def least(own: Instruction) -> Least:
+        work = WORK.get(stem(own.name))
+        if work is None or not rows or not own.kernel_metadata:
+            return Least(seconds / count, bound.cached / count)
+        done = work(own.kernel_metadata, *zip(*rows, strict=True))
+        return Least(done.read / bound.chip.bandwidth, done.read, done.loops)
+
+    return least

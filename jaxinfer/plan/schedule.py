@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxinfer.plan.bundles import UNITS, Code, stem
 from jaxinfer.plan.collectives import KINDS
@@ -28,9 +29,10 @@ LOOPS = "how often inner loops run: those that the compiler does not know count 
 BRANCHES = "which branches are taken: the ones that take least count, so sampling is greedy"
 COLLECTIVES = "when collectives begin: they take what their bytes take on the links, and no more"
 KERNELS = (
-    "a kernel's inner loops, and what it reads: it takes its bundles with each loop once, or if that is more what all "
-    "of its weights take, or what the bound says of keys and values"
+    "of a kernel that does not say it, how often its inner loops run and what it reads: it takes its bundles with each "
+    "loop once, or if that is more what all of its weights take, or what the bound says of keys and values"
 )
+CONDITIONS = "whether a kernel's conditions hold: it takes its bundles as if each did"
 WEIGHT, CACHE = re.compile(r"params\['(.+?)'\]"), "state.cache"
 
 
@@ -48,6 +50,7 @@ class Op:
     run: bundles that run at least.
     kernel: they are kernels.
     codes: of each instruction, and the seconds that it takes.
+    loops: of each kernel its loops, if it says how often they run: see `Code.runs`.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Op:
     run: int = 0
     kernel: bool = False
     codes: dict[str, tuple[Code, float]] = field(default_factory=dict)
+    loops: dict[str, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
 
     def add(
         self,
@@ -112,6 +116,20 @@ class Op:
         return UNITS[unit] if share >= BUSY else ("latency" if unit else "unknown")
 
 
+class Least(NamedTuple):
+    """What a kernel that reads the cache takes at least.
+
+    seconds: of time.
+    read: bytes of keys and values.
+    loops: of each of its loops, in the order of the code, how deep it is and how often it runs in all; none where it
+        does not say it.
+    """
+
+    seconds: float = 0.0
+    read: float = 0.0
+    loops: tuple[tuple[int, int], ...] = ()
+
+
 class Queue:
     """What runs beside the rest, one after the other, at `rate` bytes/s."""
 
@@ -147,7 +165,7 @@ class Schedule:
     module, chip: what runs, and where.
     codes: of its instructions, where the compiler wrote them down.
     by_bundles: operations take the bundles that run at least, and not the cycles that the compiler estimates.
-    kernel: seconds that a kernel takes at least which reads the cache.
+    kernel: what one takes at least that reads the cache.
 
     ops: by name. seconds: of all. notes: what was not known, each once.
     """
@@ -158,7 +176,7 @@ class Schedule:
         chip: Chip,
         codes: Mapping[str, Code],
         by_bundles: bool = False,
-        kernel: Callable[[Instruction], tuple[float, float]] = lambda _: (0.0, 0.0),
+        kernel: Callable[[Instruction], Least] = lambda _: Least(),
     ):
         self.module, self.chip, self.codes, self.by_bundles, self.kernel = module, chip, codes, by_bundles, kernel
         self.ops: dict[str, Op] = {}
@@ -265,6 +283,10 @@ class Schedule:
         code, run = self.codes.get(own.name), 0
         if code is not None:
             run = code.run(code.grid or own.iterations)
+        least = self.kernel(own) if own.target == KERNEL and self.reads_cache(scope, own) else Least()
+        loops = code.runs(least.loops) if code is not None else ()
+        if code is not None and loops:
+            run = code.run_as(loops)
         if kind := self._collective(own):
             op, read, written = self._op(kind), 0, 0
             sides = own.operands if kind == "reduce-scatter" else (own.name,)  # the whole of what is sent
@@ -275,13 +297,12 @@ class Schedule:
             op, sent = self._op(self.name_of(scope, own)), 0
             read, written = self.moved(scope, own)
             by_code = own.cycles is None or (self.by_bundles and code is not None)
-            seconds = (run if by_code else own.cycles or 0) / self.chip.clock
+            seconds = max((run if by_code else own.cycles or 0) / self.chip.clock, least.seconds)
+            read += int(least.read)
             if own.target == KERNEL:
                 op.kernel = True
-                self.notes[KERNELS] = None
-                if self.reads_cache(scope, own):
-                    least, more = self.kernel(own)
-                    read, seconds = read + int(more), max(seconds, least)
+                self.notes[CONDITIONS if loops else KERNELS] = None
+                op.loops[own.name] = loops
             seconds = max(seconds, (read + written) / self.chip.bandwidth)
         op.add(times, cycles=own.cycles, seconds=seconds, read=read, written=written, sent=sent, run=run)
         if code is not None:

@@ -2,11 +2,12 @@
 
 import pytest
 
+from jaxinfer.attention.pairs import Cut
 from jaxinfer.plan.bundles import Code, read_bundles, read_code
 from jaxinfer.plan.hlo import parse
 from jaxinfer.plan.profile import profiled
 from jaxinfer.plan.roofline import Bound
-from jaxinfer.plan.schedule import BRANCHES, COLLECTIVES, KERNELS, LOOPS, Schedule
+from jaxinfer.plan.schedule import BRANCHES, COLLECTIVES, CONDITIONS, KERNELS, LOOPS, Least, Schedule
 from jaxinfer.plan.slices import Chip
 
 CHIP = Chip("none", 2**30, bandwidth=1e9, flops=1e12, link=1e8, clock=1e9)  # a cycle is a ns, and so is a byte
@@ -296,6 +297,33 @@ LB: loop body
    0x4 PF: >> { %v6 = vadd.f32 %v5, %v2 }
    0x5   :  { %s7 = sfence }
 """
+# A loop in which nothing starts in one bundle, and around it one that has a second loop; each with its branch, and what
+# runs behind that.
+NESTED = """
+     0   :  { %s1 = smov 0 }
+   0x1 LB: > { %s3 = sadd.s32 1, %s1 } /* Start region 1 */
+   0x2 LB: >> { %v5 = vadd.f32 %v1, %v2 }
+   0x3   :  {} /* a comment */
+   0x4   : > { %9 = sbr.rel (!%p1) target = $region2 }
+   0x5   : >> { %v6 = vadd.f32 %v5, %v2 }
+   0x6   :  {}
+   0x7   :  {}
+   0x8   :  {} /* End region 2 */
+   0x9 PF: > { %12 = sbr.rel (%p2) target = $region4 }
+   0xa LB: >> { %v7 = vadd.f32 %v1, %v2 }
+   0xb   : > { %9 = sbr.rel (!%p1) target = $region5 }
+   0xc   :  {}
+   0xd   :  {}
+   0xe   :  {}
+   0xf   :  {}
+  0x10   : > { %s7 = sadd.s32 1, %s1 }
+  0x11   :  { %9 = sbr.rel (!%p1) target = $region1 }
+  0x12   :  {}
+  0x13   :  {}
+  0x14   :  {}
+  0x15   :  {}
+  0x16   :  { %s7 = sfence }
+"""
 SLOTS = """== CAPACTIY:
 MXU, XLU, VALU, VLOAD:FILL, SALU
     4     3     4     3     2
@@ -312,6 +340,7 @@ MXU, XLU, VALU, VLOAD:FILL, SALU
 def test_bundles(tmp_path):
     code = read_code(BUNDLES, SLOTS, grid=7)
     assert (code.depths, code.bundles, code.run(7)) == ((2, 2, 2), 6, 2 + 7 * 4)
+    assert code.loops == ((1, 2), (2, 2))
     assert code.slots == {"MXU": 0, "XLU": 0.5, "VALU": 0.75, "SALU": 0.25}  # in the innermost loop
     assert read_code(BUNDLES, SLOTS + "0 0 0 0 1\n").slots == {}  # not of this code
     names = "1-fusion.3", "2-attention.7", "3-TLP"
@@ -329,11 +358,53 @@ def test_bundles(tmp_path):
     assert (codes["fusion.3"].grid, codes["fusion.3"].slots["VALU"], codes["attention.7"].grid) == (None, 0.75, 6)
 
 
+def test_nested_loops():
+    """How many bundles run is said by how often each loop does, if they are those that the code has."""
+    code = read_code(NESTED)
+    assert (code.depths, code.loops) == ((2, 8, 13), ((1, 8), (2, 7), (2, 6)))
+    runs = code.runs([(1, 3), (2, 10), (2, 0)])
+    assert runs == ((1, 8, 3), (2, 7, 10), (2, 6, 0))
+    assert code.run_as(runs) == 2 + 3 * 8 + 10 * 7
+    assert code.runs([(1, 3), (2, 10)]) == code.runs([(1, 3), (2, 10), (3, 0)]) == code.runs([]) == ()
+    assert code.runs([(1, 3)]) == ((1, 8, 3), (2, 7, 3), (2, 6, 3))  # the compiler's own, within what is said
+
+
+def test_kernels_that_say_how_often_their_loops_run():
+    codes = {"attention.7": read_code(NESTED, SLOTS)}
+    text = entry(KERNEL_CALL, IN_PLACE)
+    for loops, run, note in (
+        (((1, 3), (2, 10), (2, 5)), 2 + 24 + 70 + 30, CONDITIONS),
+        (((1, 3), (2, 10)), codes["attention.7"].bundles, KERNELS),
+    ):
+        made = schedule(text, codes, kernel=lambda _, own=loops: Least(50e-9, 40, own))
+        kernel = made.ops["attention"]
+        assert (kernel.read, kernel.run) == (40, run)
+        assert kernel.seconds == pytest.approx(max(run, 50) * 1e-9)
+        assert (note in made.notes, len({KERNELS, CONDITIONS} & made.notes.keys())) == (True, 1)
+
+
+def test_a_kernel_says_what_it_does():
+    """In its metadata, a line each; here two rows of two blocks of 512 keys each, of which one has but half a page."""
+    cut = Cut(size=1, steps=4, keys=512, page_size=64, page_bytes=1000, blanked=64, window=0)
+    lines = ",\n".join(f'"{name}":"{number}"' for name, number in cut.metadata.items())
+    call = KERNEL_CALL.replace("attention.7", "ragged_paged_attention.7")
+    call += f", frontend_attributes={{kernel_metadata={{\n{lines}\n}}}}"
+    text = entry(f"  %z = bf16[8]{{0:S(1)}} fusion(%x), {cost(5)}\n{call}", IN_PLACE)
+    bundles = "".join(f"0x{i} LB: {'>' * depth} {{ %s1 = smov 0 }}\n" for i, depth in enumerate((1, 2, 2, 3, 3, 3)))
+    codes = {"ragged_paged_attention.7": read_code(bundles)}
+    figures = profiled(text, codes, False, Bound(1, CHIP, 1.0, 1.0, 0.0), [(1, 1024), (1, 992)])
+    (op,) = (op for op in figures["ops"] if op["op"] == "ragged_paged_attention")
+    pages = 16 + 16
+    times = [2, 8, 4, pages - 8, pages, 1]
+    assert [loop[2] for loop in op["kernel"][0]["loops"]] == times
+    assert (op["bundles_run"], op["bytes_read"]) == (sum(times), 1000 * pages)
+
+
 def test_kernels():
     """One that reads the cache takes what it is said to, or its bundles if these are more."""
     codes = {"attention.7": read_code(BUNDLES, SLOTS, 500)}
     for seconds, expected in ((1e-6, 2002e-9), (5e-6, 5e-6)):
-        made = schedule(entry(KERNEL_CALL, IN_PLACE), codes, kernel=lambda _, own=seconds: (own, 40))
+        made = schedule(entry(KERNEL_CALL, IN_PLACE), codes, kernel=lambda _, own=seconds: Least(own, 40))
         kernel = made.ops["attention"]
         assert (kernel.read, kernel.written, kernel.unknown, kernel.bundles, kernel.run) == (40, 0, 1, 6, 2002)
         assert kernel.seconds == pytest.approx(expected)
