@@ -55,7 +55,9 @@ def identity(program: Program) -> Hashable:
     )
     options = programs.placement, str(programs.facts)
     environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(("JAX_", "JAXINFER_"))))
-    return program.key, tree, arrays, held, options, environment
+    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    # What comes out of the cache can't be written again: what is to be must not be that.
+    return program.key, tree, arrays, held, options, environment, cached
 
 
 def keep() -> None:
