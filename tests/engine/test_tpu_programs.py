@@ -135,7 +135,8 @@ def test_states_beside_pages(topology):
         assert not figures["copied"] + figures["states_copied"]
         kind, size = figures["key"]
         reductions = sum(count == size * 2048 for count in elements(figures["all-reduce"]))
-        assert reductions == (2 * 2 + 1 if kind != "copy" else 0)
+        assert reductions == {"forward": 1, "copy": 0}.get(kind, 2 * 2 + 1)
+        assert elements(figures["reduce-scatter"]) == [size * 2048 // 8] * (2 * 2 * (kind == "forward"))
         assert figures["temporaries"] < (20 if kind != "copy" else 2) * MIB
 
 
