@@ -12,7 +12,7 @@ import jax
 from jaxinfer.engine.background import afterwards, in_background
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.executables import ExecutableCache
-from jaxinfer.engine.malloc import trim_memory
+from jaxinfer.engine.malloc import keep_memory, trim_memory
 from jaxinfer.engine.programs import Key, ModelPrograms
 
 
@@ -32,6 +32,8 @@ class ReadyPrograms:
         kept: ExecutableCache | None = None,
     ):
         self._table = table
+        if table.devices[0].platform == "cpu":
+            keep_memory()
         self.on_compile = on_compile
         self.compile_seconds = 0.0
         self.compilations = 0

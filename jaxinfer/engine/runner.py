@@ -17,7 +17,7 @@ from jaxinfer.engine.batch_builder import BatchBuilder, Call, ScoredSpan
 from jaxinfer.engine.compiled import Folder
 from jaxinfer.engine.executables import ExecutableCache
 from jaxinfer.engine.leader import Leader
-from jaxinfer.engine.malloc import keep_memory, trim_memory
+from jaxinfer.engine.malloc import trim_memory
 from jaxinfer.engine.programs import (
     Key,
     LoadAdapter,
@@ -104,8 +104,6 @@ class Runner(ReadyPrograms):
     ):
         super().__init__(programs, on_compile, compiled, kept)
         self.programs = programs
-        if self.on_cpu:
-            keep_memory()
         self.model, self.buckets = programs.model, programs.buckets
         self.max_rows, self.max_steps = programs.max_rows, programs.max_steps
         self.params = params

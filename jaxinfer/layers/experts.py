@@ -8,6 +8,7 @@ from. No token is ever dropped, padding goes to no expert.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -118,10 +119,7 @@ class Experts(nnx.Module):
     ) -> jax.Array:
         """The part of the experts that are here, the first of which is number 0. slot: of each token its adapter's,
         where there are such."""
-
-        def by_rows() -> jax.Array:
-            return self._by_rows(x, experts, shares, weights, biases, slot)
-
+        by_rows = functools.partial(self._by_rows, x, experts, shares, weights, biases, slot)
         if any("observe" in vars(linear) for linear in self._linears):  # somebody wants to see rows
             return by_rows()
         kept = [weight.kept for weight in weights]

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from jaxinfer import LLM
+from jaxinfer.demo import ENCODER_DIR, MODEL_DIR
 from jaxinfer.engine.malloc import VARIABLES
 
 PROGRAM = """
@@ -49,8 +50,9 @@ def test_what_the_user_says_of_malloc_is_left(variable):
     assert kept > lost / 2
 
 
-def test_models_on_a_cpu_keep_memory(checkpoints, monkeypatch):
+@pytest.mark.parametrize("folder", [MODEL_DIR, ENCODER_DIR])
+def test_models_on_a_cpu_keep_memory(folder, monkeypatch):
     calls = []
-    monkeypatch.setattr("jaxinfer.engine.runner.keep_memory", lambda: calls.append("kept"))
-    with LLM(checkpoints("llama").folder, max_num_seqs=1, max_model_len=64, page_size=4):
+    monkeypatch.setattr("jaxinfer.engine.ready.keep_memory", lambda: calls.append("kept"))
+    with LLM(folder, max_model_len=64):
         assert calls == ["kept"]
